@@ -1,0 +1,221 @@
+"""What the benchmarks share: their flags, the environment block, output, child processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+BENCH = Path(__file__).resolve().parent
+PACKAGES = ("zmoe", "mlx", "mlx-lm", "pyzmq", "numpy", "cffi", "grpcio")
+TERMINATE_SECONDS = 3.0
+
+
+class BenchError(Exception):
+    """What ends a benchmark: one line for standard error, exit status 1."""
+
+
+class Children:
+    """Processes that end with this context, each with all of its own children.
+
+    Every process leads its own process group, so that a signal reaches what it
+    started, too.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self._processes:
+            _signal_group(process, signal.SIGTERM)
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TERMINATE_SECONDS)
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+        self._processes.clear()
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: Any = subprocess.DEVNULL,
+        stderr: Any = None,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start `command` with `env` added to our environment and no standard input."""
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        return process
+
+    def alive(self) -> bool:
+        """Whether every process still runs."""
+        return all(process.poll() is None for process in self._processes)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def run_json(command: Sequence[str], deadline_s: float) -> dict[str, Any]:
+    """Run `command` to its end and return the one JSON object it prints.
+
+    Raises BenchError when it fails, prints anything else or takes longer than
+    `deadline_s` seconds.
+    """
+    name = Path(command[0]).name
+    with Children() as children:
+        process = children.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, err = process.communicate(timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"{name} took longer than {deadline_s:g} s") from None
+    if process.returncode != 0:
+        last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise BenchError(f"{name} ended with status {process.returncode}: {last[0]}")
+    try:
+        parsed = json.loads(out)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise BenchError(f"{name} printed no JSON object")
+    return parsed
+
+
+def run_tool(*command: str) -> str | None:
+    """First line that `command` prints, or None when it is missing or fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return next(iter(done.stdout.splitlines()), "")
+    return None
+
+
+def cpu_model() -> str:
+    """The CPU's marketing name, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware", "cpu model")):
+                return line.split(":", 1)[1].strip()
+    return run_tool("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on: machine, system, versions, commit and load."""
+    git = ("git", "-C", str(BENCH))
+    commit = run_tool(*git, "rev-parse", "HEAD")
+    if commit and run_tool(*git, "status", "--porcelain", "--untracked-files=no"):
+        commit += "-dirty"
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "commit": commit,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "command": ["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+    }
+
+
+def results_file() -> Path:
+    """bench/results/<machine>.json, named after the CPU and its core count."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cores".lower())
+    return BENCH / "results" / f"{slug.strip('-')}.json"
+
+
+def save(report: Mapping[str, Any]) -> Path:
+    """Put `report` under this benchmark's name into the machine's results file."""
+    path = results_file()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[Path(sys.argv[0]).stem] = report
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    made.add_argument("--save", action="store_true", help=f"also keep it in {results_file().name}")
+    return made
+
+
+def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: comma-separated values, each through `convert`."""
+
+    def parse(text: str) -> list[Any]:
+        return [convert(word) for word in text.split(",")]
+
+    parse.__name__ = f"list of {convert.__name__}"
+    return parse
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def finish(
+    options: argparse.Namespace,
+    report: Mapping[str, Any],
+    show: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Print `report` as JSON or through `show`, and save it when asked to."""
+    if options.save:
+        print(f"saved in {save(report).relative_to(BENCH.parent)}", file=sys.stderr)
+    if options.json:
+        json.dump(report, sys.stdout, indent=1)
+        print()
+    else:
+        show(report)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(benchmark: Callable[[], int]) -> NoReturn:
+    """Run `benchmark`; Ctrl-C and SIGTERM unwind it, so that every child is ended."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status = benchmark()
+    except BenchError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

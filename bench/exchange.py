@@ -1,0 +1,213 @@
+"""How long one all-reduce takes between processes on loopback: ours, raw TCP and the peers.
+
+A step is over for a rank when it has sent its payload to all and holds all of
+theirs (summed, but for raw TCP); the next step starts at once. The figures are
+those of rank 0. All transports of one node count are up at the same time, idle
+ones asleep, and take turns in several rounds, so that what else the machine
+does hits them alike; a figure is the median over the rounds of that round's
+percentile. Compare figures within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common import BenchError, environment, finish, list_of, main, parser, positive
+from group import Group
+from transports import TRANSPORTS, Absent, Transport
+
+TRIAL = 20  # steps that tell how many fit the budget
+ROUND_SECONDS = 0.5  # most that one transport's turn may take
+FEWEST = 10  # steps of a turn, however slow
+
+Samples = dict[tuple[str, int, int], list[list[int]]]  # (transport, nodes, bytes): rounds
+
+
+def payload(text: str) -> int:
+    """An argparse type: a payload in bytes, whole float32 elements."""
+    value: int = positive(text)
+    if value % 4:
+        raise argparse.ArgumentTypeError(f"{text} bytes are no whole float32 elements")
+    return value
+
+
+def several(text: str) -> int:
+    """An argparse type: a node count, 2 to 64."""
+    value = positive(text)
+    if not 2 <= value <= 64:
+        raise argparse.ArgumentTypeError(f"{text} nodes: between 2 and 64 exchange anything")
+    return value
+
+
+def known(text: str) -> Transport:
+    """An argparse type: a transport's name."""
+    if text not in TRANSPORTS:
+        raise argparse.ArgumentTypeError(f"unknown transport {text!r} ({', '.join(TRANSPORTS)})")
+    return TRANSPORTS[text]
+
+
+def arguments() -> argparse.Namespace:
+    made = parser("Time one all-reduce between processes on loopback, over several transports.")
+    made.add_argument("--nodes", type=list_of(several), default=[2, 3, 4], help="default 2,3,4")
+    made.add_argument(
+        "--bytes",
+        type=list_of(payload),
+        default=[64, 12 * 1024, 64 * 1024, 1536 * 1024],
+        help="payload of each rank; default 64,12288,65536,1572864",
+    )
+    made.add_argument("--iterations", type=positive, default=1000, help="most steps in a round")
+    made.add_argument("--rounds", type=positive, default=7)
+    made.add_argument(
+        "--transports",
+        type=list_of(known),
+        default=list(TRANSPORTS.values()),
+        help=f"default {','.join(TRANSPORTS)}",
+    )
+    return made.parse_args()
+
+
+def available(
+    transports: Sequence[Transport], workdir: Path, absent: dict[str, str]
+) -> list[Transport]:
+    """Those of `transports` that can run here; why not goes to `absent`."""
+    usable = []
+    for transport in transports:
+        try:
+            transport.build(workdir)
+            usable.append(transport)
+        except Absent as reason:
+            absent[transport.name] = str(reason)
+    return usable
+
+
+class Run:
+    """One run: measures, and keeps what could not be measured."""
+
+    def __init__(self, options: argparse.Namespace, workdir: Path) -> None:
+        self.options, self.workdir = options, workdir
+        self.samples: Samples = {}
+        self.absent: dict[str, str] = {}
+        self.failed = False
+
+    def measure(self) -> None:
+        transports = available(self.options.transports, self.workdir, self.absent)
+        for nodes in self.options.nodes:
+            with ExitStack() as stack:
+                groups = []
+                for transport in transports:
+                    group = self._start(transport, nodes)
+                    if group is not None:
+                        groups.append(stack.enter_context(group))
+                for size in self.options.bytes:
+                    print(f"{nodes} nodes, {size} bytes", file=sys.stderr)
+                    self._rounds(groups, size)
+
+    def _start(self, transport: Transport, nodes: int) -> Group | None:
+        largest = max(self.options.bytes)
+        try:
+            return Group(
+                transport.name,
+                nodes,
+                lambda control: transport.start(self.workdir, control, nodes, largest),
+            )
+        except BenchError as error:
+            self._fail(transport.name, error)
+            return None
+
+    def _fail(self, name: str, error: BenchError) -> None:
+        print(f"exchange.py: {error}", file=sys.stderr)
+        self.absent[name] = f"failed: {error}"
+        self.failed = True
+
+    def _rounds(self, groups: list[Group], size: int) -> None:
+        """Let `groups` take turns; one that fails leaves the list."""
+        counts: dict[str, int] = {}
+        for turn in range(1 + self.options.rounds):
+            for group in list(groups):
+                try:
+                    if turn == 0:
+                        counts[group.name] = self._affordable(group, size)
+                        continue
+                    warmup = max(2, counts[group.name] // 10)
+                    taken = group.run(size, counts[group.name], warmup)
+                except BenchError as error:
+                    self._fail(group.name, error)
+                    groups.remove(group)
+                    continue
+                key = (group.name, group.nodes, size)
+                self.samples.setdefault(key, []).append(taken)
+
+    def _affordable(self, group: Group, size: int) -> int:
+        """How many steps of `size` bytes fit into ROUND_SECONDS."""
+        step_ns = float(statistics.median(group.run(size, TRIAL, TRIAL)))
+        fitting = int(ROUND_SECONDS * 1e9 / step_ns)
+        most: int = self.options.iterations
+        return min(most, max(FEWEST, fitting))
+
+
+def percentile(samples: Sequence[int], share: float) -> int:
+    """The smallest sample that is not exceeded by `share` of them."""
+    return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
+
+
+def rows(samples: Samples) -> list[dict[str, Any]]:
+    """The result rows, in microseconds."""
+    made = []
+    for (transport, nodes, size), rounds in samples.items():
+        row: dict[str, Any] = {"transport": transport, "nodes": nodes, "bytes": size}
+        for name, share in (("p50_us", 0.5), ("p99_us", 0.99)):
+            middle = statistics.median(percentile(each, share) for each in rounds)
+            row[name] = round(middle / 1000, 2)
+        made.append(row)
+    return made
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """A table with each figure's ratio to raw-tcp's of the same nodes and bytes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("nodes", "bytes", "transport", "p50 µs", "p99 µs", "x raw-tcp")
+    for column in (0, 1, 3, 4, 5):
+        table.columns[column].justify = "right"
+    results = report["results"]
+    limit = {(r["nodes"], r["bytes"]): r["p50_us"] for r in results if r["transport"] == "raw-tcp"}
+    before = None
+    for row in results:
+        cell = (row["nodes"], row["bytes"])
+        if before not in (None, cell):
+            table.add_section()
+        ratio = f"{row['p50_us'] / limit[cell]:.2f}" if cell in limit else "-"
+        figures = (f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}", ratio)
+        table.add_row(str(cell[0]), str(cell[1]), row["transport"], *figures)
+        before = cell
+    console = Console()
+    console.print(table)
+    for name, reason in report["absent"].items():
+        console.print(f"absent: {name}: {reason}", highlight=False)
+
+
+def benchmark() -> int:
+    options = arguments()
+    block = environment()
+    with tempfile.TemporaryDirectory(prefix="bench") as workdir:
+        run = Run(options, Path(workdir))
+        run.measure()
+    block["load_average_after"] = environment()["load_average"]
+    finish(
+        options,
+        {"environment": block, "results": rows(run.samples), "absent": run.absent},
+        show,
+    )
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    main(benchmark)

@@ -1,0 +1,14 @@
+/* For benchmarks only: many exchanges in a row, timed where no Python runs. */
+#ifndef ZMOE_BENCH_LOOP_H
+#define ZMOE_BENCH_LOOP_H
+
+#include "zmoe.h"
+
+/* Runs `count` exchanges of rows x width elements of `dtype` from `src` to
+ * `out`, and writes the microseconds of each into `elapsed_us`.  Every rank must
+ * run as many.  Returns a zmoe_status. */
+int zmoe_bench_exchanges(zmoe_exchange *ex, const void *src, void *out, uint32_t rows,
+                         uint32_t width, zmoe_dtype dtype, uint32_t count, uint64_t deadline_us,
+                         double *elapsed_us, zmoe_fault *fault);
+
+#endif

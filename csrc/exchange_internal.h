@@ -1,0 +1,122 @@
+/* What the files of the exchange share: exchange.c (publish, collect, reduce),
+ * intake.c (from a received message to an accepted frame) and links.c (the
+ * other sockets: subscriptions, resends, link events, waiting). */
+#ifndef ZMOE_EXCHANGE_INTERNAL_H
+#define ZMOE_EXCHANGE_INTERNAL_H
+
+#include <poll.h>
+
+#include "zmoe.h"
+#include "zmq_api.h"
+
+/* Place in the run, compared in this order.  Exchanges only ever move forward. */
+typedef struct zmoe_key {
+  uint32_t epoch, step, layer;
+} zmoe_key;
+
+typedef struct zmoe_frame {
+  int full;
+  zmoe_header header;
+  zmq_msg_t message; /* initialised at all times */
+} zmoe_frame;
+
+typedef struct zmoe_peer {
+  void *dealer, *monitor;
+  uint8_t presence[ZMOE_PRESENCE_BYTES];
+  /* Lock-step: nobody publishes an exchange before having collected all of the
+   * one before, so that a peer is at most one ahead of us. */
+  zmoe_frame now, next;
+  uint64_t down_since_us; /* 0 while the link stands */
+  uint64_t ask_at_us, ask_every_us;
+  zmoe_key served;
+  uint64_t served_at_us;
+} zmoe_peer;
+
+/* A frame of ours that a peer may still ask for. */
+typedef struct zmoe_held {
+  zmoe_slot *slot; /* NULL: none */
+  zmoe_header header;
+} zmoe_held;
+
+struct zmoe_exchange {
+  uint32_t rank, nodes;
+  uint64_t session, everyone; /* bit mask of the peers */
+  size_t max_payload_bytes;
+  uint32_t spin_us, resend_ms, grace_ms;
+  zmoe_isa isa;
+  void *xpub, *sub, *router;
+  zmoe_pool *pool;
+
+  uint32_t epoch;
+  int started;    /* something was published in this epoch: now is valid */
+  int has_before; /* ... and something before it: before is valid */
+  int collecting; /* published, not yet collected */
+  zmoe_key now, before;
+  zmoe_held held[2]; /* [0] of `now`, [1] of `before` */
+  uint64_t missing, diverged;
+  zmoe_header theirs; /* of the lowest rank in `diverged` */
+
+  uint64_t subscribed, linked;
+  int32_t zmq_errno; /* of the first failure that waiting cannot mend */
+  int unread;        /* a socket may hold messages that its descriptor won't tell of */
+  zmoe_exchange_stats stats;
+  uint32_t n_polled;
+  struct pollfd polled[3 + 2 * ZMOE_MAX_NODES];
+  int16_t polled_peer[3 + 2 * ZMOE_MAX_NODES];
+  zmoe_peer peers[ZMOE_MAX_NODES];
+};
+
+static inline zmoe_key zmoe_key_of(const zmoe_header *header) {
+  return (zmoe_key){header->epoch, header->step, header->layer};
+}
+
+static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
+  if (a.epoch != b.epoch)
+    return a.epoch < b.epoch ? -1 : 1;
+  if (a.step != b.step)
+    return a.step < b.step ? -1 : 1;
+  if (a.layer != b.layer)
+    return a.layer < b.layer ? -1 : 1;
+  return 0;
+}
+
+static inline uint64_t zmoe_bit(uint32_t rank) {
+  return UINT64_C(1) << rank;
+}
+
+/* ---- intake.c ------------------------------------------------------------ */
+
+/* Reads at most a few messages; returns 1 when the socket has no more. */
+int zmoe_intake_partials(zmoe_exchange *ex);
+int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link);
+/* Takes one message without waiting; 0 when there is none. */
+int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket);
+/* Counts and decodes a frame of this session, from a rank other than ours;
+ * returns 0 when it is anything else. */
+int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out);
+/* Reads and drops the rest of a message of several parts. */
+void zmoe_intake_skip(void *socket, zmq_msg_t *part);
+/* Takes up what arrived early for the exchange that has just begun. */
+void zmoe_intake_promote(zmoe_exchange *ex);
+void zmoe_frame_drop(zmoe_frame *frame);
+
+/* ---- links.c ------------------------------------------------------------- */
+
+int zmoe_links_subscriptions(zmoe_exchange *ex);
+int zmoe_links_requests(zmoe_exchange *ex);
+int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
+/* Bit r: the link to r has been down for longer than grace allows. */
+uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
+/* Asks the ranks in `missing` whose time has come for their frames. */
+void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us);
+/* Fills the poll set; ZMOE_EZMQ when one is no socket. */
+int zmoe_links_prepare(zmoe_exchange *ex);
+/* Reads all sockets until they are empty; 0 when some are not yet. */
+int zmoe_links_drain(zmoe_exchange *ex);
+/* Reads what is unread, or else sleeps until a socket has news and reads that;
+ * `until_us` at the latest.  ZMOE_OK, ZMOE_EINTR or ZMOE_EZMQ. */
+int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us);
+/* Sends a held frame to one socket; the slot gains a reference until sent. */
+int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
+
+#endif

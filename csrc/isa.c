@@ -1,0 +1,64 @@
+/* Which SIMD variant this CPU, under this operating system, can run. */
+#include "reduce_variants.h"
+#include "zmoe.h"
+
+#ifdef ZMOE_X86
+#include <cpuid.h>
+
+enum { XCR0_AVX = 0x6, XCR0_AVX512 = 0xe6 };
+
+/* The register state that the operating system saves on a task switch. */
+static uint32_t saved_state(void) {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+static zmoe_isa detect(void) {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_F16C))
+    return ZMOE_ISA_GENERIC;
+  uint32_t saved = saved_state();
+  if ((saved & XCR0_AVX) != XCR0_AVX || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
+    return ZMOE_ISA_GENERIC;
+  if ((saved & XCR0_AVX512) == XCR0_AVX512 && (b & bit_AVX512F))
+    return ZMOE_ISA_AVX512;
+  return ZMOE_ISA_AVX2;
+}
+#endif
+
+zmoe_isa zmoe_isa_best(void) {
+#if defined(ZMOE_X86)
+  static int known = -1; /* racing threads write the same value */
+  int isa = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (isa < 0) {
+    isa = (int)detect();
+    __atomic_store_n(&known, isa, __ATOMIC_RELAXED);
+  }
+  return (zmoe_isa)isa;
+#elif defined(ZMOE_ARM64)
+  return ZMOE_ISA_NEON;
+#else
+  return ZMOE_ISA_GENERIC;
+#endif
+}
+
+int zmoe_isa_supported(zmoe_isa isa) {
+  zmoe_isa best = zmoe_isa_best();
+  return isa == ZMOE_ISA_GENERIC || isa == best ||
+         (isa == ZMOE_ISA_AVX2 && best == ZMOE_ISA_AVX512);
+}
+
+const char *zmoe_isa_name(zmoe_isa isa) {
+  switch (isa) {
+  case ZMOE_ISA_GENERIC:
+    return "generic";
+  case ZMOE_ISA_AVX2:
+    return "avx2";
+  case ZMOE_ISA_AVX512:
+    return "avx512";
+  case ZMOE_ISA_NEON:
+    return "neon";
+  }
+  return "unknown";
+}

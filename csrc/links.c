@@ -1,0 +1,323 @@
+/* The sockets beside SUB: who has subscribed, who asks for a frame again,
+ * whose link is down, and how to sleep until one of them has news. */
+#include "platform.h"
+
+#include "exchange_internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum {
+  BATCH = 16,
+  ASK_EVERY_MAX_MS = 500, /* upper end of the back-off */
+  SLEEP_MAX_US = 100000,  /* then the caller looks for signals that came just
+                           * before the sleep and hence did not end it */
+};
+
+/* ---- subscriptions --------------------------------------------------------
+ * The XPUB hands every subscription to us and does nothing by itself
+ * (ZMQ_XPUB_MANUAL).  Who names a rank of this session is given its frames;
+ * others get nothing, and hence can hold no slot by not reading. */
+
+static int rank_of_presence(const zmoe_exchange *ex, const void *presence, size_t bytes) {
+  if (bytes != ZMOE_PRESENCE_BYTES)
+    return -1;
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    if (r != ex->rank && memcmp(ex->peers[r].presence, presence, bytes) == 0)
+      return (int)r;
+  return -1;
+}
+
+static void take_subscription(zmoe_exchange *ex, zmq_msg_t *message) {
+  const uint8_t *at = zmoe_zmq.msg_data(message);
+  size_t bytes = zmoe_zmq.msg_size(message);
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_header header = {.kind = ZMOE_KIND_PARTIAL, .session = ex->session};
+  zmoe_wire_encode(&header, frame);
+  int rank = bytes > 0 && at[0] <= 1 ? rank_of_presence(ex, at + 1, bytes - 1) : -1;
+  if (rank >= 0 && at[0] == 1) {
+    ex->subscribed |= zmoe_bit((uint32_t)rank);
+    zmoe_zmq.setsockopt(ex->xpub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES);
+  } else if (rank >= 0) {
+    ex->subscribed &= ~zmoe_bit((uint32_t)rank);
+  } else if (bytes != 1 + ZMOE_TOPIC_BYTES || at[0] > 1 ||
+             memcmp(at + 1, frame, ZMOE_TOPIC_BYTES) != 0) {
+    ex->stats.bad_stranger++;
+  }
+}
+
+int zmoe_links_subscriptions(zmoe_exchange *ex) {
+  zmq_msg_t message;
+  zmoe_zmq.msg_init(&message);
+  int empty = 0;
+  for (int i = 0; i < BATCH && !empty; i++) {
+    if (!zmoe_intake_message(ex, &message, ex->xpub))
+      empty = 1;
+    else
+      take_subscription(ex, &message);
+  }
+  zmoe_zmq.msg_close(&message);
+  return empty;
+}
+
+uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
+  zmoe_links_subscriptions(ex);
+  return ex->subscribed;
+}
+
+/* ---- resends -------------------------------------------------------------- */
+
+static void release_slot(void *data, void *slot) {
+  (void)data;
+  zmoe_slot_release(slot);
+}
+
+int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
+  uint8_t *frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
+  size_t bytes = ZMOE_HEADER_BYTES + (size_t)held->header.payload_bytes;
+  zmq_msg_t message;
+  zmoe_slot_retain(held->slot);
+  if (zmoe_zmq.msg_init_data(&message, frame, bytes, release_slot, held->slot) < 0) {
+    zmoe_slot_release(held->slot);
+    return ZMOE_EZMQ;
+  }
+  if (zmoe_zmq.msg_send(&message, socket, ZMQ_DONTWAIT) < 0) {
+    zmoe_zmq.msg_close(&message);
+    return ZMOE_EZMQ;
+  }
+  ex->stats.frames_sent++;
+  ex->stats.bytes_sent += bytes;
+  return ZMOE_OK;
+}
+
+/* True when the same request was answered a moment ago: several may have been
+ * under way while we computed. */
+static int just_served(const zmoe_exchange *ex, zmoe_peer *peer, zmoe_key key) {
+  uint64_t now_us = zmoe_now_us();
+  uint64_t since_us = now_us - peer->served_at_us;
+  if (zmoe_key_compare(peer->served, key) == 0 && since_us < ex->resend_ms * UINT64_C(500))
+    return 1;
+  peer->served = key;
+  peer->served_at_us = now_us;
+  return 0;
+}
+
+static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *request) {
+  zmoe_key key = zmoe_key_of(request);
+  if (!ex->started || zmoe_key_compare(key, ex->now) > 0) {
+    ex->stats.resend_unknown++; /* not there yet: it will be published */
+    return;
+  }
+  const zmoe_held *held = NULL;
+  for (int i = 0; i < 2; i++)
+    if (ex->held[i].slot != NULL && zmoe_key_compare(zmoe_key_of(&ex->held[i].header), key) == 0)
+      held = &ex->held[i];
+  if (held == NULL)
+    ex->stats.resend_unknown++;
+  if (just_served(ex, peer, key) || zmoe_zmq.send(ex->router, peer->presence, ZMOE_PRESENCE_BYTES,
+                                                  ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0)
+    return;
+  if (held != NULL && zmoe_links_send(ex, ex->router, held) == ZMOE_OK) {
+    ex->stats.resend_served++;
+    return;
+  }
+  /* We did not do that exchange: tell where we are. */
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_header here = ex->held[0].header;
+  here.kind = ZMOE_KIND_ELSEWHERE;
+  here.payload_bytes = 0;
+  here.digest = (uint64_t)request->step << 32 | request->layer;
+  zmoe_wire_encode(&here, frame);
+  zmoe_zmq.send(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
+}
+
+/* One message on the ROUTER: the routing id of the sender, then its request. */
+static void take_request(zmoe_exchange *ex, zmq_msg_t *part) {
+  zmoe_header request;
+  int rank = rank_of_presence(ex, zmoe_zmq.msg_data(part), zmoe_zmq.msg_size(part));
+  if (!zmoe_zmq.msg_more(part) || !zmoe_intake_message(ex, part, ex->router))
+    return;
+  if (zmoe_zmq.msg_more(part)) {
+    ex->stats.bad_field++;
+    zmoe_intake_skip(ex->router, part);
+  } else if (zmoe_intake_header(ex, part, &request)) {
+    if (rank != request.source)
+      ex->stats.bad_stranger++;
+    else if (request.kind != ZMOE_KIND_RESEND)
+      ex->stats.bad_field++;
+    else if (request.epoch < ex->epoch)
+      ex->stats.bad_stale++;
+    else
+      answer(ex, &ex->peers[rank], &request);
+  }
+}
+
+int zmoe_links_requests(zmoe_exchange *ex) {
+  zmq_msg_t part;
+  zmoe_zmq.msg_init(&part);
+  int empty = 0;
+  for (int i = 0; i < BATCH && !empty; i++) {
+    if (!zmoe_intake_message(ex, &part, ex->router))
+      empty = 1;
+    else
+      take_request(ex, &part);
+  }
+  zmoe_zmq.msg_close(&part);
+  return empty;
+}
+
+void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us) {
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_header request = ex->held[0].header;
+  request.kind = ZMOE_KIND_RESEND;
+  request.source = (uint16_t)ex->rank;
+  request.payload_bytes = 0;
+  zmoe_wire_encode(&request, frame);
+  for (uint32_t r = 0; r < ex->nodes; r++) {
+    zmoe_peer *peer = &ex->peers[r];
+    if (!(ex->missing & zmoe_bit(r)) || now_us < peer->ask_at_us)
+      continue;
+    peer->ask_at_us = now_us + peer->ask_every_us;
+    peer->ask_every_us *= 2;
+    if (peer->ask_every_us > ASK_EVERY_MAX_MS * UINT64_C(1000))
+      peer->ask_every_us = ASK_EVERY_MAX_MS * UINT64_C(1000);
+    if (zmoe_zmq.send(peer->dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0)
+      ex->stats.resend_asked++;
+  }
+}
+
+/* ---- link events ---------------------------------------------------------- */
+
+int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
+  zmoe_peer *peer = &ex->peers[rank];
+  zmq_msg_t part;
+  zmoe_zmq.msg_init(&part);
+  int empty = 0;
+  for (int i = 0; i < BATCH && !empty; i++) {
+    if (!zmoe_intake_message(ex, &part, peer->monitor)) {
+      empty = 1;
+      break;
+    }
+    uint16_t event = 0;
+    if (zmoe_zmq.msg_size(&part) >= sizeof event)
+      memcpy(&event, zmoe_zmq.msg_data(&part), sizeof event);
+    zmoe_intake_skip(peer->monitor, &part); /* the address */
+    if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) {
+      ex->stats.link_returns += peer->down_since_us != 0;
+      ex->linked |= zmoe_bit(rank);
+      peer->down_since_us = 0;
+    } else if (event == ZMQ_EVENT_DISCONNECTED && (ex->linked & zmoe_bit(rank))) {
+      ex->stats.link_drops++;
+      ex->linked &= ~zmoe_bit(rank);
+      peer->down_since_us = zmoe_now_us();
+    }
+  }
+  zmoe_zmq.msg_close(&part);
+  return empty;
+}
+
+uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    if (r != ex->rank)
+      zmoe_links_events(ex, r);
+  return ex->linked;
+}
+
+uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us) {
+  uint64_t lost = 0;
+  if (ex->linked == ex->everyone)
+    return 0;
+  for (uint32_t r = 0; r < ex->nodes; r++) {
+    uint64_t since_us = ex->peers[r].down_since_us;
+    if (since_us != 0 && now_us - since_us >= ex->grace_ms * UINT64_C(1000))
+      lost |= zmoe_bit(r);
+  }
+  return lost;
+}
+
+/* ---- waiting --------------------------------------------------------------
+ * A socket's descriptor becomes readable when libzmq has queued something for
+ * the socket since it was last found empty.  So: read all until empty, then
+ * sleep on the descriptors, then read those that woke us. */
+
+enum { POLLED_SUB, POLLED_XPUB, POLLED_ROUTER, POLLED_FIRST_PEER };
+
+static int poll_socket(zmoe_exchange *ex, void *socket, int peer) {
+  int fd = -1;
+  size_t bytes = sizeof fd;
+  if (zmoe_zmq.getsockopt(socket, ZMQ_FD, &fd, &bytes) < 0)
+    return ZMOE_EZMQ;
+  ex->polled_peer[ex->n_polled] = (int16_t)peer;
+  ex->polled[ex->n_polled++] = (struct pollfd){.fd = fd, .events = POLLIN};
+  return ZMOE_OK;
+}
+
+int zmoe_links_prepare(zmoe_exchange *ex) {
+  int rc = poll_socket(ex, ex->sub, -1);
+  rc = rc == ZMOE_OK ? poll_socket(ex, ex->xpub, -1) : rc;
+  rc = rc == ZMOE_OK ? poll_socket(ex, ex->router, -1) : rc;
+  for (uint32_t r = 0; r < ex->nodes && rc == ZMOE_OK; r++) {
+    if (r == ex->rank)
+      continue;
+    rc = poll_socket(ex, ex->peers[r].dealer, (int)r);
+    rc = rc == ZMOE_OK ? poll_socket(ex, ex->peers[r].monitor, (int)r) : rc;
+  }
+  return rc;
+}
+
+/* Reads the i-th socket of the poll set; 1 when it is empty then. */
+static int read_polled(zmoe_exchange *ex, uint32_t i) {
+  switch (i) {
+  case POLLED_SUB:
+    return zmoe_intake_partials(ex);
+  case POLLED_XPUB:
+    return zmoe_links_subscriptions(ex);
+  case POLLED_ROUTER:
+    return zmoe_links_requests(ex);
+  default: {
+    uint32_t rank = (uint32_t)ex->polled_peer[i];
+    int is_dealer = (i - POLLED_FIRST_PEER) % 2 == 0;
+    return is_dealer ? zmoe_intake_replies(ex, rank) : zmoe_links_events(ex, rank);
+  }
+  }
+}
+
+int zmoe_links_drain(zmoe_exchange *ex) {
+  int empty = 1;
+  for (uint32_t i = 0; i < ex->n_polled; i++)
+    empty &= read_polled(ex, i);
+  return empty;
+}
+
+/* When something is due whether or not a message comes. */
+static uint64_t next_event_us(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
+  for (uint32_t r = 0; r < ex->nodes; r++) {
+    const zmoe_peer *peer = &ex->peers[r];
+    if ((ex->missing & zmoe_bit(r)) && peer->ask_at_us < until_us)
+      until_us = peer->ask_at_us;
+    uint64_t lost_at_us = peer->down_since_us + ex->grace_ms * UINT64_C(1000);
+    if (peer->down_since_us != 0 && lost_at_us < until_us)
+      until_us = lost_at_us;
+  }
+  return until_us > now_us ? until_us : now_us;
+}
+
+int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
+  if (ex->unread) {
+    ex->unread = !zmoe_links_drain(ex);
+    return ZMOE_OK;
+  }
+  uint64_t span_us = next_event_us(ex, now_us, until_us) - now_us;
+  int look_for_signals = span_us > SLEEP_MAX_US;
+  if (look_for_signals)
+    span_us = SLEEP_MAX_US;
+  int ready = poll(ex->polled, ex->n_polled, (int)((span_us + 999) / 1000));
+  if (ready < 0)
+    return errno == EINTR ? ZMOE_EINTR : ZMOE_EZMQ;
+  if (ready == 0)
+    return look_for_signals ? ZMOE_EINTR : ZMOE_OK;
+  for (uint32_t i = 0; i < ex->n_polled; i++)
+    if (ex->polled[i].revents != 0 && !read_polled(ex, i))
+      ex->unread = 1;
+  return ZMOE_OK;
+}

@@ -1,0 +1,34 @@
+/* What the operating systems call differently.  Include first: it asks the
+ * system headers for more than plain C11 has. */
+#ifndef ZMOE_PLATFORM_H
+#define ZMOE_PLATFORM_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#define _DARWIN_C_SOURCE
+
+#include <stdint.h>
+#include <time.h>
+
+/* Monotonic, in microseconds. */
+static inline uint64_t zmoe_now_us(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+/* now + span, without wrapping: a span of UINT64_MAX waits for ever. */
+static inline uint64_t zmoe_later_us(uint64_t now_us, uint64_t span_us) {
+  return span_us > UINT64_MAX - now_us ? UINT64_MAX : now_us + span_us;
+}
+
+static inline void zmoe_cpu_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+#endif

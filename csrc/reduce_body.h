@@ -1,0 +1,66 @@
+/* The loop that the SIMD variants share.  Before including this, a variant
+ * defines
+ *   VEC            the vector of f32,      LANES   how many it holds,
+ *   KERNEL         "static inline" with the target attribute, always inlined,
+ *   vec_add(a, b), vec_load(src, i, dtype), vec_store(dst, i, dtype, v)
+ * and afterwards calls reduce_dispatch() from its own zmoe_reduce_*().
+ *
+ * The dtypes are constants in each call below, so that the compiler removes
+ * the choice from the loops.  Four vectors at a time hide the latency of the
+ * additions, whose order is fixed. */
+
+KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
+                          const unsigned char *const *parts, uint32_t n_parts,
+                          zmoe_dtype part_dtype, size_t count) {
+  size_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES) {
+    VEC a = vec_load(parts[0], i, part_dtype);
+    VEC b = vec_load(parts[0], i + LANES, part_dtype);
+    VEC c = vec_load(parts[0], i + 2 * LANES, part_dtype);
+    VEC d = vec_load(parts[0], i + 3 * LANES, part_dtype);
+    for (uint32_t p = 1; p < n_parts; p++) {
+      a = vec_add(a, vec_load(parts[p], i, part_dtype));
+      b = vec_add(b, vec_load(parts[p], i + LANES, part_dtype));
+      c = vec_add(c, vec_load(parts[p], i + 2 * LANES, part_dtype));
+      d = vec_add(d, vec_load(parts[p], i + 3 * LANES, part_dtype));
+    }
+    vec_store(out, i, out_dtype, a);
+    vec_store(out, i + LANES, out_dtype, b);
+    vec_store(out, i + 2 * LANES, out_dtype, c);
+    vec_store(out, i + 3 * LANES, out_dtype, d);
+  }
+  for (; i + LANES <= count; i += LANES) {
+    VEC a = vec_load(parts[0], i, part_dtype);
+    for (uint32_t p = 1; p < n_parts; p++)
+      a = vec_add(a, vec_load(parts[p], i, part_dtype));
+    vec_store(out, i, out_dtype, a);
+  }
+  return i;
+}
+
+KERNEL size_t reduce_to(unsigned char *out, zmoe_dtype out_dtype, const unsigned char *const *parts,
+                        uint32_t n_parts, zmoe_dtype part_dtype, size_t count) {
+  switch (part_dtype) {
+  case ZMOE_F32:
+    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_F32, count);
+  case ZMOE_F16:
+    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_F16, count);
+  case ZMOE_BF16:
+    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_BF16, count);
+  }
+  return 0;
+}
+
+KERNEL size_t reduce_dispatch(unsigned char *out, zmoe_dtype out_dtype,
+                              const unsigned char *const *parts, uint32_t n_parts,
+                              zmoe_dtype part_dtype, size_t count) {
+  switch (out_dtype) {
+  case ZMOE_F32:
+    return reduce_to(out, ZMOE_F32, parts, n_parts, part_dtype, count);
+  case ZMOE_F16:
+    return reduce_to(out, ZMOE_F16, parts, n_parts, part_dtype, count);
+  case ZMOE_BF16:
+    return reduce_to(out, ZMOE_BF16, parts, n_parts, part_dtype, count);
+  }
+  return 0;
+}

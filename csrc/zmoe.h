@@ -1,0 +1,229 @@
+/* zmoe: the C hot path of expert-parallel inference.
+ *
+ * Four parts, bottom up: pool (pinned slots), wire (frame header), reduce
+ * (sum of partial outputs in rank order) and exchange (one all-reduce per MoE
+ * layer over ZeroMQ).  C11, libc only; the zmq_* functions are resolved at run
+ * time from a libzmq that the process has already loaded, so that there is
+ * never a second one.
+ *
+ * Return codes: ZMOE_OK or a negative zmoe_status for what a caller, a peer or
+ * the network can cause; assert() for broken invariants of our own.  Nothing
+ * is allocated after the *_create calls.
+ */
+#ifndef ZMOE_H
+#define ZMOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ZMOE_WIRE_VERSION 1
+#define ZMOE_MAX_NODES 64
+#define ZMOE_HEADER_BYTES 64
+#define ZMOE_PRESENCE_BYTES 18
+#define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
+
+typedef enum zmoe_status {
+  ZMOE_OK = 0,
+  ZMOE_EINVAL = -1,    /* an argument is out of range */
+  ZMOE_ETIMEOUT = -2,  /* the deadline passed; fault.missing tells for whom */
+  ZMOE_EPEER = -3,     /* a peer's link is gone; fault.lost tells whose */
+  ZMOE_EINTR = -4,     /* time to look at signals; call again to go on waiting */
+  ZMOE_EDIVERGED = -5, /* a peer is at another step, layer, shape or routing */
+  ZMOE_EPOOL = -6,     /* no slot became free before the deadline */
+  ZMOE_EZMQ = -7,      /* libzmq failed; fault.zmq_errno says how */
+  ZMOE_ENOMEM = -8,    /* no memory, in a *_create call */
+} zmoe_status;
+
+typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
+
+/* Bytes of one element, 0 for an unknown dtype. */
+size_t zmoe_dtype_bytes(zmoe_dtype dtype);
+
+/* ---- isa: which SIMD variant runs -------------------------------------- */
+
+typedef enum zmoe_isa {
+  ZMOE_ISA_GENERIC = 0,
+  ZMOE_ISA_AVX2 = 1,
+  ZMOE_ISA_AVX512 = 2,
+  ZMOE_ISA_NEON = 3,
+} zmoe_isa;
+
+zmoe_isa zmoe_isa_best(void);            /* the best this CPU can run */
+int zmoe_isa_supported(zmoe_isa isa);    /* 1 when it can run here */
+const char *zmoe_isa_name(zmoe_isa isa); /* "generic", "avx2", ... */
+
+/* ---- reduce: bit-identical in every variant ----------------------------- */
+
+/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN. */
+int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype src_dtype,
+                 size_t count, zmoe_isa isa);
+
+/* out[i] = ((parts[0][i] + parts[1][i]) + ...), accumulated in f32 in the order
+ * given, then converted.  A NULL part counts as zeros and is skipped; with
+ * every part NULL the result is zeros.  `out` may not alias a part. */
+int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
+                zmoe_dtype part_dtype, size_t count, zmoe_isa isa);
+
+/* 64-bit digest of `bytes` bytes (not cryptographic): the routing digest. */
+uint64_t zmoe_digest(const void *data, size_t bytes);
+
+/* ---- pool: pinned slots, refcounted across threads ---------------------- */
+
+typedef struct zmoe_pool zmoe_pool;
+
+typedef struct zmoe_pool_class {
+  size_t slot_bytes; /* payload bytes of each slot of the class */
+  uint32_t slots;
+} zmoe_pool_class;
+
+typedef struct zmoe_pool_stats {
+  uint64_t acquired, released, waits, exhausted;
+  uint64_t locked_bytes; /* of total_bytes, how many the system let us lock */
+  uint64_t total_bytes;
+} zmoe_pool_stats;
+
+typedef struct zmoe_slot zmoe_slot;
+
+int zmoe_pool_create(const zmoe_pool_class *classes, uint32_t n_classes, size_t alignment,
+                     zmoe_pool **out);
+/* Every slot must have been released (asserted). */
+void zmoe_pool_destroy(zmoe_pool *pool);
+/* The smallest free slot that holds `bytes`, with one reference.  Waits until
+ * `deadline_us` from now when all are taken, then ZMOE_EPOOL. */
+int zmoe_pool_acquire(zmoe_pool *pool, size_t bytes, uint64_t deadline_us, zmoe_slot **out);
+void zmoe_slot_retain(zmoe_slot *slot);
+void zmoe_slot_release(zmoe_slot *slot);  /* any thread */
+void *zmoe_slot_payload(zmoe_slot *slot); /* ZMOE_HEADER_BYTES of room lie before it */
+size_t zmoe_slot_capacity(const zmoe_slot *slot);
+void zmoe_pool_stats_get(const zmoe_pool *pool, zmoe_pool_stats *out);
+
+/* ---- wire: one fixed little-endian header of 64 bytes ------------------- */
+
+typedef enum zmoe_kind {
+  ZMOE_KIND_PARTIAL = 1, /* one rank's partial sum of one layer */
+  ZMOE_KIND_RESEND = 2,  /* please send your frame (epoch, step, layer) again */
+  /* Answer to a RESEND for what the sender skipped: the header tells where it
+   * is instead, `digest` repeats the request's step << 32 | layer. */
+  ZMOE_KIND_ELSEWHERE = 3,
+} zmoe_kind;
+
+typedef struct zmoe_header {
+  uint8_t kind;
+  uint8_t dtype;
+  uint16_t source;  /* rank */
+  uint64_t session; /* random per run: frames of other runs are strangers */
+  uint32_t epoch;
+  uint32_t step;
+  uint32_t layer; /* ordinal of the MoE layer, 0-based */
+  uint32_t rows, width;
+  uint32_t payload_bytes; /* rows*width*dtype bytes, or 0: all zeros */
+  uint64_t digest;        /* of the routing that led here */
+} zmoe_header;
+
+typedef enum zmoe_wire_error {
+  ZMOE_WIRE_OK = 0,
+  ZMOE_WIRE_SHORT, /* fewer bytes than a header, or than it announces */
+  ZMOE_WIRE_MAGIC,
+  ZMOE_WIRE_VERSION_MISMATCH,
+  ZMOE_WIRE_CHECKSUM,
+  ZMOE_WIRE_FIELD,    /* unknown kind or dtype, or sizes that contradict */
+  ZMOE_WIRE_OVERSIZED /* more bytes than it announces or than allowed */
+} zmoe_wire_error;
+
+void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES]);
+/* How rank `rank` of a run names itself: its subscription to every XPUB, and
+ * its routing id (ZMQ_ROUTING_ID) with every ROUTER. */
+void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESENCE_BYTES]);
+/* Validates all `frame_bytes` bytes of a frame; touches only the header. */
+zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
+                                 zmoe_header *out);
+
+/* ---- exchange: the all-reduce of one layer ------------------------------ */
+
+/* Resolve zmq_* from `library` (pyzmq's backend module, or a libzmq).  Once per
+ * process, before any exchange.  On failure writes one line into `error`. */
+int zmoe_zmq_load(const char *library, char *error, size_t error_bytes);
+
+typedef struct zmoe_exchange zmoe_exchange;
+
+typedef struct zmoe_exchange_config {
+  uint32_t rank, nodes;
+  uint64_t session;
+  size_t max_payload_bytes;   /* of one frame */
+  size_t small_payload_bytes; /* of one decode frame: its own size class */
+  /* Sockets, created, bound and connected by the caller, used from here on by
+   * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this
+   * session is sent anything.  dealers[r] (routing id: our presence) and
+   * monitors[r] (PAIR, the events HANDSHAKE_SUCCEEDED and DISCONNECTED of
+   * dealers[r]) are NULL at r == rank. */
+  void *xpub, *sub, *router;
+  void *const *dealers;
+  void *const *monitors;
+  uint32_t spin_us;   /* poll without sleeping this long before blocking */
+  uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
+  uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
+} zmoe_exchange_config;
+
+typedef struct zmoe_fault {
+  uint64_t missing;  /* bit r: nothing from rank r for this layer yet */
+  uint64_t lost;     /* bit r: the link to rank r is gone */
+  uint64_t diverged; /* bit r: rank r is elsewhere, see theirs */
+  int32_t zmq_errno;
+  uint32_t epoch, step, layer; /* where we are */
+  zmoe_header theirs;          /* of the lowest diverged rank */
+} zmoe_fault;
+
+typedef struct zmoe_exchange_stats {
+  uint64_t exchanges, frames_sent, frames_received, bytes_sent, bytes_received;
+  uint64_t bad_short, bad_magic, bad_version, bad_checksum, bad_field, bad_oversized;
+  uint64_t bad_stranger; /* another session, an unknown rank, a wrong link */
+  uint64_t bad_stale;    /* an old epoch or step, or a duplicate */
+  uint64_t resend_asked, resend_served, resend_unknown;
+  uint64_t link_drops, link_returns;
+} zmoe_exchange_stats;
+
+/* Subscribes `sub` to the session, allocates all that the exchange ever needs. */
+int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out);
+/* Never blocks.  Slots still with libzmq are freed by its last release.  Close
+ * the sockets after it, not before. */
+void zmoe_exchange_destroy(zmoe_exchange *ex);
+
+/* Bit r: rank r has subscribed to our frames.  Reads pending subscriptions. */
+uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex);
+/* Bit r: our control link to rank r stands.  Reads pending monitor events. */
+uint64_t zmoe_exchange_links(zmoe_exchange *ex);
+
+/* Forget every frame held; what comes from older epochs is stale from now on. */
+int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
+
+/* Zero-copy producer: get a slot, write the payload, publish it.  Publishing
+ * takes over the reference, also when it fails. */
+int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
+                       zmoe_slot **out);
+int zmoe_exchange_publish_slot(zmoe_exchange *ex, zmoe_slot *slot, uint32_t step, uint32_t layer,
+                               uint32_t rows, uint32_t width, zmoe_dtype dtype, uint64_t digest,
+                               zmoe_fault *fault);
+/* The same from the caller's array, converted to the wire's dtype.  src NULL:
+ * this rank adds nothing. */
+int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dtype, uint32_t step,
+                          uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype wire_dtype,
+                          uint64_t digest, uint64_t deadline_us, zmoe_fault *fault);
+/* Wait for every peer's frame of the layer just published and write the sum,
+ * in rank order, of all ranks' encoded partials.  `deadline_us` is from now.
+ * After ZMOE_EINTR (a signal, or 100 ms without one: the caller may have missed
+ * one) call again to go on waiting. */
+int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
+                          zmoe_fault *fault);
+/* Between exchanges: answer resend requests, watch the links.  Never blocks. */
+int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault);
+void zmoe_exchange_stats_get(const zmoe_exchange *ex, zmoe_exchange_stats *out);
+void zmoe_exchange_pool_stats(const zmoe_exchange *ex, zmoe_pool_stats *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,100 @@
+"""Real processes: run the commands as a user does, and see that none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MARK = "ZMOE_TEST_MARK"
+
+
+def wait_until(condition: Callable[[], object], timeout: float, what: str) -> None:
+    """Poll `condition` until it is true; fail with `what` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.01)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Ids of the running processes whose environment holds `mark`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if mark.encode() in (entry / "environ").read_bytes():
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+class Commands:
+    """Starts the commands with a mark in their environment, to find what they leave behind."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.env = {**os.environ, MARK: self.mark, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, module: str, *arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"zmoe.cli.{module}", *map(str, arguments)],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "zmoe.cli.run", *map(str, arguments)],
+            env=self.env,
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def refused(self, *arguments: object, code: int = 2) -> str:
+        """Run what must fail: the one line that it says, with nothing printed."""
+        done = self.run(*arguments)
+        assert done.returncode == code, (done.returncode, done.stderr)
+        assert done.stdout == ""
+        lines = [line for line in done.stderr.splitlines() if "warning:" not in line]
+        assert len(lines) == 1, done.stderr
+        return lines[0]
+
+    def others(self, *known: int) -> list[int]:
+        """Marked processes that are none of `known`."""
+        return [pid for pid in processes_with(self.mark) if pid not in known]
+
+
+@pytest.fixture
+def commands() -> Iterator[Commands]:
+    runner = Commands()
+    yield runner
+    for process in runner.started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+    try:
+        wait_until(lambda: not processes_with(runner.mark), 10, "all processes ended")
+    finally:
+        for pid in processes_with(runner.mark):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,128 @@
+"""What bad input gets: one line naming the culprit, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Commands
+from zmoe.models.hub import resolve_model
+
+TINY = resolve_model("zmoe-tiny")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def test_options_out_of_range(commands: Commands) -> None:
+    for arguments, words in [
+        (("-m", "-5", "x"), "--max-tokens is -5"),
+        (("-m", "five", "x"), "--max-tokens"),
+        (("--temp", "-1", "x"), "--temp is -1"),
+        (("--temp", "hot", "x"), "--temp"),
+        (("-n", "0", "x"), "--nodes is 0"),
+        (("-n", "2.5", "x"), "--nodes"),
+        (("--no-such-flag", "x"), "--no-such-flag"),
+        (("one", "two"), "two"),
+        (("--peer-timeout", "nan", "x"), "--peer-timeout"),
+        (("--chat-template-config", "[", "x"), "--chat-template-config"),
+        (("--system-prompt", "be brief", "x"), "--system-prompt"),
+        (("--starting-port", "70000", "x"), "--starting-port is 70000"),
+        (("--hosts", "127.0.0.1", "--hostfile", "f", "x"), "exclude each other"),
+    ]:
+        assert words in commands.refused(*arguments)
+
+
+def test_prompts(commands: Commands) -> None:
+    assert "prompt is empty" in commands.refused("")
+    assert "no prompt" in commands.refused()
+    context = json.loads((TINY / "config.json").read_text())["max_seq_len"]
+    line = commands.refused("word " * (2 * context))
+    assert f"context {context}" in line
+
+
+def test_models_that_are_none(commands: Commands, copy: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in commands.refused("--model", empty, "x")
+    assert "nowhere" in commands.refused("--model", tmp_path / "nowhere", "x")
+    assert "some-org/some-model" in commands.refused("--model", "some-org/some-model", "x")
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    assert str(copy) in commands.refused("--model", copy, "x")
+
+
+def test_models_of_another_kind(commands: Commands, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    for model_type in ("llama", "no_such_model"):
+        (copy / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        assert model_type in commands.refused("--model", copy, "x")
+    (copy / "config.json").write_text("{")
+    assert "config.json" in commands.refused("--model", copy, "x")
+
+
+def test_damaged_weights(commands: Commands, copy: Path) -> None:
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", whole[:8])
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:100],
+        b"",
+        b"\xff" * 8 + whole[8:],
+        whole[:8] + b"\0" * header_bytes + whole[8 + header_bytes :],
+    ):
+        file.write_bytes(damaged)
+        assert "model.safetensors" in commands.refused("--nodes", 2, "--model", copy, "x")
+
+
+def test_a_missing_tensor_is_named(commands: Commands, copy: Path) -> None:
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + header_bytes])
+    name = next(n for n in header if "router" in n)
+    del header[name]
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + header_bytes :])
+    assert name.rpartition("blocks.")[2] in commands.refused("--nodes", 2, "--model", copy, "x")
+
+
+def test_more_nodes_than_experts(commands: Commands) -> None:
+    assert "16 experts" in commands.refused("--nodes", 17, "x")
+
+
+def test_a_port_in_use(commands: Commands) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in commands.refused("-n", 2, "-p", port, "x")
+
+
+def test_nodes_that_do_not_come(commands: Commands) -> None:
+    line = commands.refused("-n", 3, "--manual", "--join-timeout", 0.5, "x")
+    assert "node 1, 2 has not joined" in line
+
+
+def test_zmoe_node_flags(commands: Commands) -> None:
+    for arguments, words in [
+        (("--rank", 1), "--leader"),
+        (("--leader", "x", "--rank", 1), "--leader x"),
+        (("--leader", "127.0.0.1:99999", "--rank", 1), "--leader 127.0.0.1:99999"),
+        (("--leader", "127.0.0.1:9", "--rank", 0), "--rank is 0"),
+        (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "a"), "--cores a"),
+        (("--leader", "127.0.0.1:9", "--rank", 1, "--what"), "--what"),
+    ]:
+        process = commands.start("node", *arguments)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 2
+        assert words in errors
+        assert len(errors.splitlines()) == 1

@@ -1,0 +1,91 @@
+"""Peers that die, hang or are interrupted: everybody else says so and ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from tests.cluster.conftest import Commands, wait_until
+
+ENDLESS = ("-m", 100000, "--prefill-step-size", 4, "--peer-timeout", 5)
+LOST = r"rank 1 .*(layer \d+, |between layers, )step \d+"
+
+
+def first_output(process: subprocess.Popen[str]) -> None:
+    """Block until `process` has generated something."""
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+
+
+def manual_cluster(commands: Commands, nodes: int, port: int) -> list[subprocess.Popen[str]]:
+    """A leader and workers started by hand, so that each one's words can be read."""
+    leader = commands.start("run", "-n", nodes, "--manual", "-p", port, *ENDLESS, "ROMEO:")
+    return [leader] + [
+        commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank, "--once")
+        for rank in range(1, nodes)
+    ]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_everybody_names_a_lost_peer(commands: Commands, free_port: int, how: int) -> None:
+    nodes = manual_cluster(commands, 3, free_port)
+    first_output(nodes[0])
+    nodes[1].send_signal(how)
+    for process in (nodes[0], nodes[2]):
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 1, errors
+        last = errors.strip().splitlines()[-1]
+        assert "PeerError" in last, errors
+        assert re.search(LOST, last), errors
+
+
+def test_workers_end_when_the_leader_is_killed(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
+    first_output(leader)
+    assert len(commands.others(leader.pid)) == 2
+    leader.kill()
+    wait_until(lambda: not commands.others(leader.pid), 15, "workers gone")
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"]
+)
+def test_a_signal_ends_all_processes_at_once(commands: Commands, how: int, code: int) -> None:
+    leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
+    first_output(leader)
+    leader.send_signal(how)
+    _, errors = leader.communicate(timeout=15)
+    assert leader.returncode == code
+    assert errors == ""
+    wait_until(lambda: not commands.others(), 5, "workers gone")
+
+
+def test_a_signal_while_starting_leaves_nothing(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
+    wait_until(lambda: len(commands.others(leader.pid)) == 2, 30, "workers started")
+    leader.send_signal(signal.SIGINT)
+    leader.communicate(timeout=15)
+    assert leader.returncode == 130
+    wait_until(lambda: not commands.others(), 5, "workers gone")
+
+
+def test_a_reader_that_goes_away_ends_the_run(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
+    first_output(leader)
+    assert leader.stdout is not None
+    leader.stdout.close()
+    leader.wait(timeout=15)
+    wait_until(lambda: not commands.others(), 5, "workers gone")
+
+
+def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
+    wait_until(lambda: commands.others(leader.pid), 30, "worker started")
+    os.kill(commands.others(leader.pid)[0], signal.SIGKILL)
+    _, errors = leader.communicate(timeout=30)
+    assert leader.returncode in (1, 2)
+    assert re.search(r"node 1|rank 1", errors.strip().splitlines()[-1])

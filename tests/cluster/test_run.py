@@ -1,0 +1,95 @@
+"""zmoe-run on the embedded model, with real processes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.cluster.conftest import Commands
+
+PROMPT = "ROMEO:"
+GREEDY = ("--temp", 0, "-m", 48)
+
+
+@pytest.fixture(scope="module")
+def alone() -> str:
+    return Commands().run(*GREEDY, PROMPT).stdout
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+def test_any_number_of_nodes_writes_the_same_verse(
+    commands: Commands, alone: str, nodes: int
+) -> None:
+    done = commands.run("--nodes", nodes, *GREEDY, PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == alone
+    assert len(re.findall(r"[A-Za-z]{2,}", alone)) > 10
+
+
+def test_json_is_one_object_with_the_documented_fields(commands: Commands) -> None:
+    done = commands.run("--nodes", 2, "--json", *GREEDY, PROMPT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {
+        "text",
+        "tokens",
+        "prompt_tokens",
+        "generation_tokens",
+        "prompt_tps",
+        "generation_tps",
+        "finish_reason",
+        "nodes",
+        "breakdown",
+        "peak_memory",
+        "load_seconds",
+    }
+    assert found["nodes"] == 2
+    assert found["generation_tokens"] == len(found["tokens"]) == 48
+    assert found["finish_reason"] == "length"
+    assert set(found["breakdown"]) == {"experts_ms", "exchange_ms", "other_ms"}
+    assert all(v > 0 for v in found["breakdown"].values())
+    assert len(found["peak_memory"]) == 2
+    assert min(found["peak_memory"]) > 8 << 20
+    assert found["prompt_tokens"] > 0
+    assert min(found["prompt_tps"], found["generation_tps"], found["load_seconds"]) > 0
+
+
+def test_stats_go_to_standard_error(commands: Commands, alone: str) -> None:
+    done = commands.run("--nodes", 2, "--stats", *GREEDY, PROMPT)
+    assert done.stdout == alone
+    for words in ("time to first token", "prefill", "decode", "experts", "exchange", "other"):
+        assert words in done.stderr
+    assert "peak memory, node 1" in done.stderr
+
+
+def test_a_seed_repeats_a_sample(commands: Commands) -> None:
+    sample = ("--temp", 0.8, "--top-p", 0.9, "--top-k", 40, "--min-p", 0.01, "-m", 24)
+    first, second, other = (
+        commands.run("--nodes", nodes, "--seed", seed, *sample, PROMPT).stdout
+        for nodes, seed in ((2, 7), (1, 7), (1, 8))
+    )
+    assert first == second
+    assert first != other
+
+
+def test_the_prompt_can_come_from_standard_input(commands: Commands, alone: str) -> None:
+    assert commands.run(*GREEDY, "-", stdin=PROMPT).stdout == alone
+
+
+def test_a_long_prompt_is_prefilled_in_chunks(commands: Commands) -> None:
+    prompt = "To be, or not to be, that is the question. " * 8
+    texts = {
+        commands.run("-n", nodes, "-m", 8, "--prefill-step-size", chunk, prompt).stdout
+        for nodes, chunk in ((1, 512), (2, 512), (2, 7))
+    }
+    assert len(texts) == 1
+
+
+def test_the_workers_are_told_apart_by_help_and_version(commands: Commands) -> None:
+    helped = commands.run("--help")
+    assert helped.returncode == 0
+    assert "--hostfile" in helped.stdout
+    assert commands.run("--version").stdout.startswith("zmoe ")

@@ -1,0 +1,93 @@
+"""Strangers at every port of a running cluster: counted, dropped, the text unharmed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.messages import Join, Step, encode
+
+TOKENS = 40
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster("zmoe-tiny", nodes=3) as running:
+        yield running
+
+
+def ports_of(cluster: Cluster) -> tuple[int, int, int]:
+    """The leader's control, data and resend ports."""
+    leader = cluster._leader
+    assert leader is not None
+    exchange = leader.member.exchange
+    assert exchange is not None
+    return leader._bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
+
+
+class Strangers(threading.Thread):
+    """Sends what does not belong to all ports until told to stop."""
+
+    def __init__(self, control: int, data: int, resend: int) -> None:
+        super().__init__()
+        self._ports = (control, data, resend)
+        self._halt = threading.Event()
+
+    def run(self) -> None:
+        context: zmq.Context[Any] = zmq.Context()
+        sockets = [self._dealer(context, port, b"zmoe-9") for port in self._ports]
+        sockets.append(self._dealer(context, self._ports[0], None))
+        while not self._halt.is_set():
+            for port in self._ports:
+                self._garbage(port)
+            for dealer in sockets:
+                for frame in (
+                    os.urandom(80),
+                    b"",
+                    encode(Join(1, 9, "0", "stranger", 1)),
+                    encode(Step(1, True, [1])),
+                ):
+                    dealer.send(frame, zmq.DONTWAIT)
+                dealer.send_multipart([b"a", b"b", b"c"], zmq.DONTWAIT)
+            self._halt.wait(0.01)
+        context.destroy(linger=0)
+
+    @staticmethod
+    def _dealer(context: zmq.Context[Any], port: int, identity: bytes | None) -> zmq.Socket[Any]:
+        dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        if identity is not None:
+            dealer.setsockopt(zmq.ROUTING_ID, identity)
+        dealer.connect(f"tcp://127.0.0.1:{port}")
+        return dealer
+
+    @staticmethod
+    def _garbage(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            raw.sendall(os.urandom(200))
+
+    def stop(self) -> None:
+        self._halt.set()
+        self.join(10)
+
+
+def test_strangers_change_nothing(cluster: Cluster) -> None:
+    calm = [token.id for token in cluster.generate("ROMEO:", max_tokens=TOKENS)]
+    strangers = Strangers(*ports_of(cluster))
+    strangers.start()
+    try:
+        disturbed = [token.id for token in cluster.generate("ROMEO:", max_tokens=TOKENS)]
+        cluster.peak_memory()  # reads the control socket
+    finally:
+        strangers.stop()
+    assert disturbed == calm
+    leader = cluster._leader
+    assert leader is not None
+    assert leader._bus.dropped > 0

@@ -1,0 +1,78 @@
+"""Control messages: what fits passes unchanged, anything else is refused."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zmoe.cluster import messages
+from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
+
+EXAMPLES = [
+    Join(1, 3, "0.1.0", "host", 99),
+    Setup(2**62, 4, "org/model", 512, None, 1.5, 1.0, 60.0, 10),
+    messages.Hello(1, "ab", "float32", "none", "cd", "127.0.0.1", 5000, 5001),
+    messages.Mesh([["127.0.0.1", 1, 2], ["127.0.0.2", 3, 4]]),
+    messages.Loading(1, 2),
+    messages.Ready(1, 2, 0.5, 3, ["a notice"]),
+    Step(7, True, [1, 2, 3]),
+    messages.AskMemory(),
+    messages.Memory(1 << 40),
+    messages.Stop(""),
+    messages.Failed("why", True),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_round_trip(message: messages.Message) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_every_message_is_among_the_examples() -> None:
+    assert {type(m).__name__ for m in EXAMPLES} == set(messages._TYPES)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "Join",
+        [],
+        [1],
+        ["Jion", 1],
+        ["Join", 1, 3, "0.1.0", "host"],
+        ["Join", 1, 3, "0.1.0", "host", 99, "extra"],
+        ["Join", 1, "3", "0.1.0", "host", 99],
+        ["Join", True, 3, "0.1.0", "host", 99],
+        ["Step", 7, 1, [1]],
+        ["Step", 7, True, [1, "2"]],
+        ["Setup", 1, 4, "m", 512, "none", 1.0, 1.0, 1.0, 1.0],
+        {"Join": 1},
+    ],
+)
+def test_what_does_not_fit_is_refused(parts: object) -> None:
+    with pytest.raises(MessageError):
+        decode(msgpack.packb(parts))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_message_error(frame: bytes) -> None:
+    try:
+        message = decode(frame)
+    except MessageError:
+        return
+    assert decode(encode(message)) == message
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_truncated_messages_are_refused(message: messages.Message, data: st.DataObject) -> None:
+    frame = encode(message)
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    with pytest.raises(MessageError):
+        decode(frame[:cut])
+
+
+def test_oversized_messages_are_refused() -> None:
+    with pytest.raises(MessageError, match="more than any message"):
+        decode(b"\0" * (messages.MAX_MESSAGE_BYTES + 1))

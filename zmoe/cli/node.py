@@ -1,0 +1,78 @@
+"""zmoe-node: a worker that waits for its leader."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import zmq
+
+from zmoe.cli.common import Parser, run_command, warn_unencrypted
+from zmoe.errors import InputError, ZmoeError
+
+PROG = "zmoe-node"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        PROG,
+        "Hold a share of a model's experts for a zmoe-run that leads. Waits for its leader, "
+        "works for it, and then waits for the next, until it is stopped.",
+    )
+    add = parser.add_argument
+    add("--leader", required=True, metavar="HOST:PORT", help="where zmoe-run listens")
+    add("--rank", type=int, required=True, help="which node this is, from 1 on")
+    add("--bind", default="127.0.0.1", metavar="ADDRESS", help="address to listen on for peers")
+    add("--model", help="checkpoint here, when it lies elsewhere than at the leader")
+    add("--cores", help="comma separated cores to stay on (Linux)")
+    add("--once", action="store_true", help="end after one run, or after a minute without leader")
+    return parser
+
+
+def _check_leader(leader: str) -> None:
+    host, _, port = leader.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"--leader {leader}: expected HOST:PORT")
+
+
+def _pin(cores: str) -> None:
+    try:
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    except (ValueError, OSError, AttributeError) as error:
+        raise InputError(f"--cores {cores}: cannot be set: {error}") from error
+
+
+def _serve(options: Any) -> None:
+    _check_leader(options.leader)
+    if not 1 <= options.rank < 64:
+        raise InputError(f"--rank is {options.rank}: expected a number from 1 to 63")
+    if options.cores is not None:
+        _pin(options.cores)
+    warn_unencrypted(f"{PROG}[{options.rank}]", options.bind)
+    from zmoe.cluster.worker import Worker, WorkerSpec
+    from zmoe.config import Timing
+
+    join_timeout = Timing().join if options.once else None
+    spec = WorkerSpec(options.leader, options.rank, options.bind, options.model, join_timeout)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    while True:
+        try:
+            Worker(spec, context).run()
+        except ZmoeError as error:
+            if options.once:
+                raise
+            print(f"{PROG}[{options.rank}]: {type(error).__name__}: {error}", file=sys.stderr)
+        if options.once:
+            return
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    options = _parser().parse_args(argv)
+    code = run_command(f"{PROG}[{options.rank}]", options.debug, lambda: _serve(options))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What zmoe-run shows beside the text: load progress, statistics, the JSON object."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from zmoe.cluster.cluster import Cluster
+from zmoe.engine.generate import Generation
+
+
+class LoadProgress:
+    """A bar per node on standard error while the shares load; silent without a terminal."""
+
+    def __init__(self, nodes: int) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        self._bars = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._tasks: list[TaskID] = [
+            self._bars.add_task(f"loading node {rank}", total=None) for rank in range(nodes)
+        ]
+
+    def __call__(self, rank: int, done: int, total: int) -> None:
+        self._bars.update(self._tasks[rank], completed=done, total=total)
+
+    def __enter__(self) -> LoadProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+
+def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
+    """The object that `--json` prints; memory in bytes, one per node."""
+    timings = generation.timings
+    return {
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "prompt_tokens": timings.prompt_tokens,
+        "generation_tokens": len(generation.tokens),
+        "prompt_tps": timings.prompt_tps,
+        "generation_tps": timings.generation_tps,
+        "finish_reason": generation.finish_reason,
+        "nodes": cluster.spec.nodes,
+        "breakdown": timings.breakdown_ms(),
+        "peak_memory": cluster.peak_memory(),
+        "load_seconds": cluster.load_seconds,
+    }
+
+
+def print_stats(summary: dict[str, Any], first_token: float) -> None:
+    """`summary` as a table on standard error; `first_token` in seconds."""
+    parts: dict[str, float] = summary["breakdown"]
+    table = Table(show_header=False)
+    table.add_row("load", f"{summary['load_seconds']:.2f} s")
+    table.add_row("time to first token", f"{1e3 * first_token:.1f} ms")
+    table.add_row("prefill", f"{summary['prompt_tps']:.1f} tokens/s")
+    table.add_row("decode", f"{summary['generation_tps']:.1f} tokens/s")
+    table.add_row("milliseconds per token", f"{sum(parts.values()):.2f}")
+    for name in ("experts", "exchange", "other"):
+        table.add_row(f"  {name}", f"{parts[name + '_ms']:.2f}")
+    for rank, memory in enumerate(summary["peak_memory"]):
+        table.add_row(f"peak memory, node {rank}", f"{memory / 2**20:.0f} MiB")
+    Console(stderr=True).print(table)

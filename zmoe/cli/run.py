@@ -1,0 +1,171 @@
+"""zmoe-run: generate text with a model whose experts are spread over several nodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zmoe import __version__
+from zmoe.cli.common import Parser, run_command, warn_unencrypted
+from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling, Timing
+from zmoe.errors import InputError
+
+if TYPE_CHECKING:
+    from zmoe.cluster.leader import ClusterSpec
+
+PROG = "zmoe-run"
+
+
+def _parser() -> Parser:
+    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin")
+    add("--version", action="version", version=f"zmoe {__version__}")
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face name")
+    _add_generation(parser)
+    _add_cluster(parser)
+    add("--stats", action="store_true", help="print a table of times and memory to stderr")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    return parser
+
+
+def _add_generation(parser: Parser) -> None:
+    defaults = Sampling()
+    add = parser.add_argument_group("generation").add_argument
+    add("-m", "--max-tokens", type=int, default=defaults.max_tokens, help="tokens to generate")
+    add("--temp", type=float, default=defaults.temp, help="temperature; 0 is greedy")
+    add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off")
+    add("--top-k", type=int, default=defaults.top_k, help="sample from the k likeliest; 0 is off")
+    add("--min-p", type=float, default=defaults.min_p, help="least probability relative to the top")
+    add("--seed", type=int, help="seed of the sampler")
+    add("--system-prompt", help="system message for the chat template")
+    add("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
+    add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
+    add("--prefill-step-size", type=int, default=512, help="prompt tokens per step")
+    add("--max-kv-size", type=int, help="keep the attention of that many tokens only")
+
+
+def _add_cluster(parser: Parser) -> None:
+    times = Timing()
+    group = parser.add_argument_group("nodes")
+    add = group.add_argument
+    add("-n", "--nodes", type=int, help="processes on this machine (default: 1)")
+    add("--hosts", help="comma separated hosts in rank order, this machine first")
+    add("--hostfile", type=Path, help="the same as a JSON file of mlx.launch")
+    add("--manual", action="store_true", help="start no node: zmoe-node is started by hand")
+    add("--bind", metavar="ADDRESS", help="address to listen on (default: loopback, or the host's)")
+    add("-p", "--starting-port", type=int, default=0, help="port of the leader; 0 is any")
+    add("--python", help="interpreter on the other hosts (default: the path of this one)")
+    add("--cwd", help="working directory on the other hosts")
+    add("--env", action="append", default=[], metavar="K=V", help="set on the other hosts")
+    add("--join-timeout", type=float, default=times.join, help="seconds for nodes to come up")
+    add("--load-timeout", type=float, default=times.load, help="seconds for loading")
+    add("--peer-timeout", type=float, default=times.peer, help="seconds to wait for a busy peer")
+
+
+def _spec(options: argparse.Namespace) -> ClusterSpec:
+    from zmoe.cluster.hosts import check_env, hosts_from_file, hosts_from_names
+    from zmoe.cluster.launch import RemoteOptions
+    from zmoe.cluster.leader import ClusterSpec
+
+    if options.hosts is not None and options.hostfile is not None:
+        raise InputError("--hosts and --hostfile exclude each other")
+    hosts = None
+    if options.hosts is not None:
+        hosts = hosts_from_names(options.hosts)
+    elif options.hostfile is not None:
+        hosts = hosts_from_file(options.hostfile)
+    nodes = options.nodes
+    if nodes is None:
+        nodes = len(hosts.hosts) if hosts is not None else 1
+    if not 0 <= options.starting_port < 65536:
+        raise InputError(f"--starting-port is {options.starting_port}: expected 0 to 65535")
+    env = tuple(check_env(setting, "--env") for setting in options.env)
+    return ClusterSpec(
+        nodes=nodes,
+        hosts=hosts,
+        manual=options.manual,
+        bind=options.bind,
+        port=options.starting_port,
+        remote=RemoteOptions(options.python, options.cwd, (*(hosts.envs if hosts else ()), *env)),
+        timing=Timing(options.join_timeout, options.load_timeout, options.peer_timeout),
+        engine=EngineConfig(options.prefill_step_size, options.max_kv_size),
+    )
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        max_tokens=options.max_tokens,
+        temp=options.temp,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        seed=options.seed,
+    )
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    prompt = options.prompt
+    if prompt is None:
+        raise InputError("no prompt: give one, or - to read standard input")
+    text: str = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise InputError("the prompt is empty")
+    return text
+
+
+def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
+    if options.chat_template_config is None:
+        return None
+    try:
+        config = json.loads(options.chat_template_config)
+    except ValueError as error:
+        raise InputError(f"--chat-template-config is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError("--chat-template-config: expected a JSON object")
+    return config
+
+
+def _generate(options: argparse.Namespace) -> None:
+    sampling, prompt, template = _sampling(options), _prompt(options), _template_config(options)
+    spec = _spec(options)  # all that can be wrong without a model has been checked by now
+    warn_unencrypted(PROG, spec.address)
+    from zmoe.cli import report
+    from zmoe.cluster.cluster import Cluster
+
+    with report.LoadProgress(spec.nodes) as progress:
+        cluster = Cluster(options.model, spec=spec, progress=progress).__enter__()
+    with cluster:
+        for notice in cluster.notices:
+            print(f"{PROG}: {notice}", file=sys.stderr)
+        generation = cluster.generate(
+            prompt,
+            sampling,
+            system_prompt=options.system_prompt,
+            ignore_chat_template=options.ignore_chat_template,
+            chat_template_config=template,
+        )
+        for token in generation:
+            if not options.json:
+                print(token.text, end="", flush=True)
+        if not options.json:
+            print(flush=True)
+        if options.stats or options.json:
+            summary = report.summarize(cluster, generation)
+            if options.json:
+                print(json.dumps(summary), flush=True)
+            if options.stats:
+                report.print_stats(summary, generation.timings.first_token)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    options = _parser().parse_args(argv)
+    return run_command(PROG, options.debug, lambda: _generate(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Nodes as processes: launching, hello, membership, steps and failure."""

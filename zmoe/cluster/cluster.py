@@ -1,0 +1,175 @@
+"""The library's door: a cluster as a context manager, text as an iterator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+
+from zmoe.cluster.leader import ClusterSpec, Leader, Progress
+from zmoe.cluster.member import Member, peak_memory
+from zmoe.config import DEFAULT_MODEL, Sampling
+from zmoe.engine.generate import Generation
+from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer
+from zmoe.errors import ZmoeError
+from zmoe.models import inspect_model
+from zmoe.models.hub import resolve_model
+from zmoe.types import ModelInfo
+
+
+class Cluster:
+    """A model spread over nodes, ready to generate once entered.
+
+    `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
+    `nodes` processes on this machine, or what `spec` says. `progress(rank,
+    bytes_done, bytes_total)` is called while the shares load. Entering raises
+    InputError and its kin for what is wrong beforehand; afterwards a lost peer
+    raises PeerError, which ends the cluster. One generation at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        nodes: int = 1,
+        *,
+        spec: ClusterSpec | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
+        folder = resolve_model(str(model))
+        self.info: ModelInfo = inspect_model(folder)
+        name = str(model) if _is_name(str(model)) else str(folder)
+        self._progress: Progress = progress or (lambda rank, done, total: None)
+        self._leader: Leader | None = None
+        if self.spec.nodes > 1:
+            self._leader = Leader(self.info, name, self.spec, self._progress)
+            self._member = self._leader.member
+        else:
+            self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)
+        self._failed: BaseException | None = None
+        self._closed = False
+        self._step = 0
+        self.notices: tuple[str, ...] = ()
+        self.load_seconds = 0.0
+
+    # ---- life -----------------------------------------------------------------
+
+    def __enter__(self) -> Cluster:
+        try:
+            if self._leader is not None:
+                self._leader.launch()
+            self.tokenizer = open_tokenizer(Path(self.info.path))
+            self._load()
+            self._warm_up()
+        except BaseException as error:
+            self._failed = error
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._failed = self._failed or error
+        self.close()
+
+    def close(self) -> None:
+        """End every process of the cluster; harmless when done twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._leader is not None:
+            self._leader.close(_reason(self._failed))
+        else:
+            self._member.close()
+        self._failed = self._failed or ZmoeError("it was closed")
+
+    def _load(self) -> None:
+        if self._leader is not None:
+            shard, self.load_seconds = self._leader.start()
+        else:
+            shard, self.load_seconds = self._member.load(lambda d, t: self._progress(0, d, t))
+        self.notices = shard.notices
+
+    def _warm_up(self) -> None:
+        """One step on the real path, so that the first token doesn't pay for it."""
+        mx.eval(self._forward([0], True))
+        self._member.spans.take()
+
+    # ---- use --------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        system_prompt: str | None = None,
+        ignore_chat_template: bool = False,
+        chat_template_config: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Iterate over the tokens that follow `prompt` (text, or token ids as they are).
+
+        Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
+        `sampling`. Raises InputError for a prompt that is empty or too long,
+        TypeError for unknown options.
+        """
+        if isinstance(prompt, str):
+            ids = encode_prompt(
+                self.tokenizer,
+                prompt,
+                system_prompt=system_prompt,
+                ignore_chat_template=ignore_chat_template,
+                chat_template_config=chat_template_config,
+            )
+        else:
+            ids = list(prompt)
+        check_length(len(ids), self.info.context_length)
+        return Generation(
+            self._forward,
+            self.tokenizer,
+            ids,
+            sampling if sampling is not None and not options else Sampling(**options),
+            prefill_chunk=self.spec.engine.prefill_chunk,
+            context=self.info.context_length,
+            spans=self._member.spans,
+        )
+
+    def peak_memory(self) -> list[int]:
+        """Peak resident bytes of every node so far, by rank."""
+        return self._leader.peak_memory() if self._leader is not None else [peak_memory()]
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that were started on this machine (or of their ssh)."""
+        return self._leader.worker_pids() if self._leader is not None else []
+
+    def _forward(self, tokens: Sequence[int], reset: bool) -> mx.array:
+        if self._failed is not None:
+            raise ZmoeError(f"this cluster has ended: {_reason(self._failed)}")
+        run: Callable[[Sequence[int], bool], mx.array]
+        run = self._leader.forward if self._leader is not None else self._forward_alone
+        try:
+            return run(tokens, reset)
+        except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
+            self._failed = error
+            raise
+
+    def _forward_alone(self, tokens: Sequence[int], reset: bool) -> mx.array:
+        self._step += 1
+        return self._member.forward(self._step, tokens, reset)
+
+
+def _is_name(model: str) -> bool:
+    return not Path(model).expanduser().is_dir()
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return str(error) or type(error).__name__

@@ -1,0 +1,95 @@
+"""Host lists as mlx.launch takes them: `--hosts a,b` and both shapes of hostfile."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zmoe.errors import InputError
+
+_HOST_KEYS = {"ssh", "ips", "rdma"}
+_FILE_KEYS = {"backend", "envs", "hosts"}
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine: the name that ssh takes and the IPv4 address that its node uses."""
+
+    ssh: str
+    address: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return ipaddress.ip_address(self.address).is_loopback
+
+
+@dataclass(frozen=True)
+class HostList:
+    """Hosts in rank order (the first runs the leader) and `K=V` settings for all of them."""
+
+    hosts: tuple[Host, ...]
+    envs: tuple[str, ...] = ()
+
+
+def hosts_from_names(text: str) -> HostList:
+    """`a,user@b,10.0.0.3`: rank order, the leader first."""
+    return HostList(tuple(_host(name.strip(), [], "--hosts") for name in text.split(",")))
+
+
+def hosts_from_file(path: Path) -> HostList:
+    """A hostfile of mlx.launch; InputError names the file and what is wrong in it."""
+    source = f"--hostfile {path}"
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON: {error}") from error
+    envs: Sequence[Any] = ()
+    if isinstance(data, dict):
+        _refuse_unknown(data, _FILE_KEYS, source)
+        envs, data = data.get("envs", ()), data.get("hosts")
+    if not isinstance(data, list) or not data:
+        raise InputError(f"{source}: expected a list of hosts")
+    if not isinstance(envs, (list, tuple)):
+        raise InputError(f'{source}: "envs" is no list')
+    hosts = [_host_from_entry(entry, f"{source}: host {i}") for i, entry in enumerate(data)]
+    return HostList(tuple(hosts), tuple(check_env(env, source) for env in envs))
+
+
+def check_env(setting: object, source: str) -> str:
+    """`setting` if it has the form K=V."""
+    if not isinstance(setting, str) or not setting.partition("=")[0].isidentifier():
+        raise InputError(f"{source}: {setting!r} is not of the form NAME=VALUE")
+    return setting
+
+
+def _refuse_unknown(entry: dict[str, Any], known: set[str], source: str) -> None:
+    if unknown := sorted(set(entry) - known):
+        raise InputError(f"{source}: unknown field {unknown[0]!r}")
+
+
+def _host_from_entry(entry: object, source: str) -> Host:
+    if not isinstance(entry, dict) or not isinstance(entry.get("ssh"), str):
+        raise InputError(f'{source}: expected {{"ssh": name, "ips": [address]}}')
+    _refuse_unknown(entry, _HOST_KEYS, source)
+    ips = entry.get("ips", [])
+    if not isinstance(ips, list) or not all(isinstance(ip, str) for ip in ips):
+        raise InputError(f'{source}: "ips" is no list of addresses')
+    return _host(entry["ssh"], ips, source)
+
+
+def _host(name: str, ips: list[str], source: str) -> Host:
+    if not name or name.startswith("-"):
+        raise InputError(f"{source}: {name!r} is no host name")
+    target = ips[0] if ips else name.rpartition("@")[2]
+    try:
+        found = socket.getaddrinfo(target, None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"{source}: cannot resolve {target!r}: {error}") from error
+    return Host(name, str(found[0][4][0]))

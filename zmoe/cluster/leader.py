@@ -1,0 +1,253 @@
+"""Rank 0's view of a cluster: bring the nodes up, run steps, bring them down."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import zmq
+
+from zmoe import __version__
+from zmoe.cluster import launch
+from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.hosts import Host, HostList
+from zmoe.cluster.member import Member, check_hello, hello_of, peak_memory
+from zmoe.cluster.messages import (
+    AskMemory,
+    Failed,
+    Hello,
+    Join,
+    Loading,
+    Memory,
+    Mesh,
+    Message,
+    Ready,
+    Setup,
+    Step,
+    Stop,
+)
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.models import LoadedShard
+from zmoe.moe.exchange import Endpoint
+from zmoe.types import ModelInfo
+
+Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Which nodes, and how they come to be.
+
+    `hosts` None: `nodes` processes on this machine. Otherwise one node per
+    host, in rank order, the first being this machine. `manual`: start nothing;
+    `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
+    """
+
+    nodes: int = 1
+    hosts: HostList | None = None
+    manual: bool = False
+    bind: str | None = None
+    port: int = 0
+    remote: launch.RemoteOptions = field(default_factory=launch.RemoteOptions)
+    timing: Timing = field(default_factory=Timing)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.nodes > 64:
+            raise InputError(f"--nodes is {self.nodes}: expected a number from 1 to 64")
+        if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
+            raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
+
+    @property
+    def address(self) -> str:
+        """Where the leader listens: loopback unless hosts or `bind` say otherwise."""
+        if self.bind is not None:
+            return self.bind
+        return self.hosts.hosts[0].address if self.hosts is not None else "127.0.0.1"
+
+
+class Leader:
+    """A running cluster of at least two nodes, seen from rank 0."""
+
+    def __init__(
+        self, info: ModelInfo, model_name: str, spec: ClusterSpec, progress: Progress
+    ) -> None:
+        self.info, self.spec = info, spec
+        self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
+        self._model_name, self._progress = model_name, progress
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._processes: list[launch.NodeProcess] = []
+        self._workers = range(1, spec.nodes)
+        self._step = 0
+        self._inbox: defaultdict[type[Message], dict[int, Any]] = defaultdict(dict)
+        self.ready: dict[int, Ready] = {}
+        self._bus = LeaderBus(self._context, spec.address, spec.port)
+
+    # ---- coming up ----------------------------------------------------------
+
+    def start(self) -> tuple[LoadedShard, float]:
+        """Greet, connect and load, after launch().
+
+        Returns this rank's shard, and the seconds until all had theirs. Any failure
+        names the node; the caller then closes.
+        """
+        timing = self.spec.timing
+        joins = self._collect(Join, "has not joined", timing.join)
+        for rank, join in joins.items():
+            self._check_protocol(rank, join)
+        self._broadcast(self._setup())
+        own = self.member.open_exchange(self.spec.address)
+        hellos = self._collect(Hello, "has not said hello", timing.join)
+        mine = hello_of(self.member.info, self.member.placement, own)
+        for rank, hello in hellos.items():
+            check_hello(mine, hello, f"node {rank} ({joins[rank].host})")
+        endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
+        self._broadcast(Mesh([[e.host, e.data_port, e.control_port] for e in endpoints]))
+        self.member.connect(endpoints)
+        shard, seconds = self.member.load(self._own_progress)
+        self.ready = self._collect(Ready, "has not loaded its share", timing.load)
+        return shard, max(seconds, *(ready.seconds for ready in self.ready.values()))
+
+    def launch(self) -> None:
+        """Start the workers, unless they are started by hand."""
+        if self.spec.manual:
+            return
+        address = f"{self.spec.address}:{self._bus.port}"
+        if self.spec.hosts is not None:
+            for rank in self._workers:
+                host = self.spec.hosts.hosts[rank]
+                self._processes.append(self._start_on(host, address, rank))
+            return
+        cores = launch.divide_cores(self.spec.nodes)
+        if cores is not None:
+            self.member.pin(cores[0])
+        for rank in self._workers:
+            mine = cores[rank] if cores is not None else None
+            process = launch.start_local(address, rank, self.spec.address, mine)
+            self._processes.append(process)
+
+    def _start_on(self, host: Host, leader: str, rank: int) -> launch.NodeProcess:
+        if host.ssh in ("127.0.0.1", "localhost"):
+            return launch.start_local(leader, rank, host.address, None)
+        return launch.start_over_ssh(leader, rank, host, self.spec.remote)
+
+    def _setup(self) -> Setup:
+        timing, engine = self.spec.timing, self.spec.engine
+        return Setup(
+            session=self.member.session,
+            nodes=self.spec.nodes,
+            model=self._model_name,
+            prefill_chunk=engine.prefill_chunk,
+            max_kv_size=engine.max_kv_size,
+            peer_timeout=timing.peer,
+            grace_timeout=timing.grace,
+            load_timeout=timing.load,
+            join_timeout=timing.join,
+        )
+
+    def _check_protocol(self, rank: int, join: Join) -> None:
+        if join.protocol != PROTOCOL_VERSION:
+            raise MismatchError(
+                f"node {rank} ({join.host}) speaks protocol {join.protocol} (zmoe {join.version}), "
+                f"the leader {PROTOCOL_VERSION} (zmoe {__version__})"
+            )
+
+    def _own_progress(self, done: int, total: int) -> None:
+        self._progress(0, done, total)
+        while self._receive(0):
+            pass
+
+    # ---- control messages ---------------------------------------------------
+
+    def _receive(self, timeout: float) -> bool:
+        """Handle one message; what somebody will wait for goes to the inbox."""
+        got = self._bus.receive(timeout)
+        if got is None:
+            return False
+        rank, message = got
+        if rank not in self._workers:
+            with suppress(PeerError):  # a stranger need not listen
+                error = f"rank {rank} is none of the workers 1 to {self.spec.nodes - 1} of this run"
+                self._bus.send(rank, Stop(error))
+        elif isinstance(message, Failed):
+            kind = InputError if message.input_error else ZmoeError
+            raise kind(f"node {rank}: {message.error}")
+        elif isinstance(message, Loading):
+            self._progress(rank, message.done, message.total)
+        elif isinstance(message, (Join, Hello, Ready, Memory)):
+            self._inbox[type(message)][rank] = message
+        else:
+            raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
+        return True
+
+    def _collect(self, kind: type[M], missing: str, timeout: float) -> dict[int, M]:
+        """One message of `kind` from every worker, by rank, before `timeout` seconds are over."""
+        found: dict[int, M] = self._inbox[kind]
+        deadline = time.monotonic() + timeout
+        while len(found) < len(self._workers):
+            self._check_processes()
+            self.member.service()
+            if not self._receive(0.05) and time.monotonic() > deadline:
+                ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
+                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s")
+        return dict(sorted(self._inbox.pop(kind).items()))
+
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            code = process.exit_code()
+            if code is None:
+                continue
+            words = process.last_words() or f"exit code {code}"
+            while self._receive(0):  # its own words, if it sent them, say more
+                pass
+            raise LaunchError(f"node {process.rank} on {process.name} ended: {words}")
+
+    def _broadcast(self, message: Message) -> None:
+        for rank in self._workers:
+            self._bus.send(rank, message)
+
+    # ---- running --------------------------------------------------------------
+
+    def forward(self, tokens: Sequence[int], reset: bool) -> mx.array:
+        """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
+        self._step += 1
+        try:
+            self._broadcast(Step(self._step, reset, list(tokens)))
+            return self.member.forward(self._step, tokens, reset)
+        except PeerError:
+            while self._receive(0):  # what a peer says of its own end says more: raises that
+                pass
+            raise
+
+    def peak_memory(self) -> list[int]:
+        """Peak resident bytes of every node, by rank."""
+        self._broadcast(AskMemory())
+        answers = self._collect(Memory, "did not tell its memory", self.spec.timing.join)
+        return [peak_memory(), *(m.peak_memory for m in answers.values())]
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that this leader started."""
+        return [process.pid for process in self._processes]
+
+    def last_words(self) -> dict[int, str]:
+        """What ended workers wrote last on standard error, by rank."""
+        ended = (p for p in self._processes if p.exit_code() is not None)
+        return {p.rank: words for p in ended if (words := p.last_words())}
+
+    def close(self, error: str = "") -> None:
+        """End every node: politely when all is well, at once after an `error`."""
+        for rank in self._workers:
+            with suppress(PeerError):  # it is gone already
+                self._bus.send(rank, Stop(error))
+        self.member.close()
+        launch.end_all(self._processes, patience=0.0 if error else 2.0)
+        self._bus.close()
+        self._context.term()

@@ -1,0 +1,139 @@
+"""What every node does alike, leader or worker: placement, exchange, share, steps."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from zmoe.cluster.messages import Hello
+from zmoe.cluster.placement import place_evenly
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.engine.engine import Engine
+from zmoe.errors import MismatchError
+from zmoe.models import LoadedShard, load_shard
+from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
+from zmoe.obs import Spans
+from zmoe.types import ModelInfo, Placement
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Member:
+    """One node of a run, from placement to forward passes. A run may have a single node."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        rank: int,
+        nodes: int,
+        session: int,
+        config: EngineConfig,
+        timing: Timing,
+    ) -> None:
+        self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
+        self.placement = place_evenly(info, nodes)
+        self.spans = Spans()
+        self.exchange: Exchange | None = None
+        self._config, self._timing = config, timing
+        self._engine: Engine | None = None
+        self._connected = False
+        self._affinity: set[int] | None = None
+
+    def pin(self, cores: Sequence[int]) -> None:
+        """Keep this process on `cores` until close()."""
+        self._affinity = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
+
+    def open_exchange(self, host: str) -> Endpoint:
+        """Bind the data sockets on `host`; where they listen."""
+        row_bytes = self.info.exchange_width * DTYPE_BYTES[self.info.dtype]
+        self.exchange = Exchange(
+            self.rank,
+            self.nodes,
+            session=self.session,
+            bind_host=host,
+            max_payload_bytes=row_bytes * self._config.prefill_chunk,
+            small_payload_bytes=row_bytes,
+            deadline_s=self._timing.peer,
+            grace_s=self._timing.grace,
+            spans=self.spans,
+        )
+        return self.exchange.endpoint
+
+    def connect(self, endpoints: Sequence[Endpoint]) -> None:
+        """Link up with every peer."""
+        assert self.exchange is not None
+        self.exchange.connect(endpoints, self._timing.join)
+        self._connected = True
+
+    def service(self) -> None:
+        """Between exchanges: serve peers, watch their links; PeerError when one is lost."""
+        if self.exchange is not None and self._connected:
+            self.exchange.service()
+
+    def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
+        """Read this rank's share; the shard and the seconds it took."""
+        start = time.perf_counter()
+        reducer = self.exchange or SingleNode()
+        shard = load_shard(self.info, self.placement, reducer, spans=self.spans, progress=progress)
+        self._engine = Engine(shard.model, reducer, self._config)
+        return shard, time.perf_counter() - start
+
+    def forward(self, step: int, tokens: Sequence[int], reset: bool) -> mx.array:
+        """Run one step; lazy logits (vocabulary,)."""
+        assert self._engine is not None
+        if reset:
+            self._engine.reset()
+        return self._engine.forward(step, tokens)
+
+    def close(self) -> None:
+        if self.exchange is not None:
+            self.exchange.close()
+        if self._affinity is not None:
+            os.sched_setaffinity(0, self._affinity)
+            self._affinity = None
+
+
+def peak_memory() -> int:
+    """This process's peak resident memory in bytes, MLX's peak where that is not resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = peak if sys.platform == "darwin" else peak * 1024
+    return max(resident, mx.get_peak_memory())
+
+
+def hello_of(info: ModelInfo, placement: Placement, endpoint: Endpoint) -> Hello:
+    """What a node tells of itself."""
+    return Hello(
+        protocol=PROTOCOL_VERSION,
+        fingerprint=info.fingerprint,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        placement=placement.digest,
+        host=endpoint.host,
+        data_port=endpoint.data_port,
+        control_port=endpoint.control_port,
+    )
+
+
+def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
+    """Raise MismatchError, naming both sides, for the first thing that differs."""
+    for field, what in (
+        ("protocol", "protocol"),
+        ("dtype", "dtype"),
+        ("quantization", "quantisation"),
+        ("fingerprint", "another model: fingerprint"),
+        ("placement", "placement"),
+    ):
+        ours, other = getattr(mine, field), getattr(theirs, field)
+        if ours != other:
+            raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
+    if theirs.host.startswith("127.") and not mine.host.startswith("127."):
+        raise MismatchError(
+            f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
+            "start that zmoe-node with --bind ADDRESS"
+        )

@@ -1,0 +1,174 @@
+"""Control messages between leader and workers: msgpack arrays, strictly typed.
+
+A message is `[name, field, ...]` in the order of the dataclass. What does not
+fit (an unknown name, a missing or extra field, a wrong type) is a
+`MessageError`; nothing of it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Union
+
+import msgpack
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+
+class MessageError(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Worker to leader: I am here. First message, understood by every version."""
+
+    protocol: int
+    rank: int
+    version: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Leader to worker: what will run. `model` is a folder or a hub name."""
+
+    session: int
+    nodes: int
+    model: str
+    prefill_chunk: int
+    max_kv_size: int | None
+    peer_timeout: float
+    grace_timeout: float
+    load_timeout: float
+    join_timeout: float
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Worker to leader: what I hold and where my data sockets listen."""
+
+    protocol: int
+    fingerprint: str
+    dtype: str
+    quantization: str
+    placement: str
+    host: str
+    data_port: int
+    control_port: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Leader to worker: every node's data sockets, by rank."""
+
+    endpoints: list[list[Any]]  # [host, data_port, control_port]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Worker to leader: bytes of my share read so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Worker to leader: my share is loaded."""
+
+    bytes_read: int
+    share_bytes: int
+    seconds: float
+    peak_memory: int
+    notices: list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Leader to worker: one forward pass over `tokens`; `reset` starts a new sequence."""
+
+    step: int
+    reset: bool
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class AskMemory:
+    """Leader to worker: report your peak memory."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Worker to leader: peak resident bytes so far."""
+
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leader to worker: the run is over. `error` is empty when all is well."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Worker to leader: I can't go on. `input_error`: it is bad input (exit 2)."""
+
+    error: str
+    input_error: bool
+
+
+Message = Join | Setup | Hello | Mesh | Loading | Ready | Step | AskMemory | Memory | Stop | Failed
+_TYPES: dict[str, type[Any]] = {t.__name__: t for t in typing.get_args(Message)}
+_HINTS = {name: typing.get_type_hints(t) for name, t in _TYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """One frame's bytes."""
+    values = [getattr(message, f.name) for f in dataclasses.fields(message)]
+    return bytes(msgpack.packb([type(message).__name__, *values]))
+
+
+def decode(frame: bytes) -> Message:
+    """The message in `frame`; raises MessageError."""
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"{len(frame)} bytes are more than any message has")
+    try:
+        parts = msgpack.unpackb(frame, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise MessageError("not msgpack") from error
+    if not isinstance(parts, list) or not parts or not isinstance(parts[0], str):
+        raise MessageError("not a message")
+    name, values = parts[0], parts[1:]
+    if name not in _TYPES:
+        raise MessageError(f"unknown message {name[:40]!r}")
+    fields = dataclasses.fields(_TYPES[name])
+    if len(values) != len(fields):
+        raise MessageError(f"{name} has {len(values)} fields instead of {len(fields)}")
+    for field, value in zip(fields, values):
+        if not _fits(value, _HINTS[name][field.name]):
+            raise MessageError(f"{name}.{field.name} has the wrong type")
+    message: Message = _TYPES[name](*values)
+    return message
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is Union:
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if origin is list:
+        (item,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_fits(v, item) for v in value)
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,90 @@
+"""Settings of a run, validated where they enter; every error names the flag."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from zmoe.errors import InputError
+
+DEFAULT_MODEL = "zmoe-tiny"
+PROTOCOL_VERSION = 1
+
+
+def _check(ok: bool, flag: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{flag} is {value}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the leader picks tokens; names and meaning are mlx-lm's.
+
+    `temp` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off; `seed` None
+    leaves the generator alone. `max_kv_size` bounds the attention cache.
+    """
+
+    max_tokens: int = 100
+    temp: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens > 0, "--max-tokens", self.max_tokens, "a positive number")
+        _check(
+            math.isfinite(self.temp) and self.temp >= 0,
+            "--temp",
+            self.temp,
+            "a number of 0 or more",
+        )
+        _check(0 < self.top_p <= 1, "--top-p", self.top_p, "a number in (0, 1]")
+        _check(self.top_k >= 0, "--top-k", self.top_k, "0 or a positive number")
+        _check(0 <= self.min_p <= 1, "--min-p", self.min_p, "a number in [0, 1]")
+        seed_fits = self.seed is None or 0 <= self.seed < 2**64
+        _check(seed_fits, "--seed", self.seed, "a number from 0 to 2^64-1")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Deadlines in seconds.
+
+    `join`: until every node has said hello. `load`: until every node holds its
+    weights. `peer`: for one peer's part of one exchange, however slow its
+    compute. `grace`: how long a broken link may take to come back.
+    """
+
+    join: float = 60.0
+    load: float = 3600.0
+    peer: float = 120.0
+    grace: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("join", "load", "peer", "grace"):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value > 0
+            _check(ok, f"--{name}-timeout", value, "a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What every node must agree on to run the same steps.
+
+    `prefill_chunk`: rows of one prefill step. `max_kv_size`: rotating attention
+    cache of that many tokens, None for the whole context.
+    """
+
+    prefill_chunk: int = 512
+    max_kv_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            1 <= self.prefill_chunk <= 8192,
+            "--prefill-step-size",
+            self.prefill_chunk,
+            "a number from 1 to 8192",
+        )
+        kv_fits = self.max_kv_size is None or self.max_kv_size > 8
+        _check(kv_fits, "--max-kv-size", self.max_kv_size, "more than 8")

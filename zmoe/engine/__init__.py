@@ -1,0 +1,1 @@
+"""One forward pass at a time, and the loop that turns passes into text."""

@@ -1,0 +1,62 @@
+"""From a user's words to token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from zmoe.errors import InputError, ModelError
+
+
+def open_tokenizer(folder: Path) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint; ModelError names the folder when there is none."""
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # transformers raises whatever its parsers do
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    *,
+    system_prompt: str | None = None,
+    ignore_chat_template: bool = False,
+    chat_template_config: dict[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of `prompt`, through the chat template if the model has one.
+
+    Raises InputError for an empty prompt, and for chat settings that a model
+    without template would ignore.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty")
+    if ignore_chat_template or not tokenizer.has_chat_template:
+        if system_prompt is not None or chat_template_config:
+            flag = "--system-prompt" if system_prompt is not None else "--chat-template-config"
+            raise InputError(f"{flag} needs a chat template, and none is in use")
+        bos = tokenizer.bos_token
+        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, **(chat_template_config or {})
+        )
+    if not ids:
+        raise InputError("the prompt holds no token")
+    return list(ids)
+
+
+def check_length(prompt_tokens: int, context: int | None) -> None:
+    """Raise InputError when the prompt leaves no room for one more token."""
+    if context is not None and prompt_tokens >= context:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, and the model's context {context}: "
+            f"shorten it to at most {context - 1}"
+        )

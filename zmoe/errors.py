@@ -1,0 +1,55 @@
+"""Every error that zmoe raises on purpose.
+
+Each message is one line that names the culprit: a file, flag, peer or layer.
+`exit_code` is what the commands return: 2 for bad input, 1 for what failed
+while running.
+"""
+
+from __future__ import annotations
+
+
+class ZmoeError(Exception):
+    """Base of all zmoe errors; `exit_code` 1 unless a subclass says otherwise."""
+
+    exit_code = 1
+
+
+class InputError(ZmoeError):
+    """Bad input that was noticed before anything ran: a flag, a prompt, a host file."""
+
+    exit_code = 2
+
+
+class ModelError(InputError):
+    """A model folder that is missing, damaged, unknown or not a Mixture of Experts."""
+
+
+class PlacementError(InputError):
+    """Experts that cannot be placed on the given nodes."""
+
+
+class LaunchError(InputError):
+    """A node that could not be started or did not join."""
+
+
+class MismatchError(InputError):
+    """A node that holds another model, dtype, protocol or placement than its leader."""
+
+
+class PeerError(ZmoeError):
+    """A peer was lost, or missed its deadline, during a step.
+
+    Attributes: `rank` of the peer, `layer` (ordinal of the MoE layer, or None
+    between layers) and `step` at which this process noticed.
+    """
+
+    def __init__(self, rank: int, layer: int | None, step: int, reason: str) -> None:
+        self.rank, self.layer, self.step, self.reason = rank, layer, step, reason
+        where = (
+            f"layer {layer}, step {step}" if layer is not None else f"between layers, step {step}"
+        )
+        super().__init__(f"rank {rank} {reason} at {where}")
+
+
+class DivergenceError(ZmoeError):
+    """A peer is at another step or layer, or routed the same rows differently."""

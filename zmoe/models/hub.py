@@ -1,0 +1,45 @@
+"""From the name that a user gives to a folder on this machine."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from zmoe.config import DEFAULT_MODEL
+from zmoe.errors import ModelError
+
+_PATTERNS = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def resolve_model(name: str) -> Path:
+    """The checkpoint folder of `name`: the embedded model, a folder, or a Hugging Face repo.
+
+    A repo is taken from, or downloaded into, the hub's cache (HF_HOME and
+    HF_HUB_OFFLINE are respected). Raises ModelError naming it.
+    """
+    if name == DEFAULT_MODEL:
+        return Path(str(files("zmoe") / "data" / DEFAULT_MODEL))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise ModelError(f"--model {name}: is a file; expected a folder with config.json")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"--model {name}: no such folder, nor a Hugging Face name (org/model)")
+    return _download(name)
+
+
+def _download(repo: str) -> Path:
+    # Only here: importing the hub's client takes a noticeable part of a second.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"--model {repo}: not in the local Hugging Face cache, and the hub is out of reach"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"--model {repo}: cannot be had from the hub: {reason}") from error

@@ -1,0 +1,141 @@
+"""What a model is, from its config and tensor headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.utils import load_config
+
+from zmoe.errors import ModelError
+from zmoe.models.checkpoint import Tensor, read_config, read_tensors
+from zmoe.models.discover import Site, find_sites, model_classes
+from zmoe.models.fingerprint import fingerprint
+from zmoe.types import ModelInfo
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings", "embd.wte", "embed")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "model_dim")
+_TOP_KS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
+_CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_positions",
+    "model_max_length",
+    "seq_length",
+)
+
+
+def inspect_model(path: Path) -> ModelInfo:
+    """Describe the checkpoint in the folder `path`, reading no weights.
+
+    Raises ModelError, in one line, for a folder that is missing, damaged, of a
+    type unknown to mlx-lm, or without experts.
+    """
+    config = read_config(path)
+    tensors = read_tensors(path)
+    model = skeleton(path, load_config(path))
+    sites = find_sites(model)
+    if not sites:
+        raise ModelError(f"{path} holds no Mixture of Experts: type {config['model_type']}")
+    counts = {site.experts for site in sites}
+    if len(counts) > 1:
+        raise ModelError(f"{path} has layers with different numbers of experts")
+    hidden = _integer(config, _WIDTHS)
+    if hidden is None:
+        raise ModelError(f"{path / 'config.json'} names no hidden size")
+    shapes = [_routing_shape(site, hidden, config) for site in sites]
+    return ModelInfo(
+        path=str(path),
+        model_type=config["model_type"],
+        fingerprint=fingerprint(config, tensors),
+        dtype=_dtype(path, tensors),
+        quantization=_quantization(config),
+        layers=len(model.layers),
+        moe_layers=tuple(site.layer for site in sites),
+        experts=counts.pop(),
+        top_k=max(k for _, k in shapes),
+        hidden_size=hidden,
+        exchange_width=max(
+            width if site.adapter else width * k
+            for site, (width, k) in zip(sites, shapes, strict=True)
+        ),
+        context_length=_integer(config, _CONTEXTS),
+    )
+
+
+def skeleton(path: Path, config: dict[str, Any]) -> Module:
+    """The model as its config describes it, its weights never computed."""
+    if config.get("model_file") is not None:
+        raise ModelError(f"{path} needs its own model code, which is not supported")
+    model_class, args_class = model_classes(config)
+    try:
+        return model_class(args_class.from_dict(config))
+    except Exception as error:  # mlx-lm's constructors raise whatever a bad config makes them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{path / 'config.json'} describes no usable model: {reason}") from None
+
+
+def _routing_shape(site: Site, hidden: int, config: Mapping[str, Any]) -> tuple[int, int]:
+    """(width that the experts see, experts per row): of unevaluated arrays."""
+    switch_width = int(_input_dims(site))
+    k = _integer(config, _TOP_KS)
+    if site.adapter is not None:
+        try:
+            routing = site.adapter.route(site.block, mx.zeros((1, 1, hidden)))
+        except TypeError:  # the block is called with a finished routing
+            pass
+        else:
+            return int(routing.x.shape[-1]), int(routing.ids.shape[-1])
+    if k is None:
+        raise ModelError(f"the config names no number of experts per token for {site.path}")
+    return switch_width, k
+
+
+def _input_dims(site: Site) -> int:
+    first = getattr(site.switch, "gate_proj", None) or site.switch.fc1
+    return int(first.input_dims)
+
+
+def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of `names` that the config, or its text part, gives a number for."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for name in names:
+            value = part.get(name)
+            if isinstance(value, list) and value:
+                value = max(value)  # hunyuan: one number per layer
+            if type(value) is int:
+                return value
+    return None
+
+
+def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """The dtype that the embedding puts out, which the layers carry on."""
+    for tensor in tensors.values():
+        stem, _, kind = tensor.name.rpartition(".")
+        if kind != "weight" or stem.rpartition(".")[2] not in _EMBEDDINGS:
+            continue
+        if tensor.dtype in _DTYPES:
+            return _DTYPES[tensor.dtype]
+        scales = tensors.get(f"{stem}.scales")
+        # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16.
+        return _DTYPES.get(scales.dtype if scales else "", "bfloat16")
+    raise ModelError(f"{path} holds no token embedding")
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    settings = config.get("quantization")
+    if isinstance(settings, Mapping) and "bits" in settings:
+        mode = settings.get("mode", "affine")
+        return f"{mode}-{settings['bits']}bit-g{settings.get('group_size')}"
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    legacy = config.get("quantization_config") or nested
+    if isinstance(legacy, Mapping):
+        return str(legacy.get("quant_method", "unknown"))
+    return "none"

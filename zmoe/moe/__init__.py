@@ -1,0 +1,1 @@
+"""One MoE layer over several nodes: routing, local experts, exchange of partial outputs."""

@@ -1,0 +1,275 @@
+"""The all-reduce among all ranks, from MLX array to MLX array (or numpy).
+
+The work is done in C (csrc/exchange.c). Here: the sockets' life, deadlines,
+signals, errors that name the peer, and the persistent buffers that results
+land in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NoReturn
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from zmoe.errors import InputError, LaunchError, ZmoeError
+from zmoe.moe.faults import error_of
+from zmoe.moe.native_exchange import NativeExchange, Receive
+from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.sockets import Endpoint, Sockets
+from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype, Status
+from zmoe.obs import Spans
+
+RESEND_MS = 50  # a frame this late is asked for again
+SPIN_US = 0  # how long to look for a peer's frame before sleeping
+_NUMPY_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16}
+
+
+class Exchange:
+    """All-reduce among `nodes` ranks that move in lock-step; one thread at a time.
+
+    Listens as soon as it is made (`endpoint` says where); `connect` joins the
+    others. `session` (64 bits) keeps runs apart: what others send is counted
+    and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
+    link may take to come back.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        nodes: int,
+        *,
+        session: int,
+        max_payload_bytes: int,
+        small_payload_bytes: int,
+        bind_host: str = "127.0.0.1",
+        data_port: int = 0,
+        control_port: int = 0,
+        deadline_s: float = 30.0,
+        grace_s: float = 1.0,
+        spin_us: int = SPIN_US,
+        spans: Spans | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
+            raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
+        self.rank, self.nodes, self.step = rank, nodes, 0
+        self._session, self._deadline_s, self._grace_s = session, deadline_s, grace_s
+        self._max_bytes = max_payload_bytes
+        self._small_bytes = min(small_payload_bytes, max_payload_bytes)
+        self._spin_us = spin_us
+        self._spans = spans or Spans()
+        self._native: NativeExchange | None = None
+        self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._received = ReceiveBuffers(max_payload_bytes)
+        self._own_context = context is None
+        self._context = zmq.Context() if context is None else context
+        frame_bytes = HEADER_BYTES + max_payload_bytes
+        self._sockets = Sockets(self._context, rank, session, frame_bytes)
+        try:
+            self.endpoint = self._sockets.bind(bind_host, data_port, control_port)
+        except InputError:
+            self.close()
+            raise
+
+    # ---- joining ---------------------------------------------------------------
+
+    def connect(self, endpoints: Sequence[Endpoint], deadline_s: float) -> None:
+        """Join the ranks at `endpoints` (one a rank, own included).
+
+        Returns once all of them have subscribed to us and our links to them
+        stand; else raises LaunchError naming the ranks that are missing.
+        """
+        self.start_connect(endpoints)
+        self.finish_connect(endpoints, deadline_s)
+
+    def start_connect(self, endpoints: Sequence[Endpoint]) -> None:
+        """First half of `connect`: returns at once."""
+        if len(endpoints) != self.nodes:
+            raise InputError(f"{len(endpoints)} endpoints for {self.nodes} nodes")
+        self._sockets.connect(endpoints)
+        sockets = self._sockets
+        self._native = NativeExchange(
+            rank=self.rank,
+            nodes=self.nodes,
+            session=self._session,
+            max_payload_bytes=self._max_bytes,
+            small_payload_bytes=self._small_bytes,
+            xpub=sockets.xpub.underlying,
+            sub=sockets.sub.underlying,
+            router=sockets.router.underlying,
+            dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
+            monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
+            spin_us=self._spin_us,
+            resend_ms=RESEND_MS,
+            grace_ms=int(self._grace_s * 1000),
+        )
+
+    def finish_connect(self, endpoints: Sequence[Endpoint], deadline_s: float) -> None:
+        """Second half of `connect`: waits for every rank."""
+        poller = zmq.Poller()
+        for socket in self.poll_sockets():
+            poller.register(socket, zmq.POLLIN)
+        until = time.monotonic() + deadline_s
+        everyone = set(range(self.nodes)) - {self.rank}
+        while True:
+            present = set(self.native.subscribers()) & set(self.native.links())
+            if present == everyone:
+                return
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
+            poller.poll(int(min(left_s, 0.1) * 1000) + 1)
+        absent = ", ".join(
+            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
+            for r in sorted(everyone - present)
+        )
+        raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
+
+    @property
+    def native(self) -> NativeExchange:
+        """The exchange in C. Raises ZmoeError before `connect` and after `close`."""
+        if self._native is None:
+            raise ZmoeError("the exchange is not connected")
+        return self._native
+
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """What an idle wait must poll too; when one is readable, call `service`.
+
+        While a broken link's grace runs nothing becomes readable: poll with a
+        time-out of at most `grace_s`.
+        """
+        monitors = [socket for socket in self._sockets.monitors if socket is not None]
+        return [self._sockets.router, self._sockets.xpub, *monitors]
+
+    # ---- the all-reduce --------------------------------------------------------
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start afresh: frames of earlier epochs are stale from now on."""
+        if self.native.begin_epoch(epoch) is not Status.OK:
+            raise ZmoeError(f"epoch {epoch} is not later than the one before")
+
+    def all_reduce(
+        self,
+        layer: int,
+        partial: mx.array | None,
+        shape: tuple[int, int],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """See zmoe.types.Reducer; float32, float16 and bfloat16."""
+        rows, width = shape
+        wire = DTYPES[dtype]
+        source, source_dtype = None, wire
+        if partial is not None and rows * width > 0:
+            source, source_dtype = self._received.source(partial, rows * width)
+        with self._spans.span("exchange"):
+            self._publish(source, source_dtype, layer, rows, width, wire, digest)
+            if overlap:
+                mx.async_eval(*overlap)  # type: ignore[no-untyped-call]
+            out = self._received.next(dtype)
+            self._collect(out, wire, layer)
+        return self._received.view(dtype, rows, width)
+
+    def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
+
+        Counts its own steps: don't mix it with `all_reduce` in one epoch.
+        """
+        dtype = _NUMPY_DTYPES.get(array.dtype)
+        if dtype is None or array.ndim not in (1, 2) or array.size == 0:
+            raise InputError(
+                f"cannot reduce a {array.dtype} array of shape {array.shape}: expected float32 "
+                "or float16, 1-D or 2-D, not empty"
+            )
+        rows, width = array.shape if array.ndim == 2 else (1, array.shape[0])
+        out = np.empty(array.shape, array.dtype)
+        with self._spans.span("exchange"):
+            source = np.ascontiguousarray(array)
+            self._publish(source, dtype, 0, rows, width, dtype, 0)
+            self._collect(Receive(out), dtype, 0)
+        self.step += 1
+        return out
+
+    def _publish(
+        self,
+        source: object | None,
+        source_dtype: Dtype,
+        layer: int,
+        rows: int,
+        width: int,
+        wire: Dtype,
+        digest: int,
+    ) -> None:
+        status = self.native.publish(
+            source, source_dtype, self.step, layer, rows, width, wire, digest, self._deadline_s
+        )
+        if status == Status.OK:
+            return
+        if rows * width * wire.itemsize > self._max_bytes:
+            raise InputError(
+                f"a partial output of {rows} x {width} {wire.name} exceeds the exchange's "
+                f"{self._max_bytes} bytes"
+            )
+        if status == Status.INVALID:
+            raise ZmoeError(f"layer {layer}, step {self.step} does not come after the last one")
+        self._fail(status, layer)
+
+    def _collect(self, out: Receive, dtype: Dtype, layer: int) -> None:
+        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
+        collect, deadline_s = self.native.collect, self._deadline_s
+        status = collect(out, dtype, deadline_s)
+        if status == Status.INTERRUPTED:
+            until = time.monotonic() + deadline_s
+            while status == Status.INTERRUPTED:
+                status = collect(out, dtype, until - time.monotonic())
+        if status != Status.OK:
+            self._fail(status, layer)
+
+    # ---- between exchanges ------------------------------------------------------
+
+    def service(self) -> None:
+        """Answer peers and look at the links, without waiting. Raises PeerError."""
+        status = self.native.service()
+        if status != Status.OK:
+            self._fail(status, None)
+
+    def _fail(self, status: int, layer: int | None) -> NoReturn:
+        raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters: exchanges, frames, bytes, bad frames by kind, resends, links."""
+        return self._native.stats() if self._native is not None else self._final[0]
+
+    @property
+    def pool_stats(self) -> dict[str, int]:
+        """Counters of the slot pool, and how much of it is locked in memory."""
+        return self._native.pool_stats() if self._native is not None else self._final[1]
+
+    def close(self) -> None:
+        """Leave; idempotent, never blocks, drops what is unsent."""
+        if self._native is not None:
+            self._final = (self.stats, self.pool_stats)
+            self._native.close()
+            self._native = None
+        self._sockets.close()
+        if self._own_context:
+            self._context.term()
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,137 @@
+"""A MoE block whose experts are spread over the nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from zmoe.moe.adapter import Adapter, Block, Routing
+from zmoe.moe.experts import expert_outputs, partial_sum
+from zmoe.moe.router import Ints, LocalPairs, Ownership, routing_digest
+from zmoe.obs import Spans
+from zmoe.types import Reducer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a MoE layer knows of the cluster.
+
+    `ordinal` is its place among the MoE layers; `experts` how many there are
+    on all nodes, `owned` this node's, in the order of its weights; `dtype`
+    that of the partial sums.
+    """
+
+    ordinal: int
+    experts: int
+    owned: Sequence[int]
+    dtype: mx.Dtype
+    reducer: Reducer
+    spans: Spans
+
+
+def _on_host(ids: mx.array) -> Ints:
+    return np.asarray(ids)
+
+
+class ExpertParallelMoE(Module):
+    """Routes as `block` would, computes the local experts, sums over the nodes.
+
+    Calls evaluate: the routing goes to the host once, to keep of it only the
+    local (row, expert) pairs.
+    """
+
+    def __init__(self, block: Block, adapter: Adapter, layer: Layer) -> None:
+        super().__init__()
+        self.block = block
+        self._adapter = adapter
+        self._layer = layer
+        self._ownership = Ownership(layer.experts, layer.owned)
+
+    def __call__(self, x: mx.array, *given: mx.array) -> mx.array:
+        adapter, layer = self._adapter, self._layer
+        routing = adapter.route(self.block, x, *given)
+        width, k = routing.x.shape[-1], routing.ids.shape[-1]
+        rows = routing.x.reshape(-1, width)
+        ids = routing.ids.reshape(-1, k).astype(mx.int32)
+        weights = routing.weights.reshape(-1, k).astype(mx.float32)
+        mx.eval(rows, ids, weights)
+        host_ids = _on_host(ids)
+        shared = adapter.shared(self.block, x, routing)
+        routed = layer.reducer.all_reduce(
+            layer.ordinal,
+            self._partial(rows, self._ownership.pairs(host_ids), np.asarray(weights)),
+            (rows.shape[0], width),
+            layer.dtype,
+            # The order within a row may differ between devices; the set may not.
+            routing_digest(np.sort(host_ids, axis=-1)),
+            overlap=() if shared is None else (shared,),
+        )
+        routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
+        return adapter.finish(self.block, x, routed, shared)
+
+    def _partial(self, rows: mx.array, pairs: LocalPairs, weights: np.ndarray) -> mx.array | None:
+        if not len(pairs.rows):
+            return None
+        hook = self._adapter.per_expert
+        with self._layer.spans.span("experts"):
+            part = partial_sum(
+                operator.attrgetter(self._adapter.switch)(self.block),
+                rows,
+                pairs,
+                weights,
+                self._layer.dtype,
+                None if hook is None else partial(hook, self.block),
+            )
+            mx.eval(part)
+        return part
+
+
+class ExpertParallelSwitch(Module):
+    """Stands in for the switch layer of a block that has no adapter.
+
+    Returns every chosen expert's output, (..., k, width) as the switch layer
+    does, so any block works; but k times the bytes travel.
+    """
+
+    def __init__(self, switch: Block | None, layer: Layer) -> None:
+        super().__init__()
+        self.switch = switch
+        self._layer = layer
+        self._ownership = Ownership(layer.experts, layer.owned)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        layer, (width, k) = self._layer, (x.shape[-1], indices.shape[-1])
+        rows = x.reshape(-1, width)
+        ids = indices.reshape(-1, k).astype(mx.int32)
+        mx.eval(rows, ids)
+        host_ids = _on_host(ids)
+        summed = layer.reducer.all_reduce(
+            layer.ordinal,
+            self._outputs(rows, k, self._ownership.pairs(host_ids)),
+            (rows.shape[0], k * width),
+            layer.dtype,
+            routing_digest(host_ids),
+        )
+        return summed.reshape(*indices.shape, width).astype(x.dtype)
+
+    def _outputs(self, rows: mx.array, k: int, pairs: LocalPairs) -> mx.array | None:
+        """(rows, k * width): the local pairs' outputs in their places, else zeros."""
+        if not len(pairs.rows):
+            return None
+        with self._layer.spans.span("experts"):
+            y = expert_outputs(self.switch, rows, pairs).astype(self._layer.dtype)
+            place = np.full(rows.shape[0] * k, len(pairs.rows), np.int32)
+            place[pairs.rows * k + pairs.slots] = np.arange(len(pairs.rows))
+            padded = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])
+            part = padded[mx.array(place)].reshape(rows.shape[0], -1)
+            mx.eval(part)
+        return part
+
+
+__all__ = ["Adapter", "ExpertParallelMoE", "ExpertParallelSwitch", "Layer", "Routing"]

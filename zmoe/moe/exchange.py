@@ -1,0 +1,116 @@
+"""Exchanges as others use them: of a cluster, of a single node, on their own.
+
+`Exchange` (allreduce.py) is the Reducer of a run with peers, `SingleNode` that
+of a run without; `join` and `local_group` are for numpy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from zmoe.errors import InputError, ZmoeError
+from zmoe.moe.allreduce import Exchange
+from zmoe.moe.sockets import Endpoint
+
+__all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group"]
+
+
+class SingleNode:
+    """The Reducer of a run with one node: no peers, no sockets."""
+
+    rank = 0
+    nodes = 1
+    step = 0
+
+    def all_reduce(
+        self,
+        layer: int,
+        partial: mx.array | None,
+        shape: tuple[int, int],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """`partial` itself, (rows, width) of `dtype`; zeros for None."""
+        if partial is None:
+            return mx.zeros(shape, dtype)
+        return partial.reshape(shape).astype(dtype)
+
+
+# ---- on its own: numpy in, numpy out ---------------------------------------------
+
+
+def join(
+    rank: int,
+    addresses: Sequence[str],
+    *,
+    max_payload_bytes: int = 1 << 22,
+    deadline_s: float = 30.0,
+) -> Exchange:
+    """Rank `rank` of a group at `addresses` ("host:port" by rank), connected.
+
+    Each rank takes its port and the one after it. All must give the same list:
+    it makes the session, so that groups do not mix. Blocks until all are there
+    or raises LaunchError after `deadline_s`.
+    """
+    endpoints = []
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+            raise InputError(f'address "{address}": expected host:port')
+        endpoints.append(Endpoint(host, int(port), int(port) + 1))
+    if not 0 <= rank < len(endpoints):
+        raise InputError(f"rank {rank} is not one of the {len(endpoints)} addresses")
+    own = endpoints[rank]
+    session = hashlib.sha256("\n".join(addresses).encode()).digest()
+    exchange = Exchange(
+        rank,
+        len(endpoints),
+        session=int.from_bytes(session[:8], "little"),
+        max_payload_bytes=max_payload_bytes,
+        small_payload_bytes=1 << 16,
+        bind_host=own.host,
+        data_port=own.data_port,
+        control_port=own.control_port,
+        deadline_s=deadline_s,
+    )
+    try:
+        exchange.connect(endpoints, deadline_s)
+    except ZmoeError:
+        exchange.close()
+        raise
+    return exchange
+
+
+def local_group(
+    nodes: int, *, max_payload_bytes: int = 1 << 22, deadline_s: float = 30.0
+) -> list[Exchange]:
+    """`nodes` connected exchanges of this process, on loopback, one for each of its threads."""
+    session = int.from_bytes(os.urandom(8), "little")
+    group: list[Exchange] = []
+    try:
+        for rank in range(nodes):
+            group.append(
+                Exchange(
+                    rank,
+                    nodes,
+                    session=session,
+                    max_payload_bytes=max_payload_bytes,
+                    small_payload_bytes=1 << 16,
+                    deadline_s=deadline_s,
+                )
+            )
+        endpoints = [exchange.endpoint for exchange in group]
+        for exchange in group:
+            exchange.start_connect(endpoints)
+        for exchange in group:
+            exchange.finish_connect(endpoints, deadline_s)
+    except ZmoeError:
+        for exchange in group:
+            exchange.close()
+        raise
+    return group

@@ -1,0 +1,103 @@
+"""The products of this node's own experts, and their weighted sum per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
+
+from zmoe.moe.router import Ints, LocalPairs
+
+Switch = Any  # SwitchGLU, SwitchMLP, or a subclass
+
+
+def expert_outputs(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
+    """The output of each pair: (pairs, width) from the rows x (rows, width)."""
+    if mx.default_device() == mx.cpu and not _gathers_on_cpu(switch, x):
+        return grouped(switch, x, pairs)
+    return gathered(switch, x, pairs)
+
+
+def _gathers_on_cpu(switch: Switch, x: mx.array) -> bool:
+    """MLX's CPU gather_mm knows float32 alone; its gather_qmm all three types."""
+    first = switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2
+    return isinstance(first, QuantizedSwitchLinear) or (x.dtype == first.weight.dtype == mx.float32)
+
+
+def gathered(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
+    """One gathering product over all pairs, as mlx-lm's own layer does it."""
+    y: mx.array = switch(x[mx.array(pairs.rows)], mx.array(pairs.experts)[:, None])
+    return y.squeeze(1)
+
+
+def grouped(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
+    """One plain product per expert that has rows."""
+    order = np.argsort(pairs.experts, kind="stable")
+    experts, starts = np.unique(pairs.experts[order], return_index=True)
+    rows = x[mx.array(pairs.rows[order])]
+    parts = mx.split(rows, starts[1:].tolist()) if len(experts) > 1 else [rows]
+    y = [_one_expert(switch, part, int(e)) for part, e in zip(parts, experts, strict=True)]
+    back = np.empty(len(order), np.int32)
+    back[order] = np.arange(len(order), dtype=np.int32)
+    return mx.concatenate(y)[mx.array(back)]
+
+
+def _one_expert(switch: Switch, x: mx.array, expert: int) -> mx.array:
+    if isinstance(switch, SwitchGLU):
+        up, gate = _linear(switch.up_proj, x, expert), _linear(switch.gate_proj, x, expert)
+        return _linear(switch.down_proj, switch.activation(up, gate), expert)
+    return _linear(switch.fc2, switch.activation(_linear(switch.fc1, x, expert)), expert)
+
+
+def _linear(layer: Any, x: mx.array, expert: int) -> mx.array:
+    y = x @ layer.weight[expert].T
+    return y + layer.bias[expert] if "bias" in layer else y
+
+
+def combine(y: mx.array, pairs: LocalPairs, weights: np.ndarray[Any, Any], rows: int) -> mx.array:
+    """Sum the pairs of each row by weight, in float32: (rows, width).
+
+    `weights` (rows, k) float32. Gathers instead of scattering, so that the
+    order of the sum never depends on the device's scheduling.
+    """
+    index, scale = _per_row(pairs, weights, rows)
+    padded = mx.concatenate([y.astype(mx.float32), mx.zeros((1, y.shape[-1]))])
+    return (padded[mx.array(index)] * mx.array(scale)[..., None]).sum(axis=1)
+
+
+def _per_row(
+    pairs: LocalPairs, weights: np.ndarray[Any, Any], rows: int
+) -> tuple[Ints, np.ndarray[Any, Any]]:
+    """For each row the places of its pairs and their weights, padded to one width.
+
+    The padding points behind the last pair, with weight 0.
+    """
+    counts = np.bincount(pairs.rows, minlength=rows)
+    total = len(pairs.rows)
+    nth = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.full((rows, int(counts.max())), total, np.int32)
+    index[pairs.rows, nth] = np.arange(total)
+    scale = np.zeros(index.shape, np.float32)
+    scale[pairs.rows, nth] = weights[pairs.rows, pairs.slots]
+    return index, scale
+
+
+PerExpert = Callable[[mx.array], mx.array]
+
+
+def partial_sum(
+    switch: Switch,
+    x: mx.array,
+    pairs: LocalPairs,
+    weights: np.ndarray[Any, Any],
+    dtype: mx.Dtype,
+    per_expert: PerExpert | None = None,
+) -> mx.array:
+    """The local part of the block's routed output: (rows, width) of `dtype`."""
+    y = expert_outputs(switch, x, pairs)
+    if per_expert is not None:
+        y = per_expert(y)
+    return combine(y, pairs, weights, x.shape[0]).astype(dtype)

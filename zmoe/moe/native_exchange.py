@@ -1,0 +1,197 @@
+"""zmoe_exchange of csrc/zmoe.h as typed Python: thin, one method a function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.native import MAX_NODES, Dtype, Header, Status, ffi, header_of, lib
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an exchange ended early; ranks are ascending."""
+
+    missing: tuple[int, ...]
+    lost: tuple[int, ...]
+    diverged: tuple[int, ...]
+    zmq_errno: int
+    epoch: int
+    step: int
+    layer: int
+    theirs: Header
+
+
+def _ranks(mask: int) -> tuple[int, ...]:
+    return tuple(rank for rank in range(MAX_NODES) if mask >> rank & 1)
+
+
+def _counters(raw: CData) -> dict[str, int]:
+    return {name: int(getattr(raw, name)) for name, _ in ffi.typeof(raw).item.fields}
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, min(int(seconds * 1e6), 2**63))
+
+
+class Receive:
+    """A pinned pointer into a writable buffer that `collect` fills."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.pointer = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
+
+
+class NativeExchange:
+    """zmoe_exchange of csrc/zmoe.h over sockets that the caller owns.
+
+    `xpub`, `sub`, `router`, `dealers`, `monitors` are `socket.underlying`
+    addresses; dealers and monitors are 0 at `rank`. Used by one thread at a
+    time. Raises ValueError for arguments that are out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        nodes: int,
+        session: int,
+        max_payload_bytes: int,
+        small_payload_bytes: int,
+        xpub: int,
+        sub: int,
+        router: int,
+        dealers: Sequence[int],
+        monitors: Sequence[int],
+        spin_us: int,
+        resend_ms: int,
+        grace_ms: int,
+    ) -> None:
+        dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
+        monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
+        config = ffi.new("zmoe_exchange_config *")
+        config.rank, config.nodes, config.session = rank, nodes, session
+        config.max_payload_bytes = max_payload_bytes
+        config.small_payload_bytes = small_payload_bytes
+        config.xpub = ffi.cast("void *", xpub)
+        config.sub = ffi.cast("void *", sub)
+        config.router = ffi.cast("void *", router)
+        config.dealers, config.monitors = dealer_array, monitor_array
+        config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
+        out = ffi.new("zmoe_exchange **")
+        status = Status(lib.zmoe_exchange_create(config, out))
+        if status is not Status.OK:
+            raise ValueError(f"cannot create the exchange: {status.name}")
+        self._exchange: CData | None = out[0]
+        self._fault = ffi.new("zmoe_fault *")
+        self._null = ffi.NULL
+
+    def close(self) -> None:
+        """Free it; idempotent. The caller closes the sockets; other calls raise TypeError."""
+        if self._exchange is not None:
+            exchange, self._exchange = self._exchange, None
+            lib.zmoe_exchange_destroy(exchange)
+
+    def subscribers(self) -> tuple[int, ...]:
+        """Ranks that our frames reach."""
+        return _ranks(lib.zmoe_exchange_subscribers(self._exchange))
+
+    def links(self) -> tuple[int, ...]:
+        """Ranks to which our control link stands."""
+        return _ranks(lib.zmoe_exchange_links(self._exchange))
+
+    def begin_epoch(self, epoch: int) -> Status:
+        """Forget the frames held; INVALID unless `epoch` is later than a used one."""
+        return Status(lib.zmoe_exchange_begin_epoch(self._exchange, epoch))
+
+    def publish(
+        self,
+        source: Any | None,
+        source_dtype: Dtype,
+        step: int,
+        layer: int,
+        rows: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        deadline_s: float,
+    ) -> int:
+        """Send `source` (rows*width elements; None: zeros), converted to `wire_dtype`."""
+        pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
+        return lib.zmoe_exchange_publish(
+            self._exchange,
+            pointer,
+            source_dtype,
+            step,
+            layer,
+            rows,
+            width,
+            wire_dtype,
+            digest,
+            _microseconds(deadline_s),
+            self._fault,
+        )
+
+    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float) -> int:
+        """Wait for every peer and write the sum, which `out` must have room for."""
+        return lib.zmoe_exchange_collect(
+            self._exchange, out.pointer, out_dtype, _microseconds(deadline_s), self._fault
+        )
+
+    def service(self) -> int:
+        """Answer resend requests and watch the links; never blocks."""
+        return lib.zmoe_exchange_service(self._exchange, self._fault)
+
+    def fault(self) -> Fault:
+        """What the last call that failed had to say."""
+        raw = self._fault
+        return Fault(
+            _ranks(raw.missing),
+            _ranks(raw.lost),
+            _ranks(raw.diverged),
+            int(raw.zmq_errno),
+            int(raw.epoch),
+            int(raw.step),
+            int(raw.layer),
+            header_of(raw.theirs),
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Counters of zmoe_exchange_stats."""
+        raw = ffi.new("zmoe_exchange_stats *")
+        lib.zmoe_exchange_stats_get(self._exchange, raw)
+        return _counters(raw)
+
+    def pool_stats(self) -> dict[str, int]:
+        """Counters of zmoe_pool_stats."""
+        raw = ffi.new("zmoe_pool_stats *")
+        lib.zmoe_exchange_pool_stats(self._exchange, raw)
+        return _counters(raw)
+
+    def time_exchanges(
+        self, rows: int, width: int, dtype: Dtype, count: int
+    ) -> npt.NDArray[np.float64]:
+        """Microseconds of each of `count` exchanges, run and timed in C."""
+        source = np.ones(max(1, rows * width * dtype.itemsize), np.uint8)
+        out, elapsed = np.empty_like(source), np.zeros(count)
+        status = lib.zmoe_bench_exchanges(
+            self._exchange,
+            ffi.from_buffer("uint8_t[]", source),
+            ffi.from_buffer("uint8_t[]", out, require_writable=True),
+            rows,
+            width,
+            dtype,
+            count,
+            30_000_000,
+            ffi.from_buffer("double[]", elapsed, require_writable=True),
+            self._fault,
+        )
+        if status != Status.OK:
+            raise RuntimeError(f"{Status(status).name} while timing exchanges: {self.fault()}")
+        return elapsed

@@ -1,0 +1,116 @@
+"""The ZeroMQ sockets under an exchange: created, bound and connected here, used in C.
+
+Data goes over XPUB and SUB; requests for lost frames over DEALER and ROUTER,
+whose monitors tell of broken links. All limits are explicit: what a stranger
+can make a socket hold is bounded by its high-water mark and message size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from zmoe import native
+from zmoe.errors import InputError
+
+_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB or a ROUTER may have
+_LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a node listens: XPUB on `data_port`, ROUTER on `control_port`."""
+
+    host: str
+    data_port: int
+    control_port: int
+
+
+def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: int) -> None:
+    """Options common to all: bounds, no linger, heartbeats answered by I/O threads."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, send)
+    socket.setsockopt(zmq.RCVHWM, receive)
+    socket.setsockopt(zmq.MAXMSGSIZE, message_bytes)
+    socket.setsockopt(zmq.IPV6, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 500)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 5000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 20)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+
+
+class Sockets:
+    """All sockets of one rank; `connect` adds those that lead to the peers."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], rank: int, session: int, frame_bytes: int
+    ) -> None:
+        self._context, self._rank, self._session = context, rank, session
+        self._frame_bytes = frame_bytes
+        self.dealers: list[zmq.Socket[bytes] | None] = []
+        self.monitors: list[zmq.Socket[bytes] | None] = []
+        # Lock-step allows two frames under way; twice that is room enough.
+        self.xpub = context.socket(zmq.XPUB)
+        _limit(self.xpub, 4, 256, _SUBSCRIPTION_BYTES)
+        self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
+        self.sub = context.socket(zmq.SUB)
+        _limit(self.sub, 64, 8, frame_bytes)
+        self.router = context.socket(zmq.ROUTER)
+        _limit(self.router, 4, 64, _SUBSCRIPTION_BYTES)
+        # A peer that reconnects takes over from its own dead connection.
+        self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+
+    def bind(self, host: str, data_port: int, control_port: int) -> Endpoint:
+        """Listen; port 0 picks a free one. Raises InputError naming what is in use."""
+        return Endpoint(
+            host, _bind(self.xpub, host, data_port), _bind(self.router, host, control_port)
+        )
+
+    def connect(self, endpoints: Sequence[Endpoint]) -> None:
+        """Start connecting to every other rank; returns at once."""
+        for rank, peer in enumerate(endpoints):
+            if rank == self._rank:
+                self.dealers.append(None)
+                self.monitors.append(None)
+                continue
+            dealer = self._context.socket(zmq.DEALER)
+            self.dealers.append(dealer)
+            _limit(dealer, 16, 8, self._frame_bytes)
+            dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
+            dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
+            self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
+            for socket, port in ((self.sub, peer.data_port), (dealer, peer.control_port)):
+                address = f"tcp://{peer.host}:{port}"
+                try:
+                    socket.connect(address)
+                except zmq.ZMQError as problem:
+                    raise InputError(
+                        f"cannot connect to rank {rank} at {address}: {problem.strerror}"
+                    ) from problem
+
+    def close(self) -> None:
+        """Close them all; idempotent, never blocks, drops what is unsent."""
+        for dealer in self.dealers:
+            if dealer is not None and not dealer.closed:
+                dealer.disable_monitor()
+        everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
+        for socket in everything:
+            if socket is not None:
+                socket.close(linger=0)
+
+
+def _bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
+    address = f"{host}:{port}"
+    try:
+        socket.bind(f"tcp://{host}:{port or '*'}")
+    except zmq.ZMQError as problem:
+        if problem.errno == zmq.EADDRINUSE:
+            raise InputError(f"port in use: {address} is taken by another process") from problem
+        raise InputError(f"cannot listen on {address}: {problem.strerror}") from problem
+    bound = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(bound, bytes)
+    return int(bound.rstrip(b"\0").rsplit(b":", 1)[1])

@@ -1,0 +1,202 @@
+"""The C hot path as typed Python; the only importer of the compiled module.
+
+Buffers are anything with the buffer protocol, C-contiguous. Every call into C
+releases the GIL. Functions that can fail return a `Status`, or raise
+`ValueError` where only the caller can be at fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe._native import ffi, lib
+
+if TYPE_CHECKING:
+    from zmoe._native import CData as CData
+
+MAX_NODES = lib.ZMOE_MAX_NODES
+HEADER_BYTES = lib.ZMOE_HEADER_BYTES
+
+
+class Status(IntEnum):
+    """Return codes of csrc/zmoe.h."""
+
+    OK = 0
+    INVALID = -1
+    TIMEOUT = -2
+    PEER = -3
+    INTERRUPTED = -4
+    DIVERGED = -5
+    POOL = -6
+    ZMQ = -7
+    MEMORY = -8
+
+
+class Dtype(IntEnum):
+    """Element types on the wire."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is Dtype.F32 else 2
+
+
+class Isa(IntEnum):
+    """Instruction sets that `reduce` and `convert` come in."""
+
+    GENERIC = 0
+    AVX2 = 1
+    AVX512 = 2
+    NEON = 3
+
+    @property
+    def supported(self) -> bool:
+        """Whether this CPU can run it."""
+        return bool(lib.zmoe_isa_supported(self))
+
+
+@dataclass(frozen=True)
+class Header:
+    """The frame header; see zmoe_header in csrc/zmoe.h."""
+
+    kind: int = 1
+    dtype: int = 0
+    source: int = 0
+    session: int = 0
+    epoch: int = 0
+    step: int = 0
+    layer: int = 0
+    rows: int = 0
+    width: int = 0
+    payload_bytes: int = 0
+    digest: int = 0
+
+
+def header_of(raw: CData) -> Header:
+    """A zmoe_header as Python."""
+    return Header(**{name: int(getattr(raw, name)) for name in Header.__dataclass_fields__})
+
+
+def _load_zmq() -> None:
+    """Points the C code at the libzmq that pyzmq has loaded."""
+    problems = []
+    for name in ("zmq.backend.cython._zmq", "zmq.backend.cffi._cffi"):
+        try:
+            path = importlib.import_module(name).__file__
+        except ImportError as problem:
+            problems.append(str(problem))
+            continue
+        error = ffi.new("char[]", 512)
+        if lib.zmoe_zmq_load(str(path).encode(), error, 512) == Status.OK:
+            return
+        problems.append(ffi.string(error).decode(errors="replace"))
+    raise ImportError(f"no usable libzmq in pyzmq: {'; '.join(problems)}")
+
+
+_load_zmq()
+
+
+# ---- isa, reduce, wire --------------------------------------------------------
+
+
+def best_isa() -> Isa:
+    """The fastest variant that this CPU can run."""
+    return Isa(lib.zmoe_isa_best())
+
+
+def digest(data: Any) -> int:
+    """64-bit digest, not cryptographic, of a buffer's bytes."""
+    view = ffi.from_buffer("uint8_t[]", data)
+    return lib.zmoe_digest(view, len(memoryview(data).cast("B")))
+
+
+def reduce(
+    out: Any,
+    out_dtype: Dtype,
+    parts: Sequence[Any],
+    part_dtype: Dtype,
+    isa: Isa | None = None,
+) -> None:
+    """Add `parts` (buffers, or None for zeros) in their order, in f32, into `out`."""
+    target, count = _elements(out, out_dtype, writable=True)
+    pointers = ffi.new("void *[]", max(1, len(parts)))
+    views = []
+    for i, part in enumerate(parts):
+        if part is None:
+            continue
+        view, part_count = _elements(part, part_dtype)
+        if part_count != count:
+            raise ValueError(f"part {i} has {part_count} elements, the sum {count}")
+        views.append(view)
+        pointers[i] = view
+    isa = best_isa() if isa is None else isa
+    raw = ffi.cast("const void *const *", pointers)
+    if lib.zmoe_reduce(target, out_dtype, raw, len(parts), part_dtype, count, isa) != Status.OK:
+        raise ValueError(f"cannot reduce {len(parts)} parts with {isa.name}")
+
+
+def _elements(data: Any, dtype: Dtype, writable: bool = False) -> tuple[CData, int]:
+    size = memoryview(data).nbytes
+    if size % dtype.itemsize:
+        raise ValueError(f"{size} bytes are no whole number of {dtype.name} elements")
+    return ffi.from_buffer("uint8_t[]", data, require_writable=writable), size // dtype.itemsize
+
+
+def encode_header(header: Header) -> bytes:
+    """The 64 bytes of a header on the wire."""
+    raw = ffi.new("zmoe_header *", {k: getattr(header, k) for k in Header.__dataclass_fields__})
+    out = ffi.new("uint8_t[]", HEADER_BYTES)
+    lib.zmoe_wire_encode(raw, out)
+    return bytes(ffi.buffer(out))
+
+
+def decode_frame(frame: bytes, max_payload_bytes: int) -> Header | int:
+    """Validate a whole frame: its header, or a positive zmoe_wire_error."""
+    raw = ffi.new("zmoe_header *")
+    view = ffi.from_buffer("uint8_t[]", frame)
+    error = lib.zmoe_wire_decode(view, len(frame), max_payload_bytes, raw)
+    return error if error else header_of(raw)
+
+
+def presence(session: int, rank: int) -> bytes:
+    """How a rank of a session names itself: subscription and routing id."""
+    out = ffi.new("uint8_t[]", lib.ZMOE_PRESENCE_BYTES)
+    lib.zmoe_wire_presence(session, rank, out)
+    return bytes(ffi.buffer(out))
+
+
+# ---- benchmarks ---------------------------------------------------------------
+
+
+class _Timed(Protocol):
+    def time_exchanges(
+        self, rows: int, width: int, dtype: Dtype, count: int
+    ) -> npt.NDArray[np.float64]: ...
+
+
+class HasNative(Protocol):
+    """What rests on an exchange in C: zmoe.moe.exchange.Exchange."""
+
+    @property
+    def native(self) -> _Timed:
+        """The exchange in C."""
+        ...
+
+
+def time_exchanges(
+    exchange: HasNative, rows: int, width: int, dtype: Dtype, iterations: int, warmup: int
+) -> npt.NDArray[np.float64]:
+    """Microseconds (iterations,) of exchanges from C buffer to C buffer; all ranks call it."""
+    exchange.native.time_exchanges(rows, width, dtype, warmup)
+    return exchange.native.time_exchanges(rows, width, dtype, iterations)

@@ -1,0 +1,74 @@
+"""The words that several rooms share: placement, model description, all-reduce."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which rank owns which experts, for every MoE layer; identical on all nodes.
+
+    `owned[m][rank]` are the ascending expert ids of `rank` in the m-th MoE
+    layer (m is the ordinal that frames carry as `layer`).
+    """
+
+    nodes: int
+    experts: int
+    owned: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def digest(self) -> str:
+        """Hex digest that the hello compares."""
+        text = json.dumps([self.nodes, self.experts, self.owned], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model from its config and tensor headers alone."""
+
+    path: str
+    model_type: str
+    fingerprint: str  # hex; equal on two nodes iff they hold the same checkpoint
+    dtype: str  # of activations and routing: "float32", "float16" or "bfloat16"
+    quantization: str  # "none", or such as "affine-4bit-g64"
+    layers: int
+    moe_layers: tuple[int, ...]  # layer index of each MoE layer, in order of execution
+    experts: int
+    top_k: int
+    hidden_size: int
+    exchange_width: int  # most elements that one row takes on the wire in any layer
+    context_length: int | None
+
+
+class Reducer(Protocol):
+    """The all-reduce as one MoE layer sees it."""
+
+    rank: int
+    nodes: int
+
+    def all_reduce(
+        self,
+        layer: int,
+        partial: mx.array | None,
+        shape: tuple[int, int],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """Sum the ranks' partial outputs of MoE layer `layer` (ordinal).
+
+        `partial` (rows, width) float, evaluated or not; None adds nothing.
+        `digest` is that of the routing and must agree on all ranks. `overlap`
+        is evaluated while the exchange is in flight. Returns (rows, width) of
+        `dtype`, valid until the second next call. Raises PeerError,
+        DivergenceError.
+        """
+        ...
