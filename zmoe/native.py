@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from zmoe._native import ffi, lib
+from zmoe._native import ffi as ffi
+from zmoe._native import lib as lib
 
 if TYPE_CHECKING:
     from zmoe._native import CData as CData

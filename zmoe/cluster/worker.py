@@ -131,7 +131,7 @@ class Worker:
             message = self._bus.take()
             if message is None:
                 member.service()
-                self._bus.wait(member.exchange.poll_sockets, IDLE_SLICE_S)
+                self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
                 member.forward(message.step, message.tokens, message.reset)

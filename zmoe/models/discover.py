@@ -46,7 +46,7 @@ class Site:
         return int(projections(self.switch)[0].weight.shape[0])
 
 
-def model_classes(config: dict[str, Any]) -> tuple[type[Module], Any]:
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """The classes of the model and its args; ModelError for an unknown type."""
     if config["model_type"] == "dbrx":
         return dbrx.Model, dbrx.ModelArgs

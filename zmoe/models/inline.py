@@ -148,7 +148,7 @@ def _klear(block: Block, x: mx.array) -> Routing:
     return Routing(x, ids, normalized(weights) if block.norm_topk_prob else weights)
 
 
-def _klear_finish(block: Block, x: mx.array, routed: mx.array, shared: mx.array | None) -> mx.array:
+def _klear_finish(block: Block, x: mx.array, routed: mx.array, shared: mx.array) -> mx.array:
     mix = mx.softmax(block.coefficient(x), axis=-1, precise=True)
     return routed * mix[..., :1] + shared * mix[..., 1:]
 

@@ -72,12 +72,13 @@ def skeleton(path: Path, config: dict[str, Any]) -> Module:
     """The model as its config describes it, its weights never computed."""
     if config.get("model_file") is not None:
         raise ModelError(f"{path} needs its own model code, which is not supported")
-    model_class, args_class = model_classes(config)
+    build, args_class = model_classes(config)
     try:
-        return model_class(args_class.from_dict(config))
+        model: Module = build(args_class.from_dict(config))
     except Exception as error:  # mlx-lm's constructors raise whatever a bad config makes them
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"{path / 'config.json'} describes no usable model: {reason}") from None
+    return model
 
 
 def _routing_shape(site: Site, hidden: int, config: Mapping[str, Any]) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, 
 def _build(info: ModelInfo, share: Share, count: int) -> tuple[Module, dict[str, Any]]:
     """mlx-lm's own model over the share, as if it had `count` experts; unread."""
 
-    def classes(config: dict[str, Any]) -> tuple[type[Module], Any]:
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         base, args = model_classes(config)
         return _shrunk(base, info.experts, count, share), args
 
@@ -114,10 +114,10 @@ def _build(info: ModelInfo, share: Share, count: int) -> tuple[Module, dict[str,
         raise ModelError(f"{info.path} cannot be loaded: {_reason(error)}") from error
 
 
-def _shrunk(base: type[Module], experts: int, count: int, share: Share) -> type[Module]:
+def _shrunk(base: Any, experts: int, count: int, share: Share) -> type[Module]:
     """`base` with `count` experts in each switch layer, fed from `share`."""
 
-    class Shrunk(base):  # type: ignore[misc, valid-type]
+    class Shrunk(base):  # type: ignore[misc]
         def __init__(self, args: Any) -> None:
             super().__init__(args)
             for site in find_sites(self):
@@ -164,7 +164,8 @@ def _trim(site: Site, own: int, count: int) -> None:
 
 def _arrays(model: Module) -> list[mx.array]:
     """Every array of the model, private ones such as rope frequencies included."""
-    arrays = [array for _, array in tree_flatten(model.parameters())]
+    leaves: Any = tree_flatten(model.parameters())
+    arrays: list[mx.array] = [array for _, array in leaves]
     arrays += [a for m in model.modules() for a in m.values() if isinstance(a, mx.array)]
     return list({id(array): array for array in arrays}.values())
 

@@ -87,7 +87,7 @@ def select(
     for tensor in tensors.values():
         layer = layer_of(tensor.name)
         match = _ONE_EXPERT.fullmatch(tensor.name)
-        if layer not in owned:
+        if layer is None or layer not in owned:
             pieces.append(_whole(tensor.name, tensor))
         elif match:
             group = single.setdefault((match[1], match[3]), {})

@@ -112,9 +112,7 @@ def _deepseek_v41_shared(block: Block, x: mx.array, routing: Routing) -> mx.arra
     return output
 
 
-def _deepseek_v41_finish(
-    block: Block, x: mx.array, routed: mx.array, shared: mx.array | None
-) -> mx.array:
+def _deepseek_v41_finish(block: Block, x: mx.array, routed: mx.array, shared: mx.array) -> mx.array:
     return (routed.astype(mx.float32) + shared).astype(x.dtype)
 
 

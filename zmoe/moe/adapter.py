@@ -48,5 +48,5 @@ class Adapter:
     route: Callable[..., Routing]
     switch: str = "switch_mlp"
     shared: Callable[[Block, mx.array, Routing], mx.array | None] = no_shared
-    finish: Callable[[Block, mx.array, mx.array, mx.array | None], mx.array] = add_shared
+    finish: Callable[[Block, mx.array, mx.array, Any], mx.array] = add_shared
     per_expert: Callable[[Block, mx.array], mx.array] | None = None

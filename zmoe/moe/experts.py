@@ -23,8 +23,14 @@ def expert_outputs(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
 
 def _gathers_on_cpu(switch: Switch, x: mx.array) -> bool:
     """MLX's CPU gather_mm knows float32 alone; its gather_qmm all three types."""
-    first = switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2
-    return isinstance(first, QuantizedSwitchLinear) or (x.dtype == first.weight.dtype == mx.float32)
+    glu = isinstance(switch, SwitchGLU)
+    layers = (
+        (switch.gate_proj, switch.up_proj, switch.down_proj) if glu else (switch.fc1, switch.fc2)
+    )
+    return all(
+        isinstance(layer, QuantizedSwitchLinear) or x.dtype == layer.weight.dtype == mx.float32
+        for layer in layers
+    )
 
 
 def gathered(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
@@ -53,7 +59,10 @@ def _one_expert(switch: Switch, x: mx.array, expert: int) -> mx.array:
 
 
 def _linear(layer: Any, x: mx.array, expert: int) -> mx.array:
-    y = x @ layer.weight[expert].T
+    if isinstance(layer, QuantizedSwitchLinear):
+        quantized: mx.array = layer(x[:, None], mx.full((x.shape[0],), expert, mx.uint32))
+        return quantized.squeeze(1)
+    y: mx.array = x @ layer.weight[expert].T
     return y + layer.bias[expert] if "bias" in layer else y
 
 

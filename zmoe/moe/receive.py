@@ -78,8 +78,14 @@ class ReceiveBuffers:
             raise ValueError(f"an array of shape {array.shape} has not {elements} elements")
         if array.dtype not in DTYPES:
             array = array.astype(mx.float32)
-        view = memoryview(array)
+        view = _memory(array)
         if not view.c_contiguous:  # a strided one would be read in the wrong order
             array = mx.contiguous(array)
-            view = memoryview(array)
+            view = _memory(array)
         return view, DTYPES[array.dtype]
+
+
+def _memory(array: mx.array) -> memoryview:
+    """Evaluates `array` and shows its memory; MLX does not declare its buffer protocol."""
+    buffer: Any = array
+    return memoryview(buffer)

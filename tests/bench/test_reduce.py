@@ -1,0 +1,41 @@
+"""How fast partial outputs are added, in every variant that this CPU runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from zmoe import native
+from zmoe.native import Dtype, Isa
+
+SIZES = {"12KiB": 12 * 1024, "1.5MiB": 1536 * 1024}
+NUMPY = {Dtype.F32: np.dtype(np.float32), Dtype.F16: np.dtype(np.float16)}
+ISAS = [isa for isa in Isa if isa.supported]
+
+
+def encoded(value: float, dtype: Dtype, size: int) -> bytearray:
+    """`size` bytes of `value`, which all dtypes hold exactly."""
+    if dtype is Dtype.BF16:
+        high = np.full(size // 2, np.float32(value).view(np.uint32) >> 16, np.uint16)
+        return bytearray(high.tobytes())
+    return bytearray(np.full(size // dtype.itemsize, value, NUMPY[dtype]).tobytes())
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+@pytest.mark.parametrize("dtype", list(Dtype), ids=lambda dtype: dtype.name.lower())
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
+def test_reduce(benchmark: BenchmarkFixture, size: str, nodes: int, dtype: Dtype, isa: Isa) -> None:
+    parts = [encoded(rank + 0.5, dtype, SIZES[size]) for rank in range(nodes)]
+    out = bytearray(SIZES[size])
+    benchmark(native.reduce, out, dtype, parts, dtype, isa)
+    assert out == encoded(nodes * nodes / 2, dtype, SIZES[size])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_digest(benchmark: BenchmarkFixture, size: str) -> None:
+    data = bytearray(SIZES[size])
+    before = benchmark(native.digest, data)
+    data[-1] = 1
+    assert native.digest(data) != before

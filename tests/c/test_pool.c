@@ -1,0 +1,148 @@
+/* The slot pool: classes, alignment, waiting, threads. */
+#include "check.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "pool.h"
+
+static void test_classes(void) {
+  zmoe_pool_class classes[] = {{100, 2}, {5000, 1}};
+  zmoe_pool *pool;
+  zmoe_slot *slots[4];
+  CHECK_EQUAL(zmoe_pool_create(classes, 2, 64, &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 0, 0, &slots[0]), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 100, 0, &slots[1]), ZMOE_OK);
+  CHECK_EQUAL(zmoe_slot_capacity(slots[0]), 100);
+  CHECK_EQUAL(zmoe_slot_capacity(slots[1]), 100);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 10, 0, &slots[2]), ZMOE_OK); /* a larger one helps out */
+  CHECK_EQUAL(zmoe_slot_capacity(slots[2]), 5000);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 10, 0, &slots[3]), ZMOE_EPOOL);
+  CHECK(slots[3] == NULL);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 5001, 0, &slots[3]), ZMOE_EINVAL);
+  zmoe_pool_stats stats;
+  zmoe_pool_stats_get(pool, &stats);
+  CHECK_EQUAL(stats.acquired, 3);
+  CHECK_EQUAL(stats.exhausted, 1);
+  CHECK_EQUAL(stats.waits, 1);
+  CHECK(stats.total_bytes >= 2 * 100 + 5000 && stats.locked_bytes <= stats.total_bytes);
+  for (int i = 0; i < 3; i++)
+    zmoe_slot_release(slots[i]);
+  zmoe_pool_destroy(pool);
+}
+
+static void test_slots_do_not_overlap(void) {
+  for (size_t alignment = 64; alignment <= 65536; alignment *= 4) {
+    zmoe_pool_class classes[] = {{100, 3}, {300, 5}};
+    zmoe_pool *pool;
+    zmoe_slot *slots[8];
+    CHECK_EQUAL(zmoe_pool_create(classes, 2, alignment, &pool), ZMOE_OK);
+    for (int i = 0; i < 8; i++) {
+      CHECK_EQUAL(zmoe_pool_acquire(pool, i < 3 ? 100 : 300, 0, &slots[i]), ZMOE_OK);
+      unsigned char *payload = zmoe_slot_payload(slots[i]);
+      CHECK_EQUAL((uintptr_t)payload % alignment, 0);
+      memset(payload - ZMOE_HEADER_BYTES, i, ZMOE_HEADER_BYTES + zmoe_slot_capacity(slots[i]));
+    }
+    for (int i = 0; i < 8; i++) {
+      unsigned char *payload = zmoe_slot_payload(slots[i]);
+      CHECK_EQUAL(payload[-ZMOE_HEADER_BYTES], i);
+      CHECK_EQUAL(payload[zmoe_slot_capacity(slots[i]) - 1], i);
+      zmoe_slot_release(slots[i]);
+    }
+    zmoe_pool_destroy(pool);
+  }
+}
+
+static void test_refusals(void) {
+  zmoe_pool *pool;
+  zmoe_pool_class none[] = {{100, 0}}, falling[] = {{100, 1}, {100, 1}};
+  CHECK_EQUAL(zmoe_pool_create(none, 1, 64, &pool), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_pool_create(none, 0, 64, &pool), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_pool_create(falling, 2, 64, &pool), ZMOE_EINVAL);
+  falling[1].slot_bytes = 200;
+  CHECK_EQUAL(zmoe_pool_create(falling, 2, 96, &pool), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_pool_create(falling, 2, 32, &pool), ZMOE_EINVAL);
+  CHECK(pool == NULL);
+}
+
+static void *release_later(void *slot) {
+  zmoe_slot_release(slot);
+  return NULL;
+}
+
+static void test_waits_for_another_thread(void) {
+  zmoe_pool_class class = {64, 1};
+  zmoe_pool *pool;
+  CHECK_EQUAL(zmoe_pool_create(&class, 1, 64, &pool), ZMOE_OK);
+  for (int i = 0; i < 200; i++) {
+    zmoe_slot *first, *second;
+    pthread_t thread;
+    CHECK_EQUAL(zmoe_pool_acquire(pool, 1, 0, &first), ZMOE_OK);
+    CHECK_EQUAL(pthread_create(&thread, NULL, release_later, first), 0);
+    CHECK_EQUAL(zmoe_pool_acquire(pool, 1, 20000000, &second), ZMOE_OK);
+    CHECK_EQUAL(pthread_join(thread, NULL), 0);
+    zmoe_slot_release(second);
+  }
+  zmoe_pool_destroy(pool);
+}
+
+enum { ROUNDS = 20000 };
+
+static void *churn(void *data) {
+  zmoe_pool *pool = data;
+  for (int i = 0; i < ROUNDS; i++) {
+    zmoe_slot *slot;
+    CHECK_EQUAL(zmoe_pool_acquire(pool, 64, 20000000, &slot), ZMOE_OK);
+    *(volatile int *)zmoe_slot_payload(slot) = i;
+    zmoe_slot_retain(slot);
+    zmoe_slot_release(slot);
+    CHECK_EQUAL(*(volatile int *)zmoe_slot_payload(slot), i);
+    zmoe_slot_release(slot);
+  }
+  return NULL;
+}
+
+static void test_threads_share_slots(void) {
+  zmoe_pool_class class = {64, 2};
+  zmoe_pool *pool;
+  pthread_t threads[3];
+  CHECK_EQUAL(zmoe_pool_create(&class, 1, 64, &pool), ZMOE_OK);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQUAL(pthread_create(&threads[i], NULL, churn, pool), 0);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQUAL(pthread_join(threads[i], NULL), 0);
+  zmoe_pool_stats stats;
+  zmoe_pool_stats_get(pool, &stats);
+  CHECK_EQUAL(stats.acquired, 3 * ROUNDS);
+  CHECK_EQUAL(stats.released, 3 * ROUNDS);
+  zmoe_pool_destroy(pool);
+}
+
+/* LeakSanitizer sees to it that the last release frees an abandoned pool. */
+static void test_abandoned(void) {
+  zmoe_pool_class class = {64, 2};
+  zmoe_pool *pool;
+  zmoe_slot *first, *second;
+  CHECK_EQUAL(zmoe_pool_create(&class, 1, 64, &pool), ZMOE_OK);
+  zmoe_pool_abandon(pool);
+  CHECK_EQUAL(zmoe_pool_create(&class, 1, 64, &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 1, 0, &first), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 1, 0, &second), ZMOE_OK);
+  zmoe_pool_abandon(pool);
+  zmoe_slot_release(second);
+  memset(zmoe_slot_payload(first), 1, 64);
+  zmoe_slot_release(first);
+}
+
+int main(void) {
+  static const test_case tests[] = {
+      {"size classes and exhaustion", test_classes},
+      {"slots are aligned and do not overlap", test_slots_do_not_overlap},
+      {"unusable classes are refused", test_refusals},
+      {"an exhausted pool waits for a release", test_waits_for_another_thread},
+      {"threads share slots", test_threads_share_slots},
+      {"the last release frees an abandoned pool", test_abandoned},
+  };
+  RUN(tests);
+  return 0;
+}

@@ -1,0 +1,124 @@
+/* The frame header: what is accepted, and how each kind of damage is named. */
+#include "check.h"
+
+#include <string.h>
+
+#include "zmoe.h"
+
+enum { MAX_PAYLOAD = 1024 };
+
+static const zmoe_header SAMPLE = {
+    .kind = ZMOE_KIND_PARTIAL,
+    .dtype = ZMOE_BF16,
+    .source = 3,
+    .session = 0x1122334455667788u,
+    .epoch = 7,
+    .step = 0x01020304,
+    .layer = 39,
+    .rows = 2,
+    .width = 5,
+    .payload_bytes = 20,
+    .digest = 0xfedcba9876543210u,
+};
+
+static zmoe_wire_error decode(const zmoe_header *header, size_t frame_bytes, zmoe_header *out) {
+  uint8_t frame[ZMOE_HEADER_BYTES + 2 * MAX_PAYLOAD] = {0};
+  zmoe_wire_encode(header, frame);
+  return zmoe_wire_decode(frame, frame_bytes, MAX_PAYLOAD, out);
+}
+
+static void test_round_trip(void) {
+  zmoe_header out;
+  CHECK_EQUAL(decode(&SAMPLE, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_OK);
+  CHECK(out.kind == SAMPLE.kind && out.dtype == SAMPLE.dtype && out.source == SAMPLE.source);
+  CHECK(out.session == SAMPLE.session && out.epoch == SAMPLE.epoch && out.step == SAMPLE.step);
+  CHECK(out.layer == SAMPLE.layer && out.rows == SAMPLE.rows && out.width == SAMPLE.width);
+  CHECK(out.payload_bytes == SAMPLE.payload_bytes && out.digest == SAMPLE.digest);
+}
+
+/* The bytes on the wire are a promise between machines: fixed for a version. */
+static void test_golden_bytes(void) {
+  static const uint8_t golden[56] = {
+      'Z',  'M',  'O',  'E',  1,    1,    0,    0,    0x88, 0x77, 0x66, 0x55, 0x44, 0x33,
+      0x22, 0x11, 7,    0,    0,    0,    4,    3,    2,    1,    39,   0,    0,    0,
+      2,    0,    0,    0,    5,    0,    0,    0,    3,    0,    2,    0,    20,   0,
+      0,    0,    0,    0,    0,    0,    0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe,
+  };
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_wire_encode(&SAMPLE, frame);
+  CHECK(memcmp(frame, golden, sizeof golden) == 0);
+  uint64_t checksum = zmoe_digest(golden, sizeof golden);
+  for (int i = 0; i < 8; i++)
+    CHECK_EQUAL(frame[56 + i], (checksum >> (8 * i)) & 0xff);
+}
+
+static void test_lengths(void) {
+  zmoe_header out, big = SAMPLE;
+  CHECK_EQUAL(decode(&SAMPLE, 0, &out), ZMOE_WIRE_SHORT);
+  CHECK_EQUAL(decode(&SAMPLE, ZMOE_HEADER_BYTES - 1, &out), ZMOE_WIRE_SHORT);
+  CHECK_EQUAL(decode(&SAMPLE, ZMOE_HEADER_BYTES + 19, &out), ZMOE_WIRE_SHORT);
+  CHECK_EQUAL(decode(&SAMPLE, ZMOE_HEADER_BYTES + 21, &out), ZMOE_WIRE_OVERSIZED);
+  big.rows = 1, big.width = MAX_PAYLOAD, big.payload_bytes = 2 * MAX_PAYLOAD;
+  CHECK_EQUAL(decode(&big, ZMOE_HEADER_BYTES + 2 * MAX_PAYLOAD, &out), ZMOE_WIRE_OVERSIZED);
+  zmoe_header zeros = SAMPLE;
+  zeros.payload_bytes = 0; /* all zeros: the shape stays */
+  CHECK_EQUAL(decode(&zeros, ZMOE_HEADER_BYTES, &out), ZMOE_WIRE_OK);
+  CHECK_EQUAL(out.rows, 2);
+}
+
+static void test_every_flipped_bit_is_noticed(void) {
+  uint8_t frame[ZMOE_HEADER_BYTES + 20] = {0};
+  zmoe_header out;
+  for (size_t bit = 0; bit < 8 * ZMOE_HEADER_BYTES; bit++) {
+    zmoe_wire_encode(&SAMPLE, frame);
+    frame[bit / 8] ^= (uint8_t)(1u << bit % 8);
+    zmoe_wire_error error = zmoe_wire_decode(frame, sizeof frame, MAX_PAYLOAD, &out);
+    zmoe_wire_error expected = bit < 32   ? ZMOE_WIRE_MAGIC
+                               : bit < 40 ? ZMOE_WIRE_VERSION_MISMATCH
+                                          : ZMOE_WIRE_CHECKSUM;
+    CHECK_EQUAL(error, expected);
+  }
+}
+
+static void test_fields(void) {
+  zmoe_header out, bad;
+  bad = SAMPLE, bad.kind = 0;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  bad = SAMPLE, bad.kind = 4;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  bad = SAMPLE, bad.dtype = 3;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  bad = SAMPLE, bad.source = ZMOE_MAX_NODES;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  bad = SAMPLE, bad.width = 6;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  bad = SAMPLE, bad.kind = ZMOE_KIND_RESEND; /* carries no payload */
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
+  /* 2^31 x 2^31 x 4 bytes is 0 modulo 2^64. */
+  bad = SAMPLE, bad.rows = bad.width = 1u << 31, bad.dtype = ZMOE_F32, bad.payload_bytes = 4;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 4, &out), ZMOE_WIRE_FIELD);
+}
+
+static void test_presence(void) {
+  uint8_t a[ZMOE_PRESENCE_BYTES], b[ZMOE_PRESENCE_BYTES], frame[ZMOE_HEADER_BYTES];
+  zmoe_wire_presence(SAMPLE.session, 3, a);
+  zmoe_wire_presence(SAMPLE.session, 4, b);
+  CHECK(memcmp(a, b, sizeof a) != 0);
+  zmoe_wire_presence(SAMPLE.session + 1, 3, b);
+  CHECK(memcmp(a, b, sizeof a) != 0);
+  zmoe_wire_encode(&SAMPLE, frame);
+  CHECK(memcmp(a, frame, ZMOE_TOPIC_BYTES) != 0);
+}
+
+int main(void) {
+  static const test_case tests[] = {
+      {"a header survives encoding and decoding", test_round_trip},
+      {"the bytes of version 1 are fixed", test_golden_bytes},
+      {"too short and too long frames", test_lengths},
+      {"every flipped bit is noticed", test_every_flipped_bit_is_noticed},
+      {"unknown kinds and dtypes, contradicting sizes", test_fields},
+      {"presences differ by session and rank, and from frames", test_presence},
+  };
+  RUN(tests);
+  return 0;
+}
