@@ -28,7 +28,6 @@ class Family:
 
     config: dict[str, Any]
     to_hf: Callable[[Weights, dict[str, Any]], Weights] | None = None
-    fallback: bool = False  # no adapter is wanted
 
 
 BASE: dict[str, Any] = {
@@ -167,6 +166,34 @@ def fused(
         return out
 
     return convert
+
+
+def gpt_oss_hf(weights: Weights, config: dict[str, Any]) -> Weights:
+    """Experts in mxfp4 blocks of bytes, gate and up rows by turns."""
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    out: Weights = {}
+    both = fused("experts", "experts.gate_up_proj", "experts.down_proj", interleave=True)
+    for key, value in both(weights, config).items():
+        if ".experts." not in key or key.endswith("_bias"):
+            out[key] = value
+            continue
+        packed, scales = mx.quantize(value, group_size=32, bits=4, mode="mxfp4")
+        out[f"{key}_blocks"] = packed.view(mx.uint8).reshape(*scales.shape, 16)
+        out[f"{key}_scales"] = scales
+    return out
+
+
+def deepseek_fp8_hf(weights: Weights, config: dict[str, Any]) -> Weights:
+    """Projections in fp8 with a scale per block of 128 x 128."""
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    out: Weights = {}
+    for key, value in MLP_EXPERTS(weights, config).items():
+        if key.endswith("_proj.weight"):
+            out[key] = mx.to_fp8(value * 32)
+            out[f"{key}_scale_inv"] = mx.full((1, 1), 1 / 32)
+        else:
+            out[key] = value
+    return out
 
 
 def dbrx_hf(weights: Weights, config: dict[str, Any]) -> Weights:
@@ -627,7 +654,7 @@ FAMILIES: dict[str, Family] = {
             sliding_window=16,
             layer_types=["sliding_attention", "full_attention"],
         ),
-        fused("experts", "experts.gate_up_proj", "experts.down_proj", interleave=True),
+        gpt_oss_hf,
     ),
     "phimoe": Family(
         _config("phimoe", num_local_experts=EXPERTS), one_by_one("block_sparse_moe", W123)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,15 @@ class Meeting:
         self.keys: list[object] = [None] * nodes
 
 
+class Call(NamedTuple):
+    """One all-reduce as its caller asked for it."""
+
+    layer: int
+    shape: tuple[int, int]
+    contributed: bool
+    overlapped: int
+
+
 class ThreadReducer:
     """A Reducer among threads, as strict as the contract allows.
 
@@ -38,7 +47,7 @@ class ThreadReducer:
         self._results: list[mx.array | None] = [None, None]
         self._turn = 0
         self.step = 0
-        self.calls: list[tuple[int, tuple[int, int], bool, int]] = []
+        self.calls: list[Call] = []
 
     def all_reduce(
         self,
@@ -52,7 +61,7 @@ class ThreadReducer:
         meeting = self._meeting
         if partial is not None:
             assert partial.shape == shape and partial.dtype == dtype
-        self.calls.append((layer, shape, partial is not None, len(overlap)))
+        self.calls.append(Call(layer, shape, partial is not None, len(overlap)))
         mx.eval(*overlap)
         part = None if partial is None else np.array(partial.astype(mx.float32))
         meeting.parts[self.rank] = part

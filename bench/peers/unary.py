@@ -51,7 +51,8 @@ def make_step(size: int) -> Callable[[], Any]:
 
     def step() -> Any:
         payload = mine.tobytes()
-        answers = [call.future(payload) for call in calls]
+        answers = [call.future(payload) for call in calls[1:]]
+        calls[0](payload)  # waits without the help of another thread: faster
         np.copyto(total, mine)
         for inbox in inboxes.values():
             np.add(total, np.frombuffer(inbox.get(), np.float32), out=total)

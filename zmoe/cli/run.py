@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from zmoe.errors import InputError
 
 if TYPE_CHECKING:
     from zmoe.cluster.leader import ClusterSpec
+    from zmoe.engine.generate import Generation
 
 PROG = "zmoe-run"
 
@@ -136,9 +138,9 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cluster.cluster import Cluster
 
-    with report.LoadProgress(spec.nodes) as progress:
-        cluster = Cluster(options.model, spec=spec, progress=progress).__enter__()
-    with cluster:
+    with ExitStack() as stack:
+        with report.LoadProgress(spec.nodes) as progress:
+            cluster = stack.enter_context(Cluster(options.model, spec=spec, progress=progress))
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
         generation = cluster.generate(
@@ -148,17 +150,22 @@ def _generate(options: argparse.Namespace) -> None:
             ignore_chat_template=options.ignore_chat_template,
             chat_template_config=template,
         )
-        for token in generation:
-            if not options.json:
-                print(token.text, end="", flush=True)
-        if not options.json:
-            print(flush=True)
+        _show(generation, quiet=options.json)
         if options.stats or options.json:
             summary = report.summarize(cluster, generation)
             if options.json:
                 print(json.dumps(summary), flush=True)
             if options.stats:
                 report.print_stats(summary, generation.timings.first_token)
+
+
+def _show(generation: Generation, quiet: bool) -> None:
+    """Run the generation to its end, its text as it comes unless `quiet`."""
+    for token in generation:
+        if not quiet:
+            print(token.text, end="", flush=True)
+    if not quiet:
+        print(flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

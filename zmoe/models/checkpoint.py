@@ -67,7 +67,20 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no weights: no model*.safetensors")
+    for name in _indexed_files(folder / "model.safetensors.index.json"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is incomplete: {name} is missing")
     return files
+
+
+def _indexed_files(path: Path) -> list[str]:
+    """The files that an index, where there is one, says the weights are in."""
+    try:
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path} is corrupt") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.utils import load_config
 
 from zmoe.errors import ModelError
 from zmoe.models.checkpoint import Tensor, read_config, read_tensors
-from zmoe.models.discover import Site, find_sites, model_classes
+from zmoe.models.discover import Site, find_sites, model_classes, projections
 from zmoe.models.fingerprint import fingerprint
 from zmoe.types import ModelInfo
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings", "embd.wte", "embed")
+_EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embeddings", "embed")
+)
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "model_dim")
-_TOP_KS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
+_TOP_KS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -48,7 +57,9 @@ def inspect_model(path: Path) -> ModelInfo:
     hidden = _integer(config, _WIDTHS)
     if hidden is None:
         raise ModelError(f"{path / 'config.json'} names no hidden size")
-    shapes = [_routing_shape(site, hidden, config) for site in sites]
+    top_k = _integer(config, _TOP_KS)
+    if top_k is None:
+        raise ModelError(f"{path / 'config.json'} names no number of experts per token")
     return ModelInfo(
         path=str(path),
         model_type=config["model_type"],
@@ -58,12 +69,9 @@ def inspect_model(path: Path) -> ModelInfo:
         layers=len(model.layers),
         moe_layers=tuple(site.layer for site in sites),
         experts=counts.pop(),
-        top_k=max(k for _, k in shapes),
+        top_k=top_k,
         hidden_size=hidden,
-        exchange_width=max(
-            width if site.adapter else width * k
-            for site, (width, k) in zip(sites, shapes, strict=True)
-        ),
+        exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
     )
 
@@ -81,31 +89,15 @@ def skeleton(path: Path, config: dict[str, Any]) -> Module:
     return model
 
 
-def _routing_shape(site: Site, hidden: int, config: Mapping[str, Any]) -> tuple[int, int]:
-    """(width that the experts see, experts per row): of unevaluated arrays."""
-    switch_width = int(_input_dims(site))
-    k = _integer(config, _TOP_KS)
-    if site.adapter is not None:
-        try:
-            routing = site.adapter.route(site.block, mx.zeros((1, 1, hidden)))
-        except TypeError:  # the block is called with a finished routing
-            pass
-        else:
-            return int(routing.x.shape[-1]), int(routing.ids.shape[-1])
-    if k is None:
-        raise ModelError(f"the config names no number of experts per token for {site.path}")
-    return switch_width, k
-
-
-def _input_dims(site: Site) -> int:
-    first = getattr(site.switch, "gate_proj", None) or site.switch.fc1
-    return int(first.input_dims)
+def _experts_width(site: Site) -> int:
+    """How wide the rows are that the experts see and put out."""
+    return int(projections(site.switch)[0].input_dims)
 
 
 def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of `names` that the config, or its text part, gives a number for."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
+    """The first of `names` that the config, or a part of it, gives a number for."""
+    nested = [config.get(part) for part in ("text_config", "ffn_config")]
+    for part in (config, *(part for part in nested if isinstance(part, Mapping))):
         for name in names:
             value = part.get(name)
             if isinstance(value, list) and value:
@@ -117,13 +109,12 @@ def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """The dtype that the embedding puts out, which the layers carry on."""
-    for tensor in tensors.values():
-        stem, _, kind = tensor.name.rpartition(".")
-        if kind != "weight" or stem.rpartition(".")[2] not in _EMBEDDINGS:
+    for name, tensor in tensors.items():
+        if not name.endswith(_EMBEDDINGS) or re.search("visi|visual|audio", name):
             continue
         if tensor.dtype in _DTYPES:
             return _DTYPES[tensor.dtype]
-        scales = tensors.get(f"{stem}.scales")
+        scales = tensors.get(f"{name.removesuffix('weight')}scales")
         # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16.
         return _DTYPES.get(scales.dtype if scales else "", "bfloat16")
     raise ModelError(f"{path} holds no token embedding")

@@ -183,6 +183,7 @@ def _evaluate(model: Module, share: Share, total: int, progress: Progress | None
         share.check()
         if progress is not None:
             progress(min(share.bytes_read, total), total)
+    mx.clear_cache()  # what the tensors were made from
     if progress is not None:
         progress(total, total)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from zmoe.errors import ModelError
 from zmoe.models.checkpoint import Tensor
@@ -232,17 +233,22 @@ class Share:
             into = segment.nbytes - (end - (position + done))
             part = view[done : done + segment.nbytes - into]
             if segment.file is None:
-                part[:] = bytes(len(part))
+                np.asarray(part)[:] = 0
             else:
                 self._read(segment.file, part, segment.start + into)
             done += len(part)
             index += 1
 
+    def _open_file(self, file: Path) -> int:
+        if file not in self._files:
+            raise OSError(f"{file} is closed")
+        return self._files[file]
+
     def _read(self, file: Path, part: memoryview, start: int) -> None:
         done = 0
         while done < len(part):
             chunk = part[done : done + _READ_BYTES]
-            got = os.preadv(self._files[file], [chunk], start + done)
+            got = os.preadv(self._open_file(file), [chunk], start + done)
             if got == 0:
                 raise OSError(f"{file} ends at byte {start + done}")
             done += got

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from zmoe.moe.adapter import Adapter, Block, Routing
-from zmoe.moe.experts import expert_outputs, partial_sum
+from zmoe.moe.experts import Floats, expert_outputs, partial_sum
 from zmoe.moe.router import Ints, LocalPairs, Ownership, routing_digest
 from zmoe.obs import Spans
 from zmoe.types import Reducer
@@ -47,7 +47,7 @@ class ExpertParallelMoE(Module):
     """
 
     def __init__(self, block: Block, adapter: Adapter, layer: Layer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.block = block
         self._adapter = adapter
         self._layer = layer
@@ -75,7 +75,7 @@ class ExpertParallelMoE(Module):
         routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
         return adapter.finish(self.block, x, routed, shared)
 
-    def _partial(self, rows: mx.array, pairs: LocalPairs, weights: np.ndarray) -> mx.array | None:
+    def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
         if not len(pairs.rows):
             return None
         hook = self._adapter.per_expert
@@ -100,7 +100,7 @@ class ExpertParallelSwitch(Module):
     """
 
     def __init__(self, switch: Block | None, layer: Layer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.switch = switch
         self._layer = layer
         self._ownership = Ownership(layer.experts, layer.owned)

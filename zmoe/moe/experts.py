@@ -7,10 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from zmoe.moe.router import Ints, LocalPairs
 
+Floats = npt.NDArray[np.float32]
 Switch = Any  # SwitchGLU, SwitchMLP, or a subclass
 
 
@@ -66,20 +68,22 @@ def _linear(layer: Any, x: mx.array, expert: int) -> mx.array:
     return y + layer.bias[expert] if "bias" in layer else y
 
 
-def combine(y: mx.array, pairs: LocalPairs, weights: np.ndarray[Any, Any], rows: int) -> mx.array:
+def combine(y: mx.array, pairs: LocalPairs, weights: Floats, rows: int) -> mx.array:
     """Sum the pairs of each row by weight, in float32: (rows, width).
 
     `weights` (rows, k) float32. Gathers instead of scattering, so that the
     order of the sum never depends on the device's scheduling.
     """
+    y = y.astype(mx.float32)
     index, scale = _per_row(pairs, weights, rows)
-    padded = mx.concatenate([y.astype(mx.float32), mx.zeros((1, y.shape[-1]))])
-    return (padded[mx.array(index)] * mx.array(scale)[..., None]).sum(axis=1)
+    if index.size == len(pairs.rows):  # as many in each row, so already in place
+        placed = y.reshape(*index.shape, -1)
+    else:
+        placed = mx.concatenate([y, mx.zeros((1, y.shape[-1]))])[mx.array(index)]
+    return (placed * mx.array(scale)[..., None]).sum(axis=1)
 
 
-def _per_row(
-    pairs: LocalPairs, weights: np.ndarray[Any, Any], rows: int
-) -> tuple[Ints, np.ndarray[Any, Any]]:
+def _per_row(pairs: LocalPairs, weights: Floats, rows: int) -> tuple[Ints, Floats]:
     """For each row the places of its pairs and their weights, padded to one width.
 
     The padding points behind the last pair, with weight 0.
@@ -101,7 +105,7 @@ def partial_sum(
     switch: Switch,
     x: mx.array,
     pairs: LocalPairs,
-    weights: np.ndarray[Any, Any],
+    weights: Floats,
     dtype: mx.Dtype,
     per_expert: PerExpert | None = None,
 ) -> mx.array:

@@ -1,0 +1,332 @@
+/* The all-reduce as it goes well, and how a caller's mistakes are answered. */
+#include "platform.h"
+
+#include "check.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+
+#include "rig.h"
+
+static const rig_options USUAL = {.nodes = 2, .resend_ms = 1000, .grace_ms = 1000};
+
+/* ---- sums ------------------------------------------------------------------ */
+
+static void exchange_once(rig_node *nodes, uint32_t n, zmoe_dtype wire, uint32_t step,
+                          uint32_t rows, uint32_t width) {
+  static float source[8][8192], sums[8][8192], expected[8192];
+  const void *parts[8] = {NULL};
+  static uint8_t encoded[8][4 * 8192];
+  size_t count = (size_t)rows * width;
+  zmoe_fault fault;
+  for (uint32_t r = 0; r < n; r++) {
+    for (size_t i = 0; i < count; i++)
+      source[r][i] = sinf((float)(i + 1) * (float)(r + 3)) * 3.7f;
+    int nothing = (step + r) % 3 == 0;
+    zmoe_convert(encoded[r], wire, source[r], ZMOE_F32, count, ZMOE_ISA_GENERIC);
+    parts[r] = nothing ? NULL : encoded[r];
+    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, nothing ? NULL : source[r], ZMOE_F32, step, 0,
+                                      rows, width, wire, 99, 0, &fault),
+                ZMOE_OK);
+  }
+  zmoe_reduce(expected, ZMOE_F32, parts, n, wire, count, ZMOE_ISA_GENERIC);
+  for (uint32_t r = 0; r < n; r++) {
+    int rc;
+    while ((rc = zmoe_exchange_collect(nodes[r].ex, sums[r], ZMOE_F32, RIG_PATIENCE_US, &fault)) ==
+           ZMOE_EINTR)
+      ;
+    CHECK_EQUAL(rc, ZMOE_OK);
+    CHECK(memcmp(sums[r], expected, count * sizeof(float)) == 0);
+  }
+}
+
+static void test_sums(void) {
+  for (uint32_t n = 2; n <= 8; n += n < 4 ? 1 : 4) {
+    rig_node nodes[8];
+    rig_options options = USUAL;
+    options.nodes = n;
+    options.spin_us = n == 3 ? 200 : 0;
+    rig_open(nodes, options);
+    uint32_t step = 0;
+    for (int d = 0; d < 3; d++) {
+      exchange_once(nodes, n, (zmoe_dtype)d, step++, 1, 1);
+      exchange_once(nodes, n, (zmoe_dtype)d, step++, 3, 61);
+      exchange_once(nodes, n, (zmoe_dtype)d, step++, 8, 1024);
+      exchange_once(nodes, n, (zmoe_dtype)d, step++, 0, 1024);
+    }
+    zmoe_exchange_stats stats;
+    zmoe_exchange_stats_get(nodes[0].ex, &stats);
+    CHECK_EQUAL(stats.exchanges, 12);
+    CHECK_EQUAL(stats.frames_sent, 12);
+    CHECK_EQUAL(stats.frames_received, 12 * (n - 1));
+    rig_close(nodes, n);
+  }
+}
+
+/* One puppet stands for the 63 others. */
+static void test_64_nodes(void) {
+  static rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2;
+  rig_open(nodes, options);
+  zmoe_exchange_destroy(nodes[0].ex);
+  nodes[0].ex = NULL;
+  for (uint32_t r = 2; r < ZMOE_MAX_NODES; r++) {
+    uint8_t presence[ZMOE_PRESENCE_BYTES];
+    zmoe_wire_presence(RIG_SESSION, r, presence);
+    rig_subscribe(nodes[1].sub, presence, sizeof presence);
+    nodes[0].dealers[r] = nodes[0].dealers[1];
+    nodes[0].monitors[r] = nodes[0].monitors[1];
+  }
+  zmoe_exchange_config config = {
+      .rank = 0,
+      .nodes = ZMOE_MAX_NODES,
+      .session = RIG_SESSION,
+      .max_payload_bytes = RIG_MAX_BYTES,
+      .small_payload_bytes = RIG_SMALL_BYTES,
+      .xpub = nodes[0].xpub,
+      .sub = nodes[0].sub,
+      .router = nodes[0].router,
+      .dealers = nodes[0].dealers,
+      .monitors = nodes[0].monitors,
+      .resend_ms = 1000,
+  };
+  CHECK_EQUAL(zmoe_exchange_create(&config, &nodes[0].ex), ZMOE_OK);
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  while (zmoe_exchange_subscribers(nodes[0].ex) != (~UINT64_C(1) & ~UINT64_C(2)))
+    CHECK(rig_now_us() < until_us); /* rank 1 had made itself known to the first exchange */
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 0.5f), ZMOE_OK);
+  for (uint32_t r = 1; r < ZMOE_MAX_NODES; r++) {
+    nodes[1].rank = r;
+    rig_publish(&nodes[1], 0, 0, (float)r);
+  }
+  nodes[1].rank = 1;
+  float sum;
+  zmoe_fault fault;
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 63 * 64 / 2 + 0.5f);
+  for (uint32_t r = 2; r < ZMOE_MAX_NODES; r++)
+    nodes[0].dealers[r] = nodes[0].monitors[r] = NULL;
+  rig_close(nodes, 2);
+}
+
+/* A peer that has collected may publish the next exchange before we collect. */
+static void test_a_peer_one_ahead(void) {
+  rig_node nodes[3];
+  rig_options options = USUAL;
+  options.nodes = 3;
+  rig_open(nodes, options);
+  float sum;
+  zmoe_fault fault;
+  for (uint32_t step = 0; step < 50; step++) {
+    for (uint32_t layer = 0; layer < 2; layer++) {
+      CHECK_EQUAL(rig_node_publish(&nodes[0], step, layer, 1), ZMOE_OK);
+      if (step + layer == 0)
+        CHECK_EQUAL(rig_node_publish(&nodes[1], step, layer, 2), ZMOE_OK);
+      CHECK_EQUAL(rig_node_publish(&nodes[2], step, layer, 4), ZMOE_OK);
+      CHECK_EQUAL(rig_collect(&nodes[1], &sum, &fault), ZMOE_OK);
+      CHECK(sum == 7);
+      CHECK_EQUAL(rig_node_publish(&nodes[1], step + layer, 1 - layer, 2), ZMOE_OK);
+      CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+      CHECK(sum == 7);
+      CHECK_EQUAL(rig_collect(&nodes[2], &sum, &fault), ZMOE_OK);
+      CHECK(sum == 7);
+    }
+  }
+  rig_close(nodes, 3);
+}
+
+static void test_zero_copy_slot(void) {
+  rig_node nodes[2];
+  rig_open(nodes, USUAL);
+  zmoe_slot *slot;
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(zmoe_exchange_slot(nodes[0].ex, 16, 0, &slot), ZMOE_OK);
+  memcpy(zmoe_slot_payload(slot), (float[4]){1, 1, 1, 1}, 16);
+  CHECK_EQUAL(zmoe_exchange_publish_slot(nodes[0].ex, slot, 0, 0, 1, 4, ZMOE_F32, 0, &fault),
+              ZMOE_OK);
+  CHECK_EQUAL(rig_node_publish(&nodes[1], 0, 0, 2), ZMOE_OK);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  CHECK_EQUAL(rig_collect(&nodes[1], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
+/* ---- epochs ---------------------------------------------------------------- */
+
+static void test_epochs(void) {
+  rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2;
+  rig_open(nodes, options);
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 5, 0, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 5, 0, 1);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 0), ZMOE_EINVAL);
+  /* The peer was in the middle of a step, then began the epoch before us. */
+  rig_publish(&nodes[1], 5, 1, 1);
+  zmoe_header header = rig_header(1, 0, 0);
+  uint8_t frame[ZMOE_HEADER_BYTES + 16];
+  header.epoch = 3;
+  rig_send(nodes[1].xpub, frame, rig_frame(&header, 2, frame), 0);
+  RIG_UNTIL(&nodes[0], frames_received, 3);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 3), ZMOE_OK);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 5, 2, 1); /* replayed from the old epoch */
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  RIG_UNTIL(&nodes[0], bad_stale, 1);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 3), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 2), ZMOE_EINVAL);
+  rig_close(nodes, 2);
+}
+
+/* ---- deadlines and signals --------------------------------------------------- */
+
+static void test_deadline(void) {
+  rig_node nodes[3];
+  rig_options options = USUAL;
+  options.nodes = 3;
+  options.puppets = 6;
+  rig_open(nodes, options);
+  zmoe_fault fault;
+  float sum[4];
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 4, 7, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 4, 7, 1);
+  uint64_t start_us = rig_now_us();
+  CHECK_EQUAL(zmoe_exchange_collect(nodes[0].ex, sum, ZMOE_F32, 50000, &fault), ZMOE_ETIMEOUT);
+  CHECK(rig_now_us() - start_us >= 50000);
+  CHECK_EQUAL(fault.missing, 4);
+  CHECK_EQUAL(fault.lost, 0);
+  CHECK_EQUAL(fault.step, 4);
+  CHECK_EQUAL(fault.layer, 7);
+  rig_publish(&nodes[2], 4, 7, 1); /* late, but it can still be collected */
+  CHECK_EQUAL(rig_collect(&nodes[0], sum, &fault), ZMOE_OK);
+  CHECK(sum[0] == 3);
+  rig_close(nodes, 3);
+}
+
+static void on_signal(int number) {
+  (void)number;
+}
+
+static void *send_signal(void *thread) {
+  CHECK_EQUAL(pthread_kill(*(pthread_t *)thread, SIGUSR1), 0);
+  return NULL;
+}
+
+/* A signal ends the wait; and so does time, since a signal may have come just
+ * before it. Either way the collect goes on when called again. */
+static void test_signals(void) {
+  rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2;
+  rig_open(nodes, options);
+  zmoe_fault fault;
+  float sum[4];
+  struct sigaction action = {.sa_handler = on_signal}, before;
+  CHECK_EQUAL(sigaction(SIGUSR1, &action, &before), 0);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  pthread_t self = pthread_self(), thread;
+  CHECK_EQUAL(pthread_create(&thread, NULL, send_signal, &self), 0);
+  uint64_t start_us = rig_now_us();
+  CHECK_EQUAL(zmoe_exchange_collect(nodes[0].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault),
+              ZMOE_EINTR);
+  CHECK_EQUAL(zmoe_exchange_collect(nodes[0].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault),
+              ZMOE_EINTR);
+  CHECK(rig_now_us() - start_us < RIG_PATIENCE_US / 2);
+  CHECK_EQUAL(pthread_join(thread, NULL), 0);
+  rig_publish(&nodes[1], 0, 0, 1);
+  CHECK_EQUAL(rig_collect(&nodes[0], sum, &fault), ZMOE_OK);
+  CHECK_EQUAL(sigaction(SIGUSR1, &before, NULL), 0);
+  rig_close(nodes, 2);
+}
+
+/* ---- a caller's mistakes -------------------------------------------------------- */
+
+static void test_mistakes(void) {
+  rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2;
+  rig_open(nodes, options);
+  zmoe_exchange *ex = nodes[0].ex, *other;
+  zmoe_fault fault;
+  zmoe_slot *slot;
+  float data[4] = {0};
+  CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4 + 1, ZMOE_F32, 0,
+                                    0, &fault),
+              ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, UINT32_MAX, UINT32_MAX, ZMOE_F32, 0,
+                                    0, &fault),
+              ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, 1, 4, (zmoe_dtype)7, 0, 0, &fault),
+              ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, data, (zmoe_dtype)7, 0, 0, 1, 4, ZMOE_F32, 0, 0, &fault),
+              ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_slot(ex, RIG_MAX_BYTES + 1, 0, &slot), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_slot(ex, 16, 0, &slot), ZMOE_OK);
+  CHECK_EQUAL(zmoe_exchange_publish_slot(ex, slot, 0, 0, 1, RIG_MAX_BYTES / 4, ZMOE_F32, 0, &fault),
+              ZMOE_EINVAL);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 3, 0, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 4, 0, 1), ZMOE_EINVAL); /* not yet collected */
+  rig_publish(&nodes[1], 3, 0, 1);
+  CHECK_EQUAL(rig_collect(&nodes[0], data, &fault), ZMOE_OK);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 3, 0, 1), ZMOE_EINVAL); /* never backwards */
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 2, 9, 1), ZMOE_EINVAL);
+  zmoe_pool_stats stats;
+  zmoe_exchange_pool_stats(ex, &stats);
+  CHECK(stats.acquired - stats.released <= 2); /* every refused slot came back */
+  zmoe_exchange_config config = {.rank = 2, .nodes = 2, .resend_ms = 1};
+  CHECK_EQUAL(zmoe_exchange_create(&config, &other), ZMOE_EINVAL);
+  CHECK(other == NULL);
+  rig_close(nodes, 2);
+}
+
+static void test_pool_exhaustion(void) {
+  rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2;
+  rig_open(nodes, options);
+  zmoe_slot *slots[64], *extra;
+  int n = 0;
+  while (zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 0, &slots[n]) == ZMOE_OK)
+    n++;
+  CHECK(n >= 4);
+  CHECK_EQUAL(zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 1000, &extra), ZMOE_EPOOL);
+  static float data[RIG_MAX_BYTES / 4];
+  zmoe_fault fault;
+  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4,
+                                    ZMOE_F32, 0, 1000, &fault),
+              ZMOE_EPOOL);
+  while (n-- > 0)
+    zmoe_slot_release(slots[n]);
+  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4,
+                                    ZMOE_F32, 0, 0, &fault),
+              ZMOE_OK);
+  rig_close(nodes, 2);
+}
+
+int main(int argc, char **argv) {
+  static const test_case tests[] = {
+      {"sums of 2, 3, 4 and 8 nodes, every dtype, some without a part", test_sums},
+      {"64 nodes", test_64_nodes},
+      {"a peer one exchange ahead", test_a_peer_one_ahead},
+      {"a slot published without copying", test_zero_copy_slot},
+      {"epochs", test_epochs},
+      {"deadlines name who is missing", test_deadline},
+      {"signals end a wait", test_signals},
+      {"a caller's mistakes are refused", test_mistakes},
+      {"an exhausted pool", test_pool_exhaustion},
+  };
+  rig_start(argc, argv);
+  RUN(tests);
+  rig_stop();
+  return 0;
+}
