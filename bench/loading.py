@@ -94,6 +94,22 @@ def ranks_under(leader: int) -> dict[int, int]:
     return found
 
 
+def sample(read: dict[int, int], leader: int, nodes: int) -> None:
+    """Bring `read`, the bytes read by rank, up to date.
+
+    The system adds what an ended child has read to its parent: the leader's
+    count is taken only as long as all of its children run.
+    """
+    count = bytes_read_of(leader)
+    ranks = ranks_under(leader)
+    if count is not None and len(ranks) == nodes:
+        read[0] = count
+    for rank, pid in ranks.items():
+        count = bytes_read_of(pid)
+        if rank > 0 and count is not None:
+            read[rank] = max(count, read.get(rank, 0))
+
+
 def load(model: str, nodes: int, deadline_s: float) -> tuple[list[int], dict[int, int]]:
     """Run `nodes` nodes; peak bytes, by rank, and bytes read, as far as the system tells."""
     read: dict[int, int] = {}
@@ -104,10 +120,7 @@ def load(model: str, nodes: int, deadline_s: float) -> tuple[list[int], dict[int
         )
         until = time.monotonic() + deadline_s
         while leader.poll() is None:
-            for rank, pid in ranks_under(leader.pid).items():
-                count = bytes_read_of(pid)
-                if count is not None:
-                    read[rank] = max(count, read.get(rank, 0))
+            sample(read, leader.pid, nodes)
             if time.monotonic() > until:
                 raise BenchError(f"loading on {nodes} nodes took longer than {deadline_s:g} s")
             with suppress(subprocess.TimeoutExpired):

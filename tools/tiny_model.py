@@ -33,7 +33,7 @@ class TinyConfig:
     clip_qkv: float = 8.0
     rope_theta: float = 10000.0
     max_seq_len: int = 1024
-    dropout: float = 0.15
+    dropout: float = 0.05
 
     @property
     def head_dim(self) -> int:

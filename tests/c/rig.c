@@ -170,22 +170,21 @@ static void subscribe_puppet(rig_node *node) {
   rig_subscribe(node->sub, presence, sizeof presence);
 }
 
-/* Until the frames of a puppet reach `node`: a node's presence comes last. */
-static void wait_subscribed(rig_node *puppet, const rig_node *node) {
-  uint8_t presence[ZMOE_PRESENCE_BYTES], message[64];
-  zmoe_wire_presence(RIG_SESSION, node->rank, presence);
-  int bytes;
-  do {
-    bytes = rig_receive(puppet->xpub, message, sizeof message, RIG_PATIENCE_US / 1000);
+/* Until a puppet's frames reach every exchange: the presences come last. */
+static void wait_subscribed(rig_node *puppet, const rig_node *nodes) {
+  uint64_t waiting = 0;
+  for (uint32_t r = 0; r < puppet->nodes; r++)
+    waiting |= (uint64_t)(nodes[r].ex != NULL) << r;
+  while (waiting != 0) {
+    uint8_t message[64], presence[ZMOE_PRESENCE_BYTES];
+    int bytes = rig_receive(puppet->xpub, message, sizeof message, RIG_PATIENCE_US / 1000);
     CHECK(bytes > 0);
-  } while (bytes != 1 + sizeof presence || message[0] != 1 ||
-           memcmp(message + 1, presence, sizeof presence) != 0);
-}
-
-static void wait_puppets(rig_node *node, rig_node *nodes) {
-  for (uint32_t r = 0; r < node->nodes; r++)
-    if (nodes[r].ex == NULL && r != node->rank)
-      wait_subscribed(&nodes[r], node);
+    for (uint32_t r = 0; r < puppet->nodes; r++) {
+      zmoe_wire_presence(RIG_SESSION, r, presence);
+      if (bytes == 1 + sizeof presence && memcmp(message + 1, presence, sizeof presence) == 0)
+        waiting &= ~(UINT64_C(1) << r);
+    }
+  }
 }
 
 void rig_open(rig_node *nodes, rig_options options) {
@@ -201,10 +200,10 @@ void rig_open(rig_node *nodes, rig_options options) {
       create(&nodes[r], &options);
   }
   for (uint32_t r = 0; r < options.nodes; r++)
-    if (nodes[r].ex != NULL) {
+    if (nodes[r].ex != NULL)
       rig_wait_ready(&nodes[r]);
-      wait_puppets(&nodes[r], nodes);
-    }
+    else
+      wait_subscribed(&nodes[r], nodes);
 }
 
 void rig_wait_ready(rig_node *node) {
@@ -239,9 +238,7 @@ void rig_revive(rig_node *node, rig_node *nodes) {
   listen_on(node, 1);
   connect_to(node, nodes);
   subscribe_puppet(node);
-  for (uint32_t r = 0; r < node->nodes; r++)
-    if (nodes[r].ex != NULL)
-      wait_subscribed(node, &nodes[r]);
+  wait_subscribed(node, nodes);
 }
 
 void rig_close(rig_node *nodes, uint32_t n) {

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "zmoe"
 def table() -> dict[str, set[str]]:
     """Room -> rooms that it may import, as the README says."""
     section = (ROOT / "README.md").read_text().split("## Architecture")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", section, re.MULTILINE)
     return {room: set(re.findall(r"`(\w+)`", allowed)) for room, allowed in rows}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -170,6 +171,8 @@ def _show(generation: Generation, quiet: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
+    # Its advice on long prompts and missing frameworks is not for this command's users.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = _parser().parse_args(argv)
     return run_command(PROG, options.debug, lambda: _generate(options))
 

@@ -1,0 +1,110 @@
+/* Between two exchanges our code asks the allocator for nothing.
+ *
+ * The linker sends every allocator call of csrc/ (and of this test) through the
+ * counters below. libzmq's own calls are not among them: it allocates a block
+ * for each message that is longer than what it stores in place, and no option
+ * of its changes that. */
+#include "platform.h"
+
+#include "check.h"
+
+#include <sys/mman.h>
+
+#include "rig.h"
+
+static int calls;
+
+void *__real_malloc(size_t bytes);
+void *__real_calloc(size_t count, size_t bytes);
+void *__real_realloc(void *old, size_t bytes);
+void *__real_aligned_alloc(size_t alignment, size_t bytes);
+int __real_posix_memalign(void **out, size_t alignment, size_t bytes);
+void *__real_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+void __real_free(void *data);
+
+void *__wrap_malloc(size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+void *__wrap_realloc(void *old, size_t bytes);
+void *__wrap_aligned_alloc(size_t alignment, size_t bytes);
+int __wrap_posix_memalign(void **out, size_t alignment, size_t bytes);
+void *__wrap_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+void __wrap_free(void *data);
+
+void *__wrap_malloc(size_t bytes) {
+  calls++;
+  return __real_malloc(bytes);
+}
+
+void *__wrap_calloc(size_t count, size_t bytes) {
+  calls++;
+  return __real_calloc(count, bytes);
+}
+
+void *__wrap_realloc(void *old, size_t bytes) {
+  calls++;
+  return __real_realloc(old, bytes);
+}
+
+void *__wrap_aligned_alloc(size_t alignment, size_t bytes) {
+  calls++;
+  return __real_aligned_alloc(alignment, bytes);
+}
+
+int __wrap_posix_memalign(void **out, size_t alignment, size_t bytes) {
+  calls++;
+  return __real_posix_memalign(out, alignment, bytes);
+}
+
+void *__wrap_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
+  calls++;
+  return __real_mmap(at, bytes, protection, flags, fd, offset);
+}
+
+void __wrap_free(void *data) {
+  calls++;
+  __real_free(data);
+}
+
+static rig_node nodes[3];
+
+static void exchange(uint32_t step) {
+  static float data[RIG_MAX_BYTES / 4], sum[RIG_MAX_BYTES / 4];
+  zmoe_fault fault;
+  uint32_t width = step % 2 ? RIG_MAX_BYTES / 4 : 16; /* both size classes */
+  for (int r = 0; r < 3; r++)
+    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, data, ZMOE_F32, step, 0, 1, width, ZMOE_F32, 0,
+                                      RIG_PATIENCE_US, &fault),
+                ZMOE_OK);
+  for (int r = 0; r < 3; r++) {
+    int rc;
+    do
+      rc = zmoe_exchange_collect(nodes[r].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault);
+    while (rc == ZMOE_EINTR);
+    CHECK_EQUAL(rc, ZMOE_OK);
+    CHECK_EQUAL(zmoe_exchange_service(nodes[r].ex, &fault), ZMOE_OK);
+  }
+}
+
+static void test_none_between_exchanges(void) {
+  CHECK_EQUAL(calls, 0);
+  rig_open(nodes, (rig_options){.nodes = 3, .resend_ms = 1, .grace_ms = 1000});
+  CHECK(calls > 0); /* creation allocates: the counters work */
+  calls = 0;
+  for (uint32_t step = 0; step < 200; step++)
+    exchange(step);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 1), ZMOE_OK);
+  CHECK_EQUAL(calls, 0);
+  rig_close(nodes, 3);
+  CHECK(calls > 0); /* and so does their removal */
+}
+
+int main(int argc, char **argv) {
+  static const test_case tests[] = {
+      {"no allocator call between exchanges", test_none_between_exchanges},
+  };
+  rig_start(argc, argv);
+  calls = 0;
+  RUN(tests);
+  rig_stop();
+  return 0;
+}

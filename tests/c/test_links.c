@@ -1,0 +1,280 @@
+/* Lost frames, lost peers, and peers that are elsewhere. */
+#include "platform.h"
+
+#include "check.h"
+
+#include <string.h>
+
+#include "rig.h"
+
+enum { FRAME_BYTES = ZMOE_HEADER_BYTES + 16 };
+
+static rig_node nodes[3];
+
+/* ---- resends ------------------------------------------------------------------- */
+
+/* Reads one request at a puppet's ROUTER into `out`, whose sender must be rank 0. */
+static void take_request(rig_node *puppet, zmoe_header *out) {
+  uint8_t identity[64], expected[ZMOE_PRESENCE_BYTES], frame[FRAME_BYTES];
+  zmoe_wire_presence(RIG_SESSION, 0, expected);
+  CHECK_EQUAL(rig_receive(puppet->router, identity, sizeof identity, 5000), sizeof expected);
+  CHECK(memcmp(identity, expected, sizeof expected) == 0);
+  CHECK_EQUAL(rig_receive(puppet->router, frame, sizeof frame, 5000), ZMOE_HEADER_BYTES);
+  CHECK_EQUAL(zmoe_wire_decode(frame, ZMOE_HEADER_BYTES, 0, out), ZMOE_WIRE_OK);
+  CHECK_EQUAL(out->kind, ZMOE_KIND_RESEND);
+  CHECK_EQUAL(out->source, 0);
+}
+
+static void reply(rig_node *puppet, const zmoe_header *header, float value) {
+  uint8_t identity[ZMOE_PRESENCE_BYTES], frame[FRAME_BYTES];
+  zmoe_wire_presence(RIG_SESSION, 0, identity);
+  rig_send(puppet->router, identity, sizeof identity, 1);
+  rig_send(puppet->router, frame, rig_frame(header, value, frame), 0);
+}
+
+static int collect_for(rig_node *node, float *sum, uint64_t span_us, zmoe_fault *fault) {
+  float sums[4];
+  int rc = zmoe_exchange_collect(node->ex, sums, ZMOE_F32, span_us, fault);
+  *sum = sums[0];
+  return rc;
+}
+
+static void test_asks_for_a_lost_frame(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 5, .grace_ms = 1000});
+  zmoe_fault fault;
+  zmoe_header request, header = rig_header(1, 6, 2);
+  zmoe_exchange_stats stats;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 6, 2, 1), ZMOE_OK);
+  do { /* it keeps on asking */
+    CHECK_EQUAL(collect_for(&nodes[0], &sum, 5000, &fault), ZMOE_ETIMEOUT);
+    zmoe_exchange_stats_get(nodes[0].ex, &stats);
+  } while (stats.resend_asked < 3);
+  take_request(&nodes[1], &request);
+  CHECK_EQUAL(request.step, 6);
+  CHECK_EQUAL(request.layer, 2);
+  reply(&nodes[1], &header, 2);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
+/* A puppet asks for both frames that may be lost, and gets them bit for bit. */
+static void test_answers_out_of_held_slots(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
+  zmoe_fault fault;
+  float sum;
+  uint8_t sent[3][FRAME_BYTES], frame[FRAME_BYTES];
+  for (uint32_t layer = 0; layer < 3; layer++) {
+    CHECK_EQUAL(rig_node_publish(&nodes[0], 0, layer, (float)layer), ZMOE_OK);
+    CHECK_EQUAL(rig_receive(nodes[1].sub, sent[layer], FRAME_BYTES, 5000), FRAME_BYTES);
+    rig_publish(&nodes[1], 0, layer, 1);
+    CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  }
+  for (uint32_t layer = 1; layer < 3; layer++) {
+    zmoe_header request = rig_header(1, 0, layer);
+    request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+    rig_send(nodes[1].dealers[0], frame, rig_frame(&request, 0, frame), 0);
+    RIG_UNTIL(&nodes[0], resend_served, layer);
+    CHECK_EQUAL(rig_receive(nodes[1].dealers[0], frame, sizeof frame, 5000), FRAME_BYTES);
+    CHECK(memcmp(frame, sent[layer], FRAME_BYTES) == 0);
+  }
+  /* A second request a moment later was under way already: one answer does. */
+  zmoe_header request = rig_header(1, 0, 2);
+  request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+  rig_send(nodes[1].dealers[0], frame, rig_frame(&request, 0, frame), 0);
+  /* What was not published yet will be; no answer. */
+  request.layer = 3;
+  rig_send(nodes[1].dealers[0], frame, rig_frame(&request, 0, frame), 0);
+  RIG_UNTIL(&nodes[0], resend_unknown, 1);
+  CHECK_EQUAL(rig_receive(nodes[1].dealers[0], frame, sizeof frame, 20), -1);
+  RIG_UNTIL(&nodes[0], resend_served, 2);
+  rig_close(nodes, 2);
+}
+
+/* The frame of this exchange is lost, but the peer, who has ours, goes on. */
+static void test_lost_behind_the_next_one(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1, .grace_ms = 1000});
+  zmoe_fault fault;
+  zmoe_header request, header = rig_header(1, 0, 0);
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 0, 1, 16);
+  while (collect_for(&nodes[0], &sum, 3000, &fault) != ZMOE_ETIMEOUT)
+    ;
+  take_request(&nodes[1], &request);
+  CHECK_EQUAL(request.layer, 0);
+  reply(&nodes[1], &header, 2);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 1, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 17);
+  rig_close(nodes, 2);
+}
+
+/* Two real nodes; one has gone idle when the other finds a frame missing. */
+static void test_an_idle_peer_serves(void) {
+  rig_open(nodes, (rig_options){.nodes = 3, .puppets = 4, .resend_ms = 1, .grace_ms = 1000});
+  zmoe_fault fault;
+  zmoe_header request = rig_header(2, 0, 0);
+  uint8_t frame[FRAME_BYTES];
+  float sum;
+  for (int r = 0; r < 2; r++)
+    CHECK_EQUAL(rig_node_publish(&nodes[r], 0, 0, 1), ZMOE_OK);
+  rig_publish(&nodes[2], 0, 0, 1);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK_EQUAL(rig_collect(&nodes[1], &sum, &fault), ZMOE_OK);
+  request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+  rig_send(nodes[2].dealers[0], frame, rig_frame(&request, 0, frame), 0);
+  RIG_UNTIL(&nodes[0], resend_served, 1);
+  CHECK_EQUAL(rig_receive(nodes[2].dealers[0], frame, sizeof frame, 5000), FRAME_BYTES);
+  rig_close(nodes, 3);
+}
+
+/* ---- links ---------------------------------------------------------------------- */
+
+static void test_a_dead_peer(void) {
+  rig_open(nodes, (rig_options){.nodes = 3, .puppets = 6, .resend_ms = 20, .grace_ms = 30});
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 2, 3, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 2, 3, 1);
+  rig_kill(&nodes[2]);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_EPEER);
+  CHECK_EQUAL(fault.lost, 4);
+  CHECK_EQUAL(fault.step, 2);
+  CHECK_EQUAL(fault.layer, 3);
+  CHECK_EQUAL(zmoe_exchange_subscribers(nodes[0].ex), 2);
+  rig_close(nodes, 3);
+}
+
+static void test_a_dead_peer_between_exchanges(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 20, .grace_ms = 0});
+  zmoe_fault fault;
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  CHECK_EQUAL(zmoe_exchange_service(nodes[0].ex, &fault), ZMOE_OK);
+  rig_kill(&nodes[1]);
+  while (zmoe_exchange_service(nodes[0].ex, &fault) == ZMOE_OK)
+    CHECK(rig_now_us() < until_us);
+  CHECK_EQUAL(fault.lost, 2);
+  rig_close(nodes, 2);
+}
+
+/* Its process lived on, only the connection broke: the run does too. */
+static void test_a_link_returns(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 5, .grace_ms = 10000});
+  zmoe_fault fault;
+  zmoe_exchange_stats stats;
+  float sum;
+  uint8_t frame[FRAME_BYTES];
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_kill(&nodes[1]);
+  while (collect_for(&nodes[0], &sum, 1000, &fault) == ZMOE_ETIMEOUT) {
+    zmoe_exchange_stats_get(nodes[0].ex, &stats);
+    if (stats.link_drops == 1)
+      break;
+  }
+  CHECK_EQUAL(stats.link_drops, 1);
+  rig_revive(&nodes[1], nodes);
+  rig_publish(&nodes[1], 0, 0, 2);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_wait_ready(&nodes[0]);
+  zmoe_exchange_stats_get(nodes[0].ex, &stats);
+  CHECK_EQUAL(stats.link_returns, 1);
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 1, 1), ZMOE_OK); /* and our frames reach it */
+  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, 5000), FRAME_BYTES);
+  rig_close(nodes, 2);
+}
+
+/* ---- divergence -------------------------------------------------------------------- */
+
+static void expect_divergence(const zmoe_header *theirs) {
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_EDIVERGED);
+  CHECK_EQUAL(fault.diverged, 2);
+  CHECK_EQUAL(fault.theirs.source, 1);
+  CHECK_EQUAL(fault.theirs.step, theirs->step);
+  CHECK_EQUAL(fault.theirs.layer, theirs->layer);
+  CHECK_EQUAL(fault.theirs.rows, theirs->rows);
+}
+
+static void with_header(zmoe_header theirs, int early) {
+  uint8_t frame[FRAME_BYTES + 16] = {0};
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
+  zmoe_wire_encode(&theirs, frame);
+  size_t bytes = ZMOE_HEADER_BYTES + theirs.payload_bytes;
+  if (early) {
+    rig_send(nodes[1].xpub, frame, bytes, 0);
+    RIG_UNTIL(&nodes[0], frames_received, 1);
+  }
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 5, 5, 1), ZMOE_OK);
+  if (!early)
+    rig_send(nodes[1].xpub, frame, bytes, 0);
+  expect_divergence(&theirs);
+  rig_close(nodes, 2);
+}
+
+static void test_disagreement(void) {
+  for (int early = 0; early < 2; early++) {
+    zmoe_header header = rig_header(1, 5, 5);
+    header.digest = 1;
+    with_header(header, early);
+    header = rig_header(1, 5, 5), header.dtype = ZMOE_BF16, header.payload_bytes = 8;
+    with_header(header, early);
+    header = rig_header(1, 5, 5), header.rows = 2, header.payload_bytes = 32;
+    with_header(header, early);
+    header = rig_header(1, 5, 5), header.rows = 2, header.payload_bytes = 0;
+    with_header(header, early);
+    header = rig_header(1, 5, 4); /* an exchange that we did not do */
+    with_header(header, early);
+  }
+}
+
+/* Each of two real nodes skips what the other does: the one that is behind
+ * learns it by asking. */
+static void test_elsewhere(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .resend_ms = 1, .grace_ms = 1000});
+  zmoe_fault fault[2];
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 4, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_node_publish(&nodes[1], 0, 5, 1), ZMOE_OK);
+  int rc[2] = {ZMOE_ETIMEOUT, ZMOE_ETIMEOUT};
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  while (rc[0] != ZMOE_EDIVERGED || rc[1] != ZMOE_EDIVERGED) {
+    for (int r = 0; r < 2; r++)
+      rc[r] = collect_for(&nodes[r], &sum, 2000, &fault[r]);
+    CHECK(rig_now_us() < until_us);
+  }
+  CHECK_EQUAL(fault[0].theirs.layer, 5);
+  CHECK_EQUAL(fault[1].theirs.layer, 4);
+  CHECK_EQUAL(fault[0].layer, 4);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 1), ZMOE_OK); /* a new epoch mends it */
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[1].ex, 1), ZMOE_OK);
+  for (int r = 0; r < 2; r++)
+    CHECK_EQUAL(rig_node_publish(&nodes[r], 0, 0, 1), ZMOE_OK);
+  for (int r = 0; r < 2; r++)
+    CHECK_EQUAL(rig_collect(&nodes[r], &sum, &fault[r]), ZMOE_OK);
+  CHECK(sum == 2);
+  rig_close(nodes, 2);
+}
+
+int main(int argc, char **argv) {
+  static const test_case tests[] = {
+      {"a lost frame is asked for", test_asks_for_a_lost_frame},
+      {"and answered out of held slots", test_answers_out_of_held_slots},
+      {"also when the next one came already", test_lost_behind_the_next_one},
+      {"also by a peer that is idle", test_an_idle_peer_serves},
+      {"a dead peer is named after the grace", test_a_dead_peer},
+      {"also between exchanges", test_a_dead_peer_between_exchanges},
+      {"a link that returns in time", test_a_link_returns},
+      {"another routing, dtype, shape or layer", test_disagreement},
+      {"two nodes at different exchanges", test_elsewhere},
+  };
+  rig_start(argc, argv);
+  RUN(tests);
+  rig_stop();
+  return 0;
+}
