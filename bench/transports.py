@@ -116,9 +116,11 @@ def _mpi() -> Transport:
     def start(workdir: Path, control: str, nodes: int, largest: int) -> list[Launch]:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         options = ["-n", str(nodes), "--oversubscribe", "--bind-to", "none"]
-        options += ["--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", loopback]
+        settings = {"pml": "ob1", "btl": "self,tcp", "btl_tcp_if_include": loopback}
         if nodes > (os.cpu_count() or 1):
-            options += ["--mca", "mpi_yield_when_idle", "1"]
+            settings["mpi_yield_when_idle"] = "1"
+        for name, value in settings.items():
+            options += ["--mca", name, value]
         as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return [Launch(["mpirun", *options, str(workdir / "mpi_allreduce"), control], as_root)]
 

@@ -12,6 +12,7 @@
 
 #include "exchange_internal.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -165,10 +166,6 @@ int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadlin
 
 /* Moves on to the exchange of `header`, whose slot is now ours to hold. */
 static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header) {
-  /* Answered before moving on: asks for the frame that we are about to publish
-   * anyway need no answer. */
-  zmoe_links_requests(ex);
-  zmoe_links_subscriptions(ex);
   release_held(&ex->held[1]);
   ex->held[1] = ex->held[0];
   ex->held[0] = (zmoe_held){slot, *header};
@@ -177,9 +174,9 @@ static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *heade
   ex->now = zmoe_key_of(header);
   ex->started = ex->collecting = 1;
   ex->missing = ex->everyone;
-  uint64_t ask_at_us = zmoe_now_us() + ex->resend_ms * UINT64_C(1000);
+  ex->published_at_us = zmoe_now_us();
   for (uint32_t r = 0; r < ex->nodes; r++) {
-    ex->peers[r].ask_at_us = ask_at_us;
+    ex->peers[r].ask_at_us = ex->published_at_us + ex->resend_ms * UINT64_C(1000);
     ex->peers[r].ask_every_us = ex->resend_ms * UINT64_C(2000);
   }
 }
@@ -281,13 +278,14 @@ static int wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost)
   uint64_t now_us = zmoe_now_us();
   uint64_t until_us = zmoe_later_us(now_us, deadline_us);
   uint64_t spin_until_us = now_us + ex->spin_us;
-  ex->unread = 1;
+  ex->drained = 0;
+  ex->unread = ex->missing != 0 && !zmoe_intake_partials(ex);
   while (ex->missing != 0 || ex->diverged != 0) {
     int rc = trouble(ex, now_us, until_us, lost);
     if (rc != ZMOE_OK)
       return rc;
     if (now_us < spin_until_us) {
-      zmoe_cpu_relax();
+      sched_yield(); /* libzmq's thread may need this very core */
       zmoe_intake_partials(ex);
     } else {
       zmoe_links_ask(ex, now_us);

@@ -52,13 +52,15 @@ struct zmoe_exchange {
   int has_before; /* ... and something before it: before is valid */
   int collecting; /* published, not yet collected */
   zmoe_key now, before;
+  uint64_t published_at_us;
   zmoe_held held[2]; /* [0] of `now`, [1] of `before` */
   uint64_t missing, diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
 
   uint64_t subscribed, linked;
   int32_t zmq_errno; /* of the first failure that waiting cannot mend */
-  int unread;        /* a socket may hold messages that its descriptor won't tell of */
+  int unread;        /* a socket holds messages that its descriptor won't tell of */
+  int drained;       /* in this collect, all of them were found empty */
   zmoe_exchange_stats stats;
   uint32_t n_polled;
   struct pollfd polled[3 + 2 * ZMOE_MAX_NODES];
@@ -116,6 +118,9 @@ int zmoe_links_drain(zmoe_exchange *ex);
 /* Reads what is unread, or else sleeps until a socket has news and reads that;
  * `until_us` at the latest.  ZMOE_OK, ZMOE_EINTR or ZMOE_EZMQ. */
 int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us);
+/* Tells a rank that waits at `theirs` for a frame of ours that we are past it,
+ * without ever having done that exchange. */
+void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Sends a held frame to one socket; the slot gains a reference until sent. */
 int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
 

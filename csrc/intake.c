@@ -89,6 +89,12 @@ static void set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
   ex->diverged |= bit;
 }
 
+/* It does an exchange that we have passed over; it will wait for us in vain. */
+static void passed_over(zmoe_exchange *ex, const zmoe_header *theirs) {
+  set_diverged(ex, theirs);
+  zmoe_links_tell(ex, theirs);
+}
+
 static int same_exchange(const zmoe_header *ours, const zmoe_header *theirs) {
   return ours->rows == theirs->rows && ours->width == theirs->width &&
          ours->dtype == theirs->dtype && ours->digest == theirs->digest;
@@ -118,7 +124,7 @@ static void take_partial(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_heade
     frame_take(&peer->next, message, header);
   } else if (order < 0 && key.epoch == ex->epoch &&
              (!ex->has_before || zmoe_key_compare(key, ex->before) > 0)) {
-    set_diverged(ex, header); /* it did an exchange that we passed over */
+    passed_over(ex, header);
   } else {
     ex->stats.bad_stale++;
   }
@@ -133,7 +139,7 @@ void zmoe_intake_promote(zmoe_exchange *ex) {
     if (order == 0)
       take_now(ex, &next->message, &next->header);
     else if (order < 0)
-      set_diverged(ex, &next->header);
+      passed_over(ex, &next->header);
     if (order <= 0)
       zmoe_frame_drop(next);
   }

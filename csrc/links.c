@@ -10,6 +10,7 @@
 enum {
   BATCH = 16,
   ASK_EVERY_MAX_MS = 500, /* upper end of the back-off */
+  SLEEP_FIRST_US = 2000,  /* then all sockets are read once */
   SLEEP_MAX_US = 100000,  /* then the caller looks for signals that came just
                            * before the sleep and hence did not end it */
 };
@@ -90,16 +91,29 @@ int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
   return ZMOE_OK;
 }
 
-/* True when the same request was answered a moment ago: several may have been
- * under way while we computed. */
-static int just_served(const zmoe_exchange *ex, zmoe_peer *peer, zmoe_key key) {
-  uint64_t now_us = zmoe_now_us();
-  uint64_t since_us = now_us - peer->served_at_us;
-  if (zmoe_key_compare(peer->served, key) == 0 && since_us < ex->resend_ms * UINT64_C(500))
+/* True when the frame was sent a moment ago: requests under way meanwhile, for
+ * instance while we computed, need no answer. */
+static int just_sent(const zmoe_exchange *ex, zmoe_peer *peer, zmoe_key key) {
+  uint64_t now_us = zmoe_now_us(), moment_us = ex->resend_ms * UINT64_C(500);
+  if (zmoe_key_compare(key, ex->now) == 0 && now_us - ex->published_at_us < moment_us)
+    return 1;
+  if (zmoe_key_compare(key, peer->served) == 0 && now_us - peer->served_at_us < moment_us)
     return 1;
   peer->served = key;
   peer->served_at_us = now_us;
   return 0;
+}
+
+void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs) {
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_header here = ex->held[0].header;
+  here.kind = ZMOE_KIND_ELSEWHERE;
+  here.payload_bytes = 0;
+  here.digest = (uint64_t)theirs->step << 32 | theirs->layer;
+  zmoe_wire_encode(&here, frame);
+  if (zmoe_zmq.send(ex->router, ex->peers[theirs->source].presence, ZMOE_PRESENCE_BYTES,
+                    ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0)
+    zmoe_zmq.send(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
 }
 
 static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *request) {
@@ -108,27 +122,20 @@ static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *reques
     ex->stats.resend_unknown++; /* not there yet: it will be published */
     return;
   }
-  const zmoe_held *held = NULL;
-  for (int i = 0; i < 2; i++)
-    if (ex->held[i].slot != NULL && zmoe_key_compare(zmoe_key_of(&ex->held[i].header), key) == 0)
-      held = &ex->held[i];
-  if (held == NULL)
-    ex->stats.resend_unknown++;
-  if (just_served(ex, peer, key) || zmoe_zmq.send(ex->router, peer->presence, ZMOE_PRESENCE_BYTES,
-                                                  ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0)
+  if (just_sent(ex, peer, key))
     return;
-  if (held != NULL && zmoe_links_send(ex, ex->router, held) == ZMOE_OK) {
-    ex->stats.resend_served++;
+  for (int i = 0; i < 2; i++) {
+    const zmoe_held *held = &ex->held[i];
+    if (held->slot == NULL || zmoe_key_compare(zmoe_key_of(&held->header), key) != 0)
+      continue;
+    if (zmoe_zmq.send(ex->router, peer->presence, ZMOE_PRESENCE_BYTES,
+                      ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0 &&
+        zmoe_links_send(ex, ex->router, held) == ZMOE_OK)
+      ex->stats.resend_served++;
     return;
   }
-  /* We did not do that exchange: tell where we are. */
-  uint8_t frame[ZMOE_HEADER_BYTES];
-  zmoe_header here = ex->held[0].header;
-  here.kind = ZMOE_KIND_ELSEWHERE;
-  here.payload_bytes = 0;
-  here.digest = (uint64_t)request->step << 32 | request->layer;
-  zmoe_wire_encode(&here, frame);
-  zmoe_zmq.send(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
+  ex->stats.resend_unknown++; /* we did not do that exchange */
+  zmoe_links_tell(ex, request);
 }
 
 /* One message on the ROUTER: the routing id of the sender, then its request. */
@@ -237,8 +244,10 @@ uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us) {
 
 /* ---- waiting --------------------------------------------------------------
  * A socket's descriptor becomes readable when libzmq has queued something for
- * the socket since it was last found empty.  So: read all until empty, then
- * sleep on the descriptors, then read those that woke us. */
+ * it since it was last found empty.  Sending, or polling by others, may use up
+ * that sign; so a sleep that brought nothing ends after a moment, and all
+ * sockets are read once.  That is rare, and saves reading each of them, at a
+ * system call or two, in every exchange. */
 
 enum { POLLED_SUB, POLLED_XPUB, POLLED_ROUTER, POLLED_FIRST_PEER };
 
@@ -302,20 +311,25 @@ static uint64_t next_event_us(const zmoe_exchange *ex, uint64_t now_us, uint64_t
   return until_us > now_us ? until_us : now_us;
 }
 
+static int read_all(zmoe_exchange *ex) {
+  ex->unread = !zmoe_links_drain(ex);
+  ex->drained = 1;
+  return ZMOE_OK;
+}
+
 int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
-  if (ex->unread) {
-    ex->unread = !zmoe_links_drain(ex);
-    return ZMOE_OK;
-  }
+  if (ex->unread)
+    return read_all(ex);
   uint64_t span_us = next_event_us(ex, now_us, until_us) - now_us;
-  int look_for_signals = span_us > SLEEP_MAX_US;
-  if (look_for_signals)
-    span_us = SLEEP_MAX_US;
-  int ready = poll(ex->polled, ex->n_polled, (int)((span_us + 999) / 1000));
+  uint64_t most_us = ex->drained ? SLEEP_MAX_US : SLEEP_FIRST_US;
+  int ready =
+      poll(ex->polled, ex->n_polled, (int)(((span_us < most_us ? span_us : most_us) + 999) / 1000));
   if (ready < 0)
     return errno == EINTR ? ZMOE_EINTR : ZMOE_EZMQ;
+  if (ready == 0 && !ex->drained)
+    return read_all(ex);
   if (ready == 0)
-    return look_for_signals ? ZMOE_EINTR : ZMOE_OK;
+    return span_us > most_us ? ZMOE_EINTR : ZMOE_OK;
   for (uint32_t i = 0; i < ex->n_polled; i++)
     if (ex->polled[i].revents != 0 && !read_polled(ex, i))
       ex->unread = 1;

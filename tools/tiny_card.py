@@ -6,8 +6,8 @@ import math
 
 from tiny_data import Split, encode
 from tiny_eval import Loss, Usage, complete, measure_loss, measure_usage
-from tiny_model import TinyConfig, TinyModel
-from tiny_recipe import Recipe
+from tiny_model import TinyModel
+from tiny_recipe import Stage
 from tokenizers import Tokenizer
 
 SAMPLES = (("ROMEO:", 0.0), ("ROMEO:", 0.8), ("First Citizen:", 0.8))  # prompt, temperature
@@ -106,27 +106,33 @@ def describe_architecture(model: TinyModel) -> str:
     )
 
 
-def describe_training(config: TinyConfig, recipe: Recipe, step: int) -> str:
-    facts = [
-        f"{recipe.steps} steps of {recipe.batch_tokens} tokens; the weights are from step {step}.",
-        f"AdamW (betas 0.9 and 0.98, weight decay {recipe.weight_decay:g} on matrices), gradients "
-        "clipped at norm 1.",
-        f"Learning rate {recipe.learning_rate:g}, {recipe.warmup_steps} steps of warm-up, then a "
-        "cosine to a hundredth.",
-        f"Windows of {recipe.context} tokens at random places, and of {config.max_seq_len} in the "
-        f"last {recipe.long_share:.0%} of the steps, so that long contexts work.",
-        f"Dropout {config.dropout:g} on embeddings and on what a block adds.",
-        f"Load-balancing loss of the Switch Transformer, weight {recipe.balance_weight:g}; router "
-        f"z-loss of ST-MoE, weight {recipe.z_weight:g}. No token is dropped.",
-        f"PyTorch on a CPU, seed {recipe.seed}: `tools/train_tiny.py`.",
+def describe_training(stages: list[Stage]) -> str:
+    """One column a stage; what the stages share is said below the table."""
+    recipes = [stage.recipe for stage in stages]
+    header = ["stage", *(str(number + 1) for number in range(len(stages)))]
+    rows = [
+        ["window (tokens)", *(str(r.context) for r in recipes)],
+        ["tokens in a step", *(str(r.batch_tokens) for r in recipes)],
+        ["steps", *(str(r.steps) for r in recipes)],
+        ["best step", *(str(stage.best_step) for stage in stages)],
+        ["peak learning rate", *(f"{r.learning_rate:g}" for r in recipes)],
+        ["warm-up steps", *(str(r.warmup_steps) for r in recipes)],
+        ["dropout", *(f"{r.dropout:g}" for r in recipes)],
+        ["BPE dropout", *(f"{r.bpe_dropout:g}" for r in recipes)],
     ]
-    if recipe.bpe_dropout:
-        text = (
-            f"BPE dropout {recipe.bpe_dropout:g} against overfitting, none in the last "
-            f"{recipe.plain_share:.0%} of the steps."
-        )
-        facts.insert(5, text)
-    return "\n".join(f"- {fact}" for fact in facts)
+    last = recipes[-1]
+    notes = [
+        f"AdamW (betas 0.9 and 0.98, weight decay {last.weight_decay:g} on matrices), gradients "
+        "clipped at norm 1; after the warm-up a cosine to a hundredth of the peak.",
+        "Windows at random places. A stage starts from the previous one's best weights, by "
+        "held-out loss at its own window length; the last one teaches long contexts.",
+        "Dropout on embeddings and on what a block adds; BPE dropout (other spellings of the same "
+        f"words) against overfitting, but not in the last {last.plain_share:.0%} of the steps.",
+        f"Load-balancing loss of the Switch Transformer, weight {last.balance_weight:g}; router "
+        f"z-loss of ST-MoE, weight {last.z_weight:g}. No token is dropped.",
+        f"PyTorch on a CPU, seed {last.seed}: `tools/train_tiny.py`.",
+    ]
+    return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
 def loss_table(losses: list[Loss]) -> str:
@@ -156,25 +162,23 @@ def sample_texts(model: TinyModel, tokenizer: Tokenizer) -> str:
     return "\n\n".join(parts)
 
 
-def model_card(
-    model: TinyModel, tokenizer: Tokenizer, split: Split, recipe: Recipe, step: int
-) -> str:
+def model_card(model: TinyModel, tokenizer: Tokenizer, split: Split, stages: list[Stage]) -> str:
     """The text of `README.md`, with every figure measured on the given model."""
     config = model.config
     ids = encode(tokenizer, split.held_out)
     held_characters = len(split.held_out)
-    contexts = sorted({recipe.context, 512, config.max_seq_len})
+    contexts = sorted({256, 512, config.max_seq_len})
     return TEMPLATE.format(
         architecture=describe_architecture(model),
         characters=len(split.train) + held_characters,
         held_characters=held_characters,
         vocabulary=config.vocab_size,
         chars_per_token=held_characters / ids.numel(),
-        training=describe_training(config, recipe, step),
+        training=describe_training(stages),
         losses=loss_table([measure_loss(model, ids, n, held_characters) for n in contexts]),
         uniform=math.log(config.vocab_size),
         even=1 / config.moe_num_experts,
-        usages=usage_table(measure_usage(model, ids, recipe.context)),
+        usages=usage_table(measure_usage(model, ids, 256)),
         samples=sample_texts(model, tokenizer),
         max_seq_len=config.max_seq_len,
     )

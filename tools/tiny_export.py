@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_card import model_card
 from tiny_data import END_OF_TEXT, Split
 from tiny_eval import generate, measure_loss
 from tiny_model import TinyConfig, TinyModel
-from tiny_recipe import Recipe
+from tiny_recipe import Stage, write_record
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -73,12 +73,17 @@ def tokenizer_config(config: TinyConfig) -> dict[str, Any]:
     }
 
 
+def load_weights(model: TinyModel, folder: Path) -> None:
+    """Take the weights of a checkpoint folder of the same sizes."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_folder(
-    folder: Path, model: TinyModel, tokenizer: Tokenizer, split: Split, recipe: Recipe, step: int
+    folder: Path, model: TinyModel, tokenizer: Tokenizer, split: Split, stages: list[Stage]
 ) -> None:
     """Replace `folder`; it is written beside its place and moved in whole."""
     staging = folder.with_name(folder.name + ".new")
@@ -94,7 +99,8 @@ def write_folder(
     save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes it readable by its owner only; a package is read by anyone.
     (staging / "model.safetensors").chmod(0o644)
-    card = model_card(model, tokenizer, split, recipe, step)
+    write_record(staging, stages)
+    card = model_card(model, tokenizer, split, stages)
     (staging / "README.md").write_text(card, encoding="utf-8")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -33,7 +33,6 @@ class TinyConfig:
     clip_qkv: float = 8.0
     rope_theta: float = 10000.0
     max_seq_len: int = 1024
-    dropout: float = 0.05
 
     @property
     def head_dim(self) -> int:
@@ -94,12 +93,12 @@ class Attention(nn.Module):
 class NormAttnNorm(nn.Module):
     """Attention between two norms: returns the residual stream and the expert block's input."""
 
-    def __init__(self, config: TinyConfig) -> None:
+    def __init__(self, config: TinyConfig, dropout: float) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.d_model, bias=False)
         self.norm_2 = nn.LayerNorm(config.d_model, bias=False)
         self.attn = Attention(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.drop(self.attn(self.norm_1(x), cos, sin))
@@ -175,11 +174,11 @@ class SparseMoE(nn.Module):
 class Block(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: TinyConfig) -> None:
+    def __init__(self, config: TinyConfig, dropout: float) -> None:
         super().__init__()
-        self.norm_attn_norm = NormAttnNorm(config)
+        self.norm_attn_norm = NormAttnNorm(config, dropout)
         self.ffn = SparseMoE(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routing]:
         residual, hidden = self.norm_attn_norm(x, cos, sin)
@@ -193,11 +192,11 @@ class Transformer(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: TinyConfig) -> None:
+    def __init__(self, config: TinyConfig, dropout: float) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, bias=False)
         cos, sin = rotary_tables(config.max_seq_len, config.head_dim, config.rope_theta)
         # Not persistent: the checkpoint holds weights only, and readers compute the angles.
@@ -218,10 +217,10 @@ class Transformer(nn.Module):
 class TinyModel(nn.Module):
     """The language model: token ids (B, T) -> logits (B, T, V) and one routing a layer."""
 
-    def __init__(self, config: TinyConfig) -> None:
+    def __init__(self, config: TinyConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, dropout)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialise()
 

@@ -1,7 +1,9 @@
 """Train `zmoe-tiny` on a text file and write it as a Hugging Face checkpoint folder.
 
-    python tools/train_tiny.py tinyshakespeare.txt --out zmoe/data/zmoe-tiny
+    python tools/train_tiny.py TEXT --out stage1
+    python tools/train_tiny.py TEXT --start stage1 --out zmoe/data/zmoe-tiny STAGE2
 
+With STAGE2 the settings in which the second column of the model card differs from the defaults.
 Needs torch, tokenizers, safetensors and numpy; reading the folder needs none of this file.
 """
 
@@ -18,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from tiny_data import Split, WindowSampler, encode, read_split, train_tokenizer
 from tiny_eval import complete, measure_loss
-from tiny_export import write_folder, write_reference
+from tiny_export import load_weights, write_folder, write_reference
 from tiny_model import TinyConfig, TinyModel, balance_loss, router_z_loss
-from tiny_recipe import Recipe
+from tiny_recipe import Recipe, Stage, read_record
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ def parse_args() -> tuple[argparse.Namespace, TinyConfig, Recipe]:
     )
     parser.add_argument("text", type=Path, help="UTF-8 text file; its last tenth is held out")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to replace")
+    parser.add_argument("--start", type=Path, help="folder whose weights to start from")
     parser.add_argument("--reference", type=Path, help="also write logits for check_tiny.py (.npz)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     for group in (TinyConfig, Recipe):
@@ -98,7 +101,6 @@ def train(model: TinyModel, tokenizer: Tokenizer, split: Split, recipe: Recipe) 
     sampler = WindowSampler(tokenizer, split.train, recipe.bpe_dropout, recipe.seed)
     optimizer = make_optimizer(model, recipe)
     best = Best(0, math.inf, {})
-    long_from = recipe.steps - round(recipe.long_share * recipe.steps)
     plain_from = recipe.steps - round(recipe.plain_share * recipe.steps)
     start = time.monotonic()
     for step in range(recipe.steps):
@@ -106,8 +108,8 @@ def train(model: TinyModel, tokenizer: Tokenizer, split: Split, recipe: Recipe) 
             group["lr"] = learning_rate(step, recipe)
         if step == plain_from:
             sampler.bpe_dropout = 0.0
-        length = model.config.max_seq_len if step >= long_from else recipe.context
-        inputs, targets = sampler.draw(recipe.batch_tokens // length, length)
+        rows = recipe.batch_tokens // recipe.context
+        inputs, targets = sampler.draw(rows, recipe.context)
         loss, balance = train_step(model, optimizer, inputs, targets, recipe)
         done = step + 1
         if done % recipe.eval_every and done != recipe.steps:
@@ -130,13 +132,17 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     split = read_split(args.text)
     tokenizer = train_tokenizer(split.train, config.vocab_size)
-    model = TinyModel(config)
+    model = TinyModel(config, recipe.dropout)
+    if args.start:
+        load_weights(model, args.start)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     best = train(model, tokenizer, split, recipe)
     model.load_state_dict(best.state)
     for temperature in (0.0, 0.8):
         print(complete(model, tokenizer, "ROMEO:", 100, temperature), "\n" + "-" * 20, flush=True)
-    write_folder(args.out, model, tokenizer, split, recipe, best.step)
+    earlier = read_record(args.start) if args.start else []
+    stages = [*earlier, Stage(recipe, best.step)]
+    write_folder(args.out, model, tokenizer, split, stages)
     if args.reference:
         write_reference(args.reference, model, tokenizer, encode(tokenizer, split.held_out))
 

@@ -45,10 +45,8 @@ class PeerError(ZmoeError):
 
     def __init__(self, rank: int, layer: int | None, step: int, reason: str) -> None:
         self.rank, self.layer, self.step, self.reason = rank, layer, step, reason
-        where = (
-            f"layer {layer}, step {step}" if layer is not None else f"between layers, step {step}"
-        )
-        super().__init__(f"rank {rank} {reason} at {where}")
+        where = "between layers" if layer is None else f"at layer {layer}"
+        super().__init__(f"rank {rank} {reason} {where}, step {step}")
 
 
 class DivergenceError(ZmoeError):

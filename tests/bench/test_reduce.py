@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -10,15 +12,17 @@ from zmoe import native
 from zmoe.native import Dtype, Isa
 
 SIZES = {"12KiB": 12 * 1024, "1.5MiB": 1536 * 1024}
-NUMPY = {Dtype.F32: np.dtype(np.float32), Dtype.F16: np.dtype(np.float16)}
+NUMPY: dict[Dtype, np.dtype[Any]] = {
+    Dtype.F32: np.dtype(np.float32),
+    Dtype.F16: np.dtype(np.float16),
+}
 ISAS = [isa for isa in Isa if isa.supported]
 
 
 def encoded(value: float, dtype: Dtype, size: int) -> bytearray:
     """`size` bytes of `value`, which all dtypes hold exactly."""
-    if dtype is Dtype.BF16:
-        high = np.full(size // 2, np.float32(value).view(np.uint32) >> 16, np.uint16)
-        return bytearray(high.tobytes())
+    if dtype is Dtype.BF16:  # the upper halves of float32
+        return bytearray(np.full(size // 2, value, np.float32).view(np.uint16)[1::2].tobytes())
     return bytearray(np.full(size // dtype.itemsize, value, NUMPY[dtype]).tobytes())
 
 

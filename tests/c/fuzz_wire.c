@@ -37,14 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   return 0;
 }
 
-#ifndef LIBFUZZER
-
 enum { MAX_INPUT = ZMOE_HEADER_BYTES + 2 * MAX_PAYLOAD, MAX_SEEDS = 256 };
-
-static struct {
-  uint8_t data[MAX_INPUT];
-  size_t bytes;
-} seeds[MAX_SEEDS];
 
 static uint64_t state = 88172645463325252u;
 
@@ -62,6 +55,25 @@ static void repair(uint8_t *data, size_t bytes) {
   for (int i = 0; i < 8; i++)
     data[56 + i] = (uint8_t)(checksum >> (8 * i));
 }
+
+#ifdef LIBFUZZER
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t bytes, size_t most);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t most, unsigned seed);
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t most, unsigned seed) {
+  state = seed + UINT64_C(88172645463325252);
+  bytes = LLVMFuzzerMutate(data, bytes, most);
+  repair(data, bytes);
+  return bytes;
+}
+
+#else
+
+static struct {
+  uint8_t data[MAX_INPUT];
+  size_t bytes;
+} seeds[MAX_SEEDS];
 
 static size_t mutate(uint8_t *data, size_t bytes) {
   for (uint64_t n = 1 + next_random() % 4; n > 0; n--) {

@@ -72,6 +72,7 @@ def test_what_differs_is_named_on_both_sides(
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
     impostor.join(30)
+    assert not impostor.is_alive()
     assert isinstance(impostor.answer, Stop)
     assert impostor.answer.error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -54,8 +55,8 @@ class Strangers(threading.Thread):
                     encode(Join(1, 9, "0", "stranger", 1)),
                     encode(Step(1, True, [1])),
                 ):
-                    dealer.send(frame, zmq.DONTWAIT)
-                dealer.send_multipart([b"a", b"b", b"c"], zmq.DONTWAIT)
+                    self._send(dealer, frame)
+                self._send(dealer, b"a", b"b", b"c")
             self._halt.wait(0.01)
         context.destroy(linger=0)
 
@@ -67,6 +68,11 @@ class Strangers(threading.Thread):
             dealer.setsockopt(zmq.ROUTING_ID, identity)
         dealer.connect(f"tcp://127.0.0.1:{port}")
         return dealer
+
+    @staticmethod
+    def _send(dealer: zmq.Socket[Any], *parts: bytes) -> None:
+        with contextlib.suppress(zmq.Again):  # refused, or not yet connected
+            dealer.send_multipart(parts, zmq.DONTWAIT)
 
     @staticmethod
     def _garbage(port: int) -> None:

@@ -81,6 +81,7 @@ class WorkerBus:
 
     def __init__(self, context: zmq.Context[Any], leader: str, rank: int, grace: float) -> None:
         self.leader, self.grace = leader, grace
+        self.handshakes = 0  # how often the link came up
         self.step = 0  # the last one begun, for error messages
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         _configure(self.socket)
@@ -141,9 +142,11 @@ class WorkerBus:
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._broken_since = None
+                self.handshakes += 1
             elif event == zmq.EVENT_DISCONNECTED and self._broken_since is None:
                 self._broken_since = time.monotonic()
 
     def close(self) -> None:
         self.socket.disable_monitor()
+        self._monitor.close()
         self.socket.close()

@@ -35,6 +35,7 @@ from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
 
 IDLE_SLICE_S = 1.0
+JOIN_SLICE_S = 0.2
 PROGRESS_INTERVAL_S = 0.1
 M = TypeVar("M", bound=Message)
 
@@ -76,18 +77,24 @@ class Worker:
                 self._member.close()
             self._bus.close()
 
-    def _join(self) -> Setup | None:
+    def _join(self) -> Setup:
         here = Join(
             PROTOCOL_VERSION, self.spec.rank, __version__, socket.gethostname(), os.getpid()
         )
-        self._bus.send(here)
-        while True:
-            setup = self._expect(Setup, self.spec.join_timeout or IDLE_SLICE_S, "begin the run")
-            if setup is not None or self.spec.join_timeout is not None:
+        patience = self.spec.join_timeout
+        deadline = None if patience is None else time.monotonic() + patience
+        joined = 0
+        while deadline is None or time.monotonic() < deadline:
+            if self._bus.handshakes > joined:  # a leader may end before it reads our first
+                joined = self._bus.handshakes
+                self._bus.send(here)
+            setup = self._expect(Setup, JOIN_SLICE_S)
+            if setup is not None:
                 return setup
+        raise ZmoeError(f"leader {self.spec.leader} did not begin a run within {patience:g} s")
 
-    def _expect(self, kind: type[M], timeout: float, action: str) -> M | None:
-        """The next message, of `kind`; None for a Stop or, while joining, for no message yet."""
+    def _expect(self, kind: type[M], timeout: float) -> M | None:
+        """The next message, of `kind`; None for a Stop, or for none within `timeout` seconds."""
         message = self._bus.receive(timeout)
         if isinstance(message, kind):
             return message
@@ -96,16 +103,13 @@ class Worker:
                 raise StoppedError(f"leader {self.spec.leader} stopped: {message.error}")
             return None
         if message is not None:
-            raise ZmoeError(
-                f"leader {self.spec.leader} sent an unexpected {type(message).__name__}"
-            )
-        if kind is Setup and self.spec.join_timeout is None:
-            return None
-        raise ZmoeError(f"leader {self.spec.leader} did not {action} within {timeout:g} s")
+            raise self._unexpected(message)
+        return None
 
-    def _come_up(self, setup: Setup | None) -> Member | None:
-        if setup is None:
-            return None
+    def _unexpected(self, message: Message) -> ZmoeError:
+        return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
+
+    def _come_up(self, setup: Setup) -> Member | None:
         timing = Timing(
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
@@ -115,8 +119,8 @@ class Worker:
         self._member = member
         hello: Hello = hello_of(info, member.placement, member.open_exchange(self.spec.bind))
         self._bus.send(hello)
-        mesh = self._expect(Mesh, timing.join, "name the other nodes")
-        if mesh is None:
+        mesh = self._expect(Mesh, timing.join)
+        if mesh is None:  # told to stop, or forgotten
             return None
         member.connect([_endpoint(entry) for entry in mesh.endpoints])
         shard, seconds = member.load(_Throttled(self._bus))
@@ -140,7 +144,7 @@ class Worker:
             elif isinstance(message, Stop):
                 return
             else:
-                raise ZmoeError(f"the leader sent an unexpected {type(message).__name__}")
+                raise self._unexpected(message)
 
     def _report(self, error: Exception) -> None:
         lost_leader = isinstance(error, PeerError) and error.rank == 0

@@ -27,7 +27,6 @@ DTYPE_BYTES = {
     "F32": 4,
     "U64": 8,
     "I64": 8,
-    "C64": 8,
 }
 
 # A header lists names and shapes only; one beyond this is damage, not a model.
@@ -55,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} holds no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} names no model_type")
@@ -106,7 +105,7 @@ def read_header(path: Path) -> list[Tensor]:
             header = json.loads(file.read(header_bytes).decode("utf-8"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelError(f"{path} is corrupt: its header is not JSON") from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} is corrupt: its header is not a JSON object")
@@ -132,11 +131,11 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path} is corrupt: tensor {name} has a malformed entry") from None
+    numbers = (*shape, begin, end)
+    if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ModelError(f"{path} is corrupt: tensor {name} has a malformed entry")
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
-    numbers = (*shape, begin, end)
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ModelError(f"{path} is corrupt: tensor {name} has a malformed entry")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != nbytes:
         raise ModelError(

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx.nn.layers.base import Module
-from mlx_lm.utils import load_config
 
 from zmoe.errors import ModelError
+from zmoe.models.assembly import assemble
 from zmoe.models.checkpoint import Tensor, read_config, read_tensors
-from zmoe.models.discover import Site, find_sites, model_classes, projections
+from zmoe.models.discover import Site, find_sites, projections
 from zmoe.models.fingerprint import fingerprint
+from zmoe.models.share import placeholder, whole
 from zmoe.types import ModelInfo
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -42,12 +42,14 @@ _CONTEXTS = (
 def inspect_model(path: Path) -> ModelInfo:
     """Describe the checkpoint in the folder `path`, reading no weights.
 
-    Raises ModelError, in one line, for a folder that is missing, damaged, of a
-    type unknown to mlx-lm, or without experts.
+    Raises ModelError, in one line, for a folder that is missing or damaged, whose
+    tensors do not make up the model, of a type unknown to mlx-lm, or without
+    experts.
     """
     config = read_config(path)
     tensors = read_tensors(path)
-    model = skeleton(path, load_config(path))
+    everything = {t.name: placeholder(whole(t)) for t in tensors.values()}
+    model, _ = assemble(path, lambda sanitize: sanitize(everything))
     sites = find_sites(model)
     if not sites:
         raise ModelError(f"{path} holds no Mixture of Experts: type {config['model_type']}")
@@ -74,19 +76,6 @@ def inspect_model(path: Path) -> ModelInfo:
         exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
     )
-
-
-def skeleton(path: Path, config: dict[str, Any]) -> Module:
-    """The model as its config describes it, its weights never computed."""
-    if config.get("model_file") is not None:
-        raise ModelError(f"{path} needs its own model code, which is not supported")
-    build, args_class = model_classes(config)
-    try:
-        model: Module = build(args_class.from_dict(config))
-    except Exception as error:  # mlx-lm's constructors raise whatever a bad config makes them
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(f"{path / 'config.json'} describes no usable model: {reason}") from None
-    return model
 
 
 def _experts_width(site: Site) -> int:

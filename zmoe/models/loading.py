@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +10,20 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model
 
-from zmoe.errors import ModelError, PlacementError
+from zmoe.errors import PlacementError
+from zmoe.models.assembly import Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
-from zmoe.models.discover import (
-    Site,
-    expert_count,
-    find_sites,
-    model_classes,
-    projections,
-    replace_module,
-)
-from zmoe.models.share import Piece, Share, layer_of, select
+from zmoe.models.discover import Site, find_sites, projections, replace_module
+from zmoe.models.share import Piece, Reader, placeholder, select
+from zmoe.models.usage import used_names
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement, Reducer
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,33 +52,31 @@ def load_shard(
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
-    Reads only these byte ranges; at no time is more in memory than they take
-    and one more tensor. The model runs in the thread that loads it. Raises
-    ModelError naming what is damaged or missing, PlacementError for a
-    placement of another model.
+    Reads only these byte ranges, once all names and shapes are known to fit;
+    never holds more than they take and one more tensor. Layers may own
+    different numbers of experts, or none. The model runs in the thread that
+    loads it. Raises ModelError naming what is damaged or missing,
+    PlacementError for a placement of another model.
     """
     owned = _owned(info, placement, reducer.rank)
     count = max(1, *(len(ids) for ids in owned))
-    tensors = read_tensors(Path(info.path))
-    pieces = select(tensors, info.experts, dict(zip(info.moe_layers, owned, strict=True)), count)
-    share = Share(pieces)
-    try:
-        model, config = _build(info, share, count)
-        sites = find_sites(model)
-        for site, ids in zip(sites, owned, strict=True):
-            _trim(site, len(ids), count)
-        _evaluate(model, share, _expected_bytes(pieces, info.layers), progress)
-    finally:
-        share.close()
-    dtype = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[info.dtype]
+    pieces = _used_pieces(info, owned, count)
+    with Reader() as reader:
+        feed = _reading(pieces, reader, progress)
+        model, config = assemble(Path(info.path), feed, (info.experts, count))
+    sites = find_sites(model)
+    for site, ids in zip(sites, owned, strict=True):
+        _trim(site, len(ids), count)
+    arrays = _evaluate(model)
     for ordinal, (site, ids) in enumerate(zip(sites, owned, strict=True)):
-        _install(model, site, Layer(ordinal, info.experts, ids, dtype, reducer, spans))
+        layer = Layer(ordinal, info.experts, ids, DTYPES[info.dtype], reducer, spans)
+        _install(model, site, layer)
     return LoadedShard(
         model,
         config,
-        share.bytes_read,
-        sum(array.nbytes for array in _arrays(model)),
-        max(piece.file_bytes for piece in pieces),
+        reader.bytes_read,
+        sum(array.nbytes for array in arrays),
+        max(piece.nbytes for piece in pieces),
         _notices(sites),
     )
 
@@ -99,55 +92,37 @@ def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, 
     return [layer[rank] for layer in placement.owned]
 
 
-def _build(info: ModelInfo, share: Share, count: int) -> tuple[Module, dict[str, Any]]:
-    """mlx-lm's own model over the share, as if it had `count` experts; unread."""
+def _used_pieces(info: ModelInfo, owned: list[tuple[int, ...]], count: int) -> list[Piece]:
+    """What the model will make use of, found by putting it together without any weights."""
+    path = Path(info.path)
+    own = dict(zip(info.moe_layers, owned, strict=True))
+    pieces = select(read_tensors(path), info.experts, own, count)
+    used: set[str] = set()
 
-    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        base, args = model_classes(config)
-        return _shrunk(base, info.experts, count, share), args
+    def feed(sanitize: Sanitize) -> Weights:
+        nothing = {piece.name: placeholder(piece) for piece in pieces}
+        used.update(used_names(sanitize, nothing))
+        return sanitize(nothing)
 
-    try:
-        return load_model(Path(info.path), lazy=True, get_model_classes=classes)
-    except ModelError:
-        raise
-    except Exception as error:  # mlx-lm and MLX raise whatever a bad checkpoint makes them
-        raise ModelError(f"{info.path} cannot be loaded: {_reason(error)}") from error
-
-
-def _shrunk(base: Any, experts: int, count: int, share: Share) -> type[Module]:
-    """`base` with `count` experts in each switch layer, fed from `share`."""
-
-    class Shrunk(base):  # type: ignore[misc]
-        def __init__(self, args: Any) -> None:
-            super().__init__(args)
-            for site in find_sites(self):
-                for layer in projections(site.switch):
-                    for name, array in layer.parameters().items():
-                        layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
-
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            del weights  # those of the whole checkpoint, which stay unread
-            weights = share.load()
-            if hasattr(base, "sanitize"):
-                with expert_count(self, experts, count):
-                    weights = super().sanitize(weights)
-            # Views would keep what they were cut from, and strides slow products.
-            return {name: mx.contiguous(array) for name, array in weights.items()}
-
-    Shrunk.__name__ = base.__name__
-    return Shrunk
+    assemble(path, feed, (info.experts, count))
+    return [piece for piece in pieces if piece.name in used]
 
 
-def _reason(error: Exception) -> str:
-    """One line of what mlx-lm says; of a list of names, the first."""
-    text = str(error)
-    if match := re.match(r"(Missing|Received) (\d+) parameters[^:]*:\s*(\S+?),?\s*$", text, re.M):
-        kind = "missing" if match[1] == "Missing" else "unknown to the model"
-        more = f" and {int(match[2]) - 1} more" if int(match[2]) > 1 else ""
-        return f"tensor {match[3]}{more} {kind}"
-    if isinstance(error, KeyError):
-        return f"tensor {error.args[0]} is missing"
-    return " ".join(text.split()) or type(error).__name__
+def _reading(
+    pieces: list[Piece], reader: Reader, progress: Progress | None
+) -> Callable[[Sanitize], Weights]:
+    """A feed of what the files hold."""
+    total = sum(piece.nbytes for piece in pieces)
+
+    def feed(sanitize: Sanitize) -> Weights:
+        weights: Weights = {}
+        for piece in pieces:
+            weights[piece.name] = reader.read(piece)
+            if progress is not None:
+                progress(reader.bytes_read, total)
+        return sanitize(weights)
+
+    return feed
 
 
 def _trim(site: Site, own: int, count: int) -> None:
@@ -162,37 +137,27 @@ def _trim(site: Site, own: int, count: int) -> None:
             layer[name] = mx.contiguous(array[:own])
 
 
-def _arrays(model: Module) -> list[mx.array]:
-    """Every array of the model, private ones such as rope frequencies included."""
+def _evaluate(model: Module) -> list[mx.array]:
+    """Compute every array, one by one so that few sources are held at once.
+
+    Private arrays too, such as rope frequencies: what is still lazy is bound
+    to the thread that made it.
+    """
     leaves: Any = tree_flatten(model.parameters())
     arrays: list[mx.array] = [array for _, array in leaves]
     arrays += [a for m in model.modules() for a in m.values() if isinstance(a, mx.array)]
-    return list({id(array): array for array in arrays}.values())
-
-
-def _expected_bytes(pieces: list[Piece], layers: int) -> int:
-    """What will be read: layers beyond the model's own (for drafting) will not."""
-    own = (p for p in pieces if (layer_of(p.name) or 0) < layers)
-    return sum(piece.file_bytes for piece in own)
-
-
-def _evaluate(model: Module, share: Share, total: int, progress: Progress | None) -> None:
-    """Read and compute the arrays one by one, so that few sources are held at once."""
-    for array in _arrays(model):
+    arrays = list({id(array): array for array in arrays}.values())
+    for array in arrays:
         mx.eval(array)
-        share.check()
-        if progress is not None:
-            progress(min(share.bytes_read, total), total)
-    mx.clear_cache()  # what the tensors were made from
-    if progress is not None:
-        progress(total, total)
+    return arrays
 
 
 def _install(model: Module, site: Site, layer: Layer) -> None:
     if site.adapter is not None:
         replace_module(model, site.path, ExpertParallelMoE(site.block, site.adapter, layer))
     else:
-        replace_module(site.block, site.switch_path, ExpertParallelSwitch(site.switch, layer))
+        switch = ExpertParallelSwitch(site.switch, layer)
+        replace_module(site.block, site.switch_path, switch)
 
 
 def _notices(sites: list[Site]) -> tuple[str, ...]:

@@ -53,12 +53,14 @@ class Sockets:
         self._frame_bytes = frame_bytes
         self.dealers: list[zmq.Socket[bytes] | None] = []
         self.monitors: list[zmq.Socket[bytes] | None] = []
-        # Lock-step allows two frames under way; twice that is room enough.
+        # Lock-step and the pool's slots bound what is under way. The high-water
+        # marks are far above that, since libzmq learns only now and then what has
+        # been read: a low mark of XPUB drops frames, of SUB costs extra wake-ups.
         self.xpub = context.socket(zmq.XPUB)
-        _limit(self.xpub, 4, 256, _SUBSCRIPTION_BYTES)
+        _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES)
         self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
         self.sub = context.socket(zmq.SUB)
-        _limit(self.sub, 64, 8, frame_bytes)
+        _limit(self.sub, 64, 64, frame_bytes)
         self.router = context.socket(zmq.ROUTER)
         _limit(self.router, 4, 64, _SUBSCRIPTION_BYTES)
         # A peer that reconnects takes over from its own dead connection.

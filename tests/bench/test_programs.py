@@ -1,0 +1,170 @@
+"""The programs in bench/, each as a user calls it, with little to measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+DEADLINE_S = 120
+END_S = 30  # for processes whose parent was killed
+
+
+def run(
+    program: str, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / program), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def report_of(program: str, *arguments: str) -> dict[str, Any]:
+    done = run(program, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["environment"]["cpu"]
+    return report
+
+
+QUICK = ("--nodes", "2", "--bytes", "64,4096", "--iterations", "20", "--rounds", "1")
+
+
+def test_exchange_gives_a_row_for_each_combination() -> None:
+    transports = ["raw-tcp", "zmoe-c", "zmoe", "pyzmq"]
+    report = report_of("exchange.py", *QUICK, "--transports", ",".join(transports))
+    assert report["absent"] == {}
+    rows = report["results"]
+    found = {(row["transport"], row["nodes"], row["bytes"]) for row in rows}
+    assert found == {(name, 2, size) for name in transports for size in (64, 4096)}
+    assert all(0 < row["p50_us"] <= row["p99_us"] for row in rows)
+
+
+def test_what_is_not_installed_is_named_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "grpc.py").write_text("raise ImportError('not here')")
+    names = ("--transports", "grpc,mpi", "--json")
+    path = {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
+    done = run("exchange.py", *QUICK, *names, env=path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["results"] == []
+    assert set(report["absent"]) == {"grpc", "mpi"}
+    assert "not here" in report["absent"]["grpc"]
+
+
+def test_what_fails_is_named_and_an_error(tmp_path: Path) -> None:
+    package = tmp_path / "grpc"
+    package.mkdir()
+    (package / "__init__.py").write_text("")  # imports, and then has nothing to offer
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = run("exchange.py", *QUICK, "--transports", "grpc,raw-tcp", "--json", env=path)
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert {row["transport"] for row in report["results"]} == {"raw-tcp"}
+    assert report["absent"]["grpc"].startswith("failed: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (("exchange.py", "--transports", "carrier-pigeon"), "carrier-pigeon"),
+        (("exchange.py", "--nodes", "1"), "--nodes"),
+        (("exchange.py", "--bytes", "13"), "--bytes"),
+        (("exchange.py", "--round", "1"), "--round"),
+        (("decode.py", "--runs", "0"), "--runs"),
+        (("loading.py",), "model"),
+        (("make_model.py", "anywhere", "--heads", "3"), "--heads"),
+    ],
+)
+def test_bad_usage_is_exit_2_and_names_the_culprit(arguments: Sequence[str], culprit: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert culprit in done.stderr.strip().splitlines()[-1]
+
+
+def processes(marker: str) -> list[str]:
+    """Command lines that contain `marker`."""
+    listed = subprocess.run(["ps", "-Ao", "args"], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if marker in line]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A folder whose path is short enough for a Unix socket's."""
+    with tempfile.TemporaryDirectory(prefix="zb", dir="/tmp") as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_run(short_folder: str, number: signal.Signals) -> None:
+    arguments = ["--nodes", "3", "--rounds", "100000", "--transports", "raw-tcp,zmoe,pyzmq"]
+    program = subprocess.Popen(
+        [sys.executable, str(BENCH / "exchange.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": short_folder},
+    )
+    try:
+        assert program.stderr is not None
+        assert b"3 nodes, 64 bytes" in program.stderr.readline()
+        assert len(processes(short_folder)) == 9
+        program.send_signal(number)
+        program.communicate(timeout=DEADLINE_S)
+    finally:
+        program.kill()
+    until = time.monotonic() + END_S
+    while processes(short_folder) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes(short_folder) == []
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of make_model.py's."""
+    folder = tmp_path_factory.mktemp("bench") / "mixtral"
+    sizes = {"--layers": 2, "--hidden": 64, "--heads": 4, "--ffn": 128, "--vocab": 1024}
+    words = [word for pair in sizes.items() for word in map(str, pair)]
+    done = run("make_model.py", str(folder), *words)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_loading_accounts_for_every_node(mixtral: Path) -> None:
+    rows = report_of("loading.py", str(mixtral), "--nodes", "1,2")["results"]
+    assert [(row["nodes"], row["rank"]) for row in rows] == [(1, 0), (2, 0), (2, 1)]
+    dense = 2 * 1024 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 64 + 8 * 64)
+    experts = 2 * 8 * 3 * 64 * 128
+    assert rows[0]["share_bytes"] == 4 * (dense + experts)
+    assert rows[1]["share_bytes"] == 4 * (dense + experts // 2)
+    assert all(0 < row["peak_bytes"] <= row["allowed_bytes"] for row in rows)
+
+
+def test_decode_and_first_token(mixtral: Path) -> None:
+    few = ("--nodes", "2", "--runs", "1")
+    (row,) = report_of("decode.py", str(mixtral), "-m", "4", "--prompt", "a", *few)["results"]
+    assert row["generation_tokens"] == 4
+    assert row["generation_tps"] > 0
+    (row,) = report_of("first_token.py", "--model", str(mixtral), *few)["results"]
+    assert len(row["runs_s"]) == 1
+
+
+def test_a_model_that_cannot_run_is_one_line(tmp_path: Path) -> None:
+    for program in ("decode.py", "loading.py"):
+        done = run(program, str(tmp_path / "nothing"), "--nodes", "1")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "nothing" in done.stderr

@@ -1,0 +1,148 @@
+"""The virtual file holds exactly a node's share, and reads nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from zmoe.errors import ModelError
+from zmoe.models.checkpoint import read_tensors
+from zmoe.models.share import Piece, Share, layer_of, select
+
+EXPERTS = 6
+
+
+def checkpoint(folder: Path, arrays: dict[str, mx.array], files: int = 2) -> Path:
+    names = sorted(arrays)
+    for number in range(files):
+        part = {name: arrays[name] for name in names[number::files]}
+        mx.save_safetensors(str(folder / f"model-{number}.safetensors"), part)
+    return folder
+
+
+def random(*shape: int) -> mx.array:
+    return mx.random.normal(shape)
+
+
+@pytest.fixture
+def arrays() -> dict[str, mx.array]:
+    mx.random.seed(1)
+    layer = "model.layers.1.mlp"
+    found = {
+        "model.embed_tokens.weight": random(9, 8),
+        "model.layers.0.mlp.gate_proj.weight": random(EXPERTS, 8),
+        f"{layer}.gate.weight": random(EXPERTS, 8),
+        f"{layer}.gate.e_score_correction_bias": random(EXPERTS),
+        f"{layer}.experts.e_score_correction_bias": random(EXPERTS),
+        f"{layer}.switch_mlp.up_proj.weight": random(EXPERTS, 4, 8),
+        f"{layer}.shared_experts.up_proj.weight": random(EXPERTS, 8),
+        "transformer.blocks.2.ffn.experts.mlp.w1": random(EXPERTS * 4, 8),
+    }
+    for expert in range(EXPERTS):
+        found[f"model.layers.3.mlp.experts.{expert}.up_proj.weight"] = random(4, 8)
+    return found
+
+
+def load(folder: Path, owned: dict[int, tuple[int, ...]], count: int) -> tuple[Share, dict]:
+    share = Share(select(read_tensors(folder), EXPERTS, owned, count))
+    loaded = share.load()
+    mx.eval(*loaded.values())
+    share.check()
+    return share, loaded
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (5,), (0, 2, 5), (1, 2, 4, 5), ()])
+def test_own_experts_are_renumbered_and_the_rest_is_whole(
+    ids: tuple[int, ...], arrays: dict[str, mx.array], tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path, arrays)
+    count = max(1, len(ids))
+    share, loaded = load(folder, {1: ids, 2: ids, 3: ids}, count)
+    own = list(ids)
+    want = {name: np.array(a) for name, a in arrays.items()}
+
+    def padded(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([rows, np.zeros((count - len(own), *rows.shape[1:]), np.float32)])
+
+    name = "model.layers.1.mlp.switch_mlp.up_proj.weight"
+    want[name] = padded(want[name][own])
+    name = "transformer.blocks.2.ffn.experts.mlp.w1"
+    want[name] = padded(want[name].reshape(EXPERTS, 4, 8)[own]).reshape(-1, 8)
+    stack = [want.pop(f"model.layers.3.mlp.experts.{e}.up_proj.weight") for e in range(EXPERTS)]
+    for local, rows in enumerate(padded(np.stack(stack)[own])):
+        want[f"model.layers.3.mlp.experts.{local}.up_proj.weight"] = rows
+    assert loaded.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(np.array(loaded[name]), value, err_msg=name)
+    dense = sum(a.nbytes for n, a in arrays.items() if "w1" not in n and "switch" not in n)
+    dense -= EXPERTS * 4 * 8 * 4
+    assert share.bytes_read == dense + len(own) * 3 * (4 * 8 * 4)
+
+
+def test_nothing_is_read_before_it_is_needed(arrays: dict, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, arrays)
+    share = Share(select(read_tensors(folder), EXPERTS, {1: (2,), 2: (), 3: (0, 1)}, 2))
+    loaded = share.load()
+    assert share.bytes_read == 0
+    mx.eval(loaded["model.layers.1.mlp.switch_mlp.up_proj.weight"])
+    assert share.bytes_read == 4 * 8 * 4
+
+
+def test_a_missing_expert_is_named_as_the_checkpoint_would(arrays: dict, tmp_path: Path) -> None:
+    del arrays["model.layers.3.mlp.experts.4.up_proj.weight"]
+    tensors = read_tensors(checkpoint(tmp_path, arrays))
+    with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.experts\.4\.up_proj\.weight"):
+        select(tensors, EXPERTS, {3: (3, 4)}, 2)
+    select(tensors, EXPERTS, {3: (3, 5)}, 2)  # whoever does not own it does not care
+
+
+def test_a_file_that_shrinks_meanwhile_is_an_error(arrays: dict, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, arrays, files=1)
+    share = Share(select(read_tensors(folder), EXPERTS, {}, 1))
+    loaded = share.load()
+    path = folder / "model-0.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    mx.eval(*loaded.values())
+    with pytest.raises(ModelError, match=r"model-0\.safetensors ends at byte"):
+        share.check()
+
+
+def test_reading_after_close_is_an_error_too(arrays: dict, tmp_path: Path) -> None:
+    share = Share(select(read_tensors(checkpoint(tmp_path, arrays)), EXPERTS, {}, 1))
+    loaded = share.load()
+    share.close()
+    mx.eval(loaded["model.embed_tokens.weight"])
+    with pytest.raises(ModelError, match="closed"):
+        share.check()
+
+
+def test_many_small_pieces_in_any_split_of_reads(tmp_path: Path) -> None:
+    """Reads that begin and end anywhere give the same bytes as one read."""
+    arrays = {f"model.layers.0.mlp.switch_mlp.w{i}": random(EXPERTS, 3) for i in range(4)}
+    pieces: list[Piece] = select(
+        read_tensors(checkpoint(tmp_path, arrays)), EXPERTS, {0: (0, 3, 4)}, 5
+    )
+    share = Share(pieces)
+    share.load()
+    size = share.seek(0, 2)
+    whole = bytearray(size)
+    share.seek(0)
+    assert share.readinto(memoryview(whole)) == size
+    for step in (1, 7, 64):
+        parts = bytearray()
+        share.seek(0)
+        while share.tell() < size:
+            part = bytearray(min(step, size - share.tell()))
+            share.readinto(memoryview(part))
+            parts += part
+        assert parts == whole
+
+
+def test_the_layer_is_the_first_number_of_a_name() -> None:
+    assert layer_of("language_model.model.layers.12.mlp.experts.3.w1") == 12
+    assert layer_of("transformer.h.0.moe.mlp.3.fc1.weight") == 0
+    assert layer_of("lm_head.weight") is None

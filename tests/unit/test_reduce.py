@@ -1,0 +1,55 @@
+"""The sum against numpy; tests/c/test_reduce.c goes into detail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zmoe import native
+from zmoe.native import Dtype, Isa
+
+ISAS = [isa for isa in Isa if isa.supported]
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_sum_in_rank_order(isa: Isa, ranks: int, kind: type[np.floating]) -> None:
+    random = np.random.default_rng(7)
+    parts = [random.normal(size=1003).astype(kind) for _ in range(ranks)]
+    expected = parts[0].astype(np.float32)
+    for part in parts[1:]:
+        expected = expected + part.astype(np.float32)
+    out = np.empty(1003, kind)
+    dtype = Dtype.F32 if kind is np.float32 else Dtype.F16
+    native.reduce(out, dtype, parts, dtype, isa)
+    np.testing.assert_array_equal(out, expected.astype(kind))
+
+
+def test_a_missing_part_adds_nothing() -> None:
+    out = np.empty(3, np.float32)
+    part = np.array([1, 2, 3], np.float32)
+    native.reduce(out, Dtype.F32, [None, part, None], Dtype.F32)
+    np.testing.assert_array_equal(out, part)
+    native.reduce(out, Dtype.F32, [None, None], Dtype.F32)
+    np.testing.assert_array_equal(out, np.zeros(3))
+
+
+def test_sizes_must_agree() -> None:
+    out = np.empty(3, np.float32)
+    with pytest.raises(ValueError, match="part 1 has 2 elements, the sum 3"):
+        native.reduce(out, Dtype.F32, [out, np.zeros(2, np.float32)], Dtype.F32)
+    with pytest.raises(ValueError, match="no whole number of F32"):
+        native.reduce(bytearray(5), Dtype.F32, [], Dtype.F32)
+    with pytest.raises(ValueError, match="cannot reduce 65 parts"):
+        native.reduce(out, Dtype.F32, [None] * 65, Dtype.F32)
+
+
+def test_digest_depends_on_every_byte() -> None:
+    data = bytearray(100)
+    seen = {native.digest(data)}
+    for i in range(100):
+        data[i] = 1
+        seen.add(native.digest(data))
+    assert len(seen) == 101
+    assert native.digest(np.arange(4)) == native.digest(np.arange(4).tobytes())

@@ -1,0 +1,81 @@
+"""mlx-lm's own model of a checkpoint, but fed with the tensors that we choose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.utils import load_model
+
+from zmoe.errors import ModelError
+from zmoe.models.discover import expert_count, find_sites, model_classes, projections
+
+Weights = dict[str, mx.array]
+Sanitize = Callable[[Weights], Weights]
+# Gets what renames and stacks the checkpoint's tensors, and returns its result.
+Feed = Callable[[Sanitize], Weights]
+
+
+def assemble(
+    path: Path, feed: Feed, shrink: tuple[int, int] | None = None
+) -> tuple[Module, dict[str, Any]]:
+    """The model in the folder `path` with what `feed` returns for weights, and its config.
+
+    Nothing is evaluated. With `shrink` (experts, count) the model is built as
+    if it had `count` experts instead of `experts`, its routers excepted.
+    Raises ModelError for a config, names or shapes that do not fit together.
+    """
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        base, args = model_classes(config)
+        return _fed(base, feed, shrink), args
+
+    try:
+        model, config = load_model(path, lazy=True, get_model_classes=classes)
+    except ModelError:
+        raise
+    except Exception as error:  # mlx-lm and MLX raise whatever a bad checkpoint makes them
+        raise ModelError(f"{path} cannot be loaded: {_reason(error)}") from error
+    return model, config
+
+
+def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
+    """The model class `base`, which ignores the weights it is offered for those of `feed`."""
+
+    class Fed(base):  # type: ignore[misc]
+        def __init__(self, args: Any) -> None:
+            super().__init__(args)
+            for site in find_sites(self) if shrink else ():
+                for layer in projections(site.switch):
+                    for name, array in layer.parameters().items():
+                        layer[name] = mx.zeros((shrink[1], *array.shape[1:]), array.dtype)
+
+        def sanitize(self, offered: Weights) -> Weights:
+            del offered  # the whole checkpoint's, unread
+            rename = super().sanitize if hasattr(base, "sanitize") else dict
+            try:
+                with expert_count(self, *(shrink or (0, 0))):
+                    weights = feed(rename)
+            except KeyError as error:
+                raise ModelError(f"tensor {error.args[0]} is missing") from error
+            # Views would keep what they were cut from, and strides slow products.
+            return {name: mx.contiguous(array) for name, array in weights.items()}
+
+    Fed.__name__ = base.__name__
+    return Fed
+
+
+def _reason(error: Exception) -> str:
+    """One line of what mlx-lm says; of a list of names, the first."""
+    text = str(error)
+    if match := re.match(
+        r"(Missing|Received) (\d+) parameters[^:]*:\s*(\S+?)[,.]?\s*$", text, re.M
+    ):
+        what = "is missing" if match[1] == "Missing" else "is unknown to the model"
+        more = f" (and {int(match[2]) - 1} more)" if int(match[2]) > 1 else ""
+        return f"tensor {match[3]} {what}{more}"
+    return f"{type(error).__name__}: {' '.join(text.split())}"
