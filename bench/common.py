@@ -129,6 +129,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def short_name(word: str) -> str:
+    """`word` without the folders of an absolute path: a report is read elsewhere."""
+    return Path(word).name if os.path.isabs(word) else word
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on: machine, system, versions, commit and load."""
     git = ("git", "-C", str(BENCH))
@@ -144,7 +149,7 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "commit": commit,
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "command": ["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+        "command": ["python", f"bench/{Path(sys.argv[0]).name}", *map(short_name, sys.argv[1:])],
     }
 
 

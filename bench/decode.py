@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from common import environment, finish, list_of, main, parser, positive, run_json
+from common import environment, finish, list_of, main, parser, positive, run_json, short_name
 
 PROMPT = (
     "Two households, both alike in dignity, in fair Verona, where we lay our scene, "
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for nodes, done in runs.items():
             print(f"run {turn + 1}, {nodes} nodes", file=sys.stderr)
             done.append(generate(options, nodes))
-    return [row(options.model, nodes, done) for nodes, done in runs.items()]
+    return [row(short_name(options.model), nodes, done) for nodes, done in runs.items()]
 
 
 def show(report: Mapping[str, Any]) -> None:

@@ -16,7 +16,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from common import BenchError, Children, environment, finish, list_of, main, parser, positive
+from common import (
+    BenchError,
+    Children,
+    environment,
+    finish,
+    list_of,
+    main,
+    parser,
+    positive,
+    short_name,
+)
 
 DEADLINE_S = 300.0
 
@@ -62,7 +72,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             taken.append(first_token(options.model, nodes, options.prompt))
     return [
         {
-            "model": options.model,
+            "model": short_name(options.model),
             "nodes": nodes,
             "first_token_s": round(statistics.median(taken), 3),
             "runs_s": [round(each, 3) for each in taken],

@@ -272,28 +272,45 @@ static int trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, 
   return now_us >= until_us ? ZMOE_ETIMEOUT : ZMOE_OK;
 }
 
-/* Until every peer's frame is here.  A peer usually answers within the time
- * that falling asleep and waking up would take: look for a while first. */
+/* A peer usually answers within the time that falling asleep and waking up
+ * would take: look for its frame a while before sleeping, in turns with whoever
+ * needs this core, which may be libzmq's own thread.  Where looking did not help
+ * the last times, since peers are late, it is tried ever more seldom. */
+static void spin(zmoe_exchange *ex, uint64_t now_us) {
+  enum { MISSES_MAX = 6 };
+  if (ex->spin_us == 0 || ex->spin_skip > 0) {
+    ex->spin_skip -= ex->spin_skip > 0;
+    return;
+  }
+  for (uint64_t until_us = now_us + ex->spin_us; now_us < until_us; now_us = zmoe_now_us()) {
+    sched_yield();
+    zmoe_intake_partials(ex);
+    if (ex->missing == 0 || ex->diverged != 0) {
+      ex->spin_misses = 0;
+      return;
+    }
+  }
+  ex->spin_misses += ex->spin_misses < MISSES_MAX;
+  ex->spin_skip = (1u << ex->spin_misses) - 1;
+}
+
+/* Until every peer's frame is here. */
 static int wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
   uint64_t now_us = zmoe_now_us();
   uint64_t until_us = zmoe_later_us(now_us, deadline_us);
-  uint64_t spin_until_us = now_us + ex->spin_us;
   ex->drained = 0;
   ex->unread = ex->missing != 0 && !zmoe_intake_partials(ex);
+  if (ex->missing != 0)
+    spin(ex, now_us);
   while (ex->missing != 0 || ex->diverged != 0) {
+    now_us = zmoe_now_us();
     int rc = trouble(ex, now_us, until_us, lost);
     if (rc != ZMOE_OK)
       return rc;
-    if (now_us < spin_until_us) {
-      sched_yield(); /* libzmq's thread may need this very core */
-      zmoe_intake_partials(ex);
-    } else {
-      zmoe_links_ask(ex, now_us);
-      rc = zmoe_links_wait(ex, now_us, until_us);
-      if (rc != ZMOE_OK)
-        return rc;
-    }
-    now_us = zmoe_now_us();
+    zmoe_links_ask(ex, now_us);
+    rc = zmoe_links_wait(ex, now_us, until_us);
+    if (rc != ZMOE_OK)
+      return rc;
   }
   return ZMOE_OK;
 }

@@ -23,12 +23,4 @@ static inline uint64_t zmoe_later_us(uint64_t now_us, uint64_t span_us) {
   return span_us > UINT64_MAX - now_us ? UINT64_MAX : now_us + span_us;
 }
 
-static inline void zmoe_cpu_relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
-
 #endif

@@ -163,7 +163,7 @@ typedef struct zmoe_exchange_config {
   void *xpub, *sub, *router;
   void *const *dealers;
   void *const *monitors;
-  uint32_t spin_us;   /* poll without sleeping this long before blocking */
+  uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
 } zmoe_exchange_config;

@@ -40,7 +40,8 @@ def test_the_wheel_holds_the_model_the_types_and_the_compiled_module(dist: Path)
 
 def test_the_sdist_holds_the_sources(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
-    names = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/zmoe.h", "csrc/exchange.c", "tools/build_native.py", "LICENSE"} <= names
 
 

@@ -119,8 +119,11 @@ static void test_lost_behind_the_next_one(void) {
   float sum;
   CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
   rig_publish(&nodes[1], 0, 1, 16);
-  while (collect_for(&nodes[0], &sum, 3000, &fault) != ZMOE_ETIMEOUT)
-    ;
+  zmoe_exchange_stats stats;
+  do {
+    CHECK_EQUAL(collect_for(&nodes[0], &sum, 3000, &fault), ZMOE_ETIMEOUT);
+    zmoe_exchange_stats_get(nodes[0].ex, &stats);
+  } while (stats.resend_asked == 0);
   take_request(&nodes[1], &request);
   CHECK_EQUAL(request.layer, 0);
   reply(&nodes[1], &header, 2);

@@ -64,14 +64,15 @@ def build(
     quantize: tuple[str, int, int] | None = None,
     layout: str = "mlx",
     seed: int = 0,
+    **changes: Any,
 ) -> Path:
     """Save a random model of the family `name` into `folder` and return it.
 
     `quantize` is (mode, bits, group size). `layout` "hf" writes the tensors as
-    Hugging Face publishes them, "mlx" as mlx-lm converts them.
+    Hugging Face publishes them, "mlx" as mlx-lm converts them. `changes` are entries of the config.
     """
     family = FAMILIES[name]
-    config = copy.deepcopy(family.config)
+    config = {**copy.deepcopy(family.config), **changes}
     model = random_model(config, seed)
     floats = {
         key: value.astype(DTYPES[dtype]) if mx.issubdtype(value.dtype, mx.floating) else value

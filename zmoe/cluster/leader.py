@@ -14,9 +14,16 @@ import mlx.core as mx
 import zmq
 
 from zmoe import __version__
-from zmoe.cluster import launch
 from zmoe.cluster.bus import LeaderBus
 from zmoe.cluster.hosts import Host, HostList
+from zmoe.cluster.launch import (
+    NodeProcess,
+    RemoteOptions,
+    divide_cores,
+    end_all,
+    start_local,
+    start_over_ssh,
+)
 from zmoe.cluster.member import Member, check_hello, hello_of, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
@@ -56,7 +63,7 @@ class ClusterSpec:
     manual: bool = False
     bind: str | None = None
     port: int = 0
-    remote: launch.RemoteOptions = field(default_factory=launch.RemoteOptions)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -84,10 +91,10 @@ class Leader:
         self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
         self._model_name, self._progress = model_name, progress
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._processes: list[launch.NodeProcess] = []
+        self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
-        self._inbox: defaultdict[type[Message], dict[int, Any]] = defaultdict(dict)
+        self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         self.ready: dict[int, Ready] = {}
         self._bus = LeaderBus(self._context, spec.address, spec.port)
 
@@ -126,18 +133,18 @@ class Leader:
                 host = self.spec.hosts.hosts[rank]
                 self._processes.append(self._start_on(host, address, rank))
             return
-        cores = launch.divide_cores(self.spec.nodes)
+        cores = divide_cores(self.spec.nodes)
         if cores is not None:
             self.member.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
-            process = launch.start_local(address, rank, self.spec.address, mine)
+            process = start_local(address, rank, self.spec.address, mine)
             self._processes.append(process)
 
-    def _start_on(self, host: Host, leader: str, rank: int) -> launch.NodeProcess:
+    def _start_on(self, host: Host, leader: str, rank: int) -> NodeProcess:
         if host.ssh in ("127.0.0.1", "localhost"):
-            return launch.start_local(leader, rank, host.address, None)
-        return launch.start_over_ssh(leader, rank, host, self.spec.remote)
+            return start_local(leader, rank, host.address, None)
+        return start_over_ssh(leader, rank, host, self.spec.remote)
 
     def _setup(self) -> Setup:
         timing, engine = self.spec.timing, self.spec.engine
@@ -248,6 +255,6 @@ class Leader:
             with suppress(PeerError):  # it is gone already
                 self._bus.send(rank, Stop(error))
         self.member.close()
-        launch.end_all(self._processes, patience=0.0 if error else 2.0)
+        end_all(self._processes, patience=0.0 if error else 2.0)
         self._bus.close()
         self._context.term()

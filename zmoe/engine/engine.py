@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from zmoe.config import EngineConfig
@@ -21,7 +20,9 @@ class SteppedReducer(Protocol):
 class Engine:
     """Runs the model over one sequence, in lock-step with the other ranks."""
 
-    def __init__(self, model: nn.Module, reducer: SteppedReducer, config: EngineConfig) -> None:
+    def __init__(
+        self, model: Callable[..., mx.array], reducer: SteppedReducer, config: EngineConfig
+    ) -> None:
         self._model, self._reducer, self._config = model, reducer, config
         self._cache: list[Any] = []
         self.reset()
@@ -37,6 +38,6 @@ class Engine:
         never computes lm_head: followers, and all ranks in prefill.
         """
         self._reducer.step = step
-        logits: mx.array = self._model(mx.array([tokens]), cache=self._cache)
+        logits = self._model(mx.array([tokens]), cache=self._cache)
         mx.eval([c.state for c in self._cache])
         return logits[0, -1]

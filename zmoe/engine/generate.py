@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -114,9 +115,10 @@ class Generation(Iterator[Token]):
 
     def _pick(self, logits: mx.array) -> int:
         row = logits[None].astype(mx.float32)
-        return int(self._sample(row - mx.logsumexp(row, axis=-1, keepdims=True)).item())
+        token: mx.array = self._sample(row - mx.logsumexp(row, axis=-1, keepdims=True))
+        return int(np.asarray(token)[0])
 
-    def _run(self) -> Iterator[Token]:
+    def _run(self) -> Generator[Token, None, None]:
         start = time.perf_counter()
         token = self._pick(self._prefill())
         self.timings.first_token = time.perf_counter() - start

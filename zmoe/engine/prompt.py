@@ -14,10 +14,11 @@ from zmoe.errors import InputError, ModelError
 def open_tokenizer(folder: Path) -> TokenizerWrapper:
     """The tokenizer of a checkpoint; ModelError names the folder when there is none."""
     try:
-        return load_tokenizer(folder)
+        tokenizer: TokenizerWrapper = load_tokenizer(folder)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error
+    return tokenizer
 
 
 def encode_prompt(

@@ -49,10 +49,8 @@ def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
     class Fed(base):  # type: ignore[misc]
         def __init__(self, args: Any) -> None:
             super().__init__(args)
-            for site in find_sites(self) if shrink else ():
-                for layer in projections(site.switch):
-                    for name, array in layer.parameters().items():
-                        layer[name] = mx.zeros((shrink[1], *array.shape[1:]), array.dtype)
+            if shrink is not None:
+                _keep(self, shrink[1])
 
         def sanitize(self, offered: Weights) -> Weights:
             del offered  # the whole checkpoint's, unread
@@ -67,6 +65,14 @@ def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
 
     Fed.__name__ = base.__name__
     return Fed
+
+
+def _keep(model: Module, count: int) -> None:
+    """Make every switch layer as large as one of `count` experts."""
+    for site in find_sites(model):
+        for layer in projections(site.switch):
+            for name, array in layer.parameters().items():
+                layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 from zmoe.errors import ModelError
 from zmoe.models.assembly import assemble
 from zmoe.models.checkpoint import Tensor, read_config, read_tensors

@@ -105,7 +105,8 @@ def _used_pieces(info: ModelInfo, owned: list[tuple[int, ...]], count: int) -> l
         return sanitize(nothing)
 
     assemble(path, feed, (info.experts, count))
-    return [piece for piece in pieces if piece.name in used]
+    kept = (piece for piece in pieces if piece.name in used)
+    return sorted(kept, key=lambda piece: (piece.source.file, piece.source.start))
 
 
 def _reading(

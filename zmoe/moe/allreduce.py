@@ -26,7 +26,7 @@ from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype, Status
 from zmoe.obs import Spans
 
 RESEND_MS = 50  # a frame this late is asked for again
-SPIN_US = 0  # how long to look for a peer's frame before sleeping
+SPIN_US = 100  # how long to look for a peer's frame before sleeping
 _NUMPY_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def test_headers_are_read_as_mlx_writes_them(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "empty": (lambda p: p.write_bytes(b"") and p or p, "truncated"),
+    "empty": (lambda p: (p.write_bytes(b"") and p) or p, "truncated"),
     "seven bytes": (lambda p: p.write_bytes(b"\1" * 7) and p, "truncated"),
     "header beyond the end": (
         lambda p: p.write_bytes(struct.pack("<Q", 1 << 62) + b"{}") and p,
@@ -99,19 +100,19 @@ def test_garbage_never_escapes_as_anything_else(data: bytes, tmp_path: Path) -> 
 @given(
     header=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["w", "dtype", "shape", "data_offsets"]), inner, max_size=4
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(["w", "dtype", "shape", "data_offsets"]), inner, max_size=4
+            )
         ),
         max_leaves=12,
     )
 )
 def test_odd_headers_are_read_or_refused(header: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", {"w": header}, bytes(64))
-    try:
+    with contextlib.suppress(ModelError):
         assert all(t.nbytes <= 64 for t in read_header(path))
-    except ModelError:
-        pass
 
 
 def test_a_folder_must_be_complete(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""The virtual file holds exactly a node's share, and reads nothing else."""
+"""A node reads exactly its share, and gets it right."""
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,8 +12,8 @@ import numpy as np
 import pytest
 
 from zmoe.errors import ModelError
-from zmoe.models.checkpoint import read_tensors
-from zmoe.models.share import Piece, Share, layer_of, select
+from zmoe.models.checkpoint import DTYPE_BYTES, read_tensors
+from zmoe.models.share import MLX_DTYPES, Reader, layer_of, placeholder, select
 
 EXPERTS = 6
 
@@ -46,12 +49,16 @@ def arrays() -> dict[str, mx.array]:
     return found
 
 
-def load(folder: Path, owned: dict[int, tuple[int, ...]], count: int) -> tuple[Share, dict]:
-    share = Share(select(read_tensors(folder), EXPERTS, owned, count))
-    loaded = share.load()
-    mx.eval(*loaded.values())
-    share.check()
-    return share, loaded
+def load(folder: Path, owned: dict[int, tuple[int, ...]], count: int) -> tuple[int, dict]:
+    """Bytes read, and the arrays by name."""
+    pieces = select(read_tensors(folder), EXPERTS, owned, count)
+    with Reader() as reader:
+        return_value = {piece.name: reader.read(piece) for piece in pieces}
+        for piece in pieces:
+            array = placeholder(piece)
+            assert (array.shape, array.dtype) == (piece.shape, return_value[piece.name].dtype)
+    assert reader.bytes_read == sum(piece.nbytes for piece in pieces)
+    return reader.bytes_read, return_value
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 2), (5,), (0, 2, 5), (1, 2, 4, 5), ()])
@@ -60,7 +67,7 @@ def test_own_experts_are_renumbered_and_the_rest_is_whole(
 ) -> None:
     folder = checkpoint(tmp_path, arrays)
     count = max(1, len(ids))
-    share, loaded = load(folder, {1: ids, 2: ids, 3: ids}, count)
+    bytes_read, loaded = load(folder, {1: ids, 2: ids, 3: ids}, count)
     own = list(ids)
     want = {name: np.array(a) for name, a in arrays.items()}
 
@@ -79,16 +86,7 @@ def test_own_experts_are_renumbered_and_the_rest_is_whole(
         np.testing.assert_array_equal(np.array(loaded[name]), value, err_msg=name)
     dense = sum(a.nbytes for n, a in arrays.items() if "w1" not in n and "switch" not in n)
     dense -= EXPERTS * 4 * 8 * 4
-    assert share.bytes_read == dense + len(own) * 3 * (4 * 8 * 4)
-
-
-def test_nothing_is_read_before_it_is_needed(arrays: dict, tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, arrays)
-    share = Share(select(read_tensors(folder), EXPERTS, {1: (2,), 2: (), 3: (0, 1)}, 2))
-    loaded = share.load()
-    assert share.bytes_read == 0
-    mx.eval(loaded["model.layers.1.mlp.switch_mlp.up_proj.weight"])
-    assert share.bytes_read == 4 * 8 * 4
+    assert bytes_read == dense + len(own) * 3 * (4 * 8 * 4)
 
 
 def test_a_missing_expert_is_named_as_the_checkpoint_would(arrays: dict, tmp_path: Path) -> None:
@@ -101,45 +99,42 @@ def test_a_missing_expert_is_named_as_the_checkpoint_would(arrays: dict, tmp_pat
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(arrays: dict, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, arrays, files=1)
-    share = Share(select(read_tensors(folder), EXPERTS, {}, 1))
-    loaded = share.load()
+    pieces = select(read_tensors(folder), EXPERTS, {}, 1)
     path = folder / "model-0.safetensors"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    mx.eval(*loaded.values())
-    with pytest.raises(ModelError, match=r"model-0\.safetensors ends at byte"):
-        share.check()
+    with Reader() as reader, pytest.raises(ModelError, match=r"model-0\.safetensors is truncated"):
+        for piece in pieces:
+            reader.read(piece)
 
 
-def test_reading_after_close_is_an_error_too(arrays: dict, tmp_path: Path) -> None:
-    share = Share(select(read_tensors(checkpoint(tmp_path, arrays)), EXPERTS, {}, 1))
-    loaded = share.load()
-    share.close()
-    mx.eval(loaded["model.embed_tokens.weight"])
-    with pytest.raises(ModelError, match="closed"):
-        share.check()
+def test_a_file_that_vanishes_meanwhile_is_an_error(arrays: dict, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, arrays, files=1)
+    pieces = select(read_tensors(folder), EXPERTS, {}, 1)
+    (folder / "model-0.safetensors").unlink()
+    with Reader() as reader, pytest.raises(ModelError, match="cannot be read at tensor"):
+        reader.read(pieces[0])
 
 
-def test_many_small_pieces_in_any_split_of_reads(tmp_path: Path) -> None:
-    """Reads that begin and end anywhere give the same bytes as one read."""
-    arrays = {f"model.layers.0.mlp.switch_mlp.w{i}": random(EXPERTS, 3) for i in range(4)}
-    pieces: list[Piece] = select(
-        read_tensors(checkpoint(tmp_path, arrays)), EXPERTS, {0: (0, 3, 4)}, 5
-    )
-    share = Share(pieces)
-    share.load()
-    size = share.seek(0, 2)
-    whole = bytearray(size)
-    share.seek(0)
-    assert share.readinto(memoryview(whole)) == size
-    for step in (1, 7, 64):
-        parts = bytearray()
-        share.seek(0)
-        while share.tell() < size:
-            part = bytearray(min(step, size - share.tell()))
-            share.readinto(memoryview(part))
-            parts += part
-        assert parts == whole
+@pytest.mark.parametrize("dtype", sorted(MLX_DTYPES))
+def test_every_dtype_arrives_as_mlx_itself_would_load_it(dtype: str, tmp_path: Path) -> None:
+    """Scalars and empty tensors included."""
+    header: dict[str, object] = {}
+    rng = np.random.default_rng(0)
+    data = b""
+    for name, shape in {"scalar": (), "empty": (0, 3), "matrix": (EXPERTS, 5)}.items():
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        values = rng.integers(0, 2 if dtype == "BOOL" else 100, size, np.uint8)
+        span = [len(data), len(data) + size]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
+        data += values.tobytes()
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    _, loaded = load(tmp_path, {}, 1)
+    for name, theirs in mx.load(str(path)).items():
+        assert loaded[name].dtype == theirs.dtype and loaded[name].shape == theirs.shape
+        assert mx.array_equal(loaded[name], theirs, equal_nan=True)
 
 
 def test_the_layer_is_the_first_number_of_a_name() -> None:
