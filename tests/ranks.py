@@ -95,6 +95,8 @@ def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()
+        finally:
+            mx.clear_streams()  # or MLX may abort the process when it exits
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(nodes)]
     for thread in threads:

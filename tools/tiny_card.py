@@ -118,6 +118,7 @@ def describe_training(stages: list[Stage]) -> str:
         ["peak learning rate", *(f"{r.learning_rate:g}" for r in recipes)],
         ["warm-up steps", *(str(r.warmup_steps) for r in recipes)],
         ["dropout", *(f"{r.dropout:g}" for r in recipes)],
+        ["weight of the repetition loss", *(f"{r.repetition_weight:g}" for r in recipes)],
         ["BPE dropout", *(f"{r.bpe_dropout:g}" for r in recipes)],
     ]
     last = recipes[-1]
@@ -130,6 +131,7 @@ def describe_training(stages: list[Stage]) -> str:
         f"words) against overfitting, but not in the last {last.plain_share:.0%} of the steps.",
         f"Load-balancing loss of the Switch Transformer, weight {last.balance_weight:g}; router "
         f"z-loss of ST-MoE, weight {last.z_weight:g}. No token is dropped.",
+        "Repetition loss: DITTO (Xu et al. 2022), against loops in greedy text.",
         f"PyTorch on a CPU, seed {last.seed}: `tools/train_tiny.py`.",
     ]
     return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tiny_repeat import repeated_windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -70,6 +71,10 @@ class WindowSampler:
             self._tokenizer.model.dropout = self.bpe_dropout or None
             self._ids = encode(self._tokenizer, self._text)
         self._remaining = self._ids.numel()
+
+    def draw_repeated(self, batch: int) -> tuple[Tensor, int]:
+        """Pieces of the text repeated to fill windows, and a piece's length in tokens."""
+        return repeated_windows(self._ids, batch, self._generator)
 
     def draw(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Inputs and next-token targets, each (batch, length)."""

@@ -24,6 +24,7 @@ class Recipe:
     weight_decay: float = 0.1
     balance_weight: float = 0.01
     z_weight: float = 1e-3
+    repetition_weight: float = 0.0  # of the loss against loops
     bpe_dropout: float = 0.1
     plain_share: float = 0.2  # last share of the steps, without BPE dropout
     dropout: float = 0.05  # on embeddings and on what a block adds

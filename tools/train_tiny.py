@@ -23,8 +23,11 @@ from tiny_eval import complete, measure_loss
 from tiny_export import load_weights, write_folder, write_reference
 from tiny_model import TinyConfig, TinyModel, balance_loss, router_z_loss
 from tiny_recipe import Recipe, Stage, read_record
+from tiny_repeat import repetition_loss
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+REPEATED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,21 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def train_step(
-    model: TinyModel,
-    optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    recipe: Recipe,
+    model: TinyModel, optimizer: torch.optim.Optimizer, sampler: WindowSampler, recipe: Recipe
 ) -> tuple[float, float]:
-    """One update on (B, T) inputs and targets; returns the token loss and the balance loss."""
+    """One update on a fresh batch; returns the token loss and the balance loss."""
     model.train()
+    inputs, targets = sampler.draw(recipe.batch_tokens // recipe.context, recipe.context)
     logits, routings = model(inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     balance = torch.stack([balance_loss(r) for r in routings]).mean()
     z_loss = torch.stack([router_z_loss(r) for r in routings]).mean()
+    total = loss + recipe.balance_weight * balance + recipe.z_weight * z_loss
+    if recipe.repetition_weight:
+        windows, period = sampler.draw_repeated(REPEATED_ROWS)
+        total = total + recipe.repetition_weight * repetition_loss(model, windows, period)
     optimizer.zero_grad(set_to_none=True)
-    (loss + recipe.balance_weight * balance + recipe.z_weight * z_loss).backward()
+    total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return loss.item(), balance.item()
@@ -108,9 +112,7 @@ def train(model: TinyModel, tokenizer: Tokenizer, split: Split, recipe: Recipe) 
             group["lr"] = learning_rate(step, recipe)
         if step == plain_from:
             sampler.bpe_dropout = 0.0
-        rows = recipe.batch_tokens // recipe.context
-        inputs, targets = sampler.draw(rows, recipe.context)
-        loss, balance = train_step(model, optimizer, inputs, targets, recipe)
+        loss, balance = train_step(model, optimizer, sampler, recipe)
         done = step + 1
         if done % recipe.eval_every and done != recipe.steps:
             continue
