@@ -19,9 +19,10 @@
 #include "pool.h"
 
 enum {
-  /* Of each class: two held for resends, up to four in the queue of a peer that
-   * is slow to read, and one or two in libzmq's hands. */
-  SLOTS = 8,
+  /* One being filled, two held for resends, one in libzmq's hands; small ones
+   * are cheap, so that a peer that is slow to read may leave some more there. */
+  LARGE_SLOTS = 4,
+  SMALL_SLOTS = 16,
   SLOT_ALIGNMENT = 64,
 };
 
@@ -42,7 +43,7 @@ static int config_is_valid(const zmoe_exchange_config *config) {
 }
 
 static int create_pool(zmoe_exchange *ex, size_t small_bytes, size_t max_bytes) {
-  zmoe_pool_class classes[2] = {{small_bytes, SLOTS}, {max_bytes, SLOTS}};
+  zmoe_pool_class classes[2] = {{small_bytes, SMALL_SLOTS}, {max_bytes, LARGE_SLOTS}};
   int both = small_bytes < max_bytes;
   return zmoe_pool_create(classes + !both, 1u + (uint32_t)both, SLOT_ALIGNMENT, &ex->pool);
 }

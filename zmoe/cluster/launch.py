@@ -16,6 +16,12 @@ from zmoe.cluster.hosts import Host
 from zmoe.errors import LaunchError
 
 END_GRACE_S = 2.0
+# Like `python -m zmoe.cli.node`, but for the installed package: a checkout in the
+# working directory would otherwise hide it.
+_NODE = (
+    "import sys; sys.path = [p for p in sys.path if p]; "
+    "from zmoe.cli.node import main; sys.exit(main())"
+)
 
 
 @dataclass(frozen=True)
@@ -98,17 +104,7 @@ def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
 
 
 def _node_arguments(leader: str, rank: int, bind: str) -> list[str]:
-    return [
-        "-m",
-        "zmoe.cli.node",
-        "--once",
-        "--leader",
-        leader,
-        "--rank",
-        str(rank),
-        "--bind",
-        bind,
-    ]
+    return ["-c", _NODE, "--once", "--leader", leader, "--rank", str(rank), "--bind", bind]
 
 
 def start_local(leader: str, rank: int, bind: str, cores: Sequence[int] | None) -> NodeProcess:
