@@ -26,6 +26,7 @@ typedef struct zmoe_peer {
   /* Lock-step: nobody publishes an exchange before having collected all of the
    * one before, so that a peer is at most one ahead of us. */
   zmoe_frame now, next;
+  uint32_t subscriptions; /* connections of its SUB to our XPUB */
   uint64_t down_since_us; /* 0 while the link stands */
   uint64_t ask_at_us, ask_every_us;
   zmoe_key served;
@@ -58,7 +59,7 @@ struct zmoe_exchange {
   uint64_t missing, diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
 
-  uint64_t subscribed, linked;
+  uint64_t linked;
   int32_t zmq_errno; /* of the first failure that waiting cannot mend */
   int unread;        /* a socket holds messages that its descriptor won't tell of */
   int drained;       /* in this collect, all of them were found empty */

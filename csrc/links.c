@@ -37,10 +37,11 @@ static void take_subscription(zmoe_exchange *ex, zmq_msg_t *message) {
   zmoe_wire_encode(&header, frame);
   int rank = bytes > 0 && at[0] <= 1 ? rank_of_presence(ex, at + 1, bytes - 1) : -1;
   if (rank >= 0 && at[0] == 1) {
-    ex->subscribed |= zmoe_bit((uint32_t)rank);
+    ex->peers[rank].subscriptions++;
     zmoe_zmq.setsockopt(ex->xpub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES);
   } else if (rank >= 0) {
-    ex->subscribed &= ~zmoe_bit((uint32_t)rank);
+    /* The end of an old connection may be noticed after the start of a new one. */
+    ex->peers[rank].subscriptions -= ex->peers[rank].subscriptions > 0;
   } else if (bytes != 1 + ZMOE_TOPIC_BYTES || at[0] > 1 ||
              memcmp(at + 1, frame, ZMOE_TOPIC_BYTES) != 0) {
     ex->stats.bad_stranger++;
@@ -62,8 +63,11 @@ int zmoe_links_subscriptions(zmoe_exchange *ex) {
 }
 
 uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
+  uint64_t subscribed = 0;
   zmoe_links_subscriptions(ex);
-  return ex->subscribed;
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    subscribed |= (uint64_t)(ex->peers[r].subscriptions > 0) << r;
+  return subscribed;
 }
 
 /* ---- resends -------------------------------------------------------------- */

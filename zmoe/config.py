@@ -21,7 +21,7 @@ class Sampling:
     """How the leader picks tokens; names and meaning are mlx-lm's.
 
     `temp` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off; `seed` None
-    leaves the generator alone. `max_kv_size` bounds the attention cache.
+    leaves the generator alone. `ignore_eos` writes on after an end token.
     """
 
     max_tokens: int = 100

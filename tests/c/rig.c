@@ -170,16 +170,20 @@ static void subscribe_puppet(rig_node *node) {
   rig_subscribe(node->sub, presence, sizeof presence);
 }
 
-/* Until a puppet's frames reach every exchange: the presences come last. */
+/* Until a puppet's frames reach every exchange: the presences come last. After
+ * a broken link a node must be serving to subscribe again. */
 static void wait_subscribed(rig_node *puppet, const rig_node *nodes) {
-  uint64_t waiting = 0;
+  uint64_t waiting = 0, until_us = rig_now_us() + RIG_PATIENCE_US;
   for (uint32_t r = 0; r < puppet->nodes; r++)
     waiting |= (uint64_t)(nodes[r].ex != NULL) << r;
   while (waiting != 0) {
     uint8_t message[64], presence[ZMOE_PRESENCE_BYTES];
-    int bytes = rig_receive(puppet->xpub, message, sizeof message, RIG_PATIENCE_US / 1000);
-    CHECK(bytes > 0);
+    int bytes = rig_receive(puppet->xpub, message, sizeof message, 1);
+    CHECK(rig_now_us() < until_us);
     for (uint32_t r = 0; r < puppet->nodes; r++) {
+      zmoe_fault fault;
+      if (nodes[r].ex != NULL)
+        zmoe_exchange_service(nodes[r].ex, &fault);
       zmoe_wire_presence(RIG_SESSION, r, presence);
       if (bytes == 1 + sizeof presence && memcmp(message + 1, presence, sizeof presence) == 0)
         waiting &= ~(UINT64_C(1) << r);

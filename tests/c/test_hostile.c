@@ -94,7 +94,7 @@ static void test_replays(void) {
   rig_close(nodes, 3);
 }
 
-/* Rank 1's ROUTER answers with frames of rank 2. */
+/* Rank 1's ROUTER answers with a frame of rank 2, and one of another run. */
 static void test_a_reply_on_the_wrong_link(void) {
   begin();
   uint8_t frame[FRAME_BYTES], identity[ZMOE_PRESENCE_BYTES];
@@ -103,7 +103,11 @@ static void test_a_reply_on_the_wrong_link(void) {
   zmoe_wire_presence(RIG_SESSION, 0, identity);
   rig_send(nodes[1].router, identity, sizeof identity, 1);
   rig_send(nodes[1].router, frame, bytes, 0);
-  RIG_UNTIL(&nodes[0], bad_stranger, 1);
+  header = rig_header(1, 0, 0);
+  header.session++;
+  rig_send(nodes[1].router, identity, sizeof identity, 1);
+  rig_send(nodes[1].router, frame, rig_frame(&header, 9, frame), 0);
+  RIG_UNTIL(&nodes[0], bad_stranger, 2);
   header = rig_header(1, 0, 0);
   header.kind = ZMOE_KIND_RESEND, header.payload_bytes = 0; /* no reply at all */
   bytes = rig_frame(&header, 9, frame);
@@ -163,7 +167,9 @@ static void test_strangers_at_the_xpub(void) {
   rig_subscribe(stranger, presence, sizeof presence);
   zmoe_wire_presence(RIG_SESSION, 3, presence); /* one too many */
   rig_subscribe(stranger, presence, sizeof presence);
-  RIG_UNTIL(&nodes[0], bad_stranger, 5);
+  memset(presence, 0, sizeof presence);
+  rig_subscribe(stranger, presence, sizeof presence);
+  RIG_UNTIL(&nodes[0], bad_stranger, 6);
   CHECK_EQUAL(zmoe_exchange_subscribers(nodes[0].ex), 6);
   rig_publish(&nodes[1], 0, 0, 2);
   rig_publish(&nodes[2], 0, 0, 4);

@@ -93,9 +93,26 @@ static void test_fields(void) {
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
   bad = SAMPLE, bad.kind = ZMOE_KIND_RESEND; /* carries no payload */
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
-  /* 2^31 x 2^31 x 4 bytes is 0 modulo 2^64. */
-  bad = SAMPLE, bad.rows = bad.width = 1u << 31, bad.dtype = ZMOE_F32, bad.payload_bytes = 4;
+  /* These many elements of 4 bytes are 4 bytes modulo 2^64. */
+  bad = SAMPLE, bad.dtype = ZMOE_F32, bad.payload_bytes = 4;
+  bad.rows = (1u << 31) - (1u << 16) + 1, bad.width = (1u << 31) + (1u << 16) + 1;
+  CHECK_EQUAL((uint64_t)bad.rows * bad.width * 4, 4);
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 4, &out), ZMOE_WIRE_FIELD);
+}
+
+/* What a later version may use must be zero in this one. */
+static void test_reserved_bytes(void) {
+  static const int reserved[] = {6, 7, 39, 44, 45, 46, 47};
+  zmoe_header out;
+  for (size_t i = 0; i < sizeof reserved / sizeof *reserved; i++) {
+    uint8_t frame[ZMOE_HEADER_BYTES + 20] = {0};
+    zmoe_wire_encode(&SAMPLE, frame);
+    frame[reserved[i]] = 1;
+    uint64_t checksum = zmoe_digest(frame, 56);
+    for (int b = 0; b < 8; b++)
+      frame[56 + b] = (uint8_t)(checksum >> (8 * b));
+    CHECK_EQUAL(zmoe_wire_decode(frame, sizeof frame, MAX_PAYLOAD, &out), ZMOE_WIRE_FIELD);
+  }
 }
 
 static void test_presence(void) {
@@ -116,6 +133,7 @@ int main(void) {
       {"too short and too long frames", test_lengths},
       {"every flipped bit is noticed", test_every_flipped_bit_is_noticed},
       {"unknown kinds and dtypes, contradicting sizes", test_fields},
+      {"reserved bytes", test_reserved_bytes},
       {"presences differ by session and rank, and from frames", test_presence},
   };
   RUN(tests);

@@ -39,7 +39,7 @@ class Impostor(threading.Thread):
     def run(self) -> None:
         context: zmq.Context[Any] = zmq.Context()
         bus = WorkerBus(context, f"127.0.0.1:{self._port}", 1, 5.0)
-        join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost", 1)
+        join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost")
         bus.send(dataclasses.replace(join, **self._join_changes))
         answer = bus.receive(20)
         if isinstance(answer, Setup):

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.messages import Join, Step, encode
+from zmoe.cluster.messages import Failed, Join, Step, encode
 
 TOKENS = 40
 
@@ -52,7 +52,8 @@ class Strangers(threading.Thread):
                 for frame in (
                     os.urandom(80),
                     b"",
-                    encode(Join(1, 9, "0", "stranger", 1)),
+                    encode(Join(1, 9, "0", "stranger")),
+                    encode(Failed("stranger", True, None, None, 0)),
                     encode(Step(1, True, [1])),
                 ):
                     self._send(dealer, frame)

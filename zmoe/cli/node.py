@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any
 
 import zmq
@@ -26,6 +27,7 @@ def _parser() -> Parser:
     add("--bind", default="127.0.0.1", metavar="ADDRESS", help="address to listen on for peers")
     add("--model", help="checkpoint here, when it lies elsewhere than at the leader")
     add("--cores", help="comma separated cores to stay on (Linux)")
+    add("--tied", action="store_true", help="end when standard input closes")
     add("--once", action="store_true", help="end after one run, or after a minute without leader")
     return parser
 
@@ -43,12 +45,24 @@ def _pin(cores: str) -> None:
         raise InputError(f"--cores {cores}: cannot be set: {error}") from error
 
 
+def _end_with_input() -> None:
+    """Whoever started us holds our standard input open for as long as it lives."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
 def _serve(options: Any) -> None:
     _check_leader(options.leader)
     if not 1 <= options.rank < 64:
         raise InputError(f"--rank is {options.rank}: expected a number from 1 to 63")
     if options.cores is not None:
         _pin(options.cores)
+    if options.tied:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    from zmoe.cluster.hosts import check_address
+
+    check_address(options.bind, "--bind")
     warn_unencrypted(f"{PROG}[{options.rank}]", options.bind)
     from zmoe.cluster.worker import Worker, WorkerSpec
     from zmoe.config import Timing
@@ -59,7 +73,7 @@ def _serve(options: Any) -> None:
     while True:
         try:
             Worker(spec, context).run()
-        except ZmoeError as error:
+        except (ZmoeError, ValueError, TypeError) as error:  # a leader's fault is not our end
             if options.once:
                 raise
             print(f"{PROG}[{options.rank}]: {type(error).__name__}: {error}", file=sys.stderr)

@@ -12,9 +12,9 @@ import mlx.core as mx
 from zmoe.cluster.leader import ClusterSpec, Leader, Progress
 from zmoe.cluster.member import Member, peak_memory
 from zmoe.config import DEFAULT_MODEL, Sampling
-from zmoe.engine.generate import Generation
-from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer
-from zmoe.errors import ZmoeError
+from zmoe.engine.generate import Generation, StepFunction
+from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.errors import InputError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
 from zmoe.types import ModelInfo
@@ -52,6 +52,7 @@ class Cluster:
         self._failed: BaseException | None = None
         self._closed = False
         self._step = 0
+        self._generations = 0
         self.notices: tuple[str, ...] = ()
         self.load_seconds = 0.0
 
@@ -129,17 +130,31 @@ class Cluster:
                 chat_template_config=chat_template_config,
             )
         else:
-            ids = list(prompt)
+            ids = check_ids(prompt, self.tokenizer)
         check_length(len(ids), self.info.context_length)
+        if sampling is not None and options:
+            raise InputError(f"give sampling or {sorted(options)[0]}, not both")
         return Generation(
-            self._forward,
+            self._begin(),
             self.tokenizer,
             ids,
-            sampling if sampling is not None and not options else Sampling(**options),
+            sampling or Sampling(**options),
             prefill_chunk=self.spec.engine.prefill_chunk,
             context=self.info.context_length,
             spans=self._member.spans,
         )
+
+    def _begin(self) -> StepFunction:
+        """Steps for a new generation; those of the one before are refused from now on."""
+        self._generations += 1
+        mine = self._generations
+
+        def step(tokens: Sequence[int], reset: bool) -> mx.array:
+            if mine != self._generations:
+                raise ZmoeError("another generation has begun on this cluster")
+            return self._forward(tokens, reset)
+
+        return step
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node so far, by rank."""

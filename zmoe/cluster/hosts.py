@@ -23,10 +23,6 @@ class Host:
     ssh: str
     address: str
 
-    @property
-    def is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.address).is_loopback
-
 
 @dataclass(frozen=True)
 class HostList:
@@ -60,6 +56,22 @@ def hosts_from_file(path: Path) -> HostList:
         raise InputError(f'{source}: "envs" is no list')
     hosts = [_host_from_entry(entry, f"{source}: host {i}") for i, entry in enumerate(data)]
     return HostList(tuple(hosts), tuple(check_env(env, source) for env in envs))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches `address`."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def check_address(address: str, source: str) -> str:
+    """`address` if it is an IPv4 address that peers can be told to connect to."""
+    try:
+        parsed = ipaddress.IPv4Address(address)
+    except ValueError as error:
+        raise InputError(f"{source} {address}: expected an IPv4 address") from error
+    if parsed.is_unspecified:
+        raise InputError(f"{source} {address}: give the address by which the other nodes reach it")
+    return address
 
 
 def check_env(setting: object, source: str) -> str:

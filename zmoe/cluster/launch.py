@@ -44,7 +44,7 @@ class NodeProcess:
             self._process = subprocess.Popen(
                 command,
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # closes when we end, however: the worker then ends too
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -77,6 +77,10 @@ class NodeProcess:
         self._reader.join(timeout=1.0)
         return self._tail[-1] if self._tail else ""
 
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+
     def terminate(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
@@ -86,25 +90,42 @@ class NodeProcess:
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.kill()
             self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self._reader.join(timeout=1.0)
 
 
 def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
     """End every process: let them go by themselves for `patience` s, then TERM, then KILL."""
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and any(p.exit_code() is None for p in processes):
-        time.sleep(0.01)
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + END_GRACE_S
-    for process in processes:
-        process.wait(deadline)
+    try:
+        while time.monotonic() < deadline and any(p.exit_code() is None for p in processes):
+            time.sleep(0.01)
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + END_GRACE_S
+        for process in processes:
+            process.wait(deadline)
+    finally:  # a second Ctrl-C: no more patience
+        for process in processes:
+            process.kill()
 
 
 def _node_arguments(leader: str, rank: int, bind: str) -> list[str]:
-    return ["-c", _NODE, "--once", "--leader", leader, "--rank", str(rank), "--bind", bind]
+    return [
+        "-c",
+        _NODE,
+        "--once",
+        "--tied",
+        "--leader",
+        leader,
+        "--rank",
+        str(rank),
+        "--bind",
+        bind,
+    ]
 
 
 def start_local(leader: str, rank: int, bind: str, cores: Sequence[int] | None) -> NodeProcess:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections import defaultdict
@@ -15,7 +16,7 @@ import zmq
 
 from zmoe import __version__
 from zmoe.cluster.bus import LeaderBus
-from zmoe.cluster.hosts import Host, HostList
+from zmoe.cluster.hosts import Host, HostList, check_address, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
     RemoteOptions,
@@ -72,6 +73,13 @@ class ClusterSpec:
             raise InputError(f"--nodes is {self.nodes}: expected a number from 1 to 64")
         if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
             raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
+        address = check_address(self.address, "--bind")
+        for host in self.hosts.hosts if self.hosts is not None else ():
+            if is_loopback(address) and not is_loopback(host.address):
+                raise InputError(
+                    f"{host.ssh} cannot reach this machine at {address}: "
+                    "give --bind the address by which it can"
+                )
 
     @property
     def address(self) -> str:
@@ -95,7 +103,7 @@ class Leader:
         self._workers = range(1, spec.nodes)
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
-        self.ready: dict[int, Ready] = {}
+        self._joined: set[int] = set()
         self._bus = LeaderBus(self._context, spec.address, spec.port)
 
     # ---- coming up ----------------------------------------------------------
@@ -112,16 +120,19 @@ class Leader:
             self._check_protocol(rank, join)
         self._broadcast(self._setup())
         own = self.member.open_exchange(self.spec.address)
-        hellos = self._collect(Hello, "has not said hello", timing.join)
+        # A worker may first have to download what has a name of the hub.
+        patience = timing.join if os.path.isabs(self._model_name) else timing.load
+        hellos = self._collect(Hello, "has not said hello", patience)
         mine = hello_of(self.member.info, self.member.placement, own)
         for rank, hello in hellos.items():
             check_hello(mine, hello, f"node {rank} ({joins[rank].host})")
         endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
-        self._broadcast(Mesh([[e.host, e.data_port, e.control_port] for e in endpoints]))
-        self.member.connect(endpoints)
+        hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
+        self._broadcast(Mesh(list(hosts), list(data), list(control)))
+        self.member.connect(endpoints, self._listen)
         shard, seconds = self.member.load(self._own_progress)
-        self.ready = self._collect(Ready, "has not loaded its share", timing.load)
-        return shard, max(seconds, *(ready.seconds for ready in self.ready.values()))
+        ready = self._collect(Ready, "has not loaded its share", timing.load)
+        return shard, max(seconds, *(message.seconds for message in ready.values()))
 
     def launch(self) -> None:
         """Start the workers, unless they are started by hand."""
@@ -169,8 +180,7 @@ class Leader:
 
     def _own_progress(self, done: int, total: int) -> None:
         self._progress(0, done, total)
-        while self._receive(0):
-            pass
+        self._listen()
 
     # ---- control messages ---------------------------------------------------
 
@@ -185,24 +195,35 @@ class Leader:
                 error = f"rank {rank} is none of the workers 1 to {self.spec.nodes - 1} of this run"
                 self._bus.send(rank, Stop(error))
         elif isinstance(message, Failed):
-            kind = InputError if message.input_error else ZmoeError
-            raise kind(f"node {rank}: {message.error}")
+            if rank in self._joined:  # else it is a stranger
+                raise _error_of(rank, message)
         elif isinstance(message, Loading):
             self._progress(rank, message.done, message.total)
         elif isinstance(message, (Join, Hello, Ready, Memory)):
+            self._joined.add(rank)
             self._inbox[type(message)][rank] = message
         else:
             raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
         return True
+
+    def _listen(self) -> None:
+        """While busy with something else: handle what workers say, notice those that ended."""
+        self._check_processes()
+        self.member.service()
+        while self._receive(0):
+            pass
 
     def _collect(self, kind: type[M], missing: str, timeout: float) -> dict[int, M]:
         """One message of `kind` from every worker, by rank, before `timeout` seconds are over."""
         found: dict[int, M] = self._inbox[kind]
         deadline = time.monotonic() + timeout
         while len(found) < len(self._workers):
-            self._check_processes()
-            self.member.service()
-            if not self._receive(0.05) and time.monotonic() > deadline:
+            self._listen()
+            if (
+                len(found) < len(self._workers)
+                and not self._receive(0.05)
+                and time.monotonic() > deadline
+            ):
                 ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
                 raise LaunchError(f"node {ranks} {missing} within {timeout:g} s")
         return dict(sorted(self._inbox.pop(kind).items()))
@@ -215,6 +236,8 @@ class Leader:
             words = process.last_words() or f"exit code {code}"
             while self._receive(0):  # its own words, if it sent them, say more
                 pass
+            if self._step > 0:
+                raise PeerError(process.rank, None, self._step, f"({process.name}) ended: {words}")
             raise LaunchError(f"node {process.rank} on {process.name} ended: {words}")
 
     def _broadcast(self, message: Message) -> None:
@@ -229,10 +252,18 @@ class Leader:
         try:
             self._broadcast(Step(self._step, reset, list(tokens)))
             return self.member.forward(self._step, tokens, reset)
-        except PeerError:
-            while self._receive(0):  # what a peer says of its own end says more: raises that
-                pass
+        except PeerError as own:
+            self._look_for_cause(own)
             raise
+
+    def _look_for_cause(self, lost: PeerError) -> None:
+        """Raise what a worker said of its own end, if that is why it is `lost`."""
+        try:
+            while self._receive(0):
+                pass
+        except PeerError as told:
+            if told.rank not in (0, lost.rank):
+                raise
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node, by rank."""
@@ -244,17 +275,22 @@ class Leader:
         """Process ids of the workers that this leader started."""
         return [process.pid for process in self._processes]
 
-    def last_words(self) -> dict[int, str]:
-        """What ended workers wrote last on standard error, by rank."""
-        ended = (p for p in self._processes if p.exit_code() is not None)
-        return {p.rank: words for p in ended if (words := p.last_words())}
-
     def close(self, error: str = "") -> None:
         """End every node: politely when all is well, at once after an `error`."""
         for rank in self._workers:
             with suppress(PeerError):  # it is gone already
                 self._bus.send(rank, Stop(error))
-        self.member.close()
-        end_all(self._processes, patience=0.0 if error else 2.0)
-        self._bus.close()
-        self._context.term()
+        try:
+            self.member.close()
+        finally:
+            end_all(self._processes, patience=0.0 if error else 2.0)
+            self._bus.close()
+            self._context.term()
+
+
+def _error_of(rank: int, failed: Failed) -> ZmoeError:
+    """What worker `rank` told, as an error of ours."""
+    if failed.lost is not None:
+        return PeerError(failed.lost, failed.layer, failed.step, failed.error)
+    kind = InputError if failed.input_error else ZmoeError
+    return kind(f"node {rank}: {failed.error}")

@@ -6,10 +6,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import mlx.core as mx
 
+from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.placement import place_evenly
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
@@ -47,7 +49,7 @@ class Member:
     def pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores` until close()."""
         self._affinity = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores)
+        _set_affinity(cores)
 
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
@@ -65,10 +67,10 @@ class Member:
         )
         return self.exchange.endpoint
 
-    def connect(self, endpoints: Sequence[Endpoint]) -> None:
-        """Link up with every peer."""
+    def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
+        """Link up with every peer, calling `tick` now and then."""
         assert self.exchange is not None
-        self.exchange.connect(endpoints, self._timing.join)
+        self.exchange.connect(endpoints, self._timing.join, tick)
         self._connected = True
 
     def service(self) -> None:
@@ -95,8 +97,15 @@ class Member:
         if self.exchange is not None:
             self.exchange.close()
         if self._affinity is not None:
-            os.sched_setaffinity(0, self._affinity)
+            _set_affinity(self._affinity)
             self._affinity = None
+
+
+def _set_affinity(cores: Iterable[int]) -> None:
+    """For all threads of this process: those that MLX started would keep theirs."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 def peak_memory() -> int:
@@ -132,7 +141,7 @@ def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:
             raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
-    if theirs.host.startswith("127.") and not mine.host.startswith("127."):
+    if is_loopback(theirs.host) and not is_loopback(mine.host):
         raise MismatchError(
             f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
             "start that zmoe-node with --bind ADDRESS"

@@ -30,7 +30,6 @@ class Join:
     rank: int
     version: str
     host: str
-    pid: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,10 @@ class Setup:
     grace_timeout: float
     load_timeout: float
     join_timeout: float
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.nodes <= 64 or not 0 <= self.session < 2**64:
+            raise MessageError(f"Setup for {self.nodes} nodes, session {self.session}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Hello:
 class Mesh:
     """Leader to worker: every node's data sockets, by rank."""
 
-    endpoints: list[list[Any]]  # [host, data_port, control_port]
+    hosts: list[str]
+    data_ports: list[int]
+    control_ports: list[int]
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,9 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to leader: my share is loaded."""
+    """Worker to leader: my share is loaded, after `seconds`."""
 
-    bytes_read: int
-    share_bytes: int
     seconds: float
-    peak_memory: int
-    notices: list[str]
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,17 @@ class Stop:
 
 @dataclass(frozen=True)
 class Failed:
-    """Worker to leader: I can't go on. `input_error`: it is bad input (exit 2)."""
+    """Worker to leader: I can't go on.
+
+    `input_error`: it is bad input (exit 2). `lost`: the rank whose loss is the
+    reason, noticed at `layer` (None: between layers) and `step`.
+    """
 
     error: str
     input_error: bool
+    lost: int | None
+    layer: int | None
+    step: int
 
 
 Message = Join | Setup | Hello | Mesh | Loading | Ready | Step | AskMemory | Memory | Stop | Failed

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,9 +67,7 @@ class Worker:
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
         try:
-            member = self._come_up(self._join())
-            if member is not None:
-                self._serve(member)
+            self._serve(self._come_up(self._join()))
         except Exception as error:
             self._report(error)
             raise
@@ -78,9 +77,7 @@ class Worker:
             self._bus.close()
 
     def _join(self) -> Setup:
-        here = Join(
-            PROTOCOL_VERSION, self.spec.rank, __version__, socket.gethostname(), os.getpid()
-        )
+        here = Join(PROTOCOL_VERSION, self.spec.rank, __version__, socket.gethostname())
         patience = self.spec.join_timeout
         deadline = None if patience is None else time.monotonic() + patience
         joined = 0
@@ -94,14 +91,12 @@ class Worker:
         raise ZmoeError(f"leader {self.spec.leader} did not begin a run within {patience:g} s")
 
     def _expect(self, kind: type[M], timeout: float) -> M | None:
-        """The next message, of `kind`; None for a Stop, or for none within `timeout` seconds."""
+        """The next message, of `kind`; None for none within `timeout` seconds."""
         message = self._bus.receive(timeout)
         if isinstance(message, kind):
             return message
         if isinstance(message, Stop):
-            if message.error:
-                raise StoppedError(f"leader {self.spec.leader} stopped: {message.error}")
-            return None
+            raise StoppedError(f"leader {self.spec.leader} stopped: {message.error or 'too early'}")
         if message is not None:
             raise self._unexpected(message)
         return None
@@ -109,7 +104,7 @@ class Worker:
     def _unexpected(self, message: Message) -> ZmoeError:
         return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
 
-    def _come_up(self, setup: Setup) -> Member | None:
+    def _come_up(self, setup: Setup) -> Member:
         timing = Timing(
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
@@ -120,14 +115,19 @@ class Worker:
         hello: Hello = hello_of(info, member.placement, member.open_exchange(self.spec.bind))
         self._bus.send(hello)
         mesh = self._expect(Mesh, timing.join)
-        if mesh is None:  # told to stop, or forgotten
-            return None
-        member.connect([_endpoint(entry) for entry in mesh.endpoints])
-        shard, seconds = member.load(_Throttled(self._bus))
-        self._bus.send(
-            Ready(shard.bytes_read, shard.share_bytes, seconds, peak_memory(), list(shard.notices))
-        )
+        if mesh is None:
+            raise ZmoeError(f"leader {self.spec.leader} did not name the other nodes")
+        endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
+        member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
+        _, seconds = member.load(_Throttled(self._bus, self._listen))
+        self._bus.send(Ready(seconds))
         return member
+
+    def _listen(self) -> None:
+        """While busy with something else: notice a leader that is gone or says stop."""
+        self._expect(Mesh, 0)
+        assert self._member is not None
+        self._member.service()
 
     def _serve(self, member: Member) -> None:
         assert member.exchange is not None
@@ -147,26 +147,26 @@ class Worker:
                 raise self._unexpected(message)
 
     def _report(self, error: Exception) -> None:
-        lost_leader = isinstance(error, PeerError) and error.rank == 0
-        if not lost_leader and not isinstance(error, StoppedError):
-            words = str(error) if isinstance(error, ZmoeError) else f"internal error: {error!r}"
-            with suppress(PeerError):  # the error itself goes on to our own standard error
-                self._bus.send(Failed(words, isinstance(error, InputError)))
+        if isinstance(error, StoppedError):
+            return
+        failed = Failed(str(error), isinstance(error, InputError), None, None, self._bus.step)
+        if isinstance(error, PeerError):
+            failed = Failed(error.reason, False, error.rank, error.layer, error.step)
+        elif not isinstance(error, ZmoeError):
+            failed = dataclasses.replace(failed, error=f"internal error: {error!r}")
+        with suppress(PeerError):  # the error itself goes on to our own standard error
+            self._bus.send(failed)
 
 
 class _Throttled:
-    """Passes load progress on to the leader, ten times a second at most."""
+    """Passes load progress on to the leader, ten times a second at most, and listens to it."""
 
-    def __init__(self, bus: WorkerBus) -> None:
-        self._bus, self._next = bus, 0.0
+    def __init__(self, bus: WorkerBus, listen: Callable[[], None]) -> None:
+        self._bus, self._listen, self._next = bus, listen, 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self._next or done == total:
             self._next = now + PROGRESS_INTERVAL_S
             self._bus.send(Loading(done, total))
-
-
-def _endpoint(entry: list[Any]) -> Endpoint:
-    host, data_port, control_port = entry
-    return Endpoint(str(host), int(data_port), int(control_port))
+            self._listen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def encode_prompt(
     if not ids:
         raise InputError("the prompt holds no token")
     return list(ids)
+
+
+def check_ids(ids: Iterable[int], tokenizer: TokenizerWrapper) -> list[int]:
+    """`ids` as plain numbers; InputError for none, or for one that is no token."""
+    checked = [int(token) for token in ids]
+    if not checked:
+        raise InputError("the prompt is empty")
+    highest = max(tokenizer.get_vocab().values())
+    for token in checked:
+        if not 0 <= token <= highest:
+            raise InputError(f"the prompt holds {token}: expected token ids from 0 to {highest}")
+    return checked
 
 
 def check_length(prompt_tokens: int, context: int | None) -> None:

@@ -11,13 +11,14 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.utils import load_model
 
-from zmoe.errors import ModelError
+from zmoe.errors import ModelError, ZmoeError
 from zmoe.models.discover import expert_count, find_sites, model_classes, projections
 
 Weights = dict[str, mx.array]
 Sanitize = Callable[[Weights], Weights]
-# Gets what renames and stacks the checkpoint's tensors, and returns its result.
-Feed = Callable[[Sanitize], Weights]
+# Gets what renames and stacks the checkpoint's tensors, and all of these, unread;
+# returns what that makes of the tensors it chooses.
+Feed = Callable[[Sanitize, Weights], Weights]
 
 
 def assemble(
@@ -36,7 +37,7 @@ def assemble(
 
     try:
         model, config = load_model(path, lazy=True, get_model_classes=classes)
-    except ModelError:
+    except ZmoeError:  # ours, or what a progress callback found
         raise
     except Exception as error:  # mlx-lm and MLX raise whatever a bad checkpoint makes them
         raise ModelError(f"{path} cannot be loaded: {_reason(error)}") from error
@@ -53,11 +54,10 @@ def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
                 _keep(self, shrink[1])
 
         def sanitize(self, offered: Weights) -> Weights:
-            del offered  # the whole checkpoint's, unread
             rename = super().sanitize if hasattr(base, "sanitize") else dict
             try:
                 with expert_count(self, *(shrink or (0, 0))):
-                    weights = feed(rename)
+                    weights = feed(rename, offered)
             except KeyError as error:
                 raise ModelError(f"tensor {error.args[0]} is missing") from error
             # Views would keep what they were cut from, and strides slow products.

@@ -48,7 +48,7 @@ def inspect_model(path: Path) -> ModelInfo:
     config = read_config(path)
     tensors = read_tensors(path)
     everything = {t.name: placeholder(whole(t)) for t in tensors.values()}
-    model, _ = assemble(path, lambda sanitize: sanitize(everything))
+    model, _ = assemble(path, lambda sanitize, _: sanitize(everything))
     sites = find_sites(model)
     if not sites:
         raise ModelError(f"{path} holds no Mixture of Experts: type {config['model_type']}")

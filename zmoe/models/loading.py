@@ -12,16 +12,18 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from zmoe.errors import PlacementError
-from zmoe.models.assembly import Sanitize, Weights, assemble
+from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import Site, find_sites, projections, replace_module
 from zmoe.models.share import Piece, Reader, placeholder, select
-from zmoe.models.usage import used_names
+from zmoe.models.usage import unused_names
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement, Reducer
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+_CACHE_BYTES = 16 << 20
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -30,8 +32,9 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 class LoadedShard:
     """A model with this node's experts, and what loading it took.
 
-    `share_bytes` is what the model's arrays take, `bytes_read` what was read
-    of the checkpoint for them. `notices` are lines for the user.
+    `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
+    largest of them, `bytes_read` what was read of the checkpoint for them.
+    `notices` are lines for the user.
     """
 
     model: Module
@@ -60,9 +63,9 @@ def load_shard(
     """
     owned = _owned(info, placement, reducer.rank)
     count = max(1, *(len(ids) for ids in owned))
-    pieces = _used_pieces(info, owned, count)
+    pieces, unused = _plan(info, owned, count)
     with Reader() as reader:
-        feed = _reading(pieces, reader, progress)
+        feed = _reading(pieces, unused, reader, progress)
         model, config = assemble(Path(info.path), feed, (info.experts, count))
     sites = find_sites(model)
     for site, ids in zip(sites, owned, strict=True):
@@ -76,7 +79,7 @@ def load_shard(
         config,
         reader.bytes_read,
         sum(array.nbytes for array in arrays),
-        max(piece.nbytes for piece in pieces),
+        max(array.nbytes for array in arrays),
         _notices(sites),
     )
 
@@ -92,31 +95,37 @@ def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, 
     return [layer[rank] for layer in placement.owned]
 
 
-def _used_pieces(info: ModelInfo, owned: list[tuple[int, ...]], count: int) -> list[Piece]:
-    """What the model will make use of, found by putting it together without any weights."""
+def _plan(
+    info: ModelInfo, owned: list[tuple[int, ...]], count: int
+) -> tuple[list[Piece], set[str]]:
+    """What to read, and the names of what the model has no use for.
+
+    Found by putting it together without any weights, so faults show before
+    anything is read.
+    """
     path = Path(info.path)
     own = dict(zip(info.moe_layers, owned, strict=True))
     pieces = select(read_tensors(path), info.experts, own, count)
-    used: set[str] = set()
+    unused: set[str] = set()
 
-    def feed(sanitize: Sanitize) -> Weights:
+    def feed(sanitize: Sanitize, _: Weights) -> Weights:
         nothing = {piece.name: placeholder(piece) for piece in pieces}
-        used.update(used_names(sanitize, nothing))
+        unused.update(unused_names(sanitize, nothing))
         return sanitize(nothing)
 
     assemble(path, feed, (info.experts, count))
-    kept = (piece for piece in pieces if piece.name in used)
-    return sorted(kept, key=lambda piece: (piece.source.file, piece.source.start))
+    kept = (piece for piece in pieces if piece.name not in unused)
+    return sorted(kept, key=lambda piece: (piece.source.file, piece.source.start)), unused
 
 
 def _reading(
-    pieces: list[Piece], reader: Reader, progress: Progress | None
-) -> Callable[[Sanitize], Weights]:
-    """A feed of what the files hold."""
+    pieces: list[Piece], unused: set[str], reader: Reader, progress: Progress | None
+) -> Feed:
+    """A feed of what the files hold; what is of no use stays unread."""
     total = sum(piece.nbytes for piece in pieces)
 
-    def feed(sanitize: Sanitize) -> Weights:
-        weights: Weights = {}
+    def feed(sanitize: Sanitize, offered: Weights) -> Weights:
+        weights = {name: offered[name] for name in unused if name in offered}
         for piece in pieces:
             weights[piece.name] = reader.read(piece)
             if progress is not None:
@@ -150,6 +159,9 @@ def _evaluate(model: Module) -> list[mx.array]:
     arrays = list({id(array): array for array in arrays}.values())
     for array in arrays:
         mx.eval(array)
+        # MLX would keep all that the weights were stacked from for later use.
+        if mx.get_cache_memory() > _CACHE_BYTES:
+            mx.clear_cache()
     return arrays
 
 

@@ -1,38 +1,47 @@
-"""Which tensors of a checkpoint a model makes use of."""
+"""Which tensors of a checkpoint a model makes no use of."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import mlx.core as mx
+from collections import defaultdict
 
 from zmoe.models.assembly import Sanitize, Weights
 
 
-def used_names(sanitize: Sanitize, weights: Weights) -> set[str]:
-    """The names in `weights` that the result of `sanitize` depends on.
+def unused_names(sanitize: Sanitize, weights: Weights) -> set[str]:
+    """Names of whole parts of the checkpoint that `sanitize` drops.
 
     Checkpoints hold more than a text model needs (image encoders, layers for
-    drafting), and mlx-lm drops that when it renames the rest. Traces without
-    computing. A `sanitize` that insists on values is taken to need everything.
+    drafting). A part is what names have in common up to their first number,
+    or a module outside the layers. It is in use if any of its arrays comes out
+    as it went in, or if the result has other names without it.
     """
-    names = list(weights)
-    records: list[dict[str, Any]] = []
+    result = sanitize(dict(weights))
+    survivors = {id(array) for array in result.values()}
+    parts: defaultdict[str, set[str]] = defaultdict(set)
+    for name in weights:
+        parts[_part_of(name)].add(name)
 
-    def renamed(*arrays: mx.array) -> list[mx.array]:
-        return list(sanitize(dict(zip(names, arrays, strict=True))).values())
+    def is_idle(names: set[str]) -> bool:
+        rest = {name: array for name, array in weights.items() if name not in names}
+        try:
+            return sanitize(rest).keys() == result.keys()
+        except Exception:  # whatever it raises, it cannot do without them
+            return False
 
-    try:
-        mx.export_function(records.append, renamed, *weights.values())
-    except ValueError:  # an array's value was asked for; other faults return when it is run
-        return set(names)
-    inputs: list[str] = []
-    reached: set[str] = set()
-    for record in records:
-        if record["type"] == "inputs":
-            inputs = [entry[0] for entry in record["inputs"]]
-        elif record["type"] == "outputs":
-            reached.update(entry[0] for entry in record["outputs"])
-        elif record["type"] == "primitive":
-            reached.update(entry[0] for entry in record["inputs"])
-    return {name for name, symbol in zip(names, inputs, strict=True) if symbol in reached}
+    suspects = [
+        names
+        for names in parts.values()
+        if not any(id(weights[name]) in survivors for name in names)
+    ]
+    together: set[str] = set().union(*suspects)
+    if not together or is_idle(together):
+        return together
+    return set().union(*(names for names in suspects if is_idle(names)))
+
+
+def _part_of(name: str) -> str:
+    words = name.split(".")
+    for place, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join(words[: place + 1])
+    return ".".join(words[:-1])

@@ -8,7 +8,7 @@ land in.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -79,14 +79,20 @@ class Exchange:
 
     # ---- joining ---------------------------------------------------------------
 
-    def connect(self, endpoints: Sequence[Endpoint], deadline_s: float) -> None:
+    def connect(
+        self,
+        endpoints: Sequence[Endpoint],
+        deadline_s: float,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Join the ranks at `endpoints` (one a rank, own included).
 
         Returns once all of them have subscribed to us and our links to them
-        stand; else raises LaunchError naming the ranks that are missing.
+        stand; else raises LaunchError naming the ranks that are missing. `tick`
+        is called every 0.1 s at least, and may raise to give up.
         """
         self.start_connect(endpoints)
-        self.finish_connect(endpoints, deadline_s)
+        self.finish_connect(endpoints, deadline_s, tick)
 
     def start_connect(self, endpoints: Sequence[Endpoint]) -> None:
         """First half of `connect`: returns at once."""
@@ -110,7 +116,12 @@ class Exchange:
             grace_ms=int(self._grace_s * 1000),
         )
 
-    def finish_connect(self, endpoints: Sequence[Endpoint], deadline_s: float) -> None:
+    def finish_connect(
+        self,
+        endpoints: Sequence[Endpoint],
+        deadline_s: float,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Second half of `connect`: waits for every rank."""
         poller = zmq.Poller()
         for socket in self.poll_sockets():
@@ -124,6 +135,7 @@ class Exchange:
             left_s = until - time.monotonic()
             if left_s <= 0:
                 break
+            tick()
             poller.poll(int(min(left_s, 0.1) * 1000) + 1)
         absent = ", ".join(
             f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
@@ -172,7 +184,7 @@ class Exchange:
         with self._spans.span("exchange"):
             self._publish(source, source_dtype, layer, rows, width, wire, digest)
             if overlap:
-                mx.async_eval(*overlap)  # type: ignore[no-untyped-call]
+                mx.async_eval(*overlap)
             out = self._received.next(dtype)
             self._collect(out, wire, layer)
         return self._received.view(dtype, rows, width)

@@ -11,17 +11,17 @@ from zmoe.cluster import messages
 from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
 
 EXAMPLES = [
-    Join(1, 3, "0.1.0", "host", 99),
+    Join(1, 3, "0.1.0", "host"),
     Setup(2**62, 4, "org/model", 512, None, 1.5, 1.0, 60.0, 10),
     messages.Hello(1, "ab", "float32", "none", "cd", "127.0.0.1", 5000, 5001),
-    messages.Mesh([["127.0.0.1", 1, 2], ["127.0.0.2", 3, 4]]),
+    messages.Mesh(["127.0.0.1", "127.0.0.2"], [1, 3], [2, 4]),
     messages.Loading(1, 2),
-    messages.Ready(1, 2, 0.5, 3, ["a notice"]),
+    messages.Ready(0.5),
     Step(7, True, [1, 2, 3]),
     messages.AskMemory(),
     messages.Memory(1 << 40),
     messages.Stop(""),
-    messages.Failed("why", True),
+    messages.Failed("why", True, 1, None, 7),
 ]
 
 
@@ -41,10 +41,11 @@ def test_every_message_is_among_the_examples() -> None:
         [],
         [1],
         ["Jion", 1],
-        ["Join", 1, 3, "0.1.0", "host"],
-        ["Join", 1, 3, "0.1.0", "host", 99, "extra"],
-        ["Join", 1, "3", "0.1.0", "host", 99],
-        ["Join", True, 3, "0.1.0", "host", 99],
+        ["Join", 1, 3, "0.1.0"],
+        ["Join", 1, 3, "0.1.0", "host", "extra"],
+        ["Join", 1, "3", "0.1.0", "host"],
+        ["Join", True, 3, "0.1.0", "host"],
+        ["Setup", 1, 0, "m", 512, None, 1.0, 1.0, 1.0, 1.0],
         ["Step", 7, 1, [1]],
         ["Step", 7, True, [1, "2"]],
         ["Setup", 1, 4, "m", 512, "none", 1.0, 1.0, 1.0, 1.0],

@@ -117,6 +117,14 @@ def test_what_mlx_lm_drops_is_not_read(tmp_path: Path) -> None:
     assert laden.bytes_read == lean.bytes_read == lean.share_bytes
 
 
+@pytest.mark.parametrize("family", ["dbrx", "granitemoe", "llama4", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_slices_and_transposes_are_laid_out_anew(family: str, tmp_path: Path) -> None:
+    """Products with strided weights would copy them at every token."""
+    loaded = shard(build(family, tmp_path, layout="hf"))
+    for name, array in tree_flatten(loaded.model.parameters()):
+        assert memoryview(array).c_contiguous, name
+
+
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
 @pytest.mark.parametrize("family", ["mixtral", "dbrx", "deepseek_v3", "gpt_oss"])
 def test_bytes_read_are_those_of_the_share(family: str, layout: str, tmp_path: Path) -> None:

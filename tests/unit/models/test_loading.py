@@ -105,6 +105,7 @@ def test_memory_stays_below_the_share_and_one_tensor(layout: str, tmp_path: Path
     folder = build("mixtral", tmp_path, layout=layout, **size)
     info = inspect_model(folder)
     owned = (tuple(range(4)), (4, 5))
+    mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     reducer = ThreadReducer(0, Meeting(2))
@@ -114,6 +115,8 @@ def test_memory_stays_below_the_share_and_one_tensor(layout: str, tmp_path: Path
     peak = mx.get_peak_memory() - before
     assert loaded.share_bytes <= peak <= loaded.share_bytes + stacked + 65536
     assert mx.get_active_memory() - before <= loaded.share_bytes + 65536
+    assert loaded.largest_tensor_bytes == stacked
+    assert mx.get_cache_memory() <= 16 << 20  # what was stacked went back to the system
 
 
 def test_an_unknown_block_falls_back_to_its_switch_layer(
