@@ -12,7 +12,6 @@
 
 #include "exchange_internal.h"
 
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -95,7 +94,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->router = config->router;
   init_peers(ex, config);
   int rc = create_pool(ex, config->small_payload_bytes, config->max_payload_bytes);
-  rc = rc == ZMOE_OK ? zmoe_links_prepare(ex) : rc;
+  rc = rc == ZMOE_OK ? zmoe_wait_prepare(ex) : rc;
   rc = rc == ZMOE_OK ? subscribe(ex) : rc;
   if (rc != ZMOE_OK) {
     zmoe_exchange_destroy(ex);
@@ -261,61 +260,6 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dty
 
 /* ---- collect --------------------------------------------------------------- */
 
-/* What ends the waiting, or ZMOE_OK to go on. */
-static int trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost) {
-  if (ex->diverged != 0)
-    return ZMOE_EDIVERGED;
-  if (ex->zmq_errno != 0)
-    return ZMOE_EZMQ;
-  *lost = zmoe_links_lost(ex, now_us);
-  if (*lost != 0)
-    return ZMOE_EPEER;
-  return now_us >= until_us ? ZMOE_ETIMEOUT : ZMOE_OK;
-}
-
-/* A peer usually answers within the time that falling asleep and waking up
- * would take: look for its frame a while before sleeping, in turns with whoever
- * needs this core, which may be libzmq's own thread.  Where looking did not help
- * the last times, since peers are late, it is tried ever more seldom. */
-static void spin(zmoe_exchange *ex, uint64_t now_us) {
-  enum { MISSES_MAX = 6 };
-  if (ex->spin_us == 0 || ex->spin_skip > 0) {
-    ex->spin_skip -= ex->spin_skip > 0;
-    return;
-  }
-  for (uint64_t until_us = now_us + ex->spin_us; now_us < until_us; now_us = zmoe_now_us()) {
-    sched_yield();
-    zmoe_intake_partials(ex);
-    if (ex->missing == 0 || ex->diverged != 0) {
-      ex->spin_misses = 0;
-      return;
-    }
-  }
-  ex->spin_misses += ex->spin_misses < MISSES_MAX;
-  ex->spin_skip = (1u << ex->spin_misses) - 1;
-}
-
-/* Until every peer's frame is here. */
-static int wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
-  uint64_t now_us = zmoe_now_us();
-  uint64_t until_us = zmoe_later_us(now_us, deadline_us);
-  ex->drained = 0;
-  ex->unread = ex->missing != 0 && !zmoe_intake_partials(ex);
-  if (ex->missing != 0)
-    spin(ex, now_us);
-  while (ex->missing != 0 || ex->diverged != 0) {
-    now_us = zmoe_now_us();
-    int rc = trouble(ex, now_us, until_us, lost);
-    if (rc != ZMOE_OK)
-      return rc;
-    zmoe_links_ask(ex, now_us);
-    rc = zmoe_links_wait(ex, now_us, until_us);
-    if (rc != ZMOE_OK)
-      return rc;
-  }
-  return ZMOE_OK;
-}
-
 static const void *payload_of(zmoe_exchange *ex, uint32_t rank) {
   if (rank == ex->rank)
     return ex->held[0].header.payload_bytes > 0 ? zmoe_slot_payload(ex->held[0].slot) : NULL;
@@ -328,8 +272,9 @@ static const void *payload_of(zmoe_exchange *ex, uint32_t rank) {
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault) {
   uint64_t lost = 0;
-  int rc = ex->collecting && zmoe_dtype_bytes(out_dtype) != 0 ? wait_for_all(ex, deadline_us, &lost)
-                                                              : ZMOE_EINVAL;
+  int rc = ex->collecting && zmoe_dtype_bytes(out_dtype) != 0
+               ? zmoe_wait_for_all(ex, deadline_us, &lost)
+               : ZMOE_EINVAL;
   if (rc == ZMOE_OK) {
     const void *parts[ZMOE_MAX_NODES];
     const zmoe_header *ours = &ex->held[0].header;
@@ -350,9 +295,9 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
 /* ---- between exchanges ------------------------------------------------------ */
 
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
-  zmoe_links_drain(ex);
+  zmoe_wait_drain(ex);
   uint64_t lost = 0;
-  int rc = trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
+  int rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
   if (rc != ZMOE_OK)
     fault_set(ex, lost, fault);
   return rc;

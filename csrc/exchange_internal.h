@@ -1,6 +1,6 @@
 /* What the files of the exchange share: exchange.c (publish, collect, reduce),
- * intake.c (from a received message to an accepted frame) and links.c (the
- * other sockets: subscriptions, resends, link events, waiting). */
+ * intake.c (from a received message to an accepted frame), links.c (the other
+ * sockets: subscriptions, resends, link events) and wait.c. */
 #ifndef ZMOE_EXCHANGE_INTERNAL_H
 #define ZMOE_EXCHANGE_INTERNAL_H
 
@@ -113,17 +113,21 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
 /* Asks the ranks in `missing` whose time has come for their frames. */
 void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us);
-/* Fills the poll set; ZMOE_EZMQ when one is no socket. */
-int zmoe_links_prepare(zmoe_exchange *ex);
-/* Reads all sockets until they are empty; 0 when some are not yet. */
-int zmoe_links_drain(zmoe_exchange *ex);
-/* Reads what is unread, or else sleeps until a socket has news and reads that;
- * `until_us` at the latest.  ZMOE_OK, ZMOE_EINTR or ZMOE_EZMQ. */
-int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us);
 /* Tells a rank that waits at `theirs` for a frame of ours that we are past it,
  * without ever having done that exchange. */
 void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Sends a held frame to one socket; the slot gains a reference until sent. */
 int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
+
+/* ---- wait.c ---------------------------------------------------------------- */
+
+/* Fills the poll set; ZMOE_EZMQ when one is no socket. */
+int zmoe_wait_prepare(zmoe_exchange *ex);
+/* Reads all sockets until they are empty; 0 when some are not yet. */
+int zmoe_wait_drain(zmoe_exchange *ex);
+/* What ends a wait, or ZMOE_OK to go on. */
+int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost);
+/* Until every peer's frame is here. */
+int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost);
 
 #endif

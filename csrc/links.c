@@ -1,18 +1,14 @@
-/* The sockets beside SUB: who has subscribed, who asks for a frame again,
- * whose link is down, and how to sleep until one of them has news. */
+/* The sockets beside SUB: who has subscribed, who asks for a frame again, and
+ * whose link is down. */
 #include "platform.h"
 
 #include "exchange_internal.h"
 
-#include <errno.h>
 #include <string.h>
 
 enum {
   BATCH = 16,
   ASK_EVERY_MAX_MS = 500, /* upper end of the back-off */
-  SLEEP_FIRST_US = 2000,  /* then all sockets are read once */
-  SLEEP_MAX_US = 100000,  /* then the caller looks for signals that came just
-                           * before the sleep and hence did not end it */
 };
 
 /* ---- subscriptions --------------------------------------------------------
@@ -244,98 +240,4 @@ uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us) {
       lost |= zmoe_bit(r);
   }
   return lost;
-}
-
-/* ---- waiting --------------------------------------------------------------
- * A socket's descriptor becomes readable when libzmq has queued something for
- * it since it was last found empty.  Sending, or polling by others, may use up
- * that sign; so a sleep that brought nothing ends after a moment, and all
- * sockets are read once.  That is rare, and saves reading each of them, at a
- * system call or two, in every exchange. */
-
-enum { POLLED_SUB, POLLED_XPUB, POLLED_ROUTER, POLLED_FIRST_PEER };
-
-static int poll_socket(zmoe_exchange *ex, void *socket, int peer) {
-  int fd = -1;
-  size_t bytes = sizeof fd;
-  if (zmoe_zmq.getsockopt(socket, ZMQ_FD, &fd, &bytes) < 0)
-    return ZMOE_EZMQ;
-  ex->polled_peer[ex->n_polled] = (int16_t)peer;
-  ex->polled[ex->n_polled++] = (struct pollfd){.fd = fd, .events = POLLIN};
-  return ZMOE_OK;
-}
-
-int zmoe_links_prepare(zmoe_exchange *ex) {
-  int rc = poll_socket(ex, ex->sub, -1);
-  rc = rc == ZMOE_OK ? poll_socket(ex, ex->xpub, -1) : rc;
-  rc = rc == ZMOE_OK ? poll_socket(ex, ex->router, -1) : rc;
-  for (uint32_t r = 0; r < ex->nodes && rc == ZMOE_OK; r++) {
-    if (r == ex->rank)
-      continue;
-    rc = poll_socket(ex, ex->peers[r].dealer, (int)r);
-    rc = rc == ZMOE_OK ? poll_socket(ex, ex->peers[r].monitor, (int)r) : rc;
-  }
-  return rc;
-}
-
-/* Reads the i-th socket of the poll set; 1 when it is empty then. */
-static int read_polled(zmoe_exchange *ex, uint32_t i) {
-  switch (i) {
-  case POLLED_SUB:
-    return zmoe_intake_partials(ex);
-  case POLLED_XPUB:
-    return zmoe_links_subscriptions(ex);
-  case POLLED_ROUTER:
-    return zmoe_links_requests(ex);
-  default: {
-    uint32_t rank = (uint32_t)ex->polled_peer[i];
-    int is_dealer = (i - POLLED_FIRST_PEER) % 2 == 0;
-    return is_dealer ? zmoe_intake_replies(ex, rank) : zmoe_links_events(ex, rank);
-  }
-  }
-}
-
-int zmoe_links_drain(zmoe_exchange *ex) {
-  int empty = 1;
-  for (uint32_t i = 0; i < ex->n_polled; i++)
-    empty &= read_polled(ex, i);
-  return empty;
-}
-
-/* When something is due whether or not a message comes. */
-static uint64_t next_event_us(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    const zmoe_peer *peer = &ex->peers[r];
-    if ((ex->missing & zmoe_bit(r)) && peer->ask_at_us < until_us)
-      until_us = peer->ask_at_us;
-    uint64_t lost_at_us = peer->down_since_us + ex->grace_ms * UINT64_C(1000);
-    if (peer->down_since_us != 0 && lost_at_us < until_us)
-      until_us = lost_at_us;
-  }
-  return until_us > now_us ? until_us : now_us;
-}
-
-static int read_all(zmoe_exchange *ex) {
-  ex->unread = !zmoe_links_drain(ex);
-  ex->drained = 1;
-  return ZMOE_OK;
-}
-
-int zmoe_links_wait(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
-  if (ex->unread)
-    return read_all(ex);
-  uint64_t span_us = next_event_us(ex, now_us, until_us) - now_us;
-  uint64_t most_us = ex->drained ? SLEEP_MAX_US : SLEEP_FIRST_US;
-  int ready =
-      poll(ex->polled, ex->n_polled, (int)(((span_us < most_us ? span_us : most_us) + 999) / 1000));
-  if (ready < 0)
-    return errno == EINTR ? ZMOE_EINTR : ZMOE_EZMQ;
-  if (ready == 0 && !ex->drained)
-    return read_all(ex);
-  if (ready == 0)
-    return span_us > most_us ? ZMOE_EINTR : ZMOE_OK;
-  for (uint32_t i = 0; i < ex->n_polled; i++)
-    if (ex->polled[i].revents != 0 && !read_polled(ex, i))
-      ex->unread = 1;
-  return ZMOE_OK;
 }

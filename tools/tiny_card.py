@@ -36,8 +36,8 @@ the chosen ones are divided by their sum.
 "Tiny Shakespeare": {characters:,} characters of Shakespeare's plays, which are in the public
 domain; the weights are offered under CC0 as well. The last tenth of the file
 ({held_characters:,} characters) is held out: neither the weights nor the tokenizer were fitted to
-it. The stored weights are those of the evaluation with the least held-out loss, so the figures
-below are slightly optimistic.
+it. But it did choose: the settings, among a dozen runs (most of them short), and the step whose
+weights are stored. There is no third split, so the figures below are somewhat optimistic.
 
 ## Tokenizer
 Byte-level BPE, {vocabulary} entries: 256 bytes, merges learnt on the training text only, and
@@ -57,8 +57,8 @@ text is ASCII: bits a character are bits a byte.
 A uniform guess is {uniform:.2f} nats/token.
 
 ## Router usage
-Shares of the (token, expert) pairs on held-out text; even would be {even:.2%} each. Entropy is that
-of the shares, divided by that of even shares.
+Shares of the (token, expert) pairs on held-out text, windows of 256; even would be
+{even:.2%} each. Entropy is that of the shares, divided by that of even shares.
 
 {usages}
 
@@ -134,6 +134,7 @@ def describe_training(stages: list[Stage]) -> str:
         "Repetition loss: DITTO (Xu et al. 2022), against loops in greedy text.",
         f"PyTorch on a CPU, seed {last.seed}: `tools/train_tiny.py`.",
     ]
+    notes += [stage.note for stage in stages if stage.note]
     return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 

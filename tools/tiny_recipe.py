@@ -38,11 +38,12 @@ class Stage:
 
     recipe: Recipe
     best_step: int
+    note: str = ""  # for the model card: what the settings do not say
 
 
 def read_record(folder: Path) -> list[Stage]:
     entries = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return [Stage(Recipe(**entry["recipe"]), entry["best_step"]) for entry in entries]
+    return [Stage(Recipe(**entry.pop("recipe")), **entry) for entry in entries]
 
 
 def write_record(folder: Path, stages: list[Stage]) -> None:

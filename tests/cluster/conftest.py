@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class Commands:
     """Starts the commands with a mark in their environment, to find what they leave behind."""
 
     def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="zmoe-test-"))  # where they run
         self.mark = uuid.uuid4().hex
         self.env = {**os.environ, MARK: self.mark, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
         self.started: list[subprocess.Popen[str]] = []
@@ -52,6 +54,7 @@ class Commands:
         process = subprocess.Popen(
             [sys.executable, "-m", f"zmoe.cli.{module}", *map(str, arguments)],
             env=self.env,
+            cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -65,6 +68,7 @@ class Commands:
         return subprocess.run(
             [sys.executable, "-m", "zmoe.cli.run", *map(str, arguments)],
             env=self.env,
+            cwd=self.folder,
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,
@@ -72,10 +76,11 @@ class Commands:
         )
 
     def refused(self, *arguments: object, code: int = 2) -> str:
-        """Run what must fail: the one line that it says, with nothing printed."""
+        """Run what must fail: the one line that it says; nothing is printed or written."""
         done = self.run(*arguments)
         assert done.returncode == code, (done.returncode, done.stderr)
         assert done.stdout == ""
+        assert not list(self.folder.iterdir())
         lines = [line for line in done.stderr.splitlines() if "warning:" not in line]
         assert len(lines) == 1, done.stderr
         return lines[0]
@@ -95,6 +100,8 @@ def commands() -> Iterator[Commands]:
         process.communicate()
     try:
         wait_until(lambda: not processes_with(runner.mark), 10, "all processes ended")
+        assert not list(runner.folder.iterdir())
+        runner.folder.rmdir()
     finally:
         for pid in processes_with(runner.mark):
             os.kill(pid, signal.SIGKILL)

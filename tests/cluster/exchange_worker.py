@@ -67,6 +67,8 @@ def main() -> None:
         exchange.connect([Endpoint("127.0.0.1", *pair) for pair in ports], 60.0)
         try:
             if scenario == "silent" and rank == 1:
+                while exchange.stats["frames_received"] == 0:
+                    exchange.service()  # until rank 0 has published, and hence waits for us
                 say(running=True)
                 sys.stdin.readline()
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 
 import pytest
 
+import zmoe
 from tests.cluster.conftest import Commands, wait_until
 
 ENDLESS = ("-m", 100000, "--prefill-step-size", 4, "--peer-timeout", 5)
@@ -80,6 +82,27 @@ def test_a_reader_that_goes_away_ends_the_run(commands: Commands) -> None:
     leader.stdout.close()
     leader.wait(timeout=15)
     wait_until(lambda: not commands.others(), 5, "workers gone")
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.4, 1.0])
+def test_workers_end_when_the_leader_is_killed_while_starting(
+    commands: Commands, moment: float
+) -> None:
+    leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
+    wait_until(lambda: len(commands.others(leader.pid)) == 2, 30, "workers started")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        leader.wait(moment)
+    leader.kill()
+    wait_until(lambda: not commands.others(leader.pid), 5, "workers gone")
+
+
+def test_a_peer_lost_between_two_prompts_is_named() -> None:
+    with zmoe.Cluster(nodes=3) as cluster:
+        list(cluster.generate("ROMEO:", max_tokens=2))
+        os.kill(cluster.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(zmoe.PeerError) as caught:
+            list(cluster.generate("ROMEO:", max_tokens=100000, ignore_eos=True))
+    assert caught.value.rank == 1
 
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:

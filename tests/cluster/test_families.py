@@ -19,22 +19,30 @@ from zmoe.cluster.member import Member
 from zmoe.config import EngineConfig, Timing
 from zmoe.models import inspect_model
 
+Run = tuple[list[int], list[np.ndarray]]
 PROMPT = [5, 17, 3, 44, 29, 8, 61, 2, 33, 12, 7]
 TOKENS = 8
 CHUNK = 6
 
 
-def reference(folder: Path) -> tuple[list[int], list[np.ndarray]]:
-    """mlx-lm alone: greedy tokens, and the logits (vocabulary,) of each step."""
+def reference(folder: Path, tokens_given: list[int] | None = None) -> Run:
+    """mlx-lm alone, in float32: greedy tokens, and the logits (vocabulary,) of each step."""
     model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
     cache = make_prompt_cache(model)
     tokens, logits, todo = [], [], PROMPT
     for _ in range(TOKENS):
         row = model(mx.array([todo]), cache=cache)[0, -1].astype(mx.float32)
         logits.append(np.array(row))
         tokens.append(int(logits[-1].argmax()))
-        todo = tokens[-1:]
+        todo = tokens[-1:] if tokens_given is None else [tokens_given[len(tokens) - 1]]
     return tokens, logits
+
+
+def worst_difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Largest difference of any logit, relative to the largest logit."""
+    scale = max(float(np.abs(row).max()) for row in wanted)
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted)) / scale
 
 
 class Ports:
@@ -59,7 +67,7 @@ def ports() -> Iterator[Ports]:
         process.communicate(timeout=10)
 
 
-def run(folder: Path, nodes: int, ports: Ports) -> tuple[list[int], list[np.ndarray]]:
+def run(folder: Path, nodes: int, ports: Ports) -> Run:
     """The same on `nodes` nodes, prompt in chunks."""
     info = inspect_model(folder)
     engine = EngineConfig(prefill_chunk=CHUNK)
@@ -103,6 +111,41 @@ def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> Non
     for nodes in (1, 2, 3, 4):
         found_tokens, found_logits = run(folder, nodes, ports)
         assert found_tokens == tokens, f"{nodes} nodes"
-        scale = max(float(np.abs(row).max()) for row in logits)
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(found_logits, logits))
-        assert worst <= 1e-4 * scale, f"{nodes} nodes: logits differ by {worst / scale:.1e}"
+        difference = worst_difference(found_logits, logits)
+        assert difference <= 1e-4, f"{nodes} nodes: logits differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("quantize", [("affine", 4, 32), ("affine", 8, 32), ("mxfp4", 4, 32)])
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+def test_quantised_models_agree_with_mlx_lm(
+    name: str, quantize: tuple[str, int, int], ports: Ports, tmp_path: Path
+) -> None:
+    """The activations are float32 and the products the same: so is the bound."""
+    folder = build(name, tmp_path / name, quantize=quantize)
+    tokens, logits = reference(folder)
+    for nodes in (1, 2, 4):
+        found_tokens, found_logits = run(folder, nodes, ports)
+        assert found_tokens == tokens, f"{nodes} nodes"
+        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes"
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float16", 11), ("bfloat16", 8)])
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+def test_halves_agree_with_float32(
+    name: str, dtype: str, digits: int, ports: Ports, tmp_path: Path
+) -> None:
+    """mlx-lm computes the reference in float32 from the same weights.
+
+    A step rounds some twenty times per layer to `digits` binary digits, by half
+    a unit each; errors of random sign add up to a few units of the largest
+    logit. Sixteen leave room; a lost expert shows as more than a hundred.
+    """
+    folder = build(name, tmp_path / name, dtype=dtype)
+    tokens, _ = run(folder, 1, ports)
+    _, logits = reference(folder, tokens)
+    for nodes in (1, 2, 4):
+        found_tokens, found_logits = run(folder, nodes, ports)
+        same = next((i for i, (a, b) in enumerate(zip(found_tokens, tokens)) if a != b), TOKENS)
+        assert same > 0
+        difference = worst_difference(found_logits[:same], logits[:same])
+        assert difference <= 16 * 2.0**-digits, f"{nodes} nodes: {difference * 2**digits:.1f} units"

@@ -67,6 +67,11 @@ too true truth two unto up upon us use very was way we well were what when where
 whom whose why will with within without word words world would yet york you young your yours
 """
 
+# `words` cuts at the apostrophe ("I'll", "call'd", "know'st"); Romeo's scenes have these speakers.
+ENDINGS_AND_SPEAKERS = (
+    "d ll re s st t ve juliet nurse mercutio benvolio tybalt capulet paris friar "
+)
+
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[nn.Module, Any]:
@@ -122,6 +127,6 @@ def test_greedy_text_is_words(loaded: tuple[nn.Module, Any]) -> None:
     model, tokenizer = loaded
     # The last word may be cut short by the number of tokens.
     found = words(mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=64))[:-1]
-    known = set(words(COMMON_WORDS + EXCERPT))
+    known = set(words(COMMON_WORDS + ENDINGS_AND_SPEAKERS + EXCERPT))
     assert len(found) >= 20
     assert sum(word in known for word in found) >= MIN_KNOWN_SHARE * len(found), found

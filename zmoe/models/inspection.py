@@ -19,6 +19,8 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDINGS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embeddings", "embed")
 )
+_NORM = re.compile(r"norm[^.]*\.weight$")
+_GATED_NORM = re.compile(r"linear_attn\.|mamba\.|mixer\.")  # these put out their input's dtype
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "model_dim")
 _TOP_KS = (
     "num_experts_per_tok",
@@ -96,16 +98,24 @@ def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """The dtype that the embedding puts out, which the layers carry on."""
-    for name, tensor in tensors.items():
-        if not name.endswith(_EMBEDDINGS) or re.search("visi|visual|audio", name):
-            continue
-        if tensor.dtype in _DTYPES:
-            return _DTYPES[tensor.dtype]
-        scales = tensors.get(f"{name.removesuffix('weight')}scales")
+    """What the activations are: as wide as the embedding's output and the norms.
+
+    MLX's norms promote to the wider of their input and their weights.
+    """
+    language = {n: t for n, t in tensors.items() if not re.search("visi|visual|audio", n)}
+    embedding = next((name for name in language if name.endswith(_EMBEDDINGS)), None)
+    if embedding is None:
+        raise ModelError(f"{path} holds no token embedding")
+    found = {language[embedding].dtype}
+    if not found & _DTYPES.keys():
+        scales = language.get(f"{embedding.removesuffix('weight')}scales")
         # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16.
-        return _DTYPES.get(scales.dtype if scales else "", "bfloat16")
-    raise ModelError(f"{path} holds no token embedding")
+        found = {scales.dtype if scales and scales.dtype in _DTYPES else "BF16"}
+    for name, tensor in language.items():
+        if len(tensor.shape) == 1 and _NORM.search(name) and not _GATED_NORM.search(name):
+            found.add(tensor.dtype)
+    found &= _DTYPES.keys()
+    return _DTYPES[found.pop()] if len(found) == 1 else "float32"
 
 
 def _quantization(config: Mapping[str, Any]) -> str:

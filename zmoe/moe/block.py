@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.moe.adapter import Adapter, Block, Routing
+from zmoe.moe.adapter import Adapter, Block
 from zmoe.moe.experts import Floats, expert_outputs, partial_sum
 from zmoe.moe.router import Ints, LocalPairs, Ownership, routing_digest
 from zmoe.obs import Spans
@@ -132,6 +132,3 @@ class ExpertParallelSwitch(Module):
             part = padded[mx.array(place)].reshape(rows.shape[0], -1)
             mx.eval(part)
         return part
-
-
-__all__ = ["Adapter", "ExpertParallelMoE", "ExpertParallelSwitch", "Layer", "Routing"]

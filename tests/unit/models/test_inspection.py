@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build, save
 from zmoe.errors import ModelError
@@ -51,6 +52,18 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_the_activations_are_as_wide_as_the_norms(tmp_path: Path) -> None:
+    """Embeddings in mxfp4 put out bfloat16, whatever the rest is."""
+    mxfp4 = ("mxfp4", 4, 32)
+    for dtype, want in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")):
+        folder = build("mixtral", tmp_path / dtype, dtype=dtype, quantize=mxfp4)
+        assert inspect_model(folder).dtype == want
+        model, _ = load_model(folder)
+        assert str(model(mx.array([[1]])).dtype).endswith(want)
+    folder = build("mixtral", tmp_path / "affine", dtype="float16", quantize=("affine", 4, 64))
+    assert inspect_model(folder).dtype == "float16"
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
