@@ -98,7 +98,9 @@ def test_bad_usage_is_exit_2_and_names_the_culprit(arguments: Sequence[str], cul
 
 def processes(marker: str) -> list[str]:
     """Command lines that contain `marker`."""
-    listed = subprocess.run(["ps", "-Aww", "-o", "args"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["ps", "-Aww", "-o", "args"], capture_output=True, text=True, check=True
+    )
     return [line for line in listed.stdout.splitlines() if marker in line]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +82,8 @@ class Member:
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
         """Read this rank's share; the shard and the seconds it took."""
         start = time.perf_counter()
+        if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
+            mx.disable_compile()  # there MLX compiles its fused operations with g++
         reducer = self.exchange or SingleNode()
         shard = load_shard(self.info, self.placement, reducer, spans=self.spans, progress=progress)
         self._engine = Engine(shard.model, reducer, self._config)

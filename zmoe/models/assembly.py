@@ -33,7 +33,7 @@ def assemble(
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         base, args = model_classes(config)
-        return _fed(base, feed, shrink), args
+        return _fed(path, base, feed, shrink), args
 
     try:
         model, config = load_model(path, lazy=True, get_model_classes=classes)
@@ -44,12 +44,14 @@ def assemble(
     return model, config
 
 
-def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
+def _fed(path: Path, base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
     """The model class `base`, which ignores the weights it is offered for those of `feed`."""
 
     class Fed(base):  # type: ignore[misc]
         def __init__(self, args: Any) -> None:
             super().__init__(args)
+            if not find_sites(self):
+                raise ModelError(f"{path} holds no Mixture of Experts: type {args.model_type}")
             if shrink is not None:
                 _keep(self, shrink[1])
 
@@ -59,7 +61,9 @@ def _fed(base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
                 with expert_count(self, *(shrink or (0, 0))):
                     weights = feed(rename, offered)
             except KeyError as error:
-                raise ModelError(f"tensor {error.args[0]} is missing") from error
+                raise ModelError(
+                    f"{path} cannot be loaded: tensor {error.args[0]} is missing"
+                ) from error
             # Views would keep what they were cut from, and strides slow products.
             return {name: mx.contiguous(array) for name, array in weights.items()}
 
