@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import BenchError, Children
+
+from zmoe.cluster.launch import divide_cores
 
 START_SECONDS = 60.0
 RUN_SECONDS = 150.0  # above the workers' own limit
@@ -42,8 +45,13 @@ class Group:
             self._children = self._stack.enter_context(Children())
             listener.bind(str(folder / "control"))
             listener.listen(nodes)
-            for launch in launches(str(folder / "control")):
-                self._children.start(launch.command, stderr=self._log, env=launch.env)
+            todo = launches(str(folder / "control"))
+            # One share of the cores a rank, as zmoe-run deals them to local nodes.
+            shares = divide_cores(nodes) if len(todo) == nodes else None
+            for rank, launch in enumerate(todo):
+                child = self._children.start(launch.command, stderr=self._log, env=launch.env)
+                if shares is not None:
+                    os.sched_setaffinity(child.pid, shares[rank])
             self._links: list[socket.socket | None] = [None] * nodes
             self._buffers = [b""] * nodes
             self._greet(listener, time.monotonic() + START_SECONDS)

@@ -68,7 +68,9 @@ static int subscribe(zmoe_exchange *ex) {
   zmoe_header header = {.kind = ZMOE_KIND_PARTIAL, .session = ex->session};
   zmoe_wire_encode(&header, frame);
   zmoe_wire_presence(ex->session, ex->rank, presence);
-  if (zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
+  int wait_ms = ZMOE_FIRST_WAIT_MS;
+  if (zmoe_zmq.setsockopt(ex->sub, ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
+      zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, presence, sizeof presence) < 0)
     return ZMOE_EZMQ;
   return ZMOE_OK;

@@ -9,6 +9,9 @@
 #include "zmoe.h"
 #include "zmq_api.h"
 
+/* How long a collect looks at nothing but frames before it looks at all sockets. */
+enum { ZMOE_FIRST_WAIT_MS = 2 };
+
 /* Place in the run, compared in this order.  Exchanges only ever move forward. */
 typedef struct zmoe_key {
   uint32_t epoch, step, layer;
@@ -92,9 +95,11 @@ static inline uint64_t zmoe_bit(uint32_t rank) {
 
 /* Reads at most a few messages; returns 1 when the socket has no more. */
 int zmoe_intake_partials(zmoe_exchange *ex);
+/* The same, but waits for the first: ZMOE_FIRST_WAIT_MS at most. */
+int zmoe_intake_wait(zmoe_exchange *ex);
 int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link);
 /* Takes one message without waiting; 0 when there is none. */
-int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket);
+int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
 /* Counts and decodes a frame of this session, from a rank other than ours;
  * returns 0 when it is anything else. */
 int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out);

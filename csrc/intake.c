@@ -24,8 +24,8 @@ static void frame_take(zmoe_frame *frame, zmq_msg_t *message, const zmoe_header 
   frame->full = 1;
 }
 
-int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket) {
-  if (zmoe_zmq.msg_recv(message, socket, ZMQ_DONTWAIT) >= 0)
+int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags) {
+  if (zmoe_zmq.msg_recv(message, socket, flags) >= 0)
     return 1;
   int error = zmoe_zmq.get_errno();
   if (error != EAGAIN && error != EINTR)
@@ -161,15 +161,17 @@ static void take_reply(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header 
 }
 
 /* `link` is the rank that the socket leads to, or -1 when it leads to all. */
-static int intake(zmoe_exchange *ex, void *socket, int link) {
+/* `flags` are those of the first receive. */
+static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {
   zmq_msg_t message;
   zmoe_zmq.msg_init(&message);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &message, socket)) {
+    if (!zmoe_intake_message(ex, &message, socket, flags)) {
       empty = 1;
       break;
     }
+    flags = ZMQ_DONTWAIT;
     zmoe_header header;
     if (zmoe_zmq.msg_more(&message)) {
       ex->stats.bad_field++;
@@ -191,10 +193,14 @@ static int intake(zmoe_exchange *ex, void *socket, int link) {
   return empty;
 }
 
+int zmoe_intake_wait(zmoe_exchange *ex) {
+  return intake(ex, ex->sub, -1, 0);
+}
+
 int zmoe_intake_partials(zmoe_exchange *ex) {
-  return intake(ex, ex->sub, -1);
+  return intake(ex, ex->sub, -1, ZMQ_DONTWAIT);
 }
 
 int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link) {
-  return intake(ex, ex->peers[link].dealer, (int)link);
+  return intake(ex, ex->peers[link].dealer, (int)link, ZMQ_DONTWAIT);
 }

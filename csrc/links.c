@@ -49,7 +49,7 @@ int zmoe_links_subscriptions(zmoe_exchange *ex) {
   zmoe_zmq.msg_init(&message);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &message, ex->xpub))
+    if (!zmoe_intake_message(ex, &message, ex->xpub, ZMQ_DONTWAIT))
       empty = 1;
     else
       take_subscription(ex, &message);
@@ -142,7 +142,7 @@ static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *reques
 static void take_request(zmoe_exchange *ex, zmq_msg_t *part) {
   zmoe_header request;
   int rank = rank_of_presence(ex, zmoe_zmq.msg_data(part), zmoe_zmq.msg_size(part));
-  if (!zmoe_zmq.msg_more(part) || !zmoe_intake_message(ex, part, ex->router))
+  if (!zmoe_zmq.msg_more(part) || !zmoe_intake_message(ex, part, ex->router, ZMQ_DONTWAIT))
     return;
   if (zmoe_zmq.msg_more(part)) {
     ex->stats.bad_field++;
@@ -164,7 +164,7 @@ int zmoe_links_requests(zmoe_exchange *ex) {
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, ex->router))
+    if (!zmoe_intake_message(ex, &part, ex->router, ZMQ_DONTWAIT))
       empty = 1;
     else
       take_request(ex, &part);
@@ -201,7 +201,7 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, peer->monitor)) {
+    if (!zmoe_intake_message(ex, &part, peer->monitor, ZMQ_DONTWAIT)) {
       empty = 1;
       break;
     }

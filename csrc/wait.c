@@ -150,6 +150,9 @@ int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
   ex->unread = ex->missing != 0 && !zmoe_intake_partials(ex);
   if (ex->missing != 0)
     spin(ex, now_us);
+  /* In most exchanges this is all: one sleep, on one descriptor, inside libzmq. */
+  if (ex->missing != 0 && ex->diverged == 0 && deadline_us > 10000 * ZMOE_FIRST_WAIT_MS)
+    ex->unread = !zmoe_intake_wait(ex);
   while (ex->missing != 0 || ex->diverged != 0) {
     now_us = zmoe_now_us();
     int rc = zmoe_wait_trouble(ex, now_us, until_us, lost);
