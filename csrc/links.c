@@ -4,6 +4,7 @@
 
 #include "exchange_internal.h"
 
+#include <errno.h>
 #include <string.h>
 
 enum {
@@ -66,6 +67,15 @@ uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
   return subscribed;
 }
 
+/* A signal, whoever it is for, is no reason to leave a message half sent. */
+static int send_bytes(void *socket, const void *data, size_t bytes, int flags) {
+  int rc;
+  do
+    rc = zmoe_zmq.send(socket, data, bytes, flags);
+  while (rc < 0 && zmoe_zmq.get_errno() == EINTR);
+  return rc;
+}
+
 /* ---- resends -------------------------------------------------------------- */
 
 static void release_slot(void *data, void *slot) {
@@ -82,7 +92,11 @@ int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
     zmoe_slot_release(held->slot);
     return ZMOE_EZMQ;
   }
-  if (zmoe_zmq.msg_send(&message, socket, ZMQ_DONTWAIT) < 0) {
+  int rc;
+  do
+    rc = zmoe_zmq.msg_send(&message, socket, ZMQ_DONTWAIT);
+  while (rc < 0 && zmoe_zmq.get_errno() == EINTR);
+  if (rc < 0) {
     zmoe_zmq.msg_close(&message);
     return ZMOE_EZMQ;
   }
@@ -111,9 +125,9 @@ void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs) {
   here.payload_bytes = 0;
   here.digest = (uint64_t)theirs->step << 32 | theirs->layer;
   zmoe_wire_encode(&here, frame);
-  if (zmoe_zmq.send(ex->router, ex->peers[theirs->source].presence, ZMOE_PRESENCE_BYTES,
-                    ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0)
-    zmoe_zmq.send(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
+  if (send_bytes(ex->router, ex->peers[theirs->source].presence, ZMOE_PRESENCE_BYTES,
+                 ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0)
+    send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
 }
 
 static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *request) {
@@ -128,8 +142,8 @@ static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *reques
     const zmoe_held *held = &ex->held[i];
     if (held->slot == NULL || zmoe_key_compare(zmoe_key_of(&held->header), key) != 0)
       continue;
-    if (zmoe_zmq.send(ex->router, peer->presence, ZMOE_PRESENCE_BYTES,
-                      ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0 &&
+    if (send_bytes(ex->router, peer->presence, ZMOE_PRESENCE_BYTES, ZMQ_DONTWAIT | ZMQ_SNDMORE) >=
+            0 &&
         zmoe_links_send(ex, ex->router, held) == ZMOE_OK)
       ex->stats.resend_served++;
     return;
@@ -188,7 +202,7 @@ void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us) {
     peer->ask_every_us *= 2;
     if (peer->ask_every_us > ASK_EVERY_MAX_MS * UINT64_C(1000))
       peer->ask_every_us = ASK_EVERY_MAX_MS * UINT64_C(1000);
-    if (zmoe_zmq.send(peer->dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0)
+    if (send_bytes(peer->dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0)
       ex->stats.resend_asked++;
   }
 }

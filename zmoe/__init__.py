@@ -1,8 +1,10 @@
 """zmoe runs Mixture-of-Experts models whose experts are spread over several nodes.
 
-with zmoe.Cluster("zmoe-tiny", nodes=2) as cluster:
-for token in cluster.generate("ROMEO:", max_tokens=64):
-print(token.text, end="", flush=True)
+Example::
+
+    with zmoe.Cluster("zmoe-tiny", nodes=2) as cluster:
+        for token in cluster.generate("ROMEO:", max_tokens=64):
+            print(token.text, end="", flush=True)
 """
 
 from __future__ import annotations
