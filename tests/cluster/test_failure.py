@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 
 import pytest
 
@@ -103,6 +104,26 @@ def test_a_peer_lost_between_two_prompts_is_named() -> None:
         with pytest.raises(zmoe.PeerError) as caught:
             list(cluster.generate("ROMEO:", max_tokens=100000, ignore_eos=True))
     assert caught.value.rank == 1
+
+
+def test_a_peer_lost_inside_a_prompt_is_named() -> None:
+    spec = zmoe.ClusterSpec(nodes=3, engine=zmoe.EngineConfig(prefill_chunk=1))
+    with zmoe.Cluster(spec=spec) as cluster:
+        exchange = cluster._member.exchange
+        assert exchange is not None
+        begun = exchange.stats["exchanges"]
+
+        def kill() -> None:
+            wait_until(lambda: exchange.stats["exchanges"] > begun + 40, 30, "inside the prompt")
+            os.kill(cluster.worker_pids()[0], signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(zmoe.PeerError) as caught:
+            list(cluster.generate([7] * 1000, max_tokens=1))
+        killer.join()
+    assert caught.value.rank == 1
+    assert caught.value.step > 1
 
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import mlx_lm
 import pytest
@@ -64,9 +69,30 @@ def test_json_is_one_object_with_the_documented_fields(commands: Commands) -> No
 def test_stats_go_to_standard_error(commands: Commands, alone: str) -> None:
     done = commands.run("--nodes", 2, "--stats", *GREEDY, PROMPT)
     assert done.stdout == alone
-    for words in ("time to first token", "prefill", "decode", "experts", "exchange", "other"):
+    for words in ("time to first token", "prefill", "decode", "exchange", "buffers locked"):
         assert words in done.stderr
     assert "peak memory, node 1" in done.stderr
+
+
+def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zmoe.cli.run", "-n", "2", "-m", "2", PROMPT],
+        env={**commands.env, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal's end shows
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"loading node 0" in shown
+    assert b"loading node 1" in shown
 
 
 def test_a_seed_repeats_a_sample(commands: Commands) -> None:

@@ -60,8 +60,11 @@ def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
     }
 
 
-def print_stats(summary: dict[str, Any], first_token: float) -> None:
-    """`summary` as a table on standard error; `first_token` in seconds."""
+def print_stats(summary: dict[str, Any], first_token: float, locked: tuple[int, int]) -> None:
+    """`summary` as a table on standard error; `first_token` in seconds.
+
+    `locked`: bytes of the exchange's buffers that the system let us lock, of how many.
+    """
     parts: dict[str, float] = summary["breakdown"]
     table = Table(show_header=False)
     table.add_row("load", f"{summary['load_seconds']:.2f} s")
@@ -73,4 +76,6 @@ def print_stats(summary: dict[str, Any], first_token: float) -> None:
         table.add_row(f"  {name}", f"{parts[name + '_ms']:.2f}")
     for rank, memory in enumerate(summary["peak_memory"]):
         table.add_row(f"peak memory, node {rank}", f"{memory / 2**20:.0f} MiB")
+    if locked[1]:
+        table.add_row("buffers locked", f"{locked[0] / 2**20:.1f} of {locked[1] / 2**20:.1f} MiB")
     Console(stderr=True).print(table)

@@ -157,7 +157,8 @@ def _generate(options: argparse.Namespace) -> None:
             if options.json:
                 print(json.dumps(summary), flush=True)
             if options.stats:
-                report.print_stats(summary, generation.timings.first_token)
+                first_token = generation.timings.first_token
+                report.print_stats(summary, first_token, cluster.locked_buffers())
 
 
 def _show(generation: Generation, quiet: bool) -> None:

@@ -160,6 +160,12 @@ class Cluster:
         """Peak resident bytes of every node so far, by rank."""
         return self._leader.peak_memory() if self._leader is not None else [peak_memory()]
 
+    def locked_buffers(self) -> tuple[int, int]:
+        """Bytes of this rank's exchange buffers that are locked in memory, and of all of them."""
+        exchange = self._member.exchange
+        pool = exchange.pool_stats if exchange is not None else {}
+        return pool.get("locked_bytes", 0), pool.get("total_bytes", 0)
+
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that were started on this machine (or of their ssh)."""
         return self._leader.worker_pids() if self._leader is not None else []
