@@ -71,8 +71,10 @@ def test_a_signal_while_starting_leaves_nothing(commands: Commands) -> None:
     leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
     wait_until(lambda: len(commands.others(leader.pid)) == 2, 30, "workers started")
     leader.send_signal(signal.SIGINT)
-    leader.communicate(timeout=15)
-    assert leader.returncode == 130
+    _, errors = leader.communicate(timeout=15)
+    # Killed by the signal, or gone by itself after it: a shell shows 130 for both.
+    assert leader.returncode in (130, -signal.SIGINT), errors
+    assert errors == ""
     wait_until(lambda: not commands.others(), 5, "workers gone")
 
 
