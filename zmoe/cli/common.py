@@ -44,7 +44,9 @@ def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 130
+        # Not `return`: where Ctrl-C met an exec() of some import, CPython remembers it
+        # as unhandled and ends by the signal, whatever we return.
+        os._exit(130)
     except ZmoeError as error:
         if debug:
             traceback.print_exc()
