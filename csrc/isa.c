@@ -2,6 +2,11 @@
 #include "reduce_variants.h"
 #include "zmoe.h"
 
+#if defined(ZMOE_ARM64) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #ifdef ZMOE_X86
 #include <cpuid.h>
 
@@ -16,19 +21,33 @@ static uint32_t saved_state(void) {
 
 static zmoe_isa detect(void) {
   uint32_t a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_F16C))
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_F16C) || !(c & bit_FMA))
     return ZMOE_ISA_GENERIC;
   uint32_t saved = saved_state();
   if ((saved & XCR0_AVX) != XCR0_AVX || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
     return ZMOE_ISA_GENERIC;
-  if ((saved & XCR0_AVX512) == XCR0_AVX512 && (b & bit_AVX512F))
-    return ZMOE_ISA_AVX512;
-  return ZMOE_ISA_AVX2;
+  uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if ((saved & XCR0_AVX512) != XCR0_AVX512 || (b & wanted) != wanted)
+    return ZMOE_ISA_AVX2;
+  int vnni = (c & bit_AVX512VNNI) != 0;
+  if (vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16))
+    return ZMOE_ISA_AVX512_BF16;
+  return ZMOE_ISA_AVX512;
+}
+#elif defined(ZMOE_ARM64)
+static zmoe_isa detect(void) {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? ZMOE_ISA_NEON_DOT : ZMOE_ISA_NEON;
+#elif defined(__APPLE__)
+  return ZMOE_ISA_NEON_DOT; /* every Mac with such a CPU has it */
+#else
+  return ZMOE_ISA_NEON;
+#endif
 }
 #endif
 
 zmoe_isa zmoe_isa_best(void) {
-#if defined(ZMOE_X86)
+#if defined(ZMOE_X86) || defined(ZMOE_ARM64)
   static int known = -1; /* racing threads write the same value */
   int isa = __atomic_load_n(&known, __ATOMIC_RELAXED);
   if (isa < 0) {
@@ -36,8 +55,6 @@ zmoe_isa zmoe_isa_best(void) {
     __atomic_store_n(&known, isa, __ATOMIC_RELAXED);
   }
   return (zmoe_isa)isa;
-#elif defined(ZMOE_ARM64)
-  return ZMOE_ISA_NEON;
 #else
   return ZMOE_ISA_GENERIC;
 #endif
@@ -45,8 +62,20 @@ zmoe_isa zmoe_isa_best(void) {
 
 int zmoe_isa_supported(zmoe_isa isa) {
   zmoe_isa best = zmoe_isa_best();
-  return isa == ZMOE_ISA_GENERIC || isa == best ||
-         (isa == ZMOE_ISA_AVX2 && best == ZMOE_ISA_AVX512);
+  switch (isa) {
+  case ZMOE_ISA_GENERIC:
+    return 1;
+  case ZMOE_ISA_AVX2:
+    return best == ZMOE_ISA_AVX2 || best == ZMOE_ISA_AVX512 || best == ZMOE_ISA_AVX512_BF16;
+  case ZMOE_ISA_AVX512:
+    return best == ZMOE_ISA_AVX512 || best == ZMOE_ISA_AVX512_BF16;
+  case ZMOE_ISA_NEON:
+    return best == ZMOE_ISA_NEON || best == ZMOE_ISA_NEON_DOT;
+  case ZMOE_ISA_AVX512_BF16:
+  case ZMOE_ISA_NEON_DOT:
+    return isa == best;
+  }
+  return 0;
 }
 
 const char *zmoe_isa_name(zmoe_isa isa) {
@@ -59,6 +88,10 @@ const char *zmoe_isa_name(zmoe_isa isa) {
     return "avx512";
   case ZMOE_ISA_NEON:
     return "neon";
+  case ZMOE_ISA_AVX512_BF16:
+    return "avx512_bf16";
+  case ZMOE_ISA_NEON_DOT:
+    return "neon_dot";
   }
   return "unknown";
 }

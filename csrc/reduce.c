@@ -25,10 +25,12 @@ static size_t reduce_vectors(unsigned char *out, zmoe_dtype out_dtype,
   case ZMOE_ISA_AVX2:
     return zmoe_reduce_avx2(out, out_dtype, parts, n_parts, part_dtype, count);
   case ZMOE_ISA_AVX512:
+  case ZMOE_ISA_AVX512_BF16:
     return zmoe_reduce_avx512(out, out_dtype, parts, n_parts, part_dtype, count);
 #endif
 #ifdef ZMOE_ARM64
   case ZMOE_ISA_NEON:
+  case ZMOE_ISA_NEON_DOT:
     return zmoe_reduce_neon(out, out_dtype, parts, n_parts, part_dtype, count);
 #endif
   default:

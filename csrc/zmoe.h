@@ -50,6 +50,9 @@ typedef enum zmoe_isa {
   ZMOE_ISA_AVX2 = 1,
   ZMOE_ISA_AVX512 = 2,
   ZMOE_ISA_NEON = 3,
+  /* Further steps for products alone; the sums of reduce know no difference. */
+  ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI */
+  ZMOE_ISA_NEON_DOT = 5,    /* dotprod */
 } zmoe_isa;
 
 zmoe_isa zmoe_isa_best(void);            /* the best this CPU can run */

@@ -1,7 +1,7 @@
 """Builds `zmoe._native`, the C hot path, with cffi in API mode.
 
-`builder` is what setup.py names. The declarations come from csrc/zmoe.h and
-csrc/bench_loop.h themselves, so that header and binding cannot drift apart.
+`builder` is what setup.py names. The declarations come from the public headers
+of csrc/ themselves, so that header and binding cannot drift apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("zmoe.h", "bench_loop.h")
+HEADERS = ("zmoe.h", "compute.h", "bench_loop.h")
 
 
 def declarations(header: str) -> str:
@@ -35,8 +35,8 @@ def make_builder() -> FFI:
     ffi.set_source(
         "zmoe._native",
         "".join(f'#include "{name}"\n' for name in HEADERS),
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.c")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+        sources=_files("*.c"),
+        depends=_files("*.h"),
         include_dirs=["csrc"],
         # Python's own flags are kept; contraction is off so that every CPU
         # rounds alike, and asserts stay on: they guard memory, and cost nothing.
@@ -45,6 +45,10 @@ def make_builder() -> FFI:
         libraries=["dl", "pthread"] if _is_linux() else [],
     )
     return ffi
+
+
+def _files(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
 def _is_linux() -> bool:

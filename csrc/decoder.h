@@ -1,0 +1,90 @@
+/* zmoe: the parts of a decoder layer around its experts, on a CPU node.
+ *
+ * For families whose attention is the usual one (grouped queries, rotary
+ * positions, a cache of keys and values): what MLX would do in some thirty
+ * small operations per layer is one call before the experts (attention), one
+ * for the router, and the sums in between.  The residual stream `h` stays f32;
+ * what goes into a product is rounded to the model's own type, as MLX has it.
+ */
+#ifndef ZMOE_DECODER_H
+#define ZMOE_DECODER_H
+
+#include "compute.h"
+
+typedef enum zmoe_norm_kind {
+  ZMOE_NORM_NONE = 0,
+  ZMOE_NORM_RMS = 1,
+  ZMOE_NORM_LAYER = 2
+} zmoe_norm_kind;
+
+/* Over the last `width` elements; weight and bias (width) f32, or NULL for 1 and 0. */
+typedef struct zmoe_norm {
+  uint32_t kind; /* zmoe_norm_kind */
+  uint32_t width;
+  float eps;
+  const float *weight, *bias;
+} zmoe_norm;
+
+/* out (rows, width) of `out_dtype` = norm(x (rows, width)). */
+int zmoe_norm_rows(zmoe_team *team, const zmoe_norm *norm, const float *x, uint32_t rows, void *out,
+                   zmoe_dtype out_dtype);
+
+/* ---- attention ------------------------------------------------------------------ */
+
+typedef struct zmoe_attention {
+  zmoe_norm input; /* of h, before the projections */
+  /* 3: queries, keys, values; 1: all of them, in this order, in one matrix. */
+  const zmoe_weight *projections;
+  uint32_t n_projections;
+  const zmoe_weight *output;      /* heads * head_dim -> width */
+  zmoe_norm query_norm, key_norm; /* of each head, or of all heads: by their width */
+  uint32_t heads, kv_heads, head_dim;
+  float scale;               /* of the scores */
+  float clip;                /* projections are clipped at -clip and clip; 0: not at all */
+  uint32_t rope_dims;        /* the first elements of a head that are rotated; even; 0: none */
+  uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
+  const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
+  uint32_t window;           /* a row sees that many keys at most, itself included; 0: all */
+  uint32_t dtype;            /* zmoe_dtype of what goes into products, and of the cache */
+} zmoe_attention;
+
+/* Keys and values (kv_heads, capacity, head_dim) of `dtype`; `length` are filled. */
+typedef struct zmoe_kv_cache {
+  void *keys, *values;
+  uint32_t capacity, length;
+} zmoe_kv_cache;
+
+/* h (rows, width) f32 += attention of norm(h), causal; appends the rows to the
+ * cache.  cosines and sines (rows, rope_dims / 2) are those of the rows'
+ * positions.  ZMOE_EINVAL when the cache has no room. */
+int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
+                        const float *cosines, const float *sines, uint32_t rows, float *h,
+                        zmoe_precision precision);
+/* Working memory of it, for up to `keys` keys in the cache. */
+size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
+
+/* ---- router ---------------------------------------------------------------------- */
+
+typedef enum zmoe_route_kind {
+  ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
+  ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
+  ZMOE_SIGMOID_TOP_K = 2, /* sigmoid; chosen with choice_bias, weighted without */
+} zmoe_route_kind;
+
+typedef struct zmoe_router {
+  zmoe_norm input;          /* of h */
+  const zmoe_weight *gate;  /* width -> experts */
+  const float *choice_bias; /* (experts), or NULL */
+  uint32_t kind;            /* zmoe_route_kind */
+  uint32_t top_k;
+  uint32_t normalize; /* 1: a row's weights are divided by their sum + floor */
+  float floor, scale; /* scale: what they are multiplied with at last */
+} zmoe_router;
+
+/* x (rows, width) of `x_dtype` = norm(h); ids, weights (rows, top_k): the experts of
+ * each row, best first (the lower id where two are equal), and their weights. */
+int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint32_t rows, void *x,
+               zmoe_dtype x_dtype, int32_t *ids, float *weights);
+size_t zmoe_route_scratch(const zmoe_router *router);
+
+#endif

@@ -1,0 +1,65 @@
+/* What the two AVX-512 variants share: loads, scales, and the frame of a dot. */
+#ifndef ZMOE_AVX512_H
+#define ZMOE_AVX512_H
+
+#include <immintrin.h>
+
+#include "../reduce_scalar.h"
+#include "kernels.h"
+#include "weight.h"
+
+#define AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
+#define AVX512 __attribute__((target(AVX512_FEATURES)))
+#define AVX512_INLINE static inline __attribute__((always_inline, target(AVX512_FEATURES)))
+
+/* The `count` lowest lanes of 16. */
+AVX512_INLINE __mmask16 lanes16(uint32_t count) {
+  return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+}
+
+/* 16 floats from element i on, those outside `lanes` zero. */
+AVX512_INLINE __m512 load_floats(const unsigned char *src, size_t i, uint32_t dtype,
+                                 __mmask16 lanes) {
+  if (dtype == ZMOE_F32)
+    return _mm512_maskz_loadu_ps(lanes, src + 4 * i);
+  __m256i half = _mm256_maskz_loadu_epi16(lanes, src + 2 * i);
+  if (dtype == ZMOE_F16)
+    return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* A power of two: the exponent of f32, but 0 is 2^-127 and 255 is NaN. */
+AVX512_INLINE __m512 load_e8m0(const unsigned char *src, __mmask16 lanes) {
+  __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, src));
+  __m512i bits = _mm512_slli_epi32(code, 23);
+  __mmask16 zero = _mm512_mask_cmpeq_epi32_mask(lanes, code, _mm512_setzero_si512());
+  bits = _mm512_mask_mov_epi32(bits, zero, _mm512_set1_epi32(0x400000));
+  __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+
+/* The scales of 16 groups from group g on. */
+AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const unsigned char *scales, uint32_t g,
+                                 __mmask16 lanes) {
+  return w->format == ZMOE_FORMAT_AFFINE ? load_floats(scales, g, w->scale_dtype, lanes)
+                                         : load_e8m0(scales + g, lanes);
+}
+
+/* For codes of 4 bits, 128 in a register: which of 16 scales each lane, of 8
+ * codes, is multiplied with in the first block. */
+AVX512_INLINE __m512i scale_lanes(uint32_t codes_per_lane, uint32_t group) {
+  uint32_t lanes[16];
+  for (uint32_t l = 0; l < 16; l++)
+    lanes[l] = l * codes_per_lane / group;
+  return _mm512_loadu_si512(lanes);
+}
+
+void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+                     uint32_t first, uint32_t last, float *const *ys);
+void zmoe_avx512_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
+                      float *panel);
+void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
+                      float *sums, int add);
+void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+
+#endif

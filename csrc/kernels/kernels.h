@@ -1,0 +1,83 @@
+/* The inner loops, once per instruction set.
+ *
+ * Two ways to a product.  For a few rows of x, `dot`: every weight is decoded
+ * into registers once and multiplied with each row; it runs at the speed of the
+ * memory.  For many rows, `pack` decodes ZMOE_PANEL rows of the weight into f32,
+ * transposed, and `tile` multiplies that with all rows of x; it runs at the
+ * speed of the multipliers.
+ *
+ * `dot` wants x in a layout of its own, where neighbours in a register are what
+ * one instruction decodes.  Arranged once per row, it serves all outputs. */
+#ifndef ZMOE_KERNELS_H
+#define ZMOE_KERNELS_H
+
+#include "../compute.h"
+
+enum {
+  ZMOE_PANEL = 32,     /* outputs in a panel, and in one task */
+  ZMOE_DEPTH = 512,    /* elements of x that a panel spans; a multiple of every group */
+  ZMOE_TILE_ROWS = 12, /* most rows of x in one `tile` */
+  ZMOE_DOT_ROWS = 4,   /* most rows of x in one `dot` */
+};
+
+typedef enum zmoe_layout {
+  ZMOE_LAYOUT_PLAIN = 0, /* f32, in order; not copied, not padded */
+  ZMOE_LAYOUT_BF16,      /* bf16, in order */
+  ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
+  ZMOE_LAYOUT_CODES4_BF16,
+  ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES4_INT8,
+  ZMOE_LAYOUT_CODES8_INT8,
+} zmoe_layout;
+
+/* An arranged row: the sums of x per group, which an affine weight's biases
+ * multiply, then a scale and an offset per ... of the int8 layouts, then the
+ * elements, padded with zeros to a whole block of ZMOE_BLOCK. */
+enum { ZMOE_BLOCK = 128, ZMOE_INT8_GROUP = 32 };
+
+typedef struct zmoe_arranged {
+  float *sums;      /* ceil16(ins / group) */
+  float *scales;    /* int8: one per register lane, 16 a block of codes */
+  int32_t *offsets; /* int8: where each lane's sum starts */
+  void *elements;
+} zmoe_arranged;
+
+size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins);
+zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins);
+
+typedef struct zmoe_kernels {
+  zmoe_layout (*layout)(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision);
+  /* x (w->ins) f32 into `row`.  Whatever is not finite is found before. */
+  void (*arrange)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+  /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), r < rows <= ZMOE_DOT_ROWS. */
+  void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+              uint32_t first, uint32_t last, float *const *ys);
+  /* panel[k - k0][o - first] = w[o][k] for o in [first, last), k in [k0, k1);
+   * outputs beyond `last`, up to ZMOE_PANEL, are zeros. */
+  void (*pack)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
+               float *panel);
+  /* sums[r][o] (+)= sum over k < depth of xs[r][k] * panel[k][o]; `add` 0: from zero. */
+  void (*tile)(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
+               float *sums, int add);
+} zmoe_kernels;
+
+const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa);
+
+extern const zmoe_kernels zmoe_kernels_generic;
+#if defined(__x86_64__)
+extern const zmoe_kernels zmoe_kernels_avx2;
+extern const zmoe_kernels zmoe_kernels_avx512;
+extern const zmoe_kernels zmoe_kernels_avx512_bf16;
+#elif defined(__aarch64__)
+extern const zmoe_kernels zmoe_kernels_neon;
+extern const zmoe_kernels zmoe_kernels_neon_dot;
+#endif
+
+/* The parts of `generic` that others fall back to. */
+void zmoe_generic_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                      uint32_t rows, uint32_t first, uint32_t last, float *const *ys);
+void zmoe_generic_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                       uint32_t k1, float *panel);
+
+#endif

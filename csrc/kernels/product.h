@@ -1,0 +1,46 @@
+/* Rows of x, ready for the kernels, and their product with a part of a weight. */
+#ifndef ZMOE_PRODUCT_H
+#define ZMOE_PRODUCT_H
+
+#include "kernels.h"
+#include "team.h"
+
+enum {
+  /* Up to here decoding the weight again for every four rows costs less than a panel. */
+  ZMOE_FEW_ROWS = 8,
+  ZMOE_PANEL_BYTES = ZMOE_DEPTH * ZMOE_PANEL * 4,
+  ZMOE_SUMS = ZMOE_ROW_BLOCK * ZMOE_PANEL, /* floats that a product of one panel takes */
+};
+
+/* Rows as the kernels see them; a product may take any run of them. */
+typedef struct zmoe_rows {
+  const float **plain; /* [rows]: in f32, in order */
+  void **arranged;     /* [rows]: in `layout`; unused when that is plain */
+  zmoe_layout layout;
+} zmoe_rows;
+
+/* sums[r][o - first] of rows [begin, end), at most ZMOE_ROW_BLOCK, and outputs
+ * [first, last), at most ZMOE_PANEL.  `panel` is ZMOE_PANEL_BYTES of the thread's own. */
+void zmoe_product(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
+                  uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
+                  float *sums);
+/* Adds w's own bias, if it has one, to `rows` rows of sums. */
+void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t last, float *sums);
+
+/* Row `row` of x (rows, ins) in f32: where it is if x is f32, else in `copies`
+ * (rows, ins), once zmoe_widen has put it there. */
+const float *zmoe_plain_row(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins,
+                            const float *copies);
+void zmoe_widen(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins, float *copies,
+                zmoe_isa isa);
+int zmoe_is_finite(const float *x, uint32_t count);
+
+static inline uint32_t zmoe_panels(uint32_t outs) {
+  return (outs + ZMOE_PANEL - 1) / ZMOE_PANEL;
+}
+
+static inline uint32_t zmoe_panel_end(uint32_t first, uint32_t outs) {
+  return outs - first < ZMOE_PANEL ? outs : first + ZMOE_PANEL;
+}
+
+#endif

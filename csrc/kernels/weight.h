@@ -1,0 +1,37 @@
+/* Where the parts of a weight's rows lie. */
+#ifndef ZMOE_WEIGHT_H
+#define ZMOE_WEIGHT_H
+
+#include "../compute.h"
+
+static inline int zmoe_is_float(const zmoe_weight *w) {
+  return w->format <= ZMOE_FORMAT_BF16;
+}
+
+static inline const unsigned char *zmoe_row(const zmoe_weight *w, uint32_t row) {
+  return (const unsigned char *)w->data + row * zmoe_weight_row_bytes(w);
+}
+
+static inline const unsigned char *zmoe_row_scales(const zmoe_weight *w, uint32_t row) {
+  return (const unsigned char *)w->scales + row * zmoe_weight_scale_bytes(w);
+}
+
+static inline const unsigned char *zmoe_row_biases(const zmoe_weight *w, uint32_t row) {
+  return (const unsigned char *)w->biases + row * zmoe_weight_scale_bytes(w);
+}
+
+/* The 16 values of e2m1, and 0 to 15: what a 4-bit code stands for, before its scale. */
+extern const float zmoe_fp4_values[16];
+extern const float zmoe_affine_values[16];
+
+static inline const float *zmoe_code_values(const zmoe_weight *w) {
+  return w->format == ZMOE_FORMAT_AFFINE ? zmoe_affine_values : zmoe_fp4_values;
+}
+
+/* The scales (or, `biases`, the biases) of one row in f32: ins / group values. */
+void zmoe_decode_scales(const zmoe_weight *w, uint32_t row, int biases, float *out);
+/* Elements [first, last) of one row in f32; both are multiples of the group. */
+void zmoe_decode_range(const zmoe_weight *w, uint32_t row, uint32_t first, uint32_t last,
+                       float *out);
+
+#endif
