@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,10 @@ class ModelInfo:
     context_length: int | None
 
 
+def nothing() -> None:
+    """What there is to do beside an exchange when there is nothing."""
+
+
 class Reducer(Protocol):
     """The all-reduce as one MoE layer sees it."""
 
@@ -61,13 +65,13 @@ class Reducer(Protocol):
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """Sum the ranks' partial outputs of MoE layer `layer` (ordinal).
 
         `partial` (rows, width) float, evaluated or not; None adds nothing.
         `digest` is that of the routing and must agree on all ranks. `overlap`
-        is evaluated while the exchange is in flight. Returns (rows, width) of
+        is called while the exchange is in flight. Returns (rows, width) of
         `dtype`, valid until the second next call. Raises PeerError,
         DivergenceError.
         """

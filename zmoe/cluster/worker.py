@@ -109,7 +109,9 @@ class Worker:
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
         info = inspect_model(resolve_model(self.spec.model or setup.model))
-        config = EngineConfig(setup.prefill_chunk, setup.max_kv_size)
+        config = EngineConfig(
+            setup.prefill_chunk, setup.max_kv_size, setup.compute, setup.activations
+        )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member
         hello: Hello = hello_of(info, member.placement, member.open_exchange(self.spec.bind))
@@ -117,6 +119,7 @@ class Worker:
         mesh = self._expect(Mesh, timing.join)
         if mesh is None:
             raise ZmoeError(f"leader {self.spec.leader} did not name the other nodes")
+        member.use_isa(mesh.isa)
         endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
         member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
         _, seconds = member.load(_Throttled(self._bus, self._listen))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
 from zmoe.moe.sockets import Endpoint
+from zmoe.types import nothing
 
 __all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group"]
 
@@ -33,9 +34,10 @@ class SingleNode:
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """`partial` itself, (rows, width) of `dtype`; zeros for None."""
+        overlap()
         if partial is None:
             return mx.zeros(shape, dtype)
         return partial.reshape(shape).astype(dtype)
