@@ -87,4 +87,18 @@ int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint3
                zmoe_dtype x_dtype, int32_t *ids, float *weights);
 size_t zmoe_route_scratch(const zmoe_router *router);
 
+/* Pairs (row, expert), ordered by row; room for rows * top_k of each. */
+typedef struct zmoe_pairs {
+  int32_t *rows, *experts; /* experts as this node numbers its own */
+  float *weights;
+  uint32_t count;
+  uint64_t digest; /* of the whole routing, whatever the order within a row */
+} zmoe_pairs;
+
+/* Of ids and weights (rows, top_k) the pairs whose expert is in `local` (experts):
+ * this node's number of each expert, -1 for another's.  `sorted` (rows, top_k) is
+ * working memory. */
+void zmoe_own_pairs(const int32_t *ids, const float *weights, uint32_t rows, uint32_t top_k,
+                    const int32_t *local, uint32_t experts, int32_t *sorted, zmoe_pairs *out);
+
 #endif

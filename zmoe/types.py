@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -75,4 +77,16 @@ class Reducer(Protocol):
         `dtype`, valid until the second next call. Raises PeerError,
         DivergenceError.
         """
+        ...
+
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """The same from memory to memory: both (rows, width) float32, `dtype` on the wire."""
         ...

@@ -251,12 +251,12 @@ class Leader:
 
     # ---- running --------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int], reset: bool) -> mx.array:
+    def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
         """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
         self._step += 1
         try:
             self._broadcast(Step(self._step, reset, list(tokens)))
-            return self.member.forward(self._step, tokens, reset)
+            return self.member.forward(self._step, tokens, reset, logits)
         except PeerError as own:
             self._look_for_cause(own)
             raise

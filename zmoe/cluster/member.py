@@ -101,16 +101,19 @@ class Member:
             spans=self.spans,
             progress=progress,
             team=self._team,
+            fuse=self._config.max_kv_size is None,
         )
-        self._engine = Engine(shard.model, reducer, self._config)
+        self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
 
-    def forward(self, step: int, tokens: Sequence[int], reset: bool) -> mx.array:
-        """Run one step; lazy logits (vocabulary,)."""
+    def forward(
+        self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
+    ) -> mx.array:
+        """Run one step; lazy logits (vocabulary,), which mean nothing unless wanted."""
         assert self._engine is not None
         if reset:
             self._engine.reset()
-        return self._engine.forward(step, tokens)
+        return self._engine.forward(step, tokens, logits)
 
     def close(self) -> None:
         if self.exchange is not None:

@@ -141,7 +141,7 @@ class Worker:
                 self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
-                member.forward(message.step, message.tokens, message.reset)
+                member.forward(message.step, message.tokens, message.reset, logits=False)
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):

@@ -43,3 +43,8 @@ def as_array(buffer: Buffer, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.arra
     """A copy of `buffer` as an MLX array of `dtype` and `shape`."""
     array = mx.array(buffer.reshape(shape))
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
+
+
+def writable(buffer: Buffer) -> CData:
+    """Memory that C may write to; keeps it alive."""
+    return ffi.from_buffer("uint8_t[]", buffer, require_writable=True)

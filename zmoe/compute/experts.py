@@ -14,14 +14,14 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
-from zmoe.compute.arrays import DTYPES, as_array, empty, pointer
+from zmoe.compute.arrays import DTYPES, as_array, empty, pointer, writable
 from zmoe.compute.linear import Parts, quantization_of, take_parts
 from zmoe.compute.team import Team
 from zmoe.compute.weight import Matrices, matrices
 from zmoe.errors import ZmoeError
 from zmoe.moe.experts import combine
 from zmoe.moe.router import Floats, LocalPairs
-from zmoe.native import Activation, Status, ffi, lib
+from zmoe.native import Activation, Dtype, Status, ffi, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -116,6 +116,29 @@ class NativeExperts:
         own = LocalPairs(np.arange(count, dtype=np.int32), pairs.slots, pairs.experts)
         return self._gather(self._weights[-1], hidden, own)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the activation is the kernels' too, as sum_pairs needs it."""
+        return self._layer is not None
+
+    def sum_pairs(self, x: CData, x_dtype: mx.Dtype, rows: int, pairs: CData, out: Floats) -> None:
+        """The same as `partial` from memory to memory: `pairs` is a zmoe_pairs, out f32."""
+        status = lib.zmoe_experts(
+            self._team.handle,
+            self._layer,
+            x,
+            DTYPES[x_dtype],
+            rows,
+            pairs.rows,
+            pairs.experts,
+            pairs.weights,
+            pairs.count,
+            writable(out),
+            Dtype.F32,
+            self._team.precision,
+        )
+        _check(status)
+
     def _run(
         self,
         x: mx.array,
@@ -135,7 +158,7 @@ class NativeExperts:
             ffi.from_buffer("int32_t[]", pairs.experts),
             ffi.NULL if scale is None else ffi.from_buffer("float[]", scale),
             len(pairs.rows),
-            ffi.from_buffer("uint8_t[]", out, require_writable=True),
+            writable(out),
             DTYPES[dtype],
             self._team.precision,
         )
@@ -156,7 +179,7 @@ class NativeExperts:
             ffi.from_buffer("int32_t[]", pairs.rows),
             ffi.from_buffer("int32_t[]", pairs.experts),
             len(pairs.rows),
-            ffi.from_buffer("uint8_t[]", out, require_writable=True),
+            writable(out),
             DTYPES[dtype],
             self._team.precision,
         )

@@ -7,6 +7,7 @@ parameters, whose memory the kernels read, and its place in the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
-from zmoe.compute.arrays import DTYPES, as_array, empty, pointer
+from zmoe.compute.arrays import DTYPES, as_array, empty, pointer, writable
 from zmoe.compute.team import Team
 from zmoe.compute.weight import PARTS, Matrices, Quantization, Stored, matrices
 from zmoe.errors import ZmoeError
@@ -39,7 +40,7 @@ class Product:
         rows = x.size // self.weight.ins
         dtype = mx.result_type(x.dtype, *self.weight.dtypes)
         out = empty((rows, self.weight.outs), dtype)
-        self._outs[0] = ffi.from_buffer("uint8_t[]", out, require_writable=True)
+        self._outs[0] = writable(out)
         status = lib.zmoe_linear(
             self._team.handle,
             self._weights,
@@ -55,6 +56,30 @@ class Product:
         if status != Status.OK:
             raise ZmoeError(f"a product failed: {Status(status).name}")
         return as_array(out, dtype, (*x.shape[:-1], self.weight.outs))
+
+
+@dataclass
+class Head:
+    """The model's last product, which only the leader needs, and of the last row alone.
+
+    Unless `wanted`, logits are zeros that were never computed.
+    """
+
+    dtype: mx.Dtype  # what x is rounded to
+    wanted: bool = True
+
+
+class _HeadProduct(Product):
+    """Of x (..., rows, ins) the last row's product: (..., 1, outs)."""
+
+    def __init__(self, team: Team, weight: Matrices, head: Head) -> None:
+        super().__init__(team, weight)
+        self._head = head
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self._head.wanted:
+            return mx.zeros((*x.shape[:-2], 1, self.weight.outs), self._head.dtype)
+        return super().__call__(x[..., -1:, :].astype(self._head.dtype))
 
 
 class _Native:
@@ -119,6 +144,7 @@ _MAPPED: dict[type[Module], type[Module]] = {
     Linear: MappedLinear,
     QuantizedLinear: MappedQuantizedLinear,
 }
+_EMBEDDINGS = (NativeEmbedding, NativeQuantizedEmbedding)
 Parts = dict[str, Stored]
 
 
@@ -149,14 +175,18 @@ def take_parts(layer: Module, mapped: Parts | None) -> Parts:
     return parts
 
 
-def make_native(model: Module, team: Team, mapped: Mapping[str, Parts]) -> None:
+def make_native(model: Module, team: Team, mapped: Mapping[str, Parts], head: Head) -> None:
     """Give every large product of `model` outside its experts to the kernels.
 
-    `mapped` are the parameters, by path of their layer, that lie in files.
+    `mapped` are the parameters, by path of their layer, that lie in files;
+    `head` will rule the product that makes the logits.
     """
     for path, module in model.named_modules():
         classes = _MAPPED if path in mapped else _OURS
         if type(module) in classes:
             weight = matrices(path, take_parts(module, mapped.get(path)), quantization_of(module))
-            object.__setattr__(module, "_product", Product(team, weight))
-            module.__class__ = classes[type(module)]
+            ours = classes[type(module)]
+            is_head = "lm_head" in path.split(".") or issubclass(ours, _EMBEDDINGS)
+            product = _HeadProduct(team, weight, head) if is_head else Product(team, weight)
+            object.__setattr__(module, "_product", product)
+            module.__class__ = ours

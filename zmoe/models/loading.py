@@ -12,13 +12,14 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from zmoe.compute.experts import NativeExperts, can_be_native, switch_layers
-from zmoe.compute.linear import Parts, make_native, may_be_mapped
+from zmoe.compute.linear import Head, Parts, make_native, may_be_mapped
 from zmoe.compute.team import Team
 from zmoe.errors import PlacementError
 from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import Site, find_sites, projections, replace_module
 from zmoe.models.mapping import Mapping, can_be_mapped
+from zmoe.models.native import fuse_layers
 from zmoe.models.share import Piece, Reader, placeholder, select
 from zmoe.models.usage import unused_names
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
@@ -39,11 +40,13 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user.
+    `notices` are lines for the user. `head` says of each pass whether its
+    logits are wanted; what MLX computes is lazy anyway.
     """
 
     model: Module
     config: dict[str, Any]
+    head: Head
     bytes_read: int
     share_bytes: int
     largest_tensor_bytes: int
@@ -58,6 +61,7 @@ def load_shard(
     spans: Spans,
     progress: Progress | None = None,
     team: Team | None = None,
+    fuse: bool = True,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -65,9 +69,9 @@ def load_shard(
     never holds more than they take and one more tensor. Layers may own
     different numbers of experts, or none. The model runs in the thread that
     loads it, its large products on `team` if there is one; then what lies in
-    the checkpoint as the kernels want it stays there, mapped. Raises ModelError
-    naming what is damaged or missing, PlacementError for a placement of another
-    model.
+    the checkpoint as the kernels want it stays there, mapped, and with `fuse`
+    whole layers of known families are the kernels'. Raises ModelError naming
+    what is damaged or missing, PlacementError for a placement of another model.
     """
     owned = _owned(info, placement, reducer.rank)
     count = max(1, *(len(ids) for ids in owned))
@@ -81,16 +85,26 @@ def load_shard(
     mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
-    experts = _make_native(model, sites, info, team, mapped) if team is not None else {}
+    dtype = DTYPES[info.dtype]
+    head = Head(dtype)
+    experts: dict[str, NativeExperts] = {}
+    if team is not None:
+        experts = _make_native(model, sites, info, team, mapped, head)
     arrays = _evaluate(model)
-    for ordinal, (site, ids) in enumerate(zip(sites, owned, strict=True)):
-        layer = Layer(ordinal, info.experts, ids, DTYPES[info.dtype], reducer, spans)
+    layers = [
+        Layer(ordinal, info.experts, ids, dtype, reducer, spans)
+        for ordinal, ids in enumerate(owned)
+    ]
+    for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
+    if team is not None and fuse:
+        fuse_layers(model, sites, layers, experts, team, dtype)
     sizes = [array.nbytes for array in arrays]
     sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
     return LoadedShard(
         model,
         config,
+        head,
         reader.bytes_read + mapping.bytes_read,
         sum(sizes),
         max(sizes),
@@ -197,7 +211,12 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
 
 
 def _make_native(
-    model: Module, sites: list[Site], info: ModelInfo, team: Team, mapped: dict[str, Parts]
+    model: Module,
+    sites: list[Site],
+    info: ModelInfo,
+    team: Team,
+    mapped: dict[str, Parts],
+    head: Head,
 ) -> dict[str, NativeExperts]:
     """Put `team` to work for all large products; the experts' by path of their block."""
     experts = {}
@@ -205,7 +224,7 @@ def _make_native(
         if can_be_native(site.switch):
             path = f"{site.path}.{site.switch_path}"
             experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, mapped)
-    make_native(model, team, mapped)
+    make_native(model, team, mapped, head)
     return experts
 
 

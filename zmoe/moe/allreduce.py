@@ -189,6 +189,23 @@ class Exchange:
             self._collect(out, wire, layer)
         return self._received.view(dtype, rows, width)
 
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """See zmoe.types.Reducer."""
+        rows, width = out.shape
+        wire = DTYPES[dtype]
+        with self._spans.span("exchange"):
+            self._publish(partial, Dtype.F32, layer, rows, width, wire, digest)
+            overlap()
+            self._collect(Receive(out), Dtype.F32, layer)
+
     def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
 

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
@@ -41,6 +43,19 @@ class SingleNode:
         if partial is None:
             return mx.zeros(shape, dtype)
         return partial.reshape(shape).astype(dtype)
+
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """`partial` itself, unrounded."""
+        overlap()
+        out[...] = 0 if partial is None else partial
 
 
 # ---- on its own: numpy in, numpy out ---------------------------------------------
