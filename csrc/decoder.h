@@ -11,6 +11,8 @@
 
 #include "compute.h"
 
+#define ZMOE_MAX_HEAD_DIM 256
+
 typedef enum zmoe_norm_kind {
   ZMOE_NORM_NONE = 0,
   ZMOE_NORM_RMS = 1,
@@ -36,11 +38,11 @@ typedef struct zmoe_attention {
   /* 3: queries, keys, values; 1: all of them, in this order, in one matrix. */
   const zmoe_weight *projections;
   uint32_t n_projections;
-  const zmoe_weight *output;      /* heads * head_dim -> width */
-  zmoe_norm query_norm, key_norm; /* of each head, or of all heads: by their width */
-  uint32_t heads, kv_heads, head_dim;
-  float scale;               /* of the scores */
-  float clip;                /* projections are clipped at -clip and clip; 0: not at all */
+  const zmoe_weight *output;          /* heads * head_dim -> width */
+  zmoe_norm query_norm, key_norm;     /* of each head, or of all heads: by their width */
+  uint32_t heads, kv_heads, head_dim; /* head_dim: at most ZMOE_MAX_HEAD_DIM */
+  float scale;                        /* of the scores */
+  float clip;                         /* projections are clipped at -clip and clip; 0: not at all */
   uint32_t rope_dims;        /* the first elements of a head that are rotated; even; 0: none */
   uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
