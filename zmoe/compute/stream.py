@@ -53,7 +53,8 @@ class Stream:
             array = self._whole[:rows].reshape(1, rows, self.width)
             mx.eval(array)
             memory: Any = np.asarray(array)
-            view = (array, writable(memory), memory.reshape(rows, self.width))
+            h = ffi.from_buffer("float[]", memory, require_writable=True)
+            view = (array, h, memory.reshape(rows, self.width))
             self._views[rows] = view
         return view
 
