@@ -224,13 +224,4 @@ AVX512 void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *co
   for (; rows >= 1; rows--, xs++, sums += ZMOE_PANEL)
     tile_rows(panel, depth, xs, 1, sums, add);
 }
-
-/* ---- arranging x ----------------------------------------------------------------------- */
-
-/* Whole blocks of the 4-bit layout: eight codes a word, so a transposition of
- * 16 words of eight elements. */
-AVX512 void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x,
-                                void *row) {
-  zmoe_generic_arrange(layout, w, x, row);
-}
 #endif

@@ -17,6 +17,7 @@ static size_t element_bytes(zmoe_layout layout) {
   switch (layout) {
   case ZMOE_LAYOUT_BF16:
   case ZMOE_LAYOUT_CODES4_BF16:
+  case ZMOE_LAYOUT_CODES8_BF16:
     return 2;
   case ZMOE_LAYOUT_CODES4_INT8:
   case ZMOE_LAYOUT_CODES8_INT8:
@@ -140,6 +141,8 @@ void zmoe_generic_arrange(zmoe_layout layout, const zmoe_weight *w, const float 
     uint32_t block = k / ZMOE_BLOCK * ZMOE_BLOCK, place = k % ZMOE_BLOCK;
     if (is_code4(layout))
       place = place_of_code4(place, layout);
+    else if (layout == ZMOE_LAYOUT_CODES8_BF16) /* of 64: even ones, then odd ones */
+      place = place / 64 * 64 + place % 2 * 32 + place % 64 / 2;
     store_element(layout, to.elements, block + place, x[k]);
   }
 }

@@ -26,6 +26,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
   ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,
   ZMOE_LAYOUT_CODES8_INT8,
 } zmoe_layout;
