@@ -142,7 +142,8 @@ AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t firs
         __m512 value = bits == 4
                            ? _mm512_permutexvar_ps(code, table)
                            : _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(255)));
-        store_column(panel, element - k0 + i, _mm512_fmadd_ps(value, scale, bias));
+        /* Rounded twice, as zmoe_weight_decode does it. */
+        store_column(panel, element - k0 + i, _mm512_add_ps(_mm512_mul_ps(value, scale), bias));
       }
     }
   }
