@@ -51,6 +51,11 @@ class Team:
         if lib.zmoe_team_reserve(self.handle, size) != Status.OK:
             raise MemoryError(f"{size} bytes of working memory")
 
+    def read(self, buffer: object) -> None:
+        """Read `buffer` and do nothing with it: what the memory allows, for benchmarks."""
+        data = ffi.from_buffer("uint8_t[]", buffer)
+        lib.zmoe_bench_read(self.handle, data, len(data))
+
     def close(self) -> None:
         """End the threads; idempotent."""
         ffi.release(self.handle)
