@@ -126,11 +126,6 @@ BF16_INLINE __m512 multiply(enum product product, const __m512i *values, int n,
   return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(x->scales + lane));
 }
 
-/* How far ahead of itself a dot asks for the weight: the processor's own
- * prefetching does not follow several outputs and their scales at a time (18% of
- * the memory's speed without, 100% with). */
-enum { PREFETCH_BYTES = 6 << 10 };
-
 /* `outs` outputs from o on with `rows` rows of x, all of whose sums stay in
  * registers; several outputs share the loads of x.  Scales come 16 at a time. */
 BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t group,
@@ -145,13 +140,9 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
   const unsigned char *scales = (const unsigned char *)w->scales + o * scale_bytes;
   const unsigned char *biases = (const unsigned char *)w->biases + (affine ? o * scale_bytes : 0);
   const __m512i first_lanes = scale_lanes(per_lane, group);
-  const uint32_t rows_ahead = outs * (uint32_t)(PREFETCH_BYTES / (outs * row_bytes) + 1);
-  const size_t ahead = rows_ahead * row_bytes;
-  for (uint32_t i = 0; i < outs; i++) {
-    _mm_prefetch((const char *)scales + (i + rows_ahead) * scale_bytes, _MM_HINT_T0);
-    if (affine)
-      _mm_prefetch((const char *)biases + (i + rows_ahead) * scale_bytes, _MM_HINT_T0);
-  }
+  const uint32_t skipped = rows_ahead(row_bytes, outs);
+  for (uint32_t i = 0; i < outs; i++)
+    prefetch_scales(w, o + i + skipped, scale_bytes);
   __m512 sum[ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
   for (uint32_t i = 0; i < rows * outs; i++)
     sum[i] = _mm512_setzero_ps();
@@ -172,7 +163,7 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
       __mmask16 words = lanes16((end - k) / per_lane);
       for (uint32_t i = 0; i < outs; i++) {
         const unsigned char *at = data + i * row_bytes + k * 4 / per_lane;
-        _mm_prefetch((const char *)at + ahead, _MM_HINT_T0);
+        _mm_prefetch((const char *)at + skipped * row_bytes, _MM_HINT_T0);
         __m512i values[4];
         int n = decode(product, affine, _mm512_maskz_loadu_epi32(words, at), table, values);
         __m512 factor = _mm512_permutexvar_ps(spread, scale[i]);
