@@ -5,11 +5,14 @@
  * small operations per layer is one call before the experts (attention), one
  * for the router, and the sums in between.  The residual stream `h` stays f32;
  * what goes into a product is rounded to the model's own type, as MLX has it.
+ * A call that fails has changed nothing.
  */
 #ifndef ZMOE_DECODER_H
 #define ZMOE_DECODER_H
 
 #include "compute.h"
+
+#define ZMOE_MAX_HEAD_DIM 256
 
 typedef enum zmoe_norm_kind {
   ZMOE_NORM_NONE = 0,
@@ -36,11 +39,11 @@ typedef struct zmoe_attention {
   /* 3: queries, keys, values; 1: all of them, in this order, in one matrix. */
   const zmoe_weight *projections;
   uint32_t n_projections;
-  const zmoe_weight *output;      /* heads * head_dim -> width */
-  zmoe_norm query_norm, key_norm; /* of each head, or of all heads: by their width */
-  uint32_t heads, kv_heads, head_dim;
-  float scale;               /* of the scores */
-  float clip;                /* projections are clipped at -clip and clip; 0: not at all */
+  const zmoe_weight *output;          /* heads * head_dim -> width */
+  zmoe_norm query_norm, key_norm;     /* of each head, or of all heads: by their width */
+  uint32_t heads, kv_heads, head_dim; /* head_dim: at most ZMOE_MAX_HEAD_DIM */
+  float scale;                        /* of the scores */
+  float clip;                         /* projections are clipped at -clip and clip; 0: not at all */
   uint32_t rope_dims;        /* the first elements of a head that are rotated; even; 0: none */
   uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
@@ -56,7 +59,8 @@ typedef struct zmoe_kv_cache {
 
 /* h (rows, width) f32 += attention of norm(h), causal; appends the rows to the
  * cache.  cosines and sines (rows, rope_dims / 2) are those of the rows'
- * positions.  ZMOE_EINVAL when the cache has no room. */
+ * positions, times the factor of scaled rotations where there is one; unused
+ * without rope_dims.  ZMOE_EINVAL when the cache has no room. */
 int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
                         const float *cosines, const float *sines, uint32_t rows, float *h,
                         zmoe_precision precision);
@@ -68,13 +72,13 @@ size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
 typedef enum zmoe_route_kind {
   ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
   ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
-  ZMOE_SIGMOID_TOP_K = 2, /* sigmoid; chosen with choice_bias, weighted without */
+  ZMOE_SIGMOID_TOP_K = 2, /* the k best of the logits' sigmoids */
 } zmoe_route_kind;
 
 typedef struct zmoe_router {
   zmoe_norm input;          /* of h */
   const zmoe_weight *gate;  /* width -> experts */
-  const float *choice_bias; /* (experts), or NULL */
+  const float *choice_bias; /* (experts), added for the choice alone; or NULL */
   uint32_t kind;            /* zmoe_route_kind */
   uint32_t top_k;
   uint32_t normalize; /* 1: a row's weights are divided by their sum + floor */
