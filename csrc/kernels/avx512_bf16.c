@@ -68,7 +68,8 @@ BF16_INLINE __m512i table_of(const zmoe_weight *w, enum product product) {
   }
   uint8_t table[64];
   for (int i = 0; i < 64; i++)
-    table[i] = (uint8_t)(w->format == ZMOE_FORMAT_AFFINE ? i % 16 : 2 * values[i % 16] + 12);
+    table[i] =
+        (uint8_t)(w->format == ZMOE_FORMAT_AFFINE ? i % 16 : 2 * values[i % 16] + ZMOE_CENTRE_FP4);
   return _mm512_loadu_si512(table);
 }
 
@@ -95,6 +96,9 @@ BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layo
   const uint32_t per_lane = product == CODES8_INT8 ? 4 : 8, block = 16 * per_lane;
   const uint32_t groups = w->ins / group, step = 16 * group;
   const int affine = w->format == ZMOE_FORMAT_AFFINE;
+  const __m512 centre = _mm512_set1_ps(product == CODES4_BF16   ? 0
+                                       : product == CODES4_INT8 ? ZMOE_CENTRE4
+                                                                : ZMOE_CENTRE8);
   const __m512i table = table_of(w, product), low_nibbles = _mm512_set1_epi8(15);
   const __m512i first_lanes = scale_lanes(per_lane, group);
   const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
@@ -113,6 +117,7 @@ BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layo
       __m512 scale = load_scales(w, scales, g, lanes);
       if (affine) {
         __m512 bias = load_floats(biases, g, w->scale_dtype, lanes);
+        bias = _mm512_fmadd_ps(scale, centre, bias);
         for (uint32_t r = 0; r < rows; r++)
           sum[r] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[r]);
       }

@@ -95,8 +95,7 @@ static void work(zmoe_team *team, void *argument, uint32_t thread) {
 /* ---- the call ---------------------------------------------------------------- */
 
 static int same_arrangement(zmoe_layout layout, const zmoe_weight *a, const zmoe_weight *b) {
-  int int8 = layout == ZMOE_LAYOUT_CODES4_INT8 || layout == ZMOE_LAYOUT_CODES8_INT8;
-  return a->group == b->group && (!int8 || a->format == b->format);
+  return a->group == b->group && (!zmoe_layout_is_integer(layout) || a->format == b->format);
 }
 
 /* Which layouts the weights want; none when all take x as it is. */
