@@ -11,6 +11,8 @@
 
 #include "compute.h"
 
+#define ZMOE_MAX_HEAD_DIM 256
+
 typedef enum zmoe_norm_kind {
   ZMOE_NORM_NONE = 0,
   ZMOE_NORM_RMS = 1,
@@ -36,11 +38,11 @@ typedef struct zmoe_attention {
   /* 3: queries, keys, values; 1: all of them, in this order, in one matrix. */
   const zmoe_weight *projections;
   uint32_t n_projections;
-  const zmoe_weight *output;      /* heads * head_dim -> width */
-  zmoe_norm query_norm, key_norm; /* of each head, or of all heads: by their width */
-  uint32_t heads, kv_heads, head_dim;
-  float scale;               /* of the scores */
-  float clip;                /* projections are clipped at -clip and clip; 0: not at all */
+  const zmoe_weight *output;          /* heads * head_dim -> width */
+  zmoe_norm query_norm, key_norm;     /* of each head, or of all heads: by their width */
+  uint32_t heads, kv_heads, head_dim; /* head_dim: at most ZMOE_MAX_HEAD_DIM */
+  float scale;                        /* of the scores */
+  float clip;                         /* projections are clipped at -clip and clip; 0: not at all */
   uint32_t rope_dims;        /* the first elements of a head that are rotated; even; 0: none */
   uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
@@ -86,5 +88,19 @@ typedef struct zmoe_router {
 int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint32_t rows, void *x,
                zmoe_dtype x_dtype, int32_t *ids, float *weights);
 size_t zmoe_route_scratch(const zmoe_router *router);
+
+/* Pairs (row, expert), ordered by row; room for rows * top_k of each. */
+typedef struct zmoe_pairs {
+  int32_t *rows, *experts; /* experts as this node numbers its own */
+  float *weights;
+  uint32_t count;
+  uint64_t digest; /* of the whole routing, whatever the order within a row */
+} zmoe_pairs;
+
+/* Of ids and weights (rows, top_k) the pairs whose expert is in `local` (experts):
+ * this node's number of each expert, -1 for another's.  `sorted` (rows, top_k) is
+ * working memory. */
+void zmoe_own_pairs(const int32_t *ids, const float *weights, uint32_t rows, uint32_t top_k,
+                    const int32_t *local, uint32_t experts, int32_t *sorted, zmoe_pairs *out);
 
 #endif

@@ -1,48 +1,8 @@
 /* The sum of partial outputs with AVX2 and F16C. */
-#include "reduce_scalar.h"
 #include "reduce_variants.h"
 
 #ifdef ZMOE_X86
-#include <immintrin.h>
-
-#define TARGET __attribute__((target("avx2,f16c")))
-#define KERNEL static inline __attribute__((always_inline, target("avx2,f16c")))
-#define VEC __m256
-#define LANES 8
-
-KERNEL VEC vec_add(VEC a, VEC b) {
-  return _mm256_add_ps(a, b);
-}
-
-KERNEL VEC vec_load(const unsigned char *src, size_t i, zmoe_dtype dtype) {
-  if (dtype == ZMOE_F32)
-    return _mm256_loadu_ps((const float *)(const void *)(src + 4 * i));
-  __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
-  if (dtype == ZMOE_F16)
-    return _mm256_cvtph_ps(half);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-KERNEL __m128i bf16_of_vec(VEC v) {
-  __m256i bits = _mm256_castps_si256(v);
-  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  bits = _mm256_srli_epi32(bits, 16);
-  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
-  return _mm256_castsi256_si128(packed);
-}
-
-KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
-  VEC nan = _mm256_castsi256_ps(_mm256_set1_epi32((int)ZMOE_F32_NAN));
-  v = _mm256_blendv_ps(v, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  if (dtype == ZMOE_F32) {
-    _mm256_storeu_ps((float *)(void *)(dst + 4 * i), v);
-    return;
-  }
-  __m128i half = dtype == ZMOE_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : bf16_of_vec(v);
-  _mm_storeu_si128((__m128i *)(void *)(dst + 2 * i), half);
-}
-
+#define VEC_AVX2
 #include "reduce_body.h"
 
 TARGET size_t zmoe_reduce_avx2(unsigned char *out, zmoe_dtype out_dtype,

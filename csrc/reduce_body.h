@@ -1,13 +1,10 @@
-/* The loop that the SIMD variants share.  Before including this, a variant
- * defines
- *   VEC            the vector of f32,      LANES   how many it holds,
- *   KERNEL         "static inline" with the target attribute, always inlined,
- *   vec_add(a, b), vec_load(src, i, dtype), vec_store(dst, i, dtype, v)
- * and afterwards calls reduce_dispatch() from its own zmoe_reduce_*().
+/* The loop that the SIMD variants share, each with its own vectors (vec.h).
+ * They call reduce_dispatch() from their zmoe_reduce_*().
  *
  * The dtypes are constants in each call below, so that the compiler removes
  * the choice from the loops.  Four vectors at a time hide the latency of the
  * additions, whose order is fixed. */
+#include "vec.h"
 
 KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
                           const unsigned char *const *parts, uint32_t n_parts,
@@ -19,10 +16,10 @@ KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
     VEC c = vec_load(parts[0], i + 2 * LANES, part_dtype);
     VEC d = vec_load(parts[0], i + 3 * LANES, part_dtype);
     for (uint32_t p = 1; p < n_parts; p++) {
-      a = vec_add(a, vec_load(parts[p], i, part_dtype));
-      b = vec_add(b, vec_load(parts[p], i + LANES, part_dtype));
-      c = vec_add(c, vec_load(parts[p], i + 2 * LANES, part_dtype));
-      d = vec_add(d, vec_load(parts[p], i + 3 * LANES, part_dtype));
+      a = a + vec_load(parts[p], i, part_dtype);
+      b = b + vec_load(parts[p], i + LANES, part_dtype);
+      c = c + vec_load(parts[p], i + 2 * LANES, part_dtype);
+      d = d + vec_load(parts[p], i + 3 * LANES, part_dtype);
     }
     vec_store(out, i, out_dtype, a);
     vec_store(out, i + LANES, out_dtype, b);
@@ -32,7 +29,7 @@ KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
   for (; i + LANES <= count; i += LANES) {
     VEC a = vec_load(parts[0], i, part_dtype);
     for (uint32_t p = 1; p < n_parts; p++)
-      a = vec_add(a, vec_load(parts[p], i, part_dtype));
+      a = a + vec_load(parts[p], i, part_dtype);
     vec_store(out, i, out_dtype, a);
   }
   return i;

@@ -1,45 +1,7 @@
 /* The sum of partial outputs with NEON, which every 64-bit Arm CPU has. */
-#include "reduce_scalar.h"
 #include "reduce_variants.h"
 
 #ifdef ZMOE_ARM64
-#include <arm_neon.h>
-
-#define KERNEL static inline __attribute__((always_inline))
-#define VEC float32x4_t
-#define LANES 4
-
-KERNEL VEC vec_add(VEC a, VEC b) {
-  return vaddq_f32(a, b);
-}
-
-KERNEL VEC vec_load(const unsigned char *src, size_t i, zmoe_dtype dtype) {
-  if (dtype == ZMOE_F32)
-    return vreinterpretq_f32_u8(vld1q_u8(src + 4 * i));
-  uint8x8_t bytes = vld1_u8(src + 2 * i);
-  if (dtype == ZMOE_F16)
-    return vcvt_f32_f16(vreinterpret_f16_u8(bytes));
-  return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(bytes), 16));
-}
-
-KERNEL uint8x8_t bf16_of_vec(VEC v) {
-  uint32x4_t bits = vreinterpretq_u32_f32(v);
-  uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  bits = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-  return vreinterpret_u8_u16(vshrn_n_u32(bits, 16));
-}
-
-KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
-  VEC nan = vreinterpretq_f32_u32(vdupq_n_u32(ZMOE_F32_NAN));
-  v = vbslq_f32(vceqq_f32(v, v), v, nan);
-  if (dtype == ZMOE_F32) {
-    vst1q_u8(dst + 4 * i, vreinterpretq_u8_f32(v));
-    return;
-  }
-  uint8x8_t half = dtype == ZMOE_F16 ? vreinterpret_u8_f16(vcvt_f16_f32(v)) : bf16_of_vec(v);
-  vst1_u8(dst + 2 * i, half);
-}
-
 #include "reduce_body.h"
 
 size_t zmoe_reduce_neon(unsigned char *out, zmoe_dtype out_dtype, const unsigned char *const *parts,

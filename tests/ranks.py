@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from zmoe.types import Placement
+from zmoe.types import Placement, nothing
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
@@ -31,7 +31,6 @@ class Call(NamedTuple):
     layer: int
     shape: tuple[int, int]
     contributed: bool
-    overlapped: int
 
 
 class ThreadReducer:
@@ -56,13 +55,13 @@ class ThreadReducer:
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         meeting = self._meeting
         if partial is not None:
             assert partial.shape == shape and partial.dtype == dtype
-        self.calls.append(Call(layer, shape, partial is not None, len(overlap)))
-        mx.eval(*overlap)
+        self.calls.append(Call(layer, shape, partial is not None))
+        overlap()
         part = None if partial is None else np.array(partial.astype(mx.float32))
         meeting.parts[self.rank] = part
         meeting.keys[self.rank] = (layer, shape, digest)

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("zmoe.h", "compute.h", "bench_loop.h")
+HEADERS = ("zmoe.h", "compute.h", "decoder.h", "bench_loop.h")
 
 
 def declarations(header: str) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from zmoe.errors import InputError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+COMPUTES = ("auto", "mlx", "native")
+ACTIVATIONS = ("exact", "int8")
 
 
 def _check(ok: bool, flag: str, value: object, expected: str) -> None:
@@ -73,11 +75,15 @@ class EngineConfig:
     """What every node must agree on to run the same steps.
 
     `prefill_chunk`: rows of one prefill step. `max_kv_size`: rotating attention
-    cache of that many tokens, None for the whole context.
+    cache of that many tokens, None for the whole context. `compute`: "mlx",
+    "native" (the large products on the C kernels), or "auto": native on a CPU.
+    `activations` of quantised products on the kernels: "exact", or "int8".
     """
 
     prefill_chunk: int = 512
     max_kv_size: int | None = None
+    compute: str = "auto"
+    activations: str = "exact"
 
     def __post_init__(self) -> None:
         _check(
@@ -88,3 +94,16 @@ class EngineConfig:
         )
         kv_fits = self.max_kv_size is None or self.max_kv_size > 8
         _check(kv_fits, "--max-kv-size", self.max_kv_size, "more than 8")
+        _check(self.compute in COMPUTES, "--compute", self.compute, " or ".join(COMPUTES))
+        _check(
+            self.activations in ACTIVATIONS,
+            "--activations",
+            self.activations,
+            " or ".join(ACTIVATIONS),
+        )
+        _check(
+            self.compute != "mlx" or self.activations == "exact",
+            "--activations",
+            self.activations,
+            "exact with --compute mlx",
+        )

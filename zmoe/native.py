@@ -54,17 +54,50 @@ class Dtype(IntEnum):
 
 
 class Isa(IntEnum):
-    """Instruction sets that `reduce` and `convert` come in."""
+    """Instruction sets that the C code comes in."""
 
     GENERIC = 0
     AVX2 = 1
     AVX512 = 2
     NEON = 3
+    AVX512_BF16 = 4
+    NEON_DOT = 5
 
     @property
     def supported(self) -> bool:
         """Whether this CPU can run it."""
         return bool(lib.zmoe_isa_supported(self))
+
+
+class Format(IntEnum):
+    """How a weight is stored; zmoe_format of csrc/compute.h."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    AFFINE = 3
+    MXFP4 = 4
+    NVFP4 = 5
+    MXFP8 = 6
+
+
+class Precision(IntEnum):
+    """What becomes of x in quantised products; zmoe_precision of csrc/compute.h."""
+
+    EXACT = 0
+    INT8 = 1
+
+
+class Activation(IntEnum):
+    """Between an expert's products; zmoe_activation of csrc/compute.h."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    CLAMPED_SWIGLU = 3
+    RELU2 = 4
+    GELU_ONLY = 5
+    GELU_TANH_ONLY = 6
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class ModelInfo:
     context_length: int | None
 
 
+def nothing() -> None:
+    """What there is to do beside an exchange when there is nothing."""
+
+
 class Reducer(Protocol):
     """The all-reduce as one MoE layer sees it."""
 
@@ -61,14 +67,26 @@ class Reducer(Protocol):
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """Sum the ranks' partial outputs of MoE layer `layer` (ordinal).
 
         `partial` (rows, width) float, evaluated or not; None adds nothing.
         `digest` is that of the routing and must agree on all ranks. `overlap`
-        is evaluated while the exchange is in flight. Returns (rows, width) of
+        is called while the exchange is in flight. Returns (rows, width) of
         `dtype`, valid until the second next call. Raises PeerError,
         DivergenceError.
         """
+        ...
+
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """The same from memory to memory: both (rows, width) float32, `dtype` on the wire."""
         ...

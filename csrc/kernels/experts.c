@@ -31,8 +31,7 @@ struct experts {
   uint32_t first_pair, first_row; /* of this block */
   uint32_t *order;                /* [n_pairs]: pairs by expert, then as given */
   struct group *groups;
-  const float **x_plain; /* [rows] */
-  void **x_arranged;     /* [rows] */
+  void **x_arranged; /* [rows] */
   float *copies;
   zmoe_rows in, mid; /* [n_pairs], sorted: x of each pair; its activation */
   float *activations;
@@ -60,8 +59,8 @@ static void take_rows(struct experts *job) {
   const zmoe_weight *w = job->layer->up;
   for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
     zmoe_widen(job->x, job->x_dtype, r, w->ins, job->copies, job->isa);
-    arrange_row(job->kernels, job->in.layout, w, job->x_plain[r], job->x_arranged[r],
-                &job->infinite);
+    const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->ins, job->copies);
+    arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r], &job->infinite);
   }
 }
 

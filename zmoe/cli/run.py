@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
 from zmoe.cli.common import Parser, run_command, warn_unencrypted
-from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling, Timing
+from zmoe.config import ACTIVATIONS, COMPUTES, DEFAULT_MODEL, EngineConfig, Sampling, Timing
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def _parser() -> Parser:
     add("--version", action="version", version=f"zmoe {__version__}")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face name")
     _add_generation(parser)
+    _add_compute(parser)
     _add_cluster(parser)
     add("--stats", action="store_true", help="print a table of times and memory to stderr")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -49,6 +50,23 @@ def _add_generation(parser: Parser) -> None:
     add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
     add("--prefill-step-size", type=int, default=512, help="prompt tokens per step")
     add("--max-kv-size", type=int, help="keep the attention of that many tokens only")
+
+
+def _add_compute(parser: Parser) -> None:
+    defaults = EngineConfig()
+    add = parser.add_argument_group("compute").add_argument
+    add(
+        "--compute",
+        choices=COMPUTES,
+        default=defaults.compute,
+        help="large products by MLX, or by zmoe's CPU kernels; auto: native on a CPU",
+    )
+    add(
+        "--activations",
+        choices=ACTIVATIONS,
+        default=defaults.activations,
+        help="in the kernels' quantised products; int8 is faster on some CPUs, and less exact",
+    )
 
 
 def _add_cluster(parser: Parser) -> None:
@@ -95,7 +113,9 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         port=options.starting_port,
         remote=RemoteOptions(options.python, options.cwd, (*(hosts.envs if hosts else ()), *env)),
         timing=Timing(options.join_timeout, options.load_timeout, options.peer_timeout),
-        engine=EngineConfig(options.prefill_step_size, options.max_kv_size),
+        engine=EngineConfig(
+            options.prefill_step_size, options.max_kv_size, options.compute, options.activations
+        ),
     )
 
 

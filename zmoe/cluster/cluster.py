@@ -149,10 +149,10 @@ class Cluster:
         self._generations += 1
         mine = self._generations
 
-        def step(tokens: Sequence[int], reset: bool) -> mx.array:
+        def step(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
             if mine != self._generations:
                 raise ZmoeError("another generation has begun on this cluster")
-            return self._forward(tokens, reset)
+            return self._forward(tokens, reset, logits)
 
         return step
 
@@ -170,20 +170,20 @@ class Cluster:
         """Process ids of the workers that were started on this machine (or of their ssh)."""
         return self._leader.worker_pids() if self._leader is not None else []
 
-    def _forward(self, tokens: Sequence[int], reset: bool) -> mx.array:
+    def _forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
         if self._failed is not None:
             raise ZmoeError(f"this cluster has ended: {_reason(self._failed)}")
-        run: Callable[[Sequence[int], bool], mx.array]
+        run: Callable[[Sequence[int], bool, bool], mx.array]
         run = self._leader.forward if self._leader is not None else self._forward_alone
         try:
-            return run(tokens, reset)
+            return run(tokens, reset, logits)
         except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
             self._failed = error
             raise
 
-    def _forward_alone(self, tokens: Sequence[int], reset: bool) -> mx.array:
+    def _forward_alone(self, tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
         self._step += 1
-        return self._member.forward(self._step, tokens, reset)
+        return self._member.forward(self._step, tokens, reset, logits)
 
 
 def _is_name(model: str) -> bool:

@@ -40,6 +40,7 @@ from zmoe.cluster.messages import (
     Step,
     Stop,
 )
+from zmoe.compute.team import common_isa
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.models import LoadedShard
@@ -128,7 +129,9 @@ class Leader:
             check_hello(mine, hello, f"node {rank} ({joins[rank].host})")
         endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
         hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
-        self._broadcast(Mesh(list(hosts), list(data), list(control)))
+        isa = common_isa([mine.isa, *(hello.isa for hello in hellos.values())])
+        self.member.use_isa(isa)
+        self._broadcast(Mesh(isa, list(hosts), list(data), list(control)))
         self.member.connect(endpoints, self._listen)
         shard, seconds = self.member.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load)
@@ -165,6 +168,8 @@ class Leader:
             model=self._model_name,
             prefill_chunk=engine.prefill_chunk,
             max_kv_size=engine.max_kv_size,
+            compute=engine.compute,
+            activations=engine.activations,
             peer_timeout=timing.peer,
             grace_timeout=timing.grace,
             load_timeout=timing.load,
@@ -246,12 +251,12 @@ class Leader:
 
     # ---- running --------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int], reset: bool) -> mx.array:
+    def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
         """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
         self._step += 1
         try:
             self._broadcast(Step(self._step, reset, list(tokens)))
-            return self.member.forward(self._step, tokens, reset)
+            return self.member.forward(self._step, tokens, reset, logits)
         except PeerError as own:
             self._look_for_cause(own)
             raise

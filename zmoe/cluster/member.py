@@ -15,6 +15,7 @@ import mlx.core as mx
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.placement import place_evenly
+from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import MismatchError
@@ -46,11 +47,17 @@ class Member:
         self._engine: Engine | None = None
         self._connected = False
         self._affinity: set[int] | None = None
+        self._isa = best_isa_name()
+        self._team: Team | None = None
 
     def pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores` until close()."""
         self._affinity = os.sched_getaffinity(0)
         _set_affinity(cores)
+
+    def use_isa(self, isa: str) -> None:
+        """Use these instructions in the kernels, as every node of the run does."""
+        self._isa = isa
 
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
@@ -85,20 +92,35 @@ class Member:
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
         reducer = self.exchange or SingleNode()
-        shard = load_shard(self.info, self.placement, reducer, spans=self.spans, progress=progress)
-        self._engine = Engine(shard.model, reducer, self._config)
+        if is_native(self._config):
+            self._team = make_team(self._config, self._isa)
+        shard = load_shard(
+            self.info,
+            self.placement,
+            reducer,
+            spans=self.spans,
+            progress=progress,
+            team=self._team,
+            fuse=self._config.max_kv_size is None,
+        )
+        self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
 
-    def forward(self, step: int, tokens: Sequence[int], reset: bool) -> mx.array:
-        """Run one step; lazy logits (vocabulary,)."""
+    def forward(
+        self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
+    ) -> mx.array:
+        """Run one step; lazy logits (vocabulary,), which mean nothing unless wanted."""
         assert self._engine is not None
         if reset:
             self._engine.reset()
-        return self._engine.forward(step, tokens)
+        return self._engine.forward(step, tokens, logits)
 
     def close(self) -> None:
         if self.exchange is not None:
             self.exchange.close()
+        if self._team is not None:
+            self._team.close()
+            self._team = None
         if self._affinity is not None:
             _set_affinity(self._affinity)
             self._affinity = None
@@ -126,6 +148,7 @@ def hello_of(info: ModelInfo, placement: Placement, endpoint: Endpoint) -> Hello
         dtype=info.dtype,
         quantization=info.quantization,
         placement=placement.digest,
+        isa=best_isa_name(),
         host=endpoint.host,
         data_port=endpoint.data_port,
         control_port=endpoint.control_port,

@@ -41,6 +41,8 @@ class Setup:
     model: str
     prefill_chunk: int
     max_kv_size: int | None
+    compute: str
+    activations: str
     peer_timeout: float
     grace_timeout: float
     load_timeout: float
@@ -60,6 +62,7 @@ class Hello:
     dtype: str
     quantization: str
     placement: str
+    isa: str
     host: str
     data_port: int
     control_port: int
@@ -67,8 +70,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Leader to worker: every node's data sockets, by rank."""
+    """Leader to worker: every node's data sockets, by rank.
 
+    `isa` names the instruction set that every node's kernels use, so that all
+    of them round alike.
+    """
+
+    isa: str
     hosts: list[str]
     data_ports: list[int]
     control_ports: list[int]

@@ -109,7 +109,9 @@ class Worker:
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
         info = inspect_model(resolve_model(self.spec.model or setup.model))
-        config = EngineConfig(setup.prefill_chunk, setup.max_kv_size)
+        config = EngineConfig(
+            setup.prefill_chunk, setup.max_kv_size, setup.compute, setup.activations
+        )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member
         hello: Hello = hello_of(info, member.placement, member.open_exchange(self.spec.bind))
@@ -117,6 +119,7 @@ class Worker:
         mesh = self._expect(Mesh, timing.join)
         if mesh is None:
             raise ZmoeError(f"leader {self.spec.leader} did not name the other nodes")
+        member.use_isa(mesh.isa)
         endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
         member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
         _, seconds = member.load(_Throttled(self._bus, self._listen))
@@ -138,7 +141,7 @@ class Worker:
                 self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
-                member.forward(message.step, message.tokens, message.reset)
+                member.forward(message.step, message.tokens, message.reset, logits=False)
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):

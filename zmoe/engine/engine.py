@@ -17,27 +17,43 @@ class SteppedReducer(Protocol):
     step: int
 
 
+class LogitsSwitch(Protocol):
+    """Of a model: whether the pass to come shall end in logits."""
+
+    wanted: bool
+
+
 class Engine:
     """Runs the model over one sequence, in lock-step with the other ranks."""
 
     def __init__(
-        self, model: Callable[..., mx.array], reducer: SteppedReducer, config: EngineConfig
+        self,
+        model: Callable[..., mx.array],
+        reducer: SteppedReducer,
+        config: EngineConfig,
+        head: LogitsSwitch,
     ) -> None:
-        self._model, self._reducer, self._config = model, reducer, config
+        self._model, self._reducer, self._config, self._head = model, reducer, config, head
         self._cache: list[Any] = []
         self.reset()
 
     def reset(self) -> None:
         """Start a new sequence."""
         self._cache = make_prompt_cache(self._model, self._config.max_kv_size)
+        layers: Any = getattr(self._model, "layers", ())
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "make_cache"):
+                self._cache[index] = layer.make_cache()
 
-    def forward(self, step: int, tokens: Sequence[int]) -> mx.array:
+    def forward(self, step: int, tokens: Sequence[int], logits: bool = True) -> mx.array:
         """Append `tokens` to the sequence; the lazy logits (vocabulary,) after the last.
 
-        On return the cache is evaluated. Whoever doesn't evaluate the logits
-        never computes lm_head: followers, and all ranks in prefill.
+        On return the cache is evaluated. Without `logits` lm_head is never
+        computed, and what is returned means nothing: for followers, and for
+        all but the last pass over a prompt.
         """
         self._reducer.step = step
-        logits = self._model(mx.array([tokens]), cache=self._cache)
+        self._head.wanted = logits
+        out = self._model(mx.array([tokens]), cache=self._cache)
         mx.eval([c.state for c in self._cache])
-        return logits[0, -1]
+        return out[0, -1]

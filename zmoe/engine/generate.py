@@ -14,8 +14,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from zmoe.config import Sampling
 from zmoe.obs import Spans
 
-# Runs one step on all ranks: (tokens, starts a new sequence) -> logits (vocabulary,)
-StepFunction = Callable[[Sequence[int], bool], mx.array]
+# Runs one step on all ranks: (tokens, starts a new sequence, logits are wanted)
+# -> logits (vocabulary,)
+StepFunction = Callable[[Sequence[int], bool, bool], mx.array]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class Generation(Iterator[Token]):
             mx.random.seed(self._sampling.seed)
         body, last = self._prompt[:-1], self._prompt[-1:]
         for start in range(0, len(body), self._chunk):
-            self._step(body[start : start + self._chunk], start == 0)
-        return self._step(last, not body)
+            self._step(body[start : start + self._chunk], start == 0, False)
+        return self._step(last, not body, True)
 
     def _pick(self, logits: mx.array) -> int:
         row = logits[None].astype(mx.float32)
@@ -131,7 +132,7 @@ class Generation(Iterator[Token]):
                 return
             yield self._emit(token)
             start = time.perf_counter()
-            token = self._pick(self._step([token], False))
+            token = self._pick(self._step([token], False, True))
             self._count(time.perf_counter() - start)
         yield self._finish(token, "stop")
 

@@ -88,14 +88,14 @@ def _site(path: str, modules: dict[str, Module]) -> Site:
     for depth in range(len(parts) - 1, 0, -1):
         block_path, switch_path = ".".join(parts[:depth]), ".".join(parts[depth:])
         block = modules.get(block_path)
-        adapter = None if block is None else ADAPTERS.get(_key(block))
+        adapter = None if block is None else ADAPTERS.get(key_of(block))
         if block is not None and adapter and adapter.switch == switch_path:
             return Site(block_path, layer, block, switch_path, adapter)
     block_path = ".".join(parts[:-1])
     return Site(block_path, layer, modules[block_path], parts[-1], None)
 
 
-def _key(block: Module) -> str:
+def key_of(block: Module) -> str:
     return f"{type(block).__module__.rpartition('.')[2]}.{type(block).__name__}"
 
 

@@ -11,13 +11,19 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from zmoe.compute.experts import NativeExperts, can_be_native, switch_layers
+from zmoe.compute.linear import Head, Parts, make_native, may_be_mapped
+from zmoe.compute.team import Team
 from zmoe.errors import PlacementError
 from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import Site, find_sites, projections, replace_module
+from zmoe.models.mapping import Mapping, can_be_mapped
+from zmoe.models.native import fuse_layers
 from zmoe.models.share import Piece, Reader, placeholder, select
 from zmoe.models.usage import unused_names
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
+from zmoe.moe.experts import Experts
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement, Reducer
 
@@ -34,11 +40,13 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user.
+    `notices` are lines for the user. `head` says of each pass whether its
+    logits are wanted; what MLX computes is lazy anyway.
     """
 
     model: Module
     config: dict[str, Any]
+    head: Head
     bytes_read: int
     share_bytes: int
     largest_tensor_bytes: int
@@ -52,34 +60,54 @@ def load_shard(
     *,
     spans: Spans,
     progress: Progress | None = None,
+    team: Team | None = None,
+    fuse: bool = True,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
     Reads only these byte ranges, once all names and shapes are known to fit;
     never holds more than they take and one more tensor. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it. Raises ModelError naming what is damaged or missing,
-    PlacementError for a placement of another model.
+    loads it, its large products on `team` if there is one; then what lies in
+    the checkpoint as the kernels want it stays there, mapped, and with `fuse`
+    whole layers of known families are the kernels'. Raises ModelError naming
+    what is damaged or missing, PlacementError for a placement of another model.
     """
     owned = _owned(info, placement, reducer.rank)
     count = max(1, *(len(ids) for ids in owned))
-    pieces, unused = _plan(info, owned, count)
+    plan = _plan(info, owned, count, native=team is not None)
+    report = progress or (lambda done, total: None)
     with Reader() as reader:
-        feed = _reading(pieces, unused, reader, progress)
+        feed = _reading(plan, reader, report)
         model, config = assemble(Path(info.path), feed, (info.experts, count))
     sites = find_sites(model)
+    mapping = Mapping()
+    mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
     for site, ids in zip(sites, owned, strict=True):
-        _trim(site, len(ids), count)
+        _trim(site, len(ids), count, mapped)
+    dtype = DTYPES[info.dtype]
+    head = Head(dtype)
+    experts: dict[str, NativeExperts] = {}
+    if team is not None:
+        experts = _make_native(model, sites, info, team, mapped, head)
     arrays = _evaluate(model)
-    for ordinal, (site, ids) in enumerate(zip(sites, owned, strict=True)):
-        layer = Layer(ordinal, info.experts, ids, DTYPES[info.dtype], reducer, spans)
-        _install(model, site, layer)
+    layers = [
+        Layer(ordinal, info.experts, ids, dtype, reducer, spans)
+        for ordinal, ids in enumerate(owned)
+    ]
+    for site, layer in zip(sites, layers, strict=True):
+        _install(model, site, layer, experts.get(site.path))
+    if team is not None and fuse:
+        fuse_layers(model, sites, layers, experts, team, dtype)
+    sizes = [array.nbytes for array in arrays]
+    sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
     return LoadedShard(
         model,
         config,
-        reader.bytes_read,
-        sum(array.nbytes for array in arrays),
-        max(array.nbytes for array in arrays),
+        head,
+        reader.bytes_read + mapping.bytes_read,
+        sum(sizes),
+        max(sizes),
         _notices(sites),
     )
 
@@ -95,55 +123,123 @@ def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, 
     return [layer[rank] for layer in placement.owned]
 
 
-def _plan(
-    info: ModelInfo, owned: list[tuple[int, ...]], count: int
-) -> tuple[list[Piece], set[str]]:
-    """What to read, and the names of what the model has no use for.
+@dataclass(frozen=True)
+class _Plan:
+    """What to read, in the order of the files; what of it to map, by layer and
+    part; and the names of what the model has no use for.
+    """
 
-    Found by putting it together without any weights, so faults show before
-    anything is read.
+    pieces: list[Piece]
+    mapped: dict[str, dict[str, Piece]]
+    unused: set[str]
+
+    @property
+    def total(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def _plan(info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: bool) -> _Plan:
+    """Found by putting the model together without any weights, so faults show
+    before anything is read.
     """
     path = Path(info.path)
     own = dict(zip(info.moe_layers, owned, strict=True))
     pieces = select(read_tensors(path), info.experts, own, count)
     unused: set[str] = set()
+    untouched: dict[str, Piece] = {}
 
     def feed(sanitize: Sanitize, _: Weights) -> Weights:
         nothing = {piece.name: placeholder(piece) for piece in pieces}
         unused.update(unused_names(sanitize, nothing))
-        return sanitize(nothing)
+        weights = sanitize(dict(nothing))
+        whose = {id(nothing[piece.name]): piece for piece in pieces}
+        untouched.update((n, whose[id(a)]) for n, a in weights.items() if id(a) in whose)
+        return weights
 
-    assemble(path, feed, (info.experts, count))
-    kept = (piece for piece in pieces if piece.name not in unused)
-    return sorted(kept, key=lambda piece: (piece.source.file, piece.source.start)), unused
+    model, _ = assemble(path, feed, (info.experts, count))
+    kept = [piece for piece in pieces if piece.name not in unused]
+    kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
+    return _Plan(kept, _to_map(model, untouched) if native else {}, unused)
 
 
-def _reading(
-    pieces: list[Piece], unused: set[str], reader: Reader, progress: Progress | None
-) -> Feed:
-    """A feed of what the files hold; what is of no use stays unread."""
-    total = sum(piece.nbytes for piece in pieces)
+def _to_map(model: Module, untouched: dict[str, Piece]) -> dict[str, dict[str, Piece]]:
+    """The layers for the kernels whose weights are in the checkpoint as they are."""
+    paths = [path for path, module in model.named_modules() if may_be_mapped(module)]
+    for site in find_sites(model):
+        if can_be_native(site.switch):
+            paths += [f"{site.path}.{site.switch_path}.{n}" for n in switch_layers(site.switch)]
+    found = {}
+    for path in paths:
+        names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
+        parts = {part: untouched[name] for part, name in names.items() if name in untouched}
+        present = {part for part, name in names.items() if _has(model, name)}
+        if parts.keys() == present and all(can_be_mapped(piece) for piece in parts.values()):
+            found[path] = parts
+    return found
+
+
+def _has(model: Any, name: str) -> bool:
+    for word in name.split("."):
+        model = model[int(word)] if isinstance(model, list) else model.get(word)
+        if model is None:
+            return False
+    return True
+
+
+def _reading(plan: _Plan, reader: Reader, progress: Progress) -> Feed:
+    """A feed of what the files hold; what is mapped or of no use stays unread."""
+    mapped = {piece.name for parts in plan.mapped.values() for piece in parts.values()}
 
     def feed(sanitize: Sanitize, offered: Weights) -> Weights:
-        weights = {name: offered[name] for name in unused if name in offered}
-        for piece in pieces:
+        weights = {name: offered[name] for name in plan.unused if name in offered}
+        for piece in plan.pieces:
+            if piece.name in mapped:
+                weights[piece.name] = placeholder(piece)
+                continue
             weights[piece.name] = reader.read(piece)
-            if progress is not None:
-                progress(reader.bytes_read, total)
+            progress(reader.bytes_read, plan.total)
         return sanitize(weights)
 
     return feed
 
 
-def _trim(site: Site, own: int, count: int) -> None:
+def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[str, Parts]:
+    return {
+        path: {part: mapping.stored(piece, lambda _: progress()) for part, piece in parts.items()}
+        for path, parts in plan.mapped.items()
+    }
+
+
+def _make_native(
+    model: Module,
+    sites: list[Site],
+    info: ModelInfo,
+    team: Team,
+    mapped: dict[str, Parts],
+    head: Head,
+) -> dict[str, NativeExperts]:
+    """Put `team` to work for all large products; the experts' by path of their block."""
+    experts = {}
+    for site in sites:
+        if can_be_native(site.switch):
+            path = f"{site.path}.{site.switch_path}"
+            experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, mapped)
+    make_native(model, team, mapped, head)
+    return experts
+
+
+def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
     """Drop the zeros that stood in for experts that this node does not have."""
     if own == count:
         return
     if own == 0:
         replace_module(site.block, site.switch_path, Module())
         return
-    for layer in projections(site.switch):
+    for path, layer in zip(switch_layers(site.switch), projections(site.switch)):
+        there = mapped.get(f"{site.path}.{site.switch_path}.{path}", {})
         for name, array in layer.parameters().items():
+            if name in there:
+                continue
             layer[name] = mx.contiguous(array[:own])
 
 
@@ -165,11 +261,12 @@ def _evaluate(model: Module) -> list[mx.array]:
     return arrays
 
 
-def _install(model: Module, site: Site, layer: Layer) -> None:
+def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -> None:
     if site.adapter is not None:
-        replace_module(model, site.path, ExpertParallelMoE(site.block, site.adapter, layer))
+        block = ExpertParallelMoE(site.block, site.adapter, layer, experts)
+        replace_module(model, site.path, block)
     else:
-        switch = ExpertParallelSwitch(site.switch, layer)
+        switch = ExpertParallelSwitch(site.switch, layer, experts)
         replace_module(site.block, site.switch_path, switch)
 
 

@@ -50,3 +50,13 @@ class Adapter:
     shared: Callable[[Block, mx.array, Routing], mx.array | None] = no_shared
     finish: Callable[[Block, mx.array, mx.array, Any], mx.array] = add_shared
     per_expert: Callable[[Block, mx.array], mx.array] | None = None
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether something may be computed beside the routed experts."""
+        return self.shared is not no_shared
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether the block's output is the weighted sum plus what is shared."""
+        return self.finish is add_shared and self.per_expert is None

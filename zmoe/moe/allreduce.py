@@ -24,6 +24,7 @@ from zmoe.moe.receive import DTYPES, ReceiveBuffers
 from zmoe.moe.sockets import Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype, Status
 from zmoe.obs import Spans
+from zmoe.types import nothing
 
 RESEND_MS = 50  # a frame this late is asked for again
 SPIN_US = 100  # how long to look for a peer's frame before sleeping
@@ -173,7 +174,7 @@ class Exchange:
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """See zmoe.types.Reducer; float32, float16 and bfloat16."""
         rows, width = shape
@@ -183,11 +184,27 @@ class Exchange:
             source, source_dtype = self._received.source(partial, rows * width)
         with self._spans.span("exchange"):
             self._publish(source, source_dtype, layer, rows, width, wire, digest)
-            if overlap:
-                mx.async_eval(*overlap)
+            overlap()
             out = self._received.next(dtype)
             self._collect(out, wire, layer)
         return self._received.view(dtype, rows, width)
+
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """See zmoe.types.Reducer."""
+        rows, width = out.shape
+        wire = DTYPES[dtype]
+        with self._spans.span("exchange"):
+            self._publish(partial, Dtype.F32, layer, rows, width, wire, digest)
+            overlap()
+            self._collect(Receive(out), Dtype.F32, layer)
 
     def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).

@@ -5,15 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
 from zmoe.moe.adapter import Adapter, Block
-from zmoe.moe.experts import Floats, expert_outputs, partial_sum
-from zmoe.moe.router import Ints, LocalPairs, Ownership, routing_digest
+from zmoe.moe.experts import Experts, MlxExperts, combine
+from zmoe.moe.router import Floats, Ints, LocalPairs, Ownership, routing_digest
 from zmoe.obs import Spans
 from zmoe.types import Reducer
 
@@ -46,12 +45,17 @@ class ExpertParallelMoE(Module):
     local (row, expert) pairs.
     """
 
-    def __init__(self, block: Block, adapter: Adapter, layer: Layer) -> None:
+    def __init__(
+        self, block: Block, adapter: Adapter, layer: Layer, experts: Experts | None = None
+    ) -> None:
+        """`experts` are this node's own; None: those of the block's switch layer, on MLX."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.block = block
         self._adapter = adapter
         self._layer = layer
         self._ownership = Ownership(layer.experts, layer.owned)
+        switch = operator.attrgetter(adapter.switch)(block)
+        self._experts = MlxExperts(switch) if experts is None else experts
 
     def __call__(self, x: mx.array, *given: mx.array) -> mx.array:
         adapter, layer = self._adapter, self._layer
@@ -62,7 +66,13 @@ class ExpertParallelMoE(Module):
         weights = routing.weights.reshape(-1, k).astype(mx.float32)
         mx.eval(rows, ids, weights)
         host_ids = _on_host(ids)
-        shared = adapter.shared(self.block, x, routing)
+        shared: list[mx.array | None] = []
+
+        def beside_the_exchange() -> None:
+            shared.append(adapter.shared(self.block, x, routing))
+            if shared[0] is not None:
+                mx.async_eval(shared[0])
+
         routed = layer.reducer.all_reduce(
             layer.ordinal,
             self._partial(rows, self._ownership.pairs(host_ids), np.asarray(weights)),
@@ -70,24 +80,21 @@ class ExpertParallelMoE(Module):
             layer.dtype,
             # The order within a row may differ between devices; the set may not.
             routing_digest(np.sort(host_ids, axis=-1)),
-            overlap=() if shared is None else (shared,),
+            overlap=beside_the_exchange,
         )
         routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
-        return adapter.finish(self.block, x, routed, shared)
+        return adapter.finish(self.block, x, routed, shared[0])
 
     def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
         if not len(pairs.rows):
             return None
-        hook = self._adapter.per_expert
+        hook, dtype = self._adapter.per_expert, self._layer.dtype
         with self._layer.spans.span("experts"):
-            part = partial_sum(
-                operator.attrgetter(self._adapter.switch)(self.block),
-                rows,
-                pairs,
-                weights,
-                self._layer.dtype,
-                None if hook is None else partial(hook, self.block),
-            )
+            if hook is None:
+                part = self._experts.partial(rows, pairs, weights, dtype)
+            else:
+                y = hook(self.block, self._experts.outputs(rows, pairs))
+                part = combine(y, pairs, weights, rows.shape[0]).astype(dtype)
             mx.eval(part)
         return part
 
@@ -99,10 +106,12 @@ class ExpertParallelSwitch(Module):
     does, so any block works; but k times the bytes travel.
     """
 
-    def __init__(self, switch: Block | None, layer: Layer) -> None:
+    def __init__(self, switch: Block, layer: Layer, experts: Experts | None = None) -> None:
+        """`experts` are this node's own; None: those of `switch`, on MLX."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.switch = switch
         self._layer = layer
+        self._experts = MlxExperts(switch) if experts is None else experts
         self._ownership = Ownership(layer.experts, layer.owned)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -125,7 +134,7 @@ class ExpertParallelSwitch(Module):
         if not len(pairs.rows):
             return None
         with self._layer.spans.span("experts"):
-            y = expert_outputs(self.switch, rows, pairs).astype(self._layer.dtype)
+            y = self._experts.outputs(rows, pairs).astype(self._layer.dtype)
             place = np.full(rows.shape[0] * k, len(pairs.rows), np.int32)
             place[pairs.rows * k + pairs.slots] = np.arange(len(pairs.rows))
             padded = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from zmoe.moe.router import Ints, LocalPairs
+from zmoe.moe.router import Floats, Ints, LocalPairs
 
-Floats = npt.NDArray[np.float32]
 Switch = Any  # SwitchGLU, SwitchMLP, or a subclass
+
+
+class Experts(Protocol):
+    """A node's own experts of one layer, whatever computes them."""
+
+    def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
+        """The output of each pair: (pairs, width) from the rows x (rows, width)."""
+        ...
+
+    def partial(self, x: mx.array, pairs: LocalPairs, weights: Floats, dtype: mx.Dtype) -> mx.array:
+        """The local part of the block's routed output: (rows, width) of `dtype`.
+
+        `weights` (rows, k) float32; there is at least one pair.
+        """
+        ...
+
+
+class MlxExperts:
+    """The experts of a switch layer on MLX."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch
+
+    def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
+        return expert_outputs(self._switch, x, pairs)
+
+    def partial(self, x: mx.array, pairs: LocalPairs, weights: Floats, dtype: mx.Dtype) -> mx.array:
+        return combine(self.outputs(x, pairs), pairs, weights, x.shape[0]).astype(dtype)
 
 
 def expert_outputs(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
@@ -96,21 +121,3 @@ def _per_row(pairs: LocalPairs, weights: Floats, rows: int) -> tuple[Ints, Float
     scale = np.zeros(index.shape, np.float32)
     scale[pairs.rows, nth] = weights[pairs.rows, pairs.slots]
     return index, scale
-
-
-PerExpert = Callable[[mx.array], mx.array]
-
-
-def partial_sum(
-    switch: Switch,
-    x: mx.array,
-    pairs: LocalPairs,
-    weights: Floats,
-    dtype: mx.Dtype,
-    per_expert: PerExpert | None = None,
-) -> mx.array:
-    """The local part of the block's routed output: (rows, width) of `dtype`."""
-    y = expert_outputs(switch, x, pairs)
-    if per_expert is not None:
-        y = per_expert(y)
-    return combine(y, pairs, weights, x.shape[0]).astype(dtype)

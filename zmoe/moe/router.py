@@ -11,6 +11,7 @@ import numpy.typing as npt
 from zmoe import native
 
 Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

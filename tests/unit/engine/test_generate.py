@@ -29,15 +29,17 @@ class Script:
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.vocabulary = list(tokens), vocabulary
         self.steps: list[tuple[list[int], bool]] = []
+        self.wanted: list[bool] = []
         self.prompt_tokens = 0
 
-    def __call__(self, tokens: Sequence[int], reset: bool) -> mx.array:
+    def __call__(self, tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
         self.steps.append((list(tokens), reset))
+        self.wanted.append(logits)
         seen = sum(len(t) for t, _ in self.steps)
         at = max(0, seen - self.prompt_tokens)
-        logits = mx.zeros(self.vocabulary)
-        logits[self.tokens[min(at, len(self.tokens) - 1)]] = 20.0
-        return logits
+        row = mx.zeros(self.vocabulary)
+        row[self.tokens[min(at, len(self.tokens) - 1)]] = 20.0
+        return row
 
 
 def generation(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from zmoe.models.discover import ADAPTERS, find_sites, projections
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
 from zmoe.obs import Spans
+from zmoe.types import nothing
 
 DIM = 64
 
@@ -28,7 +30,7 @@ class Recorder:
     def __init__(self) -> None:
         self.digests: list[int] = []
         self.partials: list[mx.array | None] = []
-        self.overlaps: list[Sequence[mx.array]] = []
+        self.events: list[str] = []
 
     def all_reduce(
         self,
@@ -37,11 +39,13 @@ class Recorder:
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
-        overlap: Sequence[mx.array] = (),
+        overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         self.digests.append(digest)
         self.partials.append(partial)
-        self.overlaps.append(overlap)
+        self.events.append("exchange begins")
+        overlap()
+        self.events.append("exchange ends")
         return mx.zeros(shape, dtype) if partial is None else partial
 
 
@@ -91,18 +95,20 @@ def test_one_evaluation_of_the_routing_and_no_work_without_local_pairs() -> None
     assert out.shape == (1, 4, DIM) and not mx.any(out)
 
 
-def test_the_shared_expert_is_handed_over_for_overlap() -> None:
-    reducer = Recorder()
-    block = spread(site_of("qwen2_moe"), reducer, range(EXPERTS), mx.float32)
+def test_the_shared_expert_is_computed_while_the_exchange_is_under_way() -> None:
+    reducer, site = Recorder(), site_of("qwen2_moe")
     x = mx.random.normal((1, 3, DIM))
-    block(x)
-    (shared,) = reducer.overlaps[0]
-    inner = block.block
-    want = mx.sigmoid(inner.shared_expert_gate(x)) * inner.shared_expert(x)
-    assert mx.allclose(shared, want)
-    reducer = Recorder()
-    spread(site_of("mixtral"), reducer, range(EXPERTS), mx.float32)(x)
-    assert reducer.overlaps == [()]
+    want = site.block(x)
+    plain = site.adapter.shared
+
+    def shared(*given: Any) -> mx.array:
+        reducer.events.append("shared expert")
+        return plain(*given)
+
+    site = replace(site, adapter=replace(site.adapter, shared=shared))
+    got = spread(site, reducer, range(EXPERTS), mx.float32)(x)
+    assert reducer.events == ["exchange begins", "shared expert", "exchange ends"]
+    assert mx.allclose(got, want, atol=1e-5)
 
 
 def test_the_digest_follows_the_sets_of_experts_and_not_their_order() -> None:

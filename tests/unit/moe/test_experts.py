@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from zmoe.moe.experts import combine, expert_outputs, gathered, grouped, partial_sum
+from zmoe.moe.experts import MlxExperts, combine, expert_outputs, gathered, grouped
 from zmoe.moe.router import LocalPairs, Ownership
 
 EXPERTS, DIM, HIDDEN = 5, 64, 128
@@ -95,7 +95,7 @@ def test_partial_sums_against_float64(dtype: mx.Dtype, rows: int) -> None:
     x = mx.random.normal((rows, DIM)).astype(dtype)
     ids, weights = routing(rows, 3)
     pairs = local(ids)
-    part = partial_sum(layer, x, pairs, weights, dtype)
+    part = MlxExperts(layer).partial(x, pairs, weights, dtype)
     assert part.dtype == dtype and part.shape == (rows, DIM)
     each = reference(layer, x, pairs)
     want, scale = np.zeros((rows, DIM)), np.zeros((rows, 1))

@@ -1,0 +1,188 @@
+/* The attention of a decoder layer: norm, projections, heads, output, residual. */
+#include "attention.h"
+
+#include <string.h>
+
+#include "../decoder.h"
+
+/* The memory of a call, for up to ZMOE_ROW_BLOCK rows at a time. */
+struct memory {
+  void *x;    /* (rows, width) of dtype: what the projections take */
+  float *qkv; /* (rows, heads + 2 kv_heads, head_dim) */
+  void *out;  /* (rows, heads, head_dim) of dtype: what the output projection takes */
+  float *y;   /* (rows, width): what it gives */
+  float *sums;
+  zmoe_softmax *softmax;
+};
+
+/* ---- checks ------------------------------------------------------------------------ */
+
+static int head_norm_fits(const zmoe_norm *norm, size_t head_dim, size_t heads) {
+  return zmoe_norm_fits(norm, (uint32_t)head_dim) ||
+         zmoe_norm_fits(norm, (uint32_t)(head_dim * heads));
+}
+
+static int shapes_fit(const zmoe_attention *a) {
+  size_t outs[] = {(size_t)a->heads * a->head_dim, (size_t)a->kv_heads * a->head_dim,
+                   (size_t)a->kv_heads * a->head_dim};
+  uint32_t width = a->projections->ins;
+  if (a->n_projections == 1)
+    outs[0] = zmoe_qkv_width(a);
+  for (uint32_t i = 0; i < a->n_projections; i++)
+    if (zmoe_weight_check(&a->projections[i]) != ZMOE_OK || a->projections[i].ins != width ||
+        a->projections[i].outs != outs[i])
+      return 0;
+  return zmoe_weight_check(a->output) == ZMOE_OK && a->output->outs == width &&
+         a->output->ins == (size_t)a->heads * a->head_dim && zmoe_norm_fits(&a->input, width) &&
+         head_norm_fits(&a->query_norm, a->head_dim, a->heads) &&
+         head_norm_fits(&a->key_norm, a->head_dim, a->kv_heads);
+}
+
+static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, uint32_t rows,
+                 const float *cosines, const float *sines) {
+  if (a->heads == 0 || a->kv_heads == 0 || a->heads % a->kv_heads != 0 || a->head_dim == 0 ||
+      a->head_dim > ZMOE_MAX_HEAD_DIM || a->heads > ZMOE_MAX_COLUMNS || a->rope_dims % 2 != 0 ||
+      a->rope_dims > a->head_dim || (a->n_projections != 1 && a->n_projections != 3) ||
+      zmoe_dtype_bytes((zmoe_dtype)a->dtype) == 0 || !shapes_fit(a))
+    return ZMOE_EINVAL;
+  if (cache->length > cache->capacity || rows > cache->capacity - cache->length ||
+      (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
+    return ZMOE_EINVAL;
+  return ZMOE_OK;
+}
+
+/* ---- memory ------------------------------------------------------------------------ */
+
+static uint32_t widest(const zmoe_attention *a) {
+  return a->output->ins > a->output->outs ? a->output->ins : a->output->outs;
+}
+
+/* Takes all that the call needs, or finds out that there is too little. */
+static int take_memory(zmoe_team *team, const zmoe_attention *a, uint32_t rows, struct memory *m) {
+  size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), n = zmoe_min(rows, ZMOE_ROW_BLOCK);
+  size_t vectors = zmoe_attend_vectors(a), padded = zmoe_round_up(a->head_dim, ZMOE_PANEL);
+  m->x = zmoe_team_scratch(team, n * a->output->outs * item);
+  m->qkv = zmoe_team_scratch(team, n * zmoe_qkv_width(a) * sizeof *m->qkv);
+  m->out = zmoe_team_scratch(team, n * a->output->ins * item);
+  m->y = zmoe_team_scratch(team, n * a->output->outs * sizeof *m->y);
+  m->sums = zmoe_team_scratch(team, vectors * padded * sizeof *m->sums);
+  m->softmax = zmoe_team_scratch(team, vectors * sizeof *m->softmax);
+  int all = m->x != NULL && m->qkv != NULL && m->out != NULL && m->y != NULL && m->sums != NULL &&
+            m->softmax != NULL;
+  return all && zmoe_linear_has_room(team, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
+}
+
+size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t keys) {
+  (void)keys; /* they are looked at block by block */
+  size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), padded = zmoe_round_up(a->head_dim, 32);
+  size_t row = a->output->outs * (item + sizeof(float)) + zmoe_qkv_width(a) * sizeof(float) +
+               a->output->ins * item;
+  size_t vector = padded * sizeof(float) + sizeof(zmoe_softmax);
+  return ZMOE_ROW_BLOCK * row + zmoe_attend_vectors(a) * vector + 6 * 64 +
+         zmoe_linear_scratch(widest(a));
+}
+
+/* ---- the parts of a step -------------------------------------------------------------- */
+
+static int project(zmoe_team *team, const zmoe_attention *a, const struct memory *m, uint32_t rows,
+                   zmoe_precision precision) {
+  const zmoe_weight *weights[3];
+  void *ys[3];
+  size_t strides[3], at = 0;
+  for (uint32_t i = 0; i < a->n_projections; i++) {
+    weights[i] = &a->projections[i];
+    ys[i] = m->qkv + at;
+    strides[i] = zmoe_qkv_width(a);
+    at += a->projections[i].outs;
+  }
+  return zmoe_linear(team, weights, a->n_projections, m->x, (zmoe_dtype)a->dtype, rows, ys, strides,
+                     ZMOE_F32, precision);
+}
+
+static int attend(zmoe_team *team, zmoe_attend *job) {
+  zmoe_attend_plan(job);
+  size_t mark = zmoe_team_mark(team);
+  job->floats_per_thread = job->few ? 0 : zmoe_attend_panel_floats(job->attention);
+  size_t bytes = job->floats_per_thread * sizeof *job->panels;
+  job->panels = zmoe_team_scratch(team, zmoe_team_threads(team) * bytes);
+  int status = job->panels == NULL ? ZMOE_ENOMEM : ZMOE_OK;
+  if (status == ZMOE_OK)
+    zmoe_team_run(team, zmoe_attend_work, job);
+  zmoe_team_release(team, mark);
+  return status;
+}
+
+struct addition {
+  const float *y;
+  float *h;
+  uint32_t rows;
+  size_t width;
+  zmoe_tasks tasks;
+};
+
+static void add_rows(zmoe_team *team, void *argument, uint32_t thread) {
+  (void)team, (void)thread;
+  struct addition *job = argument;
+  for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
+    for (size_t i = r * job->width; i < (r + 1) * job->width; i++)
+      job->h[i] += job->y[i];
+}
+
+static int put_out(zmoe_team *team, const zmoe_attention *a, const struct memory *m, uint32_t rows,
+                   float *h, zmoe_precision precision) {
+  void *ys[] = {m->y};
+  const size_t strides[] = {a->output->outs};
+  int status = zmoe_linear(team, &a->output, 1, m->out, (zmoe_dtype)a->dtype, rows, ys, strides,
+                           ZMOE_F32, precision);
+  struct addition job = {.y = m->y, .h = h, .rows = rows, .width = a->output->outs};
+  if (status == ZMOE_OK)
+    zmoe_run_rows(team, add_rows, &job, rows);
+  return status;
+}
+
+/* ---- the call ---------------------------------------------------------------------------- */
+
+/* Rows [first, first + rows), at most ZMOE_ROW_BLOCK: each sees those before it in the cache. */
+static int step_block(zmoe_team *team, const zmoe_attention *a, const zmoe_kv_cache *cache,
+                      const float *cosines, const float *sines, uint32_t first, uint32_t rows,
+                      float *h, const struct memory *m, zmoe_precision precision) {
+  size_t angle = (size_t)first * (a->rope_dims / 2);
+  h += (size_t)first * a->output->outs;
+  zmoe_norm_all(team, &a->input, a->output->outs, h, rows, m->x, (zmoe_dtype)a->dtype);
+  int status = project(team, a, m, rows, precision);
+  zmoe_attend job = {.attention = a,
+                     .small = zmoe_small_for(zmoe_team_isa(team)),
+                     .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
+                     .isa = zmoe_team_isa(team),
+                     .dtype = (zmoe_dtype)a->dtype,
+                     .cache = cache,
+                     .cosines = a->rope_dims > 0 ? cosines + angle : NULL,
+                     .sines = a->rope_dims > 0 ? sines + angle : NULL,
+                     .rows = rows,
+                     .position = cache->length + first,
+                     .qkv = m->qkv,
+                     .out = m->out,
+                     .sums = m->sums,
+                     .softmax = m->softmax};
+  if (status == ZMOE_OK)
+    status = attend(team, &job);
+  return status == ZMOE_OK ? put_out(team, a, m, rows, h, precision) : status;
+}
+
+int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
+                        const float *cosines, const float *sines, uint32_t rows, float *h,
+                        zmoe_precision precision) {
+  int status = check(attention, cache, rows, cosines, sines);
+  if (status != ZMOE_OK || rows == 0)
+    return status;
+  size_t mark = zmoe_team_mark(team);
+  struct memory memory;
+  status = take_memory(team, attention, rows, &memory);
+  for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK)
+    status = step_block(team, attention, cache, cosines, sines, first,
+                        zmoe_min(rows - first, ZMOE_ROW_BLOCK), h, &memory, precision);
+  zmoe_team_release(team, mark);
+  if (status == ZMOE_OK)
+    cache->length += rows;
+  return status;
+}

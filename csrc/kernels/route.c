@@ -1,0 +1,139 @@
+/* Which experts a row goes to, and with what weights. */
+#include "layer.h"
+
+#include <math.h>
+
+#include "../decoder.h"
+
+struct route {
+  const zmoe_router *router;
+  const zmoe_small *small;
+  float *logits; /* (rows, experts) */
+  int32_t *ids;
+  float *weights;
+  uint32_t rows, experts;
+  zmoe_tasks tasks;
+};
+
+/* ---- one row -------------------------------------------------------------------- */
+
+/* Strictly: of equals, and of two NaN, the first stays. */
+static int is_better(float a, float b) {
+  return a > b || (isnan(b) && !isnan(a));
+}
+
+static float choice(const zmoe_router *router, const float *scores, int32_t expert) {
+  return router->choice_bias == NULL ? scores[expert]
+                                     : scores[expert] + router->choice_bias[expert];
+}
+
+/* The k best, best first, by insertion: after the first few hardly any expert is one. */
+static void select_experts(const zmoe_router *router, const float *scores, uint32_t experts,
+                           int32_t *ids) {
+  uint32_t k = router->top_k, found = 0;
+  for (uint32_t e = 0; e < experts; e++) {
+    float value = choice(router, scores, (int32_t)e);
+    if (found == k && !is_better(value, choice(router, scores, ids[k - 1])))
+      continue;
+    uint32_t at = found < k ? found++ : k - 1;
+    for (; at > 0 && is_better(value, choice(router, scores, ids[at - 1])); at--)
+      ids[at] = ids[at - 1];
+    ids[at] = (int32_t)e;
+  }
+}
+
+/* In place; a row's probabilities. */
+static void softmax(const zmoe_small *small, float *x, uint32_t count) {
+  zmoe_softmax state = zmoe_softmax_empty();
+  (void)small->soften(x, count, &state);
+  for (uint32_t i = 0; i < count; i++)
+    x[i] /= state.sum;
+}
+
+static void normalize(const zmoe_router *router, float *weights) {
+  float sum = 0;
+  for (uint32_t i = 0; i < router->top_k; i++)
+    sum += weights[i];
+  for (uint32_t i = 0; i < router->top_k; i++)
+    weights[i] /= sum + router->floor;
+}
+
+static void route_row(const struct route *job, float *scores, int32_t *ids, float *weights) {
+  const zmoe_router *router = job->router;
+  uint32_t k = router->top_k;
+  if (router->kind == ZMOE_SOFTMAX_TOP_K)
+    softmax(job->small, scores, job->experts);
+  else if (router->kind == ZMOE_SIGMOID_TOP_K)
+    job->small->sigmoid(scores, job->experts);
+  select_experts(router, scores, job->experts, ids);
+  for (uint32_t i = 0; i < k; i++)
+    weights[i] = scores[ids[i]];
+  if (router->kind == ZMOE_TOP_K_SOFTMAX)
+    softmax(job->small, weights, k);
+  if (router->normalize)
+    normalize(router, weights);
+  for (uint32_t i = 0; i < k; i++)
+    weights[i] *= router->scale;
+}
+
+static void work(zmoe_team *team, void *argument, uint32_t thread) {
+  (void)team, (void)thread;
+  struct route *job = argument;
+  size_t k = job->router->top_k;
+  for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
+    route_row(job, job->logits + (size_t)r * job->experts, job->ids + r * k, job->weights + r * k);
+}
+
+/* ---- the call --------------------------------------------------------------------- */
+
+static int check(const zmoe_router *router, zmoe_dtype x_dtype) {
+  const zmoe_weight *gate = router->gate;
+  if (zmoe_weight_check(gate) != ZMOE_OK || gate->outs > INT32_MAX ||
+      !zmoe_norm_fits(&router->input, gate->ins) || router->kind > ZMOE_SIGMOID_TOP_K ||
+      router->top_k < 1 || router->top_k > gate->outs || zmoe_dtype_bytes(x_dtype) == 0)
+    return ZMOE_EINVAL;
+  return ZMOE_OK;
+}
+
+static int route_block(zmoe_team *team, struct route *job, const void *x, zmoe_dtype x_dtype) {
+  void *ys[] = {job->logits};
+  const size_t strides[] = {job->experts};
+  int status = zmoe_linear(team, &job->router->gate, 1, x, x_dtype, job->rows, ys, strides,
+                           ZMOE_F32, ZMOE_EXACT);
+  if (status == ZMOE_OK)
+    zmoe_run_rows(team, work, job, job->rows);
+  return status;
+}
+
+int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint32_t rows, void *x,
+               zmoe_dtype x_dtype, int32_t *ids, float *weights) {
+  int status = check(router, x_dtype);
+  if (status != ZMOE_OK)
+    return status;
+  uint32_t width = router->gate->ins, experts = router->gate->outs;
+  size_t mark = zmoe_team_mark(team), k = router->top_k;
+  uint32_t most = rows < ZMOE_ROW_BLOCK ? rows : ZMOE_ROW_BLOCK;
+  float *logits = zmoe_team_scratch(team, (size_t)most * experts * sizeof *logits);
+  if (logits == NULL || !zmoe_linear_has_room(team, width))
+    status = ZMOE_ENOMEM;
+  else
+    zmoe_norm_all(team, &router->input, width, h, rows, x, x_dtype);
+  size_t row_bytes = width * zmoe_dtype_bytes(x_dtype);
+  for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK) {
+    struct route job = {.router = router,
+                        .small = zmoe_small_for(zmoe_team_isa(team)),
+                        .logits = logits,
+                        .ids = ids + first * k,
+                        .weights = weights + first * k,
+                        .rows = rows - first < ZMOE_ROW_BLOCK ? rows - first : ZMOE_ROW_BLOCK,
+                        .experts = experts};
+    status = route_block(team, &job, (const unsigned char *)x + first * row_bytes, x_dtype);
+  }
+  zmoe_team_release(team, mark);
+  return status;
+}
+
+size_t zmoe_route_scratch(const zmoe_router *router) {
+  return (size_t)ZMOE_ROW_BLOCK * router->gate->outs * sizeof(float) +
+         zmoe_linear_scratch(router->gate->ins);
+}

@@ -1,0 +1,64 @@
+/* The small operations of a decoder layer, once per instruction set: on one row,
+ * one head, or some queries and a block of keys.
+ *
+ * They give the same bits everywhere: elements are rounded one by one, and a sum
+ * has 16 lanes (element i in lane i % 16), added by halves, then what fills no lanes. */
+#ifndef ZMOE_SMALL_H
+#define ZMOE_SMALL_H
+
+#include <float.h>
+
+#include "../decoder.h"
+
+enum { ZMOE_SUM_LANES = 16, ZMOE_QUERIES = 4 };
+
+/* A softmax that sees its scores block by block. */
+typedef struct zmoe_softmax {
+  float max, sum; /* of the scores so far; of exp(score - max) */
+} zmoe_softmax;
+
+/* The lowest number, not minus infinity: differences to it are never NaN. */
+static inline zmoe_softmax zmoe_softmax_empty(void) {
+  return (zmoe_softmax){-FLT_MAX, 0.0f};
+}
+
+/* Keys or values of one head: rows of `dim` elements, one after the other. */
+typedef struct zmoe_head_rows {
+  const unsigned char *data;
+  zmoe_dtype dtype;
+  uint32_t dim, count;
+} zmoe_head_rows;
+
+typedef struct zmoe_small {
+  /* One row; `out` may be x itself. Any kind but ZMOE_NORM_NONE. */
+  void (*norm)(const zmoe_norm *norm, const float *x, void *out, zmoe_dtype out_dtype);
+  void (*clip)(float *x, uint32_t count, float limit);
+  /* The first `dims` elements of a head by their angles. */
+  void (*rotate)(float *x, const float *cosines, const float *sines, uint32_t dims,
+                 uint32_t traditional);
+  /* scores[i * stride + j] = queries[i] . keys[j], i < n, which is 1, 2 or
+   * ZMOE_QUERIES */
+  void (*score)(const float *const *queries, uint32_t n, const zmoe_head_rows *keys, float *scores,
+                size_t stride);
+  /* scores[j] = exp(scores[j] - max), taken into `state`; what was made with its
+   * earlier max is to be multiplied with the result. */
+  float (*soften)(float *scores, uint32_t count, zmoe_softmax *state);
+  /* sums[i * sum_stride + d] = sums[...] * corrections[i] + weights[i * stride + j] * values[j][d]
+   * over all j; n as above */
+  void (*add_values)(const float *weights, size_t stride, uint32_t n, const float *corrections,
+                     const zmoe_head_rows *values, float *sums, size_t sum_stride);
+  /* Values in f32 in panels of `panel` elements, zeros after the last:
+   * panels[p][j][d] = values[j][p * panel + d], `panel` a multiple of 16. */
+  void (*pack_values)(const zmoe_head_rows *values, uint32_t panel, float *panels);
+  void (*sigmoid)(float *x, uint32_t count);
+} zmoe_small;
+
+const zmoe_small *zmoe_small_for(zmoe_isa isa);
+
+extern const zmoe_small zmoe_small_generic; /* NEON on Arm */
+#if defined(__x86_64__)
+extern const zmoe_small zmoe_small_avx2;
+extern const zmoe_small zmoe_small_avx512;
+#endif
+
+#endif

@@ -1,0 +1,161 @@
+/* The small operations in the vectors of vec.h.  Before including this, define
+ * SMALL, the name of the table.  Loops without VEC are the compiler's to vectorise. */
+#include "small.h"
+
+#include "../vec.h"
+#include "exp_of.h"
+
+enum { PARTS = ZMOE_SUM_LANES / LANES };
+
+KERNEL VEC get(const float *x) {
+  return vec_load((const unsigned char *)x, 0, ZMOE_F32);
+}
+
+/* ---- sums of 16 lanes ----------------------------------------------------------- */
+
+KERNEL void clear(VEC lanes[PARTS]) {
+  for (uint32_t p = 0; p < PARTS; p++)
+    lanes[p] = vec_splat(0.0f);
+}
+
+KERNEL float sum_lanes(VEC lanes[PARTS]) {
+  for (uint32_t half = PARTS / 2; half > 0; half /= 2)
+    for (uint32_t p = 0; p < half; p++)
+      lanes[p] += lanes[p + half];
+  return vec_fold(lanes[0]);
+}
+
+KERNEL float sum_of(const float *x, uint32_t count) {
+  VEC lanes[PARTS];
+  clear(lanes);
+  uint32_t i = 0;
+  for (; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
+    for (uint32_t p = 0; p < PARTS; p++)
+      lanes[p] += get(x + i + p * LANES);
+  float sum = sum_lanes(lanes);
+  for (; i < count; i++)
+    sum += x[i];
+  return sum;
+}
+
+/* ---- norms ----------------------------------------------------------------------- */
+
+KERNEL float sum_of_squares(const float *x, uint32_t count, float mean) {
+  VEC lanes[PARTS];
+  clear(lanes);
+  uint32_t i = 0;
+  for (; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
+    for (uint32_t p = 0; p < PARTS; p++) {
+      VEC v = get(x + i + p * LANES) - vec_splat(mean);
+      lanes[p] += v * v;
+    }
+  float sum = sum_lanes(lanes);
+  for (; i < count; i++)
+    sum += (x[i] - mean) * (x[i] - mean);
+  return sum;
+}
+
+KERNEL void norm_to(const zmoe_norm *norm, const float *x, void *out, zmoe_dtype out_dtype) {
+  uint32_t width = norm->width;
+  const float *weight = norm->weight, *bias = norm->bias;
+  float mean = norm->kind == ZMOE_NORM_LAYER ? sum_of(x, width) / (float)width : 0.0f;
+  float squares = sum_of_squares(x, width, mean) / (float)width;
+  float factor = 1.0f / sqrtf(squares + norm->eps);
+  uint32_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    VEC v = (get(x + i) - vec_splat(mean)) * vec_splat(factor);
+    if (weight != NULL)
+      v *= get(weight + i);
+    if (bias != NULL)
+      v += get(bias + i);
+    vec_store(out, i, out_dtype, v);
+  }
+  for (; i < width; i++) {
+    float value = (x[i] - mean) * factor;
+    if (weight != NULL)
+      value *= weight[i];
+    if (bias != NULL)
+      value += bias[i];
+    store_scalar(out, i, out_dtype, value);
+  }
+}
+
+TARGET static void norm_row(const zmoe_norm *norm, const float *x, void *out,
+                            zmoe_dtype out_dtype) {
+  switch (out_dtype) {
+  case ZMOE_F32:
+    norm_to(norm, x, out, ZMOE_F32);
+    return;
+  case ZMOE_F16:
+    norm_to(norm, x, out, ZMOE_F16);
+    return;
+  case ZMOE_BF16:
+    norm_to(norm, x, out, ZMOE_BF16);
+    return;
+  }
+}
+
+/* ---- one head --------------------------------------------------------------------- */
+
+TARGET static void clip(float *x, uint32_t count, float limit) {
+  for (uint32_t i = 0; i < count; i++) {
+    float value = x[i] > limit ? limit : x[i];
+    x[i] = value < -limit ? -limit : value;
+  }
+}
+
+TARGET static void rotate(float *x, const float *restrict cosines, const float *restrict sines,
+                          uint32_t dims, uint32_t traditional) {
+  uint32_t half = dims / 2;
+  if (traditional) {
+    for (uint32_t i = 0; i < half; i++) {
+      float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosines[i] - b * sines[i];
+      x[2 * i + 1] = a * sines[i] + b * cosines[i];
+    }
+    return;
+  }
+  float *restrict low = x, *restrict high = x + half;
+  for (uint32_t i = 0; i < half; i++) {
+    float a = low[i], b = high[i];
+    low[i] = a * cosines[i] - b * sines[i];
+    high[i] = a * sines[i] + b * cosines[i];
+  }
+}
+
+/* ---- softmax ------------------------------------------------------------------------ */
+
+/* A NaN is passed over, since it will be in the sum. */
+KERNEL float max_of(const float *x, uint32_t count, float max) {
+  float lanes[ZMOE_SUM_LANES];
+  for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
+    lanes[l] = max;
+  uint32_t i = 0;
+  for (; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
+    for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
+      lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+  for (; i < count; i++)
+    max = x[i] > max ? x[i] : max;
+  for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
+    max = lanes[l] > max ? lanes[l] : max;
+  return max;
+}
+
+TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
+  float max = max_of(scores, count, state->max);
+  for (uint32_t j = 0; j < count; j++)
+    scores[j] = exp_of(scores[j] - max);
+  float correction = exp_of(state->max - max);
+  state->sum = state->sum * correction + sum_of(scores, count);
+  state->max = max;
+  return correction;
+}
+
+TARGET static void sigmoid(float *x, uint32_t count) {
+  for (uint32_t i = 0; i < count; i++)
+    x[i] = sigmoid_of(x[i]);
+}
+
+#include "attention_body.h"
+
+const zmoe_small SMALL = {norm_row, clip, rotate, score, soften, add_values, pack_values, sigmoid};

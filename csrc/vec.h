@@ -1,0 +1,22 @@
+/* Vectors of f32, by one of vec_avx2.h, vec_avx512.h, vec_neon.h and
+ * vec_generic.h, which define
+ *   TARGET         the attribute of functions that use it,
+ *   KERNEL         "static inline" with that attribute, always inlined,
+ *   VEC            the vector,      LANES   how many f32 it holds,
+ *   vec_load(src, i, dtype), vec_store(dst, i, dtype, v), vec_splat(value),
+ *   vec_fold(v)    the sum of its lanes: lane l and l + LANES / 2 first, and so on;
+ * + - * / of two vectors are the language's own.
+ *
+ * vec_store rounds to nearest even and writes the NaN of reduce_scalar.h. */
+#include "reduce_scalar.h"
+#include "reduce_variants.h"
+
+#if defined(VEC_AVX2)
+#include "vec_avx2.h"
+#elif defined(VEC_AVX512)
+#include "vec_avx512.h"
+#elif defined(ZMOE_ARM64)
+#include "vec_neon.h"
+#else
+#include "vec_generic.h"
+#endif

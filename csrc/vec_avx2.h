@@ -1,0 +1,45 @@
+/* One vector of f32 in AVX2 and F16C; see vec.h. */
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,f16c")))
+#define KERNEL static inline __attribute__((always_inline)) TARGET
+#define VEC __m256
+#define LANES 8
+
+KERNEL VEC vec_load(const unsigned char *src, size_t i, zmoe_dtype dtype) {
+  if (dtype == ZMOE_F32)
+    return _mm256_loadu_ps((const float *)(const void *)(src + 4 * i));
+  __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
+  if (dtype == ZMOE_F16)
+    return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+KERNEL __m128i bf16_of_vec(VEC v) {
+  __m256i bits = _mm256_castps_si256(v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  bits = _mm256_srli_epi32(bits, 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+  return _mm256_castsi256_si128(packed);
+}
+
+KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
+  VEC nan = _mm256_castsi256_ps(_mm256_set1_epi32((int)ZMOE_F32_NAN));
+  v = _mm256_blendv_ps(v, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  if (dtype == ZMOE_F32) {
+    _mm256_storeu_ps((float *)(void *)(dst + 4 * i), v);
+    return;
+  }
+  __m128i half = dtype == ZMOE_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : bf16_of_vec(v);
+  _mm_storeu_si128((__m128i *)(void *)(dst + 2 * i), half);
+}
+
+KERNEL VEC vec_splat(float value) {
+  return _mm256_set1_ps(value);
+}
+
+KERNEL float vec_fold(VEC v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}

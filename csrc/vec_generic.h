@@ -1,0 +1,38 @@
+/* One vector of f32 in what any CPU has, by GCC's and clang's own vectors; see vec.h. */
+#define TARGET
+#define KERNEL static inline __attribute__((always_inline))
+#define VEC zmoe_vec4
+#define LANES 4
+
+typedef float zmoe_vec4 __attribute__((vector_size(16)));
+typedef uint32_t zmoe_words4 __attribute__((vector_size(16)));
+
+KERNEL VEC vec_load(const unsigned char *src, size_t i, zmoe_dtype dtype) {
+  VEC v;
+  if (dtype == ZMOE_F32) {
+    memcpy(&v, src + 4 * i, sizeof v);
+    return v;
+  }
+  uint16_t half[LANES];
+  memcpy(half, src + 2 * i, sizeof half);
+  if (dtype == ZMOE_F16)
+    return (VEC){f32_of_f16(half[0]), f32_of_f16(half[1]), f32_of_f16(half[2]),
+                 f32_of_f16(half[3])};
+  zmoe_words4 bits = {half[0], half[1], half[2], half[3]};
+  bits <<= 16;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
+  for (size_t l = 0; l < LANES; l++)
+    store_scalar(dst, i + l, dtype, v[l]);
+}
+
+KERNEL VEC vec_splat(float value) {
+  return (VEC){value, value, value, value};
+}
+
+KERNEL float vec_fold(VEC v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}

@@ -1,0 +1,339 @@
+/* Norms and routers against a reference in double precision; what is refused. */
+#include "numbers.h"
+
+/* ---- norms ------------------------------------------------------------------------ */
+
+static void reference_norm(const zmoe_norm *norm, const float *x, double *out) {
+  double mean = 0, squares = 0;
+  for (uint32_t i = 0; i < norm->width && norm->kind == ZMOE_NORM_LAYER; i++)
+    mean += (double)x[i] / norm->width;
+  for (uint32_t i = 0; i < norm->width; i++)
+    squares += (x[i] - mean) * (x[i] - mean) / norm->width;
+  for (uint32_t i = 0; i < norm->width; i++) {
+    out[i] = norm->kind == ZMOE_NORM_NONE ? x[i] : (x[i] - mean) / sqrt(squares + norm->eps);
+    if (norm->kind != ZMOE_NORM_NONE && norm->weight != NULL)
+      out[i] *= norm->weight[i];
+    if (norm->kind != ZMOE_NORM_NONE && norm->bias != NULL)
+      out[i] += norm->bias[i];
+  }
+}
+
+/* The same bits from every instruction set and number of threads, near the reference. */
+static void check_norm(const zmoe_norm *norm, const float *x, uint32_t rows, zmoe_dtype dtype) {
+  static const double tolerance[] = {1e-6, 6e-4, 5e-3};
+  size_t count = (size_t)rows * norm->width, bytes = count * zmoe_dtype_bytes(dtype);
+  double *expected = malloc(count * sizeof *expected);
+  unsigned char *out = malloc(bytes), *first = malloc(bytes);
+  float *wide = malloc(count * sizeof *wide);
+  for (uint32_t r = 0; r < rows; r++)
+    reference_norm(norm, x + (size_t)r * norm->width, expected + (size_t)r * norm->width);
+  for (uint32_t i = 0; i < 2 * N_ISAS; i++) {
+    if (!zmoe_isa_supported(ALL_ISAS[i / 2]))
+      continue;
+    zmoe_team *team = make_team(1 + i % 2, ALL_ISAS[i / 2], 0);
+    CHECK_EQUAL(zmoe_norm_rows(team, norm, x, rows, i == 0 ? first : out, dtype), ZMOE_OK);
+    CHECK(i == 0 || memcmp(first, out, bytes) == 0);
+    zmoe_team_destroy(team);
+  }
+  zmoe_convert(wide, ZMOE_F32, first, dtype, count, ZMOE_ISA_GENERIC);
+  CHECK(distance(wide, expected, count) <= tolerance[dtype]);
+  free(expected), free(out), free(first), free(wide);
+}
+
+static void test_norms(void) {
+  static const uint32_t widths[] = {1, 7, 16, 24, 80, 100, 2048};
+  for (uint32_t i = 0; i < sizeof widths / sizeof *widths; i++)
+    for (uint32_t kind = 0; kind <= ZMOE_NORM_LAYER; kind++)
+      for (uint32_t parts = 0; parts < 4; parts++) {
+        uint32_t rows = 1 + next_random() % 5;
+        float *x = random_floats((size_t)rows * widths[i], 3.0f);
+        float *weight = random_floats(widths[i], 2.0f), *bias = random_floats(widths[i], 2.0f);
+        const zmoe_norm norm = {kind, widths[i], 1e-5f, parts & 1 ? weight : NULL,
+                                parts & 2 ? bias : NULL};
+        for (int dtype = 0; dtype < 3; dtype++)
+          check_norm(&norm, x, rows, (zmoe_dtype)dtype);
+        free(x), free(weight), free(bias);
+      }
+}
+
+/* eps is not lost beside tiny numbers, nor a small variance beside a large mean. */
+static void test_norms_of_extremes(void) {
+  float tiny[16], shifted[64];
+  for (int i = 0; i < 64; i++)
+    shifted[i] = 1000.0f + (float)i / 64;
+  for (int i = 0; i < 16; i++)
+    tiny[i] = 1e-20f * (float)(i + 1);
+  const zmoe_norm rms = {ZMOE_NORM_RMS, 16, 1e-6f, NULL, NULL};
+  const zmoe_norm layer = {ZMOE_NORM_LAYER, 64, 1e-5f, NULL, NULL};
+  check_norm(&rms, tiny, 1, ZMOE_F32);
+  double expected[64];
+  float out[64];
+  reference_norm(&layer, shifted, expected);
+  zmoe_team *team = make_team(1, zmoe_isa_best(), 0);
+  CHECK_EQUAL(zmoe_norm_rows(team, &layer, shifted, 1, out, ZMOE_F32), ZMOE_OK);
+  CHECK(distance(out, expected, 64) < 1e-3);
+  zmoe_team_destroy(team);
+}
+
+/* ---- routers ------------------------------------------------------------------------- */
+
+enum { MOST_EXPERTS = 300 };
+
+/* The scores of the experts, and by what they are chosen. */
+static void reference_scores(const zmoe_router *router, const double *x, double *logits,
+                             double *choice) {
+  const float *data = router->gate->data, *bias = router->gate->bias;
+  uint32_t experts = router->gate->outs, ins = router->gate->ins;
+  double max = -INFINITY, sum = 0;
+  for (uint32_t e = 0; e < experts; e++) {
+    logits[e] = bias != NULL ? bias[e] : 0;
+    for (uint32_t k = 0; k < ins; k++)
+      logits[e] += data[(size_t)e * ins + k] * x[k];
+    max = fmax(max, logits[e]);
+  }
+  for (uint32_t e = 0; e < experts; e++)
+    sum += exp(logits[e] - max);
+  for (uint32_t e = 0; e < experts; e++) {
+    if (router->kind == ZMOE_SOFTMAX_TOP_K)
+      logits[e] = exp(logits[e] - max) / sum;
+    if (router->kind == ZMOE_SIGMOID_TOP_K)
+      logits[e] = 1 / (1 + exp(-logits[e]));
+    choice[e] = logits[e] + (router->choice_bias != NULL ? router->choice_bias[e] : 0);
+  }
+}
+
+static void reference_route(const zmoe_router *router, const double *x, int32_t *ids,
+                            double *weights) {
+  double scores[MOST_EXPERTS], choice[MOST_EXPERTS], sum = 0, total = 0;
+  reference_scores(router, x, scores, choice);
+  for (uint32_t i = 0; i < router->top_k; i++) {
+    ids[i] = 0;
+    for (uint32_t e = 1; e < router->gate->outs; e++)
+      ids[i] = choice[e] > choice[ids[i]] ? (int32_t)e : ids[i];
+    weights[i] = scores[ids[i]];
+    choice[ids[i]] = -INFINITY;
+  }
+  double best = weights[0]; /* any number serves: exp of the best is never too large */
+  for (uint32_t i = 0; i < router->top_k; i++) {
+    if (router->kind == ZMOE_TOP_K_SOFTMAX)
+      sum += weights[i] = exp(weights[i] - best);
+    total += weights[i];
+  }
+  for (uint32_t i = 0; i < router->top_k; i++) {
+    weights[i] /= router->kind == ZMOE_TOP_K_SOFTMAX ? sum : 1;
+    if (router->normalize)
+      weights[i] /= total / (router->kind == ZMOE_TOP_K_SOFTMAX ? sum : 1) + router->floor;
+    weights[i] *= router->scale;
+  }
+}
+
+static void check_router(const zmoe_router *router, uint32_t rows, zmoe_dtype dtype, zmoe_isa isa,
+                         uint32_t threads) {
+  uint32_t width = router->gate->ins, k = router->top_k;
+  float *h = random_floats((size_t)rows * width, 2.0f), *weights = random_floats(rows * k, 1);
+  double *x = malloc(width * sizeof *x), *expected = malloc(k * sizeof *expected);
+  int32_t *ids = malloc(rows * k * sizeof *ids), *expected_ids = malloc(k * sizeof *ids);
+  unsigned char *x_out = malloc((size_t)rows * width * 4);
+  float *wide = malloc((size_t)rows * width * sizeof *wide);
+  zmoe_team *team = make_team(threads, isa, zmoe_route_scratch(router));
+  CHECK_EQUAL(zmoe_route(team, router, h, rows, x_out, dtype, ids, weights), ZMOE_OK);
+  zmoe_convert(wide, ZMOE_F32, x_out, dtype, (size_t)rows * width, ZMOE_ISA_GENERIC);
+  for (uint32_t r = 0; r < rows; r++) {
+    reference_norm(&router->input, h + (size_t)r * width, x);
+    CHECK(distance(wide + (size_t)r * width, x, width) < (dtype == ZMOE_F32 ? 1e-6 : 5e-3));
+    for (uint32_t i = 0; i < width; i++) /* from here on, what x is in its dtype */
+      x[i] = wide[(size_t)r * width + i];
+    reference_route(router, x, expected_ids, expected);
+    CHECK(memcmp(ids + r * k, expected_ids, k * sizeof *ids) == 0);
+    CHECK(distance(weights + r * k, expected, k) < 1e-5);
+  }
+  zmoe_team_destroy(team);
+  free(h), free(weights), free(x), free(expected), free(ids), free(expected_ids), free(x_out);
+  free(wide);
+}
+
+static void test_routers(void) {
+  static const uint32_t experts[] = {1, 5, 16, 64, 300};
+  for (uint32_t i = 0; i < 120; i++) {
+    uint32_t n = experts[i % 5], width = 1 + next_random() % 60;
+    float *gate = random_floats((size_t)n * width, 1 / sqrtf((float)width)),
+          *bias = random_floats(n, 1);
+    float *norm = random_floats(width, 2), *choice_bias = random_floats(n, 1);
+    const zmoe_weight weight = {.data = gate, .bias = i % 2 ? bias : NULL, .outs = n, .ins = width};
+    const zmoe_router router = {.input = {next_random() % 3, width, 1e-5f, norm, NULL},
+                                .gate = &weight,
+                                .choice_bias = i % 4 == 0 ? choice_bias : NULL,
+                                .kind = i % 3,
+                                .top_k = 1 + next_random() % (n < 9 ? n : 9),
+                                .normalize = next_random() % 2,
+                                .floor = i % 8 == 0 ? 0.1f : 0,
+                                .scale = i % 7 == 0 ? 2.5f : 1};
+    zmoe_isa isa = ALL_ISAS[next_random() % N_ISAS];
+    check_router(&router, i % 10 == 9 ? 130 : 1 + i % 4, (zmoe_dtype)(next_random() % 3),
+                 zmoe_isa_supported(isa) ? isa : zmoe_isa_best(), 1 + i % 3);
+    free(gate), free(bias), free(norm), free(choice_bias);
+  }
+}
+
+/* Logits that are given: the gate is the identity. */
+static void route_logits(uint32_t kind, const float *logits, uint32_t n, uint32_t k, int32_t *ids,
+                         float *weights) {
+  float *identity = calloc((size_t)n * n, sizeof *identity), *x = malloc(n * sizeof *x);
+  for (uint32_t i = 0; i < n; i++)
+    identity[(size_t)i * n + i] = 1;
+  const zmoe_weight gate = {.data = identity, .outs = n, .ins = n};
+  const zmoe_router router = {.gate = &gate, .kind = kind, .top_k = k, .scale = 1};
+  zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_route_scratch(&router));
+  CHECK_EQUAL(zmoe_route(team, &router, logits, 1, x, ZMOE_F32, ids, weights), ZMOE_OK);
+  zmoe_team_destroy(team);
+  free(identity), free(x);
+}
+
+static void test_ties_go_to_the_lower_id(void) {
+  const float logits[] = {1, 3, 2, 3, 3, 1, 2, 3, 0};
+  static const int32_t expected[] = {1, 3, 4, 7, 2, 6, 0};
+  int32_t ids[7];
+  float weights[7];
+  for (uint32_t kind = 0; kind <= ZMOE_SIGMOID_TOP_K; kind++) {
+    route_logits(kind, logits, 9, 7, ids, weights);
+    CHECK(memcmp(ids, expected, sizeof ids) == 0);
+    CHECK(weights[0] == weights[3] && weights[3] > weights[4] && weights[4] == weights[5]);
+  }
+}
+
+/* Whatever the logits, the ids are those of k different experts. */
+static void test_nan_and_infinity(void) {
+  for (int i = 0; i < 300; i++) {
+    float logits[20], weights[20];
+    int32_t ids[20];
+    uint32_t k = 1 + next_random() % 20, seen = 0;
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 1, 0};
+    for (int e = 0; e < 20; e++)
+      logits[e] = i == 0 ? NAN : odd[next_random() % 5];
+    route_logits((uint32_t)i % 3, logits, 20, k, ids, weights);
+    for (uint32_t j = 0; j < k; j++) {
+      CHECK(ids[j] >= 0 && ids[j] < 20 && !(seen >> ids[j] & 1));
+      seen |= 1u << ids[j];
+    }
+  }
+}
+
+static void test_bad_routers(void) {
+  float h[4] = {1, 2, 3, 4}, weights[4] = {0}, data[8] = {0};
+  float x[4] = {9, 9, 9, 9};
+  int32_t ids[4] = {9, 9, 9, 9};
+  const zmoe_weight gate = {.data = data, .outs = 2, .ins = 4};
+  const zmoe_weight empty = {.data = data, .outs = 0, .ins = 4};
+  const zmoe_router good = {.gate = &gate, .top_k = 1, .scale = 1};
+  zmoe_router bad[6];
+  for (int i = 0; i < 6; i++)
+    bad[i] = good;
+  bad[0].top_k = 0, bad[1].top_k = 3, bad[2].kind = 3, bad[3].gate = &empty;
+  bad[4].input = (zmoe_norm){ZMOE_NORM_RMS, 3, 0, NULL, NULL}, bad[5].input.kind = 3;
+  zmoe_team *team = make_team(2, zmoe_isa_best(), zmoe_route_scratch(&good));
+  for (int i = 0; i < 6; i++)
+    CHECK_EQUAL(zmoe_route(team, &bad[i], h, 1, x, ZMOE_F32, ids, weights), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_route(team, &good, h, 1, x, (zmoe_dtype)3, ids, weights), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_route(team, &good, h, 0, x, ZMOE_F32, ids, weights), ZMOE_OK);
+  zmoe_team_destroy(team);
+  CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
+  CHECK_EQUAL(zmoe_route(team, &good, h, 1, x, ZMOE_F32, ids, weights), ZMOE_ENOMEM);
+  CHECK(x[0] == 9 && ids[0] == 9);
+  zmoe_team_destroy(team);
+}
+
+/* ---- refusals of attention and norms ------------------------------------------------------ */
+
+static void test_bad_norms(void) {
+  float x[4] = {1, 2, 3, 4}, out[4];
+  const zmoe_norm none = {ZMOE_NORM_RMS, 0, 0, NULL, NULL}, odd = {3, 4, 0, NULL, NULL};
+  const zmoe_norm good = {ZMOE_NORM_RMS, 4, 0, NULL, NULL};
+  zmoe_team *team = make_team(2, zmoe_isa_best(), 0);
+  CHECK_EQUAL(zmoe_norm_rows(team, &none, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(team, &odd, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(team, &good, x, 1, out, (zmoe_dtype)3), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(team, &good, x, 0, out, ZMOE_F32), ZMOE_OK);
+  zmoe_team_destroy(team);
+}
+
+enum { WIDTH = 8, DIM = 4, CAPACITY = 6 };
+
+/* What a refused call must leave alone. */
+struct scene {
+  float h[2 * WIDTH], keys[2 * CAPACITY * DIM], values[2 * CAPACITY * DIM];
+  zmoe_kv_cache cache;
+};
+
+static void expect(zmoe_team *team, const zmoe_attention *attention, uint32_t length, uint32_t rows,
+                   const float *angles, int status) {
+  struct scene scene, before;
+  memset(&scene, 0x11, sizeof scene);
+  scene.cache = (zmoe_kv_cache){scene.keys, scene.values, CAPACITY, length};
+  memcpy(&before, &scene, sizeof scene);
+  CHECK_EQUAL(
+      zmoe_attention_step(team, attention, &scene.cache, angles, angles, rows, scene.h, ZMOE_EXACT),
+      status);
+  if (status != ZMOE_OK)
+    CHECK(memcmp(&before, &scene, sizeof scene) == 0);
+}
+
+static void test_bad_attention(void) {
+  static const float data[32 * WIDTH] = {0}, angles[8] = {0};
+  zmoe_weight projections[3] = {{.data = data, .outs = 16, .ins = WIDTH},
+                                {.data = data, .outs = 8, .ins = WIDTH},
+                                {.data = data, .outs = 8, .ins = WIDTH}};
+  zmoe_weight wrong[3] = {projections[0], projections[1], projections[2]};
+  zmoe_weight narrow[3] = {projections[0], projections[1], projections[2]};
+  zmoe_weight output = {.data = data, .outs = WIDTH, .ins = 16}, other = output, taller = output;
+  wrong[2].outs = 4, narrow[1].ins = 4, other.ins = 8, taller.outs = 7;
+  const zmoe_norm none = {0}, odd = {ZMOE_NORM_RMS, 5, 0, NULL, NULL}, kind = {3, 4, 0, NULL, NULL};
+  const zmoe_attention good = {.input = none,
+                               .projections = projections,
+                               .n_projections = 3,
+                               .output = &output,
+                               .heads = 4,
+                               .kv_heads = 2,
+                               .head_dim = DIM,
+                               .rope_dims = 4,
+                               .scale = 1};
+  zmoe_attention bad[17];
+  for (int i = 0; i < 17; i++)
+    bad[i] = good;
+  bad[0].heads = 0, bad[1].kv_heads = 0, bad[2].heads = 3, bad[3].kv_heads = 3;
+  bad[4].head_dim = 0, bad[5].rope_dims = 3, bad[6].rope_dims = 6, bad[7].n_projections = 2;
+  bad[8].n_projections = 1, bad[9].projections = wrong, bad[10].projections = narrow;
+  bad[11].output = &other, bad[12].output = &taller, bad[13].input = odd;
+  bad[14].query_norm = odd, bad[15].key_norm = kind, bad[16].dtype = 3;
+  zmoe_team *team = make_team(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
+  for (int i = 0; i < 17; i++)
+    expect(team, &bad[i], 0, 1, angles, ZMOE_EINVAL);
+  expect(team, &good, CAPACITY - 1, 2, angles, ZMOE_EINVAL); /* one too many */
+  expect(team, &good, CAPACITY + 1, 1, angles, ZMOE_EINVAL);
+  expect(team, &good, 1, UINT32_MAX, angles, ZMOE_EINVAL);
+  expect(team, &good, 0, 1, NULL, ZMOE_EINVAL); /* no angles */
+  expect(team, &good, 0, 2, angles, ZMOE_OK);
+  expect(team, &good, CAPACITY, 0, angles, ZMOE_OK);
+  zmoe_team_destroy(team);
+  for (size_t room = 0; room < 4; room++) { /* none; not enough for the nested products */
+    CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
+    if (room > 0)
+      CHECK_EQUAL(zmoe_team_reserve(team, room), ZMOE_OK);
+    expect(team, &good, 0, 1, angles, ZMOE_ENOMEM);
+    zmoe_team_destroy(team);
+  }
+}
+
+int main(void) {
+  static const test_case tests[] = {
+      {"norms, the same bits everywhere", test_norms},
+      {"norms of extremes", test_norms_of_extremes},
+      {"routers", test_routers},
+      {"ties go to the lower id", test_ties_go_to_the_lower_id},
+      {"NaN and infinity are routed somewhere", test_nan_and_infinity},
+      {"bad routers are refused", test_bad_routers},
+      {"bad norms are refused", test_bad_norms},
+      {"bad attention is refused, nothing written", test_bad_attention},
+  };
+  RUN(tests);
+  return 0;
+}

@@ -1,0 +1,199 @@
+"""A whole decoder layer without MLX: attention, router, own experts, exchange.
+
+The plain way, layer by layer in MLX with native products, stays beside it and
+is what the tests compare it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from zmoe.compute.arrays import DTYPES, as_array, empty, writable
+from zmoe.compute.attention import NativeAttention, fill_norm, weights_of
+from zmoe.compute.experts import NativeExperts
+from zmoe.compute.stream import NativeCache, Stream
+from zmoe.compute.team import Team
+from zmoe.errors import ZmoeError
+from zmoe.moe.adapter import Adapter, Block, Routing
+from zmoe.moe.block import Layer
+from zmoe.native import Status, ffi, lib
+
+SOFTMAX_TOP_K, TOP_K_SOFTMAX, SIGMOID_TOP_K = range(3)
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """A block's router taken apart: a native linear layer, and how k are chosen."""
+
+    gate: Any
+    kind: int
+    top_k: int
+    normalize: bool = False
+    choice_bias: mx.array | None = None
+    floor: float = 0.0
+    scale: float = 1.0
+
+
+class NativeMoE:
+    """h += experts(router(norm(h))), summed over the nodes."""
+
+    def __init__(
+        self,
+        norm: Any,
+        router: RouterParts,
+        block: Block,
+        adapter: Adapter,
+        experts: NativeExperts | None,
+        layer: Layer,
+        team: Team,
+        dtype: mx.Dtype,
+    ) -> None:
+        self._block, self._adapter, self._layer = block, adapter, layer
+        self._experts, self._team, self._dtype = experts, team, dtype
+        self._top_k = router.top_k
+        self._keep: list[Any] = [router.gate, weights_of([router.gate])]
+        raw = ffi.new("zmoe_router *")
+        fill_norm(raw.input, norm, self._keep)
+        raw.gate = self._keep[1]
+        raw.kind, raw.top_k = router.kind, router.top_k
+        raw.normalize, raw.floor, raw.scale = router.normalize, router.floor, router.scale
+        if router.choice_bias is not None:
+            bias = np.array(router.choice_bias.astype(mx.float32))
+            self._keep.append(bias)
+            raw.choice_bias = ffi.from_buffer("float[]", bias)
+        self._raw = raw
+        team.reserve(lib.zmoe_route_scratch(raw))
+        self._local = np.full(layer.experts, -1, np.int32)
+        self._local[list(layer.owned)] = np.arange(len(layer.owned))
+        self._buffers: dict[int, _Buffers] = {}
+
+    def __call__(self, h: Any, memory: Any, rows: int) -> None:
+        """Of h (rows, width) f32 in place, as C and as numpy see it."""
+        layer, at = self._layer, self._buffers_for(rows, memory.shape[1])
+        status = lib.zmoe_route(
+            self._team.handle,
+            self._raw,
+            h,
+            rows,
+            at.x_pointer,
+            DTYPES[self._dtype],
+            at.ids_pointer,
+            at.weights_pointer,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"routing failed: {Status(status).name}")
+        lib.zmoe_own_pairs(
+            at.ids_pointer,
+            at.weights_pointer,
+            rows,
+            self._top_k,
+            ffi.from_buffer("int32_t[]", self._local),
+            layer.experts,
+            at.sorted_pointer,
+            at.pairs,
+        )
+        partial = None
+        if at.pairs.count:
+            assert self._experts is not None
+            with layer.spans.span("experts"):
+                self._experts.sum_pairs(at.x_pointer, self._dtype, rows, at.pairs, at.partial)
+            partial = at.partial
+        shared: list[mx.array] = []
+        layer.reducer.all_reduce_host(
+            layer.ordinal,
+            partial,
+            at.routed,
+            layer.dtype,
+            int(at.pairs.digest),
+            lambda: self._compute_shared(at, shared),
+        )
+        memory += at.routed
+        for part in shared:
+            memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
+
+    def _compute_shared(self, at: _Buffers, shared: list[mx.array]) -> None:
+        if not self._adapter.has_shared:
+            return
+        x = as_array(at.x, self._dtype, (1, *at.x.shape))
+        shape = (1, *at.ids.shape)
+        routing = Routing(x, mx.array(at.ids).reshape(shape), mx.array(at.weights).reshape(shape))
+        part = self._adapter.shared(self._block, x, routing)
+        if part is not None:
+            shared.append(part)
+            mx.eval(part)
+
+    def _buffers_for(self, rows: int, width: int) -> _Buffers:
+        found = self._buffers.get(rows)
+        if found is None:
+            if len(self._buffers) > 3:  # prefills of many lengths; decoding has one row
+                self._buffers.clear()
+            found = self._buffers[rows] = _Buffers(rows, width, self._top_k, self._dtype)
+        return found
+
+
+class _Buffers:
+    """What a layer's routing and sums of `rows` rows go into."""
+
+    def __init__(self, rows: int, width: int, top_k: int, dtype: mx.Dtype) -> None:
+        self.x = empty((rows, width), dtype)
+        self.ids = np.empty((rows, top_k), np.int32)
+        self.weights = np.empty((rows, top_k), np.float32)
+        self.partial = np.empty((rows, width), np.float32)
+        self.routed = np.empty((rows, width), np.float32)
+        self.x_pointer = writable(self.x)
+        self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
+        self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
+        count = rows * top_k
+        self._memory = [ffi.new("int32_t[]", count) for _ in range(3)]
+        self._pair_weights = ffi.new("float[]", count)
+        self.sorted_pointer = self._memory[2]
+        self.pairs = ffi.new("zmoe_pairs *")
+        self.pairs.rows, self.pairs.experts = self._memory[:2]
+        self.pairs.weights = self._pair_weights
+
+
+class NativeLayer(Module):
+    """Stands in for a decoder layer; `feed_forward` changes h in place."""
+
+    def __init__(
+        self,
+        layer: Module,
+        attention: NativeAttention,
+        feed_forward: Callable[[Any, Any, int], None],
+        stream: Stream,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        self._attention, self._feed_forward, self._stream = attention, feed_forward, stream
+
+    def make_cache(self) -> NativeCache:
+        """An empty cache of this layer."""
+        return self._attention.make_cache()
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
+        """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
+        assert cache is not None
+        array, h, memory = self._stream.take(x)
+        rows = memory.shape[0]
+        self._attention(h, rows, cache)
+        self._feed_forward(h, memory, rows)
+        return array
+
+
+class MlxFeedForward:
+    """h += module(norm(h)) by MLX: for dense layers, and for routers of another kind."""
+
+    def __init__(self, norm: Module, module: Module, dtype: mx.Dtype) -> None:
+        self._norm, self._module, self._dtype = norm, module, dtype
+
+    def __call__(self, h: Any, memory: Any, rows: int) -> None:
+        """Of h (rows, width) f32 in place, as C and as numpy see it."""
+        x = self._norm(mx.array(memory)[None]).astype(self._dtype)
+        y = self._module(x).astype(mx.float32)
+        memory += np.asarray(y).reshape(memory.shape)

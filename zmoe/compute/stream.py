@@ -1,0 +1,127 @@
+"""What the decoder layers of one model share: the residual stream, rotations, the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from zmoe.compute.arrays import DTYPES, Buffer, empty, pointer, writable
+from zmoe.native import Dtype, best_isa, ffi, lib
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+_FIRST_KEYS = 256
+
+
+class Stream:
+    """The residual stream h (rows, width) in f32, in memory that MLX owns.
+
+    A layer hands the array on which the next one is called; it is the same
+    memory all the time, changed in place. MLX reads it at the end, in the
+    final norm, before the next step begins.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._rows = 0
+        self._views: dict[int, tuple[mx.array, CData, Buffer]] = {}
+
+    def take(self, x: mx.array) -> tuple[mx.array, CData, Buffer]:
+        """Take x (1, rows, width) as the stream: the array, its memory, and that as numpy."""
+        rows = x.size // self.width
+        view = self._view(rows)
+        if x is not view[0]:
+            if x.dtype not in DTYPES:
+                x = x.astype(mx.float32)
+            source = pointer(x)
+            lib.zmoe_convert(
+                view[1], Dtype.F32, source, DTYPES[x.dtype], rows * self.width, best_isa()
+            )
+        return view
+
+    def _view(self, rows: int) -> tuple[mx.array, CData, Buffer]:
+        if rows > self._rows:
+            self._rows = rows
+            self._whole = mx.zeros((rows, self.width), mx.float32)
+            mx.eval(self._whole)
+            self._views.clear()
+        view = self._views.get(rows)
+        if view is None:
+            array = self._whole[:rows].reshape(1, rows, self.width)
+            mx.eval(array)
+            memory: Any = np.asarray(array)
+            h = ffi.from_buffer("float[]", memory, require_writable=True)
+            view = (array, h, memory.reshape(rows, self.width))
+            self._views[rows] = view
+        return view
+
+
+class Rotations:
+    """Cosines and sines of a rotary embedding, as its own module computes them.
+
+    The module turns vectors whose pairs are all (1, 0): what comes out is
+    (cosine, sine), with whatever scaling it has.
+    """
+
+    def __init__(self, rope: Any, head_dim: int) -> None:
+        self.rope = rope
+        self.dims = int(rope.dims if "dims" in vars(rope) else rope.dim)
+        self.traditional = bool(getattr(rope, "traditional", False))
+        probe = np.zeros((1, 1, 1, head_dim), np.float32)
+        self._first = slice(0, self.dims, 2) if self.traditional else slice(0, self.dims // 2)
+        self._second = (
+            slice(1, self.dims, 2) if self.traditional else slice(self.dims // 2, self.dims)
+        )
+        probe[..., self._first] = 1
+        self._probe = mx.array(probe)
+        self._at: tuple[int, int] | None = None
+        self._tables: tuple[CData, CData] | None = None
+
+    def tables(self, offset: int, rows: int) -> tuple[CData, CData]:
+        """Cosines and sines (rows, dims / 2) f32 of the positions from `offset` on."""
+        if self._at != (offset, rows) or self._tables is None:
+            probe = mx.broadcast_to(self._probe, (1, 1, rows, self._probe.shape[-1]))
+            turned = np.asarray(self.rope(probe, offset=offset))[0, 0]
+            halves = (np.ascontiguousarray(turned[:, part]) for part in (self._first, self._second))
+            cosines, sines = (ffi.from_buffer("float[]", half) for half in halves)
+            self._tables, self._at = (cosines, sines), (offset, rows)
+        return self._tables
+
+
+class NativeCache:
+    """Keys and values of one layer, as mlx-lm's models see a cache: they only ask its length."""
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
+        self._shape, self._dtype = (kv_heads, head_dim), dtype
+        self.raw = ffi.new("zmoe_kv_cache *")
+        self._memory: list[Buffer] = []
+
+    @property
+    def offset(self) -> int:
+        return int(self.raw.length)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Nothing that MLX would have to compute."""
+        return []
+
+    def make_mask(self, *_: Any, **__: Any) -> None:
+        """None: the layer itself knows what a row may see."""
+        return None
+
+    def grow(self, rows: int) -> None:
+        """Make room for `rows` more."""
+        length, capacity = int(self.raw.length), int(self.raw.capacity)
+        if length + rows <= capacity:
+            return
+        capacity = max(_FIRST_KEYS, 2 * capacity, length + rows)
+        heads, head_dim = self._shape
+        grown = [empty((heads, capacity, head_dim), self._dtype) for _ in range(2)]
+        for new, old in zip(grown, self._memory):
+            new[:, :length] = old[:, :length]
+        self._memory = grown
+        self.raw.keys, self.raw.values = (writable(memory) for memory in grown)
+        self.raw.capacity = capacity

@@ -1,0 +1,114 @@
+"""A measured machine and link as a JSON file: `zmoe-plan --calibrate` writes it,
+`--hardware` and `--link` accept it.
+
+The file is `{"zmoe_profile": 1, "machine": {...}, "link": {...}}`, with the
+fields of Machine and Link. Unknown fields are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zmoe.errors import InputError
+from zmoe.planner.hardware import Machine
+from zmoe.planner.links import Link
+
+VERSION = 1
+_SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
+_MAY_BE_ZERO = {"overlap", "sync_s", "layer_s", "latency_s", "per_peer_s", "price_usd"}
+
+Record = TypeVar("Record", Machine, Link)
+
+
+@dataclass(frozen=True)
+class Profile:
+    machine: Machine
+    link: Link
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write `profile` whole or not at all. Raises InputError naming the file."""
+    record = {"zmoe_profile": VERSION, **asdict(profile)}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in the file `path`. Raises InputError naming file and field."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path} is not a profile: expected a JSON object")
+    _only(path, "", record, {"zmoe_profile", "machine", "link"})
+    if record.get("zmoe_profile") != VERSION:
+        raise InputError(
+            f"{path}: zmoe_profile is {json.dumps(record.get('zmoe_profile'))}: expected {VERSION}"
+        )
+    return Profile(
+        _record(path, "machine", record.get("machine"), Machine),
+        _record(path, "link", record.get("link"), Link),
+    )
+
+
+def _only(path: Path, part: str, record: Mapping[str, Any], known: set[str]) -> None:
+    for name in record:
+        if name not in known:
+            raise InputError(
+                f"{path}: unknown field {part}{name} (known: {', '.join(sorted(known))})"
+            )
+
+
+def _record(path: Path, part: str, record: Any, kind: type[Record]) -> Record:
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: field {part}: expected an object")
+    _only(path, f"{part}.", record, {field.name for field in fields(kind)})
+    values = {}
+    for field in fields(kind):
+        if field.name in record:
+            _check(path, f"{part}.{field.name}", field, record[field.name])
+            values[field.name] = record[field.name]
+        elif field.default is MISSING:
+            raise InputError(f"{path}: field {part}.{field.name} is missing")
+    return kind(**values)
+
+
+def _check(path: Path, where: str, field: Field[Any], value: Any) -> None:
+    expected = _expected(field)
+    ok: bool
+    if field.type == "str":
+        ok = isinstance(value, str) and value != ""
+    elif field.type == "bool":
+        ok = isinstance(value, bool)
+    elif value is None:
+        ok = "None" in str(field.type)
+    else:
+        whole = field.type == "int"
+        ok = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
+        ok = ok and (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO))
+        ok = ok and (value <= 1 or field.name not in _SHARES)
+    if not ok:
+        raise InputError(f"{path}: field {where} is {json.dumps(value)}: expected {expected}")
+
+
+def _expected(field: Field[Any]) -> str:
+    if field.type in ("str", "bool"):
+        return {"str": "a text", "bool": "true or false"}[str(field.type)]
+    number = "a whole number" if field.type == "int" else "a number"
+    least = "of at least 0" if field.name in _MAY_BE_ZERO else "above 0"
+    most = ", at most 1" if field.name in _SHARES else ""
+    null = " or null" if "None" in str(field.type) else ""
+    return f"{number} {least}{most}{null}"

@@ -1,0 +1,227 @@
+"""What a model is made of: parameters, bytes and operations, per layer.
+
+Left out: norms, biases and position embeddings, less than 0.1% of any of the
+models in `models`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+GATED_MATRICES = 3  # gate, up and down
+CACHE_BYTES = 2  # an element of the attention cache: bfloat16 or float16
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored: `bits` a weight, and what each group of them adds.
+
+    MLX's affine formats keep a 16 bit scale and a 16 bit bias for each group of
+    64 (so 4 bits are 4.5), mxfp4 an 8 bit scale for each 32.
+    """
+
+    bits: float
+    group: int = 1
+    group_bits: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits + self.group_bits / self.group
+
+    def bytes(self, parameters: float) -> float:
+        return parameters * self.bits_per_weight / 8
+
+
+BF16 = Format(16)
+F32 = Format(32)
+MXFP4 = Format(4, 32, 8)
+FP8_BLOCKS = Format(8, 128 * 128, 32)  # DeepSeek-V3: one float32 scale for 128 x 128
+
+
+def affine(bits: int, group: int = 64) -> Format:
+    """MLX's affine quantisation; 16 and 32 bits are plain floats."""
+    return Format(bits) if bits >= 16 else Format(bits, group, 32)
+
+
+class Attention(Protocol):
+    """One layer's attention, for a model of width `hidden`."""
+
+    def parameters(self, hidden: int) -> int:
+        """Weights of the projections."""
+        ...
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements that one token keeps in the cache of one layer."""
+        ...
+
+    def attended(self, context: float, layers: int) -> float:
+        """Tokens that a row looks back on, in the mean over the layers."""
+        ...
+
+    def score_operations(self, attended: float) -> float:
+        """Operations of one row's scores and weighted values."""
+        ...
+
+
+@dataclass(frozen=True)
+class GroupedAttention:
+    """Query heads that share key and value heads in groups.
+
+    `windowed_layers` of the layers look back on `window` tokens only.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+    windowed_layers: int = 0
+
+    def parameters(self, hidden: int) -> int:
+        return 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def cache_elements(self) -> int:
+        return 2 * self.kv_heads * self.head_dim
+
+    def attended(self, context: float, layers: int) -> float:
+        short = min(context, self.window) * self.windowed_layers
+        return (context * (layers - self.windowed_layers) + short) / layers
+
+    def score_operations(self, attended: float) -> float:
+        return 4 * self.heads * self.head_dim * attended
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Keys and values are kept as one latent vector of `kv_rank`, and `rope_dim`
+    elements of position. The projections out of the latent are taken into query
+    and output, so that scores are computed in the latent space. `query_rank` 0:
+    queries are not compressed.
+    """
+
+    heads: int
+    query_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def parameters(self, hidden: int) -> int:
+        rank, query = self.query_rank, self.heads * (self.nope_dim + self.rope_dim)
+        down_up = rank * (hidden + query) if rank else hidden * query
+        latent = hidden * (self.kv_rank + self.rope_dim)
+        out_of_latent = self.kv_rank * self.heads * (self.nope_dim + self.value_dim)
+        return down_up + latent + out_of_latent + self.heads * self.value_dim * hidden
+
+    @property
+    def cache_elements(self) -> int:
+        return self.kv_rank + self.rope_dim
+
+    def attended(self, context: float, layers: int) -> float:
+        return context
+
+    def score_operations(self, attended: float) -> float:
+        return 2 * self.heads * (2 * self.kv_rank + self.rope_dim) * attended
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder whose layers hold experts, but for `dense_layers` of them.
+
+    `expert_hidden`: the expert's inner width. `shared_hidden`: that of all
+    shared experts together, 0 for none. `dense_hidden`: that of the layers
+    without experts. `tied`: the output head is the embedding. `dense_format`
+    is everything's format but the routed experts'.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    attention: Attention
+    experts: int
+    top_k: int
+    expert_hidden: int
+    vocabulary: int
+    dense_layers: int = 0
+    dense_hidden: int = 0
+    shared_hidden: int = 0
+    tied: bool = False
+    dense_format: Format = BF16
+    expert_format: Format = BF16
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer."""
+        return self.attention.parameters(self.hidden)
+
+    @property
+    def router_parameters(self) -> int:
+        """Of one layer."""
+        return self.hidden * self.experts
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one expert of one layer."""
+        return GATED_MATRICES * self.hidden * self.expert_hidden
+
+    @property
+    def shared_parameters(self) -> int:
+        """Of one layer's shared experts."""
+        return GATED_MATRICES * self.hidden * self.shared_hidden
+
+    @property
+    def dense_mlp_parameters(self) -> int:
+        """Of one layer without experts, attention apart."""
+        return GATED_MATRICES * self.hidden * self.dense_hidden
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def dense_parameters(self) -> int:
+        """Everything but the routed experts: what each decentralised node holds."""
+        moe = self.moe_layers * (self.router_parameters + self.shared_parameters)
+        return (
+            self.layers * self.attention_parameters
+            + moe
+            + self.dense_layers * self.dense_mlp_parameters
+            + self.head_parameters * (1 if self.tied else 2)
+        )
+
+    @property
+    def parameters(self) -> int:
+        return self.dense_parameters + self.moe_layers * self.experts * self.expert_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token's products read: of the input embedding it takes one row only."""
+        looked_up = 0 if self.tied else self.head_parameters
+        chosen = self.moe_layers * self.top_k * self.expert_parameters
+        return self.dense_parameters - looked_up + chosen
+
+    def with_format(self, weights: Format) -> ModelShape:
+        """The same model with all weights stored as `weights`."""
+        return replace(self, dense_format=weights, expert_format=weights)
+
+    @property
+    def dense_bytes(self) -> float:
+        return self.dense_format.bytes(self.dense_parameters)
+
+    @property
+    def expert_bytes(self) -> float:
+        """Of one expert of one layer."""
+        return self.expert_format.bytes(self.expert_parameters)
+
+    def cache_bytes(self, context: float) -> float:
+        """Of one sequence's cache in all layers, `context` tokens long."""
+        kept = self.attention.attended(context, self.layers)
+        return self.layers * kept * self.attention.cache_elements * CACHE_BYTES
