@@ -48,8 +48,9 @@ static void take_rows(struct linear *job) {
       continue;
     }
     for (uint32_t a = 0; a < job->n_arrangements; a++)
-      job->kernels->arrange(job->arrangements[a].layout, job->arrangements[a].like, job->plain[r],
-                            job->arrangements[a].rows[r]);
+      if (job->arrangements[a].layout != ZMOE_LAYOUT_PLAIN)
+        job->kernels->arrange(job->arrangements[a].layout, job->arrangements[a].like, job->plain[r],
+                              job->arrangements[a].rows[r]);
   }
 }
 
@@ -120,10 +121,10 @@ static void plan_arrangements(struct linear *job, zmoe_precision precision) {
 static int take_scratch(zmoe_team *team, struct linear *job) {
   job->per_thread = zmoe_team_scratch(team, (size_t)PER_THREAD * zmoe_team_threads(team));
   job->plain = zmoe_team_scratch(team, ZMOE_ROW_BLOCK * sizeof *job->plain);
-  if (job->x_dtype != ZMOE_F32)
+  int plain = zmoe_is_plain(job->x, job->x_dtype);
+  if (!plain)
     job->copies = zmoe_team_scratch(team, (size_t)job->rows * job->ins * sizeof(float));
-  if (job->per_thread == NULL || job->plain == NULL ||
-      (job->x_dtype != ZMOE_F32 && job->copies == NULL))
+  if (job->per_thread == NULL || job->plain == NULL || (!plain && job->copies == NULL))
     return ZMOE_ENOMEM;
   for (uint32_t r = 0; r < job->rows; r++)
     job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->ins, job->copies);
