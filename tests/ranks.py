@@ -71,6 +71,19 @@ class ThreadReducer:
         meeting.barrier.wait()
         return self._lend(total, dtype)
 
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: np.ndarray | None,
+        out: np.ndarray,
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        part = None if partial is None else mx.array(partial).astype(dtype)
+        total = self.all_reduce(layer, part, out.shape, dtype, digest, overlap)
+        out[...] = np.array(total.astype(mx.float32))
+
     def _lend(self, total: np.ndarray, dtype: mx.Dtype) -> mx.array:
         stale = self._results[self._turn]
         if stale is not None:

@@ -155,6 +155,44 @@ class _Lib:
         precision: int,
     ) -> int: ...
     def zmoe_experts_scratch(self, width: int, hidden: int, pairs_per_row: int) -> int: ...
+    def zmoe_norm_rows(
+        self, team: CData, norm: CData, x: CData, rows: int, out: CData, out_dtype: int
+    ) -> int: ...
+    def zmoe_attention_step(
+        self,
+        team: CData,
+        attention: CData,
+        cache: CData,
+        cosines: CData,
+        sines: CData,
+        rows: int,
+        h: CData,
+        precision: int,
+    ) -> int: ...
+    def zmoe_attention_scratch(self, attention: CData, keys: int) -> int: ...
+    def zmoe_route(
+        self,
+        team: CData,
+        router: CData,
+        h: CData,
+        rows: int,
+        x: CData,
+        x_dtype: int,
+        ids: CData,
+        weights: CData,
+    ) -> int: ...
+    def zmoe_route_scratch(self, router: CData) -> int: ...
+    def zmoe_own_pairs(
+        self,
+        ids: CData,
+        weights: CData,
+        rows: int,
+        top_k: int,
+        local: CData,
+        experts: int,
+        sorted: CData,
+        out: CData,
+    ) -> None: ...
     def zmoe_bench_exchanges(
         self,
         exchange: CData | None,

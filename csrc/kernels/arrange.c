@@ -21,6 +21,7 @@ static size_t element_bytes(zmoe_layout layout) {
   switch (layout) {
   case ZMOE_LAYOUT_BF16:
   case ZMOE_LAYOUT_CODES4_BF16:
+  case ZMOE_LAYOUT_CODES8_BF16:
     return 2;
   case ZMOE_LAYOUT_CODES4_INT8:
   case ZMOE_LAYOUT_CODES8_INT8:
@@ -57,6 +58,15 @@ size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins) {
          zmoe_round_up(ins, ZMOE_BLOCK) * element_bytes(layout);
 }
 
+size_t zmoe_arranged_most(uint32_t ins) {
+  size_t most = 0;
+  for (int layout = ZMOE_LAYOUT_PLAIN; layout <= ZMOE_LAYOUT_CODES8_INT8; layout++) {
+    size_t bytes = zmoe_arranged_bytes((zmoe_layout)layout, ins);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
 zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins) {
   unsigned char *at = row;
   size_t bytes = integer_bytes(layout, ins);
@@ -79,6 +89,8 @@ static uint32_t place_of(uint32_t k, zmoe_layout layout) {
     return code * 16 + word;
   case ZMOE_LAYOUT_CODES4_BF16: /* register i < 4: codes i and i + 4 */
     return (code % 4) * 32 + word * 2 + code / 4;
+  case ZMOE_LAYOUT_CODES8_BF16: /* of 64: even ones, then odd ones */
+    return k / 64 * 64 + k % 2 * 32 + k % 64 / 2;
   default:
     return k;
   }

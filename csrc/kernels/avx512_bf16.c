@@ -54,13 +54,15 @@ BF16_INLINE void dot_bf16(const zmoe_weight *w, const void *const *xs, uint32_t 
 /* ---- the frame of a row of codes ---------------------------------------------------- */
 
 /* Which product of a block of codes, all of it in registers. */
-enum product { CODES4_BF16, CODES4_INT8, CODES8_INT8 };
+enum product { CODES4_BF16, CODES8_BF16, CODES4_INT8, CODES8_INT8 };
 
 /* The 16 values as bf16, twice, since an index has five bits; as unsigned bytes
- * for integers: the codes themselves, or twice the fp4 value plus 12. */
+ * for integers: the codes themselves, or twice the fp4 value plus 12.  A code of
+ * 8 bits is the sum of its low half, looked up alike, and of its high half,
+ * whose table has 16 times as much. */
 BF16_INLINE __m512i table_of(const zmoe_weight *w, enum product product) {
   const float *values = zmoe_code_values(w);
-  if (product == CODES4_BF16) {
+  if (product == CODES4_BF16 || product == CODES8_BF16) {
     uint16_t table[32];
     for (int i = 0; i < 32; i++)
       table[i] = bf16_of_f32(values[i % 16]);
@@ -68,95 +70,128 @@ BF16_INLINE __m512i table_of(const zmoe_weight *w, enum product product) {
   }
   uint8_t table[64];
   for (int i = 0; i < 64; i++)
-    table[i] =
-        (uint8_t)(w->format == ZMOE_FORMAT_AFFINE ? i % 16 : 2 * values[i % 16] + ZMOE_CENTRE_FP4);
+    table[i] = (uint8_t)(w->format == ZMOE_FORMAT_AFFINE ? i % 16 : 2 * values[i % 16] + 12);
   return _mm512_loadu_si512(table);
 }
 
-/* One register of codes with one row of x: 16 partial sums. */
-BF16_INLINE __m512 block_bf16(const __m512bh values[4], const void *elements) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < 4; i++)
-    sum = _mm512_dpbf16_ps(sum, values[i], load_bf16(elements, 32 * (size_t)i));
-  return sum;
+/* A register of codes as what its products take: bf16 (4 registers), or bytes. */
+BF16_INLINE int decode(enum product product, int affine, __m512i words, __m512i table,
+                       __m512i values[4]) {
+  if (product == CODES4_BF16) {
+    for (unsigned i = 0; i < 4; i++)
+      values[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), table);
+    return 4;
+  }
+  if (product == CODES8_BF16) {
+    /* Four more in the exponent, but zero stays zero. */
+    __m512i sixteen = _mm512_mask_add_epi16(table, _mm512_test_epi16_mask(table, table), table,
+                                            _mm512_set1_epi16(4 << 7));
+    for (unsigned i = 0; i < 4; i++)
+      values[i] =
+          _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), i % 2 ? sixteen : table);
+    return 4;
+  }
+  if (product == CODES8_INT8) {
+    values[0] = words;
+    return 1;
+  }
+  values[0] = _mm512_and_si512(words, _mm512_set1_epi8(15));
+  values[1] = _mm512_and_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi8(15));
+  for (int i = 0; i < 2 && !affine; i++)
+    values[i] = _mm512_shuffle_epi8(table, values[i]);
+  return 2;
 }
 
-BF16_INLINE __m512 block_int8(const __m512i *codes, int n, const zmoe_arranged *x, size_t element,
-                              size_t lane) {
+/* The products of a decoded register with element k and on of a row: 16 sums. */
+BF16_INLINE __m512 multiply(enum product product, const __m512i *values, int n,
+                            const zmoe_arranged *x, size_t k, size_t lane) {
+  if (product == CODES4_BF16) {
+    const uint16_t *elements = (const uint16_t *)x->elements + k;
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < 4; i++)
+      sum = _mm512_dpbf16_ps(sum, as_bf16(values[i]), load_bf16(elements, 32 * (size_t)i));
+    return sum;
+  }
+  if (product == CODES8_BF16) {
+    const uint16_t *elements = (const uint16_t *)x->elements + k;
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < 4; i++)
+      sum = _mm512_dpbf16_ps(sum, as_bf16(values[i]), load_bf16(elements, 32 * (size_t)(i / 2)));
+    return sum;
+  }
   __m512i sum = _mm512_loadu_si512(x->offsets + lane);
-  const int8_t *elements = (const int8_t *)x->elements + element;
+  const int8_t *elements = (const int8_t *)x->elements + k;
   for (int i = 0; i < n; i++)
-    sum = _mm512_dpbusd_epi32(sum, codes[i], _mm512_loadu_si512(elements + 64 * i));
+    sum = _mm512_dpbusd_epi32(sum, values[i], _mm512_loadu_si512(elements + 64 * i));
   return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(x->scales + lane));
+}
+
+/* `outs` outputs from o on with `rows` rows of x, all of whose sums stay in
+ * registers; several outputs share the loads of x.  Scales come 16 at a time. */
+BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t group,
+                           __m512i table, const zmoe_arranged *x, uint32_t rows, uint32_t outs,
+                           uint32_t o, float *const *ys, uint32_t y) {
+  const uint32_t per_lane = product == CODES8_INT8 || product == CODES8_BF16 ? 4 : 8,
+                 block = 16 * per_lane;
+  const uint32_t ins = w->ins, groups = ins / group;
+  const int affine = w->format == ZMOE_FORMAT_AFFINE;
+  const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
+  const unsigned char *data = (const unsigned char *)w->data + o * row_bytes;
+  const unsigned char *scales = (const unsigned char *)w->scales + o * scale_bytes;
+  const unsigned char *biases = (const unsigned char *)w->biases + (affine ? o * scale_bytes : 0);
+  const __m512i first_lanes = scale_lanes(per_lane, group);
+  const __m512 centre = _mm512_set1_ps(product == CODES4_INT8   ? ZMOE_CENTRE4
+                                       : product == CODES8_INT8 ? ZMOE_CENTRE8
+                                                                : 0);
+  __m512 sum[ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
+  for (uint32_t i = 0; i < rows * outs; i++)
+    sum[i] = _mm512_setzero_ps();
+  for (uint32_t g = 0; g < groups; g += 16) {
+    __mmask16 lanes = lanes16(groups - g);
+    for (uint32_t i = 0; i < outs; i++) {
+      scale[i] = load_scales(w, scales + i * scale_bytes, g, lanes);
+      if (!affine)
+        continue;
+      __m512 bias = load_floats(biases + i * scale_bytes, g, w->scale_dtype, lanes);
+      bias = _mm512_fmadd_ps(scale[i], centre, bias);
+      for (uint32_t r = 0; r < rows; r++)
+        sum[i * rows + r] =
+            _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[i * rows + r]);
+    }
+    uint32_t begin = g * group, end = begin + 16 * group < ins ? begin + 16 * group : ins;
+    for (uint32_t k = begin; k < end; k += block) {
+      __m512i spread = _mm512_add_epi32(first_lanes, _mm512_set1_epi32((int)((k - begin) / group)));
+      __mmask16 words = lanes16((end - k) / per_lane);
+      for (uint32_t i = 0; i < outs; i++) {
+        __m512i values[4];
+        int n = decode(product, affine,
+                       _mm512_maskz_loadu_epi32(words, data + i * row_bytes + k * 4 / per_lane),
+                       table, values);
+        __m512 factor = _mm512_permutexvar_ps(spread, scale[i]);
+        for (uint32_t r = 0; r < rows; r++)
+          sum[i * rows + r] = _mm512_fmadd_ps(multiply(product, values, n, &x[r], k, k / per_lane),
+                                              factor, sum[i * rows + r]);
+      }
+    }
+  }
+  for (uint32_t i = 0; i < outs; i++)
+    for (uint32_t r = 0; r < rows; r++)
+      ys[r][y + i] = _mm512_reduce_add_ps(sum[i * rows + r]);
 }
 
 BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout layout,
                            uint32_t group, const void *const *xs, uint32_t rows, uint32_t first,
                            uint32_t last, float *const *ys) {
-  const uint32_t per_lane = product == CODES8_INT8 ? 4 : 8, block = 16 * per_lane;
-  const uint32_t groups = w->ins / group, step = 16 * group;
-  const int affine = w->format == ZMOE_FORMAT_AFFINE;
-  const __m512 centre = _mm512_set1_ps(product == CODES4_BF16   ? 0
-                                       : product == CODES4_INT8 ? ZMOE_CENTRE4
-                                                                : ZMOE_CENTRE8);
-  const __m512i table = table_of(w, product), low_nibbles = _mm512_set1_epi8(15);
-  const __m512i first_lanes = scale_lanes(per_lane, group);
-  const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
-  const unsigned char *data = zmoe_row(w, first), *scales = zmoe_row_scales(w, first);
-  const unsigned char *biases = affine ? zmoe_row_biases(w, first) : scales;
+  __m512i table = table_of(w, product);
   zmoe_arranged x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_arranged_at((void *)xs[r], layout, w->ins);
-  for (uint32_t o = first; o < last;
-       o++, data += row_bytes, scales += scale_bytes, biases += scale_bytes) {
-    __m512 sum[ZMOE_DOT_ROWS];
-    for (uint32_t r = 0; r < rows; r++)
-      sum[r] = _mm512_setzero_ps();
-    for (uint32_t g = 0; g < groups; g += 16) {
-      __mmask16 lanes = lanes16(groups - g);
-      __m512 scale = load_scales(w, scales, g, lanes);
-      if (affine) {
-        __m512 bias = load_floats(biases, g, w->scale_dtype, lanes);
-        bias = _mm512_fmadd_ps(scale, centre, bias);
-        for (uint32_t r = 0; r < rows; r++)
-          sum[r] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[r]);
-      }
-      uint32_t begin = g * group, end = begin + step < w->ins ? begin + step : w->ins;
-      for (uint32_t k = begin; k < end; k += block) {
-        __m512i words = end - k >= block
-                            ? _mm512_loadu_si512(data + (size_t)k * 4 / per_lane)
-                            : _mm512_maskz_loadu_epi32(lanes16((end - k) / per_lane),
-                                                       data + (size_t)k * 4 / per_lane);
-        __m512i skipped = _mm512_set1_epi32((int)((k - begin) / group));
-        __m512 spread = _mm512_permutexvar_ps(_mm512_add_epi32(first_lanes, skipped), scale);
-        if (product == CODES4_BF16) {
-          __m512bh values[4];
-          for (int i = 0; i < 4; i++)
-            values[i] =
-                as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * (unsigned)i), table));
-          for (uint32_t r = 0; r < rows; r++)
-            sum[r] = _mm512_fmadd_ps(block_bf16(values, (const uint16_t *)x[r].elements + k),
-                                     spread, sum[r]);
-          continue;
-        }
-        __m512i codes[2] = {words, words};
-        if (product == CODES4_INT8) {
-          codes[0] = _mm512_and_si512(words, low_nibbles);
-          codes[1] = _mm512_and_si512(_mm512_srli_epi16(words, 4), low_nibbles);
-          if (!affine) {
-            codes[0] = _mm512_shuffle_epi8(table, codes[0]);
-            codes[1] = _mm512_shuffle_epi8(table, codes[1]);
-          }
-        }
-        for (uint32_t r = 0; r < rows; r++)
-          sum[r] = _mm512_fmadd_ps(
-              block_int8(codes, product == CODES4_INT8 ? 2 : 1, &x[r], k, k / per_lane), spread,
-              sum[r]);
-      }
-    }
-    for (uint32_t r = 0; r < rows; r++)
-      ys[r][o - first] = _mm512_reduce_add_ps(sum[r]);
-  }
+  const uint32_t outs = ZMOE_DOT_ROWS / rows;
+  uint32_t o = first;
+  for (; o + outs <= last; o += outs)
+    dot_block(w, product, group, table, x, rows, outs, o, ys, o - first);
+  for (; o < last; o++)
+    dot_block(w, product, group, table, x, rows, 1, o, ys, o - first);
 }
 
 /* ---- which one -------------------------------------------------------------------- */
@@ -194,6 +229,11 @@ BF16 static void dot_codes4_bf16(const zmoe_weight *w, const void *const *xs, ui
   GROUPS(CODES4_BF16, ZMOE_LAYOUT_CODES4_BF16);
 }
 
+BF16 static void dot_codes8_bf16(const zmoe_weight *w, const void *const *xs, uint32_t rows,
+                                 uint32_t first, uint32_t last, float *const *ys) {
+  GROUPS(CODES8_BF16, ZMOE_LAYOUT_CODES8_BF16);
+}
+
 BF16 static void dot_codes4_int8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                                  uint32_t first, uint32_t last, float *const *ys) {
   GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8);
@@ -212,6 +252,9 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
     return;
   case ZMOE_LAYOUT_CODES4_BF16:
     dot_codes4_bf16(w, xs, rows, first, last, ys);
+    return;
+  case ZMOE_LAYOUT_CODES8_BF16:
+    dot_codes8_bf16(w, xs, rows, first, last, ys);
     return;
   case ZMOE_LAYOUT_CODES4_INT8:
     dot_codes4_int8(w, xs, rows, first, last, ys);
@@ -233,6 +276,8 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
     return ZMOE_LAYOUT_CODES8_INT8;
   if (layout == ZMOE_LAYOUT_CODES4 && bf16)
     return ZMOE_LAYOUT_CODES4_BF16;
+  if (layout == ZMOE_LAYOUT_CODES8 && bf16)
+    return ZMOE_LAYOUT_CODES8_BF16;
   if (w->format == ZMOE_FORMAT_BF16 && bf16)
     return ZMOE_LAYOUT_BF16;
   return layout;

@@ -142,7 +142,8 @@ AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t firs
         __m512 value = bits == 4
                            ? _mm512_permutexvar_ps(code, table)
                            : _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(255)));
-        store_column(panel, element - k0 + i, _mm512_fmadd_ps(value, scale, bias));
+        /* Rounded twice, as zmoe_weight_decode does it. */
+        store_column(panel, element - k0 + i, _mm512_add_ps(_mm512_mul_ps(value, scale), bias));
       }
     }
   }
@@ -223,14 +224,5 @@ AVX512 void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *co
     tile_rows(panel, depth, xs, 4, sums, add);
   for (; rows >= 1; rows--, xs++, sums += ZMOE_PANEL)
     tile_rows(panel, depth, xs, 1, sums, add);
-}
-
-/* ---- arranging x ----------------------------------------------------------------------- */
-
-/* Whole blocks of the 4-bit layout: eight codes a word, so a transposition of
- * 16 words of eight elements. */
-AVX512 void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x,
-                                void *row) {
-  zmoe_generic_arrange(layout, w, x, row);
 }
 #endif

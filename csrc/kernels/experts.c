@@ -241,9 +241,10 @@ static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts)
   return ZMOE_OK;
 }
 
-static int has_small_group(const struct experts *job) {
+/* Whether there is a group of pairs that takes x in `layout`. */
+static int is_used(const struct experts *job, zmoe_layout layout) {
   for (uint32_t g = 0; g < job->n_groups; g++)
-    if (job->groups[g].end - job->groups[g].begin <= ZMOE_FEW_ROWS)
+    if (job->groups[g].end - job->groups[g].begin <= zmoe_few_rows(layout))
       return 1;
   return 0;
 }
@@ -253,6 +254,8 @@ static int take_arranged(zmoe_team *team, const struct experts *job, const zmoe_
                          uint32_t rows, zmoe_layout *layout, void **to) {
   /* What MLX would round to the type of x, activations too, may be rounded to it. */
   *layout = job->kernels->layout(w, job->x_dtype, job->precision);
+  if (!is_used(job, *layout))
+    *layout = ZMOE_LAYOUT_PLAIN;
   size_t bytes = zmoe_round_up(zmoe_arranged_bytes(*layout, w->ins), 64);
   unsigned char *memory = zmoe_team_scratch(team, rows * bytes);
   for (uint32_t r = 0; r < rows && memory != NULL; r++)
@@ -267,8 +270,6 @@ static int same_layout(const zmoe_weight *a, const zmoe_weight *b) {
 static int plan_layouts(zmoe_team *team, struct experts *job) {
   const zmoe_expert_layer *layer = job->layer;
   job->in.layout = job->mid.layout = ZMOE_LAYOUT_PLAIN;
-  if (!has_small_group(job))
-    return ZMOE_OK;
   int status = ZMOE_OK;
   if (same_layout(layer->up, layer->gate))
     status = take_arranged(team, job, layer->up, job->rows, &job->in.layout, job->x_arranged);
@@ -367,8 +368,8 @@ int zmoe_gather_linear(zmoe_team *team, const zmoe_weight *weights, uint32_t n_e
 
 size_t zmoe_experts_scratch(uint32_t width, uint32_t hidden, uint32_t pairs_per_row) {
   size_t pairs = (size_t)ZMOE_ROW_BLOCK * pairs_per_row;
-  size_t x_bytes = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, width) + 64;
-  size_t mid_bytes = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, hidden) + 64;
+  size_t x_bytes = zmoe_arranged_most(width) + 64;
+  size_t mid_bytes = zmoe_arranged_most(hidden) + 64;
   return ZMOE_ROW_BLOCK * (width * sizeof(float) + x_bytes + 64) +
          pairs * (hidden * sizeof(float) + mid_bytes + 64);
 }

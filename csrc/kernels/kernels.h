@@ -30,6 +30,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
   ZMOE_LAYOUT_CODES8,       /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
   ZMOE_LAYOUT_CODES8_INT8,
@@ -59,6 +60,7 @@ typedef struct zmoe_arranged {
 
 int zmoe_layout_is_integer(zmoe_layout layout);
 size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins);
+size_t zmoe_arranged_most(uint32_t ins); /* in any layout */
 zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins);
 
 typedef struct zmoe_kernels {

@@ -101,11 +101,11 @@ static int same_arrangement(zmoe_layout layout, const zmoe_weight *a, const zmoe
 
 /* Which layouts the weights want; none when all take x as it is. */
 static void plan_arrangements(struct linear *job, zmoe_precision precision) {
-  int all_plain = 1;
   for (uint32_t i = 0; i < job->n_weights; i++) {
     const zmoe_weight *w = job->weights[i];
     zmoe_layout layout = job->kernels->layout(w, job->x_dtype, precision);
-    all_plain &= layout == ZMOE_LAYOUT_PLAIN;
+    if (job->rows > zmoe_few_rows(layout))
+      layout = ZMOE_LAYOUT_PLAIN;
     uint32_t a = 0;
     while (a < job->n_arrangements && !(job->arrangements[a].layout == layout &&
                                         same_arrangement(layout, job->arrangements[a].like, w)))
@@ -114,7 +114,7 @@ static void plan_arrangements(struct linear *job, zmoe_precision precision) {
       job->arrangements[job->n_arrangements++] = (struct arrangement){layout, w, NULL};
     job->of_weight[i] = a;
   }
-  if (all_plain || job->rows > ZMOE_FEW_ROWS)
+  if (job->n_arrangements == 1 && job->arrangements[0].layout == ZMOE_LAYOUT_PLAIN)
     job->n_arrangements = 0;
 }
 
@@ -130,7 +130,7 @@ static int take_scratch(zmoe_team *team, struct linear *job) {
     job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->ins, job->copies);
   for (uint32_t a = 0; a < job->n_arrangements; a++) {
     struct arrangement *to = &job->arrangements[a];
-    to->rows = zmoe_team_scratch(team, ZMOE_FEW_ROWS * sizeof *to->rows);
+    to->rows = zmoe_team_scratch(team, job->rows * sizeof *to->rows);
     size_t bytes = zmoe_round_up(zmoe_arranged_bytes(to->layout, job->ins), 64);
     unsigned char *rows = zmoe_team_scratch(team, job->rows * bytes);
     if (to->rows == NULL || rows == NULL)
@@ -142,9 +142,9 @@ static int take_scratch(zmoe_team *team, struct linear *job) {
 }
 
 size_t zmoe_linear_scratch(uint32_t ins) {
-  size_t arranged = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, ins) + 128;
+  size_t arranged = zmoe_arranged_most(ins) + 128;
   return (size_t)ZMOE_ROW_BLOCK * (ins + 64) * sizeof(float) +
-         ZMOE_MAX_WEIGHTS * ZMOE_FEW_ROWS * arranged;
+         (size_t)ZMOE_MAX_WEIGHTS * ZMOE_ROW_BLOCK * (arranged + sizeof(void *));
 }
 
 static int multiply_block(zmoe_team *team, struct linear *job, zmoe_precision precision) {

@@ -58,7 +58,7 @@ static void many_rows(const zmoe_kernels *kernels, const zmoe_weight *w, const z
 void zmoe_product(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
                   uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
                   float *sums) {
-  if (end - begin <= ZMOE_FEW_ROWS)
+  if (end - begin <= zmoe_few_rows(x->layout))
     few_rows(kernels, w, x, begin, end, first, last, sums);
   else
     many_rows(kernels, w, x, begin, end, first, last, panel, sums);

@@ -6,8 +6,6 @@
 #include "team.h"
 
 enum {
-  /* Up to here decoding the weight again for every four rows costs less than a panel. */
-  ZMOE_FEW_ROWS = 8,
   ZMOE_PANEL_BYTES = ZMOE_DEPTH * ZMOE_PANEL * 4,
   ZMOE_SUMS = ZMOE_ROW_BLOCK * ZMOE_PANEL, /* floats that a product of one panel takes */
 };
@@ -18,6 +16,21 @@ typedef struct zmoe_rows {
   void **arranged;     /* [rows]: in `layout`; unused when that is plain */
   zmoe_layout layout;
 } zmoe_rows;
+
+/* Up to how many rows decoding the weight again for every four of them costs less
+ * than a panel; where a decoded block is multiplied at twice the rate, always. */
+static inline uint32_t zmoe_few_rows(zmoe_layout layout) {
+  switch (layout) {
+  case ZMOE_LAYOUT_BF16:
+  case ZMOE_LAYOUT_CODES4_BF16:
+  case ZMOE_LAYOUT_CODES8_BF16:
+  case ZMOE_LAYOUT_CODES4_INT8:
+  case ZMOE_LAYOUT_CODES8_INT8:
+    return ZMOE_ROW_BLOCK;
+  default:
+    return 8;
+  }
+}
 
 /* sums[r][o - first] of rows [begin, end), at most ZMOE_ROW_BLOCK, and outputs
  * [first, last), at most ZMOE_PANEL.  `panel` is ZMOE_PANEL_BYTES of the thread's own. */

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import socket
 import statistics
 import sys
@@ -19,19 +20,21 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe import __version__
-from zmoe.errors import InputError
+from zmoe.errors import InputError, LaunchError
 from zmoe.moe.exchange import join
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
 from zmoe.planner.profile import Profile, read_profile, write_profile
 
-REPEATS = 9  # of each measurement of the machine; the fastest counts, as noise only slows
+REPEATS = 9  # of a product; the fastest counts, as noise only slows
+EVALS = 300  # of a small graph, likewise
 WIDTH = 8192  # of the matrix that is read: 256 MiB of float32, beyond most caches
 PRODUCT = 2048  # rows, columns and depth of the product whose rate is taken
 OPERATIONS = 25  # of one layer's graph, roughly
 EXCHANGES = 300
 SMALL_BYTES, LARGE_BYTES = 1 << 10, 1 << 20
 DEADLINE_S = 30.0
+PORTS = (20_000, 32_000)
 
 
 def calibrate(path: Path, *, as_json: bool) -> None:
@@ -75,7 +78,7 @@ def calibrate(path: Path, *, as_json: bool) -> None:
 
 def measure_machine() -> Machine:
     """This machine, all of its cores (or its GPU) at once."""
-    sync_s = fastest_seconds(lambda: mx.eval(mx.array(1.0) + 1))
+    sync_s = fastest_seconds(lambda: mx.eval(mx.array(1.0) + 1), EVALS)
     return Machine(
         name=f"{platform.system()}-{platform.machine()}-{os.cpu_count()}".lower(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -88,15 +91,15 @@ def measure_machine() -> Machine:
         bandwidth_efficiency=1.0,
         rate_efficiency=1.0,
         sync_s=sync_s,
-        layer_s=max(0.0, fastest_seconds(_layer_graph) - sync_s),
+        layer_s=max(0.0, fastest_seconds(_layer_graph, EVALS) - sync_s),
     )
 
 
-def fastest_seconds(work: Callable[[], Any]) -> float:
-    """The least time of `work` over REPEATS calls, after one that is not counted."""
+def fastest_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """The least time of `work` over so many calls, after one that is not counted."""
     work()
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begin)
@@ -181,18 +184,20 @@ def take_part(rank: int, addresses: Sequence[str], sizes: Sequence[int]) -> list
 
 
 def _free_port_pairs(count: int) -> list[int]:
-    """Ports that are free together with the one after each."""
+    """Ports that are free, as is the one after each.
+
+    Not from the range that systems give to outgoing connections: one of those
+    could take a port before its rank, still starting, has bound it.
+    """
     found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            taken = {p + more for p in found for more in (0, 1)}
-            if port > 65533 or {port, port + 1} & taken:
-                continue
+    for port in random.sample(range(*PORTS, 2), (PORTS[1] - PORTS[0]) // 2):
+        with socket.socket() as data, socket.socket() as control:
             try:
-                second.bind(("127.0.0.1", port + 1))
+                data.bind(("127.0.0.1", port))
+                control.bind(("127.0.0.1", port + 1))
             except OSError:
                 continue
-            found.append(port)
-    return found
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise LaunchError(f"no free ports between {PORTS[0]} and {PORTS[1]}")

@@ -17,6 +17,7 @@ from zmoe.planner.cost import POLICIES, SCHEDULES
 from zmoe.planner.hardware import MACHINES, Machine
 from zmoe.planner.links import LINKS, Link
 from zmoe.planner.lookup import look_up
+from zmoe.planner.models import MODELS
 from zmoe.planner.placement import PLACEMENTS
 from zmoe.planner.plan import Setup, Workload, predict_all
 from zmoe.planner.profile import read_profile
@@ -39,31 +40,49 @@ def _parser() -> Parser:
 
 
 def _add_question(parser: Parser) -> None:
-    workloads = parser.add_argument_group("what runs where").add_argument
-    workloads("--model", help="name, folder with a config.json, or Hugging Face name")
-    workloads("--hardware", metavar="H", help="machine or profile; a,b for unequal nodes in turn")
-    workloads("--link", metavar="L", help="network or profile (default: a profile's own)")
-    workloads("--nodes", default="1-8", metavar="N", help="a number, a list 2,4 or a range 1-8")
-    workloads("--bits", type=int, metavar="B", help="bits per weight (default: as published)")
-    workloads("--group-size", type=int, default=64, help="weights that share a scale")
-    workloads("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
-    workloads("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
-    workloads("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="who owns what")
-    workloads("--one-machine", action="store_true", help="the nodes share one machine evenly")
+    add = parser.add_argument_group("what runs where").add_argument
+    models, machines, links = (", ".join(table) for table in (MODELS, MACHINES, LINKS))
+    add("--model", metavar="M", help=f"{models}, a folder, or a Hugging Face name")
+    add("--hardware", metavar="H", help=f"{machines}, or a profile; a,b for unequal nodes in turn")
+    add("--link", metavar="L", help=f"{links}, or a profile; without it, that of --hardware")
+    add("--nodes", default="1-8", metavar="N", help="a number, a list 2,4 or a range 1-8")
+    add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
+    add("--group-size", type=int, default=64, metavar="G", help="weights that share a scale")
+    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
+    add("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
+    add("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="who owns what")
+    add("--one-machine", action="store_true", help="the nodes share one machine evenly")
 
 
 def _add_workload(parser: Parser) -> None:
     defaults = Workload()
     add = parser.add_argument_group("workload").add_argument
-    add("--batch", type=int, default=defaults.batch, help="sequences at once")
-    add("--context", type=int, default=defaults.context, help="tokens in each one's cache")
-    add("--prompt", type=int, default=defaults.prompt, help="tokens of each one's prompt")
+    add("--batch", type=int, metavar="B", default=defaults.batch, help="sequences at once")
+    add(
+        "--context",
+        type=int,
+        metavar="C",
+        default=defaults.context,
+        help="tokens in each one's cache",
+    )
+    add(
+        "--prompt",
+        type=int,
+        metavar="P",
+        default=defaults.prompt,
+        help="tokens of each one's prompt",
+    )
 
 
 def _add_parameters(parser: Parser) -> None:
     add = parser.add_argument_group("parameters, instead of the tables' own").add_argument
-    add("--efficiency", type=float, help="share of the memory bandwidth that decode reaches")
-    add("--latency-us", type=float, help="one small exchange between two nodes")
+    add(
+        "--efficiency",
+        type=float,
+        metavar="SHARE",
+        help="share of the memory bandwidth that decode reaches",
+    )
+    add("--latency-us", type=float, metavar="US", help="one small exchange between two nodes")
     add("--wiring", type=float, metavar="GB/S", help="Metal's driver wires cold weights at this")
     add(
         "--wire-bits",

@@ -48,6 +48,7 @@ def inspect_model(path: Path) -> ModelInfo:
     experts.
     """
     config = read_config(path)
+    _check_quantization(path / "config.json", config.get("quantization"))
     tensors = read_tensors(path)
     everything = {t.name: placeholder(whole(t)) for t in tensors.values()}
     model, _ = assemble(path, lambda sanitize, _: sanitize(everything))
@@ -114,6 +115,39 @@ def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
             found.add(tensor.dtype)
     found &= _DTYPES.keys()
     return _DTYPES[found.pop()] if len(found) == 1 else "float32"
+
+
+# MLX's modes, and the bits and group sizes that each has.
+_MODES = {
+    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+def _check_quantization(file: Path, settings: Any) -> None:
+    """Raise ModelError, which names the tensor, for a mode, bits or group that MLX has not."""
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise ModelError(f"{file}: quantization is not an object")
+    own = {name: entry for name, entry in settings.items() if isinstance(entry, Mapping)}
+    for name, entry in (("every tensor", settings), *own.items()):
+        mode = entry.get("mode", "affine")
+        bits, group = entry.get("bits"), entry.get("group_size")
+        if not isinstance(mode, str) or mode not in _MODES:
+            raise ModelError(
+                f"{file}: {name} has the unknown quantisation mode {mode!r}: "
+                f"expected {', '.join(_MODES)}"
+            )
+        known_bits, known_groups = _MODES[mode]
+        for what, value, known in (("bits", bits, known_bits), ("groups of", group, known_groups)):
+            if value is not None and value not in known:
+                raise ModelError(
+                    f"{file}: {name} has {what} {value} in mode {mode}: "
+                    f"expected {' or '.join(map(str, known))}"
+                )
 
 
 def _quantization(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,175 @@
+/* x in the layouts of the AVX-512 kernels; zmoe_generic_arrange says what they are. */
+#if defined(__x86_64__)
+#include "avx512.h"
+
+#include <string.h>
+
+#include "team.h"
+
+#define BF16 __attribute__((target(AVX512_FEATURES ",avx512bf16")))
+#define BF16_INLINE                                                                                \
+  static inline __attribute__((always_inline, target(AVX512_FEATURES ",avx512bf16")))
+
+AVX512 static void sum_groups(const float *x, uint32_t ins, uint32_t group, float *sums) {
+  uint32_t groups = ins / group;
+  for (uint32_t g = 0; g < groups; g++) {
+    __m512 sum = _mm512_loadu_ps(x + (size_t)g * group);
+    for (uint32_t k = 16; k < group; k += 16)
+      sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + (size_t)g * group + k));
+    sums[g] = _mm512_reduce_add_ps(sum);
+  }
+  for (uint32_t g = groups; g % 16 != 0; g++)
+    sums[g] = 0;
+}
+
+/* ---- one block of 128 elements ------------------------------------------------------ */
+
+AVX512 static void block_codes4(const float *x, float *to) {
+  __m512i words =
+      _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  for (int i = 0; i < 8; i++)
+    _mm512_storeu_ps(to + 16 * i, _mm512_i32gather_ps(words, x + i, 4));
+}
+
+BF16_INLINE __m512i round_32(const float *x) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+}
+
+/* 32 elements are four words of eight: codes 0 and 4 of each word first, then 1
+ * and 5, ...; four such registers make the same of 16 words by 128-bit parts. */
+BF16 static void block_codes4_bf16(const float *x, uint16_t *to) {
+  const uint16_t order[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                              2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  __m512i index = _mm512_loadu_si512(order), v[4];
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm512_permutexvar_epi16(index, round_32(x + 32 * i));
+  __m512i low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44),
+          low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+  __m512i high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee),
+          high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(low01, low23, 0x88));
+  _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+  _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(high01, high23, 0x88));
+  _mm512_storeu_si512(to + 96, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+}
+
+BF16 static void block_bf16(const float *x, uint16_t *to) {
+  for (int i = 0; i < 4; i++)
+    _mm512_storeu_si512(to + 32 * i, round_32(x + 32 * i));
+}
+
+/* Even elements of 64, then odd ones. */
+BF16 static void block_codes8_bf16(const float *x, uint16_t *to) {
+  for (int i = 0; i < 2; i++) {
+    __m512i low = round_32(x + 64 * i), high = round_32(x + 64 * i + 32);
+    __m256i even[2] = {_mm512_cvtepi32_epi16(low), _mm512_cvtepi32_epi16(high)};
+    __m256i odd[2] = {_mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16))};
+    for (int half = 0; half < 2; half++) {
+      _mm256_storeu_si256((__m256i *)(void *)(to + 64 * i + 16 * half), even[half]);
+      _mm256_storeu_si256((__m256i *)(void *)(to + 64 * i + 32 + 16 * half), odd[half]);
+    }
+  }
+}
+
+/* ---- one block in 8 bits ------------------------------------------------------------- */
+
+/* 32 elements as codes, and their scale. */
+AVX512_INLINE __m256i codes_32(const float *x, float *scale) {
+  __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+  float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+  __m512 inverse = _mm512_set1_ps(largest > 0x1p-120f ? 127.0f / largest : 0.0f);
+  *scale = largest / 127.0f;
+  __m128i low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)));
+  __m128i high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, inverse)));
+  return _mm256_set_m128i(high, low);
+}
+
+AVX512_INLINE __m512i sums_of_4(__m512i codes) {
+  __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), codes);
+  return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+
+/* Where the sums of 8 or 16 lanes start; see kernels.h. */
+AVX512_INLINE __m512i times_centre(__m512i sums, int centre) {
+  return _mm512_mullo_epi32(sums, _mm512_set1_epi32(-centre));
+}
+
+/* Even codes of all words, then odd ones: a lane of 8 is the same in both. */
+AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_arranged to, size_t first) {
+  __m512i even, odd, codes[2];
+  float *scales = to.scales + first / 8;
+  for (int i = 0; i < 2; i++) {
+    float a, b;
+    __m256i low = codes_32(x + 64 * i, &a), high = codes_32(x + 64 * i + 32, &b);
+    codes[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    float factor = fp4 ? 0.5f : 1.0f;
+    _mm_storeu_ps(scales + 8 * i, _mm_set1_ps(a * factor));
+    _mm_storeu_ps(scales + 8 * i + 4, _mm_set1_ps(b * factor));
+  }
+  even = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(codes[0])),
+                            _mm512_cvtepi16_epi8(codes[1]), 1);
+  odd = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(codes[0], 8))),
+      _mm512_cvtepi16_epi8(_mm512_srli_epi16(codes[1], 8)), 1);
+  int8_t *elements = (int8_t *)to.elements + first;
+  _mm512_storeu_si512(elements, even);
+  _mm512_storeu_si512(elements + 64, odd);
+  __m512i sums = _mm512_add_epi32(sums_of_4(even), sums_of_4(odd));
+  __m512i offsets = times_centre(sums, fp4 ? ZMOE_CENTRE_FP4 : ZMOE_CENTRE4);
+  _mm512_storeu_si512(to.offsets + first / 8, offsets);
+}
+
+AVX512 static void block_codes8_int8(const float *x, zmoe_arranged to, size_t first) {
+  for (size_t i = 0; i < 4; i++) {
+    float scale;
+    __m256i codes = codes_32(x + 32 * i, &scale);
+    _mm256_storeu_si256((__m256i *)(void *)((int8_t *)to.elements + first + 32 * i), codes);
+    _mm256_storeu_ps(to.scales + first / 4 + 8 * i, _mm256_set1_ps(scale));
+    __m512i sums = sums_of_4(_mm512_castsi256_si512(codes));
+    _mm256_storeu_si256((__m256i *)(void *)(to.offsets + first / 4 + 8 * i),
+                        _mm512_castsi512_si256(times_centre(sums, ZMOE_CENTRE8)));
+  }
+}
+
+static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe_arranged to,
+                  size_t first) {
+  void *elements = to.elements;
+  switch (layout) {
+  case ZMOE_LAYOUT_CODES4_INT8:
+    block_codes4_int8(x, w->format != ZMOE_FORMAT_AFFINE, to, first);
+    return;
+  case ZMOE_LAYOUT_CODES8_INT8:
+    block_codes8_int8(x, to, first);
+    return;
+  case ZMOE_LAYOUT_CODES8_BF16:
+    block_codes8_bf16(x, (uint16_t *)elements + first);
+    return;
+  case ZMOE_LAYOUT_CODES4:
+    block_codes4(x, (float *)elements + first);
+    return;
+  case ZMOE_LAYOUT_CODES4_BF16:
+    block_codes4_bf16(x, (uint16_t *)elements + first);
+    return;
+  case ZMOE_LAYOUT_BF16:
+    block_bf16(x, (uint16_t *)elements + first);
+    return;
+  default: /* ZMOE_LAYOUT_CODES8 */
+    memcpy((float *)elements + first, x, ZMOE_BLOCK * sizeof *x);
+  }
+}
+
+void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  zmoe_arranged to = zmoe_arranged_at(row, layout, w->ins);
+  if (w->group != 0)
+    sum_groups(x, w->ins, w->group, to.sums);
+  uint32_t k = 0;
+  for (; k + ZMOE_BLOCK <= w->ins; k += ZMOE_BLOCK)
+    block(layout, w, x + k, to, k);
+  if (k < w->ins) {
+    float padded[ZMOE_BLOCK] = {0};
+    memcpy(padded, x + k, (w->ins - k) * sizeof *x);
+    block(layout, w, padded, to, k);
+  }
+}
+#endif

@@ -1,0 +1,237 @@
+"""zmoe-plan as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import Commands
+from zmoe.models.hub import resolve_model
+from zmoe.planner.hardware import MACHINES, Machine
+from zmoe.planner.links import LINKS
+from zmoe.planner.models import MODELS
+from zmoe.planner.profile import Profile, write_profile
+
+DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
+TINY = resolve_model("zmoe-tiny")
+
+
+def plan(commands: Commands, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zmoe.cli.plan", *map(str, arguments)],
+        env={**commands.env, **env},
+        cwd=commands.folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def answer(commands: Commands, *arguments: object, **env: str) -> dict[str, Any]:
+    done = plan(commands, *arguments, "--json", **env)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"environment", "results"}
+    assert isinstance(report, dict)
+    return report
+
+
+def refused(commands: Commands, *arguments: object, **env: str) -> str:
+    done = plan(commands, *arguments, **env)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_json_has_a_row_for_each_number_of_nodes(commands: Commands) -> None:
+    report = answer(commands, *DBRX, "--nodes", "1-4")
+    rows = report["results"]
+    assert [row["nodes"] for row in rows] == [1, 2, 3, 4]
+    assert [row["fits"] for row in rows] == [False, True, True, True]
+    assert [round(row["executed_experts_per_node"], 4) for row in rows] == [
+        4.0,
+        2.6462,
+        2.2582,
+        1.9692,
+    ]
+    for row in rows:
+        assert set(row["breakdown"]) == {
+            f"{term}_ms" for term in ("load", "compute", "latency", "transfer", "overhead")
+        }
+        assert row["memory_per_node_bytes"] > 0
+        assert row["price_usd"] == row["nodes"] * MACHINES["m2-ultra"].price_usd
+    for row in rows[1:]:
+        assert 1000 / sum(row["breakdown"].values()) == pytest.approx(row["tokens_per_second"])
+        assert 0 < row["communication_share"] < 1
+        assert row["tokens_per_second_per_usd"] > 0
+    assert rows[0]["tokens_per_second"] is None
+    environment = report["environment"]
+    assert environment["best_nodes"] == 4
+    assert environment["hardware"][0]["source"]
+    assert environment["link"]["source"]
+
+
+def test_nodes_take_a_number_a_list_or_a_range(commands: Commands) -> None:
+    for text, expected in (("3", [3]), ("4,2", [2, 4]), ("1-2,5", [1, 2, 5])):
+        rows = answer(commands, *DBRX, "--nodes", text)["results"]
+        assert [row["nodes"] for row in rows] == expected
+
+
+def test_flags_reach_the_model(commands: Commands) -> None:
+    base = answer(commands, *DBRX, "--nodes", 2)["results"][0]
+
+    def changed(*flags: object) -> dict[str, Any]:
+        row = answer(commands, *DBRX, "--nodes", 2, *flags)["results"][0]
+        assert isinstance(row, dict)
+        return row
+
+    assert changed("--bits", 4)["memory_per_node_bytes"] < base["memory_per_node_bytes"] / 3
+    assert changed("--policy", "busy-full")["executed_experts_per_node"] == 8
+    assert changed("--placement", "slices")["executed_experts_per_node"] == 2
+    central = changed("--schedule", "centralized")["memory_by_node_bytes"]
+    assert central[1] < central[0]
+    assert changed("--batch", 4)["tokens_per_second"] > base["tokens_per_second"]
+    assert changed("--context", 9)["breakdown"]["load_ms"] < base["breakdown"]["load_ms"]
+    assert changed("--latency-us", 1000)["breakdown"]["latency_ms"] == pytest.approx(41)
+    assert changed("--efficiency", 1)["breakdown"]["load_ms"] == pytest.approx(
+        0.7 * base["breakdown"]["load_ms"]
+    )
+    assert changed("--wiring", 100)["breakdown"]["overhead_ms"] > 400
+    assert changed("--wire-bits", 32)["breakdown"]["transfer_ms"] == pytest.approx(
+        2 * base["breakdown"]["transfer_ms"]
+    )
+    assert changed("--prompt", 512)["prompt_tokens_per_second"] > base["prompt_tokens_per_second"]
+
+
+def test_unequal_nodes_and_profiles(commands: Commands, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    write_profile(path, Profile(MACHINES["epyc"], LINKS["25gbe"]))
+    mixed = answer(commands, "--model", "olmoe", "--hardware", f"m4-max,{path}", "--nodes", 3)
+    assert mixed["results"][0]["machines"] == ["m4-max", "epyc", "m4-max"]
+    assert mixed["environment"]["link"]["name"] == "25gbe"
+    both = answer(commands, "--model", "olmoe", "--hardware", path, "--link", path, "--one-machine")
+    prices = {row["price_usd"] for row in both["results"]}
+    assert max(prices) == pytest.approx(MACHINES["epyc"].price_usd)
+
+
+def test_models_by_folder_and_from_the_hubs_cache(commands: Commands, tmp_path: Path) -> None:
+    rest = ("--hardware", "epyc", "--link", "1gbe", "--nodes", 2)
+    named = answer(commands, "--model", "zmoe-tiny", *rest)
+    assert named["environment"]["model"]["experts"] == 16
+    assert answer(commands, "--model", TINY, *rest)["results"] == named["results"]
+    cached = tmp_path / "hub" / "models--org--some-moe"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text((TINY / "config.json").read_text())
+    hub = answer(commands, "--model", "org/some-moe", *rest, HF_HOME=str(tmp_path))
+    assert hub["results"] == named["results"]
+
+
+def test_the_table_and_plain_sentences(commands: Commands) -> None:
+    done = plan(commands, *DBRX, "--nodes", "1,2", "--target", 5)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "no fit" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "GiB are missing per node; 2 nodes or 8 bits on 1 node would do." in words
+    assert "Fastest: 2 nodes, " in words
+    assert "Cheapest for 5 tokens/s over 10gbe: " in words
+
+
+def test_more_nodes_that_are_slower(commands: Commands) -> None:
+    done = plan(commands, "--model", "qwen3-30b-a3b", "--hardware", "m3-ultra", "--link", "1gbe")
+    assert "More nodes are slower: " in done.stdout
+
+
+def test_a_plot(commands: Commands, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, magic in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")):
+        path = tmp_path / name
+        assert plan(commands, *DBRX, "--plot", path).returncode == 0
+        assert path.read_bytes().startswith(magic)
+    assert plan(commands, *DBRX, "--nodes", 1, "--plot", tmp_path / "none.png").returncode == 0
+
+
+def test_a_plot_without_matplotlib(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError")
+    line = refused(commands, *DBRX, "--plot", tmp_path / "x.png", PYTHONPATH=str(tmp_path))
+    assert "pip install 'zmoe[plot]'" in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_unknown_names_list_the_known_ones(commands: Commands) -> None:
+    for flag, close, known in (
+        ("--model", "dbxr", MODELS),
+        ("--hardware", "m2ultra", MACHINES),
+        ("--link", "10gb", LINKS),
+    ):
+        line = refused(commands, *DBRX, flag, close)
+        assert f'{flag} "{close}" is unknown; did you mean ' in line
+        assert all(name in line for name in known)
+
+
+def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
+    for arguments, words in (
+        ((), "--model and --hardware are needed"),
+        (DBRX[:4], "no --link"),
+        ((*DBRX, "--nodes", "4-2"), "--nodes 4-2"),
+        ((*DBRX, "--nodes", "two"), "--nodes two"),
+        ((*DBRX, "--nodes", "0"), "--nodes 0"),
+        ((*DBRX, "--nodes", "17"), "17 nodes are more than the 16 experts"),
+        ((*DBRX, "--bits", "7"), "--bits is 7"),
+        ((*DBRX, "--group-size", "10"), "--group-size is 10"),
+        ((*DBRX, "--batch", "0"), "--batch is 0"),
+        ((*DBRX, "--context", "-1"), "--context is -1"),
+        ((*DBRX, "--prompt", "0"), "--prompt is 0"),
+        ((*DBRX, "--target", "nan"), "--target is nan"),
+        ((*DBRX, "--efficiency", "1.5"), "--efficiency is 1.5"),
+        ((*DBRX, "--wire-bits", "7"), "--wire-bits"),
+        ((*DBRX, "--schedule", "chaotic"), "--schedule"),
+        ((*DBRX, "--one-machine", "--hardware", "epyc,epyc"), "--one-machine"),
+        ((*DBRX, "--plot", "plan.pdf"), "--plot plan.pdf"),
+        ((*DBRX, "--plot", tmp_path / "no" / "x.png"), "no such folder"),
+        ((*DBRX, "--model", tmp_path), "holds no config.json"),
+        ((*DBRX, "--model", tmp_path / "nowhere"), "no such folder"),
+        ((*DBRX, "--model", "some-org/some-model"), "some-org/some-model"),
+        ((*DBRX, "--hardware", tmp_path / "absent.json"), "absent.json cannot be read"),
+        (("--calibrate", tmp_path / "no" / "p.json"), "no such folder"),
+    ):
+        assert words in refused(commands, *arguments), arguments
+
+
+def test_only_a_profile_is_overwritten(commands: Commands, tmp_path: Path) -> None:
+    precious = tmp_path / "precious.json"
+    precious.write_text('{"mine": 1}')
+    assert "unknown field mine" in refused(commands, "--calibrate", precious)
+    assert precious.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.slow
+def test_a_calibrated_profile_plans(commands: Commands, tmp_path: Path) -> None:
+    path = tmp_path / "here.json"
+    done = plan(commands, "--calibrate", path)
+    assert done.returncode == 0, done.stderr
+    assert "GB/s" in done.stdout and str(path) in done.stdout
+    record = json.loads(path.read_text())
+    assert set(record["machine"]) == {field.name for field in fields(Machine)}
+    assert "measured" in record["machine"]["source"]
+    assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
+    report = answer(commands, "--model", "zmoe-tiny", "--hardware", path, "--one-machine")
+    assert report["environment"]["link"]["name"] == "loopback"
+    assert all(row["tokens_per_second"] > 0 for row in report["results"])
+
+
+def test_help_stands_alone(commands: Commands) -> None:
+    done = plan(commands, "--help")
+    assert done.returncode == 0
+    for flag in ("--model", "--hardware", "--link", "--nodes", "--calibrate", "--target"):
+        assert flag in done.stdout
