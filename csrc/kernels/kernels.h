@@ -29,7 +29,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_BF16,      /* bf16, in order */
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
-  ZMOE_LAYOUT_CODES8,       /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
   ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */

@@ -5,6 +5,12 @@
 
 #include "numbers.h"
 
+/* ---- how much --------------------------------------------------------------------
+ * A test's argument, if it is a number: one of so many cases is enough. */
+
+void rig_start(int argc, char **argv);
+int rig_skips(uint32_t n); /* the n-th case */
+
 /* ---- memory -------------------------------------------------------------------
  * Blocks end where what they hold ends, so that AddressSanitizer sees a read past
  * it.  It does not see masked vector loads: guarded blocks end before a page
