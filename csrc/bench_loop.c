@@ -1,8 +1,12 @@
-/* For benchmarks only: many exchanges in a row, timed where no Python runs. */
+/* For benchmarks only: many exchanges in a row, timed where no Python runs, and
+ * the reading of memory and nothing else. */
 #include "platform.h"
 
 #include "bench_loop.h"
 #include "exchange_internal.h"
+#include "kernels/team.h"
+
+#include <string.h>
 
 static double clock_us(void) {
   struct timespec now;
@@ -28,4 +32,42 @@ int zmoe_bench_exchanges(zmoe_exchange *ex, const void *src, void *out, uint32_t
     elapsed_us[i] = clock_us() - start_us;
   }
   return ZMOE_OK;
+}
+
+/* ---- the memory's speed ------------------------------------------------------- */
+
+enum { CHUNK_BYTES = 64 << 10, LANES = 32, PREFETCH_BYTES = 4 << 10 };
+
+struct reading {
+  const unsigned char *data;
+  size_t chunks;
+  zmoe_tasks tasks;
+  _Alignas(64) _Atomic uint64_t seen;
+};
+
+/* Chunks are taken as a product's tasks are; more lanes than a register has hide
+ * the latency. */
+static void read_chunks(zmoe_team *team, void *argument, uint32_t thread) {
+  (void)team, (void)thread;
+  struct reading *job = argument;
+  uint64_t lanes[LANES] = {0};
+  for (size_t chunk; (chunk = zmoe_take(&job->tasks)) < job->chunks;) {
+    const unsigned char *at = job->data + chunk * CHUNK_BYTES;
+    for (size_t i = 0; i < CHUNK_BYTES; i += sizeof lanes) {
+      uint64_t words[LANES];
+      memcpy(words, at + i, sizeof words);
+      for (size_t line = 0; line < sizeof words; line += 64)
+        __builtin_prefetch(at + i + line + PREFETCH_BYTES);
+      for (int lane = 0; lane < LANES; lane++)
+        lanes[lane] ^= words[lane];
+    }
+  }
+  for (int lane = 0; lane < LANES; lane++)
+    atomic_fetch_xor(&job->seen, lanes[lane]);
+}
+
+uint64_t zmoe_bench_read(zmoe_team *team, const void *data, size_t bytes) {
+  struct reading job = {.data = data, .chunks = bytes / CHUNK_BYTES};
+  zmoe_team_run(team, read_chunks, &job);
+  return job.seen;
 }

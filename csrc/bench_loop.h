@@ -1,8 +1,9 @@
-/* For benchmarks only: many exchanges in a row, timed where no Python runs. */
+/* For benchmarks only: many exchanges in a row, timed where no Python runs, and
+ * the reading of memory and nothing else. */
 #ifndef ZMOE_BENCH_LOOP_H
 #define ZMOE_BENCH_LOOP_H
 
-#include "zmoe.h"
+#include "compute.h"
 
 /* Runs `count` exchanges of rows x width elements of `dtype` from `src` to
  * `out`, and writes the microseconds of each into `elapsed_us`.  Every rank must
@@ -10,5 +11,8 @@
 int zmoe_bench_exchanges(zmoe_exchange *ex, const void *src, void *out, uint32_t rows,
                          uint32_t width, zmoe_dtype dtype, uint32_t count, uint64_t deadline_us,
                          double *elapsed_us, zmoe_fault *fault);
+
+/* All threads of the team read `data` (whole chunks of 64 KiB) once. */
+uint64_t zmoe_bench_read(zmoe_team *team, const void *data, size_t bytes);
 
 #endif

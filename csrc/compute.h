@@ -31,6 +31,8 @@ int zmoe_team_create(uint32_t threads, const int32_t *cores, uint32_t spin_us, z
 void zmoe_team_destroy(zmoe_team *team);
 /* Make room for calls that need up to `bytes` of working memory. */
 int zmoe_team_reserve(zmoe_team *team, size_t bytes);
+/* Nanoseconds that the products of this team have taken, all told. */
+uint64_t zmoe_team_products_ns(const zmoe_team *team);
 
 /* ---- weight: one matrix, (outs, ins), row-major ---------------------------- */
 

@@ -5,6 +5,7 @@
  * small operations per layer is one call before the experts (attention), one
  * for the router, and the sums in between.  The residual stream `h` stays f32;
  * what goes into a product is rounded to the model's own type, as MLX has it.
+ * A call that fails has changed nothing.
  */
 #ifndef ZMOE_DECODER_H
 #define ZMOE_DECODER_H
@@ -58,7 +59,8 @@ typedef struct zmoe_kv_cache {
 
 /* h (rows, width) f32 += attention of norm(h), causal; appends the rows to the
  * cache.  cosines and sines (rows, rope_dims / 2) are those of the rows'
- * positions.  ZMOE_EINVAL when the cache has no room. */
+ * positions, times the factor of scaled rotations where there is one; unused
+ * without rope_dims.  ZMOE_EINVAL when the cache has no room. */
 int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
                         const float *cosines, const float *sines, uint32_t rows, float *h,
                         zmoe_precision precision);
@@ -70,13 +72,13 @@ size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
 typedef enum zmoe_route_kind {
   ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
   ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
-  ZMOE_SIGMOID_TOP_K = 2, /* sigmoid; chosen with choice_bias, weighted without */
+  ZMOE_SIGMOID_TOP_K = 2, /* the k best of the logits' sigmoids */
 } zmoe_route_kind;
 
 typedef struct zmoe_router {
   zmoe_norm input;          /* of h */
   const zmoe_weight *gate;  /* width -> experts */
-  const float *choice_bias; /* (experts), or NULL */
+  const float *choice_bias; /* (experts), added for the choice alone; or NULL */
   uint32_t kind;            /* zmoe_route_kind */
   uint32_t top_k;
   uint32_t normalize; /* 1: a row's weights are divided by their sum + floor */

@@ -11,11 +11,16 @@
 #include <stdint.h>
 #include <time.h>
 
-/* Monotonic, in microseconds. */
-static inline uint64_t zmoe_now_us(void) {
+/* Monotonic, in nanoseconds. */
+static inline uint64_t zmoe_now_ns(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* The same in microseconds. */
+static inline uint64_t zmoe_now_us(void) {
+  return zmoe_now_ns() / 1000u;
 }
 
 /* now + span, without wrapping: a span of UINT64_MAX waits for ever. */

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 
 class Spans:
-    """Sums of wall time per span name; spans don't nest.
+    """Sums of wall time per span name.
 
     The names used on a token's way are `experts` (products of the local
-    expert shards) and `exchange` (publish and collect); what is in neither is
-    `other` to whoever knows the total.
+    expert shards) and `exchange` (publish and collect), which don't nest; what
+    is in neither is `other` to whoever knows the total. On the kernels also
+    `products`: all of them, the experts' included.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@
 
 enum {
   ZMOE_UNIT_VECTORS = 128, /* queries of a unit: a block of keys is made f32 once for all */
-  ZMOE_FEW_VECTORS = 8,    /* up to here keys and values are used as they lie in the cache */
+  ZMOE_FEW_VECTORS = 4,    /* up to here keys and values are used as they lie in the cache */
   ZMOE_RANGE_KEYS = 512,   /* the least that is worth a task of its own */
   ZMOE_PARTS = 32,         /* so many are enough for the threads */
   ZMOE_KEY_BLOCK = 64,     /* keys that are looked at at a time */
@@ -79,7 +79,7 @@ static inline zmoe_head_rows zmoe_cached(const zmoe_attend *job, const void *dat
                                          uint32_t key, uint32_t count) {
   uint32_t dim = job->attention->head_dim;
   size_t at = ((size_t)kv_head * job->cache->capacity + key) * dim * zmoe_dtype_bytes(job->dtype);
-  return (zmoe_head_rows){(const unsigned char *)data + at, job->dtype, dim, count};
+  return (zmoe_head_rows){(const unsigned char *)data + at, 0, job->dtype, dim, count};
 }
 
 /* How the block is cut, by its shape: units, ranges, layouts. */
@@ -90,6 +90,10 @@ size_t zmoe_attend_panel_floats(const zmoe_attention *attention);
 
 /* The work of all threads: heads made ready, keys and values appended, attended. */
 zmoe_team_fn zmoe_attend_work;
+
+/* Where the keys are that this thread will probably look at after those before
+ * `key`: of the same part, or of the one that is to be taken next; 0 for none. */
+uintptr_t zmoe_attend_next(const zmoe_attend *job, const zmoe_part *part, uint32_t key);
 
 /* The two ways through a part's keys. */
 void zmoe_attend_few(const zmoe_attend *job, const zmoe_part *part);

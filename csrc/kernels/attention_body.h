@@ -3,6 +3,11 @@
  * queries and the dtype are constants in each call of the inlined bodies, so
  * that sums stay in registers. */
 
+KERNEL void fetch_ahead(const zmoe_head_rows *rows, uint32_t j, size_t row_bytes) {
+  if (rows->ahead != 0)
+    zmoe_prefetch(rows->ahead + j * row_bytes, row_bytes);
+}
+
 /* ---- scores -------------------------------------------------------------------------- */
 
 KERNEL void score_key(const float *const *queries, uint32_t n, const unsigned char *key,
@@ -17,19 +22,23 @@ KERNEL void score_key(const float *const *queries, uint32_t n, const unsigned ch
       for (uint32_t i = 0; i < n; i++)
         lanes[i][p] += wide * get(queries[i] + d + p * LANES);
     }
-  for (uint32_t i = 0; i < n; i++) {
-    float sum = sum_lanes(lanes[i]);
-    for (uint32_t e = d; e < dim; e++)
-      sum += load_scalar(key, e, dtype) * queries[i][e];
-    scores[i * stride] = sum;
-  }
+  float sums[ZMOE_QUERIES];
+  for (uint32_t i = 0; i < n; i++)
+    sums[i] = sum_lanes(lanes[i]);
+  for (; d < dim; d++)
+    for (uint32_t i = 0; i < n; i++)
+      sums[i] += load_scalar(key, d, dtype) * queries[i][d];
+  for (uint32_t i = 0; i < n; i++)
+    scores[i * stride] = sums[i];
 }
 
 KERNEL void score_keys(const float *const *queries, uint32_t n, const zmoe_head_rows *keys,
                        zmoe_dtype dtype, float *scores, size_t stride) {
   size_t row_bytes = keys->dim * zmoe_dtype_bytes(dtype);
-  for (uint32_t j = 0; j < keys->count; j++)
+  for (uint32_t j = 0; j < keys->count; j++) {
+    fetch_ahead(keys, j, row_bytes);
     score_key(queries, n, keys->data + j * row_bytes, dtype, keys->dim, scores + j, stride);
+  }
 }
 
 KERNEL void score_as(const float *const *queries, uint32_t n, const zmoe_head_rows *keys,
@@ -68,12 +77,15 @@ KERNEL void add_chunk(const float *weights, size_t stride, uint32_t n, const flo
   for (uint32_t i = 0; i < n; i++)
     for (uint32_t v = 0; v < vectors; v++)
       lanes[i][v] = get(sums + i * sum_stride + d + v * LANES) * vec_splat(corrections[i]);
-  for (uint32_t j = 0; j < values->count; j++)
+  for (uint32_t j = 0; j < values->count; j++) {
+    if (d == 0)
+      fetch_ahead(values, j, row_bytes);
     for (uint32_t v = 0; v < vectors; v++) {
       VEC wide = vec_load(values->data + j * row_bytes, d + v * LANES, dtype);
       for (uint32_t i = 0; i < n; i++)
         lanes[i][v] += wide * vec_splat(weights[i * stride + j]);
     }
+  }
   for (uint32_t i = 0; i < n; i++)
     for (uint32_t v = 0; v < vectors; v++)
       vec_store((unsigned char *)(sums + i * sum_stride + d), v * LANES, ZMOE_F32, lanes[i][v]);
@@ -136,6 +148,7 @@ KERNEL void pack_as(const zmoe_head_rows *values, zmoe_dtype dtype, uint32_t pan
   size_t row_bytes = dim * zmoe_dtype_bytes(dtype);
   for (uint32_t j = 0; j < count; j++) {
     const unsigned char *row = values->data + j * row_bytes;
+    fetch_ahead(values, j, row_bytes);
     for (uint32_t first = 0; first < dim; first += panel) {
       float *to = panels + (size_t)first * count + (size_t)j * panel;
       uint32_t width = dim - first < panel ? dim - first : panel, d = 0;

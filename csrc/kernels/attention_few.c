@@ -20,7 +20,8 @@ static void score(const zmoe_attend *job, const zmoe_part *part, uint32_t key, u
   const float *queries[ZMOE_FEW_VECTORS];
   for (uint32_t v = 0; v < part->vectors; v++)
     queries[v] = zmoe_query(job, part, v);
-  for (uint32_t v = 0, n; v < part->vectors; v += n) {
+  keys.ahead = (uintptr_t)zmoe_cached(job, job->cache->values, part->kv_head, key, count).data;
+  for (uint32_t v = 0, n; v < part->vectors; v += n, keys.ahead = 0) {
     n = vectors_at(v, part->vectors);
     job->small->score(queries + v, n, &keys, block->scores[v], ZMOE_KEY_BLOCK);
   }
@@ -33,8 +34,7 @@ static void soften(const zmoe_attend *job, const zmoe_part *part, uint32_t key, 
     uint32_t from, to;
     zmoe_visible(job, part->first + v / job->group, key, count, &from, &to);
     float *scores = block->scores[v];
-    block->corrections[v] =
-        to > from ? job->small->soften(scores + from, to - from, &part->softmax[v]) : 1.0f;
+    block->corrections[v] = job->small->soften(scores + from, to - from, &part->softmax[v]);
     memset(scores, 0, from * sizeof *scores);
     memset(scores + to, 0, (count - to) * sizeof *scores);
   }
@@ -43,7 +43,8 @@ static void soften(const zmoe_attend *job, const zmoe_part *part, uint32_t key, 
 static void add_values(const zmoe_attend *job, const zmoe_part *part, uint32_t key, uint32_t count,
                        const struct block *block) {
   zmoe_head_rows values = zmoe_cached(job, job->cache->values, part->kv_head, key, count);
-  for (uint32_t v = 0, n; v < part->vectors; v += n) {
+  values.ahead = zmoe_attend_next(job, part, key + count);
+  for (uint32_t v = 0, n; v < part->vectors; v += n, values.ahead = 0) {
     n = vectors_at(v, part->vectors);
     job->small->add_values(block->scores[v], ZMOE_KEY_BLOCK, n, block->corrections + v, &values,
                            part->sums + (size_t)v * job->padded, job->padded);

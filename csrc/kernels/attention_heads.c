@@ -36,6 +36,10 @@ void zmoe_attend_plan(zmoe_attend *job) {
   job->padded = (uint32_t)zmoe_round_up(a->head_dim, ZMOE_PANEL);
 }
 
+static uint32_t parts_of(const zmoe_attend *job) {
+  return job->row_units * job->attention->kv_heads * job->ranges;
+}
+
 static zmoe_part part_at(const zmoe_attend *job, uint32_t index) {
   uint32_t unit = index / job->ranges, range = index % job->ranges;
   uint32_t kv_heads = job->attention->kv_heads, from, to;
@@ -51,6 +55,17 @@ static zmoe_part part_at(const zmoe_attend *job, uint32_t index) {
   part.sums = job->sums + vector * job->padded;
   part.softmax = job->softmax + vector;
   return part;
+}
+
+uintptr_t zmoe_attend_next(const zmoe_attend *job, const zmoe_part *part, uint32_t key) {
+  const void *keys = job->cache->keys;
+  if (key < part->key_end)
+    return (uintptr_t)zmoe_cached(job, keys, part->kv_head, key, 0).data;
+  uint32_t index = atomic_load_explicit(&job->part_tasks.next, memory_order_relaxed);
+  if (index >= parts_of(job))
+    return 0;
+  zmoe_part next = part_at(job, index);
+  return (uintptr_t)zmoe_cached(job, keys, next.kv_head, next.key, 0).data;
 }
 
 /* ---- heads, ready for the scores ----------------------------------------------------- */
@@ -133,11 +148,14 @@ static void add_sum(const zmoe_attend *job, const zmoe_part *part, uint32_t vect
 /* One vector of a unit whose softmax the ranges share. */
 static void finish_vector(const zmoe_attend *job, const zmoe_part *parts, uint32_t vector) {
   const zmoe_attention *a = job->attention;
-  float out[ZMOE_MAX_HEAD_DIM] = {0}, factors[ZMOE_PARTS], sum = 0;
-  zmoe_softmax all = zmoe_softmax_empty();
-  for (uint32_t i = 0; i < job->ranges; i++)
-    factors[i] = parts[i].softmax[vector].max;
-  (void)job->small->soften(factors, job->ranges, &all);
+  float out[ZMOE_MAX_HEAD_DIM], factors[ZMOE_PARTS] = {1}, sum = 0;
+  memset(out, 0, job->padded * sizeof *out);
+  if (job->ranges > 1) {
+    zmoe_softmax all = zmoe_softmax_empty();
+    for (uint32_t i = 0; i < job->ranges; i++)
+      factors[i] = parts[i].softmax[vector].max;
+    (void)job->small->soften(factors, job->ranges, &all);
+  }
   for (uint32_t i = 0; i < job->ranges; i++)
     sum += factors[i] * parts[i].softmax[vector].sum;
   for (uint32_t i = 0; i < job->ranges; i++)
@@ -172,8 +190,7 @@ static void begin_part(const zmoe_attend *job, const zmoe_part *part, int is_fir
 
 static void attend(zmoe_attend *job, uint32_t thread) {
   float *panels = job->panels + thread * job->floats_per_thread;
-  uint32_t parts = job->row_units * job->attention->kv_heads * job->ranges;
-  for (uint32_t index; (index = zmoe_take(&job->part_tasks)) < parts;) {
+  for (uint32_t index; (index = zmoe_take(&job->part_tasks)) < parts_of(job);) {
     zmoe_part part = part_at(job, index);
     begin_part(job, &part, index % job->ranges == 0);
     if (job->few)

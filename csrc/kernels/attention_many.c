@@ -34,13 +34,17 @@ size_t zmoe_attend_panel_floats(const zmoe_attention *a) {
 static void pack(const zmoe_attend *job, const zmoe_part *part, uint32_t key, uint32_t count,
                  float *panels) {
   zmoe_head_rows rows = zmoe_cached(job, job->cache->keys, part->kv_head, key, count);
+  zmoe_head_rows values = zmoe_cached(job, job->cache->values, part->kv_head, key, count);
   const zmoe_weight keys = {
       .data = rows.data, .outs = count, .ins = rows.dim, .format = rows.dtype};
-  for (uint32_t first = 0; first < count; first += ZMOE_PANEL)
-    job->kernels->pack(&keys, first, zmoe_panel_end(first, count), 0, rows.dim,
-                       panels + (size_t)first * rows.dim);
-  rows = zmoe_cached(job, job->cache->values, part->kv_head, key, count);
-  job->small->pack_values(&rows, ZMOE_PANEL, value_panels(job, panels));
+  size_t row_bytes = rows.dim * zmoe_dtype_bytes(rows.dtype);
+  for (uint32_t first = 0; first < count; first += ZMOE_PANEL) {
+    uint32_t last = zmoe_panel_end(first, count);
+    zmoe_prefetch((uintptr_t)values.data + first * row_bytes, (last - first) * row_bytes);
+    job->kernels->pack(&keys, first, last, 0, rows.dim, panels + (size_t)first * rows.dim);
+  }
+  values.ahead = zmoe_attend_next(job, part, key + count);
+  job->small->pack_values(&values, ZMOE_PANEL, value_panels(job, panels));
 }
 
 static void score(const zmoe_attend *job, const zmoe_part *part, const float *panels,
@@ -76,9 +80,8 @@ static void soften(const zmoe_attend *job, const zmoe_part *part, struct tile *t
     for (uint32_t p = 0; p * ZMOE_PANEL < tile->depth; p++)
       memcpy(weights + p * ZMOE_PANEL, tile->scores[p] + t * ZMOE_PANEL,
              ZMOE_PANEL * sizeof *weights);
-    if (to > from)
-      scale_sums(job, part, vector,
-                 job->small->soften(weights + from, to - from, &part->softmax[vector]));
+    scale_sums(job, part, vector,
+               job->small->soften(weights + from, to - from, &part->softmax[vector]));
     memset(weights, 0, from * sizeof *weights);
     memset(weights + to, 0, (tile->depth - to) * sizeof *weights);
   }

@@ -46,12 +46,15 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   __m512 table = _mm512_loadu_ps(zmoe_code_values(w));
   __m512i first_lanes = scale_lanes(8, w->group);
+  const size_t row_bytes = zmoe_weight_row_bytes(w);
+  const uint32_t skipped = rows_ahead(row_bytes, 1);
   zmoe_arranged x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES4, w->ins);
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o), *scales = zmoe_row_scales(w, o);
     const unsigned char *biases = affine ? zmoe_row_biases(w, o) : NULL;
+    prefetch_scales(w, o + skipped, zmoe_weight_scale_bytes(w));
     __m512 sum[ZMOE_DOT_ROWS];
     for (uint32_t r = 0; r < rows; r++)
       sum[r] = _mm512_setzero_ps();
@@ -68,6 +71,7 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
       end = end < w->ins ? end : w->ins;
       for (uint32_t k = begin; k < end; k += ZMOE_BLOCK) {
         __mmask16 words = lanes16((end - k) / 8);
+        _mm_prefetch((const char *)data + k / 2 + skipped * row_bytes, _MM_HINT_T0);
         __m512i code = _mm512_maskz_loadu_epi32(words, data + k / 2);
         __m512 part[ZMOE_DOT_ROWS];
         for (uint32_t i = 0; i < 8; i++) {
@@ -93,12 +97,15 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
 AVX512_INLINE void dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                               uint32_t first, uint32_t last, float *const *ys) {
   uint32_t groups = w->ins / w->group, group = w->group;
+  const size_t row_bytes = zmoe_weight_row_bytes(w);
+  const uint32_t skipped = rows_ahead(row_bytes, 1);
   zmoe_arranged x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES8, w->ins);
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o), *scales = zmoe_row_scales(w, o);
     const unsigned char *biases = zmoe_row_biases(w, o);
+    prefetch_scales(w, o + skipped, zmoe_weight_scale_bytes(w));
     __m512 sum[ZMOE_DOT_ROWS];
     for (uint32_t r = 0; r < rows; r++)
       sum[r] = _mm512_setzero_ps();
@@ -114,6 +121,8 @@ AVX512_INLINE void dot_codes8(const zmoe_weight *w, const void *const *xs, uint3
         for (uint32_t r = 0; r < rows; r++)
           part[r] = _mm512_setzero_ps();
         for (uint32_t k = begin; k < begin + group; k += 16) {
+          if (k % 64 == 0)
+            _mm_prefetch((const char *)data + k + skipped * row_bytes, _MM_HINT_T0);
           __m128i code = _mm_loadu_si128((const __m128i *)(const void *)(data + k));
           __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(code));
           for (uint32_t r = 0; r < rows; r++)

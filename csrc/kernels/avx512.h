@@ -54,6 +54,24 @@ AVX512_INLINE __m512i scale_lanes(uint32_t codes_per_lane, uint32_t group) {
   return _mm512_loadu_si512(lanes);
 }
 
+/* ---- prefetching -------------------------------------------------------------------
+ * The processor's own does not follow several outputs and their scales at a
+ * time: 18% of the memory's speed without this, 100% with it (one core, 4 bit). */
+
+enum { PREFETCH_BYTES = 6 << 10 };
+
+/* How many outputs ahead a dot of `outs` at a time asks for the weight. */
+static inline uint32_t rows_ahead(size_t row_bytes, uint32_t outs) {
+  return outs * (uint32_t)(PREFETCH_BYTES / (outs * row_bytes) + 1);
+}
+
+/* The scales and biases of output o, which may lie beyond the last. */
+AVX512_INLINE void prefetch_scales(const zmoe_weight *w, size_t o, size_t scale_bytes) {
+  _mm_prefetch((const char *)w->scales + o * scale_bytes, _MM_HINT_T0);
+  if (w->biases != NULL)
+    _mm_prefetch((const char *)w->biases + o * scale_bytes, _MM_HINT_T0);
+}
+
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, float *const *ys);
 void zmoe_avx512_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,

@@ -143,6 +143,9 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
   const __m512 centre = _mm512_set1_ps(product == CODES4_INT8   ? ZMOE_CENTRE4
                                        : product == CODES8_INT8 ? ZMOE_CENTRE8
                                                                 : 0);
+  const uint32_t skipped = rows_ahead(row_bytes, outs);
+  for (uint32_t i = 0; i < outs; i++)
+    prefetch_scales(w, o + i + skipped, scale_bytes);
   __m512 sum[ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
   for (uint32_t i = 0; i < rows * outs; i++)
     sum[i] = _mm512_setzero_ps();
@@ -163,10 +166,10 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
       __m512i spread = _mm512_add_epi32(first_lanes, _mm512_set1_epi32((int)((k - begin) / group)));
       __mmask16 words = lanes16((end - k) / per_lane);
       for (uint32_t i = 0; i < outs; i++) {
+        const unsigned char *at = data + i * row_bytes + k * 4 / per_lane;
+        _mm_prefetch((const char *)at + skipped * row_bytes, _MM_HINT_T0);
         __m512i values[4];
-        int n = decode(product, affine,
-                       _mm512_maskz_loadu_epi32(words, data + i * row_bytes + k * 4 / per_lane),
-                       table, values);
+        int n = decode(product, affine, _mm512_maskz_loadu_epi32(words, at), table, values);
         __m512 factor = _mm512_permutexvar_ps(spread, scale[i]);
         for (uint32_t r = 0; r < rows; r++)
           sum[i * rows + r] = _mm512_fmadd_ps(multiply(product, values, n, &x[r], k, k / per_lane),

@@ -299,7 +299,7 @@ static int run_block(zmoe_team *team, struct experts *job, const int32_t *pair_e
   }
   if (status == ZMOE_OK) {
     point_to_rows(job);
-    zmoe_team_run(team, job->layer->down != NULL ? work_experts : work_gather, job);
+    zmoe_team_multiply(team, job->layer->down != NULL ? work_experts : work_gather, job);
   }
   zmoe_team_release(team, mark);
   return status;

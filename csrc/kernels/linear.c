@@ -154,7 +154,7 @@ static int multiply_block(zmoe_team *team, struct linear *job, zmoe_precision pr
   size_t mark = zmoe_team_mark(team);
   int status = take_scratch(team, job);
   if (status == ZMOE_OK)
-    zmoe_team_run(team, work, job);
+    zmoe_team_multiply(team, work, job);
   zmoe_team_release(team, mark);
   return status;
 }

@@ -25,9 +25,16 @@ static inline zmoe_softmax zmoe_softmax_empty(void) {
 /* Keys or values of one head: rows of `dim` elements, one after the other. */
 typedef struct zmoe_head_rows {
   const unsigned char *data;
+  uintptr_t ahead; /* address of rows that will be wanted next, 0 for none */
   zmoe_dtype dtype;
   uint32_t dim, count;
 } zmoe_head_rows;
+
+/* A head's rows are too few for the processor to guess what comes after them. */
+static inline void zmoe_prefetch(uintptr_t address, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch((const void *)(address + i));
+}
 
 typedef struct zmoe_small {
   /* One row; `out` may be x itself. Any kind but ZMOE_NORM_NONE. */
@@ -41,7 +48,7 @@ typedef struct zmoe_small {
   void (*score)(const float *const *queries, uint32_t n, const zmoe_head_rows *keys, float *scores,
                 size_t stride);
   /* scores[j] = exp(scores[j] - max), taken into `state`; what was made with its
-   * earlier max is to be multiplied with the result. */
+   * earlier max is to be multiplied with the result: 1 for no scores. */
   float (*soften)(float *scores, uint32_t count, zmoe_softmax *state);
   /* sums[i * sum_stride + d] = sums[...] * corrections[i] + weights[i * stride + j] * values[j][d]
    * over all j; n as above */

@@ -125,19 +125,25 @@ TARGET static void rotate(float *x, const float *restrict cosines, const float *
 
 /* ---- softmax ------------------------------------------------------------------------ */
 
-/* A NaN is passed over, since it will be in the sum. */
+KERNEL float larger(float a, float b) {
+  return a > b ? a : b; /* b where a is NaN, which will be in the sum */
+}
+
 KERNEL float max_of(const float *x, uint32_t count, float max) {
-  float lanes[ZMOE_SUM_LANES];
-  for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
-    lanes[l] = max;
   uint32_t i = 0;
-  for (; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
-    for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
-      lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+  if (count >= ZMOE_SUM_LANES) {
+    float lanes[ZMOE_SUM_LANES];
+    memcpy(lanes, x, sizeof lanes);
+    for (i = ZMOE_SUM_LANES; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
+      for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
+        lanes[l] = larger(x[i + l], lanes[l]);
+    for (uint32_t half = ZMOE_SUM_LANES / 2; half > 0; half /= 2)
+      for (uint32_t l = 0; l < half; l++)
+        lanes[l] = larger(lanes[l], lanes[l + half]);
+    max = larger(lanes[0], max);
+  }
   for (; i < count; i++)
-    max = x[i] > max ? x[i] : max;
-  for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
-    max = lanes[l] > max ? lanes[l] : max;
+    max = larger(x[i], max);
   return max;
 }
 

@@ -33,6 +33,7 @@ struct zmoe_team {
   struct helper *starts;
   unsigned char *scratch;
   size_t scratch_bytes, scratch_used;
+  uint64_t products_ns;
 
   zmoe_team_fn *fn;
   void *job;
@@ -145,6 +146,16 @@ void zmoe_team_run(zmoe_team *team, zmoe_team_fn *fn, void *job) {
   fn(team, job, 0);
   for (uint32_t spins = 0; atomic_load_explicit(&team->running, memory_order_acquire) != 0; spins++)
     relax(spins);
+}
+
+void zmoe_team_multiply(zmoe_team *team, zmoe_team_fn *fn, void *job) {
+  uint64_t start = zmoe_now_ns();
+  zmoe_team_run(team, fn, job);
+  team->products_ns += zmoe_now_ns() - start;
+}
+
+uint64_t zmoe_team_products_ns(const zmoe_team *team) {
+  return team->products_ns;
 }
 
 uint32_t zmoe_team_threads(const zmoe_team *team) {

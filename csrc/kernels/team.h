@@ -13,6 +13,8 @@ typedef void zmoe_team_fn(zmoe_team *team, void *job, uint32_t thread);
 
 /* Runs `fn` on all threads and returns when all have; the caller is one of them. */
 void zmoe_team_run(zmoe_team *team, zmoe_team_fn *fn, void *job);
+/* The same, for a product: its time counts as such. */
+void zmoe_team_multiply(zmoe_team *team, zmoe_team_fn *fn, void *job);
 /* Within such work: wait until every thread has come here. */
 void zmoe_team_barrier(zmoe_team *team);
 uint32_t zmoe_team_threads(const zmoe_team *team);

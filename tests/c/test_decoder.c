@@ -175,18 +175,16 @@ static void test_routers(void) {
   }
 }
 
-/* Logits that are given: the gate is the identity. */
+/* Logits that are given: the gate's own bias. */
 static void route_logits(uint32_t kind, const float *logits, uint32_t n, uint32_t k, int32_t *ids,
                          float *weights) {
-  float *identity = calloc((size_t)n * n, sizeof *identity), *x = malloc(n * sizeof *x);
-  for (uint32_t i = 0; i < n; i++)
-    identity[(size_t)i * n + i] = 1;
-  const zmoe_weight gate = {.data = identity, .outs = n, .ins = n};
+  float *zeros = calloc(n, sizeof *zeros), h = 0, x;
+  const zmoe_weight gate = {.data = zeros, .bias = logits, .outs = n, .ins = 1};
   const zmoe_router router = {.gate = &gate, .kind = kind, .top_k = k, .scale = 1};
   zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_route_scratch(&router));
-  CHECK_EQUAL(zmoe_route(team, &router, logits, 1, x, ZMOE_F32, ids, weights), ZMOE_OK);
+  CHECK_EQUAL(zmoe_route(team, &router, &h, 1, &x, ZMOE_F32, ids, weights), ZMOE_OK);
   zmoe_team_destroy(team);
-  free(identity), free(x);
+  free(zeros);
 }
 
 static void test_ties_go_to_the_lower_id(void) {
@@ -199,6 +197,18 @@ static void test_ties_go_to_the_lower_id(void) {
     CHECK(memcmp(ids, expected, sizeof ids) == 0);
     CHECK(weights[0] == weights[3] && weights[3] > weights[4] && weights[4] == weights[5]);
   }
+}
+
+/* NaN comes last, and out of whoever is weighted by it. */
+static void test_nan_is_chosen_last(void) {
+  const float logits[] = {NAN, 1, NAN, -INFINITY, 2, NAN};
+  static const int32_t expected[] = {4, 1, 3, 0, 2};
+  int32_t ids[5];
+  float weights[5];
+  route_logits(ZMOE_TOP_K_SOFTMAX, logits, 6, 3, ids, weights);
+  CHECK(memcmp(ids, expected, 3 * sizeof *ids) == 0 && weights[2] == 0 && weights[0] > 0.7f);
+  route_logits(ZMOE_TOP_K_SOFTMAX, logits, 6, 5, ids, weights);
+  CHECK(memcmp(ids, expected, sizeof ids) == 0 && isnan(weights[0]) && isnan(weights[4]));
 }
 
 /* Whatever the logits, the ids are those of k different experts. */
@@ -314,10 +324,13 @@ static void test_bad_attention(void) {
   expect(team, &good, 0, 2, angles, ZMOE_OK);
   expect(team, &good, CAPACITY, 0, angles, ZMOE_OK);
   zmoe_team_destroy(team);
-  for (size_t room = 0; room < 4; room++) { /* none; not enough for the nested products */
+  /* None; some; enough for all but the nested products. */
+  size_t own = zmoe_attention_scratch(&good, CAPACITY) - zmoe_linear_scratch(16);
+  const size_t rooms[] = {0, 1, own - ((size_t)300 << 10)};
+  for (int i = 0; i < 3; i++) {
     CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
-    if (room > 0)
-      CHECK_EQUAL(zmoe_team_reserve(team, room), ZMOE_OK);
+    if (rooms[i] > 0)
+      CHECK_EQUAL(zmoe_team_reserve(team, rooms[i]), ZMOE_OK);
     expect(team, &good, 0, 1, angles, ZMOE_ENOMEM);
     zmoe_team_destroy(team);
   }
@@ -329,6 +342,7 @@ int main(void) {
       {"norms of extremes", test_norms_of_extremes},
       {"routers", test_routers},
       {"ties go to the lower id", test_ties_go_to_the_lower_id},
+      {"NaN is chosen last", test_nan_is_chosen_last},
       {"NaN and infinity are routed somewhere", test_nan_and_infinity},
       {"bad routers are refused", test_bad_routers},
       {"bad norms are refused", test_bad_norms},

@@ -36,6 +36,9 @@ def test_options_out_of_range(commands: Commands) -> None:
         (("--system-prompt", "be brief", "x"), "--system-prompt"),
         (("--starting-port", "70000", "x"), "--starting-port is 70000"),
         (("--hosts", "127.0.0.1", "--hostfile", "f", "x"), "exclude each other"),
+        (("--compute", "cuda", "x"), "--compute"),
+        (("--activations", "int4", "x"), "--activations"),
+        (("--activations", "int8", "--compute", "mlx", "x"), "--activations is int8"),
     ]:
         assert words in commands.refused(*arguments)
 
@@ -75,6 +78,22 @@ def test_models_of_another_kind(commands: Commands, copy: Path) -> None:
     assert "no_such_model" in commands.refused("--model", copy, "x")
     (copy / "config.json").write_text("{")
     assert "config.json" in commands.refused("--model", copy, "x")
+
+
+def test_unknown_quantisation(commands: Commands, copy: Path) -> None:
+    """Refused before any weight is looked at; the tensor and its mode are named."""
+    file = copy / "config.json"
+    config = json.loads(file.read_text())
+    for settings, words in [
+        ({"bits": 4, "group_size": 64, "mode": "fp3"}, "mode 'fp3'"),
+        ({"bits": 4, "group_size": 48}, "groups of 48 in mode affine"),
+        ({"bits": 7, "group_size": 64}, "bits 7 in mode affine"),
+        ({"bits": 4, "group_size": 64, "lm_head": {"mode": "mxfp5"}}, "lm_head has the unknown"),
+        ([4], "quantization is not an object"),
+    ]:
+        file.write_text(json.dumps({**config, "quantization": settings}))
+        line = commands.refused("--model", copy, "x")
+        assert words in line and str(file) in line
 
 
 def test_damaged_weights(commands: Commands, copy: Path) -> None:

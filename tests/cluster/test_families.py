@@ -67,10 +67,10 @@ def ports() -> Iterator[Ports]:
         process.communicate(timeout=10)
 
 
-def run(folder: Path, nodes: int, ports: Ports) -> Run:
+def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
     """The same on `nodes` nodes, prompt in chunks."""
     info = inspect_model(folder)
-    engine = EngineConfig(prefill_chunk=CHUNK)
+    engine = EngineConfig(prefill_chunk=CHUNK, compute=compute)
     leader = None
     if nodes == 1:
         member = Member(info, 0, 1, 0, engine, Timing())
@@ -113,6 +113,16 @@ def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> Non
         assert found_tokens == tokens, f"{nodes} nodes"
         difference = worst_difference(found_logits, logits)
         assert difference <= 1e-4, f"{nodes} nodes: logits differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name", ["dbrx", "deepseek_v3", "gpt_oss", "llama4", "qwen2_moe"])
+def test_mlx_alone_may_compute(name: str, ports: Ports, tmp_path: Path) -> None:
+    folder = build(name, tmp_path / name)
+    tokens, logits = reference(folder)
+    for nodes in (1, 2):
+        found_tokens, found_logits = run(folder, nodes, ports, compute="mlx")
+        assert found_tokens == tokens, f"{nodes} nodes"
+        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes"
 
 
 @pytest.mark.parametrize("quantize", [("affine", 4, 32), ("affine", 8, 32), ("mxfp4", 4, 32)])

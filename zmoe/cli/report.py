@@ -60,12 +60,12 @@ def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
     }
 
 
-def print_stats(summary: dict[str, Any], first_token: float, locked: tuple[int, int]) -> None:
-    """`summary` as a table on standard error; `first_token` in seconds.
-
-    `locked`: bytes of the exchange's buffers that the system let us lock, of how many.
-    """
+def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any]) -> None:
+    """`summary` and some more as a table on standard error."""
     parts: dict[str, float] = summary["breakdown"]
+    first_token = generation.timings.first_token
+    overhead = generation.timings.overhead_us(cluster.info.layers)
+    locked, buffers = cluster.locked_buffers()
     table = Table(show_header=False)
     table.add_row("load", f"{summary['load_seconds']:.2f} s")
     table.add_row("time to first token", f"{1e3 * first_token:.1f} ms")
@@ -74,8 +74,10 @@ def print_stats(summary: dict[str, Any], first_token: float, locked: tuple[int, 
     table.add_row("milliseconds per token", f"{sum(parts.values()):.2f}")
     for name in ("experts", "exchange", "other"):
         table.add_row(f"  {name}", f"{parts[name + '_ms']:.2f}")
+    if overhead is not None:
+        table.add_row("neither product nor exchange", f"{overhead:.0f} us per layer")
     for rank, memory in enumerate(summary["peak_memory"]):
         table.add_row(f"peak memory, node {rank}", f"{memory / 2**20:.0f} MiB")
-    if locked[1]:
-        table.add_row("buffers locked", f"{locked[0] / 2**20:.1f} of {locked[1] / 2**20:.1f} MiB")
+    if buffers:
+        table.add_row("buffers locked", f"{locked / 2**20:.1f} of {buffers / 2**20:.1f} MiB")
     Console(stderr=True).print(table)

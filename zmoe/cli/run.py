@@ -177,8 +177,7 @@ def _generate(options: argparse.Namespace) -> None:
             if options.json:
                 print(json.dumps(summary), flush=True)
             if options.stats:
-                first_token = generation.timings.first_token
-                report.print_stats(summary, first_token, cluster.locked_buffers())
+                report.print_stats(cluster, generation, summary)
 
 
 def _show(generation: Generation, quiet: bool) -> None:

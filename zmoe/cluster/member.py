@@ -18,7 +18,7 @@ from zmoe.cluster.placement import place_evenly
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
-from zmoe.errors import MismatchError
+from zmoe.errors import InputError, MismatchError
 from zmoe.models import LoadedShard, load_shard
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
 from zmoe.obs import Spans
@@ -94,6 +94,8 @@ class Member:
         reducer = self.exchange or SingleNode()
         if is_native(self._config):
             self._team = make_team(self._config, self._isa)
+        elif self._config.activations != "exact":
+            raise InputError("--activations int8 needs --compute native on this node")
         shard = load_shard(
             self.info,
             self.placement,
@@ -113,7 +115,12 @@ class Member:
         assert self._engine is not None
         if reset:
             self._engine.reset()
-        return self._engine.forward(step, tokens, logits)
+        team = self._team
+        before = team.products_s if team is not None else 0.0
+        out = self._engine.forward(step, tokens, logits)
+        if team is not None:
+            self.spans.seconds["products"] += team.products_s - before
+        return out
 
     def close(self) -> None:
         if self.exchange is not None:

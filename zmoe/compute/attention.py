@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.base import Module
 
-from zmoe.compute.arrays import DTYPES
+from zmoe.compute.arrays import DTYPES, as_array, empty, pointer, writable
 from zmoe.compute.stream import NativeCache, Rotations
 from zmoe.compute.team import Team
 from zmoe.compute.weight import Matrices
@@ -64,6 +65,35 @@ def weights_of(modules: Sequence[Any]) -> CData:
     for i, weight in enumerate(found):
         array[i] = weight.array[0]
     return array
+
+
+class NativeNorm(Module):
+    """Stands in for the norm after the last layer: of `dtype`, from float32."""
+
+    def __init__(self, norm: Module, team: Team, dtype: mx.Dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.norm = norm
+        self._team, self._dtype = team, dtype
+        self._keep: list[Any] = []
+        self._raw = ffi.new("zmoe_norm *")
+        fill_norm(self._raw, norm, self._keep)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32:
+            plain: mx.array = self.norm(x).astype(self._dtype)
+            return plain
+        out = empty((x.size // self._raw.width, self._raw.width), self._dtype)
+        status = lib.zmoe_norm_rows(
+            self._team.handle,
+            self._raw,
+            ffi.cast("float *", pointer(x)),
+            out.shape[0],
+            writable(out),
+            DTYPES[self._dtype],
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"a norm failed: {Status(status).name}")
+        return as_array(out, self._dtype, tuple(x.shape))
 
 
 class NativeAttention:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
@@ -33,12 +34,13 @@ class Product:
         self._outs = ffi.new("void *[]", 1)
         team.reserve(lib.zmoe_linear_scratch(weight.ins))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """X (..., ins) -> (..., outs), of the type that MLX promotes to; evaluates x."""
+    def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Of x (..., ins): (..., outs), of `dtype`, or of what MLX promotes to; evaluates x."""
         if x.dtype not in DTYPES:
             x = x.astype(mx.float32)
         rows = x.size // self.weight.ins
-        dtype = mx.result_type(x.dtype, *self.weight.dtypes)
+        if dtype is None:
+            dtype = mx.result_type(x.dtype, *self.weight.dtypes)
         out = empty((rows, self.weight.outs), dtype)
         self._outs[0] = writable(out)
         status = lib.zmoe_linear(
@@ -70,16 +72,18 @@ class Head:
 
 
 class _HeadProduct(Product):
-    """Of x (..., rows, ins) the last row's product: (..., 1, outs)."""
+    """Of x (..., rows, ins) the last row's product in float32: (..., 1, outs)."""
 
     def __init__(self, team: Team, weight: Matrices, head: Head) -> None:
         super().__init__(team, weight)
         self._head = head
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
         if not self._head.wanted:
-            return mx.zeros((*x.shape[:-2], 1, self.weight.outs), self._head.dtype)
-        return super().__call__(x[..., -1:, :].astype(self._head.dtype))
+            return mx.zeros((*x.shape[:-2], 1, self.weight.outs))
+        if x.shape[-2] > 1:
+            x = x[..., -1:, :]
+        return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
 
 
 class _Native:
@@ -115,22 +119,31 @@ class MappedQuantizedLinear(_Mapped, QuantizedLinear):
     """nn.QuantizedLinear on the kernels, its weight in a file."""
 
 
-class NativeEmbedding(Embedding):
-    """nn.Embedding whose use as lm_head is on the kernels."""
+class _Embedding:
+    """Rows by token, and the product of all of them as lm_head."""
 
     _product: Product
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self._product.weight
+        ids = np.asarray(x).reshape(-1)
+        rows = np.empty((ids.size, weight.ins), np.float32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < weight.outs:
+            raise ZmoeError(f"no embedding for one of the tokens {ids.tolist()}")
+        for row, token in zip(rows, ids.tolist()):
+            lib.zmoe_weight_decode(weight.array, token, ffi.from_buffer("float[]", row))
+        return mx.array(rows.reshape(*x.shape, -1)).astype(weight.dtypes[0])
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._product(x)
 
 
-class NativeQuantizedEmbedding(QuantizedEmbedding):
-    """nn.QuantizedEmbedding whose use as lm_head is on the kernels."""
+class NativeEmbedding(_Embedding, Embedding):
+    """nn.Embedding on the kernels."""
 
-    _product: Product
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self._product(x)
+class NativeQuantizedEmbedding(_Embedding, QuantizedEmbedding):
+    """nn.QuantizedEmbedding on the kernels."""
 
 
 # Only these very classes: a subclass may compute something else.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zmoe.native import CData
 
 _FIRST_KEYS = 256
+_POSITIONS_AHEAD = 256  # so that a token rarely waits for MLX to turn vectors
 
 
 class Stream:
@@ -77,18 +78,23 @@ class Rotations:
         )
         probe[..., self._first] = 1
         self._probe = mx.array(probe)
-        self._at: tuple[int, int] | None = None
-        self._tables: tuple[CData, CData] | None = None
+        self._positions = range(0)
+        self._tables: list[CData] = []
 
-    def tables(self, offset: int, rows: int) -> tuple[CData, CData]:
+    def tables(self, offset: int, rows: int) -> list[CData]:
         """Cosines and sines (rows, dims / 2) f32 of the positions from `offset` on."""
-        if self._at != (offset, rows) or self._tables is None:
-            probe = mx.broadcast_to(self._probe, (1, 1, rows, self._probe.shape[-1]))
+        known = self._positions
+        if not (known.start <= offset and offset + rows <= known.stop):
+            count = max(rows, _POSITIONS_AHEAD)
+            probe = mx.broadcast_to(self._probe, (1, 1, count, self._probe.shape[-1]))
             turned = np.asarray(self.rope(probe, offset=offset))[0, 0]
-            halves = (np.ascontiguousarray(turned[:, part]) for part in (self._first, self._second))
-            cosines, sines = (ffi.from_buffer("float[]", half) for half in halves)
-            self._tables, self._at = (cosines, sines), (offset, rows)
-        return self._tables
+            self._positions = known = range(offset, offset + count)
+            self._tables = [
+                ffi.from_buffer("float[]", np.ascontiguousarray(turned[:, part]))
+                for part in (self._first, self._second)
+            ]
+        skipped = (offset - known.start) * (self.dims // 2)
+        return [table + skipped for table in self._tables]
 
 
 class NativeCache:

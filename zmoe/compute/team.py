@@ -51,6 +51,16 @@ class Team:
         if lib.zmoe_team_reserve(self.handle, size) != Status.OK:
             raise MemoryError(f"{size} bytes of working memory")
 
+    @property
+    def products_s(self) -> float:
+        """Seconds that its products have taken, all told."""
+        return lib.zmoe_team_products_ns(self.handle) * 1e-9
+
+    def read(self, buffer: object) -> None:
+        """Read `buffer` and do nothing with it: what the memory allows, for benchmarks."""
+        data = ffi.from_buffer("uint8_t[]", buffer)
+        lib.zmoe_bench_read(self.handle, data, len(data))
+
     def close(self) -> None:
         """End the threads; idempotent."""
         ffi.release(self.handle)

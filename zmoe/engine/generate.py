@@ -54,6 +54,16 @@ class Timings:
     def generation_tps(self) -> float:
         return self.decode_steps / self.decode if self.decode else 0.0
 
+    def overhead_us(self, layers: int) -> float | None:
+        """Mean microseconds per decoded token and layer that are neither product nor exchange.
+
+        None where MLX computes the products, whose time nobody can tell from the rest.
+        """
+        if "products" not in self.spans or not self.decode_steps:
+            return None
+        spent = self.decode - self.spans["products"] - self.spans.get("exchange", 0.0)
+        return 1e6 * spent / self.decode_steps / layers
+
     def breakdown_ms(self) -> dict[str, float]:
         """Mean milliseconds per decoded token: experts, exchange, other."""
         steps = max(1, self.decode_steps)
@@ -115,6 +125,8 @@ class Generation(Iterator[Token]):
         return self._step(last, not body, True)
 
     def _pick(self, logits: mx.array) -> int:
+        if self._sampling.temp == 0:
+            return int(np.asarray(logits.astype(mx.float32)).argmax())
         row = logits[None].astype(mx.float32)
         token: mx.array = self._sample(row - mx.logsumexp(row, axis=-1, keepdims=True))
         return int(np.asarray(token)[0])

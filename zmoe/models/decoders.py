@@ -128,6 +128,13 @@ ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
 }
 
 
+def final_norm_of(model: Any) -> Module:
+    """The norm after the last of the layers of a family in the table."""
+    inner = model.model if "model" in model else model.transformer
+    norm: Module = inner.norm if "norm" in inner else inner.norm_f
+    return norm
+
+
 def parts_of(model: Any) -> list[LayerParts] | None:
     """The layers of `model` taken apart; None unless all of them can be."""
     found = []

@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from zmoe.compute.attention import NativeAttention
+from zmoe.compute.attention import NativeAttention, NativeNorm
 from zmoe.compute.decoder import MlxFeedForward, NativeLayer, NativeMoE
 from zmoe.compute.experts import NativeExperts
 from zmoe.compute.stream import Rotations, Stream
 from zmoe.compute.team import Team
-from zmoe.models.decoders import ROUTERS, LayerParts, parts_of
+from zmoe.models.decoders import ROUTERS, LayerParts, final_norm_of, parts_of
 from zmoe.models.discover import Site, key_of, replace_module
 from zmoe.moe.block import ExpertParallelMoE, Layer
 
@@ -76,6 +76,8 @@ def fuse_layers(
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
         native = NativeLayer(layer, attention, feed_forward, shared.stream)
         replace_module(model, paths[id(layer)], native)
+    norm = final_norm_of(model)
+    replace_module(model, paths[id(norm)], NativeNorm(norm, team, dtype))
     return True
 
 

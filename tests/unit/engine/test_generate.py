@@ -107,6 +107,7 @@ def test_the_prompt_goes_in_chunks_then_alone(tokenizer: TokenizerWrapper) -> No
         ([5], False),
         ([6], False),
     ]
+    assert script.wanted == [False, False, False, True, True, True]
     assert run.finish_reason == "length"
     assert run.timings.prompt_tokens == 10
     assert run.timings.decode_steps == 2
@@ -140,7 +141,7 @@ def test_the_context_bounds_the_text(tokenizer: TokenizerWrapper) -> None:
 def test_seeds_make_samples_repeat(tokenizer: TokenizerWrapper) -> None:
     vocabulary = len(tokenizer.get_vocab())
 
-    def flat(tokens: Sequence[int], reset: bool) -> mx.array:
+    def flat(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
         return mx.zeros(vocabulary)
 
     def sample(seed: int) -> list[int]:

@@ -1,0 +1,158 @@
+/* The small operations of a decoder layer, on one thread: microseconds (medians) of
+ * one row, and prefill.  bench/README.md has the command.
+ *
+ *   decoder [KEYS [HEADS [KV_HEADS [HEAD_DIM]]]]
+ *
+ * "cold" goes through the caches of 24 layers in turn, as a decode step does;
+ * "warm" stays with one. */
+#include "../../csrc/platform.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/attention.h"
+#include "kernels/product.h"
+
+enum { LAYERS = 24, RUNS = 401, WIDTH = 2048, EXPERTS = 64, TOP_K = 8, PREFILL = 128 };
+
+static double now_us(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return (double)time.tv_sec * 1e6 + (double)time.tv_nsec * 1e-3;
+}
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? -1 : x > y;
+}
+
+typedef struct scene {
+  zmoe_team *team;
+  zmoe_attention attention;
+  zmoe_kv_cache caches[LAYERS];
+  float *h, *cosines, *sines, *qkv;
+  void *out;
+  uint32_t rows, keys, layers, call;
+} scene;
+
+typedef void operation(scene *s);
+
+static double median_us(operation *op, scene *s, uint32_t runs) {
+  double *times = malloc(runs * sizeof *times);
+  for (uint32_t i = 0; i < runs; i++, s->call++) {
+    double start = now_us();
+    op(s);
+    times[i] = now_us() - start;
+  }
+  qsort(times, runs, sizeof *times, by_value);
+  double median = times[runs / 2];
+  free(times);
+  return median;
+}
+
+static void norm(scene *s) {
+  zmoe_norm_rows(s->team, &s->attention.input, s->h, 1, s->out, ZMOE_BF16);
+}
+
+/* Everything between the projections and the output projection. */
+static void heads(scene *s) {
+  zmoe_attend job = {.attention = &s->attention,
+                     .small = zmoe_small_for(zmoe_team_isa(s->team)),
+                     .kernels = zmoe_kernels_for(zmoe_team_isa(s->team)),
+                     .isa = zmoe_team_isa(s->team),
+                     .dtype = ZMOE_BF16,
+                     .cache = &s->caches[s->call % s->layers],
+                     .cosines = s->cosines,
+                     .sines = s->sines,
+                     .rows = s->rows,
+                     .position = s->keys - s->rows,
+                     .qkv = s->qkv,
+                     .out = s->out};
+  zmoe_attend_plan(&job);
+  size_t mark = zmoe_team_mark(s->team), vectors = zmoe_attend_vectors(&s->attention);
+  job.floats_per_thread = zmoe_attend_panel_floats(&s->attention);
+  job.panels = zmoe_team_scratch(s->team, job.floats_per_thread * 4);
+  job.sums = zmoe_team_scratch(s->team, vectors * job.padded * sizeof(float));
+  job.softmax = zmoe_team_scratch(s->team, vectors * sizeof *job.softmax);
+  zmoe_team_run(s->team, zmoe_attend_work, &job);
+  zmoe_team_release(s->team, mark);
+}
+
+static void route(scene *s) {
+  static float gate[EXPERTS * 32], weights[TOP_K];
+  static int32_t ids[TOP_K];
+  for (int i = 0; gate[0] == 0 && i < EXPERTS * 32; i++)
+    gate[i] = (float)(rand() % 1000 + 1) * 1e-3f;
+  const zmoe_weight weight = {.data = gate, .outs = EXPERTS, .ins = 32};
+  const zmoe_router router = {.gate = &weight, .top_k = TOP_K, .normalize = 1, .scale = 1};
+  zmoe_route(s->team, &router, s->h, 1, s->out, ZMOE_F32, ids, weights);
+}
+
+static void table(scene *s, zmoe_isa isa, uint32_t keys) {
+  zmoe_attention *a = &s->attention;
+  zmoe_team_create(1, NULL, 0, isa, &s->team);
+  zmoe_team_reserve(s->team, (size_t)64 << 20);
+  s->rows = 1, s->layers = 1;
+  printf("%-12s norm %.2f", zmoe_isa_name(isa), median_us(norm, s, RUNS));
+  s->keys = 1;
+  double prepare = median_us(heads, s, RUNS);
+  printf("  norms, rope, append %.2f", prepare);
+  s->keys = keys;
+  printf("  %u keys: warm %.1f", keys, median_us(heads, s, RUNS) - prepare);
+  s->layers = LAYERS;
+  printf(" cold %.1f", median_us(heads, s, RUNS) - prepare);
+  printf("  route %.2f", median_us(route, s, RUNS));
+  s->rows = s->keys = PREFILL, s->layers = 1;
+  double flops = 4.0 * a->heads * a->head_dim * PREFILL * (PREFILL + 1) / 2, us;
+  us = median_us(heads, s, 9);
+  printf("  prefill %d: %.0f us, %.1f GFLOP/s", PREFILL, us, flops / us * 1e-3);
+  s->keys = keys + PREFILL;
+  us = median_us(heads, s, 9);
+  printf(", after %u: %.0f us, %.1f\n", keys, us,
+         (flops + 4.0 * a->heads * a->head_dim * PREFILL * keys) / us * 1e-3);
+  zmoe_team_destroy(s->team);
+}
+
+static float *random_floats(size_t count) {
+  float *x = malloc(count * sizeof *x);
+  for (size_t i = 0; i < count; i++)
+    x[i] = (float)rand() / (float)RAND_MAX - 0.5f;
+  return x;
+}
+
+int main(int argc, char **argv) {
+  uint32_t shape[] = {128, 16, 16, 128};
+  for (int i = 1; i < argc && i <= 4; i++)
+    shape[i - 1] = (uint32_t)atoi(argv[i]);
+  uint32_t keys = shape[0], heads = shape[1], kv_heads = shape[2], dim = shape[3];
+  const float *ones = random_floats(WIDTH);
+  zmoe_weight output = {.outs = WIDTH, .ins = heads * dim};
+  scene s = {.attention = {.input = {ZMOE_NORM_RMS, WIDTH, 1e-5f, ones, NULL},
+                           .query_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},
+                           .key_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},
+                           .output = &output,
+                           .heads = heads,
+                           .kv_heads = kv_heads,
+                           .head_dim = dim,
+                           .scale = 0.1f,
+                           .rope_dims = dim,
+                           .dtype = ZMOE_BF16},
+             .h = random_floats(WIDTH),
+             .cosines = random_floats((size_t)PREFILL * dim),
+             .sines = random_floats((size_t)PREFILL * dim),
+             .qkv = random_floats((size_t)PREFILL * (heads + 2 * kv_heads) * dim),
+             .out = malloc((size_t)PREFILL * (heads * dim + WIDTH) * 4)};
+  size_t cache_bytes = (size_t)kv_heads * (keys + PREFILL) * dim * 2;
+  for (int i = 0; i < LAYERS; i++)
+    s.caches[i] =
+        (zmoe_kv_cache){calloc(1, cache_bytes), calloc(1, cache_bytes), keys + PREFILL, 0};
+  for (int i = 0; i < LAYERS; i++)
+    memset(s.caches[i].keys, 0x3d, cache_bytes), memset(s.caches[i].values, 0x3d, cache_bytes);
+  static const zmoe_isa isas[] = {ZMOE_ISA_GENERIC, ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
+                                  ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON};
+  for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+    if (zmoe_isa_supported(isas[i]))
+      table(&s, isas[i], keys);
+  return 0;
+}
