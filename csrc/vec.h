@@ -4,6 +4,7 @@
  *   KERNEL         "static inline" with that attribute, always inlined,
  *   VEC            the vector,      LANES   how many f32 it holds,
  *   vec_load(src, i, dtype), vec_store(dst, i, dtype, v), vec_splat(value),
+ *   vec_fma(a, b, c)   a * b + c, rounded once where the CPU can,
  *   vec_fold(v)    the sum of its lanes: lane l and l + LANES / 2 first, and so on;
  * + - * / of two vectors are the language's own.
  *

@@ -1,7 +1,7 @@
-/* One vector of f32 in AVX2 and F16C; see vec.h. */
+/* One vector of f32 in AVX2, FMA and F16C; see vec.h. */
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx2,f16c")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define KERNEL static inline __attribute__((always_inline)) TARGET
 #define VEC __m256
 #define LANES 8
@@ -37,6 +37,10 @@ KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
 
 KERNEL VEC vec_splat(float value) {
   return _mm256_set1_ps(value);
+}
+
+KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
+  return _mm256_fmadd_ps(a, b, c);
 }
 
 KERNEL float vec_fold(VEC v) {

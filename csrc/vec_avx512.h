@@ -43,6 +43,10 @@ KERNEL VEC vec_splat(float value) {
   return _mm512_set1_ps(value);
 }
 
+KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+
 KERNEL float vec_fold(VEC v) {
   __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -33,6 +33,10 @@ KERNEL VEC vec_splat(float value) {
   return (VEC){value, value, value, value};
 }
 
+KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
+  return a * b + c;
+}
+
 KERNEL float vec_fold(VEC v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }

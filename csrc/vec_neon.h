@@ -2,7 +2,7 @@
 #include <arm_neon.h>
 
 #define TARGET
-#define KERNEL static inline __attribute__((always_inline))
+#define KERNEL static inline __attribute__((always_inline)) TARGET
 #define VEC float32x4_t
 #define LANES 4
 
@@ -35,6 +35,10 @@ KERNEL void vec_store(unsigned char *dst, size_t i, zmoe_dtype dtype, VEC v) {
 
 KERNEL VEC vec_splat(float value) {
   return vdupq_n_f32(value);
+}
+
+KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
+  return vfmaq_f32(c, a, b);
 }
 
 KERNEL float vec_fold(VEC v) {

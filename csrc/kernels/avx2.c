@@ -1,14 +1,76 @@
-/* AVX2, for now the generic kernels. */
+/* Few rows, AVX2 with FMA. */
 #if defined(__x86_64__)
-#include "kernels.h"
-static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
-  (void)w, (void)x_dtype, (void)precision;
-  return ZMOE_LAYOUT_PLAIN;
+#define VEC_AVX2
+#include "../vec.h"
+
+#include "avx2.h"
+
+#define CODES __m256i
+
+/* The codes in the low and in the high half of each byte. */
+KERNEL void split(CODES bytes, int affine, CODES codes[2]) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i fp4 = _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0,
+                                       12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  codes[0] = _mm256_and_si256(bytes, nibble);
+  codes[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+  for (int i = 0; i < 2 && !affine; i++)
+    codes[i] = _mm256_shuffle_epi8(fp4, codes[i]);
 }
-static void tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-                 float *sums, int add) {
-  zmoe_kernels_generic.tile(panel, depth, xs, rows, sums, add);
+
+KERNEL __m256i add_pairs(__m256i pairs, int times) {
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16((short)times));
 }
-const zmoe_kernels zmoe_kernels_avx2 = {layout_for, zmoe_generic_arrange, zmoe_generic_dot,
-                                        zmoe_generic_pack, tile};
+
+KERNEL VEC to_floats(__m256i sum, const zmoe_arranged *x, size_t lane) {
+  sum = _mm256_add_epi32(sum, load_bytes32(x->offsets + lane));
+  return _mm256_cvtepi32_ps(sum) * _mm256_loadu_ps(x->scales + lane);
+}
+
+/* 64 codes with one plane of x: four products make at most 4 * 24 * 128, which
+ * 16 bits hold. */
+KERNEL __m256i times_plane(const CODES codes[2], const int8_t *elements) {
+  return _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], load_bytes32(elements)),
+                          _mm256_maddubs_epi16(codes[1], load_bytes32(elements + 64)));
+}
+
+KERNEL VEC times_int8(const CODES codes[2], const zmoe_arranged *x, const int8_t *elements,
+                      size_t lane) {
+  return to_floats(add_pairs(times_plane(codes, elements), 1), x, lane);
+}
+
+KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
+  __m256i high = add_pairs(times_plane(codes, elements), -32768);
+  __m256i middle = add_pairs(times_plane(codes, elements + ZMOE_BLOCK), 256);
+  __m256i low = add_pairs(times_plane(codes, elements + 2 * ZMOE_BLOCK), 1);
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(high, _mm256_add_epi32(middle, low)));
+}
+
+/* Two products of whole 8-bit codes do not fit 16 bits; of their halves they do. */
+KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_arranged *x, size_t k) {
+  CODES halves[2];
+  split(bytes, 1, halves);
+  __m256i elements = load_bytes32((const int8_t *)x->elements + k);
+  __m256i low = add_pairs(_mm256_maddubs_epi16(halves[0], elements), 1);
+  __m256i high = add_pairs(_mm256_maddubs_epi16(halves[1], elements), 16);
+  return to_floats(_mm256_add_epi32(low, high), x, k / 4);
+}
+
+KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
+  EACH(i, 4) {
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(src + 8 * i));
+    values[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  }
+}
+
+KERNEL VEC spread(const float *scales, int two) {
+  if (!two)
+    return _mm256_broadcast_ss(scales);
+  return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
+}
+
+#include "few_body.h"
+
+const zmoe_kernels zmoe_kernels_avx2 = {few_layout, zmoe_generic_arrange, few_dot, zmoe_avx2_pack,
+                                        zmoe_avx2_tile};
 #endif

@@ -90,6 +90,11 @@ AVX512_INLINE __m512i sums_of_4(__m512i codes) {
   return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 
+/* Where the sums of 8 or 16 lanes start; see kernels.h. */
+AVX512_INLINE __m512i times_centre(__m512i sums, int centre) {
+  return _mm512_mullo_epi32(sums, _mm512_set1_epi32(-centre));
+}
+
 /* Even codes of all words, then odd ones: a lane of 8 is the same in both. */
 AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_arranged to, size_t first) {
   __m512i even, odd, codes[2];
@@ -111,7 +116,7 @@ AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_arranged to, 
   _mm512_storeu_si512(elements, even);
   _mm512_storeu_si512(elements + 64, odd);
   __m512i sums = _mm512_add_epi32(sums_of_4(even), sums_of_4(odd));
-  __m512i offsets = _mm512_mullo_epi32(sums, _mm512_set1_epi32(fp4 ? -12 : 0));
+  __m512i offsets = times_centre(sums, fp4 ? ZMOE_CENTRE_FP4 : ZMOE_CENTRE4);
   _mm512_storeu_si512(to.offsets + first / 8, offsets);
 }
 
@@ -121,8 +126,9 @@ AVX512 static void block_codes8_int8(const float *x, zmoe_arranged to, size_t fi
     __m256i codes = codes_32(x + 32 * i, &scale);
     _mm256_storeu_si256((__m256i *)(void *)((int8_t *)to.elements + first + 32 * i), codes);
     _mm256_storeu_ps(to.scales + first / 4 + 8 * i, _mm256_set1_ps(scale));
+    __m512i sums = sums_of_4(_mm512_castsi256_si512(codes));
     _mm256_storeu_si256((__m256i *)(void *)(to.offsets + first / 4 + 8 * i),
-                        _mm256_setzero_si256());
+                        _mm512_castsi512_si256(times_centre(sums, ZMOE_CENTRE8)));
   }
 }
 

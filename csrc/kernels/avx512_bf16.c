@@ -141,6 +141,9 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
   const unsigned char *scales = (const unsigned char *)w->scales + o * scale_bytes;
   const unsigned char *biases = (const unsigned char *)w->biases + (affine ? o * scale_bytes : 0);
   const __m512i first_lanes = scale_lanes(per_lane, group);
+  const __m512 centre = _mm512_set1_ps(product == CODES4_INT8   ? ZMOE_CENTRE4
+                                       : product == CODES8_INT8 ? ZMOE_CENTRE8
+                                                                : 0);
   const uint32_t skipped = rows_ahead(row_bytes, outs);
   for (uint32_t i = 0; i < outs; i++)
     prefetch_scales(w, o + i + skipped, scale_bytes);
@@ -154,6 +157,7 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
       if (!affine)
         continue;
       __m512 bias = load_floats(biases + i * scale_bytes, g, w->scale_dtype, lanes);
+      bias = _mm512_fmadd_ps(scale[i], centre, bias);
       for (uint32_t r = 0; r < rows; r++)
         sum[i * rows + r] =
             _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[i * rows + r]);

@@ -183,34 +183,45 @@ static void work_gather(zmoe_team *team, void *argument, uint32_t thread) {
 
 /* ---- the call ---------------------------------------------------------------- */
 
-/* Sorts the block's pairs by expert, keeping their order.  ZMOE_EINVAL for an
- * expert that is none, or one that a row has twice. */
-static int sort_pairs(struct experts *job, const int32_t *pair_experts, uint32_t *starts) {
+/* Rows in order, experts that exist, none twice in a row. */
+static int pairs_are_valid(const int32_t *pair_rows, const int32_t *pair_experts, uint32_t n_pairs,
+                           uint32_t rows, uint32_t experts) {
+  uint32_t first = 0; /* pair of this row */
+  for (uint32_t i = 0; i < n_pairs; i++) {
+    if (pair_rows[i] < 0 || (uint32_t)pair_rows[i] >= rows ||
+        (i > 0 && pair_rows[i] < pair_rows[i - 1]) || pair_experts[i] < 0 ||
+        (uint32_t)pair_experts[i] >= experts)
+      return 0;
+    if (pair_rows[i] != pair_rows[first])
+      first = i;
+    for (uint32_t j = first; j < i; j++)
+      if (pair_experts[j] == pair_experts[i])
+        return 0;
+  }
+  return 1;
+}
+
+/* Sorts the block's pairs by expert, keeping their order. */
+static void sort_pairs(struct experts *job, const int32_t *pair_experts, uint32_t *starts) {
   uint32_t experts = job->layer->experts;
   memset(starts, 0, (experts + 1) * sizeof *starts);
-  for (uint32_t i = 0; i < job->n_pairs; i++) {
-    int32_t expert = pair_experts[job->first_pair + i];
-    if (expert < 0 || (uint32_t)expert >= experts)
-      return ZMOE_EINVAL;
-    starts[expert + 1]++;
-  }
+  for (uint32_t i = 0; i < job->n_pairs; i++)
+    starts[pair_experts[job->first_pair + i] + 1]++;
   for (uint32_t e = 0; e < experts; e++) {
     uint32_t count = starts[e + 1];
-    if (count > ZMOE_ROW_BLOCK)
-      return ZMOE_EINVAL;
     starts[e + 1] += starts[e];
     if (count > 0)
       job->groups[job->n_groups++] = (struct group){e, starts[e], starts[e] + count};
   }
   for (uint32_t i = 0; i < job->n_pairs; i++)
     job->order[starts[pair_experts[job->first_pair + i]]++] = i;
-  return ZMOE_OK;
 }
 
 /* All but the arrangements, whose layouts depend on the groups. */
 static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts) {
   size_t pairs = job->n_pairs, rows = job->rows, experts = job->layer->experts;
   size_t middle = job->layer->down == NULL ? 0 : pairs * job->hidden;
+  size_t copies = zmoe_is_plain(job->x, job->x_dtype) ? 0 : rows * job->layer->up->ins;
   *starts = zmoe_team_scratch(team, (experts + 1) * sizeof **starts);
   job->groups = zmoe_team_scratch(team, experts * sizeof *job->groups);
   job->order = zmoe_team_scratch(team, pairs * sizeof *job->order);
@@ -219,10 +230,15 @@ static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts)
   job->in.arranged = zmoe_team_scratch(team, pairs * sizeof *job->in.arranged);
   job->mid.plain = zmoe_team_scratch(team, pairs * sizeof *job->mid.plain);
   job->mid.arranged = zmoe_team_scratch(team, pairs * sizeof *job->mid.arranged);
-  job->copies = zmoe_team_scratch(team, rows * job->layer->up->ins * sizeof *job->copies);
+  job->copies = zmoe_team_scratch(team, copies * sizeof *job->copies);
   job->activations = zmoe_team_scratch(team, middle * sizeof *job->activations);
   job->per_thread = zmoe_team_scratch(team, (size_t)PER_THREAD * zmoe_team_threads(team));
-  return job->per_thread == NULL ? ZMOE_ENOMEM : ZMOE_OK;
+  if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_arranged == NULL ||
+      job->in.plain == NULL || job->in.arranged == NULL || job->mid.plain == NULL ||
+      job->mid.arranged == NULL || job->copies == NULL || job->activations == NULL ||
+      job->per_thread == NULL)
+    return ZMOE_ENOMEM;
+  return ZMOE_OK;
 }
 
 /* Whether there is a group of pairs that takes x in `layout`. */
@@ -277,10 +293,10 @@ static int run_block(zmoe_team *team, struct experts *job, const int32_t *pair_e
   size_t mark = zmoe_team_mark(team);
   uint32_t *starts;
   int status = take_scratch(team, job, &starts);
-  if (status == ZMOE_OK)
-    status = sort_pairs(job, pair_experts, starts);
-  if (status == ZMOE_OK)
+  if (status == ZMOE_OK) {
+    sort_pairs(job, pair_experts, starts);
     status = plan_layouts(team, job);
+  }
   if (status == ZMOE_OK) {
     point_to_rows(job);
     zmoe_team_multiply(team, job->layer->down != NULL ? work_experts : work_gather, job);
@@ -289,33 +305,20 @@ static int run_block(zmoe_team *team, struct experts *job, const int32_t *pair_e
   return status;
 }
 
-/* The pairs of rows [first_row, end_row): where they end, or UINT32_MAX if a row
- * is out of range or out of order. */
-static uint32_t end_of_rows(const int32_t *pair_rows, uint32_t first_pair, uint32_t n_pairs,
-                            uint32_t first_row, uint32_t end_row, uint32_t rows) {
-  uint32_t pair = first_pair;
-  int64_t before = first_row;
-  for (; pair < n_pairs && (pair_rows[pair] < 0 || (uint32_t)pair_rows[pair] < end_row); pair++) {
-    if (pair_rows[pair] < before)
-      return UINT32_MAX;
-    before = pair_rows[pair];
-  }
-  return end_row == rows && pair != n_pairs ? UINT32_MAX : pair;
-}
-
 static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, zmoe_dtype x_dtype,
                uint32_t rows, const int32_t *pair_rows, const int32_t *pair_experts,
                const float *pair_weights, uint32_t n_pairs, void *out, zmoe_dtype out_dtype,
                zmoe_precision precision) {
   size_t row_bytes = (size_t)layer->up->ins * zmoe_dtype_bytes(x_dtype);
-  if (row_bytes == 0 || zmoe_dtype_bytes(out_dtype) == 0)
+  if (row_bytes == 0 || zmoe_dtype_bytes(out_dtype) == 0 ||
+      !pairs_are_valid(pair_rows, pair_experts, n_pairs, rows, layer->experts))
     return ZMOE_EINVAL;
   uint32_t pair = 0;
   for (uint32_t first = 0; first < rows; first += ZMOE_ROW_BLOCK) {
     uint32_t end = rows - first < ZMOE_ROW_BLOCK ? rows : first + ZMOE_ROW_BLOCK;
-    uint32_t pair_end = end_of_rows(pair_rows, pair, n_pairs, first, end, rows);
-    if (pair_end == UINT32_MAX)
-      return ZMOE_EINVAL;
+    uint32_t pair_end = pair;
+    while (pair_end < n_pairs && (uint32_t)pair_rows[pair_end] < end)
+      pair_end++;
     struct experts job = {
         .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
         .isa = zmoe_team_isa(team),
@@ -339,7 +342,7 @@ static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, z
       return status;
     pair = pair_end;
   }
-  return n_pairs > 0 && rows == 0 ? ZMOE_EINVAL : ZMOE_OK;
+  return ZMOE_OK;
 }
 
 int zmoe_experts(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, zmoe_dtype x_dtype,
@@ -365,8 +368,8 @@ int zmoe_gather_linear(zmoe_team *team, const zmoe_weight *weights, uint32_t n_e
 
 size_t zmoe_experts_scratch(uint32_t width, uint32_t hidden, uint32_t pairs_per_row) {
   size_t pairs = (size_t)ZMOE_ROW_BLOCK * pairs_per_row;
-  size_t x_bytes = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, width) + 64;
-  size_t mid_bytes = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, hidden) + 64;
+  size_t x_bytes = zmoe_arranged_most(width) + 64;
+  size_t mid_bytes = zmoe_arranged_most(hidden) + 64;
   return ZMOE_ROW_BLOCK * (width * sizeof(float) + x_bytes + 64) +
          pairs * (hidden * sizeof(float) + mid_bytes + 64);
 }

@@ -20,6 +20,10 @@ enum {
   ZMOE_DOT_ROWS = 4,   /* most rows of x in one `dot` */
 };
 
+/* A loop over rows, or the like, that must be unrolled: sums in an array stay in
+ * registers only so. */
+#define EACH(i, count) _Pragma("GCC unroll 8") for (uint32_t i = 0; i < (count); i++)
+
 typedef enum zmoe_layout {
   ZMOE_LAYOUT_PLAIN = 0, /* f32, in order; not copied, not padded */
   ZMOE_LAYOUT_BF16,      /* bf16, in order */
@@ -27,23 +31,36 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_CODES4_BF16,
   ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
   ZMOE_LAYOUT_CODES8_BF16,
-  ZMOE_LAYOUT_CODES4_INT8,
+  ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
+  ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
   ZMOE_LAYOUT_CODES8_INT8,
 } zmoe_layout;
 
 /* An arranged row: the sums of x per group, which an affine weight's biases
- * multiply, then a scale and an offset per ... of the int8 layouts, then the
- * elements, padded with zeros to a whole block of ZMOE_BLOCK. */
-enum { ZMOE_BLOCK = 128, ZMOE_INT8_GROUP = 32 };
+ * multiply, what the integer layouts add, and the elements, padded with zeros
+ * to a whole block of ZMOE_BLOCK.
+ *
+ * Integers have no sign where the codes of weights are: the code of an fp4
+ * value is twice it plus ZMOE_CENTRE_FP4, and the scale is halved.  What affine
+ * codes stand for is centred, since rounding x then costs least: w = (code -
+ * centre) scale + (bias + centre scale).  The centres are taken back by
+ * - 8 bits: a scale per 32 elements, the start of each lane's sum is `offsets`;
+ * - 22 bits: a scale per group, x's sum in it is `rests` apart from the true one:
+ *   x w = codes * elements * scale + bias * sums + scale * rests. */
+enum { ZMOE_BLOCK = 128, ZMOE_INT_GROUP = 32 };
+enum { ZMOE_CENTRE4 = 8, ZMOE_CENTRE8 = 128, ZMOE_CENTRE_FP4 = 12 };
 
 typedef struct zmoe_arranged {
   float *sums;      /* ceil16(ins / group) */
-  float *scales;    /* int8: one per register lane, 16 a block of codes */
-  int32_t *offsets; /* int8: where each lane's sum starts */
+  float *scales;    /* 8 bits: one per register lane, 16 a block of codes; 22 bits: like sums */
+  int32_t *offsets; /* 8 bits: like scales */
+  float *rests;     /* 22 bits: like sums */
   void *elements;
 } zmoe_arranged;
 
+int zmoe_layout_is_integer(zmoe_layout layout);
 size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins);
+size_t zmoe_arranged_most(uint32_t ins); /* in any layout */
 zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins);
 
 typedef struct zmoe_kernels {
@@ -74,8 +91,9 @@ extern const zmoe_kernels zmoe_kernels_neon;
 extern const zmoe_kernels zmoe_kernels_neon_dot;
 #endif
 
-/* The parts of `generic` that others fall back to. */
+/* Every layout; the one place that knows their orders. */
 void zmoe_generic_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+/* The parts of `generic` that others fall back to. */
 void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
                       uint32_t rows, uint32_t first, uint32_t last, float *const *ys);
 void zmoe_generic_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,

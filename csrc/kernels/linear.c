@@ -96,8 +96,7 @@ static void work(zmoe_team *team, void *argument, uint32_t thread) {
 /* ---- the call ---------------------------------------------------------------- */
 
 static int same_arrangement(zmoe_layout layout, const zmoe_weight *a, const zmoe_weight *b) {
-  int int8 = layout == ZMOE_LAYOUT_CODES4_INT8 || layout == ZMOE_LAYOUT_CODES8_INT8;
-  return a->group == b->group && (!int8 || a->format == b->format);
+  return a->group == b->group && (!zmoe_layout_is_integer(layout) || a->format == b->format);
 }
 
 /* Which layouts the weights want; none when all take x as it is. */
@@ -122,10 +121,10 @@ static void plan_arrangements(struct linear *job, zmoe_precision precision) {
 static int take_scratch(zmoe_team *team, struct linear *job) {
   job->per_thread = zmoe_team_scratch(team, (size_t)PER_THREAD * zmoe_team_threads(team));
   job->plain = zmoe_team_scratch(team, ZMOE_ROW_BLOCK * sizeof *job->plain);
-  if (job->x_dtype != ZMOE_F32)
+  int plain = zmoe_is_plain(job->x, job->x_dtype);
+  if (!plain)
     job->copies = zmoe_team_scratch(team, (size_t)job->rows * job->ins * sizeof(float));
-  if (job->per_thread == NULL || job->plain == NULL ||
-      (job->x_dtype != ZMOE_F32 && job->copies == NULL))
+  if (job->per_thread == NULL || job->plain == NULL || (!plain && job->copies == NULL))
     return ZMOE_ENOMEM;
   for (uint32_t r = 0; r < job->rows; r++)
     job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->ins, job->copies);
@@ -143,7 +142,7 @@ static int take_scratch(zmoe_team *team, struct linear *job) {
 }
 
 size_t zmoe_linear_scratch(uint32_t ins) {
-  size_t arranged = zmoe_arranged_bytes(ZMOE_LAYOUT_CODES8, ins) + 128;
+  size_t arranged = zmoe_arranged_most(ins) + 128;
   return (size_t)ZMOE_ROW_BLOCK * (ins + 64) * sizeof(float) +
          (size_t)ZMOE_MAX_WEIGHTS * ZMOE_ROW_BLOCK * (arranged + sizeof(void *));
 }

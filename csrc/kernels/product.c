@@ -76,15 +76,19 @@ void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t
       sums[(size_t)r * ZMOE_PANEL + o] += bias[o];
 }
 
+int zmoe_is_plain(const void *x, zmoe_dtype dtype) {
+  return dtype == ZMOE_F32 && (uintptr_t)x % sizeof(float) == 0;
+}
+
 const float *zmoe_plain_row(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins,
                             const float *copies) {
-  return (dtype == ZMOE_F32 ? (const float *)x : copies) + (size_t)row * ins;
+  return (zmoe_is_plain(x, dtype) ? (const float *)x : copies) + (size_t)row * ins;
 }
 
 void zmoe_widen(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins, float *copies,
                 zmoe_isa isa) {
   size_t at = (size_t)row * ins;
-  if (dtype != ZMOE_F32)
+  if (!zmoe_is_plain(x, dtype))
     (void)zmoe_convert(copies + at, ZMOE_F32,
                        (const unsigned char *)x + at * zmoe_dtype_bytes(dtype), dtype, ins, isa);
 }

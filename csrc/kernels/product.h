@@ -40,8 +40,9 @@ void zmoe_product(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_
 /* Adds w's own bias, if it has one, to `rows` rows of sums. */
 void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t last, float *sums);
 
-/* Row `row` of x (rows, ins) in f32: where it is if x is f32, else in `copies`
- * (rows, ins), once zmoe_widen has put it there. */
+/* Row `row` of x (rows, ins) in f32: where it is if x is f32 and aligned, else in
+ * `copies` (rows, ins), once zmoe_widen has put it there. */
+int zmoe_is_plain(const void *x, zmoe_dtype dtype);
 const float *zmoe_plain_row(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins,
                             const float *copies);
 void zmoe_widen(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins, float *copies,

@@ -20,6 +20,15 @@ static inline const unsigned char *zmoe_row_biases(const zmoe_weight *w, uint32_
   return (const unsigned char *)w->biases + row * zmoe_weight_scale_bytes(w);
 }
 
+/* Weights are read once, in order, by loops that compute much between two reads
+ * of memory: what the hardware fetches ahead by itself is too little, and ends at
+ * each page.  Distances from 4 to 32 KiB do about as well. */
+enum { ZMOE_AHEAD_BYTES = 8192 };
+
+static inline __attribute__((always_inline)) void zmoe_prefetch(const void *at) {
+  __builtin_prefetch((const void *)((uintptr_t)at + ZMOE_AHEAD_BYTES)); /* may be past the end */
+}
+
 /* The 16 values of e2m1, and 0 to 15: what a 4-bit code stands for, before its scale. */
 extern const float zmoe_fp4_values[16];
 extern const float zmoe_affine_values[16];

@@ -1,0 +1,277 @@
+/* Few rows, in the vectors of vec.h: the loops that AVX2 and NEON share.  Before
+ * including this, a variant defines CODES, a register of 4 * LANES bytes of
+ * codes, and
+ *   load_some(src, i, dtype, n), load_e8m0(src, n)  LANES floats, or scales; those
+ *                         from n on are zero and not touched,
+ *   load_codes(src, n)    n words of codes, likewise,
+ *   split(bytes, affine, codes)  the codes in the low halves of bytes, and in the
+ *                         high ones, without sign (fp4: twice the value plus 12),
+ *   times_int8(codes, x, elements, lane), times_int22(codes, elements)
+ *                         their products with x, lane by lane,
+ *   bytes_times_int8(bytes, x, k)  the same of 8-bit codes,
+ *   widen_bytes(src, values)  four vectors of codes as floats,
+ *   spread(scales, two)   the first scale in all lanes, or two, of half each,
+ * and afterwards makes a table of `few_layout` and `few_dot`.
+ *
+ * `rows`, formats and groups are constants in each call of the inlined bodies,
+ * so that choices vanish and sums stay in registers. */
+#include "kernels.h"
+#include "weight.h"
+
+KERNEL VEC load_x(const float *x) {
+  return vec_load((const unsigned char *)x, 0, ZMOE_F32);
+}
+
+/* ---- floats ------------------------------------------------------------------ */
+
+/* `outs` outputs from o on.  The sums are eight, or four of one row: enough to
+ * hide the latency of each. */
+KERNEL void dot_outputs(const zmoe_weight *w, uint32_t format, const void *const *xs,
+                        const uint32_t rows, const uint32_t outs, uint32_t o, uint32_t first,
+                        float *const *ys) {
+  const uint32_t n = rows * outs, chains = n == 1 ? 4 : 8 / n;
+  const size_t ins = w->ins, item = format == ZMOE_FORMAT_F32 ? 4 : 2, row_bytes = ins * item;
+  const unsigned char *data = zmoe_row(w, o);
+  VEC sum[8][4], value[2];
+  EACH(i, n)
+    EACH(c, chains)
+      sum[i][c] = vec_splat(0.0f);
+  size_t k = 0;
+  for (; k + 4 * LANES <= ins; k += 4 * LANES)
+    EACH(c, 4) {
+      EACH(j, outs) {
+        const unsigned char *at = data + j * row_bytes + (k + LANES * c) * item;
+        if (LANES * c * item % 64 == 0)
+          zmoe_prefetch(at);
+        value[j] = vec_load(at, 0, (zmoe_dtype)format);
+      }
+      EACH(i, n) {
+        VEC x = load_x((const float *)xs[i / outs] + k + LANES * c);
+        sum[i][c % chains] = vec_fma(value[i % outs], x, sum[i][c % chains]);
+      }
+    }
+  for (; k < ins; k += LANES) {
+    uint32_t left = (uint32_t)(ins - k);
+    EACH(j, outs)
+      value[j] = load_some(data + j * row_bytes, k, format, left);
+    EACH(i, n)
+      sum[i][0] = vec_fma(value[i % outs], load_some(xs[i / outs], k, ZMOE_F32, left), sum[i][0]);
+  }
+  EACH(i, n) {
+    EACH(c, chains - 1)
+      sum[i][0] += sum[i][c + 1];
+    ys[i / outs][o + i % outs - first] = vec_fold(sum[i][0]);
+  }
+}
+
+/* Four rows of x and a stream of weights crowd the smallest cache: two outputs
+ * at a time read the rows half as often. */
+KERNEL void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
+                       const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
+  uint32_t o = first;
+  for (; rows == 4 && o + 2 <= last; o += 2)
+    dot_outputs(w, format, xs, rows, 2, o, first, ys);
+  for (; o < last; o++)
+    dot_outputs(w, format, xs, rows, 1, o, first, ys);
+}
+
+/* ---- codes ------------------------------------------------------------------------
+ * For 4 bits x is integers, and so are products and sums: converting that many
+ * codes to floats would take longer than reading them.  Of 8 bits it doesn't. */
+
+enum product { CODES4_INT8, CODES4_INT22, CODES8, CODES8_INT8 };
+
+/* Scales that are converted at a time. */
+enum { SCALES = 64 };
+
+/* The row of one output. */
+struct output {
+  const unsigned char *data, *scales, *biases;
+};
+
+/* The scales of groups [g, g + count), times those that rows of x in 22 bits have
+ * of their own; and what the sums of x add. */
+KERNEL void load_groups(const zmoe_weight *w, enum product product, int affine, uint32_t g,
+                        uint32_t count, const zmoe_arranged *x, const uint32_t rows,
+                        struct output out, float each[ZMOE_DOT_ROWS][SCALES],
+                        VEC sum[ZMOE_DOT_ROWS]) {
+  const float centre = product == CODES4_INT8 ? ZMOE_CENTRE4 : ZMOE_CENTRE8;
+  for (uint32_t i = 0; i < count; i += LANES) {
+    VEC scale = affine ? load_some(out.scales, g + i, w->scale_dtype, count - i)
+                       : load_e8m0(out.scales + g + i, count - i);
+    if (affine) {
+      VEC bias = load_some(out.biases, g + i, w->scale_dtype, count - i);
+      if (product == CODES4_INT8 || product == CODES8_INT8)
+        bias = vec_fma(scale, vec_splat(centre), bias);
+      EACH(r, rows)
+        sum[r] = vec_fma(bias, load_x(x[r].sums + g + i), sum[r]);
+    }
+    EACH(r, rows) {
+      VEC own = scale;
+      if (product == CODES4_INT22) {
+        sum[r] = vec_fma(scale, load_x(x[r].rests + g + i), sum[r]);
+        own = scale * load_x(x[r].scales + g + i);
+      }
+      memcpy(each[r] + i, &own, sizeof own);
+    }
+  }
+}
+
+/* Codes of 8 bits as floats. */
+KERNEL void block_floats(const unsigned char *data, const zmoe_arranged *x, size_t k,
+                         const uint32_t rows, VEC part[ZMOE_DOT_ROWS]) {
+  VEC values[4];
+  widen_bytes(data + k, values);
+  EACH(i, 4)
+    EACH(r, rows) {
+      VEC other = load_x((const float *)x[r].elements + k + LANES * i);
+      if (i == 0)
+        part[r] = values[0] * other;
+      else
+        part[r] = vec_fma(values[i], other, part[r]);
+    }
+}
+
+/* Codes of 4 bits from element k + in_block on, k a multiple of ZMOE_BLOCK. */
+KERNEL VEC block_integers(enum product product, const CODES codes[2], const zmoe_arranged *x,
+                          size_t k, size_t in_block) {
+  const int8_t *elements = x->elements;
+  if (product == CODES4_INT8)
+    return times_int8(codes, x, elements + k + in_block / 2, (k + in_block) / 8);
+  return times_int22(codes, elements + 3 * k + in_block / 2);
+}
+
+/* Adds one register of codes: those from element k + in_block on, of 4 bits no
+ * more than `left`; others come in whole registers.  `at`: k's group in `each`. */
+KERNEL void add_block(enum product product, int affine, const uint32_t group, size_t k,
+                      uint32_t in_block, size_t left, const zmoe_arranged *x, const uint32_t rows,
+                      struct output out, float each[ZMOE_DOT_ROWS][SCALES], uint32_t at,
+                      VEC sum[ZMOE_DOT_ROWS]) {
+  VEC part[ZMOE_DOT_ROWS];
+  if (product == CODES8) {
+    block_floats(out.data, x, k + in_block, rows, part);
+  } else if (product == CODES8_INT8) {
+    CODES bytes = load_codes(out.data + k + in_block, LANES);
+    EACH(r, rows)
+      part[r] = bytes_times_int8(bytes, &x[r], k + in_block);
+  } else {
+    CODES codes[2];
+    split(load_codes(out.data + (k + in_block) / 2, (uint32_t)left / 8), affine, codes);
+    EACH(r, rows)
+      part[r] = block_integers(product, codes, &x[r], k, in_block);
+  }
+  int two = group < 8 * LANES && (product == CODES4_INT8 || product == CODES4_INT22);
+  EACH(r, rows)
+    sum[r] = vec_fma(part[r], spread(each[r] + at + in_block / group, two), sum[r]);
+}
+
+KERNEL void add_groups(const zmoe_weight *w, enum product product, int affine, const uint32_t group,
+                       uint32_t g, uint32_t count, const zmoe_arranged *x, const uint32_t rows,
+                       struct output out, VEC sum[ZMOE_DOT_ROWS]) {
+  const uint32_t bits = product == CODES8 || product == CODES8_INT8 ? 8 : 4;
+  const uint32_t step = 32 * LANES / bits;
+  float each[ZMOE_DOT_ROWS][SCALES];
+  load_groups(w, product, affine, g, count, x, rows, out, each, sum);
+  size_t k = (size_t)g * group, end = k + (size_t)count * group;
+  uint32_t at = 0;
+  for (; k + ZMOE_BLOCK <= end; k += ZMOE_BLOCK, at += ZMOE_BLOCK / group) {
+    for (uint32_t i = 0; i < ZMOE_BLOCK * bits / 8; i += 64)
+      zmoe_prefetch(out.data + k * bits / 8 + i);
+    for (uint32_t i = 0; i < ZMOE_BLOCK; i += step)
+      add_block(product, affine, group, k, i, step, x, rows, out, each, at, sum);
+  }
+  for (uint32_t i = 0; k + i < end; i += step)
+    add_block(product, affine, group, k, i, end - k - i, x, rows, out, each, at, sum);
+}
+
+KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout layout, int affine,
+                      const uint32_t group, const void *const *xs, const uint32_t rows,
+                      uint32_t first, uint32_t last, float *const *ys) {
+  const uint32_t groups = w->ins / group;
+  const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
+  zmoe_arranged x[ZMOE_DOT_ROWS];
+  EACH(r, rows)
+    x[r] = zmoe_arranged_at((void *)xs[r], layout, w->ins);
+  struct output out;
+  out.data = zmoe_row(w, first);
+  out.scales = zmoe_row_scales(w, first);
+  out.biases = affine ? zmoe_row_biases(w, first) : out.scales;
+  for (uint32_t o = first; o < last; o++) {
+    VEC sum[ZMOE_DOT_ROWS];
+    EACH(r, rows)
+      sum[r] = vec_splat(0.0f);
+    for (uint32_t g = 0; g < groups; g += SCALES)
+      add_groups(w, product, affine, group, g, groups - g < SCALES ? groups - g : SCALES, x, rows,
+                 out, sum);
+    EACH(r, rows)
+      ys[r][o - first] = vec_fold(sum[r]);
+    out.data += row_bytes, out.scales += scale_bytes, out.biases += scale_bytes;
+  }
+}
+
+/* ---- which one -------------------------------------------------------------------- */
+
+#define ROWS(body, ...)                                                                            \
+  do {                                                                                             \
+    if (rows == ZMOE_DOT_ROWS)                                                                     \
+      body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
+    else if (rows == 2)                                                                            \
+      body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
+    else                                                                                           \
+      for (uint32_t r = 0; r < rows; r++)                                                          \
+        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
+  } while (0)
+#define GROUPS(product, layout)                                                                    \
+  do {                                                                                             \
+    if (w->group == 32)                                                                            \
+      ROWS(dot_codes, w, product, layout, 1, 32);                                                  \
+    else if (w->group == 64)                                                                       \
+      ROWS(dot_codes, w, product, layout, 1, 64);                                                  \
+    else                                                                                           \
+      ROWS(dot_codes, w, product, layout, 1, 128);                                                 \
+  } while (0)
+#define DOT(name, body)                                                                            \
+  TARGET static void name(const zmoe_weight *w, const void *const *xs, uint32_t rows,              \
+                          uint32_t first, uint32_t last, float *const *ys) {                       \
+    body;                                                                                          \
+  }
+
+DOT(dot_f32, ROWS(dot_floats, w, ZMOE_F32))
+DOT(dot_f16, ROWS(dot_floats, w, ZMOE_F16))
+DOT(dot_bf16, ROWS(dot_floats, w, ZMOE_BF16))
+DOT(dot_codes4, GROUPS(CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22))
+DOT(dot_fp4, ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
+DOT(dot_codes8, GROUPS(CODES8, ZMOE_LAYOUT_CODES8))
+DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
+DOT(dot_fp4_int8, ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
+DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
+
+static void few_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+                    uint32_t first, uint32_t last, float *const *ys) {
+  int affine = w->format == ZMOE_FORMAT_AFFINE;
+  if (layout == ZMOE_LAYOUT_CODES4_INT22)
+    (affine ? dot_codes4 : dot_fp4)(w, xs, rows, first, last, ys);
+  else if (layout == ZMOE_LAYOUT_CODES4_INT8)
+    (affine ? dot_codes4_int8 : dot_fp4_int8)(w, xs, rows, first, last, ys);
+  else if (layout == ZMOE_LAYOUT_CODES8)
+    dot_codes8(w, xs, rows, first, last, ys);
+  else if (layout == ZMOE_LAYOUT_CODES8_INT8)
+    dot_codes8_int8(w, xs, rows, first, last, ys);
+  else if (w->format == ZMOE_FORMAT_F32)
+    dot_f32(w, xs, rows, first, last, ys);
+  else if (w->format == ZMOE_FORMAT_F16)
+    dot_f16(w, xs, rows, first, last, ys);
+  else if (w->format == ZMOE_FORMAT_BF16)
+    dot_bf16(w, xs, rows, first, last, ys);
+  else
+    zmoe_generic_dot(w, layout, xs, rows, first, last, ys);
+}
+
+static zmoe_layout few_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
+  (void)x_dtype;
+  if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
+    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4_INT22;
+  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
+    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CODES8;
+  return ZMOE_LAYOUT_PLAIN;
+}

@@ -1,0 +1,70 @@
+/* Few rows, NEON.  Before including this, after vec.h, define TABLE, the name of the
+ * table of kernels, and, where there is dotprod, DOT4 and
+ *   dot4(sum, a, b)  lane l of sum + a[4 l] b[4 l] + ... + a[4 l + 3] b[4 l + 3]. */
+#include "neon.h"
+
+#define CODES int8x16_t
+
+#ifndef DOT4
+/* Two products of bytes, even of -128 and 127, fit 16 bits. */
+KERNEL int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
+  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vpadalq_s16(sum, vpaddq_s16(low, high));
+}
+#endif
+
+KERNEL CODES load_codes(const unsigned char *src, uint32_t count) {
+  return vreinterpretq_s8_u8(load_bytes(src, count));
+}
+
+KERNEL void split(CODES bytes, int affine, CODES codes[2]) {
+  static const int8_t fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  uint8x16_t low = vandq_u8(vreinterpretq_u8_s8(bytes), vdupq_n_u8(15));
+  uint8x16_t high = vshrq_n_u8(vreinterpretq_u8_s8(bytes), 4);
+  codes[0] = affine ? vreinterpretq_s8_u8(low) : vqtbl1q_s8(vld1q_s8(fp4), low);
+  codes[1] = affine ? vreinterpretq_s8_u8(high) : vqtbl1q_s8(vld1q_s8(fp4), high);
+}
+
+KERNEL int32x4_t times_plane(int32x4_t sum, const CODES codes[2], const int8_t *elements) {
+  sum = dot4(sum, codes[0], vld1q_s8(elements));
+  return dot4(sum, codes[1], vld1q_s8(elements + 64));
+}
+
+KERNEL VEC times_int8(const CODES codes[2], const zmoe_arranged *x, const int8_t *elements,
+                      size_t lane) {
+  int32x4_t sum = times_plane(vld1q_s32(x->offsets + lane), codes, elements);
+  return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + lane);
+}
+
+KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
+  int32x4_t zero = vdupq_n_s32(0), sum = times_plane(zero, codes, elements);
+  sum = vsubq_s32(zero, vshlq_n_s32(sum, 7));
+  sum = vshlq_n_s32(times_plane(sum, codes, elements + ZMOE_BLOCK), 8);
+  return vcvtq_f32_s32(times_plane(sum, codes, elements + 2 * ZMOE_BLOCK));
+}
+
+/* Here codes have a sign, and that takes the centre off: no offset. */
+KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_arranged *x, size_t k) {
+  CODES centred = veorq_s8(bytes, vdupq_n_s8(INT8_MIN));
+  int32x4_t sum = dot4(vdupq_n_s32(0), centred, vld1q_s8((const int8_t *)x->elements + k));
+  return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + k / 4);
+}
+
+KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
+  uint8x16_t bytes = vld1q_u8(src);
+  uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  values[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)));
+  values[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)));
+  values[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
+  values[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
+}
+
+KERNEL VEC spread(const float *scales, int two) {
+  (void)two; /* a register of codes has one group */
+  return vld1q_dup_f32(scales);
+}
+
+#include "few_body.h"
+
+const zmoe_kernels TABLE = {few_layout, zmoe_generic_arrange, few_dot, zmoe_neon_pack,
+                            zmoe_neon_tile};
