@@ -18,12 +18,25 @@ from types import FrameType
 from typing import Any, NoReturn
 
 BENCH = Path(__file__).resolve().parent
-PACKAGES = ("zmoe", "mlx", "mlx-lm", "pyzmq", "numpy", "cffi", "grpcio")
+PACKAGES = ("zmoe", "mlx", "mlx-lm", "pyzmq", "numpy", "cffi", "grpcio", "llama-cpp-python", "gguf")
 TERMINATE_SECONDS = 3.0
+PARENT = "ZMOE_BENCH_PARENT"  # tells peers/process.py whose end to watch for
 
 
 class BenchError(Exception):
     """What ends a benchmark: one line for standard error, exit status 1."""
+
+
+class ChildError(BenchError):
+    """A process of ours that failed: its exit `status` and the last line that it `said`."""
+
+    def __init__(self, name: str, status: int, said: str) -> None:
+        super().__init__(f"{name} ended with status {status}: {said or 'no message'}")
+        self.status, self.said = status, said
+
+
+class Absent(Exception):
+    """Why a peer cannot run here; no error."""
 
 
 class Children:
@@ -63,7 +76,7 @@ class Children:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, PARENT: str(os.getpid()), **(env or {})},
             start_new_session=True,
         )
         self._processes.append(process)
@@ -85,7 +98,8 @@ def run_json(command: Sequence[str], deadline_s: float) -> dict[str, Any]:
     Raises BenchError when it fails, prints anything else or takes longer than
     `deadline_s` seconds.
     """
-    name = Path(command[0]).name
+    script = command[0] == sys.executable and not command[1].startswith("-")
+    name = Path(command[1 if script else 0]).name
     with Children() as children:
         process = children.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
@@ -93,8 +107,8 @@ def run_json(command: Sequence[str], deadline_s: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             raise BenchError(f"{name} took longer than {deadline_s:g} s") from None
     if process.returncode != 0:
-        last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise BenchError(f"{name} ended with status {process.returncode}: {last[0]}")
+        last = err.decode(errors="replace").strip().splitlines()[-1:]
+        raise ChildError(name, process.returncode, "".join(last).removeprefix(f"{name}: "))
     try:
         parsed = json.loads(out)
     except ValueError:
@@ -184,6 +198,18 @@ def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [convert(word) for word in text.split(",")]
 
     parse.__name__ = f"list of {convert.__name__}"
+    return parse
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of `choices`, for flags that take a list of them."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    parse.__name__ = "|".join(choices)
     return parse
 
 

@@ -19,9 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import BenchError, environment, finish, list_of, main, parser, positive
+from common import Absent, BenchError, environment, finish, list_of, main, parser, positive
 from group import Group
-from transports import TRANSPORTS, Absent, Transport
+from transports import TRANSPORTS, Transport
 
 TRIAL = 20  # steps that tell how many fit the budget
 ROUND_SECONDS = 0.5  # most that one transport's turn may take

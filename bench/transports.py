@@ -13,12 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import BENCH, BenchError, run_tool
+from common import BENCH, Absent, BenchError, run_tool
 from group import Launch
-
-
-class Absent(Exception):
-    """Why a transport cannot run here."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -75,59 +76,69 @@ def seconds(call: Callable[[], object], budget_s: float) -> float:
     return statistics.median(times)
 
 
-def measure(options: dict[str, Any]) -> None:
-    cores, budget = options["cores"], options["budget_s"]
-    memory = np.ones(READ_BYTES, np.uint8)
-    reader = Team(cores)
+class Bench:
+    """Measures on the cores of this process, by the options of bench/matmul.py."""
 
-    def report(**row: Any) -> None:
-        row["cores"] = len(cores)
-        print(json.dumps(row), flush=True)
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.cores = options, options["cores"]
+        self._memory = np.ones(READ_BYTES, np.uint8)
+        self._reader = Team(self.cores)
 
-    for rows in options["rows"]:
-        for name in options["formats"]:
-            _, mode = MODES[name]
-            ins = options["ins"]
-            per_row = weight_bytes(made(name, 128, ins)) / 128
-            wanted = options["one_row_bytes"] if rows == 1 else options["many_row_bytes"]
-            outs = max(1, int(wanted / per_row / 128)) * 128
-            common = {"format": name, "rows": rows, "outs": outs, "ins": ins}
-            flops = 2 * rows * outs * ins
-            x = mx.random.normal((rows, ins)).astype(mx.bfloat16 if name != "f32" else mx.float32)
-            mx.eval(x)
+    def run(self) -> Iterator[dict[str, Any]]:
+        """A row for each number of rows, format and way."""
+        for rows in self.options["rows"]:
+            for name in self.options["formats"]:
+                yield from self.format(name, rows)
+
+    def format(self, name: str, rows: int) -> Iterator[dict[str, Any]]:
+        """The rows of one format."""
+        ins = self.options["ins"]
+        wanted = self.options["one_row_bytes" if rows == 1 else "many_row_bytes"]
+        outs = max(1, int(wanted / weight_bytes(made(name, 128, ins)))) * 128
+        common = {"format": name, "rows": rows, "outs": outs, "ins": ins, "cores": len(self.cores)}
+        for way, size, call, budget in self.ways(name, rows, outs, ins):
             # The limit right before and after, since the machine's load changes.
-            limits = [seconds(lambda: reader.read(memory), budget / 4)]
-            ways = [("zmoe", Precision.EXACT)]
-            if mode is not None and mode[1] in (4, 8):
-                ways.append(("zmoe-int8", Precision.INT8))
-            results = []
-            for way, precision in ways:
-                layer = made(name, outs, ins)
-                size = weight_bytes(layer)
-                make_native(Model(layer), Team(cores, precision), {}, Head(mx.float32))
-                results.append((way, seconds(lambda layer=layer: layer(x), budget)))
-            if "mlx" in options["peers"]:
-                layer = made(name, outs, ins)
-                results.append(("mlx", seconds(lambda layer=layer: mx.eval(layer(x)), 0)))
-            if "numpy" in options["peers"]:
-                matrix = np.ones((outs, ins), np.float32)
-                vector = np.ones((rows, ins), np.float32)
-                results.append(("numpy-f32", seconds(lambda: vector @ matrix.T, budget)))
-            limits.append(seconds(lambda: reader.read(memory), budget / 4))
-            limit = READ_BYTES / statistics.mean(limits) / 1e9
-            for way, took in results:
-                read = size if way != "numpy-f32" else outs * ins * 4
-                report(
-                    **common,
-                    by=way,
-                    us=round(took * 1e6, 1),
-                    gb_per_s=round(read / took / 1e9, 2),
-                    read_gb_per_s=round(limit, 2),
-                    gflop_per_s=round(flops / took / 1e9, 1),
-                )
+            before = self.read_seconds()
+            took = seconds(call, budget)
+            limit = 2 * READ_BYTES / (before + self.read_seconds()) / 1e9
+            yield {
+                **common,
+                "by": way,
+                "us": round(took * 1e6, 1),
+                "gb_per_s": round(size / took / 1e9, 2),
+                "read_gb_per_s": round(limit, 2),
+                "gflop_per_s": round(2 * rows * outs * ins / took / 1e9, 1),
+            }
+
+    def read_seconds(self) -> float:
+        return seconds(lambda: self._reader.read(self._memory), self.options["budget_s"] / 4)
+
+    def ways(
+        self, name: str, rows: int, outs: int, ins: int
+    ) -> Iterator[tuple[str, int, Callable[[], object], float]]:
+        """Name, bytes of the weight, the product to time, and seconds to spend on it."""
+        _, mode = MODES[name]
+        budget, peers = self.options["budget_s"], self.options["peers"]
+        x = mx.random.normal((rows, ins)).astype(mx.bfloat16 if name != "f32" else mx.float32)
+        mx.eval(x)
+        precisions = [("zmoe", Precision.EXACT)]
+        if mode is not None and mode[1] in (4, 8):
+            precisions.append(("zmoe-int8", Precision.INT8))
+        for way, precision in precisions:
+            layer = made(name, outs, ins)
+            size = weight_bytes(layer)
+            make_native(Model(layer), Team(self.cores, precision), {}, Head(mx.float32))
+            yield way, size, partial(layer, x), budget
+        if "mlx" in peers:
+            plain = made(name, outs, ins)
+            yield "mlx", weight_bytes(plain), lambda: mx.eval(plain(x)), 0
+        if "numpy" in peers:
+            matrix, vectors = np.ones((outs, ins), np.float32), np.ones((rows, ins), np.float32)
+            yield "numpy-f32", matrix.nbytes, lambda: vectors @ matrix.T, budget
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     os.sched_setaffinity(0, given["cores"])
-    measure(given)
+    for found in Bench(given).run():
+        print(json.dumps(found), flush=True)

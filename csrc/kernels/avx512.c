@@ -10,6 +10,7 @@
 AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
                               uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
   uint32_t ins = w->ins;
+  const size_t item = format == ZMOE_F32 ? 4 : 2;
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o);
     __m512 even[ZMOE_DOT_ROWS], odd[ZMOE_DOT_ROWS];
@@ -17,6 +18,7 @@ AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void 
       even[r] = odd[r] = _mm512_setzero_ps();
     uint32_t k = 0;
     for (; k + 32 <= ins; k += 32) {
+      prefetch_lines(data + k * item, format == ZMOE_F32 ? 2 : 1);
       __m512 a = load_floats(data, k, format, 0xffff);
       __m512 b = load_floats(data, k + 16, format, 0xffff);
       for (uint32_t r = 0; r < rows; r++) {

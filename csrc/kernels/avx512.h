@@ -65,6 +65,12 @@ static inline uint32_t rows_ahead(size_t row_bytes, uint32_t outs) {
   return outs * (uint32_t)(PREFETCH_BYTES / (outs * row_bytes) + 1);
 }
 
+/* `lines` cache lines as far ahead in one stream. */
+AVX512_INLINE void prefetch_lines(const unsigned char *at, int lines) {
+  for (int line = 0; line < lines; line++)
+    _mm_prefetch((const char *)at + PREFETCH_BYTES + 64 * line, _MM_HINT_T0);
+}
+
 /* The scales and biases of output o, which may lie beyond the last. */
 AVX512_INLINE void prefetch_scales(const zmoe_weight *w, size_t o, size_t scale_bytes) {
   _mm_prefetch((const char *)w->scales + o * scale_bytes, _MM_HINT_T0);

@@ -32,6 +32,7 @@ BF16_INLINE void dot_bf16(const zmoe_weight *w, const void *const *xs, uint32_t 
       even[r] = odd[r] = _mm512_setzero_ps();
     uint32_t k = 0;
     for (; k + 64 <= w->ins; k += 64) {
+      prefetch_lines(data + 2 * k, 2);
       __m512bh a = as_bf16(_mm512_loadu_si512(data + 2 * k));
       __m512bh b = as_bf16(_mm512_loadu_si512(data + 2 * k + 64));
       for (uint32_t r = 0; r < rows; r++) {

@@ -1,187 +1,11 @@
-/* All products of a node's experts in one layer, in one call.
- *
- * The pairs (row, expert) are sorted by expert, so that each weight is read
- * once.  Stage by stage, all threads together: take the rows; gate, up and the
- * activation; arrange what comes out; down, weighted and summed per row in the
- * order of the experts.  A task is one panel of outputs of one expert, or, in
- * the last stage, of all experts, so that no two threads add to one sum. */
+/* All products of a node's experts in one layer, in one call: which pairs, in what
+ * order, and the memory for them. */
+#include "experts.h"
 #include "activation.h"
-#include "product.h"
 
 #include <string.h>
 
 #include "weight.h"
-
-/* The pairs of one expert: [begin, end) of the sorted ones. */
-struct group {
-  uint32_t expert, begin, end;
-};
-
-struct experts {
-  const zmoe_kernels *kernels;
-  zmoe_isa isa;
-  const zmoe_expert_layer *layer;
-  zmoe_precision precision;
-  const void *x;
-  zmoe_dtype x_dtype, out_dtype;
-  uint32_t rows, n_pairs, n_groups;
-  uint32_t width, hidden;
-  const int32_t *pair_rows;
-  const float *pair_weights;
-  uint32_t first_pair, first_row; /* of this block */
-  uint32_t *order;                /* [n_pairs]: pairs by expert, then as given */
-  struct group *groups;
-  void **x_arranged; /* [rows] */
-  float *copies;
-  zmoe_rows in, mid; /* [n_pairs], sorted: x of each pair; its activation */
-  float *activations;
-  unsigned char *per_thread;
-  void *out;
-  _Atomic int infinite, mid_infinite;
-  zmoe_tasks take_tasks, up_tasks, mid_tasks, down_tasks;
-};
-
-enum { PER_THREAD = ZMOE_PANEL_BYTES + 3 * ZMOE_SUMS * 4 };
-
-/* ---- stages ---------------------------------------------------------------- */
-
-static void arrange_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
-                        const float *x, void *to, _Atomic int *infinite) {
-  if (layout == ZMOE_LAYOUT_PLAIN)
-    return;
-  if (zmoe_is_finite(x, w->ins))
-    kernels->arrange(layout, w, x, to);
-  else
-    atomic_store(infinite, 1);
-}
-
-static void take_rows(struct experts *job) {
-  const zmoe_weight *w = job->layer->up;
-  for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
-    zmoe_widen(job->x, job->x_dtype, r, w->ins, job->copies, job->isa);
-    const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->ins, job->copies);
-    arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r], &job->infinite);
-  }
-}
-
-static void product(const struct experts *job, int infinite, const zmoe_weight *w,
-                    const zmoe_rows *x, const struct group *group, uint32_t first, float *panel,
-                    float *sums) {
-  uint32_t last = zmoe_panel_end(first, w->outs);
-  zmoe_rows rows = *x;
-  if (infinite)
-    rows.layout = ZMOE_LAYOUT_PLAIN;
-  zmoe_product(job->kernels, w, &rows, group->begin, group->end, first, last, panel, sums);
-  zmoe_add_bias(w, group->end - group->begin, first, last, sums);
-}
-
-static void activate_panel(struct experts *job, const struct group *group, uint32_t first,
-                           float *scratch) {
-  const zmoe_expert_layer *layer = job->layer;
-  float *panel = scratch, *up = scratch + ZMOE_PANEL_BYTES / 4, *gate = up + ZMOE_SUMS;
-  int infinite = atomic_load(&job->infinite);
-  product(job, infinite, &layer->up[group->expert], &job->in, group, first, panel, up);
-  if (layer->gate != NULL)
-    product(job, infinite, &layer->gate[group->expert], &job->in, group, first, panel, gate);
-  uint32_t count = zmoe_panel_end(first, job->hidden) - first;
-  for (uint32_t i = group->begin; i < group->end; i++) {
-    size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
-    zmoe_activate(job->isa, layer, gate + at, up + at, count,
-                  job->activations + (size_t)i * job->hidden + first);
-  }
-}
-
-static void activate(struct experts *job, float *scratch) {
-  uint32_t panels = zmoe_panels(job->hidden);
-  for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;)
-    activate_panel(job, &job->groups[task / panels], task % panels * ZMOE_PANEL, scratch);
-}
-
-static void arrange_activations(struct experts *job) {
-  for (uint32_t i; (i = zmoe_take(&job->mid_tasks)) < job->n_pairs;)
-    arrange_row(job->kernels, job->mid.layout, job->layer->down, job->mid.plain[i],
-                job->mid.arranged[i], &job->mid_infinite);
-}
-
-static void store(const struct experts *job, size_t row, uint32_t width, uint32_t first,
-                  const float *sums) {
-  size_t item = zmoe_dtype_bytes(job->out_dtype);
-  (void)zmoe_convert((unsigned char *)job->out + (row * width + first) * item, job->out_dtype, sums,
-                     ZMOE_F32, zmoe_panel_end(first, width) - first, job->isa);
-}
-
-static void store_pairs(const struct experts *job, const struct group *group, uint32_t width,
-                        uint32_t first, const float *sums) {
-  for (uint32_t i = group->begin; i < group->end; i++)
-    store(job, job->first_pair + job->order[i], width, first,
-          sums + (size_t)(i - group->begin) * ZMOE_PANEL);
-}
-
-static void add_weighted(const struct experts *job, const struct group *group, const float *sums,
-                         float *total) {
-  for (uint32_t i = group->begin; i < group->end; i++) {
-    uint32_t pair = job->first_pair + job->order[i];
-    float weight = job->pair_weights[pair];
-    float *to = total + (size_t)((uint32_t)job->pair_rows[pair] - job->first_row) * ZMOE_PANEL;
-    const float *from = sums + (size_t)(i - group->begin) * ZMOE_PANEL;
-    for (uint32_t o = 0; o < ZMOE_PANEL; o++)
-      to[o] += weight * from[o];
-  }
-}
-
-static void sum_experts(struct experts *job, float *scratch) {
-  float *panel = scratch, *sums = scratch + ZMOE_PANEL_BYTES / 4, *total = sums + ZMOE_SUMS;
-  int infinite = atomic_load(&job->mid_infinite);
-  for (uint32_t task; (task = zmoe_take(&job->down_tasks)) < zmoe_panels(job->width);) {
-    uint32_t first = task * ZMOE_PANEL;
-    memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
-    for (uint32_t g = 0; g < job->n_groups; g++) {
-      const struct group *group = &job->groups[g];
-      product(job, infinite, &job->layer->down[group->expert], &job->mid, group, first, panel,
-              sums);
-      if (job->pair_weights == NULL)
-        store_pairs(job, group, job->width, first, sums);
-      else
-        add_weighted(job, group, sums, total);
-    }
-    if (job->pair_weights != NULL)
-      for (uint32_t r = 0; r < job->rows; r++)
-        store(job, job->first_row + r, job->width, first, total + (size_t)r * ZMOE_PANEL);
-  }
-}
-
-static void work_experts(zmoe_team *team, void *argument, uint32_t thread) {
-  struct experts *job = argument;
-  float *scratch = (float *)(void *)(job->per_thread + (size_t)thread * PER_THREAD);
-  take_rows(job);
-  zmoe_team_barrier(team);
-  activate(job, scratch);
-  zmoe_team_barrier(team);
-  if (job->mid.layout != ZMOE_LAYOUT_PLAIN) {
-    arrange_activations(job);
-    zmoe_team_barrier(team);
-  }
-  sum_experts(job, scratch);
-}
-
-/* One matrix of the experts alone: `up`, its products stored as they are. */
-static void work_gather(zmoe_team *team, void *argument, uint32_t thread) {
-  struct experts *job = argument;
-  float *panel = (float *)(void *)(job->per_thread + (size_t)thread * PER_THREAD);
-  float *sums = panel + ZMOE_PANEL_BYTES / 4;
-  take_rows(job);
-  zmoe_team_barrier(team);
-  int infinite = atomic_load(&job->infinite);
-  uint32_t panels = zmoe_panels(job->hidden);
-  for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;) {
-    const struct group *group = &job->groups[task / panels];
-    uint32_t first = task % panels * ZMOE_PANEL;
-    product(job, infinite, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
-    store_pairs(job, group, job->hidden, first, sums);
-  }
-}
-
-/* ---- the call ---------------------------------------------------------------- */
 
 /* Rows in order, experts that exist, none twice in a row. */
 static int pairs_are_valid(const int32_t *pair_rows, const int32_t *pair_experts, uint32_t n_pairs,
@@ -202,7 +26,8 @@ static int pairs_are_valid(const int32_t *pair_rows, const int32_t *pair_experts
 }
 
 /* Sorts the block's pairs by expert, keeping their order. */
-static void sort_pairs(struct experts *job, const int32_t *pair_experts, uint32_t *starts) {
+static void sort_pairs(struct zmoe_experts_job *job, const int32_t *pair_experts,
+                       uint32_t *starts) {
   uint32_t experts = job->layer->experts;
   memset(starts, 0, (experts + 1) * sizeof *starts);
   for (uint32_t i = 0; i < job->n_pairs; i++)
@@ -211,14 +36,14 @@ static void sort_pairs(struct experts *job, const int32_t *pair_experts, uint32_
     uint32_t count = starts[e + 1];
     starts[e + 1] += starts[e];
     if (count > 0)
-      job->groups[job->n_groups++] = (struct group){e, starts[e], starts[e] + count};
+      job->groups[job->n_groups++] = (struct zmoe_group){e, starts[e], starts[e] + count};
   }
   for (uint32_t i = 0; i < job->n_pairs; i++)
     job->order[starts[pair_experts[job->first_pair + i]]++] = i;
 }
 
 /* All but the arrangements, whose layouts depend on the groups. */
-static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts) {
+static int take_scratch(zmoe_team *team, struct zmoe_experts_job *job, uint32_t **starts) {
   size_t pairs = job->n_pairs, rows = job->rows, experts = job->layer->experts;
   size_t middle = job->layer->down == NULL ? 0 : pairs * job->hidden;
   size_t copies = zmoe_is_plain(job->x, job->x_dtype) ? 0 : rows * job->layer->up->ins;
@@ -232,7 +57,7 @@ static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts)
   job->mid.arranged = zmoe_team_scratch(team, pairs * sizeof *job->mid.arranged);
   job->copies = zmoe_team_scratch(team, copies * sizeof *job->copies);
   job->activations = zmoe_team_scratch(team, middle * sizeof *job->activations);
-  job->per_thread = zmoe_team_scratch(team, (size_t)PER_THREAD * zmoe_team_threads(team));
+  job->per_thread = zmoe_team_scratch(team, (size_t)ZMOE_EXPERTS_THREAD * zmoe_team_threads(team));
   if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_arranged == NULL ||
       job->in.plain == NULL || job->in.arranged == NULL || job->mid.plain == NULL ||
       job->mid.arranged == NULL || job->copies == NULL || job->activations == NULL ||
@@ -242,7 +67,7 @@ static int take_scratch(zmoe_team *team, struct experts *job, uint32_t **starts)
 }
 
 /* Whether there is a group of pairs that takes x in `layout`. */
-static int is_used(const struct experts *job, zmoe_layout layout) {
+static int is_used(const struct zmoe_experts_job *job, zmoe_layout layout) {
   for (uint32_t g = 0; g < job->n_groups; g++)
     if (job->groups[g].end - job->groups[g].begin <= zmoe_few_rows(layout))
       return 1;
@@ -250,7 +75,7 @@ static int is_used(const struct experts *job, zmoe_layout layout) {
 }
 
 /* Room for `rows` rows in the layout that the kernels want for `w`. */
-static int take_arranged(zmoe_team *team, const struct experts *job, const zmoe_weight *w,
+static int take_arranged(zmoe_team *team, const struct zmoe_experts_job *job, const zmoe_weight *w,
                          uint32_t rows, zmoe_layout *layout, void **to) {
   /* What MLX would round to the type of x, activations too, may be rounded to it. */
   *layout = job->kernels->layout(w, job->x_dtype, job->precision);
@@ -267,7 +92,7 @@ static int same_layout(const zmoe_weight *a, const zmoe_weight *b) {
   return b == NULL || (a->format == b->format && a->bits == b->bits && a->group == b->group);
 }
 
-static int plan_layouts(zmoe_team *team, struct experts *job) {
+static int plan_layouts(zmoe_team *team, struct zmoe_experts_job *job) {
   const zmoe_expert_layer *layer = job->layer;
   job->in.layout = job->mid.layout = ZMOE_LAYOUT_PLAIN;
   int status = ZMOE_OK;
@@ -279,7 +104,7 @@ static int plan_layouts(zmoe_team *team, struct experts *job) {
   return status;
 }
 
-static void point_to_rows(struct experts *job) {
+static void point_to_rows(struct zmoe_experts_job *job) {
   uint32_t ins = job->layer->up->ins;
   for (uint32_t i = 0; i < job->n_pairs; i++) {
     uint32_t row = (uint32_t)job->pair_rows[job->first_pair + job->order[i]] - job->first_row;
@@ -289,7 +114,7 @@ static void point_to_rows(struct experts *job) {
   }
 }
 
-static int run_block(zmoe_team *team, struct experts *job, const int32_t *pair_experts) {
+static int run_block(zmoe_team *team, struct zmoe_experts_job *job, const int32_t *pair_experts) {
   size_t mark = zmoe_team_mark(team);
   uint32_t *starts;
   int status = take_scratch(team, job, &starts);
@@ -299,7 +124,7 @@ static int run_block(zmoe_team *team, struct experts *job, const int32_t *pair_e
   }
   if (status == ZMOE_OK) {
     point_to_rows(job);
-    zmoe_team_multiply(team, job->layer->down != NULL ? work_experts : work_gather, job);
+    zmoe_team_multiply(team, job->layer->down != NULL ? zmoe_experts_work : zmoe_gather_work, job);
   }
   zmoe_team_release(team, mark);
   return status;
@@ -319,9 +144,10 @@ static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, z
     uint32_t pair_end = pair;
     while (pair_end < n_pairs && (uint32_t)pair_rows[pair_end] < end)
       pair_end++;
-    struct experts job = {
+    struct zmoe_experts_job job = {
         .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
         .isa = zmoe_team_isa(team),
+        .threads = zmoe_team_threads(team),
         .layer = layer,
         .precision = precision,
         .x = (const unsigned char *)x + first * row_bytes,

@@ -31,6 +31,7 @@ struct linear {
   uint32_t first_task[ZMOE_MAX_WEIGHTS + 1];
   unsigned char *per_thread;
   _Atomic int infinite; /* a row holds what only the plain way gets right */
+  uint32_t run;         /* of tasks */
   zmoe_tasks input_tasks, tasks;
 };
 
@@ -68,7 +69,8 @@ static void multiply(struct linear *job, uint32_t thread) {
   float *sums = panel + ZMOE_PANEL_BYTES / 4;
   uint32_t n_tasks = job->first_task[job->n_weights], i = 0;
   int infinite = atomic_load(&job->infinite);
-  for (uint32_t task; (task = zmoe_take(&job->tasks)) < n_tasks;) {
+  zmoe_run mine = {0, 0};
+  for (uint32_t task; zmoe_take_of_run(&job->tasks, n_tasks, job->run, &mine, &task);) {
     while (task >= job->first_task[i + 1])
       i++;
     const zmoe_weight *w = job->weights[i];
@@ -151,6 +153,8 @@ static int multiply_block(zmoe_team *team, struct linear *job, zmoe_precision pr
   plan_arrangements(job, precision);
   for (uint32_t i = 0; i < job->n_weights; i++)
     job->first_task[i + 1] = job->first_task[i] + zmoe_panels(job->weights[i]->outs);
+  uint32_t n_tasks = job->first_task[job->n_weights];
+  job->run = job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(n_tasks, zmoe_team_threads(team));
   size_t mark = zmoe_team_mark(team);
   int status = take_scratch(team, job);
   if (status == ZMOE_OK)

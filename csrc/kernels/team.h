@@ -39,6 +39,32 @@ static inline uint32_t zmoe_take(zmoe_tasks *tasks) {
   return atomic_fetch_add_explicit(&tasks->next, 1, memory_order_relaxed);
 }
 
+/* The same in runs of neighbours, since weights that follow each other are read
+ * faster: what a thread has taken and not yet done. */
+typedef struct zmoe_run {
+  uint32_t next, end;
+} zmoe_run;
+
+static inline int zmoe_take_of_run(zmoe_tasks *tasks, uint32_t count, uint32_t run, zmoe_run *mine,
+                                   uint32_t *task) {
+  if (mine->next == mine->end) {
+    uint32_t begin = atomic_fetch_add_explicit(&tasks->next, run, memory_order_relaxed);
+    if (begin >= count)
+      return 0;
+    mine->next = begin;
+    mine->end = count - begin < run ? count : begin + run;
+  }
+  *task = mine->next++;
+  return 1;
+}
+
+/* How many neighbours to take of `count` tasks that the memory limits: a few runs
+ * a thread, so that none waits long for another. */
+static inline uint32_t zmoe_run_of(uint32_t count, uint32_t threads) {
+  uint32_t run = count / (4 * threads);
+  return run < 1 ? 1 : run > 16 ? 16 : run;
+}
+
 static inline size_t zmoe_round_up(size_t value, size_t unit) {
   return (value + unit - 1) / unit * unit;
 }

@@ -9,37 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
-DEADLINE_S = 120
-END_S = 30  # for processes whose parent was killed
-
-
-def run(
-    program: str, *arguments: str, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / program), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, **(env or {})},
-    )
-
-
-def report_of(program: str, *arguments: str) -> dict[str, Any]:
-    done = run(program, *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
-    assert report["environment"]["cpu"]
-    return report
-
+from tests.bench.programs import BENCH, DEADLINE_S, END_S, processes, report_of, run
 
 QUICK = ("--nodes", "2", "--bytes", "64,4096", "--iterations", "20", "--rounds", "1")
 
@@ -88,20 +63,19 @@ def test_what_fails_is_named_and_an_error(tmp_path: Path) -> None:
         (("decode.py", "--runs", "0"), "--runs"),
         (("loading.py",), "model"),
         (("make_model.py", "anywhere", "--heads", "3"), "--heads"),
+        (("decode.py", "--nodes", "0"), "--nodes"),
+        (("decode.py", "--nodes", "1x"), "--nodes"),
+        (("decode.py", "--peers", "carrier-pigeon"), "carrier-pigeon"),
+        (("decode.py", "--prompt", "a", "--peers", "mlx-lm"), "--prompt"),
+        (("perplexity.py", "nowhere"), "nowhere"),
+        (("perplexity.py", __file__, "--weights", "9"), "--weights"),
+        (("perplexity.py", __file__, "--compute", "mlx", "--activations", "int8"), "int8"),
     ],
 )
 def test_bad_usage_is_exit_2_and_names_the_culprit(arguments: Sequence[str], culprit: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert culprit in done.stderr.strip().splitlines()[-1]
-
-
-def processes(marker: str) -> list[str]:
-    """Command lines that contain `marker`."""
-    listed = subprocess.run(
-        ["ps", "-Aww", "-o", "args"], capture_output=True, text=True, check=True
-    )
-    return [line for line in listed.stdout.splitlines() if marker in line]
 
 
 @pytest.fixture

@@ -1,0 +1,195 @@
+"""The engines that bench/decode.py measures: which processes, on which cores, by which command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import BENCH, Absent, BenchError, ChildError, run_json
+
+ABOUT_SECONDS = 60.0
+ABSENT_STATUS = 3  # as bench/peers/process.py has it
+SLOW_BYTES = 2 * 10**9  # a checkpoint of more takes mlx-lm minutes a token on a CPU
+SLOW_PROMPT, SLOW_TOKENS = 16, 4
+PEERS = ("llama.cpp", "llama.cpp-rpc", "mlx-lm")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """So many nodes, each on so many cores."""
+
+    nodes: int
+    each: int
+
+    @property
+    def cores(self) -> int | None:
+        """Cores in use: as many as there are when the nodes want more; None where none can pin."""
+        available = usable_cores()
+        return None if available is None else min(len(available), self.nodes * self.each)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row of the report: `command` is run once a round, in `rounds` of them at most."""
+
+    name: str
+    nodes: int
+    cores: int | None
+    command: tuple[str, ...]
+    rounds: int | None = None
+
+
+def usable_cores() -> list[int] | None:
+    """The cores that this process may use; None where the system can't pin."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    return sorted(os.sched_getaffinity(0))
+
+
+def layout(text: str) -> Layout:
+    """An argparse type: NODES, each on a core of its own, or NODESxCORES."""
+    words = text.split("x") if "x" in text else [text, "1"]
+    if len(words) != 2 or not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither NODES nor NODESxCORES")
+    wanted, available = Layout(int(words[0]), int(words[1])), usable_cores()
+    if wanted.each > 1 and available is not None and wanted.nodes * wanted.each > len(available):
+        raise argparse.ArgumentTypeError(f"{text} wants more than the {len(available)} cores here")
+    return wanted
+
+
+def _script(name: str, model: str, cores: int | None, *words: str) -> tuple[str, ...]:
+    available = usable_cores()
+    command = [sys.executable, str(BENCH / "peers" / name), model, *words]
+    if cores is not None and available is not None:
+        command += ["--cores", ",".join(map(str, available[:cores]))]
+    return tuple(command)
+
+
+def _counts(options: argparse.Namespace) -> list[str]:
+    words = ["-p", str(options.prompt_tokens), "-n", str(options.max_tokens)]
+    words += ["-r", str(options.repetitions)]
+    return words if options.warm_up else [*words, "--no-warm-up"]
+
+
+def zmoe(options: argparse.Namespace) -> list[Engine]:
+    """Ours, one engine a layout."""
+    words = _counts(options)
+    for name in ("prompt", "compute", "activations"):
+        value = getattr(options, name)
+        if value is not None:
+            words.append(f"--{name}={value}")
+    return [
+        Engine(
+            "zmoe",
+            each.nodes,
+            each.cores,
+            _script(
+                "zmoe_cluster.py", options.model, each.cores, "--nodes", str(each.nodes), *words
+            ),
+        )
+        for each in options.nodes
+    ]
+
+
+def _about(engine: Engine) -> str:
+    """What `engine` is built of; Absent when it isn't installed, BenchError when it fails."""
+    try:
+        answer = run_json([*engine.command, "--about"], ABOUT_SECONDS)
+    except ChildError as error:
+        if error.status == ABSENT_STATUS:
+            raise Absent(error.said) from None
+        raise
+    return str(answer["build"])
+
+
+def _gguf(options: argparse.Namespace) -> str:
+    """The model's GGUF file: the one given, or that of the same name beside the folder."""
+    folder = Path(options.model).absolute()
+    path: Path = options.gguf or folder.with_name(f"{folder.name}.gguf")
+    if not path.is_file():
+        raise Absent(f"no {path.name}: bench/peers/gguf_model.py makes it of a Qwen3-MoE folder")
+    return str(path)
+
+
+def _llama(options: argparse.Namespace) -> list[Engine]:
+    """One process on as many cores as our layouts take."""
+    model, words = _gguf(options), _counts(options)
+    # Our tokens come after the prompt, so llama.cpp's do too.
+    words += ["-d", str(options.prompt_tokens)]
+    counts = {each.cores: None for each in options.nodes}
+    totals = sorted(counts, key=lambda cores: cores or 0)
+    return [
+        Engine("llama.cpp", 1, cores, _script("llamacpp.py", model, cores, *words))
+        for cores in totals
+    ]
+
+
+def _llama_rpc(options: argparse.Namespace) -> list[Engine]:
+    """As many servers as our layouts have nodes, where that is several."""
+    model, words = _gguf(options), _counts(options)
+    words += ["-d", str(options.prompt_tokens)]
+    several = [each for each in options.nodes if each.nodes > 1]
+    if not several:
+        raise Absent("it needs at least 2 --nodes")
+    return [
+        Engine(
+            "llama.cpp-rpc",
+            each.nodes,
+            each.cores,
+            _script("llamacpp.py", model, each.cores, *words, "--rpc", str(each.nodes)),
+        )
+        for each in several
+    ]
+
+
+def _mlx_lm(options: argparse.Namespace) -> list[Engine]:
+    """One process; few tokens, and in one round only, where MLX runs on a CPU."""
+    import mlx.core as mx
+
+    words, rounds = _counts(options), None
+    if mx.default_device() == mx.Device(mx.cpu) and not options.slow:
+        files = Path(options.model).glob("model*.safetensors")
+        if sum(path.stat().st_size for path in files) > SLOW_BYTES:
+            raise Absent("a model of this size takes it minutes a token on a CPU; --slow measures")
+        prompt = min(SLOW_PROMPT, options.prompt_tokens)
+        steps, rounds = min(SLOW_TOKENS, options.max_tokens), 1
+        words = ["-p", str(prompt), "-n", str(steps), "-r", "1", "--no-warm-up"]
+    cores = max((each.cores or 0 for each in options.nodes), default=0) or None
+    return [
+        Engine("mlx-lm", 1, cores, _script("mlx_lm_alone.py", options.model, cores, *words), rounds)
+    ]
+
+
+@dataclass
+class Peers:
+    """The peers that can run here, what they are built of, and why the others can't."""
+
+    engines: list[Engine] = field(default_factory=list)
+    builds: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+
+    def fail(self, name: str, error: BenchError) -> None:
+        """What is installed and doesn't work is an error; the others go on."""
+        print(f"decode.py: {error}", file=sys.stderr)
+        self.absent[name] = f"failed: {error}"
+        self.failed = True
+
+
+def find_peers(options: argparse.Namespace) -> Peers:
+    """Look for those that were asked for."""
+    makers = {"llama.cpp": _llama, "llama.cpp-rpc": _llama_rpc, "mlx-lm": _mlx_lm}
+    found = Peers()
+    for name in options.peers:
+        try:
+            engines = makers[name](options)
+            found.builds[name] = _about(engines[0])
+            found.engines += engines
+        except Absent as reason:
+            found.absent[name] = str(reason)
+        except BenchError as error:
+            found.fail(name, error)
+    return found

@@ -1,0 +1,141 @@
+"""Model families that bench/make_model.py writes: configurations, and tensors as published."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _llama_config(o: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "hidden_size": o.hidden,
+        "num_hidden_layers": o.layers,
+        "num_attention_heads": o.heads,
+        "num_key_value_heads": o.kv_heads,
+        "num_experts_per_tok": o.top_k,
+        "vocab_size": o.vocab,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+
+
+def _llama(o: argparse.Namespace, moe: Callable[[str], Shapes]) -> Shapes:
+    kv = o.hidden // o.heads * o.kv_heads
+    yield "model.embed_tokens.weight", (o.vocab, o.hidden)
+    for layer in range(o.layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (o.hidden,)
+        yield f"{prefix}.post_attention_layernorm.weight", (o.hidden,)
+        for name, rows in (("q", o.hidden), ("k", kv), ("v", kv), ("o", o.hidden)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", (rows, o.hidden)
+        yield from moe(prefix)
+    yield "model.norm.weight", (o.hidden,)
+    yield "lm_head.weight", (o.vocab, o.hidden)
+
+
+def mixtral(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of Mixtral."""
+    config = {"num_local_experts": o.experts, "intermediate_size": o.ffn, **_llama_config(o)}
+
+    def moe(prefix: str) -> Shapes:
+        yield f"{prefix}.block_sparse_moe.gate.weight", (o.experts, o.hidden)
+        for expert in range(o.experts):
+            name = f"{prefix}.block_sparse_moe.experts.{expert}"
+            yield f"{name}.w1.weight", (o.ffn, o.hidden)
+            yield f"{name}.w2.weight", (o.hidden, o.ffn)
+            yield f"{name}.w3.weight", (o.ffn, o.hidden)
+
+    return config, _llama(o, moe)
+
+
+def qwen3_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of Qwen3-MoE."""
+    config = {
+        "num_experts": o.experts,
+        "moe_intermediate_size": o.ffn,
+        "intermediate_size": o.ffn,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "head_dim": o.hidden // o.heads,
+        **_llama_config(o),
+    }
+
+    def moe(prefix: str) -> Shapes:
+        for norm in ("q_norm", "k_norm"):
+            yield f"{prefix}.self_attn.{norm}.weight", (o.hidden // o.heads,)
+        yield f"{prefix}.mlp.gate.weight", (o.experts, o.hidden)
+        for expert in range(o.experts):
+            name = f"{prefix}.mlp.experts.{expert}"
+            yield f"{name}.gate_proj.weight", (o.ffn, o.hidden)
+            yield f"{name}.up_proj.weight", (o.ffn, o.hidden)
+            yield f"{name}.down_proj.weight", (o.hidden, o.ffn)
+
+    return config, _llama(o, moe)
+
+
+def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of DBRX, the experts of a layer stacked."""
+    config = {
+        "d_model": o.hidden,
+        "n_layers": o.layers,
+        "n_heads": o.heads,
+        "max_seq_len": 4096,
+        "vocab_size": o.vocab,
+        "attn_config": {"kv_n_heads": o.kv_heads, "clip_qkv": 8.0, "rope_theta": 5e5},
+        "ffn_config": {
+            "ffn_hidden_size": o.ffn,
+            "moe_num_experts": o.experts,
+            "moe_top_k": o.top_k,
+        },
+        "tie_word_embeddings": False,
+    }
+
+    def tensors() -> Shapes:
+        qkv = o.hidden + 2 * (o.hidden // o.heads * o.kv_heads)
+        yield "transformer.wte.weight", (o.vocab, o.hidden)
+        for layer in range(o.layers):
+            prefix = f"transformer.blocks.{layer}"
+            for norm in ("norm_1", "norm_2"):
+                yield f"{prefix}.norm_attn_norm.{norm}.weight", (o.hidden,)
+            yield f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (qkv, o.hidden)
+            yield f"{prefix}.norm_attn_norm.attn.out_proj.weight", (o.hidden, o.hidden)
+            yield f"{prefix}.ffn.router.layer.weight", (o.experts, o.hidden)
+            for matrix in ("w1", "v1", "w2"):
+                yield f"{prefix}.ffn.experts.mlp.{matrix}", (o.experts * o.ffn, o.hidden)
+        yield "transformer.norm_f.weight", (o.hidden,)
+        yield "lm_head.weight", (o.vocab, o.hidden)
+
+    return config, tensors()
+
+
+FAMILIES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "dbrx": dbrx}
+
+# The shapes that figures for CPU nodes are given for: about 0.95 and 6.8 billion parameters.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "layers": 12,
+        "hidden": 1024,
+        "heads": 16,
+        "kv_heads": 4,
+        "experts": 32,
+        "top_k": 4,
+        "ffn": 768,
+        "vocab": 4096,
+    },
+    "medium": {
+        "layers": 16,
+        "hidden": 2048,
+        "heads": 16,
+        "kv_heads": 16,
+        "experts": 64,
+        "top_k": 8,
+        "ffn": 1024,
+        "vocab": 16384,
+    },
+}

@@ -1,0 +1,123 @@
+"""zmoe's own tokens/s through the library, on token ids. Prints one JSON object.
+
+The nodes share out the cores that this process may run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import mlx.core as mx
+from process import PeerFailure, checked, main, parser, tokens
+
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.leader import ClusterSpec
+from zmoe.config import EngineConfig, Sampling
+from zmoe.engine.generate import Generation, Timings
+from zmoe.errors import ZmoeError
+
+SEED = 1
+
+
+SETTINGS = ("compute", "activations")
+
+
+def add_settings(made: argparse.ArgumentParser) -> None:
+    """The flags that engine_config reads."""
+    for name in SETTINGS:
+        made.add_argument(f"--{name}", help="zmoe-run's; default: its default")
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The settings that were given; PeerFailure for one that this zmoe does not have."""
+    given = {name: getattr(options, name) for name in SETTINGS}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    known = {field.name for field in fields(EngineConfig)}
+    for name in wanted:
+        if name not in known:
+            raise PeerFailure(f"this zmoe has no setting {name!r}")
+    return EngineConfig(**wanted)
+
+
+def spans_ms(timings: Timings) -> dict[str, float]:
+    """Mean milliseconds per decoded token of every span that the engine recorded."""
+    steps = max(1, timings.decode_steps)
+    return {name: 1e3 * seconds / steps for name, seconds in timings.spans.items()}
+
+
+def median_of(tables: list[dict[str, float]]) -> dict[str, float]:
+    """Key by key; one that is missing counts as 0."""
+    names = {name: None for table in tables for name in table}
+    return {name: statistics.median(table.get(name, 0.0) for table in tables) for name in names}
+
+
+def feed(generation: Generation, ids: Iterator[int]) -> None:
+    """Go on with `ids`, whatever was picked; picking is done all the same.
+
+    A model of random weights soon repeats one token, and so one choice of
+    experts: not what a real text asks of caches, nor of the nodes' balance.
+    """
+    pick = generation._pick
+
+    def picked(logits: mx.array) -> int:
+        pick(logits)
+        return next(ids)
+
+    setattr(generation, pick.__name__, picked)
+
+
+def generate(cluster: Cluster, options: argparse.Namespace) -> Generation:
+    """One generation, to its end."""
+    sampling = Sampling(max_tokens=options.tokens, ignore_eos=True)
+    if options.prompt is not None:
+        generation = cluster.generate(options.prompt, sampling)
+    else:
+        # The tokenizer may know fewer ids than the model has.
+        known = max(cluster.tokenizer.get_vocab().values()) + 1
+        generation = cluster.generate(tokens(SEED, options.prompt_tokens, known), sampling)
+        feed(generation, iter(tokens(SEED + 2, options.tokens, known)))
+    for _ in generation:
+        pass
+    return generation
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the repetitions, after one that isn't counted; names are zmoe-run's."""
+    spec = ClusterSpec(nodes=options.nodes, engine=engine_config(options))
+    with Cluster(options.model, spec=spec) as cluster:
+        if not options.no_warm_up:
+            generate(cluster, options)
+        runs = [generate(cluster, options) for _ in range(options.repetitions)]
+        timings = [run.timings for run in runs]
+        return {
+            "prompt_tokens": timings[0].prompt_tokens,
+            "generation_tokens": len(runs[0].tokens),
+            "prompt_tps": statistics.median(each.prompt_tps for each in timings),
+            "generation_tps": statistics.median(each.generation_tps for each in timings),
+            "prompt_runs": [round(each.prompt_tps, 2) for each in timings],
+            "generation_runs": [round(each.generation_tps, 2) for each in timings],
+            "breakdown": median_of([each.breakdown_ms() for each in timings]),
+            "spans_ms": median_of([spans_ms(each) for each in timings]),
+            "peak_memory": cluster.peak_memory(),
+            "load_seconds": cluster.load_seconds,
+        }
+
+
+def program() -> dict[str, Any]:
+    made = parser((__doc__ or "").splitlines()[0], 128, 64, 3)
+    made.add_argument("--nodes", type=int, default=1, help="default 1")
+    made.add_argument("--prompt", help="text, continued greedily, in place of random tokens")
+    add_settings(made)
+    options = checked(made)
+    try:
+        return measure(options)
+    except ZmoeError as error:
+        raise PeerFailure(str(error), error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main(program)

@@ -1,0 +1,42 @@
+/* One call for the experts of a layer, between its planning (experts.c) and its
+ * work (experts_work.c). */
+#ifndef ZMOE_EXPERTS_H
+#define ZMOE_EXPERTS_H
+
+#include "product.h"
+
+/* The pairs of one expert: [begin, end) of the sorted ones. */
+struct zmoe_group {
+  uint32_t expert, begin, end;
+};
+
+struct zmoe_experts_job {
+  const zmoe_kernels *kernels;
+  zmoe_isa isa;
+  const zmoe_expert_layer *layer;
+  zmoe_precision precision;
+  const void *x;
+  zmoe_dtype x_dtype, out_dtype;
+  uint32_t threads, rows, n_pairs, n_groups;
+  uint32_t width, hidden;
+  const int32_t *pair_rows;
+  const float *pair_weights;
+  uint32_t first_pair, first_row; /* of this block */
+  uint32_t *order;                /* [n_pairs]: pairs by expert, then as given */
+  struct zmoe_group *groups;
+  void **x_arranged; /* [rows] */
+  float *copies;
+  zmoe_rows in, mid; /* [n_pairs], sorted: x of each pair; its activation */
+  float *activations;
+  unsigned char *per_thread;
+  void *out;
+  _Atomic int infinite, mid_infinite;
+  zmoe_tasks take_tasks, up_tasks, mid_tasks, down_tasks;
+};
+
+enum { ZMOE_EXPERTS_THREAD = ZMOE_PANEL_BYTES + 3 * ZMOE_SUMS * 4 };
+
+/* Gate, up, activation, down, weighted and summed; or `up` alone, stored as it is. */
+zmoe_team_fn zmoe_experts_work, zmoe_gather_work;
+
+#endif

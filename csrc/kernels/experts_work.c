@@ -1,0 +1,156 @@
+/* The products of a node's experts in one layer.
+ *
+ * The pairs (row, expert) are sorted by expert, so that each weight is read
+ * once.  Stage by stage, all threads together: take the rows; gate, up and the
+ * activation; arrange what comes out; down, weighted and summed per row in the
+ * order of the experts.  A task is one panel of outputs of one expert, or, in
+ * the last stage, of all experts, so that no two threads add to one sum. */
+#include "activation.h"
+#include "experts.h"
+
+#include <string.h>
+
+/* ---- stages ---------------------------------------------------------------- */
+
+static void arrange_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
+                        const float *x, void *to, _Atomic int *infinite) {
+  if (layout == ZMOE_LAYOUT_PLAIN)
+    return;
+  if (zmoe_is_finite(x, w->ins))
+    kernels->arrange(layout, w, x, to);
+  else
+    atomic_store(infinite, 1);
+}
+
+static void take_rows(struct zmoe_experts_job *job) {
+  const zmoe_weight *w = job->layer->up;
+  for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
+    zmoe_widen(job->x, job->x_dtype, r, w->ins, job->copies, job->isa);
+    const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->ins, job->copies);
+    arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r], &job->infinite);
+  }
+}
+
+static void product(const struct zmoe_experts_job *job, int infinite, const zmoe_weight *w,
+                    const zmoe_rows *x, const struct zmoe_group *group, uint32_t first,
+                    float *panel, float *sums) {
+  uint32_t last = zmoe_panel_end(first, w->outs);
+  zmoe_rows rows = *x;
+  if (infinite)
+    rows.layout = ZMOE_LAYOUT_PLAIN;
+  zmoe_product(job->kernels, w, &rows, group->begin, group->end, first, last, panel, sums);
+  zmoe_add_bias(w, group->end - group->begin, first, last, sums);
+}
+
+static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group *group,
+                           uint32_t first, float *scratch) {
+  const zmoe_expert_layer *layer = job->layer;
+  float *panel = scratch, *up = scratch + ZMOE_PANEL_BYTES / 4, *gate = up + ZMOE_SUMS;
+  int infinite = atomic_load(&job->infinite);
+  product(job, infinite, &layer->up[group->expert], &job->in, group, first, panel, up);
+  if (layer->gate != NULL)
+    product(job, infinite, &layer->gate[group->expert], &job->in, group, first, panel, gate);
+  uint32_t count = zmoe_panel_end(first, job->hidden) - first;
+  for (uint32_t i = group->begin; i < group->end; i++) {
+    size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
+    zmoe_activate(job->isa, layer, gate + at, up + at, count,
+                  job->activations + (size_t)i * job->hidden + first);
+  }
+}
+
+static uint32_t run_of(const struct zmoe_experts_job *job, uint32_t tasks) {
+  return job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(tasks, job->threads);
+}
+
+static void activate(struct zmoe_experts_job *job, float *scratch) {
+  uint32_t panels = zmoe_panels(job->hidden), count = job->n_groups * panels;
+  zmoe_run mine = {0, 0};
+  for (uint32_t task; zmoe_take_of_run(&job->up_tasks, count, run_of(job, count), &mine, &task);)
+    activate_panel(job, &job->groups[task / panels], task % panels * ZMOE_PANEL, scratch);
+}
+
+static void arrange_activations(struct zmoe_experts_job *job) {
+  for (uint32_t i; (i = zmoe_take(&job->mid_tasks)) < job->n_pairs;)
+    arrange_row(job->kernels, job->mid.layout, job->layer->down, job->mid.plain[i],
+                job->mid.arranged[i], &job->mid_infinite);
+}
+
+static void store(const struct zmoe_experts_job *job, size_t row, uint32_t width, uint32_t first,
+                  const float *sums) {
+  size_t item = zmoe_dtype_bytes(job->out_dtype);
+  (void)zmoe_convert((unsigned char *)job->out + (row * width + first) * item, job->out_dtype, sums,
+                     ZMOE_F32, zmoe_panel_end(first, width) - first, job->isa);
+}
+
+static void store_pairs(const struct zmoe_experts_job *job, const struct zmoe_group *group,
+                        uint32_t width, uint32_t first, const float *sums) {
+  for (uint32_t i = group->begin; i < group->end; i++)
+    store(job, job->first_pair + job->order[i], width, first,
+          sums + (size_t)(i - group->begin) * ZMOE_PANEL);
+}
+
+static void add_weighted(const struct zmoe_experts_job *job, const struct zmoe_group *group,
+                         const float *sums, float *total) {
+  for (uint32_t i = group->begin; i < group->end; i++) {
+    uint32_t pair = job->first_pair + job->order[i];
+    float weight = job->pair_weights[pair];
+    float *to = total + (size_t)((uint32_t)job->pair_rows[pair] - job->first_row) * ZMOE_PANEL;
+    const float *from = sums + (size_t)(i - group->begin) * ZMOE_PANEL;
+    for (uint32_t o = 0; o < ZMOE_PANEL; o++)
+      to[o] += weight * from[o];
+  }
+}
+
+static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
+  float *panel = scratch, *sums = scratch + ZMOE_PANEL_BYTES / 4, *total = sums + ZMOE_SUMS;
+  int infinite = atomic_load(&job->mid_infinite);
+  uint32_t count = zmoe_panels(job->width), run = run_of(job, count);
+  zmoe_run mine = {0, 0};
+  for (uint32_t task; zmoe_take_of_run(&job->down_tasks, count, run, &mine, &task);) {
+    uint32_t first = task * ZMOE_PANEL;
+    memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
+    for (uint32_t g = 0; g < job->n_groups; g++) {
+      const struct zmoe_group *group = &job->groups[g];
+      product(job, infinite, &job->layer->down[group->expert], &job->mid, group, first, panel,
+              sums);
+      if (job->pair_weights == NULL)
+        store_pairs(job, group, job->width, first, sums);
+      else
+        add_weighted(job, group, sums, total);
+    }
+    if (job->pair_weights != NULL)
+      for (uint32_t r = 0; r < job->rows; r++)
+        store(job, job->first_row + r, job->width, first, total + (size_t)r * ZMOE_PANEL);
+  }
+}
+
+void zmoe_experts_work(zmoe_team *team, void *argument, uint32_t thread) {
+  struct zmoe_experts_job *job = argument;
+  float *scratch = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
+  take_rows(job);
+  zmoe_team_barrier(team);
+  activate(job, scratch);
+  zmoe_team_barrier(team);
+  if (job->mid.layout != ZMOE_LAYOUT_PLAIN) {
+    arrange_activations(job);
+    zmoe_team_barrier(team);
+  }
+  sum_experts(job, scratch);
+}
+
+/* One matrix of the experts alone: `up`, its products stored as they are. */
+void zmoe_gather_work(zmoe_team *team, void *argument, uint32_t thread) {
+  struct zmoe_experts_job *job = argument;
+  float *panel = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
+  float *sums = panel + ZMOE_PANEL_BYTES / 4;
+  take_rows(job);
+  zmoe_team_barrier(team);
+  int infinite = atomic_load(&job->infinite);
+  uint32_t panels = zmoe_panels(job->hidden);
+  for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;) {
+    const struct zmoe_group *group = &job->groups[task / panels];
+    uint32_t first = task % panels * ZMOE_PANEL;
+    product(job, infinite, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
+    store_pairs(job, group, job->hidden, first, sums);
+  }
+}

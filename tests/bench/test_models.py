@@ -1,0 +1,149 @@
+"""What bench/make_model.py writes, and its conversion for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from tests.bench.programs import BENCH, DEADLINE_S, make_model, run
+
+
+def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor in `folder`."""
+    with (folder / "model.safetensors").open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__")
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
+
+
+def config(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return read
+
+
+@pytest.mark.parametrize(
+    ("family", "ours", "theirs"),
+    [
+        ("qwen3_moe", ("--bits", "4", "--group-size", "64"), ("--q-bits", "4")),
+        ("qwen3_moe", ("--mode", "mxfp4"), ("--q-mode", "mxfp4")),
+        (
+            "mixtral",
+            ("--bits", "8", "--group-size", "32"),
+            ("--q-bits", "8", "--q-group-size", "32"),
+        ),
+    ],
+)
+def test_quantised_checkpoints_are_what_mlx_lm_converts_to(
+    tmp_path: Path, family: str, ours: Sequence[str], theirs: Sequence[str]
+) -> None:
+    flags = ("--family", family, "--dtype", "bfloat16")
+    plain = make_model(tmp_path / "plain", *flags)
+    made = make_model(tmp_path / "made", *flags, *ours)
+    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(plain), "-q", *theirs]
+    subprocess.run(
+        [*command, "--mlx-path", str(tmp_path / "converted")], check=True, timeout=DEADLINE_S
+    )
+    assert header(made) == header(tmp_path / "converted")
+    assert config(made) == config(tmp_path / "converted")
+
+
+@pytest.mark.parametrize("flags", [("--bits", "4"), ("--mode", "mxfp4"), ("--dtype", "float32")])
+def test_random_models_compute_finite_numbers_and_differ_by_expert(
+    tmp_path: Path, flags: Sequence[str]
+) -> None:
+    folder = make_model(tmp_path / "made", "--family", "qwen3_moe", *flags)
+    model = mlx_lm.load(str(folder))[0]
+    logits = model(mx.array([[1, 2, 3, 4]])).astype(mx.float32)
+    assert mx.isfinite(logits).all().item()
+    assert 0.05 < logits.std().item() < 5
+    experts = model.model.layers[0].mlp.switch_mlp.gate_proj.weight
+    assert not any((experts[0] == other).all().item() for other in experts[1:])
+
+
+def test_a_shape_is_a_preset_that_flags_change(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    done = run("make_model.py", str(folder), "--shape", "medium", "--layers", "1", "--experts", "8")
+    assert done.returncode == 0, done.stderr
+    read = config(folder)
+    assert read["model_type"] == "qwen3_moe" and read["torch_dtype"] == "bfloat16"
+    assert (read["num_hidden_layers"], read["num_experts"]) == (1, 8)
+    assert (read["hidden_size"], read["head_dim"], read["num_key_value_heads"]) == (2048, 128, 16)
+    assert (read["moe_intermediate_size"], read["vocab_size"]) == (1024, 16384)
+
+
+LOGITS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import json
+from llamacpp import Context, bindings
+llama = bindings()
+context = Context(llama, sys.argv[2], 1, 64, [])
+context.append([1, 2, 3, 4])
+logits = llama.llama_get_logits_ith(context._context, -1)
+print(json.dumps(logits[:context.vocabulary]))
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--bits", "8", "--group-size", "32")])
+def test_llama_cpp_computes_the_same_logits(tmp_path: Path, flags: Sequence[str]) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    folder = make_model(tmp_path / "made", "--family", "qwen3_moe", *flags)
+    done = run("peers/gguf_model.py", str(folder), str(tmp_path / "gguf"), "--type", "bf16")
+    assert done.returncode == 0, done.stderr
+    told = subprocess.run(
+        [sys.executable, "-c", LOGITS, str(BENCH / "peers"), str(tmp_path / "gguf")],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert told.returncode == 0, told.stderr
+    theirs = mx.array(json.loads(told.stdout))
+    ours = mlx_lm.load(str(folder))[0](mx.array([[1, 2, 3, 4]]))[0, -1].astype(mx.float32)
+    difference = mx.abs(ours - theirs).max().item()
+    assert difference < 0.05 * ours.std().item()
+
+
+def test_a_conversion_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    folder = make_model(tmp_path / "made")
+    done = run("peers/gguf_model.py", str(folder), str(tmp_path / "gguf"))
+    assert done.returncode == 2
+    assert "mixtral" in done.stderr
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (("--bits", "7"), "bits 7"),
+        (("--bits", "4", "--group-size", "48"), "group size 48"),
+        (("--mode", "mxfp4", "--bits", "3"), "mxfp4"),
+        (("--mode", "ternary"), "ternary"),
+        (("--shape", "large"), "large"),
+        (("--seed", "-1"), "--seed"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line_and_no_folder(
+    tmp_path: Path, flags: Sequence[str], culprit: str
+) -> None:
+    done = run("make_model.py", str(tmp_path / "made"), *flags)
+    assert done.returncode == 2
+    assert culprit in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_folder_is_overwritten(tmp_path: Path) -> None:
+    done = run("make_model.py", str(tmp_path))
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
