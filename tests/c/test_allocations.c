@@ -1,4 +1,4 @@
-/* Between two exchanges our code asks the allocator for nothing.
+/* Between two exchanges, and in products, our code asks the allocator for nothing.
  *
  * The linker sends every allocator call of csrc/ (and of this test) through the
  * counters below. libzmq's own calls are not among them: it allocates a block
@@ -10,6 +10,7 @@
 
 #include <sys/mman.h>
 
+#include "compute.h"
 #include "rig.h"
 
 static int calls;
@@ -98,9 +99,62 @@ static void test_none_between_exchanges(void) {
   CHECK(calls > 0); /* and so does their removal */
 }
 
+/* All formats at once, few rows and many. */
+static void test_none_in_products(void) {
+  static unsigned char data[64 * 64 * 4], scales[64 * 64];
+  static float x[64 * 64], y[3][64 * 64], pair_weights[64];
+  static int32_t pair_rows[64], pair_experts[64];
+  const zmoe_weight weights[3] = {{.data = data, .outs = 64, .ins = 64},
+                                  {.data = data,
+                                   .outs = 64,
+                                   .ins = 64,
+                                   .scales = scales,
+                                   .biases = scales,
+                                   .format = ZMOE_FORMAT_AFFINE,
+                                   .bits = 4,
+                                   .group = 32},
+                                  {.data = data,
+                                   .outs = 64,
+                                   .ins = 64,
+                                   .scales = scales,
+                                   .format = ZMOE_FORMAT_MXFP8,
+                                   .bits = 8,
+                                   .group = 32}};
+  const zmoe_weight *pointers[] = {&weights[0], &weights[1], &weights[2]};
+  const zmoe_weight experts[2] = {weights[1], weights[1]};
+  const zmoe_expert_layer layer = {.gate = experts, .up = experts, .down = experts, .experts = 2};
+  void *ys[] = {y[0], y[1], y[2]};
+  const size_t strides[] = {64, 64, 64};
+  zmoe_team *team;
+  for (int32_t i = 0; i < 64; i++)
+    pair_rows[i] = i, pair_experts[i] = i % 2;
+  calls = 0;
+  CHECK_EQUAL(zmoe_team_create(2, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
+  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_experts_scratch(64, 64, 1)), ZMOE_OK);
+  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_linear_scratch(64)), ZMOE_OK);
+  CHECK(calls > 0);
+  calls = 0;
+  for (uint32_t rows = 1; rows <= 64; rows *= 8)
+    for (int precision = 0; precision < 2; precision++) {
+      CHECK_EQUAL(zmoe_linear(team, pointers, 3, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
+                              (zmoe_precision)precision),
+                  ZMOE_OK);
+      CHECK_EQUAL(zmoe_experts(team, &layer, x, ZMOE_BF16, rows, pair_rows, pair_experts,
+                               pair_weights, rows, y, ZMOE_F32, (zmoe_precision)precision),
+                  ZMOE_OK);
+      CHECK_EQUAL(zmoe_gather_linear(team, experts, 2, x, ZMOE_F16, rows, pair_rows, pair_experts,
+                                     rows, y, ZMOE_BF16, (zmoe_precision)precision),
+                  ZMOE_OK);
+    }
+  CHECK_EQUAL(calls, 0);
+  zmoe_team_destroy(team);
+  CHECK(calls > 0);
+}
+
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"no allocator call between exchanges", test_none_between_exchanges},
+      {"nor in products", test_none_in_products},
   };
   rig_start(argc, argv);
   calls = 0;

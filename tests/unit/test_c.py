@@ -1,4 +1,4 @@
-"""The C tests, under sanitizers, and a short fuzz run."""
+"""The C tests, under sanitizers, and a short fuzz run; for aarch64 under qemu."""
 
 from __future__ import annotations
 
@@ -17,15 +17,30 @@ def make(*arguments: str) -> str:
         ["make", "-C", str(FOLDER), f"PYTHON={sys.executable}", *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("cc") is None, reason="needs make and a C compiler"
+def missing(*tools: str) -> list[str]:
+    return [tool for tool in tools if shutil.which(tool) is None]
+
+
+@pytest.mark.skipif(bool(missing("make", "cc")), reason="needs make and a C compiler")
+@pytest.mark.parametrize(
+    "target",
+    [["check"], ["threads"], ["fuzz", "FUZZ_SECONDS=2"]],
+    ids=["check", "threads", "fuzz"],
 )
-@pytest.mark.parametrize("target", [["check"], ["fuzz", "FUZZ_SECONDS=2"]], ids=["check", "fuzz"])
 def test_c(target: list[str]) -> None:
     make(*target)
+
+
+def test_aarch64() -> None:
+    """What computes, with NEON, where it can be cross-compiled and emulated."""
+    absent = missing("make", "aarch64-linux-gnu-gcc", "qemu-aarch64")
+    if absent:
+        packages = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
+        pytest.skip(f"needs {', '.join(absent)} (on Debian: apt-get install {packages})")
+    make("cross")
