@@ -173,11 +173,11 @@ def results_file() -> Path:
     return BENCH / "results" / f"{slug.strip('-')}.json"
 
 
-def save(report: Mapping[str, Any]) -> Path:
-    """Put `report` under this benchmark's name into the machine's results file."""
+def save(report: Mapping[str, Any], of: str = "") -> Path:
+    """Put `report` under this benchmark's name, and what it is `of`, into the machine's file."""
     path = results_file()
     kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[Path(sys.argv[0]).stem] = report
+    kept[" ".join([Path(sys.argv[0]).stem, *of.split()])] = report
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return path
@@ -224,10 +224,11 @@ def finish(
     options: argparse.Namespace,
     report: Mapping[str, Any],
     show: Callable[[Mapping[str, Any]], None],
+    of: str = "",
 ) -> None:
-    """Print `report` as JSON or through `show`, and save it when asked to."""
+    """Print `report` as JSON or through `show`, and save it, and what it is `of`, when asked to."""
     if options.save:
-        print(f"saved in {save(report).relative_to(BENCH.parent)}", file=sys.stderr)
+        print(f"saved in {save(report, of).relative_to(BENCH.parent)}", file=sys.stderr)
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()

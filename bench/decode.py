@@ -180,7 +180,8 @@ def benchmark() -> int:
     add_ratios(rows)
     block["builds"] = others.builds
     block["load_average_after"] = environment()["load_average"]
-    finish(options, {"environment": block, "results": rows, "absent": others.absent}, show)
+    report = {"environment": block, "results": rows, "absent": others.absent}
+    finish(options, report, show, of=short_name(options.model))
     return 1 if others.failed else 0
 
 

@@ -143,29 +143,17 @@ AVX512_INLINE void dot_codes8(const zmoe_weight *w, const void *const *xs, uint3
 
 /* ---- which one -------------------------------------------------------------------- */
 
-/* `rows` as a constant: 1 and ZMOE_DOT_ROWS matter, the rest goes row by row. */
-#define DOT(body, ...)                                                                             \
-  do {                                                                                             \
-    if (rows == ZMOE_DOT_ROWS)                                                                     \
-      body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
-    else if (rows == 2)                                                                            \
-      body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
-    else                                                                                           \
-      for (uint32_t r = 0; r < rows; r++)                                                          \
-        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
-  } while (0)
-
 AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                              uint32_t first, uint32_t last, float *const *ys) {
   switch (w->format) {
   case ZMOE_FORMAT_F32:
-    DOT(dot_floats, w, ZMOE_F32);
+    ZMOE_BY_ROWS(dot_floats, w, ZMOE_F32);
     return;
   case ZMOE_FORMAT_F16:
-    DOT(dot_floats, w, ZMOE_F16);
+    ZMOE_BY_ROWS(dot_floats, w, ZMOE_F16);
     return;
   case ZMOE_FORMAT_BF16:
-    DOT(dot_floats, w, ZMOE_BF16);
+    ZMOE_BY_ROWS(dot_floats, w, ZMOE_BF16);
     return;
   default:
     zmoe_generic_dot(w, ZMOE_LAYOUT_PLAIN, xs, rows, first, last, ys);
@@ -175,13 +163,13 @@ AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32
 AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
                             uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
   if (layout == ZMOE_LAYOUT_CODES8)
-    DOT(dot_codes8, w);
+    ZMOE_BY_ROWS(dot_codes8, w);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->group == 32)
-    DOT(dot_codes4, w, 4);
+    ZMOE_BY_ROWS(dot_codes4, w, 4);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->group == 64)
-    DOT(dot_codes4, w, 2);
+    ZMOE_BY_ROWS(dot_codes4, w, 2);
   else if (layout == ZMOE_LAYOUT_CODES4)
-    DOT(dot_codes4, w, 1);
+    ZMOE_BY_ROWS(dot_codes4, w, 1);
   else
     dot_plain(w, xs, rows, first, last, ys);
 }

@@ -217,24 +217,14 @@ BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layo
 
 /* ---- which one -------------------------------------------------------------------- */
 
-#define ROWS(body, ...)                                                                            \
-  do {                                                                                             \
-    if (rows == ZMOE_DOT_ROWS)                                                                     \
-      body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
-    else if (rows == 2)                                                                            \
-      body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
-    else                                                                                           \
-      for (uint32_t r = 0; r < rows; r++)                                                          \
-        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
-  } while (0)
 #define GROUPS(product, layout)                                                                    \
   do {                                                                                             \
     if (w->group == 32)                                                                            \
-      ROWS(dot_codes, w, product, layout, 32);                                                     \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 32);                                             \
     else if (w->group == 64)                                                                       \
-      ROWS(dot_codes, w, product, layout, 64);                                                     \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 64);                                             \
     else                                                                                           \
-      ROWS(dot_codes, w, product, layout, 128);                                                    \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 128);                                            \
   } while (0)
 
 typedef void dot_fn(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
@@ -242,7 +232,7 @@ typedef void dot_fn(const zmoe_weight *w, const void *const *xs, uint32_t rows, 
 
 BF16 static void dot_halves(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                             uint32_t first, uint32_t last, float *const *ys) {
-  ROWS(dot_bf16, w);
+  ZMOE_BY_ROWS(dot_bf16, w);
 }
 
 BF16 static void dot_codes4_bf16(const zmoe_weight *w, const void *const *xs, uint32_t rows,

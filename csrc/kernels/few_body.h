@@ -211,24 +211,14 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
 
 /* ---- which one -------------------------------------------------------------------- */
 
-#define ROWS(body, ...)                                                                            \
-  do {                                                                                             \
-    if (rows == ZMOE_DOT_ROWS)                                                                     \
-      body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
-    else if (rows == 2)                                                                            \
-      body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
-    else                                                                                           \
-      for (uint32_t r = 0; r < rows; r++)                                                          \
-        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
-  } while (0)
 #define GROUPS(product, layout)                                                                    \
   do {                                                                                             \
     if (w->group == 32)                                                                            \
-      ROWS(dot_codes, w, product, layout, 1, 32);                                                  \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 32);                                          \
     else if (w->group == 64)                                                                       \
-      ROWS(dot_codes, w, product, layout, 1, 64);                                                  \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 64);                                          \
     else                                                                                           \
-      ROWS(dot_codes, w, product, layout, 1, 128);                                                 \
+      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 128);                                         \
   } while (0)
 #define DOT(name, body)                                                                            \
   TARGET static void name(const zmoe_weight *w, const void *const *xs, uint32_t rows,              \
@@ -236,14 +226,14 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
     body;                                                                                          \
   }
 
-DOT(dot_f32, ROWS(dot_floats, w, ZMOE_F32))
-DOT(dot_f16, ROWS(dot_floats, w, ZMOE_F16))
-DOT(dot_bf16, ROWS(dot_floats, w, ZMOE_BF16))
+DOT(dot_f32, ZMOE_BY_ROWS(dot_floats, w, ZMOE_F32))
+DOT(dot_f16, ZMOE_BY_ROWS(dot_floats, w, ZMOE_F16))
+DOT(dot_bf16, ZMOE_BY_ROWS(dot_floats, w, ZMOE_BF16))
 DOT(dot_codes4, GROUPS(CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22))
-DOT(dot_fp4, ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
+DOT(dot_fp4, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
 DOT(dot_codes8, GROUPS(CODES8, ZMOE_LAYOUT_CODES8))
 DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
-DOT(dot_fp4_int8, ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
+DOT(dot_fp4_int8, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
 DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
 static void few_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,

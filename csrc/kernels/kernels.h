@@ -79,6 +79,19 @@ typedef struct zmoe_kernels {
                float *sums, int add);
 } zmoe_kernels;
 
+/* The `body` of a dot with `rows` as a constant, so that its sums stay in
+ * registers: ZMOE_DOT_ROWS and 2 at a time, the rest row by row. */
+#define ZMOE_BY_ROWS(body, ...)                                                                    \
+  do {                                                                                             \
+    if (rows == ZMOE_DOT_ROWS)                                                                     \
+      body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
+    else if (rows == 2)                                                                            \
+      body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
+    else                                                                                           \
+      for (uint32_t r = 0; r < rows; r++)                                                          \
+        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
+  } while (0)
+
 const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa);
 
 extern const zmoe_kernels zmoe_kernels_generic;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
 
 IDLE_SLICE_S = 1.0
+# After a step the next one is near: a core that sleeps meanwhile takes long to wake.
+EAGER_S = 0.001
 JOIN_SLICE_S = 0.2
 PROGRESS_INTERVAL_S = 0.1
 M = TypeVar("M", bound=Message)
@@ -134,14 +137,18 @@ class Worker:
 
     def _serve(self, member: Member) -> None:
         assert member.exchange is not None
+        eager_until = 0.0
         while True:
             message = self._bus.take()
-            if message is None:
+            if message is None and time.monotonic() < eager_until:
+                os.sched_yield()
+            elif message is None:
                 member.service()
                 self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
                 member.forward(message.step, message.tokens, message.reset, logits=False)
+                eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):
