@@ -61,18 +61,20 @@ enum product { CODES4_BF16, CODES8_BF16, CODES4_INT8, CODES8_INT8 };
  * for integers: the codes themselves, or twice the fp4 value plus 12.  A code of
  * 8 bits is the sum of its low half, looked up alike, and of its high half,
  * whose table has 16 times as much. */
+static const uint16_t bf16_of_affine[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+                                            0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
+                                            0x4140, 0x4150, 0x4160, 0x4170};
+static const uint16_t bf16_of_fp4[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+                                         0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0,
+                                         0xc000, 0xc040, 0xc080, 0xc0c0};
+static const uint8_t byte_of_fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 BF16_INLINE __m512i table_of(const zmoe_weight *w, enum product product) {
-  const float *values = zmoe_code_values(w);
-  if (product == CODES4_BF16 || product == CODES8_BF16) {
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++)
-      table[i] = bf16_of_f32(values[i % 16]);
-    return _mm512_loadu_si512(table);
-  }
-  uint8_t table[64];
-  for (int i = 0; i < 64; i++)
-    table[i] = (uint8_t)(w->format == ZMOE_FORMAT_AFFINE ? i % 16 : 2 * values[i % 16] + 12);
-  return _mm512_loadu_si512(table);
+  int affine = w->format == ZMOE_FORMAT_AFFINE;
+  if (product == CODES4_BF16 || product == CODES8_BF16)
+    return _mm512_broadcast_i64x4(
+        _mm256_loadu_si256((const __m256i *)(const void *)(affine ? bf16_of_affine : bf16_of_fp4)));
+  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)byte_of_fp4));
 }
 
 /* A register of codes as what its products take: bf16 (4 registers), or bytes. */
@@ -127,6 +129,17 @@ BF16_INLINE __m512 multiply(enum product product, const __m512i *values, int n,
   return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(x->scales + lane));
 }
 
+/* The sums of four registers at once. */
+BF16_INLINE __m128 reduce_4(const __m512 v[4]) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  __m512d low = _mm512_castps_pd(ab), high = _mm512_castps_pd(cd);
+  __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 /* `outs` outputs from o on with `rows` rows of x, all of whose sums stay in
  * registers; several outputs share the loads of x.  Scales come 16 at a time. */
 BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t group,
@@ -177,6 +190,10 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
                                               factor, sum[i * rows + r]);
       }
     }
+  }
+  if (rows == 1 && outs == 4) {
+    _mm_storeu_ps(ys[0] + y, reduce_4(sum));
+    return;
   }
   for (uint32_t i = 0; i < outs; i++)
     for (uint32_t r = 0; r < rows; r++)
