@@ -27,8 +27,10 @@ static inline uint32_t zmoe_few_rows(zmoe_layout layout) {
   case ZMOE_LAYOUT_CODES4_INT8:
   case ZMOE_LAYOUT_CODES8_INT8:
     return ZMOE_ROW_BLOCK;
-  default:
+  case ZMOE_LAYOUT_PLAIN:
     return 8;
+  default:
+    return 16;
   }
 }
 

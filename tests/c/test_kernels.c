@@ -172,7 +172,7 @@ static void test_accuracy(void) {
       if (rig_skips(kind + n))
         continue;
       weight_kind k = RIG_KINDS[kind];
-      product p = {.kind = k, .outs = 64, .ins = 1024, .rows = n < 2 ? 4 : 16};
+      product p = {.kind = k, .outs = 64, .ins = 1024, .rows = n < 2 ? 4 : 20};
       p.x_dtype = n % 2 ? ZMOE_BF16 : ZMOE_F32;
       zmoe_weight w = rig_weight(k, p.outs, p.ins, (weight_options){0});
       void *x = rig_inputs((size_t)p.rows * p.ins, 1.0f, p.x_dtype, 0, 0);
