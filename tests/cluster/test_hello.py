@@ -55,8 +55,16 @@ class Impostor(threading.Thread):
 @pytest.mark.parametrize(
     ("join", "hello", "words"),
     [
-        ({"protocol": 99}, {}, "node 1 .otherhost. speaks protocol 99.*9.9.*leader 1"),
-        ({}, {"protocol": 99}, "node 1 .otherhost. has protocol 99, the leader 1"),
+        (
+            {"protocol": 99},
+            {},
+            f"node 1 .otherhost. speaks protocol 99.*9.9.*leader {PROTOCOL_VERSION}",
+        ),
+        (
+            {},
+            {"protocol": 99},
+            f"node 1 .otherhost. has protocol 99, the leader {PROTOCOL_VERSION}",
+        ),
         ({}, {"fingerprint": "beef"}, "node 1 .otherhost. has another model: fingerprint beef"),
         ({}, {"dtype": "bfloat16"}, "has dtype bfloat16, the leader float32"),
         ({}, {"quantization": "affine-4bit-g64"}, "quantisation affine-4bit-g64, the leader none"),
