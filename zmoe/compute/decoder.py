@@ -52,10 +52,10 @@ class NativeMoE:
         experts: NativeExperts | None,
         layer: Layer,
         team: Team,
-        dtype: mx.Dtype,
+        buffers: BufferPool,
     ) -> None:
         self._block, self._adapter, self._layer = block, adapter, layer
-        self._experts, self._team, self._dtype = experts, team, dtype
+        self._experts, self._team, self._dtype = experts, team, buffers.dtype
         self._top_k = router.top_k
         self._keep: list[Any] = [router.gate, weights_of([router.gate])]
         raw = ffi.new("zmoe_router *")
@@ -71,11 +71,11 @@ class NativeMoE:
         team.reserve(lib.zmoe_route_scratch(raw))
         self._local = np.full(layer.experts, -1, np.int32)
         self._local[list(layer.owned)] = np.arange(len(layer.owned))
-        self._buffers: dict[int, _Buffers] = {}
+        self._buffers = buffers
 
     def __call__(self, h: Any, memory: Any, rows: int) -> None:
         """Of h (rows, width) f32 in place, as C and as numpy see it."""
-        layer, at = self._layer, self._buffers_for(rows, memory.shape[1])
+        layer, at = self._layer, self._buffers.of(rows, memory.shape[1], self._top_k)
         status = lib.zmoe_route(
             self._team.handle,
             self._raw,
@@ -117,7 +117,7 @@ class NativeMoE:
         for part in shared:
             memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
 
-    def _compute_shared(self, at: _Buffers, shared: list[mx.array]) -> None:
+    def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
         if not self._adapter.has_shared:
             return
         x = as_array(at.x, self._dtype, (1, *at.x.shape))
@@ -128,16 +128,8 @@ class NativeMoE:
             shared.append(part)
             mx.eval(part)
 
-    def _buffers_for(self, rows: int, width: int) -> _Buffers:
-        found = self._buffers.get(rows)
-        if found is None:
-            if len(self._buffers) > 3:  # prefills of many lengths; decoding has one row
-                self._buffers.clear()
-            found = self._buffers[rows] = _Buffers(rows, width, self._top_k, self._dtype)
-        return found
 
-
-class _Buffers:
+class Buffers:
     """What a layer's routing and sums of `rows` rows go into."""
 
     def __init__(self, rows: int, width: int, top_k: int, dtype: mx.Dtype) -> None:
@@ -156,6 +148,23 @@ class _Buffers:
         self.pairs = ffi.new("zmoe_pairs *")
         self.pairs.rows, self.pairs.experts = self._memory[:2]
         self.pairs.weights = self._pair_weights
+
+
+class BufferPool:
+    """Buffers that the layers of a model take in turn: those of one row, and of the last other."""
+
+    def __init__(self, dtype: mx.Dtype) -> None:
+        self.dtype = dtype
+        self._known: dict[tuple[int, int, int], Buffers] = {}
+
+    def of(self, rows: int, width: int, top_k: int) -> Buffers:
+        """The buffers for `rows` rows."""
+        key = (rows, width, top_k)
+        found = self._known.get(key)
+        if found is None:
+            self._known = {k: kept for k, kept in self._known.items() if k[0] == 1}
+            found = self._known[key] = Buffers(rows, width, top_k, self.dtype)
+        return found
 
 
 class NativeLayer(Module):

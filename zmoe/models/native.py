@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from zmoe.compute.attention import NativeAttention, NativeNorm
-from zmoe.compute.decoder import MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.compute.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE
 from zmoe.compute.experts import NativeExperts
 from zmoe.compute.stream import Rotations, Stream
 from zmoe.compute.team import Team
@@ -26,6 +26,7 @@ class _Shared:
     team: Team
     dtype: mx.Dtype
     stream: Stream
+    buffers: BufferPool
     rotations: list[Rotations]
 
     def rotations_of(self, rope: Any, head_dim: int) -> Rotations:
@@ -67,7 +68,7 @@ def fuse_layers(
     if parts is None:
         return False
     width = parts[0].attention.output._product.weight.outs
-    shared = _Shared(team, dtype, Stream(width), [])
+    shared = _Shared(team, dtype, Stream(width), BufferPool(dtype), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     for index, (layer, part) in enumerate(zip(list(model.layers), parts)):
@@ -105,5 +106,5 @@ def _feed_forward(
         own,
         place,
         shared.team,
-        shared.dtype,
+        shared.buffers,
     )
