@@ -130,9 +130,11 @@ class _Embedding:
         rows = np.empty((ids.size, weight.ins), np.float32)
         if ids.size and not 0 <= ids.min() <= ids.max() < weight.outs:
             raise ZmoeError(f"no embedding for one of the tokens {ids.tolist()}")
+        # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16, as in MLX.
+        dtype = (*weight.dtypes, mx.bfloat16)[0]
         for row, token in zip(rows, ids.tolist()):
             lib.zmoe_weight_decode(weight.array, token, ffi.from_buffer("float[]", row))
-        return mx.array(rows.reshape(*x.shape, -1)).astype(weight.dtypes[0])
+        return mx.array(rows.reshape(*x.shape, -1)).astype(dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._product(x)
