@@ -9,9 +9,10 @@ from typing import Any
 
 from zmoe.errors import ModelError
 from zmoe.models.assembly import assemble
-from zmoe.models.checkpoint import Tensor, read_config, read_tensors
+from zmoe.models.checkpoint import read_config, read_tensors
 from zmoe.models.discover import Site, find_sites, projections
 from zmoe.models.fingerprint import fingerprint
+from zmoe.models.header import Tensor
 from zmoe.models.share import placeholder, whole
 from zmoe.types import ModelInfo
 
