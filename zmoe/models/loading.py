@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class _Plan:
     mapped: dict[str, dict[str, Place]]
     unused: set[str]
 
-    @property
+    @cached_property  # asked for at every piece, of which there may be tens of thousands
     def total(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
