@@ -8,6 +8,8 @@ from typing import Any
 
 from zmoe.errors import ModelError
 from zmoe.models.header import Tensor, read_header
+from zmoe.models.store import is_unfinished
+from zmoe.models.verification import open_store
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -15,6 +17,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder: no such directory")
+    if is_unfinished(folder):
+        raise ModelError(f"{folder} is an unfinished store: run zmoe-prestack again to finish it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -48,7 +52,10 @@ def _indexed_files(path: Path) -> list[str]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, from headers only."""
+    """Every tensor of the checkpoint by name, from headers only, or from a store's manifest."""
+    store = open_store(folder)
+    if store is not None:
+        return store.tensors
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for tensor in read_header(path):

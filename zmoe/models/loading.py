@@ -23,6 +23,7 @@ from zmoe.models.mapping import Mapping, Place, trace
 from zmoe.models.native import fuse_layers
 from zmoe.models.share import Piece, Reader, placeholder, select
 from zmoe.models.usage import unused_names
+from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
 from zmoe.obs import Spans
@@ -78,9 +79,11 @@ def load_shard(
     count = max(1, *(len(ids) for ids in owned))
     plan = _plan(info, owned, count, native=team is not None)
     report = progress or (lambda done, total: None)
+    path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
+    checked = check_share(path, own, lambda: report(0, plan.total))
     with Reader() as reader:
         feed = _reading(plan, reader, report)
-        model, config = assemble(Path(info.path), feed, (info.experts, count))
+        model, config = assemble(path, feed, (info.experts, count))
     sites = find_sites(model)
     mapping = Mapping()
     mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
@@ -109,7 +112,7 @@ def load_shard(
         reader.bytes_read + mapping.bytes_read,
         sum(sizes),
         max(sizes),
-        _notices(sites),
+        (*checked, *_notices(sites)),
     )
 
 

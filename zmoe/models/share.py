@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,19 +96,23 @@ def select(
     single: dict[tuple[int, str, str], dict[int, Tensor]] = {}
     for tensor in tensors.values():
         layer = layer_of(tensor.name)
-        match = _ONE_EXPERT.fullmatch(tensor.name)
-        if layer is None or layer not in owned:
+        if layer is None or not of_experts(tensor, experts, owned):
             pieces.append(whole(tensor))
-        elif match:
+        elif match := _ONE_EXPERT.fullmatch(tensor.name):
             group = single.setdefault((layer, match[1], match[3]), {})
             group[int(match[2])] = tensor
-        elif _is_stacked(tensor, experts):
-            pieces.append(_slab(tensor, experts, owned[layer], count))
         else:
-            pieces.append(whole(tensor))
+            pieces.append(_slab(tensor, experts, owned[layer], count))
     for (layer, prefix, suffix), group in single.items():
         pieces += _renumbered(prefix, suffix, group, owned[layer], count)
     return pieces
+
+
+def of_experts(tensor: Tensor, experts: int, layers: Container[int]) -> bool:
+    """Whether `tensor` holds one expert's weights, or all experts', of one of `layers`."""
+    if layer_of(tensor.name) not in layers:
+        return False
+    return bool(_ONE_EXPERT.fullmatch(tensor.name)) or _is_stacked(tensor, experts)
 
 
 def _is_stacked(tensor: Tensor, experts: int) -> bool:

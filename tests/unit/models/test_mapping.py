@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def load(info: ModelInfo, reducer: ThreadReducer, team: Team | None) -> LoadedSh
 def held_by_mlx(folder: Path, team: Team | None) -> tuple[int, int]:
     """Bytes that MLX holds and held at most for a share, and those of the share."""
     info = inspect_model(folder)
+    gc.collect()  # or what earlier tests left would be freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
