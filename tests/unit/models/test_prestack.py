@@ -93,7 +93,9 @@ def test_quantised_on_the_way_as_mlx_lm_would(family: str, tmp_path: Path) -> No
     assert written["quantization_config"] == config["quantization"]
 
 
-@pytest.mark.parametrize("mode", [("affine", 8, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32)], ids=str)
+@pytest.mark.parametrize(
+    "mode", [("affine", 8, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)], ids=str
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_whole_conversion_by_mlx_lm(
     mode: tuple[str, int, int], dtype: str, tmp_path: Path
