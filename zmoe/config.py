@@ -11,6 +11,13 @@ DEFAULT_MODEL = "zmoe-tiny"
 PROTOCOL_VERSION = 2
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
+# MLX's modes of quantisation, and the bits and group sizes that each has.
+QUANTIZATIONS = {
+    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 
 def _check(ok: bool, flag: str, value: object, expected: str) -> None:

@@ -1,45 +1,14 @@
-"""What zmoe-run shows beside the text: load progress, statistics, the JSON object."""
+"""What zmoe-run shows beside the text: statistics, the JSON object."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from zmoe.cluster.cluster import Cluster
 from zmoe.engine.generate import Generation
-
-
-class LoadProgress:
-    """A bar per node on standard error while the shares load; silent without a terminal."""
-
-    def __init__(self, nodes: int) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        self._bars = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
-        self._tasks: list[TaskID] = [
-            self._bars.add_task(f"loading node {rank}", total=None) for rank in range(nodes)
-        ]
-
-    def __call__(self, rank: int, done: int, total: int) -> None:
-        self._bars.update(self._tasks[rank], completed=done, total=total)
-
-    def __enter__(self) -> LoadProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
 
 
 def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:

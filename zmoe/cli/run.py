@@ -27,7 +27,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin")
     add("--version", action="version", version=f"zmoe {__version__}")
-    add("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face name")
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
     _add_generation(parser)
     _add_compute(parser)
     _add_cluster(parser)
@@ -157,10 +157,11 @@ def _generate(options: argparse.Namespace) -> None:
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
     warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
+    from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
 
     with ExitStack() as stack:
-        with report.LoadProgress(spec.nodes) as progress:
+        with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
             cluster = stack.enter_context(Cluster(options.model, spec=spec, progress=progress))
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)

@@ -26,17 +26,21 @@ PARTS = ("weight", "scales", "biases", "bias")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in memory, row-major: of an MLX array, or of a mapped file."""
+    """A tensor that lies in memory, row-major: of an MLX array, or of mapped files.
+
+    `pointers` is one for all of it, or one for each index of its first axis:
+    the experts of a layer may lie anywhere.
+    """
 
     memory: Any  # keeps the bytes alive
-    pointer: CData
+    pointers: tuple[CData, ...]
     dtype: mx.Dtype
     shape: tuple[int, ...]
 
     @staticmethod
     def of(array: mx.array) -> Stored:
         """The memory of an array, which is evaluated."""
-        return Stored(array, pointer(array), array.dtype, tuple(array.shape))
+        return Stored(array, (pointer(array),), array.dtype, tuple(array.shape))
 
     @property
     def nbytes(self) -> int:
@@ -45,8 +49,18 @@ class Stored:
     def as_array(self) -> mx.array:
         """A copy that MLX can compute with."""
         array = mx.zeros(self.shape, self.dtype)
-        ffi.memmove(pointer(array), self.pointer, self.nbytes)
+        count = len(self.pointers)
+        for index in range(count):
+            to = pointer(array) + index * (self.nbytes // count)
+            ffi.memmove(to, self.pointers[index], self.nbytes // count)
         return array
+
+    def matrix(self, index: int, count: int) -> CData:
+        """Where part `index` of `count` equal ones begins."""
+        if len(self.pointers) == count:
+            return self.pointers[index]
+        assert len(self.pointers) == 1
+        return self.pointers[0] + index * (self.nbytes // count)
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ def matrices(name: str, parts: dict[str, Stored], quantization: Quantization | N
         array[i] = model[0]
         for part, field in zip(PARTS, ("data", "scales", "biases", "bias")):
             if part in parts:
-                setattr(array[i], field, _of_stack(parts[part], i, count))
+                setattr(array[i], field, parts[part].matrix(i, count))
     if count and lib.zmoe_weight_check(array) != Status.OK:
         what = quantization or f"a {weight.dtype} matrix of {outs} x {columns}"
         raise ModelError(f"{name}: {what} is not known to the CPU kernels")
@@ -127,7 +141,3 @@ def _set_quantization(
         if scales.dtype not in DTYPES:
             raise ModelError(f"{name} has scales of {scales.dtype}: expected floats")
         model.scale_dtype = int(DTYPES[scales.dtype])
-
-
-def _of_stack(stored: Stored, index: int, count: int) -> CData:
-    return stored.pointer + index * (stored.nbytes // count)

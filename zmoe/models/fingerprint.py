@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zmoe.models.checkpoint import Tensor
+from zmoe.models.header import Tensor
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 8  # per file, at equal distances

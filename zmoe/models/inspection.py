@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
 from zmoe.models.assembly import assemble
-from zmoe.models.checkpoint import Tensor, read_config, read_tensors
+from zmoe.models.checkpoint import read_config, read_tensors
 from zmoe.models.discover import Site, find_sites, projections
 from zmoe.models.fingerprint import fingerprint
+from zmoe.models.header import Tensor
 from zmoe.models.share import placeholder, whole
+from zmoe.models.store import read_manifest
 from zmoe.types import ModelInfo
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,7 +52,7 @@ def inspect_model(path: Path) -> ModelInfo:
     """
     config = read_config(path)
     _check_quantization(path / "config.json", config.get("quantization"))
-    tensors = read_tensors(path)
+    tensors, store = read_tensors(path), read_manifest(path)
     everything = {t.name: placeholder(whole(t)) for t in tensors.values()}
     model, _ = assemble(path, lambda sanitize, _: sanitize(everything))
     sites = find_sites(model)
@@ -65,7 +68,7 @@ def inspect_model(path: Path) -> ModelInfo:
     return ModelInfo(
         path=str(path),
         model_type=config["model_type"],
-        fingerprint=fingerprint(config, tensors),
+        fingerprint=fingerprint(config, tensors) if store is None else store.digest,
         dtype=_dtype(path, tensors),
         quantization=_quantization(config),
         layers=len(model.layers),
@@ -117,15 +120,6 @@ def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return _DTYPES[found.pop()] if len(found) == 1 else "float32"
 
 
-# MLX's modes, and the bits and group sizes that each has.
-_MODES = {
-    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
-
-
 def _check_quantization(file: Path, settings: Any) -> None:
     """Raise ModelError, which names the tensor, for a mode, bits or group that MLX has not."""
     if settings is None:
@@ -136,12 +130,12 @@ def _check_quantization(file: Path, settings: Any) -> None:
     for name, entry in (("every tensor", settings), *own.items()):
         mode = entry.get("mode", "affine")
         bits, group = entry.get("bits"), entry.get("group_size")
-        if not isinstance(mode, str) or mode not in _MODES:
+        if not isinstance(mode, str) or mode not in QUANTIZATIONS:
             raise ModelError(
                 f"{file}: {name} has the unknown quantisation mode {mode!r}: "
-                f"expected {', '.join(_MODES)}"
+                f"expected {', '.join(QUANTIZATIONS)}"
             )
-        known_bits, known_groups = _MODES[mode]
+        known_bits, known_groups = QUANTIZATIONS[mode]
         for what, value, known in (("bits", bits, known_bits), ("groups of", group, known_groups)):
             if value is not None and value not in known:
                 raise ModelError(

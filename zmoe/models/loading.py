@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from zmoe.errors import PlacementError
 from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import Site, find_sites, projections, replace_module
-from zmoe.models.mapping import Mapping, can_be_mapped
+from zmoe.models.mapping import Mapping, Place, trace
 from zmoe.models.native import fuse_layers
 from zmoe.models.share import Piece, Reader, placeholder, select
 from zmoe.models.usage import unused_names
+from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
 from zmoe.obs import Spans
@@ -77,9 +79,11 @@ def load_shard(
     count = max(1, *(len(ids) for ids in owned))
     plan = _plan(info, owned, count, native=team is not None)
     report = progress or (lambda done, total: None)
+    path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
+    checked = check_share(path, own, lambda: report(0, plan.total))
     with Reader() as reader:
         feed = _reading(plan, reader, report)
-        model, config = assemble(Path(info.path), feed, (info.experts, count))
+        model, config = assemble(path, feed, (info.experts, count))
     sites = find_sites(model)
     mapping = Mapping()
     mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
@@ -108,7 +112,7 @@ def load_shard(
         reader.bytes_read + mapping.bytes_read,
         sum(sizes),
         max(sizes),
-        _notices(sites),
+        (*checked, *_notices(sites)),
     )
 
 
@@ -130,10 +134,10 @@ class _Plan:
     """
 
     pieces: list[Piece]
-    mapped: dict[str, dict[str, Piece]]
+    mapped: dict[str, dict[str, Place]]
     unused: set[str]
 
-    @property
+    @cached_property  # asked for at every piece, of which there may be tens of thousands
     def total(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
@@ -146,14 +150,13 @@ def _plan(info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: boo
     own = dict(zip(info.moe_layers, owned, strict=True))
     pieces = select(read_tensors(path), info.experts, own, count)
     unused: set[str] = set()
-    untouched: dict[str, Piece] = {}
+    untouched: dict[str, Place] = {}
 
     def feed(sanitize: Sanitize, _: Weights) -> Weights:
         nothing = {piece.name: placeholder(piece) for piece in pieces}
         unused.update(unused_names(sanitize, nothing))
-        weights = sanitize(dict(nothing))
-        whose = {id(nothing[piece.name]): piece for piece in pieces}
-        untouched.update((n, whose[id(a)]) for n, a in weights.items() if id(a) in whose)
+        weights, places = trace(sanitize, nothing, pieces)
+        untouched.update(places)
         return weights
 
     model, _ = assemble(path, feed, (info.experts, count))
@@ -162,18 +165,21 @@ def _plan(info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: boo
     return _Plan(kept, _to_map(model, untouched) if native else {}, unused)
 
 
-def _to_map(model: Module, untouched: dict[str, Piece]) -> dict[str, dict[str, Piece]]:
+def _to_map(model: Module, untouched: dict[str, Place]) -> dict[str, dict[str, Place]]:
     """The layers for the kernels whose weights are in the checkpoint as they are."""
-    paths = [path for path, module in model.named_modules() if may_be_mapped(module)]
+    paths = dict.fromkeys((p for p, m in model.named_modules() if may_be_mapped(m)), False)
     for site in find_sites(model):
         if can_be_native(site.switch):
-            paths += [f"{site.path}.{site.switch_path}.{n}" for n in switch_layers(site.switch)]
+            prefix = f"{site.path}.{site.switch_path}"
+            paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
     found = {}
-    for path in paths:
+    for path, of_experts in paths.items():
         names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
         parts = {part: untouched[name] for part, name in names.items() if name in untouched}
+        if of_experts:
+            parts = {part: place.taken_apart() for part, place in parts.items()}
         present = {part for part, name in names.items() if _has(model, name)}
-        if parts.keys() == present and all(can_be_mapped(piece) for piece in parts.values()):
+        if parts.keys() == present and all(place.can_be_mapped for place in parts.values()):
             found[path] = parts
     return found
 
@@ -188,7 +194,8 @@ def _has(model: Any, name: str) -> bool:
 
 def _reading(plan: _Plan, reader: Reader, progress: Progress) -> Feed:
     """A feed of what the files hold; what is mapped or of no use stays unread."""
-    mapped = {piece.name for parts in plan.mapped.values() for piece in parts.values()}
+    places = [place for parts in plan.mapped.values() for place in parts.values()]
+    mapped = {piece.name for place in places for piece in place.pieces}
 
     def feed(sanitize: Sanitize, offered: Weights) -> Weights:
         weights = {name: offered[name] for name in plan.unused if name in offered}
@@ -205,7 +212,7 @@ def _reading(plan: _Plan, reader: Reader, progress: Progress) -> Feed:
 
 def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[str, Parts]:
     return {
-        path: {part: mapping.stored(piece, lambda _: progress()) for part, piece in parts.items()}
+        path: {part: mapping.stored(place, lambda _: progress()) for part, place in parts.items()}
         for path, parts in plan.mapped.items()
     }
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
 
 from zmoe.compute.weight import Stored
 from zmoe.errors import ModelError
+from zmoe.models.assembly import Sanitize, Weights
 from zmoe.models.share import MLX_DTYPES, Piece
 from zmoe.native import ffi
 
@@ -22,9 +27,85 @@ _PAGE_BYTES = 4096
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14
 
 
-def can_be_mapped(piece: Piece) -> bool:
-    """Whether the piece is one run of bytes in its file, its padding apart."""
-    return len(piece.rows) == 1 and piece.nbytes > 0
+_tracing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the checkpoint's files, its padding apart.
+
+    In one piece, or `stacked` of one piece for each index of its first axis.
+    """
+
+    pieces: tuple[Piece, ...]
+    stacked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0]
+        if self.stacked:
+            return (len(self.pieces), *first.shape)
+        return (first.shape[0] - first.padding, *first.shape[1:]) if first.shape else ()
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether every piece is one run of bytes."""
+        runs = [list(piece.runs()) for piece in self.pieces]
+        return bool(runs) and all(len(run) == 1 and run[0][1] > 0 for run in runs)
+
+    def taken_apart(self) -> Place:
+        """The same tensor, stacked."""
+        if self.stacked:
+            return self
+        piece = self.pieces[0]
+        rows = (row for first, count in piece.rows for row in range(first, first + count))
+        shape = piece.shape[1:]
+        apart = (Piece(piece.name, piece.source, shape, ((row, 1),)) for row in rows)
+        return Place(tuple(apart), stacked=True)
+
+
+def trace(
+    sanitize: Sanitize, arrays: Weights, pieces: Sequence[Piece]
+) -> tuple[Weights, dict[str, Place]]:
+    """What `sanitize` makes of `arrays`, one for each piece, and where in the
+    checkpoint those of the results lie that it only renamed or stacked.
+    """
+    whose = {id(arrays[piece.name]): piece for piece in pieces}
+    with _noted_stacks() as stacks:
+        result = sanitize(dict(arrays))
+    places = {}
+    for name, array in result.items():
+        _, parts = stacks.get(id(array), (None, []))
+        if id(array) in whose:
+            places[name] = Place((whose[id(array)],))
+        elif parts and all(id(part) in whose for part in parts):
+            own = (whose[id(part)] for part in parts)
+            places[name] = Place(tuple(piece for piece in own if piece.nbytes), stacked=True)
+    return result, places
+
+
+@contextmanager
+def _noted_stacks() -> Iterator[dict[int, tuple[mx.array, list[mx.array]]]]:
+    """Meanwhile, every result of mx.stack along the first axis and its parts, by id.
+
+    MLX does not say what a lazy array is made of, and mlx-lm's families all
+    call this function by this name. A call that is missed costs a copy only.
+    """
+    noted: dict[int, tuple[mx.array, list[mx.array]]] = {}
+
+    def noting(arrays: list[mx.array], axis: int = 0, **more: Any) -> mx.array:
+        result: mx.array = stack(arrays, axis, **more)
+        if axis == 0:
+            noted[id(result)] = (result, list(arrays))
+        return result
+
+    with _tracing:
+        stack: Any = mx.stack
+        setattr(mx, "stack", noting)  # noqa: B010
+        try:
+            yield noted
+        finally:
+            setattr(mx, "stack", stack)  # noqa: B010
 
 
 class Mapping:
@@ -34,23 +115,27 @@ class Mapping:
         self.bytes_read = 0
         self._files: dict[Path, tuple[mmap.mmap, CData]] = {}
 
-    def stored(self, piece: Piece, progress: Callable[[int], None]) -> Stored:
-        """The piece's real rows where they lie, paged in; `progress` gets bytes now and then."""
-        memory, base = self._file(piece.source.file)
-        start = piece.source.start + piece.rows[0][0] * piece.row_bytes
-        if start + piece.nbytes > len(memory):
-            raise ModelError(
-                f"{piece.source.file} is truncated: tensor {piece.source.name} ends early"
-            )
-        for at in range(0, piece.nbytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, piece.nbytes - at)
-            _page_in(memory, start + at, size)
-            self.bytes_read += size
-            progress(size)
-        shape = (piece.shape[0] - piece.padding, *piece.shape[1:])
-        dtype = MLX_DTYPES[piece.source.dtype]
-        assert math.prod(shape) * dtype.size == piece.nbytes
-        return Stored(base, base + start, dtype, shape)
+    def stored(self, place: Place, progress: Callable[[int], None]) -> Stored:
+        """The tensor where it lies, paged in; `progress` gets bytes now and then."""
+        bases, pointers = [], []
+        for piece in place.pieces:
+            memory, base = self._file(piece.source.file)
+            ((start, nbytes),) = piece.runs()
+            if start + nbytes > len(memory):
+                raise ModelError(
+                    f"{piece.source.file} is truncated: tensor {piece.source.name} ends early"
+                )
+            for at in range(0, nbytes, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, nbytes - at)
+                _page_in(memory, start + at, size)
+                self.bytes_read += size
+                progress(size)
+            bases.append(base)
+            pointers.append(base + start)
+        dtype = MLX_DTYPES[place.pieces[0].source.dtype]
+        stored = Stored(bases, tuple(pointers), dtype, place.shape)
+        assert math.prod(place.shape) * dtype.size == sum(p.nbytes for p in place.pieces)
+        return stored
 
     def _file(self, path: Path) -> tuple[mmap.mmap, CData]:
         if path not in self._files:

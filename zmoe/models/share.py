@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from zmoe.errors import ModelError
-from zmoe.models.checkpoint import Tensor
+from zmoe.models.header import Tensor
 
 # ".experts.7." (most), "moe.mlp.7." (phixtral): one expert's own tensors.
 _ONE_EXPERT = re.compile(r"(.*(?:\.experts|\.moe\.mlp)\.)(\d+)(\..+)")
@@ -64,12 +64,14 @@ class Piece:
         """Bytes to read."""
         if not self.source.shape:
             return 0 if self.padding else self.source.nbytes
-        return sum(count for _, count in self.rows) * self.row_bytes
+        return sum(count for _, count in self.rows) * self.source.row_bytes
 
-    @property
-    def row_bytes(self) -> int:
-        rows = self.source.shape[0]
-        return self.source.nbytes // rows if rows else 0
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Where its bytes lie, in order: (start in the file, bytes) each."""
+        if not self.source.shape:
+            yield self.source.start, self.nbytes
+        for first, count in self.rows:
+            yield from self.source.runs(first, count)
 
 
 def layer_of(name: str) -> int | None:
@@ -94,19 +96,23 @@ def select(
     single: dict[tuple[int, str, str], dict[int, Tensor]] = {}
     for tensor in tensors.values():
         layer = layer_of(tensor.name)
-        match = _ONE_EXPERT.fullmatch(tensor.name)
-        if layer is None or layer not in owned:
+        if layer is None or not of_experts(tensor, experts, owned):
             pieces.append(whole(tensor))
-        elif match:
+        elif match := _ONE_EXPERT.fullmatch(tensor.name):
             group = single.setdefault((layer, match[1], match[3]), {})
             group[int(match[2])] = tensor
-        elif _is_stacked(tensor, experts):
-            pieces.append(_slab(tensor, experts, owned[layer], count))
         else:
-            pieces.append(whole(tensor))
+            pieces.append(_slab(tensor, experts, owned[layer], count))
     for (layer, prefix, suffix), group in single.items():
         pieces += _renumbered(prefix, suffix, group, owned[layer], count)
     return pieces
+
+
+def of_experts(tensor: Tensor, experts: int, layers: Container[int]) -> bool:
+    """Whether `tensor` holds one expert's weights, or all experts', of one of `layers`."""
+    if layer_of(tensor.name) not in layers:
+        return False
+    return bool(_ONE_EXPERT.fullmatch(tensor.name)) or _is_stacked(tensor, experts)
 
 
 def _is_stacked(tensor: Tensor, experts: int) -> bool:
@@ -201,15 +207,10 @@ class Reader:
         return mx.concatenate([array, zeros])
 
     def _fill(self, piece: Piece, view: memoryview) -> None:
-        source = piece.source
-        if not source.shape:
-            self._read_range(source, view, source.start)
-            return
         done = 0
-        for first, count in piece.rows:
-            part = view[done : done + count * piece.row_bytes]
-            self._read_range(source, part, source.start + first * piece.row_bytes)
-            done += len(part)
+        for start, size in piece.runs():
+            self._read_range(piece.source, view[done : done + size], start)
+            done += size
 
     def _read_range(self, source: Tensor, part: memoryview, start: int) -> None:
         try:

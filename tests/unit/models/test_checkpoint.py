@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zmoe.errors import ModelError
-from zmoe.models.checkpoint import read_config, read_header, read_tensors
+from zmoe.models.checkpoint import read_config, read_tensors
+from zmoe.models.header import read_header
 
 
 def write(path: Path, header: Any, data: bytes = b"") -> Path:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from zmoe.errors import ModelError
-from zmoe.models.checkpoint import DTYPE_BYTES, read_tensors
+from zmoe.models.checkpoint import read_tensors
+from zmoe.models.header import DTYPE_BYTES
 from zmoe.models.share import MLX_DTYPES, Reader, layer_of, placeholder, select
 
 EXPERTS = 6

@@ -1,0 +1,197 @@
+"""zmoe-prestack as a user runs it, and zmoe-run on what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Commands, wait_until
+from tests.families import build
+
+PROMPT = "ROMEO:"
+GREEDY = ("--temp", 0, "-m", 24)
+
+
+def prestack(commands: Commands, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    process = commands.start("prestack", *arguments)
+    out, errors = process.communicate(timeout=120)
+    return process.returncode, out, errors
+
+
+def refused(commands: Commands, *arguments: object) -> str:
+    code, out, errors = prestack(commands, *arguments)
+    assert (code, out) == (2, ""), errors
+    assert len(errors.splitlines()) == 1, errors
+    return errors
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "tiny"
+    code, out, errors = prestack(Commands(), "zmoe-tiny", folder)
+    assert (code, errors) == (0, "")
+    assert out == f"{folder}: 0.01 GB in 5 files, 92 ranges: complete\n"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    """What the model itself writes."""
+    return Commands().run(*GREEDY, PROMPT).stdout
+
+
+@pytest.mark.parametrize("compute", ["native", "mlx"])
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_a_store_is_taken_wherever_a_model_is(
+    commands: Commands, store: Path, text: str, nodes: int, compute: str
+) -> None:
+    done = commands.run("--model", store, "-n", nodes, "--compute", compute, *GREEDY, PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == text and len(text) > 24
+
+
+def test_quantised(commands: Commands, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    code, _, errors = prestack(commands, "zmoe-tiny", store, "--bits", 8, "--group-size", 32)
+    assert (code, errors) == (0, "")
+    config = json.loads((store / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    texts = {commands.run("--model", store, "-n", n, *GREEDY, PROMPT).stdout for n in (1, 2)}
+    assert len(texts) == 1 and len(texts.pop()) > 24
+    assert prestack(commands, "zmoe-tiny", tmp_path / "fp4", "--mode", "mxfp4")[0] == 0
+    config = json.loads((tmp_path / "fp4" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
+def test_bad_input(commands: Commands, tmp_path: Path, store: Path) -> None:
+    out = tmp_path / "out"
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text('{"model_type": "no_such_model"}')
+    file = tmp_path / "file"
+    file.write_text("x")
+    for arguments, words in [
+        ((), "MODEL"),
+        (("zmoe-tiny",), "no OUT"),
+        (("nowhere/at/all", out), "MODEL nowhere/at/all: no such folder"),
+        (("some-org/some-model", out), "MODEL some-org/some-model: not in the local"),
+        ((tmp_path / "no", out), "MODEL"),
+        ((dense, out), "no weights"),
+        (("zmoe-tiny", file), f"{file} is a file"),
+        (("zmoe-tiny", dense), f"{dense} is not empty"),
+        (("zmoe-tiny", store, "--bits", 4), f"{store} holds the store of another model"),
+        (("zmoe-tiny", out, "--bits", 7), "--bits is 7: expected 1 or 2 or 3"),
+        (("zmoe-tiny", out, "--bits", "four"), "--bits"),
+        (("zmoe-tiny", out, "--bits", 8, "--mode", "mxfp4"), "--bits is 8: expected 4 in mode"),
+        (("zmoe-tiny", out, "--mode", "nvfp4", "--group-size", 64), "--group-size is 64"),
+        (("zmoe-tiny", out, "--group-size", 0), "--group-size is 0"),
+        (("zmoe-tiny", out, "--mode", "q4_0"), "--mode"),
+        (("zmoe-tiny", out, "--what"), "--what"),
+        (("--verify", "zmoe-tiny"), "is no store"),
+        (("--verify", tmp_path / "no"), "MODEL"),
+        (("--verify", store, "--bits", 4), "no OUT"),
+    ]:
+        assert words in refused(commands, *arguments), words
+    assert not out.exists()
+
+
+def test_a_model_without_experts(commands: Commands, tmp_path: Path) -> None:
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+
+    from tests.families import save
+    from tests.unit.models.test_inspection import DENSE
+
+    model = llama.Model(llama.ModelArgs.from_dict(DENSE))
+    folder = save(tmp_path / "llama", DENSE, dict(tree_flatten(model.parameters())))
+    line = refused(commands, folder, tmp_path / "out")
+    assert "no Mixture of Experts: type llama" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_named(commands: Commands, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert prestack(commands, "zmoe-tiny", store)[0] == 0
+    code, out, errors = prestack(commands, "--verify", store)
+    assert (code, errors) == (0, "") and out.endswith("every checksum matches\n")
+    path = store / "experts-00002.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"!")
+    assert f"{path} is damaged: expert 15 (bytes" in refused(commands, "--verify", store)
+    for nodes in (1, 2):  # the leader's own expert, and the other node's
+        assert f"{path} is damaged: expert 15" in commands.refused(
+            "--model", store, "-n", nodes, *GREEDY, PROMPT
+        )
+    # The command again leaves it alone, and says so when asked.
+    code, out, errors = prestack(commands, "zmoe-tiny", store, "--verify")
+    assert (code, out) == (2, "") and "expert 15" in errors
+    os.truncate(path, 100_000)
+    for line in (
+        refused(commands, "--verify", store),
+        commands.refused("--model", store, "-n", 2, *GREEDY, PROMPT),
+    ):
+        assert f"{path} is truncated: 100000 bytes of" in line
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on(commands: Commands, tmp_path: Path, how: signal.Signals) -> None:
+    source = build("mixtral", tmp_path / "source", hidden_size=512, intermediate_size=2048)
+    store, journal = tmp_path / "store", tmp_path / "store" / "zmoe-store.journal"
+    process = commands.start("prestack", source, store)
+    # The dense tensors come first; then some experts of the first layer.
+    wait_until(
+        lambda: journal.exists() and journal.read_text().count("experts-00000") >= 3,
+        60,
+        "three experts are written",
+    )
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert process.returncode in (-how, 128 + how)
+    assert not (store / "zmoe-store.json").exists()
+    assert "is an unfinished store" in commands.refused("--model", store, PROMPT)
+    written = journal.read_text()
+    code, _, errors = prestack(commands, source, store, "--verify")
+    assert (code, errors) == (0, "")
+    assert not journal.exists()
+    fresh = tmp_path / "fresh"
+    assert prestack(commands, source, fresh)[0] == 0
+    for path in fresh.iterdir():
+        assert path.read_bytes() == (store / path.name).read_bytes()
+    assert written.count("experts-00001") < 6  # it was stopped in the middle indeed
+
+
+def test_a_terminal_shows_a_bar(commands: Commands, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zmoe.cli.prestack", "zmoe-tiny", str(tmp_path / "s"), "--verify"],
+        env={**commands.env, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal's end shows
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"writing" in shown and b"comparing" in shown
+
+
+def test_help_stands_alone(commands: Commands) -> None:
+    code, out, _ = prestack(commands, "--help")
+    assert code == 0
+    for flag in ("MODEL", "OUT", "--verify", "--bits", "--group-size", "--mode"):
+        assert flag in out

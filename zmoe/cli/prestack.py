@@ -1,0 +1,99 @@
+"""zmoe-prestack: write a model as a store, of which a node reads only its own experts' pages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zmoe.cli.common import Parser, run_command
+from zmoe.config import QUANTIZATIONS
+from zmoe.errors import InputError
+
+if TYPE_CHECKING:
+    from zmoe.models.prestack import Quantization
+    from zmoe.models.store import Manifest
+
+PROG = "zmoe-prestack"
+_DEFAULTS = {"affine": (4, 64)}  # as mlx_lm.convert; other modes have one format
+
+
+def _parser() -> Parser:
+    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="checkpoint folder or Hugging Face name; or a store")
+    add("out", metavar="OUT", type=Path, nargs="?", help="folder to write, which zmoe-run takes")
+    add("--verify", action="store_true", help="compare the store OUT, or MODEL, with its checksums")
+    add = parser.add_argument_group("quantise on the way, as mlx_lm.convert -q does").add_argument
+    add(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="bits per weight; 4 if not given, or what the mode has",
+    )
+    add(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="weights that share a scale; 64 if not given, or what the mode has",
+    )
+    add("--mode", choices=QUANTIZATIONS, help="format; affine if not given")
+    return parser
+
+
+def quantization_of(options: argparse.Namespace) -> Quantization | None:
+    """What the flags ask for; None if they ask for nothing. Raises InputError naming the flag."""
+    if options.bits is options.group_size is options.mode is None:
+        return None
+    mode = options.mode or "affine"
+    known_bits, known_groups = QUANTIZATIONS[mode]
+    bits, group = _DEFAULTS.get(mode, (known_bits[0], known_groups[0]))
+    bits = bits if options.bits is None else options.bits
+    group = group if options.group_size is None else options.group_size
+    for flag, value, known in (("--bits", bits, known_bits), ("--group-size", group, known_groups)):
+        if value not in known:
+            expected = " or ".join(map(str, known))
+            raise InputError(f"{flag} is {value}: expected {expected} in mode {mode}")
+    from zmoe.models.prestack import Quantization
+
+    return Quantization(mode, bits, group)
+
+
+def _run(options: argparse.Namespace) -> None:
+    quantization = quantization_of(options)
+    if options.out is None and (quantization is not None or not options.verify):
+        raise InputError(f"no OUT: name the folder to write (see {PROG} --help)")
+    from zmoe.cli.progress import Bars
+    from zmoe.models import inspect_model
+    from zmoe.models.hub import resolve_model
+    from zmoe.models.prestack import prestack
+    from zmoe.models.verification import verify
+
+    store = resolve_model(options.model, "MODEL")
+    if options.out is not None:
+        with Bars(["writing"]) as bars:
+            info, store = inspect_model(store), options.out.expanduser()
+            manifest = prestack(info, store, quantization, lambda *sizes: bars(0, *sizes))
+    if options.verify:
+        with Bars(["comparing"]) as bars:
+            manifest = verify(store, lambda *sizes: bars(0, *sizes))
+    _say(manifest, "every checksum matches" if options.verify else "complete")
+
+
+def _say(manifest: Manifest, what: str) -> None:
+    ranges = sum(len(file.ranges) for file in manifest.files)
+    size = f"{manifest.nbytes / 1e9:.2f} GB in {len(manifest.files)} files, {ranges} ranges"
+    print(f"{manifest.folder}: {size}: {what}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as in zmoe-run
+    options = _parser().parse_args(argv)
+    return run_command(PROG, options.debug, lambda: _run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
