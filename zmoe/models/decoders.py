@@ -128,10 +128,9 @@ ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
 }
 
 
-def final_norm_of(model: Any) -> Module:
-    """The norm after the last of the layers of a family in the table."""
-    inner = model.model if "model" in model else model.transformer
-    norm: Module = inner.norm if "norm" in inner else inner.norm_f
+def final_norm_of(holder: Any) -> Module:
+    """The norm after the last layer, in the module that holds a known family's layers."""
+    norm: Module = holder.norm if "norm" in holder else holder.norm_f
     return norm
 
 

@@ -71,13 +71,15 @@ def fuse_layers(
     shared = _Shared(team, dtype, Stream(width), BufferPool(dtype), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
-    for index, (layer, part) in enumerate(zip(list(model.layers), parts)):
+    first, *_ = originals = list(model.layers)
+    for index, (layer, part) in enumerate(zip(originals, parts)):
         rotations = shared.rotations_of(part.attention.rope, part.attention.head_dim)
         attention = NativeAttention(part.attention, rotations, team, dtype)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
         native = NativeLayer(layer, attention, feed_forward, shared.stream)
         replace_module(model, paths[id(layer)], native)
-    norm = final_norm_of(model)
+    holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
+    norm = final_norm_of(holder)
     replace_module(model, paths[id(norm)], NativeNorm(norm, team, dtype))
     return True
 
