@@ -130,8 +130,8 @@ class NativeAttention:
     def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:
         """Of h (rows, width) f32, in place; appends the rows to the cache."""
         cosines, sines = self._rotations.tables(cache.offset, rows)
-        cache.grow(rows)
-        self._team.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
+        if cache.grow(rows):
+            self._team.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
         status = lib.zmoe_attention_step(
             self._team.handle,
             self._raw,

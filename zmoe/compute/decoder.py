@@ -22,9 +22,10 @@ from zmoe.compute.team import Team
 from zmoe.errors import ZmoeError
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer
+from zmoe.moe.router import Ownership
 from zmoe.native import Status, ffi, lib
 
-SOFTMAX_TOP_K, TOP_K_SOFTMAX, SIGMOID_TOP_K = range(3)
+SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,6 @@ class RouterParts:
     kind: int
     top_k: int
     normalize: bool = False
-    choice_bias: mx.array | None = None
-    floor: float = 0.0
-    scale: float = 1.0
 
 
 class NativeMoE:
@@ -49,7 +47,7 @@ class NativeMoE:
         router: RouterParts,
         block: Block,
         adapter: Adapter,
-        experts: NativeExperts | None,
+        experts: NativeExperts,
         layer: Layer,
         team: Team,
         buffers: BufferPool,
@@ -62,15 +60,10 @@ class NativeMoE:
         fill_norm(raw.input, norm, self._keep)
         raw.gate = self._keep[1]
         raw.kind, raw.top_k = router.kind, router.top_k
-        raw.normalize, raw.floor, raw.scale = router.normalize, router.floor, router.scale
-        if router.choice_bias is not None:
-            bias = np.array(router.choice_bias.astype(mx.float32))
-            self._keep.append(bias)
-            raw.choice_bias = ffi.from_buffer("float[]", bias)
+        raw.normalize, raw.scale = router.normalize, 1.0
         self._raw = raw
         team.reserve(lib.zmoe_route_scratch(raw))
-        self._local = np.full(layer.experts, -1, np.int32)
-        self._local[list(layer.owned)] = np.arange(len(layer.owned))
+        self._local = Ownership(layer.experts, layer.owned).local
         self._buffers = buffers
 
     def __call__(self, h: Any, memory: Any, rows: int) -> None:
@@ -100,7 +93,6 @@ class NativeMoE:
         )
         partial = None
         if at.pairs.count:
-            assert self._experts is not None
             with layer.spans.span("experts"):
                 self._experts.sum_pairs(at.x_pointer, self._dtype, rows, at.pairs, at.partial)
             partial = at.partial

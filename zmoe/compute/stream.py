@@ -118,11 +118,11 @@ class NativeCache:
         """None: the layer itself knows what a row may see."""
         return None
 
-    def grow(self, rows: int) -> None:
-        """Make room for `rows` more."""
+    def grow(self, rows: int) -> bool:
+        """Make room for `rows` more; whether that took new memory."""
         length, capacity = int(self.raw.length), int(self.raw.capacity)
         if length + rows <= capacity:
-            return
+            return False
         capacity = max(_FIRST_KEYS, 2 * capacity, length + rows)
         heads, head_dim = self._shape
         grown = [empty((heads, capacity, head_dim), self._dtype) for _ in range(2)]
@@ -131,3 +131,4 @@ class NativeCache:
         self._memory = grown
         self.raw.keys, self.raw.values = (writable(memory) for memory in grown)
         self.raw.capacity = capacity
+        return True

@@ -97,8 +97,9 @@ def _feed_forward(
     site, place = moe
     router = ROUTERS.get(key_of(site.block))
     own = experts.get(site.path)
-    known = own is not None and own.is_fused
-    if router is None or site.adapter is None or not site.adapter.only_adds or not known:
+    if own is None or not own.is_fused or router is None:
+        return MlxFeedForward(part.norm, module, shared.dtype)
+    if site.adapter is None or not site.adapter.only_adds:
         return MlxFeedForward(part.norm, module, shared.dtype)
     return NativeMoE(
         part.norm,

@@ -32,13 +32,13 @@ class Ownership:
 
     def __init__(self, experts: int, owned: Sequence[int]) -> None:
         # The last entry, -1, stands for every id outside [0, experts).
-        self._local = np.full(experts + 1, -1, np.int32)
-        self._local[list(owned)] = np.arange(len(owned))
+        self.local: Ints = np.full(experts + 1, -1, np.int32)
+        self.local[list(owned)] = np.arange(len(owned))
 
     def pairs(self, ids: Ints) -> LocalPairs:
         """The local pairs of `ids` (rows, k)."""
-        known = np.where((ids >= 0) & (ids < len(self._local) - 1), ids, -1)
-        local = self._local[known]
+        known = np.where((ids >= 0) & (ids < len(self.local) - 1), ids, -1)
+        local = self.local[known]
         rows, slots = np.nonzero(local >= 0)
         return LocalPairs(rows.astype(np.int32), slots.astype(np.int32), local[rows, slots])
 
