@@ -123,21 +123,8 @@ class NativeExperts:
 
     def sum_pairs(self, x: CData, x_dtype: mx.Dtype, rows: int, pairs: CData, out: Floats) -> None:
         """The same as `partial` from memory to memory: `pairs` is a zmoe_pairs, out f32."""
-        status = lib.zmoe_experts(
-            self._team.handle,
-            self._layer,
-            x,
-            DTYPES[x_dtype],
-            rows,
-            pairs.rows,
-            pairs.experts,
-            pairs.weights,
-            pairs.count,
-            writable(out),
-            Dtype.F32,
-            self._team.precision,
-        )
-        _check(status)
+        chosen = (pairs.rows, pairs.experts, pairs.weights, pairs.count)
+        self._multiply(x, DTYPES[x_dtype], rows, chosen, writable(out), Dtype.F32)
 
     def _run(
         self,
@@ -148,22 +135,32 @@ class NativeExperts:
         dtype: mx.Dtype,
     ) -> mx.array:
         out = empty(shape, dtype)
-        status = lib.zmoe_experts(
-            self._team.handle,
-            self._layer,
-            pointer(x),
-            DTYPES[x.dtype],
-            x.shape[0],
+        chosen = (
             ffi.from_buffer("int32_t[]", pairs.rows),
             ffi.from_buffer("int32_t[]", pairs.experts),
             ffi.NULL if scale is None else ffi.from_buffer("float[]", scale),
             len(pairs.rows),
-            writable(out),
-            DTYPES[dtype],
-            self._team.precision,
         )
-        _check(status)
+        x_dtype, target = DTYPES[x.dtype], writable(out)
+        self._multiply(pointer(x), x_dtype, x.shape[0], chosen, target, DTYPES[dtype])
         return as_array(out, dtype, shape)
+
+    def _multiply(
+        self,
+        x: CData,
+        x_dtype: Dtype,
+        rows: int,
+        pairs: tuple[CData, CData, CData, int],
+        out: CData,
+        out_dtype: Dtype,
+    ) -> None:
+        """The experts' call: `pairs` are their rows, experts, weights and number."""
+        team = self._team
+        _check(
+            lib.zmoe_experts(
+                team.handle, self._layer, x, x_dtype, rows, *pairs, out, out_dtype, team.precision
+            )
+        )
 
     def _gather(self, weight: Matrices, x: mx.array, pairs: LocalPairs) -> mx.array:
         shape = (len(pairs.rows), weight.outs)
