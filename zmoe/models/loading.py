@@ -94,26 +94,15 @@ def load_shard(
     experts: dict[str, NativeExperts] = {}
     if team is not None:
         experts = _make_native(model, sites, info, team, mapped, head)
-    arrays = _evaluate(model)
-    layers = [
-        Layer(ordinal, info.experts, ids, dtype, reducer, spans)
-        for ordinal, ids in enumerate(owned)
-    ]
+    sizes = [array.nbytes for array in _evaluate(model)]
+    sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
+    layers = [Layer(m, info.experts, ids, dtype, reducer, spans) for m, ids in enumerate(owned)]
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
     if team is not None and fuse:
         fuse_layers(model, sites, layers, experts, team, dtype)
-    sizes = [array.nbytes for array in arrays]
-    sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
-    return LoadedShard(
-        model,
-        config,
-        head,
-        reader.bytes_read + mapping.bytes_read,
-        sum(sizes),
-        max(sizes),
-        (*checked, *_notices(sites)),
-    )
+    read, notices = reader.bytes_read + mapping.bytes_read, (*checked, *_notices(sites))
+    return LoadedShard(model, config, head, read, sum(sizes), max(sizes), notices)
 
 
 def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
