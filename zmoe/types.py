@@ -15,20 +15,28 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank owns which experts, for every MoE layer; identical on all nodes.
+    """Which rank owns which shards, for every MoE layer; identical on all nodes.
 
     `owned[m][rank]` are the ascending expert ids of `rank` in the m-th MoE
-    layer (m is the ordinal that frames carry as `layer`).
+    layer (m is the ordinal that frames carry as `layer`); an expert on several
+    ranks is a replica. `slices[rank]` is the half-open range of the experts'
+    hidden dimension that `rank` holds of each expert it owns; empty: all hold
+    whole experts. The distinct ranges of an expert's owners tile [0, hidden),
+    owners of equal ranges are replicas of one another. `speeds[rank]`:
+    relative speed, a positive integer, for the assignment; empty: all equal.
     """
 
     nodes: int
     experts: int
     owned: tuple[tuple[tuple[int, ...], ...], ...]
+    slices: tuple[tuple[int, int], ...] = ()
+    speeds: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
         """Hex digest that the hello compares."""
-        text = json.dumps([self.nodes, self.experts, self.owned], separators=(",", ":"))
+        parts = [self.nodes, self.experts, self.owned, self.slices, self.speeds]
+        text = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
