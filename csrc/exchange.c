@@ -166,14 +166,14 @@ int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadlin
   return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
 }
 
-/* Moves on to the exchange of `header`, whose slot is now ours to hold. */
-static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header) {
+/* Moves on to the exchange of a frame that is now ours to hold. */
+static void advance(zmoe_exchange *ex, const zmoe_held *held) {
   release_held(&ex->held[1]);
   ex->held[1] = ex->held[0];
-  ex->held[0] = (zmoe_held){slot, *header};
+  ex->held[0] = *held;
   ex->has_before = ex->started;
   ex->before = ex->now;
-  ex->now = zmoe_key_of(header);
+  ex->now = zmoe_key_of(&held->header);
   ex->started = ex->collecting = 1;
   ex->missing = ex->everyone;
   ex->published_at_us = zmoe_now_us();
@@ -190,14 +190,15 @@ static int publish(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header
     fault_set(ex, 0, fault);
     return ZMOE_EINVAL;
   }
-  zmoe_wire_encode(header, (uint8_t *)zmoe_slot_payload(slot) - ZMOE_HEADER_BYTES);
-  advance(ex, slot, header);
-  int rc = zmoe_links_send(ex, ex->xpub, &ex->held[0]);
-  if (rc != ZMOE_OK)
-    ex->zmq_errno = zmoe_zmq.get_errno();
+  zmoe_held held = {slot, *header, (uint8_t *)zmoe_slot_payload(slot) - ZMOE_HEADER_BYTES};
+  zmoe_wire_encode(header, held.frame);
+  advance(ex, &held);
+  int error = zmoe_links_send(ex, ex->xpub, &ex->held[0]);
+  if (error != 0)
+    ex->zmq_errno = error;
   zmoe_intake_promote(ex);
   fault_set(ex, 0, fault);
-  return rc;
+  return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
 }
 
 static int make_header(const zmoe_exchange *ex, uint32_t step, uint32_t layer, uint32_t rows,

@@ -36,10 +36,11 @@ typedef struct zmoe_peer {
   uint64_t served_at_us;
 } zmoe_peer;
 
-/* A frame of ours that a peer may still ask for. */
+/* A frame of ours that is sent, and sent again to a peer that asks for it. */
 typedef struct zmoe_held {
   zmoe_slot *slot; /* NULL: none */
   zmoe_header header;
+  uint8_t *frame; /* in the slot: the encoded header, then the payload */
 } zmoe_held;
 
 struct zmoe_exchange {
@@ -100,6 +101,8 @@ int zmoe_intake_wait(zmoe_exchange *ex);
 int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link);
 /* Takes one message without waiting; 0 when there is none. */
 int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
+/* Takes what a rank sent to us alone, at our ROUTER; may move the message away. */
+void zmoe_intake_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header);
 /* Counts and decodes a frame of this session, from a rank other than ours;
  * returns 0 when it is anything else. */
 int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out);
@@ -112,7 +115,7 @@ void zmoe_frame_drop(zmoe_frame *frame);
 /* ---- links.c ------------------------------------------------------------- */
 
 int zmoe_links_subscriptions(zmoe_exchange *ex);
-int zmoe_links_requests(zmoe_exchange *ex);
+int zmoe_links_routed(zmoe_exchange *ex);
 int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
 /* Bit r: the link to r has been down for longer than grace allows. */
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
@@ -121,8 +124,15 @@ void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us);
 /* Tells a rank that waits at `theirs` for a frame of ours that we are past it,
  * without ever having done that exchange. */
 void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs);
-/* Sends a held frame to one socket; the slot gains a reference until sent. */
+/* Sends a held frame to one socket; 0, or the errno.  The slot gains a reference
+ * until it is sent. */
 int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
+/* The same to one rank, without copying: by our DEALER to its ROUTER.  A link
+ * that is down or full is no failure: the rank asks for what it misses. */
+int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
+/* The other way, which answers take: by our ROUTER to its DEALER.  Who is gone
+ * is sent nothing. */
+int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
 
 /* ---- wait.c ---------------------------------------------------------------- */
 

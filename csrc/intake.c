@@ -160,6 +160,14 @@ static void take_reply(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header 
     ex->stats.bad_stale++;
 }
 
+void zmoe_intake_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
+  (void)message;
+  switch (header->kind) { /* no kind of frame is sent to one rank alone so far */
+  default:
+    ex->stats.bad_field++;
+  }
+}
+
 /* `link` is the rank that the socket leads to, or -1 when it leads to all. */
 /* `flags` are those of the first receive. */
 static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {

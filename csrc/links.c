@@ -1,5 +1,5 @@
-/* The sockets beside SUB: who has subscribed, who asks for a frame again, and
- * whose link is down. */
+/* The sockets beside SUB: who has subscribed, what goes from rank to rank, who
+ * asks for a frame again, and whose link is down. */
 #include "platform.h"
 
 #include "exchange_internal.h"
@@ -76,7 +76,7 @@ static int send_bytes(void *socket, const void *data, size_t bytes, int flags) {
   return rc;
 }
 
-/* ---- resends -------------------------------------------------------------- */
+/* ---- from rank to rank ------------------------------------------------------ */
 
 static void release_slot(void *data, void *slot) {
   (void)data;
@@ -84,26 +84,42 @@ static void release_slot(void *data, void *slot) {
 }
 
 int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
-  uint8_t *frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   size_t bytes = ZMOE_HEADER_BYTES + (size_t)held->header.payload_bytes;
   zmq_msg_t message;
   zmoe_slot_retain(held->slot);
-  if (zmoe_zmq.msg_init_data(&message, frame, bytes, release_slot, held->slot) < 0) {
+  if (zmoe_zmq.msg_init_data(&message, held->frame, bytes, release_slot, held->slot) < 0) {
     zmoe_slot_release(held->slot);
-    return ZMOE_EZMQ;
+    return zmoe_zmq.get_errno();
   }
   int rc;
   do
     rc = zmoe_zmq.msg_send(&message, socket, ZMQ_DONTWAIT);
   while (rc < 0 && zmoe_zmq.get_errno() == EINTR);
   if (rc < 0) {
+    int error = zmoe_zmq.get_errno();
     zmoe_zmq.msg_close(&message);
-    return ZMOE_EZMQ;
+    return error;
   }
   ex->stats.frames_sent++;
   ex->stats.bytes_sent += bytes;
-  return ZMOE_OK;
+  return 0;
 }
+
+int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
+  int error = zmoe_links_send(ex, ex->peers[rank].dealer, held);
+  return error == EAGAIN ? 0 : error;
+}
+
+static int address(zmoe_exchange *ex, uint32_t rank) {
+  return send_bytes(ex->router, ex->peers[rank].presence, ZMOE_PRESENCE_BYTES,
+                    ZMQ_DONTWAIT | ZMQ_SNDMORE);
+}
+
+int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
+  return address(ex, rank) >= 0 ? zmoe_links_send(ex, ex->router, held) : zmoe_zmq.get_errno();
+}
+
+/* ---- resends -------------------------------------------------------------- */
 
 /* True when the frame was sent a moment ago: requests under way meanwhile, for
  * instance while we computed, need no answer. */
@@ -125,55 +141,51 @@ void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs) {
   here.payload_bytes = 0;
   here.digest = (uint64_t)theirs->step << 32 | theirs->layer;
   zmoe_wire_encode(&here, frame);
-  if (send_bytes(ex->router, ex->peers[theirs->source].presence, ZMOE_PRESENCE_BYTES,
-                 ZMQ_DONTWAIT | ZMQ_SNDMORE) >= 0)
+  if (address(ex, theirs->source) >= 0)
     send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
 }
 
-static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *request) {
+static void answer(zmoe_exchange *ex, const zmoe_header *request) {
   zmoe_key key = zmoe_key_of(request);
   if (!ex->started || zmoe_key_compare(key, ex->now) > 0) {
     ex->stats.resend_unknown++; /* not there yet: it will be published */
     return;
   }
-  if (just_sent(ex, peer, key))
+  if (just_sent(ex, &ex->peers[request->source], key))
     return;
   for (int i = 0; i < 2; i++) {
     const zmoe_held *held = &ex->held[i];
     if (held->slot == NULL || zmoe_key_compare(zmoe_key_of(&held->header), key) != 0)
       continue;
-    if (send_bytes(ex->router, peer->presence, ZMOE_PRESENCE_BYTES, ZMQ_DONTWAIT | ZMQ_SNDMORE) >=
-            0 &&
-        zmoe_links_send(ex, ex->router, held) == ZMOE_OK)
-      ex->stats.resend_served++;
+    ex->stats.resend_served += zmoe_links_send_back(ex, request->source, held) == 0;
     return;
   }
   ex->stats.resend_unknown++; /* we did not do that exchange */
   zmoe_links_tell(ex, request);
 }
 
-/* One message on the ROUTER: the routing id of the sender, then its request. */
-static void take_request(zmoe_exchange *ex, zmq_msg_t *part) {
-  zmoe_header request;
+/* One message on the ROUTER: the routing id of the sender, then its frame. */
+static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
+  zmoe_header header;
   int rank = rank_of_presence(ex, zmoe_zmq.msg_data(part), zmoe_zmq.msg_size(part));
   if (!zmoe_zmq.msg_more(part) || !zmoe_intake_message(ex, part, ex->router, ZMQ_DONTWAIT))
     return;
   if (zmoe_zmq.msg_more(part)) {
     ex->stats.bad_field++;
     zmoe_intake_skip(ex->router, part);
-  } else if (zmoe_intake_header(ex, part, &request)) {
-    if (rank != request.source)
+  } else if (zmoe_intake_header(ex, part, &header)) {
+    if (rank != header.source)
       ex->stats.bad_stranger++;
-    else if (request.kind != ZMOE_KIND_RESEND)
-      ex->stats.bad_field++;
-    else if (request.epoch < ex->epoch)
+    else if (header.epoch < ex->epoch)
       ex->stats.bad_stale++;
+    else if (header.kind == ZMOE_KIND_RESEND)
+      answer(ex, &header);
     else
-      answer(ex, &ex->peers[rank], &request);
+      zmoe_intake_routed(ex, part, &header);
   }
 }
 
-int zmoe_links_requests(zmoe_exchange *ex) {
+int zmoe_links_routed(zmoe_exchange *ex) {
   zmq_msg_t part;
   zmoe_zmq.msg_init(&part);
   int empty = 0;
@@ -181,7 +193,7 @@ int zmoe_links_requests(zmoe_exchange *ex) {
     if (!zmoe_intake_message(ex, &part, ex->router, ZMQ_DONTWAIT))
       empty = 1;
     else
-      take_request(ex, &part);
+      take_routed(ex, &part);
   }
   zmoe_zmq.msg_close(&part);
   return empty;

@@ -54,7 +54,7 @@ static int read_polled(zmoe_exchange *ex, uint32_t i) {
   case POLLED_XPUB:
     return zmoe_links_subscriptions(ex);
   case POLLED_ROUTER:
-    return zmoe_links_requests(ex);
+    return zmoe_links_routed(ex);
   default: {
     uint32_t rank = (uint32_t)ex->polled_peer[i];
     int is_dealer = (i - POLLED_FIRST_PEER) % 2 == 0;

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ZMOE_WIRE_VERSION 1
+#define ZMOE_WIRE_VERSION 2
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18

@@ -1,8 +1,9 @@
 """The ZeroMQ sockets under an exchange: created, bound and connected here, used in C.
 
-Data goes over XPUB and SUB; requests for lost frames over DEALER and ROUTER,
-whose monitors tell of broken links. All limits are explicit: what a stranger
-can make a socket hold is bounded by its high-water mark and message size.
+What is for all goes over XPUB and SUB; what is for one rank, such as requests for
+lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
+limits are explicit: what a stranger can make a socket hold is bounded by its
+high-water mark and message size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zmq
 from zmoe import native
 from zmoe.errors import InputError
 
-_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB or a ROUTER may have
+_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -62,7 +63,7 @@ class Sockets:
         self.sub = context.socket(zmq.SUB)
         _limit(self.sub, 64, 64, frame_bytes)
         self.router = context.socket(zmq.ROUTER)
-        _limit(self.router, 4, 64, _SUBSCRIPTION_BYTES)
+        _limit(self.router, 8, 16, frame_bytes)
         # A peer that reconnects takes over from its own dead connection.
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
 
