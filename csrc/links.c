@@ -1,5 +1,5 @@
-/* The sockets beside SUB: who has subscribed, what goes from rank to rank, who
- * asks for a frame again, and whose link is down. */
+/* The sockets beside SUB: who has subscribed, what goes from rank to rank, and
+ * whose link is down. */
 #include "platform.h"
 
 #include "exchange_internal.h"
@@ -7,10 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
-enum {
-  BATCH = 16,
-  ASK_EVERY_MAX_MS = 500, /* upper end of the back-off */
-};
+enum { BATCH = 16 };
 
 /* ---- subscriptions --------------------------------------------------------
  * The XPUB hands every subscription to us and does nothing by itself
@@ -119,49 +116,16 @@ int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held
   return address(ex, rank) >= 0 ? zmoe_links_send(ex, ex->router, held) : zmoe_zmq.get_errno();
 }
 
-/* ---- resends -------------------------------------------------------------- */
-
-/* True when the frame was sent a moment ago: requests under way meanwhile, for
- * instance while we computed, need no answer. */
-static int just_sent(const zmoe_exchange *ex, zmoe_peer *peer, zmoe_key key) {
-  uint64_t now_us = zmoe_now_us(), moment_us = ex->resend_ms * UINT64_C(500);
-  if (zmoe_key_compare(key, ex->now) == 0 && now_us - ex->published_at_us < moment_us)
-    return 1;
-  if (zmoe_key_compare(key, peer->served) == 0 && now_us - peer->served_at_us < moment_us)
-    return 1;
-  peer->served = key;
-  peer->served_at_us = now_us;
-  return 0;
-}
-
-void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs) {
+int zmoe_links_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
   uint8_t frame[ZMOE_HEADER_BYTES];
-  zmoe_header here = ex->held[0].header;
-  here.kind = ZMOE_KIND_ELSEWHERE;
-  here.payload_bytes = 0;
-  here.digest = (uint64_t)theirs->step << 32 | theirs->layer;
-  zmoe_wire_encode(&here, frame);
-  if (address(ex, theirs->source) >= 0)
-    send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
+  zmoe_wire_encode(header, frame);
+  return send_bytes(ex->peers[rank].dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0;
 }
 
-static void answer(zmoe_exchange *ex, const zmoe_header *request) {
-  zmoe_key key = zmoe_key_of(request);
-  if (!ex->started || zmoe_key_compare(key, ex->now) > 0) {
-    ex->stats.resend_unknown++; /* not there yet: it will be published */
-    return;
-  }
-  if (just_sent(ex, &ex->peers[request->source], key))
-    return;
-  for (int i = 0; i < 2; i++) {
-    const zmoe_held *held = &ex->held[i];
-    if (held->slot == NULL || zmoe_key_compare(zmoe_key_of(&held->header), key) != 0)
-      continue;
-    ex->stats.resend_served += zmoe_links_send_back(ex, request->source, held) == 0;
-    return;
-  }
-  ex->stats.resend_unknown++; /* we did not do that exchange */
-  zmoe_links_tell(ex, request);
+int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
+  uint8_t frame[ZMOE_HEADER_BYTES];
+  zmoe_wire_encode(header, frame);
+  return address(ex, rank) >= 0 && send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT) >= 0;
 }
 
 /* One message on the ROUTER: the routing id of the sender, then its frame. */
@@ -179,7 +143,7 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
     else if (header.epoch < ex->epoch)
       ex->stats.bad_stale++;
     else if (header.kind == ZMOE_KIND_RESEND)
-      answer(ex, &header);
+      zmoe_resend_answer(ex, &header);
     else
       zmoe_intake_routed(ex, part, &header);
   }
@@ -197,26 +161,6 @@ int zmoe_links_routed(zmoe_exchange *ex) {
   }
   zmoe_zmq.msg_close(&part);
   return empty;
-}
-
-void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us) {
-  uint8_t frame[ZMOE_HEADER_BYTES];
-  zmoe_header request = ex->held[0].header;
-  request.kind = ZMOE_KIND_RESEND;
-  request.source = (uint16_t)ex->rank;
-  request.payload_bytes = 0;
-  zmoe_wire_encode(&request, frame);
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    zmoe_peer *peer = &ex->peers[r];
-    if (!(ex->missing & zmoe_bit(r)) || now_us < peer->ask_at_us)
-      continue;
-    peer->ask_at_us = now_us + peer->ask_every_us;
-    peer->ask_every_us *= 2;
-    if (peer->ask_every_us > ASK_EVERY_MAX_MS * UINT64_C(1000))
-      peer->ask_every_us = ASK_EVERY_MAX_MS * UINT64_C(1000);
-    if (send_bytes(peer->dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0)
-      ex->stats.resend_asked++;
-  }
 }
 
 /* ---- link events ---------------------------------------------------------- */

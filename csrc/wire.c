@@ -3,13 +3,13 @@
  *   0 magic "ZMOE"       16 epoch      36 source, 2 bytes
  *   4 version, 1 byte    20 step       38 dtype, kind: 1 byte each
  *   5 zero, 3 bytes      24 layer      40 payload_bytes
- *   8 session, 8 bytes   28 rows       44 zero, 4 bytes
+ *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, zero: 1 byte each
  *                        32 width      48 digest, 8 bytes
  *                                      56 checksum of 0..55, 8 bytes
  *
  * Little-endian throughout.  The first 16 bytes are what a rank subscribes to:
  * whatever is published in its own session. */
-#include "zmoe.h"
+#include "payload.h"
 
 #include <string.h>
 
@@ -56,6 +56,9 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   out[38] = header->dtype;
   out[39] = header->kind;
   put32(out + 40, header->payload_bytes);
+  out[44] = header->part;
+  out[45] = header->chunks;
+  out[46] = header->chunk;
   put64(out + 48, header->digest);
   put64(out + 56, zmoe_digest(out, 56));
 }
@@ -69,14 +72,29 @@ void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESEN
   put16(out + 16, (uint16_t)rank);
 }
 
+static int chunk_is_valid(const zmoe_header *header) {
+  if (header->chunks == 0)
+    return header->chunk == 0 && header->kind != ZMOE_KIND_SUM;
+  return header->chunks <= ZMOE_MAX_NODES && header->chunk < header->chunks;
+}
+
 static int sizes_agree(const zmoe_header *header) {
   if (header->payload_bytes == 0)
     return 1;
-  if (header->kind != ZMOE_KIND_PARTIAL)
+  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
+  uint64_t bytes = zmoe_payload_bytes(dtype, header->rows, header->width);
+  if (bytes == UINT64_MAX || (header->kind != ZMOE_KIND_PARTIAL && header->kind != ZMOE_KIND_SUM))
     return 0;
-  uint64_t elements = (uint64_t)header->rows * header->width;
-  return elements <= UINT32_MAX &&
-         elements * zmoe_dtype_bytes((zmoe_dtype)header->dtype) == header->payload_bytes;
+  if (header->chunks > 0)
+    bytes = zmoe_chunk(dtype, header->rows, header->width, header->chunks, header->chunk).bytes;
+  return bytes == header->payload_bytes;
+}
+
+static int fields_are_valid(const uint8_t *at, const zmoe_header *header) {
+  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && at[47] == 0;
+  return reserved_is_zero && header->kind >= ZMOE_KIND_PARTIAL && header->kind <= ZMOE_KIND_SUM &&
+         zmoe_payload_bytes((zmoe_dtype)header->dtype, 0, 0) == 0 &&
+         header->source < ZMOE_MAX_NODES && chunk_is_valid(header) && sizes_agree(header);
 }
 
 zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
@@ -101,12 +119,12 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .rows = get32(at + 28),
       .width = get32(at + 32),
       .payload_bytes = get32(at + 40),
+      .part = at[44],
+      .chunks = at[45],
+      .chunk = at[46],
       .digest = get64(at + 48),
   };
-  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && get32(at + 44) == 0;
-  if (!reserved_is_zero || header.kind < ZMOE_KIND_PARTIAL || header.kind > ZMOE_KIND_ELSEWHERE ||
-      zmoe_dtype_bytes((zmoe_dtype)header.dtype) == 0 || header.source >= ZMOE_MAX_NODES ||
-      !sizes_agree(&header))
+  if (!fields_are_valid(at, &header))
     return ZMOE_WIRE_FIELD;
   size_t body_bytes = frame_bytes - ZMOE_HEADER_BYTES;
   if (header.payload_bytes > max_payload_bytes || body_bytes > header.payload_bytes)

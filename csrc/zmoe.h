@@ -40,8 +40,18 @@ typedef enum zmoe_status {
 
 typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
 
-/* Bytes of one element, 0 for an unknown dtype. */
+/* What may stand for a dtype between nodes: each row in blocks of 32 elements, the
+ * last one padded with zeros; a block is a scale in bf16, then 32 integers of 8
+ * bits.  Only reduce, wire and exchange know it. */
+#define ZMOE_Q8 3
+#define ZMOE_Q8_BLOCK 32
+#define ZMOE_Q8_BLOCK_BYTES 34
+
+/* Bytes of one element, 0 for ZMOE_Q8, which has none, and for an unknown dtype. */
 size_t zmoe_dtype_bytes(zmoe_dtype dtype);
+/* Bytes of rows x width elements; UINT64_MAX for an unknown dtype, and for more
+ * than 2^32 - 1 elements. */
+uint64_t zmoe_payload_bytes(zmoe_dtype dtype, uint32_t rows, uint32_t width);
 
 /* ---- isa: which SIMD variant runs -------------------------------------- */
 
@@ -61,12 +71,14 @@ const char *zmoe_isa_name(zmoe_isa isa); /* "generic", "avx2", ... */
 
 /* ---- reduce: bit-identical in every variant ----------------------------- */
 
-/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN. */
+/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN.  In ZMOE_Q8 a
+ * NaN or an infinity makes a NaN of its whole block.  `count` elements are one row,
+ * or rows of whole blocks. */
 int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype src_dtype,
                  size_t count, zmoe_isa isa);
 
 /* out[i] = ((parts[0][i] + parts[1][i]) + ...), accumulated in f32 in the order
- * given, then converted.  A NULL part counts as zeros and is skipped; with
+ * given, then converted as above.  A NULL part counts as zeros and is skipped; with
  * every part NULL the result is zeros.  `out` may not alias a part. */
 int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                 zmoe_dtype part_dtype, size_t count, zmoe_isa isa);
@@ -112,6 +124,7 @@ typedef enum zmoe_kind {
   /* Answer to a RESEND for what the sender skipped: the header tells where it
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
+  ZMOE_KIND_SUM = 4, /* the sum of all ranks' partials, of the chunk that `source` adds up */
 } zmoe_kind;
 
 typedef struct zmoe_header {
@@ -123,7 +136,9 @@ typedef struct zmoe_header {
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
-  uint32_t payload_bytes; /* rows*width*dtype bytes, or 0: all zeros */
+  uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros */
+  uint8_t part;           /* of a layer's exchanges, from 0 */
+  uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint64_t digest;        /* of the routing that led here */
 } zmoe_header;
 
@@ -203,20 +218,35 @@ uint64_t zmoe_exchange_links(zmoe_exchange *ex);
 /* Forget every frame held; what comes from older epochs is stale from now on. */
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
 
-/* Zero-copy producer: get a slot, write the payload, publish it.  Publishing
- * takes over the reference, also when it fails. */
+typedef enum zmoe_algorithm {
+  ZMOE_DIRECT = 0,  /* whole partials to all: the fewest messages */
+  ZMOE_SCATTER = 1, /* reduce-scatter, all-gather: the fewest bytes for three nodes or more */
+} zmoe_algorithm;
+
+/* Which exchange, and of what; the same on every rank.  Order is by step, layer,
+ * part.  A layer's rows may come in several parts, 0, 1, ...: a further part may
+ * be published while the one before it is not yet collected. */
+typedef struct zmoe_call {
+  uint32_t step, layer, part;
+  uint32_t rows, width;
+  zmoe_dtype wire_dtype;
+  zmoe_algorithm algorithm;
+  uint64_t digest;
+} zmoe_call;
+
+/* Encode src (rows x width) in the wire's dtype and publish it.  src NULL: this
+ * rank adds nothing. */
+int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
+                          zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
+/* Zero-copy producer, ZMOE_DIRECT alone: get a slot, write the payload, publish
+ * it.  Publishing takes over the reference, also when it fails. */
 int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
                        zmoe_slot **out);
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, zmoe_slot *slot, uint32_t step, uint32_t layer,
-                               uint32_t rows, uint32_t width, zmoe_dtype dtype, uint64_t digest,
+int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
                                zmoe_fault *fault);
-/* The same from the caller's array, converted to the wire's dtype.  src NULL:
- * this rank adds nothing. */
-int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dtype, uint32_t step,
-                          uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype wire_dtype,
-                          uint64_t digest, uint64_t deadline_us, zmoe_fault *fault);
-/* Wait for every peer's frame of the layer just published and write the sum,
- * in rank order, of all ranks' encoded partials.  `deadline_us` is from now.
+/* Wait for the oldest exchange that was published and not collected, and write the
+ * sum, in rank order, of all ranks' encoded partials: with ZMOE_SCATTER as it was
+ * encoded once more, on every rank alike.  `deadline_us` is from now.
  * After ZMOE_EINTR (a signal, or 100 ms without one: the caller may have missed
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,

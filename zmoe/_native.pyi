@@ -29,6 +29,7 @@ class _Lib:
     ZMOE_MAX_NODES: int
     ZMOE_PRESENCE_BYTES: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
+    def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
     def zmoe_isa_best(self) -> int: ...
     def zmoe_isa_supported(self, isa: int) -> int: ...
     def zmoe_isa_name(self, isa: int) -> CData: ...
@@ -71,28 +72,14 @@ class _Lib:
         self, exchange: CData | None, payload_bytes: int, deadline_us: int, out: CData
     ) -> int: ...
     def zmoe_exchange_publish_slot(
-        self,
-        exchange: CData | None,
-        slot: CData,
-        step: int,
-        layer: int,
-        rows: int,
-        width: int,
-        dtype: int,
-        digest: int,
-        fault: CData,
+        self, exchange: CData | None, call: CData, slot: CData, fault: CData
     ) -> int: ...
     def zmoe_exchange_publish(
         self,
         exchange: CData | None,
+        call: CData,
         src: CData,
         src_dtype: int,
-        step: int,
-        layer: int,
-        rows: int,
-        width: int,
-        wire_dtype: int,
-        digest: int,
         deadline_us: int,
         fault: CData,
     ) -> int: ...
@@ -199,10 +186,9 @@ class _Lib:
     def zmoe_bench_exchanges(
         self,
         exchange: CData | None,
+        call: CData,
         src: CData,
         out: CData,
-        rows: int,
-        width: int,
         dtype: int,
         count: int,
         deadline_us: int,

@@ -14,7 +14,7 @@ import numpy as np
 from worker import RUN_DEADLINE_S, Worker, timed
 
 from zmoe.moe.exchange import Endpoint, Exchange
-from zmoe.native import Dtype, time_exchanges
+from zmoe.native import Algorithm, Dtype, time_exchanges
 
 SMALL = 64 * 1024  # payloads that come every token
 
@@ -37,7 +37,9 @@ exchange.connect(
 
 def run_c(size: int, iterations: int, warmup: int) -> list[int]:
     """Nanoseconds of each exchange, from C buffer to C buffer."""
-    elapsed_us = time_exchanges(exchange, 1, size // 4, Dtype.F32, iterations, warmup)
+    elapsed_us = time_exchanges(
+        exchange, size // 4, Dtype.F32, Algorithm.DIRECT, iterations, warmup
+    )
     return [int(each) for each in np.rint(elapsed_us * 1000)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zmoe.native import MAX_NODES, Dtype, Header, Status, ffi, header_of, lib
+from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -89,6 +89,7 @@ class NativeExchange:
         if status is not Status.OK:
             raise ValueError(f"cannot create the exchange: {status.name}")
         self._exchange: CData | None = out[0]
+        self._call = ffi.new("zmoe_call *")
         self._fault = ffi.new("zmoe_fault *")
         self._null = ffi.NULL
 
@@ -121,27 +122,24 @@ class NativeExchange:
         wire_dtype: Dtype,
         digest: int,
         deadline_s: float,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
     ) -> int:
-        """Send `source` (rows*width elements; None: zeros), converted to `wire_dtype`."""
+        """Send `source` (rows*width elements; None: zeros), encoded in `wire_dtype`."""
+        call = self._call
+        call.step, call.layer, call.part = step, layer, part
+        call.rows, call.width = rows, width
+        call.wire_dtype, call.algorithm, call.digest = wire_dtype, algorithm, digest
         pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
         return lib.zmoe_exchange_publish(
-            self._exchange,
-            pointer,
-            source_dtype,
-            step,
-            layer,
-            rows,
-            width,
-            wire_dtype,
-            digest,
-            _microseconds(deadline_s),
-            self._fault,
+            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
         )
 
-    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float) -> int:
-        """Wait for every peer and write the sum, which `out` must have room for."""
+    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
+        """Wait for every peer and write the sum `at` bytes into `out`, which must have room."""
+        pointer = out.pointer + at if at else out.pointer
         return lib.zmoe_exchange_collect(
-            self._exchange, out.pointer, out_dtype, _microseconds(deadline_s), self._fault
+            self._exchange, pointer, out_dtype, _microseconds(deadline_s), self._fault
         )
 
     def service(self) -> int:
@@ -175,18 +173,21 @@ class NativeExchange:
         return _counters(raw)
 
     def time_exchanges(
-        self, rows: int, width: int, dtype: Dtype, count: int
+        self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
     ) -> npt.NDArray[np.float64]:
-        """Microseconds of each of `count` exchanges, run and timed in C."""
-        source = np.ones(max(1, rows * width * dtype.itemsize), np.uint8)
+        """Microseconds of each of `count` exchanges of f32, run and timed in C."""
+        call = self._call
+        call.step = call.layer = call.part = call.digest = 0
+        call.rows, call.width = 1, elements
+        call.wire_dtype, call.algorithm = wire_dtype, algorithm
+        source = np.ones(elements, np.float32)
         out, elapsed = np.empty_like(source), np.zeros(count)
         status = lib.zmoe_bench_exchanges(
             self._exchange,
+            call,
             ffi.from_buffer("uint8_t[]", source),
             ffi.from_buffer("uint8_t[]", out, require_writable=True),
-            rows,
-            width,
-            dtype,
+            Dtype.F32,
             count,
             30_000_000,
             ffi.from_buffer("double[]", elapsed, require_writable=True),
