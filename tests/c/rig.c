@@ -12,6 +12,7 @@ enum {
   ZMQ_LINGER = 17,
   ZMQ_LAST_ENDPOINT = 32,
   ZMQ_RECONNECT_IVL = 18,
+  ZMQ_IMMEDIATE = 39,
   ZMQ_XPUB_MANUAL = 71,
   ZMQ_ROUTER_HANDOVER = 56,
 };
@@ -131,6 +132,7 @@ static void connect_to(rig_node *node, const rig_node *nodes) {
     node->dealers[r] = open_socket(ZMQ_DEALER);
     CHECK_EQUAL(zmoe_zmq.setsockopt(node->dealers[r], ZMQ_ROUTING_ID, presence, sizeof presence),
                 0);
+    set(node->dealers[r], ZMQ_IMMEDIATE, 1);
     snprintf(monitor, sizeof monitor, "inproc://monitor-%p", node->dealers[r]);
     CHECK_EQUAL(zmq.monitor(node->dealers[r], monitor,
                             ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED),
