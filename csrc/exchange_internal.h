@@ -11,7 +11,6 @@
 #include "zmq_api.h"
 
 enum {
-  ZMOE_WINDOW = 2,               /* most exchanges published and not yet collected */
   ZMOE_ROUNDS = 2 * ZMOE_WINDOW, /* most that a peer may still be at, with those ahead of it */
   /* How long a collect looks at nothing but frames before it looks at all sockets. */
   ZMOE_FIRST_WAIT_MS = 2,

@@ -218,6 +218,9 @@ uint64_t zmoe_exchange_links(zmoe_exchange *ex);
 /* Forget every frame held; what comes from older epochs is stale from now on. */
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
 
+/* Most exchanges that are published and not yet collected. */
+#define ZMOE_WINDOW 2
+
 typedef enum zmoe_algorithm {
   ZMOE_DIRECT = 0,  /* whole partials to all: the fewest messages */
   ZMOE_SCATTER = 1, /* reduce-scatter, all-gather: the fewest bytes for three nodes or more */

@@ -26,6 +26,9 @@ class _Ffi:
 
 class _Lib:
     ZMOE_HEADER_BYTES: int
+    ZMOE_WINDOW: int
+    ZMOE_Q8_BLOCK: int
+    ZMOE_Q8_BLOCK_BYTES: int
     ZMOE_MAX_NODES: int
     ZMOE_PRESENCE_BYTES: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = lib.ZMOE_MAX_NODES
 HEADER_BYTES = lib.ZMOE_HEADER_BYTES
+WINDOW = lib.ZMOE_WINDOW
 
 
 class Status(IntEnum):
@@ -56,6 +57,12 @@ class Dtype(IntEnum):
     def payload_bytes(self, rows: int, width: int) -> int:
         """Bytes of (rows, width) elements on the wire."""
         return lib.zmoe_payload_bytes(self, rows, width)
+
+    def most_elements(self, payload_bytes: int) -> int:
+        """How many elements a payload may hold, whatever its shape."""
+        if self is Dtype.Q8:
+            return payload_bytes // lib.ZMOE_Q8_BLOCK_BYTES * lib.ZMOE_Q8_BLOCK
+        return payload_bytes // self.itemsize
 
 
 class Algorithm(IntEnum):

@@ -96,7 +96,8 @@ def load_shard(
         experts = _make_native(model, sites, info, team, mapped, head)
     sizes = [array.nbytes for array in _evaluate(model)]
     sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
-    layers = [Layer(m, info.experts, ids, dtype, reducer, spans) for m, ids in enumerate(owned)]
+    summed = reducer.sum_dtype(dtype)
+    layers = [Layer(m, info.experts, ids, summed, reducer, spans) for m, ids in enumerate(owned)]
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
     if team is not None and fuse:
