@@ -38,6 +38,10 @@ def _on_host(ids: mx.array) -> Ints:
     return np.asarray(ids)
 
 
+def _between(rows: mx.array, start: int, stop: int) -> mx.array:
+    return rows if stop - start == rows.shape[0] else rows[start:stop]
+
+
 class ExpertParallelMoE(Module):
     """Routes as `block` would, computes the local experts, sums over the nodes.
 
@@ -73,9 +77,15 @@ class ExpertParallelMoE(Module):
             if shared[0] is not None:
                 mx.async_eval(shared[0])
 
+        pairs, host_weights = self._ownership.pairs(host_ids), np.asarray(weights)
+
+        def partial(start: int, stop: int) -> mx.array | None:
+            own = pairs.within(start, stop)
+            return self._partial(_between(rows, start, stop), own, host_weights[start:stop])
+
         routed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._partial(rows, self._ownership.pairs(host_ids), np.asarray(weights)),
+            partial,
             (rows.shape[0], width),
             layer.dtype,
             # The order within a row may differ between devices; the set may not.
@@ -120,9 +130,12 @@ class ExpertParallelSwitch(Module):
         ids = indices.reshape(-1, k).astype(mx.int32)
         mx.eval(rows, ids)
         host_ids = _on_host(ids)
+        pairs = self._ownership.pairs(host_ids)
         summed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._outputs(rows, k, self._ownership.pairs(host_ids)),
+            lambda start, stop: self._outputs(
+                _between(rows, start, stop), k, pairs.within(start, stop)
+            ),
             (rows.shape[0], k * width),
             layer.dtype,
             routing_digest(host_ids),
