@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
 from zmoe.cli.common import Parser, run_command, warn_unencrypted
-from zmoe.config import ACTIVATIONS, COMPUTES, DEFAULT_MODEL, EngineConfig, Sampling, Timing
+from zmoe.config import (
+    ACTIVATIONS,
+    COMPUTES,
+    DEFAULT_MODEL,
+    WIRE_DTYPES,
+    EngineConfig,
+    Sampling,
+    Timing,
+)
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,6 +90,12 @@ def _add_cluster(parser: Parser) -> None:
     add("--python", help="interpreter on the other hosts (default: the path of this one)")
     add("--cwd", help="working directory on the other hosts")
     add("--env", action="append", default=[], metavar="K=V", help="set on the other hosts")
+    add(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        default=EngineConfig().wire_dtype,
+        help="of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links",
+    )
     add("--join-timeout", type=float, default=times.join, help="seconds for nodes to come up")
     add("--load-timeout", type=float, default=times.load, help="seconds for loading")
     add("--peer-timeout", type=float, default=times.peer, help="seconds to wait for a busy peer")
@@ -114,7 +128,11 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         remote=RemoteOptions(options.python, options.cwd, (*(hosts.envs if hosts else ()), *env)),
         timing=Timing(options.join_timeout, options.load_timeout, options.peer_timeout),
         engine=EngineConfig(
-            options.prefill_step_size, options.max_kv_size, options.compute, options.activations
+            options.prefill_step_size,
+            options.max_kv_size,
+            options.compute,
+            options.activations,
+            options.wire_dtype,
         ),
     )
 

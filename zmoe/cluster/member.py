@@ -20,11 +20,9 @@ from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import InputError, MismatchError
 from zmoe.models import LoadedShard, load_shard
-from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
+from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Member:
@@ -39,6 +37,11 @@ class Member:
         config: EngineConfig,
         timing: Timing,
     ) -> None:
+        if config.wire_dtype == "f16" and info.dtype != "float16":
+            raise InputError(
+                f"--wire-dtype is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
+                "(65504 is its largest): take bf16, f32 or q8"
+            )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement = place_evenly(info, nodes)
         self.spans = Spans()
@@ -61,7 +64,8 @@ class Member:
 
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
-        row_bytes = self.info.exchange_width * DTYPE_BYTES[self.info.dtype]
+        wire_dtype, width = self._config.wire_dtype, self.info.exchange_width
+        row_bytes = payload_bytes(1, width, self.info.dtype, wire_dtype)
         self.exchange = Exchange(
             self.rank,
             self.nodes,
@@ -72,13 +76,15 @@ class Member:
             deadline_s=self._timing.peer,
             grace_s=self._timing.grace,
             spans=self.spans,
+            wire_dtype=wire_dtype,
         )
         return self.exchange.endpoint
 
     def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
-        """Link up with every peer, calling `tick` now and then."""
+        """Link up with every peer, calling `tick` now and then; measure what the links do."""
         assert self.exchange is not None
         self.exchange.connect(endpoints, self._timing.join, tick)
+        self.exchange.calibrate()
         self._connected = True
 
     def service(self) -> None:

@@ -113,7 +113,11 @@ class Worker:
         )
         info = inspect_model(resolve_model(self.spec.model or setup.model))
         config = EngineConfig(
-            setup.prefill_chunk, setup.max_kv_size, setup.compute, setup.activations
+            setup.prefill_chunk,
+            setup.max_kv_size,
+            setup.compute,
+            setup.activations,
+            setup.wire_dtype,
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member

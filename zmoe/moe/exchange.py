@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
+from zmoe.moe.receive import DTYPES
 from zmoe.moe.sockets import Endpoint
+from zmoe.native import Dtype
 from zmoe.types import Partial, nothing
 
-__all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group"]
+__all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
 
 
 class SingleNode:
@@ -60,6 +62,12 @@ class SingleNode:
         mine = partial(0, out.shape[0]) if callable(partial) else partial
         overlap()
         out[...] = 0 if mine is None else mine
+
+
+def payload_bytes(rows: int, width: int, dtype: str, wire_dtype: str) -> int:
+    """Bytes of (rows, width) partial sums between nodes, in a model of `dtype`."""
+    wire = DTYPES[getattr(mx, dtype)] if wire_dtype == "auto" else Dtype[wire_dtype.upper()]
+    return wire.payload_bytes(rows, width)
 
 
 # ---- on its own: numpy in, numpy out ---------------------------------------------
