@@ -11,17 +11,21 @@ percentile. Compare figures within one run only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from common import Absent, BenchError, environment, finish, list_of, main, parser, positive
 from group import Group
-from transports import TRANSPORTS, Transport
+from transports import TRANSPORTS, Transport, ours
+
+from zmoe.config import WIRE_DTYPES
+from zmoe.moe.choice import ALGORITHMS
 
 TRIAL = 20  # steps that tell how many fit the budget
 ROUND_SECONDS = 0.5  # most that one transport's turn may take
@@ -53,6 +57,17 @@ def known(text: str) -> Transport:
     return TRANSPORTS[text]
 
 
+def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of `names`."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r} ({', '.join(names)})")
+        return text
+
+    return check
+
+
 def arguments() -> argparse.Namespace:
     made = parser("Time one all-reduce between processes on loopback, over several transports.")
     made.add_argument("--nodes", type=list_of(several), default=[2, 3, 4], help="default 2,3,4")
@@ -70,7 +85,32 @@ def arguments() -> argparse.Namespace:
         default=list(TRANSPORTS.values()),
         help=f"default {','.join(TRANSPORTS)}",
     )
+    made.add_argument(
+        "--algorithm",
+        type=list_of(one_of("algorithm", ALGORITHMS)),
+        default=["auto"],
+        help=f"of zmoe and zmoe-c, a row each: {','.join(ALGORITHMS)}; default auto",
+    )
+    made.add_argument(
+        "--wire-dtype",
+        type=list_of(one_of("wire dtype", WIRE_DTYPES[1:])),
+        default=["f32"],
+        help=f"of zmoe and zmoe-c, a row each: {','.join(WIRE_DTYPES[1:])}; default f32",
+    )
     return made.parse_args()
+
+
+def spread(options: argparse.Namespace) -> list[Transport]:
+    """The transports to time; ours in every way that was asked for."""
+    found: list[Transport] = []
+    for transport in options.transports:
+        mode = {"zmoe-c": "c", "zmoe": "mlx"}.get(transport.name)
+        if mode is None:
+            found.append(transport)
+            continue
+        ways = itertools.product(options.algorithm, options.wire_dtype)
+        found += [ours(mode, algorithm, wire_dtype) for algorithm, wire_dtype in ways]
+    return found
 
 
 def available(
@@ -97,7 +137,7 @@ class Run:
         self.failed = False
 
     def measure(self) -> None:
-        transports = available(self.options.transports, self.workdir, self.absent)
+        transports = available(spread(self.options), self.workdir, self.absent)
         for nodes in self.options.nodes:
             with ExitStack() as stack:
                 groups = []

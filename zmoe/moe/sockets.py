@@ -56,7 +56,8 @@ class Sockets:
         self.monitors: list[zmq.Socket[bytes] | None] = []
         # Lock-step and the pool's slots bound what is under way. The high-water
         # marks are far above that, since libzmq learns only now and then what has
-        # been read: a low mark of XPUB drops frames, of SUB costs extra wake-ups.
+        # been read: a low mark of XPUB drops frames, of a DEALER refuses them, of SUB
+        # costs extra wake-ups.
         self.xpub = context.socket(zmq.XPUB)
         _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES)
         self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
@@ -82,7 +83,7 @@ class Sockets:
                 continue
             dealer = self._context.socket(zmq.DEALER)
             self.dealers.append(dealer)
-            _limit(dealer, 16, 8, self._frame_bytes)
+            _limit(dealer, 1024, 8, self._frame_bytes)
             dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
             dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
