@@ -66,6 +66,8 @@ static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
 
 /* Takes over the slots of `made`. */
 static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
+  if (zmoe_is_open(ex))
+    zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
   hold_from(ex, first_wanted(ex));
   zmoe_round *round = zmoe_round_at(ex, ex->published++);
   *round = *made;

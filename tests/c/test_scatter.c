@@ -433,6 +433,25 @@ static void test_a_peer_that_is_ahead(void) {
   rig_close(nodes, NODES);
 }
 
+/* The sum of a part does not wait for a collect: the next part is computed first. */
+static void test_a_sum_goes_before_the_next_part(void) {
+  open_with(1000, 1000);
+  uint8_t frame[FRAME_BYTES];
+  zmoe_header header;
+  static float data[WIDTH];
+  begin(0);
+  send_chunk(1, 0, 2), send_chunk(2, 0, 4);
+  struct timespec moment = {.tv_nsec = 200000000}; /* they are at the ROUTER by then */
+  nanosleep(&moment, NULL);
+  zmoe_call call = call_of(0, 0);
+  call.part = 1;
+  CHECK_EQUAL(rig_node_send(&nodes[0], &call, data), ZMOE_OK);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, FRAME_BYTES, 5000), FRAME_BYTES);
+  CHECK_EQUAL(zmoe_wire_decode(frame, FRAME_BYTES, 4 * CHUNK, &header), ZMOE_WIRE_OK);
+  CHECK(header.kind == ZMOE_KIND_SUM && header.part == 0);
+  rig_close(nodes, NODES);
+}
+
 static void test_order_of_parts(void) {
   rig_open(nodes, (rig_options){.nodes = NODES, .resend_ms = 1000, .grace_ms = 1000});
   CHECK_EQUAL(publish_part(0, ZMOE_DIRECT, 0, 1), ZMOE_EINVAL); /* begins with 0 */
@@ -492,6 +511,7 @@ int main(int argc, char **argv) {
       {"a link that is down takes no chunk", test_a_link_that_is_down},
       {"rows in parts, two open", test_parts},
       {"a peer two parts ahead", test_a_peer_that_is_ahead},
+      {"a sum goes before the next part", test_a_sum_goes_before_the_next_part},
       {"parts out of order are refused", test_order_of_parts},
       {"parts are held for as long as they may be asked for", test_parts_are_held},
   };

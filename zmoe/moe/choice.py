@@ -18,10 +18,11 @@ ALGORITHMS = ("auto", "direct", "scatter")
 SMALL_BYTES, LARGE_BYTES = 16 << 10, 1 << 20  # payloads that are measured
 _ROUNDS = 5
 _FEWEST_BYTES = 128  # of a chunk: one block of float32
-# Experts computed for half of the rows at a time read their weights twice, some
-# milliseconds a layer: an exchange that is shorter is not worth hiding.
-_PART_ROWS = 64  # fewest of a part
-_PART_US = 5000.0
+# Of a prompt's rows in parts the experts read their weights once a part, which costs
+# nothing that could be measured at this many rows; of so short an exchange there is
+# little to hide either.
+_PART_ROWS, _MOST_PARTS = 64, 4
+_PART_US = 2000.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class Choice:
         return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
     def _worthwhile(self, rows: int, size: int) -> int:
-        if self._lines is None or rows < 2 * _PART_ROWS:
+        if self._lines is None or self._lines[self.algorithm(size)].at(size) < _PART_US:
             return 1
-        return 2 if self._lines[self.algorithm(size)].at(size) >= _PART_US else 1
+        return min(_MOST_PARTS, rows // _PART_ROWS)
 
 
 def measure(

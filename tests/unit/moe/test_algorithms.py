@@ -259,6 +259,21 @@ def test_calibration_is_agreed() -> None:
     close(group)
 
 
+def test_no_chunk_is_refused() -> None:
+    """However fast exchanges follow each other: a refused one costs a request for it."""
+    group = local_group(2, max_payload_bytes=1 << 16, algorithm="scatter")
+
+    def run(exchange: Exchange) -> None:
+        exchange.native.time_exchanges(3072, Dtype.F32, Algorithm.SCATTER, 500)
+
+    for result in together([lambda e=e: run(e) for e in group]):
+        assert result is None
+    for exchange in group:
+        stats = exchange.stats
+        assert stats["frames_sent"] - stats["resend_served"] == 1000
+    close(group)
+
+
 def test_small_payloads_need_no_calibration() -> None:
     group = local_group(2, max_payload_bytes=SMALL_BYTES)
     group[0].calibrate()  # alone: nothing is exchanged
@@ -307,9 +322,10 @@ def test_what_is_chosen() -> None:
     auto.learn(Line(50, 0.003), Line(150, 0.002))
     assert auto.algorithm(99_000) is Algorithm.DIRECT
     assert auto.algorithm(101_000) is Algorithm.SCATTER
-    assert auto.bounds(512, 1 << 20) == [(0, 512)]  # 2.2 ms are not worth hiding
-    assert auto.bounds(513, 4 << 20) == [(0, 256), (256, 513)]
-    assert auto.bounds(127, 4 << 20) == [(0, 127)]
+    assert auto.bounds(512, 900_000) == [(0, 512)]  # 1.95 ms are not worth hiding
+    assert auto.bounds(513, 1 << 20) == [(0, 128), (128, 256), (256, 384), (384, 513)]
+    assert auto.bounds(129, 1 << 20) == [(0, 64), (64, 129)]
+    assert auto.bounds(63, 1 << 20) == [(0, 63)]
     pair = Choice(2)
     pair.learn(Line(50, 0.003), Line(150, 0.002))
     assert pair.algorithm(1 << 30) is Algorithm.DIRECT
