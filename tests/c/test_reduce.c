@@ -206,10 +206,14 @@ static void test_blocks_that_are_not_finite(void) {
 }
 
 static void test_tiny_blocks_are_zeros(void) {
-  float values[4] = {0x1p-126f, -0x1p-149f, 0, 0x1p-130f}, back[4];
-  there_and_back(back, values, 4);
-  for (int i = 0; i < 4; i++)
-    CHECK(back[i] == 0);
+  static const unsigned char zeros[2 * ZMOE_Q8_BLOCK_BYTES];
+  unsigned char blocks[2 * ZMOE_Q8_BLOCK_BYTES];
+  float values[40];
+  for (int i = 0; i < 40; i++)
+    values[i] = (i % 2 ? -1 : 1) * ldexpf(1, -151 + i);
+  CHECK_EQUAL(zmoe_convert(blocks, ZMOE_Q8, values, ZMOE_F32, 40, zmoe_isa_best()), ZMOE_OK);
+  CHECK(memcmp(blocks, zeros, ZMOE_Q8_BLOCK_BYTES) == 0); /* up to 2^-120 */
+  CHECK(memcmp(blocks, zeros, sizeof blocks) != 0);       /* up to 2^-112 */
 }
 
 static void test_order_is_that_of_the_ranks(void) {
