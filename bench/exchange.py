@@ -15,12 +15,12 @@ import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Absent, BenchError, environment, finish, list_of, main, parser, positive
+from common import Absent, BenchError, environment, finish, list_of, main, one_of, parser, positive
 from group import Group
 from transports import TRANSPORTS, Transport, ours
 
@@ -57,17 +57,6 @@ def known(text: str) -> Transport:
     return TRANSPORTS[text]
 
 
-def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of `names`."""
-
-    def check(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"unknown {what} {text!r} ({', '.join(names)})")
-        return text
-
-    return check
-
-
 def arguments() -> argparse.Namespace:
     made = parser("Time one all-reduce between processes on loopback, over several transports.")
     made.add_argument("--nodes", type=list_of(several), default=[2, 3, 4], help="default 2,3,4")
@@ -87,13 +76,13 @@ def arguments() -> argparse.Namespace:
     )
     made.add_argument(
         "--algorithm",
-        type=list_of(one_of("algorithm", ALGORITHMS)),
+        type=list_of(one_of(ALGORITHMS)),
         default=["auto"],
         help=f"of zmoe and zmoe-c, a row each: {','.join(ALGORITHMS)}; default auto",
     )
     made.add_argument(
         "--wire-dtype",
-        type=list_of(one_of("wire dtype", WIRE_DTYPES[1:])),
+        type=list_of(one_of(WIRE_DTYPES[1:])),
         default=["f32"],
         help=f"of zmoe and zmoe-c, a row each: {','.join(WIRE_DTYPES[1:])}; default f32",
     )

@@ -96,11 +96,18 @@ class Rounds:
 
         `in_parts`: it may be asked for some rows while others are under way.
         """
-        (rows, width), choice = shape, self.choice
+        rows, width = shape
         wire = wire if self.wire is None else self.wire
         size = wire.payload_bytes(rows, width)
-        algorithm = choice.algorithm(size)
-        bounds = choice.bounds(rows, size) if in_parts else [(0, rows)]
+        algorithm = self.choice.algorithm(size)
+        bounds = self.choice.bounds(rows, size) if in_parts and rows > 1 else ()
+        if len(bounds) < 2:
+            data = source(0, rows)
+            with self._spans.span("exchange"):
+                self._publish(layer, rows, width, wire, digest, data, algorithm)
+                overlap()
+                self._collect(out, out_dtype, layer)
+            return
         at = [start * width * out_dtype.itemsize for start, _ in bounds]
         for part, (start, stop) in enumerate(bounds):
             data = source(start, stop)
@@ -108,11 +115,10 @@ class Rounds:
                 if part >= WINDOW:
                     self._collect(out, out_dtype, layer, at[part - WINDOW])
                 self._publish(layer, stop - start, width, wire, digest, data, algorithm, part)
-                if part < len(bounds) - 1:
-                    continue
-                overlap()
-                for offset in at[-WINDOW:]:
-                    self._collect(out, out_dtype, layer, offset)
+        with self._spans.span("exchange"):
+            overlap()
+            for offset in at[-WINDOW:]:
+                self._collect(out, out_dtype, layer, offset)
 
     def _publish(
         self,
