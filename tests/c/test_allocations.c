@@ -69,21 +69,17 @@ void __wrap_free(void *data) {
 static rig_node nodes[3];
 
 static void exchange(uint32_t step) {
-  static float data[RIG_MAX_BYTES / 4], sum[RIG_MAX_BYTES / 4];
+  static float data[RIG_MAX_BYTES / 4], sums[3][RIG_MAX_BYTES / 4];
   zmoe_fault fault;
   uint32_t width = step % 2 ? RIG_MAX_BYTES / 4 : 16; /* both size classes */
+  zmoe_call call = rig_call(step, 0, 1, width, (zmoe_dtype)(step / 4 % 4));
+  call.algorithm = (zmoe_algorithm)(step / 2 % 2);
   for (int r = 0; r < 3; r++)
-    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, data, ZMOE_F32, step, 0, 1, width, ZMOE_F32, 0,
-                                      RIG_PATIENCE_US, &fault),
+    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, &call, data, ZMOE_F32, RIG_PATIENCE_US, &fault),
                 ZMOE_OK);
-  for (int r = 0; r < 3; r++) {
-    int rc;
-    do
-      rc = zmoe_exchange_collect(nodes[r].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault);
-    while (rc == ZMOE_EINTR);
-    CHECK_EQUAL(rc, ZMOE_OK);
+  rig_collect_all(nodes, 3, (float *[]){sums[0], sums[1], sums[2]});
+  for (int r = 0; r < 3; r++)
     CHECK_EQUAL(zmoe_exchange_service(nodes[r].ex, &fault), ZMOE_OK);
-  }
 }
 
 static void test_none_between_exchanges(void) {

@@ -66,6 +66,14 @@ def test_json_is_one_object_with_the_documented_fields(commands: Commands) -> No
     assert min(found["prompt_tps"], found["generation_tps"], found["load_seconds"]) > 0
 
 
+def test_partial_sums_may_travel_in_8_bits(commands: Commands) -> None:
+    done = commands.run("--nodes", 3, "--wire-dtype", "q8", "--json", *GREEDY, PROMPT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["generation_tokens"] == 48
+    assert len(re.findall(r"[A-Za-z]{2,}", found["text"])) > 10
+
+
 def test_stats_go_to_standard_error(commands: Commands, alone: str) -> None:
     done = commands.run("--nodes", 2, "--stats", *GREEDY, PROMPT)
     assert done.stdout == alone

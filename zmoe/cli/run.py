@@ -17,6 +17,7 @@ from zmoe.config import (
     COMPUTES,
     DEFAULT_MODEL,
     SCHEDULES,
+    WIRE_DTYPES,
     EngineConfig,
     Sampling,
     Timing,
@@ -96,6 +97,12 @@ def _add_cluster(parser: Parser) -> None:
     add("--python", help="interpreter on the other hosts (default: the path of this one)")
     add("--cwd", help="working directory on the other hosts")
     add("--env", action="append", default=[], metavar="K=V", help="set on the other hosts")
+    add(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        default=EngineConfig().wire_dtype,
+        help="of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links",
+    )
     add("--join-timeout", type=float, default=times.join, help="seconds for nodes to come up")
     add("--load-timeout", type=float, default=times.load, help="seconds for loading")
     add("--peer-timeout", type=float, default=times.peer, help="seconds to wait for a busy peer")
@@ -132,6 +139,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             options.max_kv_size,
             options.compute,
             options.activations,
+            options.wire_dtype,
             options.schedule,
         ),
     )

@@ -22,11 +22,9 @@ from zmoe.engine.engine import Engine
 from zmoe.errors import InputError, MismatchError
 from zmoe.models import LoadedShard, load_experts, load_shard
 from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, owners_of, serve_step
-from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
+from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Member:
@@ -41,6 +39,11 @@ class Member:
         config: EngineConfig,
         timing: Timing,
     ) -> None:
+        if config.wire_dtype == "f16" and info.dtype != "float16":
+            raise InputError(
+                f"--wire-dtype is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
+                "(65504 is its largest): take bf16, f32 or q8"
+            )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement = place_evenly(info, nodes)
         self.spans = Spans()
@@ -65,11 +68,12 @@ class Member:
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
         info, chunk = self.info, self._config.prefill_chunk
-        row_bytes = info.exchange_width * DTYPE_BYTES[info.dtype]
+        wire_dtype, width = self._config.wire_dtype, info.exchange_width
+        row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
         make: Callable[..., Exchange] = Exchange
         if self._is_central:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
-            row_bytes = info.exchange_width * 4 + info.top_k * PAIR_BYTES
+            row_bytes = width * 4 + info.top_k * PAIR_BYTES
             pairs = chunk * info.top_k  # and as many rows, where each pair has its own
             make = partial(
                 CentralExchange,
@@ -87,6 +91,7 @@ class Member:
             deadline_s=self._timing.peer,
             grace_s=self._timing.grace,
             spans=self.spans,
+            wire_dtype=wire_dtype,
         )
         return self.exchange.endpoint
 
@@ -95,9 +100,10 @@ class Member:
         return self._config.schedule == "centralized"
 
     def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
-        """Link up with every peer, calling `tick` now and then."""
+        """Link up with every peer, calling `tick` now and then; measure what the links do."""
         assert self.exchange is not None
         self.exchange.connect(endpoints, self._timing.join, tick)
+        self.exchange.calibrate()
         self._connected = True
 
     def service(self) -> None:
@@ -111,8 +117,9 @@ class Member:
             return self.load(progress)[1]
         start = time.perf_counter()
         self._prepare()
+        assert self.exchange is not None
         held = load_experts(
-            self.info, self.placement, self.rank, progress=progress, team=self._team
+            self.info, self.placement, self.exchange, progress=progress, team=self._team
         )
         self._held = held.layers
         return time.perf_counter() - start

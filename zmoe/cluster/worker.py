@@ -117,6 +117,7 @@ class Worker:
             setup.max_kv_size,
             setup.compute,
             setup.activations,
+            setup.wire_dtype,
             setup.schedule,
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)

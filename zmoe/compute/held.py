@@ -13,7 +13,7 @@ from zmoe.compute.experts import NativeExperts
 from zmoe.moe.central import Received
 from zmoe.moe.experts import Experts, MlxExperts, combine
 from zmoe.moe.receive import DTYPES
-from zmoe.moe.router import Floats, Ints, LocalPairs, Ownership
+from zmoe.moe.router import Floats, Ints
 from zmoe.native import ffi
 
 _MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
@@ -35,7 +35,8 @@ class HeldExperts:
         dtype: mx.Dtype,
     ) -> None:
         """`native` are those of `switch` on the kernels; None: MLX computes."""
-        self.local: Ints = Ownership(experts, owned).local
+        self.local: Ints = np.full(experts, -1, np.int32)
+        self.local[list(owned)] = np.arange(len(owned))
         self.dtype = dtype
         self._native = native if native is not None and native.is_fused and hook is None else None
         self._experts: Experts = native or MlxExperts(switch)

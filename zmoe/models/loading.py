@@ -86,7 +86,8 @@ def load_shard(
     if team is not None:
         make_native(model, team, share.mapped, head)
     sizes = share.sizes([model])
-    layers = [Layer(m, info.experts, ids, dtype, reducer, spans) for m, ids in enumerate(owned)]
+    summed = reducer.sum_dtype(dtype)
+    layers = [Layer(m, info.experts, ids, summed, reducer, spans) for m, ids in enumerate(owned)]
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
     if team is not None and fuse:
@@ -109,16 +110,16 @@ class LoadedExperts:
 def load_experts(
     info: ModelInfo,
     placement: Placement,
-    rank: int,
+    reducer: Reducer,
     *,
     progress: Progress | None = None,
     team: Team | None = None,
 ) -> LoadedExperts:
-    """Load the experts that `placement` gives `rank`, without any dense weight.
+    """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
 
     The same as load_shard otherwise.
     """
-    owned = _owned(info, placement, rank)
+    owned = _owned(info, placement, reducer.rank)
     share = _take_share(info, owned, team, progress, dense=False)
     experts = _native_experts(share, info, team)
     sizes = share.sizes([site.switch for site in share.sites])
@@ -129,7 +130,7 @@ def load_experts(
             site.switch,
             experts.get(site.path),
             bound_hook(site.adapter, site.switch),
-            DTYPES[info.dtype],
+            reducer.sum_dtype(DTYPES[info.dtype]),
         )
         for site, ids in zip(share.sites, owned, strict=True)
     )
@@ -253,10 +254,10 @@ def _to_map(model: Module, untouched: dict[str, Place], dense: bool) -> dict[str
             prefix = f"{site.path}.{site.switch_path}"
             paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
     found = {}
-    for path, of_experts in paths.items():
+    for path, is_switch in paths.items():
         names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
         parts = {part: untouched[name] for part, name in names.items() if name in untouched}
-        if of_experts:
+        if is_switch:
             parts = {part: place.taken_apart() for part, place in parts.items()}
         present = {part for part, name in names.items() if _has(model, name)}
         if parts.keys() == present and all(place.can_be_mapped for place in parts.values()):

@@ -58,10 +58,10 @@ def check_share(
     """Compare with their checksums the ranges that a node loads of files that changed
     after the manifest was written; raise ModelError for the first that differs.
 
-    `owned` are the node's experts by layer; with `dense` it loads the rest too. A file's inode tells when it changed,
-    as nobody can set that time; so a store that stays as it was costs nothing
-    here, and one that was copied is hashed until `verify` has seen it. Returns
-    lines for the user.
+    `owned` are the node's experts by layer; without `dense` it loads nothing else.
+    A file's inode tells when it changed, as nobody can set that time; so a store
+    that stays as it was costs nothing here, and one that was copied is hashed until
+    `verify` has seen it. Returns lines for the user.
     """
     manifest = read_manifest(folder)
     if manifest is None:

@@ -38,6 +38,10 @@ def _on_host(ids: mx.array) -> Ints:
     return np.asarray(ids)
 
 
+def _between(rows: mx.array, start: int, stop: int) -> mx.array:
+    return rows if stop - start == rows.shape[0] else rows[start:stop]
+
+
 class ExpertParallelMoE(Module):
     """Routes as `block` would, computes the local experts, sums over the nodes.
 
@@ -70,7 +74,7 @@ class ExpertParallelMoE(Module):
         host_weights = np.asarray(weights)
         # The order within a row may differ between devices; the set may not.
         digest = routing_digest(np.sort(host_ids, axis=-1))
-        layer.reducer.scatter(
+        layer.reducer.dispatch(
             layer.ordinal, rows, rows.dtype, host_ids, host_weights, layer.dtype, digest
         )
         shared: list[mx.array | None] = []
@@ -80,9 +84,15 @@ class ExpertParallelMoE(Module):
             if shared[0] is not None:
                 mx.async_eval(shared[0])
 
+        pairs = self._ownership.pairs(host_ids)
+
+        def partial(start: int, stop: int) -> mx.array | None:
+            own = pairs.within(start, stop)
+            return self._partial(_between(rows, start, stop), own, host_weights[start:stop])
+
         routed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._partial(rows, self._ownership.pairs(host_ids), host_weights),
+            partial,
             (rows.shape[0], width),
             layer.dtype,
             digest,
@@ -126,9 +136,9 @@ class ExpertParallelSwitch(Module):
         ids = indices.reshape(-1, k).astype(mx.int32)
         mx.eval(rows, ids)
         host_ids = _on_host(ids)
-        digest = routing_digest(host_ids)
+        pairs, digest = self._ownership.pairs(host_ids), routing_digest(host_ids)
         # Every chosen expert's output is a row of its own, of one expert at weight 1.
-        layer.reducer.scatter(
+        layer.reducer.dispatch(
             layer.ordinal,
             mx.repeat(rows, k, axis=0),
             rows.dtype,
@@ -139,21 +149,27 @@ class ExpertParallelSwitch(Module):
         )
         summed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._outputs(rows, k, self._ownership.pairs(host_ids)),
+            lambda start, stop: self._outputs(rows, pairs, k, start, stop),
             (rows.shape[0] * k, width),
             layer.dtype,
             digest,
         )
         return summed.reshape(*indices.shape, width).astype(x.dtype)
 
-    def _outputs(self, rows: mx.array, k: int, pairs: LocalPairs) -> mx.array | None:
-        """(rows * k, width): the local pairs' outputs in their places, else zeros."""
-        if not len(pairs.rows):
+    def _outputs(
+        self, rows: mx.array, pairs: LocalPairs, k: int, start: int, stop: int
+    ) -> mx.array | None:
+        """Of the (rows * k, width) outputs, [start, stop): the local pairs' own, else zeros."""
+        places = pairs.rows * k + pairs.slots
+        begin, end = np.searchsorted(places, (start, stop))
+        if begin == end:
             return None
+        own = slice(begin, end)
+        mine = LocalPairs(pairs.rows[own], pairs.slots[own], pairs.experts[own])
         with self._layer.spans.span("experts"):
-            y = self._experts.outputs(rows, pairs).astype(self._layer.dtype)
-            place = np.full(rows.shape[0] * k, len(pairs.rows), np.int32)
-            place[pairs.rows * k + pairs.slots] = np.arange(len(pairs.rows))
+            y = self._experts.outputs(rows, mine).astype(self._layer.dtype)
+            place = np.full(stop - start, end - begin, np.int32)
+            place[places[own] - start] = np.arange(end - begin)
             padded = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])
             part = padded[mx.array(place)]
             mx.eval(part)

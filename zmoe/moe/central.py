@@ -1,6 +1,6 @@
-"""The centralised schedule: the leader scatters rows, workers with experts only answer.
+"""The centralised schedule: the leader dispatches rows, workers with experts only answer.
 
-The leader is a Reducer as in the decentralised one: `scatter` tells each worker
+The leader is a Reducer as in the decentralised one: `dispatch` tells each worker
 its rows and pairs, `all_reduce` adds its own partial sums and the workers'. A
 worker runs no model, only `serve_step`.
 """
@@ -18,6 +18,7 @@ from zmoe.errors import InputError
 from zmoe.moe.allreduce import Exchange
 from zmoe.moe.native_exchange import Received
 from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.rounds import Source
 from zmoe.moe.router import Floats, Ints
 from zmoe.native import Dtype, Status
 from zmoe.obs import Spans
@@ -66,13 +67,16 @@ class CentralExchange(Exchange):
         self, rank: int, nodes: int, *, owners: Owners, max_rows: int, max_pairs: int, **others: Any
     ) -> None:
         """`max_rows`, `max_pairs` of one layer and step; `others` are Exchange's."""
-        super().__init__(rank, nodes, max_rows=max_rows, **others)
+        super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         self._owners = owners
         self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
+    def calibrate(self) -> None:
+        """Nothing: there is one algorithm."""
+
     # ---- leader ------------------------------------------------------------------
 
-    def scatter(
+    def dispatch(
         self,
         layer: int,
         x: Any,
@@ -87,22 +91,23 @@ class CentralExchange(Exchange):
             rows, width = x.shape
             if isinstance(x, mx.array):
                 x, _ = ReceiveBuffers.source(x, x.size)
-            status = self.native.scatter(
+            status = self.native.dispatch(
                 x,
                 DTYPES[x_dtype],
-                (rows, width),
                 np.ascontiguousarray(ids),
                 np.ascontiguousarray(weights),
-                np.ascontiguousarray(self._owners(layer, ids)),
-                DTYPES[dtype],
+                self._owners(layer, ids),
                 self.step,
                 layer,
+                width,
+                DTYPES[dtype] if self.wire is None else self.wire,
                 digest,
                 self._deadline_s,
             )
         if status == Status.INVALID:
             raise InputError(
-                f"{rows} rows of {width} {x_dtype} at layer {layer} do not fit the exchange's buffers"
+                f"{rows} rows of {width} {x_dtype} do not fit the exchange's {self._max_bytes} "
+                f"bytes, or layer {layer}, step {self.step} does not come after the last one"
             )
         if status != Status.OK:
             self._fail(status, layer)
@@ -122,12 +127,12 @@ class CentralExchange(Exchange):
 
     def reply(self, layer: int, received: Received, partial: Any, dtype: mx.Dtype) -> None:
         """Answer with `partial`, for which there were rows (None: there were none)."""
-        source, source_dtype = partial, Dtype.F32
+        source: Source = (partial, Dtype.F32)
         if isinstance(partial, mx.array):
-            source, source_dtype = ReceiveBuffers.source(partial, partial.size)
-        rows, width = received.rows, received.width
-        wire, digest = DTYPES[dtype], received.digest
-        self._publish(source, source_dtype, layer, rows, width, wire, digest)
+            source = ReceiveBuffers.source(partial, partial.size)
+        wire = DTYPES[dtype] if self.wire is None else self.wire
+        rows, width, digest = received.rows, received.width, received.digest
+        self._publish(layer, rows, width, wire, digest, source)
 
 
 def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) -> None:

@@ -25,10 +25,10 @@ _MOST_VIEWS = 256
 
 
 class _Buffer:
-    """One allocation of `max_bytes` and its evaluated views, by shape."""
+    """One allocation of `elements` and its evaluated views, by shape."""
 
-    def __init__(self, dtype: mx.Dtype, max_bytes: int) -> None:
-        self._whole = mx.zeros((max(1, max_bytes // dtype.size),), dtype)
+    def __init__(self, dtype: mx.Dtype, elements: int) -> None:
+        self._whole = mx.zeros((max(1, elements),), dtype)
         mx.eval(self._whole)
         self.target = Receive(self._whole)
         self._views: dict[tuple[int, int], mx.array] = {}
@@ -48,10 +48,14 @@ class _Buffer:
 
 
 class ReceiveBuffers:
-    """Two buffers for each dtype in use, taken in turn."""
+    """Two buffers for each dtype in use, taken in turn.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    Each holds the largest sum whose partials take `max_bytes` in `wire`; None: in
+    the dtype of the sum.
+    """
+
+    def __init__(self, max_bytes: int, wire: Dtype | None = None) -> None:
+        self._max_bytes, self._wire = max_bytes, wire
         self._pairs: dict[mx.Dtype, tuple[_Buffer, _Buffer]] = {}
         self._parity = 0
 
@@ -67,7 +71,9 @@ class ReceiveBuffers:
     def _buffer(self, dtype: mx.Dtype) -> _Buffer:
         pair = self._pairs.get(dtype)
         if pair is None:
-            pair = (_Buffer(dtype, self._max_bytes), _Buffer(dtype, self._max_bytes))
+            wire = DTYPES[dtype] if self._wire is None else self._wire
+            elements = wire.most_elements(self._max_bytes)
+            pair = (_Buffer(dtype, elements), _Buffer(dtype, elements))
             self._pairs[dtype] = pair
         return pair[self._parity]
 

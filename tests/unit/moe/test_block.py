@@ -17,7 +17,7 @@ from zmoe.models.discover import ADAPTERS, find_sites, projections
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
 from zmoe.obs import Spans
-from zmoe.types import nothing
+from zmoe.types import Partial, nothing
 
 DIM = 64
 
@@ -32,24 +32,25 @@ class Recorder:
         self.partials: list[mx.array | None] = []
         self.events: list[str] = []
 
-    def scatter(self, *given: object) -> None:
+    def dispatch(self, *given: object) -> None:
         pass
 
     def all_reduce(
         self,
         layer: int,
-        partial: mx.array | None,
+        partial: Partial[mx.array],
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         self.digests.append(digest)
-        self.partials.append(partial)
+        mine = partial(0, shape[0]) if callable(partial) else partial
+        self.partials.append(mine)
         self.events.append("exchange begins")
         overlap()
         self.events.append("exchange ends")
-        return mx.zeros(shape, dtype) if partial is None else partial
+        return mx.zeros(shape, dtype) if mine is None else mine
 
 
 def site_of(family: str, dtype: mx.Dtype = mx.float32) -> Any:
