@@ -30,6 +30,7 @@ typedef struct rig_options {
   uint32_t nodes;
   uint64_t puppets;
   uint32_t spin_us, resend_ms, grace_ms;
+  uint32_t dispatch_rows; /* 0: decentralised */
 } rig_options;
 
 /* An exchange of whole partials, digest 0. */

@@ -95,6 +95,49 @@ static void test_none_between_exchanges(void) {
   CHECK(calls > 0); /* and so does their removal */
 }
 
+/* Rank 0 leads; it and each worker have an expert. */
+static void central_exchange(uint32_t step) {
+  enum { MAX_ROWS = 64, WIDTH = 64, PAIRS = 3 * MAX_ROWS };
+  static float x[MAX_ROWS * WIDTH], sum[MAX_ROWS * WIDTH], weights[PAIRS], got_weights[PAIRS];
+  static int32_t ids[PAIRS], got_rows[PAIRS], got_experts[PAIRS];
+  static uint64_t ranks[PAIRS];
+  static const int32_t local[3] = {0, 0, 0};
+  zmoe_fault fault;
+  zmoe_call call = rig_call(step, 0, step % 2 ? MAX_ROWS : 1, WIDTH, ZMOE_F32);
+  for (uint32_t p = 0; p < PAIRS; p++)
+    ids[p] = (int32_t)(p % 3), ranks[p] = UINT64_C(1) << p % 3;
+  zmoe_routed routed = {x, ids, weights, ranks, 3, ZMOE_F32};
+  CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, RIG_PATIENCE_US, &fault),
+              ZMOE_OK);
+  for (uint32_t r = 0; r < 3; r++) {
+    zmoe_received got = {sum,   got_rows, got_experts, got_weights, sizeof sum, PAIRS, 3,
+                         local, 0,        0,           0,           ZMOE_F32,   0};
+    int rc = ZMOE_OK;
+    do
+      if (r > 0)
+        rc = zmoe_exchange_receive(nodes[r].ex, &got, step, 0, RIG_PATIENCE_US, &fault);
+    while (rc == ZMOE_EINTR);
+    CHECK_EQUAL(rc, ZMOE_OK);
+    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, &call, sum, ZMOE_F32, RIG_PATIENCE_US, &fault),
+                ZMOE_OK);
+  }
+  int rc;
+  do
+    rc = zmoe_exchange_collect(nodes[0].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault);
+  while (rc == ZMOE_EINTR);
+  CHECK_EQUAL(rc, ZMOE_OK);
+}
+
+static void test_none_in_centralised_exchanges(void) {
+  rig_open(nodes, (rig_options){.nodes = 3, .resend_ms = 1, .grace_ms = 1000, .dispatch_rows = 64});
+  calls = 0;
+  for (uint32_t step = 0; step < 200; step++)
+    central_exchange(step);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 1), ZMOE_OK);
+  CHECK_EQUAL(calls, 0);
+  rig_close(nodes, 3);
+}
+
 /* All formats at once, few rows and many. */
 static void test_none_in_products(void) {
   static unsigned char data[64 * 64 * 4], scales[64 * 64];
@@ -150,6 +193,7 @@ static void test_none_in_products(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"no allocator call between exchanges", test_none_between_exchanges},
+      {"nor in centralised ones", test_none_in_centralised_exchanges},
       {"nor in products", test_none_in_products},
   };
   rig_start(argc, argv);
