@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.moe.test_exchange import together
 from zmoe.errors import DivergenceError
-from zmoe.moe.choice import LARGE_BYTES, SMALL_BYTES
+from zmoe.moe.choice import LARGE_BYTES, SMALL_BYTES, Choice
 from zmoe.moe.exchange import Exchange, SingleNode, local_group
 from zmoe.native import Algorithm, Dtype
 
@@ -227,11 +227,19 @@ def test_what_is_not_finite_shows(algorithm: str, bad: float) -> None:
 # ---- who must agree -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"algorithm": "scatter"}, {"parts": 2}, {"wire_dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"choice": Choice(2, "direct", parts=1)},
+        {"choice": Choice(2, "scatter", parts=2)},
+        {"wire": Dtype.BF16},
+    ],
+    ids=["algorithm", "parts", "dtype"],
+)
 def test_ranks_that_choose_differently(other: dict[str, Any]) -> None:
-    group = local_group(2, max_payload_bytes=1 << 16, algorithm="direct", parts=1)
-    odd = local_group(2, max_payload_bytes=1 << 16, **{"algorithm": "direct", "parts": 1, **other})
-    group[1].choice, group[1].wire = odd[1].choice, odd[1].wire
+    group = local_group(2, max_payload_bytes=1 << 16, algorithm="scatter", parts=1)
+    for name, value in other.items():
+        setattr(group[1], name, value)
     data = np.ones((8, 64), np.float32)
     results = together(
         [
@@ -242,7 +250,7 @@ def test_ranks_that_choose_differently(other: dict[str, Any]) -> None:
         ]
     )
     assert all(isinstance(result, DivergenceError) for result in results)
-    close([*group, *odd])
+    close(group)
 
 
 def test_calibration_is_agreed() -> None:

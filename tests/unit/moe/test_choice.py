@@ -33,13 +33,16 @@ def test_measuring_takes_the_median_of_both() -> None:
         late = 1e6 if asked.count((size, algorithm)) in (1, 4) else 0.0  # a first one, and one more
         return late + (100 if algorithm is Algorithm.SCATTER else 50) + size / 1000
 
-    found = measure(exchange_us, 1 << 30)
+    found = measure(exchange_us, 1 << 30, True)
     assert found is not None
     direct, scatter = found
     assert direct.start == pytest.approx(50) and direct.per_byte == pytest.approx(1e-3)
     assert scatter.start == pytest.approx(100)
     assert {size for size, _ in asked} == {SMALL_BYTES, LARGE_BYTES}
-    assert measure(exchange_us, SMALL_BYTES) is None
+    asked.clear()
+    assert measure(exchange_us, 1 << 30, False) == (direct, direct)
+    assert {algorithm for _, algorithm in asked} == {Algorithm.DIRECT}
+    assert measure(exchange_us, SMALL_BYTES, True) is None
 
 
 def test_what_is_chosen() -> None:
@@ -55,7 +58,7 @@ def test_what_is_chosen() -> None:
     assert auto.bounds(63, 1 << 20) == [(0, 63)]
     pair = Choice(2)
     pair.learn(Line(50, 0.003), Line(150, 0.002))
-    assert pair.algorithm(1 << 30) is Algorithm.DIRECT
+    assert pair.algorithm(1 << 30) is Algorithm.DIRECT and not pair.may_scatter
     fixed = Choice(4, "scatter", parts=3)
     fixed.learn(Line(50, 0.003), Line(150, 0.003))
     assert fixed.algorithm(512) is Algorithm.SCATTER
