@@ -25,7 +25,7 @@
  * them.
  *
  * Hence the slots.  Partials: 2 W held, one being filled, one in libzmq's hands.
- * Sums: the same number, each of a chunk.  A slot for the sum is taken when the
+ * Sums, where scatter is announced: as many, each of a chunk.  One is taken when the
  * partial is published, so that adding up never waits for one.
  *
  * PUB/SUB drops silently, and a DEALER whose link is down takes nothing.  A frame
@@ -65,7 +65,7 @@ static int config_is_valid(const zmoe_exchange_config *config) {
 /* The leader: a frame for each worker, its own partial, and one in libzmq's hands;
  * a worker: see above, for a window of one. */
 static int create_central_pool(zmoe_exchange *ex, size_t small_bytes) {
-  uint32_t large = ex->role == ZMOE_LEADER ? ex->nodes + 1 : 4;
+  uint32_t large = ex->role == ZMOE_LEADER ? ex->nodes + 1 : 3;
   uint32_t small = ex->role == ZMOE_LEADER ? 2 * ex->nodes + SMALL_SLOTS : SMALL_SLOTS;
   int both = small_bytes < ex->max_payload_bytes;
   zmoe_pool_class classes[2] = {{small_bytes, small}, {ex->max_payload_bytes, large}};
@@ -75,11 +75,12 @@ static int create_central_pool(zmoe_exchange *ex, size_t small_bytes) {
 static int create_pool(zmoe_exchange *ex, size_t small_bytes) {
   if (ex->role != ZMOE_PEER)
     return create_central_pool(ex, small_bytes);
-  size_t large_bytes = zmoe_scatter_slot_bytes(ex->max_payload_bytes, ex->nodes);
-  size_t sum_bytes = zmoe_chunk_most(ex->max_payload_bytes, ex->nodes);
+  uint32_t chunks = ex->scatter ? ex->nodes : 1;
+  size_t large_bytes = zmoe_scatter_slot_bytes(ex->max_payload_bytes, chunks);
+  size_t sum_bytes = zmoe_chunk_most(ex->max_payload_bytes, chunks);
   zmoe_pool_class classes[3] = {{small_bytes, SMALL_SLOTS}};
   uint32_t n = small_bytes < large_bytes;
-  if (sum_bytes > small_bytes && sum_bytes < large_bytes)
+  if (ex->scatter && sum_bytes > small_bytes && sum_bytes < large_bytes)
     classes[n++] = (zmoe_pool_class){sum_bytes, LARGE_SLOTS};
   classes[n++] = (zmoe_pool_class){large_bytes, LARGE_SLOTS};
   return zmoe_pool_create(classes, n, SLOT_ALIGNMENT, &ex->pool);
@@ -140,6 +141,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->nodes = config->nodes;
   ex->session = config->session;
   ex->max_payload_bytes = config->max_payload_bytes;
+  ex->scatter = config->scatter;
   ex->spin_us = config->spin_us;
   ex->resend_ms = config->resend_ms;
   ex->grace_ms = config->grace_ms;

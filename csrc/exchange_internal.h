@@ -74,6 +74,7 @@ struct zmoe_exchange {
   zmoe_role role;
   uint64_t session, everyone; /* bit mask of the peers */
   size_t max_payload_bytes;
+  int scatter; /* there are slots for it */
   uint32_t spin_us, resend_ms, grace_ms;
   uint32_t spin_misses, spin_skip; /* spins in vain, and how many to leave out */
   zmoe_isa isa;

@@ -99,7 +99,8 @@ static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, zmoe_fault *fault
 
 int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
-  if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX || call->algorithm > ZMOE_SCATTER)
+  if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX ||
+      call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
     return ZMOE_EINVAL;
   *out = (zmoe_header){
       .kind = ZMOE_KIND_PARTIAL,

@@ -178,6 +178,7 @@ typedef struct zmoe_exchange_config {
   uint64_t session;
   size_t max_payload_bytes;   /* of one frame */
   size_t small_payload_bytes; /* of one decode frame: its own size class */
+  int scatter;                /* 1 when ZMOE_SCATTER may be asked for, which takes more slots */
   /* Sockets, created, bound and connected by the caller, used from here on by
    * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this
    * session is sent anything.  dealers[r] (routing id: our presence) and

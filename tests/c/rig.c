@@ -150,6 +150,7 @@ static void create(rig_node *node, const rig_options *options) {
       .session = RIG_SESSION,
       .max_payload_bytes = RIG_MAX_BYTES,
       .small_payload_bytes = RIG_SMALL_BYTES,
+      .scatter = 1,
       .xpub = node->xpub,
       .sub = node->sub,
       .router = node->router,

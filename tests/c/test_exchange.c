@@ -112,6 +112,8 @@ static void test_64_nodes(void) {
   uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
   while (zmoe_exchange_subscribers(nodes[0].ex) != (~UINT64_C(1) & ~UINT64_C(2)))
     CHECK(rig_now_us() < until_us); /* rank 1 had made itself known to the first exchange */
+  zmoe_call scatter = {.rows = 1, .width = 4, .algorithm = ZMOE_SCATTER};
+  CHECK_EQUAL(rig_node_send(&nodes[0], &scatter, NULL), ZMOE_EINVAL); /* it was not announced */
   CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 0.5f), ZMOE_OK);
   for (uint32_t r = 1; r < ZMOE_MAX_NODES; r++) {
     nodes[1].rank = r;

@@ -113,6 +113,7 @@ class Exchange(Rounds):
             session=self._session,
             max_payload_bytes=self._max_bytes,
             small_payload_bytes=self._small_bytes,
+            scatter=self.choice.may_scatter,
             xpub=sockets.xpub.underlying,
             sub=sockets.sub.underlying,
             router=sockets.router.underlying,

@@ -66,8 +66,10 @@ class Choice:
     def __init__(self, nodes: int, algorithm: str = "auto", parts: int = 0) -> None:
         if algorithm not in ALGORITHMS:
             raise InputError(f"algorithm is {algorithm}: expected {' or '.join(ALGORITHMS)}")
-        self._nodes, self._auto, self._parts = nodes, algorithm == "auto", parts
+        # Among two, scatter moves as many bytes in more messages.
+        self._auto, self._parts = algorithm == "auto" and nodes > 2, parts
         self.scatter_from: float = _FEWEST_BYTES * nodes if algorithm == "scatter" else math.inf
+        self.may_scatter = self._auto or algorithm == "scatter"
         self._lines: tuple[Line, Line] | None = None
 
     def algorithm(self, size: int) -> Algorithm:
@@ -77,8 +79,7 @@ class Choice:
     def learn(self, direct: Line, scatter: Line) -> None:
         """Go by these figures, which are rank 0's."""
         self._lines = (direct, scatter)
-        # Among two, scatter moves as many bytes in more messages.
-        if self._auto and self._nodes > 2:
+        if self._auto:
             self.scatter_from = crossover(direct, scatter)
 
     def bounds(self, rows: int, size: int) -> list[tuple[int, int]]:
@@ -93,9 +94,9 @@ class Choice:
 
 
 def measure(
-    exchange_us: Callable[[int, Algorithm], float], max_bytes: int
+    exchange_us: Callable[[int, Algorithm], float], max_bytes: int, may_scatter: bool
 ) -> tuple[Line, Line] | None:
-    """The lines of direct and of scatter.
+    """The lines of direct and of scatter; where that may not be, direct's twice.
 
     `exchange_us(bytes, algorithm)` runs one exchange, on all ranks alike. None where
     payloads are so small that there is nothing to choose.
@@ -112,5 +113,5 @@ def measure(
             for size in sizes
         ]
 
-    direct, scatter = (line_through(*points(algorithm)) for algorithm in Algorithm)
-    return direct, scatter
+    direct = line_through(*points(Algorithm.DIRECT))
+    return direct, line_through(*points(Algorithm.SCATTER)) if may_scatter else direct

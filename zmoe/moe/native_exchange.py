@@ -123,6 +123,7 @@ class NativeExchange:
         session: int,
         max_payload_bytes: int,
         small_payload_bytes: int,
+        scatter: bool,
         xpub: int,
         sub: int,
         router: int,
@@ -138,7 +139,7 @@ class NativeExchange:
         config = ffi.new("zmoe_exchange_config *")
         config.rank, config.nodes, config.session = rank, nodes, session
         config.max_payload_bytes = max_payload_bytes
-        config.small_payload_bytes = small_payload_bytes
+        config.small_payload_bytes, config.scatter = small_payload_bytes, scatter
         config.xpub = ffi.cast("void *", xpub)
         config.sub = ffi.cast("void *", sub)
         config.router = ffi.cast("void *", router)

@@ -72,7 +72,7 @@ class Rounds:
             run(data, kind)
             return 1e6 * (time.perf_counter() - start)
 
-        lines = measure(exchange_us, self._max_bytes)
+        lines = measure(exchange_us, self._max_bytes, self.choice.may_scatter)
         if lines is not None:
             mine = np.array([[line.start, line.per_byte] for line in lines], np.float32)
             run(mine.ravel(), Algorithm.DIRECT, silent=self.rank != 0)
