@@ -68,6 +68,8 @@ class CentralExchange(Exchange):
     ) -> None:
         """`max_rows`, `max_pairs` of one layer and step; `others` are Exchange's."""
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
+        if rank > 0:  # it waits for the leader, who may wait as long for another
+            self._deadline_s *= 2
         self._owners = owners
         self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
