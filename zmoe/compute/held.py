@@ -10,9 +10,9 @@ import numpy as np
 
 from zmoe.compute.arrays import as_array
 from zmoe.compute.experts import NativeExperts
-from zmoe.moe.central import Received
 from zmoe.moe.experts import Experts, MlxExperts, combine
 from zmoe.moe.receive import DTYPES
+from zmoe.moe.received import Received
 from zmoe.moe.router import Floats, Ints
 from zmoe.native import ffi
 

@@ -13,7 +13,6 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from zmoe.compute.experts import NativeExperts, can_be_native, switch_layers
-from zmoe.compute.held import HeldExperts
 from zmoe.compute.linear import Head, Parts, make_native, may_be_mapped
 from zmoe.compute.team import Team
 from zmoe.errors import PlacementError
@@ -25,7 +24,6 @@ from zmoe.models.native import fuse_layers
 from zmoe.models.share import Piece, Reader, of_experts, placeholder, select
 from zmoe.models.usage import unused_names
 from zmoe.models.verification import check_share
-from zmoe.moe.adapter import bound_hook
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
 from zmoe.obs import Spans
@@ -77,12 +75,12 @@ def load_shard(
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
     """
-    owned = _owned(info, placement, reducer.rank)
-    share = _take_share(info, owned, team, progress)
+    owned = owned_by(info, placement, reducer.rank)
+    share = take_share(info, owned, team, progress)
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
-    experts = _native_experts(share, info, team)
+    experts = native_experts(share, info, team)
     if team is not None:
         make_native(model, team, share.mapped, head)
     sizes = share.sizes([model])
@@ -97,48 +95,7 @@ def load_shard(
 
 
 @dataclass(frozen=True)
-class LoadedExperts:
-    """A node's own experts of every MoE layer and nothing else; see LoadedShard."""
-
-    layers: tuple[HeldExperts, ...]
-    bytes_read: int
-    share_bytes: int
-    largest_tensor_bytes: int
-    notices: tuple[str, ...]
-
-
-def load_experts(
-    info: ModelInfo,
-    placement: Placement,
-    reducer: Reducer,
-    *,
-    progress: Progress | None = None,
-    team: Team | None = None,
-) -> LoadedExperts:
-    """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
-
-    The same as load_shard otherwise.
-    """
-    owned = _owned(info, placement, reducer.rank)
-    share = _take_share(info, owned, team, progress, dense=False)
-    experts = _native_experts(share, info, team)
-    sizes = share.sizes([site.switch for site in share.sites])
-    layers = tuple(
-        HeldExperts(
-            info.experts,
-            ids,
-            site.switch,
-            experts.get(site.path),
-            bound_hook(site.adapter, site.switch),
-            reducer.sum_dtype(DTYPES[info.dtype]),
-        )
-        for site, ids in zip(share.sites, owned, strict=True)
-    )
-    return LoadedExperts(layers, share.bytes_read, sum(sizes), max(sizes, default=0), share.notices)
-
-
-@dataclass(frozen=True)
-class _Share:
+class Share:
     """What a node holds of a checkpoint, put together; what is not mapped is not computed yet."""
 
     model: Module
@@ -154,13 +111,13 @@ class _Share:
         return sizes + [part.nbytes for parts in self.mapped.values() for part in parts.values()]
 
 
-def _take_share(
+def take_share(
     info: ModelInfo,
     owned: list[tuple[int, ...]],
     team: Team | None,
     progress: Progress | None,
     dense: bool = True,
-) -> _Share:
+) -> Share:
     """Read or map what a node needs; without `dense`, stand-ins take the other weights' places."""
     count = max(1, *(len(ids) for ids in owned))
     plan = _plan(info, owned, count, team is not None, dense)
@@ -175,10 +132,10 @@ def _take_share(
     mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
-    return _Share(model, config, sites, mapped, reader.bytes_read + mapping.bytes_read, checked)
+    return Share(model, config, sites, mapped, reader.bytes_read + mapping.bytes_read, checked)
 
 
-def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
+def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
     """Expert ids of `rank` per MoE layer, once the placement fits the model."""
     layers = len(info.moe_layers)
     if placement.experts != info.experts or len(placement.owned) != layers:
@@ -299,7 +256,7 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
     }
 
 
-def _native_experts(share: _Share, info: ModelInfo, team: Team | None) -> dict[str, NativeExperts]:
+def native_experts(share: Share, info: ModelInfo, team: Team | None) -> dict[str, NativeExperts]:
     """The experts that `team` can compute, by path of their block."""
     experts = {}
     for site in share.sites:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError
 from zmoe.moe.allreduce import Exchange
-from zmoe.moe.native_exchange import Received
 from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.received import Received
 from zmoe.moe.rounds import Source
 from zmoe.moe.router import Floats, Ints
 from zmoe.native import Dtype, Status

@@ -19,7 +19,7 @@ from zmoe.errors import ModelError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.discover import find_sites
 from zmoe.models.store import DENSE
-from zmoe.moe.native_exchange import Received
+from zmoe.moe.received import Received
 from zmoe.native import Dtype
 from zmoe.obs import Spans
 from zmoe.types import Placement

@@ -23,7 +23,7 @@ from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.discover import ADAPTERS
 from zmoe.moe.central import CentralExchange, Held, Owners, owners_of, serve_step
 from zmoe.moe.exchange import Exchange, local_group
-from zmoe.moe.native_exchange import Received
+from zmoe.moe.received import Received
 from zmoe.native import Dtype
 from zmoe.obs import Spans
 from zmoe.types import Placement
