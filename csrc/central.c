@@ -103,6 +103,13 @@ static int may_dispatch(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe
          zmoe_round_may_begin(ex, header);
 }
 
+/* Workers that waited long for us have asked for these rows: such requests are
+ * void, and would later look like those of a worker that has lost them. */
+static void drop_requests(zmoe_exchange *ex) {
+  for (uint32_t i = 0; i < ex->nodes && !zmoe_links_routed(ex, ZMQ_DONTWAIT); i++)
+    ;
+}
+
 int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
                            uint64_t deadline_us, zmoe_fault *fault) {
   zmoe_round made = {.partial = NULL};
@@ -117,6 +124,7 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
       zmoe_central_release(ex);
   }
   if (rc == ZMOE_OK) {
+    drop_requests(ex);
     zmoe_round_begin(ex, &made);
     for (uint32_t r = 1; r < ex->nodes; r++) /* what a broken link loses is asked for again */
       (void)zmoe_links_send_back(ex, r, &ex->peers[r].rows);

@@ -302,6 +302,37 @@ static void test_the_leader_sends_rows_again(void) {
   rig_close(nodes, NODES);
 }
 
+static void wait_readable(void *socket) {
+  enum { ZMQ_EVENTS = 15, ZMQ_POLLIN = 1 };
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  int events = 0;
+  do {
+    size_t bytes = sizeof events;
+    CHECK(rig_now_us() < until_us);
+    CHECK_EQUAL(zmoe_zmq.getsockopt(socket, ZMQ_EVENTS, &events, &bytes), 0);
+  } while (!(events & ZMQ_POLLIN));
+}
+
+/* A worker that asks while the leader is busy gets its rows once. */
+static void test_impatient_workers(void) {
+  leader_with(1, 1000);
+  zmoe_header request = rig_header(1, 0, 0);
+  request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+  answer_as(1, &request, 0);
+  wait_readable(nodes[0].router);
+  CHECK_EQUAL(dispatch(0, 0), ZMOE_OK);
+  uint64_t until_us = rig_now_us() + 5000; /* long after the rows were sent */
+  while (rig_now_us() < until_us)
+    ;
+  puppet_answers(1, 0, 0, 2);
+  puppet_answers(2, 0, 0, 4);
+  expect_sum(3, 5);
+  zmoe_exchange_stats stats;
+  zmoe_exchange_stats_get(nodes[0].ex, &stats);
+  CHECK(stats.resend_served == 0 && stats.resend_unknown == 1);
+  rig_close(nodes, NODES);
+}
+
 static void test_a_dead_worker_is_named(void) {
   leader_with(20, 30);
   float sum[8];
@@ -440,6 +471,7 @@ int main(int argc, char **argv) {
       {"a worker is sent what is its own", test_what_a_worker_is_sent},
       {"the leader asks for lost answers", test_the_leader_asks_for_lost_answers},
       {"and sends rows again", test_the_leader_sends_rows_again},
+      {"but not to those who asked too early", test_impatient_workers},
       {"a dead worker is named", test_a_dead_worker_is_named},
       {"a silent worker is named", test_a_silent_worker_is_named},
       {"an answer to something else", test_a_wrong_answer},
