@@ -83,7 +83,7 @@ static void exchange(uint32_t step) {
 }
 
 static void test_none_between_exchanges(void) {
-  CHECK_EQUAL(calls, 0);
+  calls = 0;
   rig_open(nodes, (rig_options){.nodes = 3, .resend_ms = 1, .grace_ms = 1000});
   CHECK(calls > 0); /* creation allocates: the counters work */
   calls = 0;
@@ -149,11 +149,11 @@ static void test_none_in_products(void) {
 
 int main(int argc, char **argv) {
   static const test_case tests[] = {
-      {"no allocator call between exchanges", test_none_between_exchanges},
-      {"nor in products", test_none_in_products},
+      {"no allocator call in products", test_none_in_products},
+      /* The last one: libzmq frees our slots some time after the sockets are closed. */
+      {"nor between exchanges", test_none_between_exchanges},
   };
   rig_start(argc, argv);
-  calls = 0;
   RUN(tests);
   rig_stop();
   return 0;
