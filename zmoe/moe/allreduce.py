@@ -19,7 +19,7 @@ import zmq
 from zmoe.errors import InputError, LaunchError
 from zmoe.moe.choice import Choice
 from zmoe.moe.native_exchange import NativeExchange, Receive
-from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.receive import DTYPES, ReceiveBuffers, wire_of
 from zmoe.moe.rounds import Rounds, Source
 from zmoe.moe.sockets import Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
@@ -68,7 +68,7 @@ class Exchange(Rounds):
             raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
         choice = Choice(nodes, algorithm, parts)
         super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
-        self.nodes, self.wire = nodes, None if wire_dtype == "auto" else Dtype[wire_dtype.upper()]
+        self.nodes, self.wire = nodes, wire_of(wire_dtype)
         self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
         self._max_rows = max_rows
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)

@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
-from zmoe.moe.receive import DTYPES
+from zmoe.moe.receive import DTYPES, wire_of
 from zmoe.moe.sockets import Endpoint
-from zmoe.native import Dtype
 from zmoe.types import Partial, nothing
 
 __all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
@@ -79,8 +78,9 @@ class SingleNode:
 
 def payload_bytes(rows: int, width: int, dtype: str, wire_dtype: str) -> int:
     """Bytes of (rows, width) partial sums between nodes, in a model of `dtype`."""
-    wire = DTYPES[getattr(mx, dtype)] if wire_dtype == "auto" else Dtype[wire_dtype.upper()]
-    return wire.payload_bytes(rows, width)
+    wire = wire_of(wire_dtype)
+    own = DTYPES[getattr(mx, dtype)]
+    return (own if wire is None else wire).payload_bytes(rows, width)
 
 
 # ---- on its own: numpy in, numpy out ---------------------------------------------
