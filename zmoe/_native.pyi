@@ -30,6 +30,7 @@ class _Lib:
     ZMOE_Q8_BLOCK: int
     ZMOE_Q8_BLOCK_BYTES: int
     ZMOE_MAX_NODES: int
+    ZMOE_PAIR_BYTES: int
     ZMOE_PRESENCE_BYTES: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...

@@ -13,7 +13,7 @@ from zmoe.compute.experts import NativeExperts
 from zmoe.moe.experts import Experts, MlxExperts, combine
 from zmoe.moe.receive import DTYPES
 from zmoe.moe.received import Received
-from zmoe.moe.router import Floats, Ints
+from zmoe.moe.router import Ints
 from zmoe.native import ffi
 
 _MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
@@ -41,21 +41,19 @@ class HeldExperts:
         self._native = native if native is not None and native.is_fused and hook is None else None
         self._experts: Experts = native or MlxExperts(switch)
         self._hook = hook
-        self._sums: Floats = np.empty(0, np.float32)
         self._pairs = ffi.new("zmoe_pairs *")
 
     def partial(self, received: Received) -> Any:
-        """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`."""
+        """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`.
+
+        Valid until the next layer's.
+        """
         if self._native is None:
             return self._by_arrays(received)
-        rows, width, raw = received.rows, received.width, received.raw
-        if self._sums.size < rows * width:
-            self._sums = np.empty(rows * width, np.float32)
-        out = self._sums[: rows * width]
-        pairs = self._pairs
+        raw, pairs, out = received.raw, self._pairs, received.sums()
         pairs.rows, pairs.experts, pairs.weights = raw.pair_rows, raw.pair_experts, raw.pair_weights
         pairs.count = raw.pairs
-        self._native.sum_pairs(raw.x, _MLX[received.dtype], rows, pairs, out)
+        self._native.sum_pairs(raw.x, _MLX[received.dtype], received.rows, pairs, out)
         return out
 
     def _by_arrays(self, received: Received) -> mx.array:

@@ -20,13 +20,12 @@ from zmoe.moe.receive import DTYPES, ReceiveBuffers
 from zmoe.moe.received import Received
 from zmoe.moe.rounds import Source
 from zmoe.moe.router import Floats, Ints
-from zmoe.native import Dtype, Status
+from zmoe.native import PAIR_BYTES, Dtype, Status
 from zmoe.obs import Spans
 from zmoe.types import Placement
 
 __all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "owners_of", "serve_step"]
 
-PAIR_BYTES = 12  # of a pair (row, expert, weight) on the wire
 Masks = npt.NDArray[np.uint64]
 # Of a MoE layer's ordinal and its expert ids (rows, k): bit r of each for a rank
 # that computes this pair; none for an id that is no expert.

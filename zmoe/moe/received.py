@@ -32,6 +32,7 @@ class Received:
         ]
         self.raw.x, self.raw.pair_rows, self.raw.pair_experts, self.raw.pair_weights = self._keep
         self.raw.x_bytes, self.raw.max_pairs = x_bytes, max_pairs
+        self._sums: Floats = np.empty(0, np.float32)
 
     @property
     def rows(self) -> int:
@@ -55,6 +56,13 @@ class Received:
         """The rows (rows * width,), in numpy's equivalent of `dtype` (bf16: uint16)."""
         kind = _NUMPY[self.dtype]
         return self._x[: self.rows * self.width * self.dtype.itemsize].view(kind)
+
+    def sums(self) -> Floats:
+        """Memory for their partial sums, (rows * width,), which the layers take in turn."""
+        size = self.rows * self.width
+        if self._sums.size < size:
+            self._sums = np.empty(size, np.float32)
+        return self._sums[:size]
 
     def pairs(self) -> tuple[LocalPairs, Floats]:
         """As a routing has them: the pairs, and weights by row and slot."""
