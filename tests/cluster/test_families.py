@@ -140,10 +140,10 @@ def test_quantised_models_agree_with_mlx_lm(
     """The activations are float32 and the products the same: so is the bound."""
     folder = build(name, tmp_path / name, quantize=quantize)
     tokens, logits = reference(folder)
-    for nodes in (1, 2, 4):
-        found_tokens, found_logits = run(folder, nodes, ports)
-        assert found_tokens == tokens, f"{nodes} nodes"
-        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes"
+    for nodes, schedule in [(n, "decentralized") for n in (1, 2, 4)] + [(2, "centralized")]:
+        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
+        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [("float16", 11), ("bfloat16", 8)])
