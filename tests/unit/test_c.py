@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "c"
+CORES = os.cpu_count() or 1
 
 
 def make(*arguments: str) -> str:
     done = subprocess.run(
-        ["make", "-C", str(FOLDER), f"PYTHON={sys.executable}", *arguments],
+        ["make", "-C", str(FOLDER), f"-j{CORES}", f"PYTHON={sys.executable}", *arguments],
         capture_output=True,
         text=True,
         timeout=900,
