@@ -87,7 +87,6 @@ class WorkerBus:
         _configure(self.socket)
         self.socket.setsockopt(zmq.ROUTING_ID, b"zmoe-%d" % rank)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         self._monitor = self.socket.get_monitor_socket(events)
         self._broken_since: float | None = None
