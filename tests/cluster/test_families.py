@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from tests.cluster.conftest import Commands
+from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
 from zmoe.cluster.member import Member
@@ -51,9 +51,7 @@ class Ports:
     def __init__(self, commands: Commands) -> None:
         self.by_nodes: dict[int, int] = {}
         for nodes in (2, 3, 4):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.by_nodes[nodes] = port = probe.getsockname()[1]
+            self.by_nodes[nodes] = port = unused_port()
             for rank in range(1, nodes):
                 commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank)
 
