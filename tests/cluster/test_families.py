@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
@@ -62,7 +62,7 @@ def ports() -> Iterator[Ports]:
     yield Ports(commands)
     for process in commands.started:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
@@ -79,7 +79,7 @@ def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
             manual=True,
             port=ports.by_nodes[nodes],
             engine=engine,
-            timing=Timing(join=60),
+            timing=Timing(join=PATIENCE_S),
         )
         leader = Leader(info, str(folder), spec, lambda rank, done, total: None)
     try:
