@@ -145,6 +145,7 @@ def test_zmoe_node_flags(commands: Commands) -> None:
         (("--rank", 1), "--leader"),
         (("--leader", "x", "--rank", 1), "--leader x"),
         (("--leader", "127.0.0.1:99999", "--rank", 1), "--leader 127.0.0.1:99999"),
+        (("--leader", "a b:9", "--rank", 1), "--leader a b:9"),
         (("--leader", "127.0.0.1:9", "--rank", 0), "--rank is 0"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "a"), "--cores a"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--what"), "--what"),

@@ -19,6 +19,7 @@ from zmoe.errors import InputError, PeerError, ZmoeError
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
+_MOST_BAD = 1000  # messages dropped in a row: a flood of them must not hold us up
 _IDENTITY = re.compile(rb"zmoe-([0-9]{1,3})")
 
 
@@ -59,7 +60,7 @@ class LeaderBus:
     def receive(self, timeout: float) -> tuple[int, Message] | None:
         """The next (rank, message), or None after `timeout` seconds without one."""
         deadline = time.monotonic() + timeout
-        while True:
+        for _ in range(_MOST_BAD):
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
             if not self.socket.poll(left_ms):
                 return None
@@ -71,6 +72,7 @@ class LeaderBus:
                 return int(identity.group(1)), decode(parts[1])
             except MessageError:
                 self.dropped += 1
+        return None
 
     def close(self) -> None:
         self.socket.close()
