@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,33 @@ def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode in (1, 2)
     assert re.search(r"node 1|rank 1", errors.strip().splitlines()[-1])
+
+
+# Python runs this first where it finds it as sitecustomize.py: a node that never ends loading.
+HOLD = """
+import time
+from zmoe.cluster import worker
+def hold(self, done, total):
+    open({marker!r}, "w").close()
+    time.sleep(3600)
+worker._Throttled.__call__ = hold
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_everybody_names_a_peer_lost_while_loading(
+    commands: Commands, free_port: int, tmp_path: Path, how: int
+) -> None:
+    marker = tmp_path / "loading"
+    (tmp_path / "sitecustomize.py").write_text(HOLD.format(marker=str(marker)))
+    commands.env["PYTHONPATH"] = str(tmp_path)
+    victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
+    del commands.env["PYTHONPATH"]
+    leader = commands.start("run", "-n", 3, "--manual", "-p", free_port, *ENDLESS, "ROMEO:")
+    third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
+    wait_until(marker.exists, PATIENCE_S, "node 1 loads")
+    victim.send_signal(how)
+    for process in (leader, third):
+        text, errors = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, text) == (1, ""), errors
+        assert re.search("PeerError: rank 1 was lost between layers", errors), errors

@@ -49,13 +49,14 @@ class LeaderBus:
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.host, self.port = host, int(bound.rsplit(":", 1)[1])
         self.dropped = 0
+        self.step = 0  # the last one begun, for error messages
 
     def send(self, rank: int, message: Message) -> None:
         """Queue `message` for `rank`; a worker that is gone raises PeerError."""
         try:
             self.socket.send_multipart([b"zmoe-%d" % rank, encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            raise PeerError(rank, None, 0, f"cannot be reached ({error.strerror})") from error
+            raise PeerError(rank, None, self.step, f"cannot be reached ({error.strerror})") from error
 
     def receive(self, timeout: float) -> tuple[int, Message] | None:
         """The next (rank, message), or None after `timeout` seconds without one."""
