@@ -6,7 +6,6 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -120,13 +119,13 @@ class RankThread:
         self._jobs.put(None)
         self._thread.join(1)
 
-    def start(self, job: Callable[[], None]) -> threading.Event:
-        """Run `job`; what is returned is set when it is over."""
+    def start(self, job: Callable[[int], None], rank: int) -> threading.Event:
+        """Run `job(rank)`; what is returned is set when it is over."""
         over = threading.Event()
 
         def run() -> None:
             try:
-                job()
+                job(rank)
             finally:
                 over.set()
 
@@ -152,7 +151,7 @@ def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
 
     while len(_threads) < nodes:
         _threads.append(RankThread())
-    ends = [_threads[rank].start(partial(run, rank)) for rank in range(nodes)]
+    ends = [_threads[rank].start(run, rank) for rank in range(nodes)]
     if not all([over.wait(2 * DEADLINE_S) for over in ends]):
         _threads.clear()  # the next test gets others
         raise AssertionError(f"a rank of {nodes} has not ended within {2 * DEADLINE_S:g} s")
