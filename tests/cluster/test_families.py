@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
+from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
 from zmoe.cluster.member import Member
@@ -51,9 +51,7 @@ class Ports:
     def __init__(self, commands: Commands) -> None:
         self.by_nodes: dict[int, int] = {}
         for nodes in (2, 3, 4):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.by_nodes[nodes] = port = probe.getsockname()[1]
+            self.by_nodes[nodes] = port = unused_port()
             for rank in range(1, nodes):
                 commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank)
 
@@ -64,7 +62,7 @@ def ports() -> Iterator[Ports]:
     yield Ports(commands)
     for process in commands.started:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def run(
@@ -87,7 +85,7 @@ def run(
             manual=True,
             port=ports.by_nodes[nodes],
             engine=engine,
-            timing=Timing(join=60),
+            timing=Timing(join=PATIENCE_S),
         )
         leader = Leader(info, str(folder), spec, lambda rank, done, total: None)
     try:
