@@ -88,8 +88,11 @@ KERNEL void add_part(const kind t, const struct line *line, size_t k, const uint
       sum[i] += part[i];
     return;
   }
-  _Pragma("GCC unroll 1") for (uint32_t i = 0; i < units; i++)
-      add_unit(t, line, k + i * unit_of(t), part);
+  uint32_t count = units;
+  if (units > 1 && !is_integer(t))
+    __asm__("" : "+r"(count)); /* unrolled, they would not fit the registers */
+  for (uint32_t i = 0; i < count; i++)
+    add_unit(t, line, k + i * unit_of(t), part);
   EACH(i, OUTS) {
     if (is_integer(t))
       part[i] = vcvtq_f32_s32(vreinterpretq_s32_f32(part[i])) *
@@ -125,31 +128,35 @@ KERNEL void convert_scales(const zmoe_weight *w, const kind t, struct outputs *o
   }
 }
 
+KERNEL void advance(const kind t, struct line *line, uint32_t units) {
+  const size_t x_bytes = (is_integer(t) ? 1 : 2) * (t.pairs == 0 ? 1 : 2);
+  EACH(i, OUTS)
+    line->data[i] += 16 * (size_t)units;
+  EACH(p, 2)
+    line->x[p] += units * unit_of(t) * x_bytes;
+}
+
 /* Adds elements [first, first + count). */
 KERNEL void add_run(const zmoe_weight *w, const kind t, struct outputs *out, size_t first,
                     uint32_t count, size_t ahead, const struct inputs *x, VEC sum[OUTS]) {
   const uint32_t unit = unit_of(t), part = part_of(t);
-  const size_t x_bytes = (is_integer(t) ? 1 : 2) * (t.pairs == 0 ? 1 : 2);
+  const uint32_t whole = t.product == HALVES ? count - count % (4 * unit) : count;
+  struct line line = {.x = {x->elements[0], x->elements[1]}, .left = unit};
+  EACH(i, OUTS)
+    line.data[i] = out->data[i] + first * 16 / unit;
   if (t.product != HALVES)
     convert_scales(w, t, out, first / t.group, count / t.group);
-  for (uint32_t k = 0; k < count; k += 4 * unit) {
-    struct line line = {.left = unit};
-    EACH(i, OUTS) {
-      line.data[i] = out->data[i] + (first + k) * 16 / unit;
+  uint32_t k = 0;
+  for (; k < whole; k += 4 * unit, advance(t, &line, 4)) {
+    EACH(i, OUTS)
       __builtin_prefetch(line.data[i] + ahead);
-    }
-    for (uint32_t p = 0; p == 0 || p < t.pairs; p++)
-      line.x[p] = x->elements[p] + k * x_bytes;
     const uint32_t n = count - k < 4 * unit ? count - k : 4 * unit;
-    if (t.product != HALVES || n == 4 * unit) {
-      _Pragma("GCC unroll 1") for (uint32_t i = 0; i < n; i += part)
-          add_part(t, &line, i, part / unit, k + i, x, out, sum);
-      continue;
-    }
-    for (uint32_t i = 0; i < n; i += unit) {
-      line.left = n - i;
-      add_part(t, &line, i, 1, k + i, x, out, sum);
-    }
+    _Pragma("GCC unroll 1") for (uint32_t i = 0; i < n; i += part)
+        add_part(t, &line, i, part / unit, k + i, x, out, sum);
+  }
+  for (; k < count; k += unit, advance(t, &line, 1)) {
+    line.left = count - k;
+    add_part(t, &line, 0, 1, k, x, out, sum);
   }
 }
 
