@@ -28,7 +28,7 @@ from common import (
 )
 from engines import PEERS, Engine, Peers, find_peers, layout, zmoe
 
-from zmoe.config import ACTIVATIONS, COMPUTES
+from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 
 BREAKDOWN = ("experts_ms", "exchange_ms", "other_ms")
 RATES = ("prompt_tps", "generation_tps")
@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     add("--no-warm-up", dest="warm_up", action="store_false", help="time the first one as well")
     add("--compute", choices=COMPUTES, help="zmoe-run's")
     add("--activations", choices=ACTIVATIONS, help="zmoe-run's")
+    add("--wire-dtype", choices=WIRE_DTYPES, help="zmoe-run's")
     add("--peers", type=list_of(one_of(PEERS)), default=[], help=f"also measure {','.join(PEERS)}")
     add("--gguf", type=Path, help="the model for llama.cpp (default: MODEL.gguf beside the folder)")
     add("--slow", action="store_true", help="mlx-lm in full on a CPU, too")

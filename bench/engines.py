@@ -77,10 +77,10 @@ def _counts(options: argparse.Namespace) -> list[str]:
 def zmoe(options: argparse.Namespace) -> list[Engine]:
     """Ours, one engine a layout."""
     words = _counts(options)
-    for name in ("prompt", "compute", "activations"):
+    for name in ("prompt", "compute", "activations", "wire_dtype"):
         value = getattr(options, name)
         if value is not None:
-            words.append(f"--{name}={value}")
+            words.append(f"--{name.replace('_', '-')}={value}")
     return [
         Engine(
             "zmoe",

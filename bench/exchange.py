@@ -11,6 +11,7 @@ percentile. Compare figures within one run only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -19,9 +20,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Absent, BenchError, environment, finish, list_of, main, parser, positive
+from common import Absent, BenchError, environment, finish, list_of, main, one_of, parser, positive
 from group import Group
-from transports import TRANSPORTS, Transport
+from transports import TRANSPORTS, Transport, ours
+
+from zmoe.config import WIRE_DTYPES
+from zmoe.moe.choice import ALGORITHMS
 
 TRIAL = 20  # steps that tell how many fit the budget
 ROUND_SECONDS = 0.5  # most that one transport's turn may take
@@ -70,7 +74,32 @@ def arguments() -> argparse.Namespace:
         default=list(TRANSPORTS.values()),
         help=f"default {','.join(TRANSPORTS)}",
     )
+    made.add_argument(
+        "--algorithm",
+        type=list_of(one_of(ALGORITHMS)),
+        default=["auto"],
+        help=f"of zmoe and zmoe-c, a row each: {','.join(ALGORITHMS)}; default auto",
+    )
+    made.add_argument(
+        "--wire-dtype",
+        type=list_of(one_of(WIRE_DTYPES[1:])),
+        default=["f32"],
+        help=f"of zmoe and zmoe-c, a row each: {','.join(WIRE_DTYPES[1:])}; default f32",
+    )
     return made.parse_args()
+
+
+def spread(options: argparse.Namespace) -> list[Transport]:
+    """The transports to time; ours in every way that was asked for."""
+    found: list[Transport] = []
+    for transport in options.transports:
+        mode = {"zmoe-c": "c", "zmoe": "mlx"}.get(transport.name)
+        if mode is None:
+            found.append(transport)
+            continue
+        ways = itertools.product(options.algorithm, options.wire_dtype)
+        found += [ours(mode, algorithm, wire_dtype) for algorithm, wire_dtype in ways]
+    return found
 
 
 def available(
@@ -97,7 +126,7 @@ class Run:
         self.failed = False
 
     def measure(self) -> None:
-        transports = available(self.options.transports, self.workdir, self.absent)
+        transports = available(spread(self.options), self.workdir, self.absent)
         for nodes in self.options.nodes:
             with ExitStack() as stack:
                 groups = []

@@ -80,6 +80,16 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def ours(mode: str, algorithm: str = "auto", wire_dtype: str = "f32") -> Transport:
+    """Our exchange, timed in C ("c") or from MLX array to MLX array ("mlx")."""
+    name = "zmoe-c" if mode == "c" else "zmoe"
+    if algorithm != "auto":
+        name += f"-{algorithm}"
+    if wire_dtype != "f32":
+        name += f"-{wire_dtype}"
+    return _python(name, "zmoe.native", "ours.py", mode, algorithm, wire_dtype)
+
+
 def _ring() -> Transport:
     plain = _python("mlx-ring", "mlx.core", "ring.py")
 
@@ -128,8 +138,8 @@ TRANSPORTS = {
     for transport in (
         _raw("raw-tcp", "block"),
         _raw("raw-tcp-spin", "spin"),
-        _python("zmoe-c", "zmoe.native", "ours.py", "c"),
-        _python("zmoe", "zmoe.native", "ours.py", "mlx"),
+        ours("c"),
+        ours("mlx"),
         _python("pyzmq", "zmq", "pubsub.py"),
         _ring(),
         _python("grpc", "grpc", "unary.py"),

@@ -14,14 +14,14 @@ static double clock_us(void) {
   return (double)now.tv_sec * 1e6 + (double)now.tv_nsec * 1e-3;
 }
 
-int zmoe_bench_exchanges(zmoe_exchange *ex, const void *src, void *out, uint32_t rows,
-                         uint32_t width, zmoe_dtype dtype, uint32_t count, uint64_t deadline_us,
-                         double *elapsed_us, zmoe_fault *fault) {
+int zmoe_bench_exchanges(zmoe_exchange *ex, const zmoe_call *call, const void *src, void *out,
+                         zmoe_dtype dtype, uint32_t count, uint64_t deadline_us, double *elapsed_us,
+                         zmoe_fault *fault) {
+  zmoe_call next = *call;
   for (uint32_t i = 0; i < count; i++) {
-    uint32_t step = ex->started ? ex->now.step + 1 : 0;
+    next.step = ex->published > 0 ? zmoe_round_at(ex, ex->published - 1)->header.step + 1 : 0;
     double start_us = clock_us();
-    int rc =
-        zmoe_exchange_publish(ex, src, dtype, step, 0, rows, width, dtype, 0, deadline_us, fault);
+    int rc = zmoe_exchange_publish(ex, &next, src, dtype, deadline_us, fault);
     while (rc == ZMOE_OK || rc == ZMOE_EINTR) {
       rc = zmoe_exchange_collect(ex, out, dtype, deadline_us, fault);
       if (rc == ZMOE_OK)

@@ -5,12 +5,12 @@
 
 #include "compute.h"
 
-/* Runs `count` exchanges of rows x width elements of `dtype` from `src` to
- * `out`, and writes the microseconds of each into `elapsed_us`.  Every rank must
- * run as many.  Returns a zmoe_status. */
-int zmoe_bench_exchanges(zmoe_exchange *ex, const void *src, void *out, uint32_t rows,
-                         uint32_t width, zmoe_dtype dtype, uint32_t count, uint64_t deadline_us,
-                         double *elapsed_us, zmoe_fault *fault);
+/* Runs `count` exchanges like `call`, in steps of their own, from `src` to `out`
+ * (both of `dtype`), and writes the microseconds of each into `elapsed_us`.  Every
+ * rank must run as many.  Returns a zmoe_status. */
+int zmoe_bench_exchanges(zmoe_exchange *ex, const zmoe_call *call, const void *src, void *out,
+                         zmoe_dtype dtype, uint32_t count, uint64_t deadline_us, double *elapsed_us,
+                         zmoe_fault *fault);
 
 /* All threads of the team read `data` (whole chunks of 64 KiB) once. */
 uint64_t zmoe_bench_read(zmoe_team *team, const void *data, size_t bytes);

@@ -1,27 +1,48 @@
 /* The all-reduce of one layer: publish mine, collect everyone's, add in rank
  * order.
  *
- * Lock-step is what bounds the buffers: nobody publishes before having
- * collected the exchange before, so a peer is at most one ahead, and when ours
- * is collected, everybody has all of the one before it.  Two frames a peer and
- * two held slots of our own suffice.
+ * Two algorithms.  Direct: every rank publishes its whole partial to all, and adds
+ * up N of them.  Scatter (scatter.c): each rank sends chunk c of its partial to
+ * rank c alone, who adds up N chunks, and publishes that chunk of the sum.
  *
- * PUB/SUB drops silently.  A frame that is late is asked for again at the
- * sender's ROUTER, which answers out of a held slot. */
+ * Lock-step is what bounds the buffers.  Call a rank's exchanges 0, 1, 2, ...; the
+ * parts of one layer count each.  A first part is published when all before it are
+ * collected, a further part when all but the one before it are: at most W = 2 are
+ * open, published and not yet collected (ZMOE_WINDOW).  A rank that has collected i
+ * had something of i from everybody, so everybody had published i.
+ *
+ * What we may receive.  A peer has collected at most what we have published, say p,
+ * so it has published at most p + W: its partials are of our open exchanges, or of
+ * the W after them, which wait in peer->early.  Its chunk of the sum needs our
+ * chunk of the partial, so it is of an exchange that we have published; and of one
+ * that we have collected we have it.  Hence W partials, W sums, W early a peer.
+ *
+ * What we may be asked for.  If we have collected up to c - 1, every peer has
+ * published c - 1, and so it has collected all before c - 1 if that was a first
+ * part, else all before c - W (first_wanted in round.c).  With W open that leaves
+ * 2 W rounds (ZMOE_ROUNDS); where layers are not split, two.  Chunks of a partial
+ * can be asked for only until we have everybody's sums, since those were made of
+ * them.
+ *
+ * Hence the slots.  Partials: 2 W held, one being filled, one in libzmq's hands.
+ * Sums, where scatter is announced: as many, each of a chunk.  One is taken when the
+ * partial is published, so that adding up never waits for one.
+ *
+ * PUB/SUB drops silently, and a DEALER whose link is down takes nothing.  A frame
+ * that is late is asked for again at the sender's ROUTER, which answers out of a
+ * held slot; first the partial, then the sum. */
 #include "platform.h"
 
 #include "exchange_internal.h"
 
 #include <stdlib.h>
-#include <string.h>
 
+#include "payload.h"
 #include "pool.h"
 
 enum {
-  /* One being filled, two held for resends, one in libzmq's hands; small ones
-   * are cheap, so that a peer that is slow to read may leave some more there. */
-  LARGE_SLOTS = 4,
-  SMALL_SLOTS = 16,
+  LARGE_SLOTS = ZMOE_ROUNDS + 2, /* see above */
+  SMALL_SLOTS = 16, /* cheap: a peer that is slow to read may leave some more with libzmq */
   SLOT_ALIGNMENT = 64,
 };
 
@@ -41,17 +62,38 @@ static int config_is_valid(const zmoe_exchange_config *config) {
   return zmoe_zmq_is_loaded();
 }
 
-static int create_pool(zmoe_exchange *ex, size_t small_bytes, size_t max_bytes) {
-  zmoe_pool_class classes[2] = {{small_bytes, SMALL_SLOTS}, {max_bytes, LARGE_SLOTS}};
-  int both = small_bytes < max_bytes;
+/* The leader: a frame for each worker, its own partial, and one in libzmq's hands;
+ * a worker: see above, for a window of one. */
+static int create_central_pool(zmoe_exchange *ex, size_t small_bytes) {
+  uint32_t large = ex->role == ZMOE_LEADER ? ex->nodes + 1 : 3;
+  uint32_t small = ex->role == ZMOE_LEADER ? 2 * ex->nodes + SMALL_SLOTS : SMALL_SLOTS;
+  int both = small_bytes < ex->max_payload_bytes;
+  zmoe_pool_class classes[2] = {{small_bytes, small}, {ex->max_payload_bytes, large}};
   return zmoe_pool_create(classes + !both, 1u + (uint32_t)both, SLOT_ALIGNMENT, &ex->pool);
+}
+
+static int create_pool(zmoe_exchange *ex, size_t small_bytes) {
+  if (ex->role != ZMOE_PEER)
+    return create_central_pool(ex, small_bytes);
+  uint32_t chunks = ex->scatter ? ex->nodes : 1;
+  size_t large_bytes = zmoe_scatter_slot_bytes(ex->max_payload_bytes, chunks);
+  size_t sum_bytes = zmoe_chunk_most(ex->max_payload_bytes, chunks);
+  zmoe_pool_class classes[3] = {{small_bytes, SMALL_SLOTS}};
+  uint32_t n = small_bytes < large_bytes;
+  if (ex->scatter && sum_bytes > small_bytes && sum_bytes < large_bytes)
+    classes[n++] = (zmoe_pool_class){sum_bytes, LARGE_SLOTS};
+  classes[n++] = (zmoe_pool_class){large_bytes, LARGE_SLOTS};
+  return zmoe_pool_create(classes, n, SLOT_ALIGNMENT, &ex->pool);
 }
 
 static void init_peers(zmoe_exchange *ex, const zmoe_exchange_config *config) {
   for (uint32_t r = 0; r < ex->nodes; r++) {
     zmoe_peer *peer = &ex->peers[r];
-    zmoe_zmq.msg_init(&peer->now.message);
-    zmoe_zmq.msg_init(&peer->next.message);
+    for (int i = 0; i < ZMOE_WINDOW; i++) {
+      zmoe_zmq.msg_init(&peer->partials[i].message);
+      zmoe_zmq.msg_init(&peer->sums[i].message);
+      zmoe_zmq.msg_init(&peer->early[i].message);
+    }
     if (r == ex->rank)
       continue;
     peer->dealer = config->dealers[r];
@@ -59,6 +101,18 @@ static void init_peers(zmoe_exchange *ex, const zmoe_exchange_config *config) {
     zmoe_wire_presence(ex->session, r, peer->presence);
     ex->everyone |= zmoe_bit(r);
   }
+}
+
+static int init_role(zmoe_exchange *ex, const zmoe_exchange_config *config) {
+  ex->dispatch_rows = config->dispatch_rows;
+  if (ex->dispatch_rows == 0)
+    return ZMOE_OK; /* ZMOE_PEER */
+  ex->role = ex->rank == 0 ? ZMOE_LEADER : ZMOE_WORKER;
+  if (ex->role == ZMOE_WORKER)
+    return ZMOE_OK;
+  ex->dispatched = calloc(ex->dispatch_rows, sizeof *ex->dispatched);
+  ex->zeros = calloc(1, ex->max_payload_bytes); /* its pages are only read */
+  return ex->dispatched != NULL && ex->zeros != NULL ? ZMOE_OK : ZMOE_ENOMEM;
 }
 
 /* The frames of the session first: whoever sees our presence knows that they
@@ -69,7 +123,7 @@ static int subscribe(zmoe_exchange *ex) {
   zmoe_wire_encode(&header, frame);
   zmoe_wire_presence(ex->session, ex->rank, presence);
   int wait_ms = ZMOE_FIRST_WAIT_MS;
-  if (zmoe_zmq.setsockopt(ex->sub, ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
+  if (zmoe_zmq.setsockopt(zmoe_intake_socket(ex), ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, presence, sizeof presence) < 0)
     return ZMOE_EZMQ;
@@ -87,6 +141,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->nodes = config->nodes;
   ex->session = config->session;
   ex->max_payload_bytes = config->max_payload_bytes;
+  ex->scatter = config->scatter;
   ex->spin_us = config->spin_us;
   ex->resend_ms = config->resend_ms;
   ex->grace_ms = config->grace_ms;
@@ -95,7 +150,8 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->sub = config->sub;
   ex->router = config->router;
   init_peers(ex, config);
-  int rc = create_pool(ex, config->small_payload_bytes, config->max_payload_bytes);
+  int rc = init_role(ex, config);
+  rc = rc == ZMOE_OK ? create_pool(ex, config->small_payload_bytes) : rc;
   rc = rc == ZMOE_OK ? zmoe_wait_prepare(ex) : rc;
   rc = rc == ZMOE_OK ? subscribe(ex) : rc;
   if (rc != ZMOE_OK) {
@@ -106,202 +162,65 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   return ZMOE_OK;
 }
 
-static void release_held(zmoe_held *held) {
-  if (held->slot != NULL)
-    zmoe_slot_release(held->slot);
-  held->slot = NULL;
-}
-
 void zmoe_exchange_destroy(zmoe_exchange *ex) {
   if (ex == NULL)
     return;
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    zmoe_zmq.msg_close(&ex->peers[r].now.message);
-    zmoe_zmq.msg_close(&ex->peers[r].next.message);
-  }
-  release_held(&ex->held[0]);
-  release_held(&ex->held[1]);
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    for (int i = 0; i < ZMOE_WINDOW; i++) {
+      zmoe_zmq.msg_close(&ex->peers[r].partials[i].message);
+      zmoe_zmq.msg_close(&ex->peers[r].sums[i].message);
+      zmoe_zmq.msg_close(&ex->peers[r].early[i].message);
+    }
+  zmoe_rounds_clear(ex);
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
+  free(ex->dispatched);
+  free(ex->zeros);
   free(ex);
 }
 
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
-  if (epoch < ex->epoch || (epoch == ex->epoch && ex->started))
+  if (epoch < ex->epoch || (epoch == ex->epoch && ex->published > 0))
     return ZMOE_EINVAL;
   for (uint32_t r = 0; r < ex->nodes; r++) {
     zmoe_peer *peer = &ex->peers[r];
-    zmoe_frame_drop(&peer->now);
-    if (peer->next.header.epoch < epoch) /* a peer may have begun the epoch before us */
-      zmoe_frame_drop(&peer->next);
+    for (int i = 0; i < ZMOE_WINDOW; i++) {
+      zmoe_frame_drop(&peer->partials[i]);
+      zmoe_frame_drop(&peer->sums[i]);
+      if (peer->early[i].header.epoch < epoch) /* a peer may have begun the epoch before us */
+        zmoe_frame_drop(&peer->early[i]);
+    }
   }
-  release_held(&ex->held[0]);
-  release_held(&ex->held[1]);
+  zmoe_rounds_clear(ex);
   ex->epoch = epoch;
-  ex->started = ex->has_before = ex->collecting = 0;
-  ex->missing = ex->diverged = 0;
+  ex->diverged = 0;
   return ZMOE_OK;
 }
 
-/* ---- publish -------------------------------------------------------------- */
+/* ---- between exchanges ------------------------------------------------------ */
 
-static void fault_set(const zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
+void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
+  /* Where we are: at the oldest open exchange, or at the last one. */
+  uint64_t at = zmoe_is_open(ex) || ex->published == 0 ? ex->collected : ex->published - 1;
+  const zmoe_header *here = &zmoe_round_at(ex, at)->header;
   *fault = (zmoe_fault){
-      .missing = ex->missing,
+      .missing = zmoe_missing(ex),
       .lost = lost,
       .diverged = ex->diverged,
       .zmq_errno = ex->zmq_errno,
       .epoch = ex->epoch,
-      .step = ex->now.step,
-      .layer = ex->now.layer,
+      .step = here->step,
+      .layer = here->layer,
       .theirs = ex->theirs,
   };
 }
-
-int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
-                       zmoe_slot **out) {
-  *out = NULL;
-  if (payload_bytes > ex->max_payload_bytes)
-    return ZMOE_EINVAL;
-  return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
-}
-
-/* Moves on to the exchange of `header`, whose slot is now ours to hold. */
-static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header) {
-  release_held(&ex->held[1]);
-  ex->held[1] = ex->held[0];
-  ex->held[0] = (zmoe_held){slot, *header};
-  ex->has_before = ex->started;
-  ex->before = ex->now;
-  ex->now = zmoe_key_of(header);
-  ex->started = ex->collecting = 1;
-  ex->missing = ex->everyone;
-  ex->published_at_us = zmoe_now_us();
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    ex->peers[r].ask_at_us = ex->published_at_us + ex->resend_ms * UINT64_C(1000);
-    ex->peers[r].ask_every_us = ex->resend_ms * UINT64_C(2000);
-  }
-}
-
-static int publish(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header,
-                   zmoe_fault *fault) {
-  if (ex->collecting || (ex->started && zmoe_key_compare(zmoe_key_of(header), ex->now) <= 0)) {
-    zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
-    return ZMOE_EINVAL;
-  }
-  zmoe_wire_encode(header, (uint8_t *)zmoe_slot_payload(slot) - ZMOE_HEADER_BYTES);
-  advance(ex, slot, header);
-  int rc = zmoe_links_send(ex, ex->xpub, &ex->held[0]);
-  if (rc != ZMOE_OK)
-    ex->zmq_errno = zmoe_zmq.get_errno();
-  zmoe_intake_promote(ex);
-  fault_set(ex, 0, fault);
-  return rc;
-}
-
-static int make_header(const zmoe_exchange *ex, uint32_t step, uint32_t layer, uint32_t rows,
-                       uint32_t width, zmoe_dtype dtype, uint64_t digest, zmoe_header *out) {
-  uint64_t elements = (uint64_t)rows * width;
-  size_t dtype_bytes = zmoe_dtype_bytes(dtype);
-  if (dtype_bytes == 0 || elements > ex->max_payload_bytes / dtype_bytes)
-    return ZMOE_EINVAL;
-  *out = (zmoe_header){
-      .kind = ZMOE_KIND_PARTIAL,
-      .dtype = (uint8_t)dtype,
-      .source = (uint16_t)ex->rank,
-      .session = ex->session,
-      .epoch = ex->epoch,
-      .step = step,
-      .layer = layer,
-      .rows = rows,
-      .width = width,
-      .payload_bytes = (uint32_t)(elements * dtype_bytes),
-      .digest = digest,
-  };
-  return ZMOE_OK;
-}
-
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, zmoe_slot *slot, uint32_t step, uint32_t layer,
-                               uint32_t rows, uint32_t width, zmoe_dtype dtype, uint64_t digest,
-                               zmoe_fault *fault) {
-  zmoe_header header;
-  int rc = make_header(ex, step, layer, rows, width, dtype, digest, &header);
-  if (rc != ZMOE_OK || header.payload_bytes > zmoe_slot_capacity(slot)) {
-    zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
-    return ZMOE_EINVAL;
-  }
-  return publish(ex, slot, &header, fault);
-}
-
-int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dtype, uint32_t step,
-                          uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype wire_dtype,
-                          uint64_t digest, uint64_t deadline_us, zmoe_fault *fault) {
-  zmoe_header header;
-  zmoe_slot *slot;
-  int rc = make_header(ex, step, layer, rows, width, wire_dtype, digest, &header);
-  if (src == NULL)
-    header.payload_bytes = 0;
-  if (rc == ZMOE_OK)
-    rc = zmoe_exchange_slot(ex, header.payload_bytes, deadline_us, &slot);
-  if (rc != ZMOE_OK) {
-    fault_set(ex, 0, fault);
-    return rc;
-  }
-  if (src != NULL)
-    rc = zmoe_convert(zmoe_slot_payload(slot), wire_dtype, src, src_dtype, (size_t)rows * width,
-                      ex->isa);
-  if (rc != ZMOE_OK) {
-    zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
-    return rc;
-  }
-  return publish(ex, slot, &header, fault);
-}
-
-/* ---- collect --------------------------------------------------------------- */
-
-static const void *payload_of(zmoe_exchange *ex, uint32_t rank) {
-  if (rank == ex->rank)
-    return ex->held[0].header.payload_bytes > 0 ? zmoe_slot_payload(ex->held[0].slot) : NULL;
-  zmoe_frame *frame = &ex->peers[rank].now;
-  if (frame->header.payload_bytes == 0)
-    return NULL;
-  return (const uint8_t *)zmoe_zmq.msg_data(&frame->message) + ZMOE_HEADER_BYTES;
-}
-
-int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
-                          zmoe_fault *fault) {
-  uint64_t lost = 0;
-  int rc = ex->collecting && zmoe_dtype_bytes(out_dtype) != 0
-               ? zmoe_wait_for_all(ex, deadline_us, &lost)
-               : ZMOE_EINVAL;
-  if (rc == ZMOE_OK) {
-    const void *parts[ZMOE_MAX_NODES];
-    const zmoe_header *ours = &ex->held[0].header;
-    for (uint32_t r = 0; r < ex->nodes; r++)
-      parts[r] = payload_of(ex, r);
-    rc = zmoe_reduce(out, out_dtype, parts, ex->nodes, (zmoe_dtype)ours->dtype,
-                     (size_t)ours->rows * ours->width, ex->isa);
-    for (uint32_t r = 0; r < ex->nodes; r++)
-      zmoe_frame_drop(&ex->peers[r].now);
-    ex->collecting = 0;
-    ex->stats.exchanges++;
-  }
-  if (rc != ZMOE_OK)
-    fault_set(ex, lost, fault);
-  return rc;
-}
-
-/* ---- between exchanges ------------------------------------------------------ */
 
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
   zmoe_wait_drain(ex);
   uint64_t lost = 0;
   int rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
   if (rc != ZMOE_OK)
-    fault_set(ex, lost, fault);
+    zmoe_fault_set(ex, lost, fault);
   return rc;
 }
 

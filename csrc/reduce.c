@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "reduce_scalar.h"
+#include "block_scalar.h"
 #include "reduce_variants.h"
 
 size_t zmoe_dtype_bytes(zmoe_dtype dtype) {
@@ -15,6 +15,12 @@ size_t zmoe_dtype_bytes(zmoe_dtype dtype) {
     return 2;
   }
   return 0;
+}
+
+/* Of a row; 0 for an unknown dtype. */
+static size_t bytes_of(zmoe_dtype dtype, size_t count) {
+  return dtype == ZMOE_Q8 ? (count + ZMOE_Q8_BLOCK - 1) / ZMOE_Q8_BLOCK * ZMOE_Q8_BLOCK_BYTES
+                          : count * zmoe_dtype_bytes(dtype);
 }
 
 static size_t reduce_vectors(unsigned char *out, zmoe_dtype out_dtype,
@@ -40,10 +46,22 @@ static size_t reduce_vectors(unsigned char *out, zmoe_dtype out_dtype,
   }
 }
 
+static void reduce_block(unsigned char *out, zmoe_dtype out_dtype,
+                         const unsigned char *const *parts, uint32_t n_parts, zmoe_dtype part_dtype,
+                         size_t b, size_t count) {
+  float sum[ZMOE_Q8_BLOCK], part[ZMOE_Q8_BLOCK];
+  block_load_scalar(sum, parts[0], b, part_dtype, count);
+  for (uint32_t p = 1; p < n_parts; p++) {
+    block_load_scalar(part, parts[p], b, part_dtype, count);
+    for (size_t i = 0; i < count; i++)
+      sum[i] += part[i];
+  }
+  block_store_scalar(out, b, out_dtype, sum, count);
+}
+
 int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                 zmoe_dtype part_dtype, size_t count, zmoe_isa isa) {
-  size_t out_bytes = zmoe_dtype_bytes(out_dtype);
-  if (out_bytes == 0 || zmoe_dtype_bytes(part_dtype) == 0 || n_parts > ZMOE_MAX_NODES ||
+  if (bytes_of(out_dtype, 1) == 0 || bytes_of(part_dtype, 1) == 0 || n_parts > ZMOE_MAX_NODES ||
       !zmoe_isa_supported(isa))
     return ZMOE_EINVAL;
   const unsigned char *present[ZMOE_MAX_NODES];
@@ -53,10 +71,14 @@ int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint3
       present[n++] = parts[p];
   if (n == 0 || count == 0) {
     if (count > 0)
-      memset(out, 0, count * out_bytes);
+      memset(out, 0, bytes_of(out_dtype, count));
     return ZMOE_OK;
   }
   size_t i = reduce_vectors(out, out_dtype, present, n, part_dtype, count, isa);
+  int in_blocks = part_dtype == ZMOE_Q8 || out_dtype == ZMOE_Q8;
+  for (; in_blocks && i < count; i += ZMOE_Q8_BLOCK)
+    reduce_block(out, out_dtype, present, n, part_dtype, i / ZMOE_Q8_BLOCK,
+                 count - i < ZMOE_Q8_BLOCK ? count - i : ZMOE_Q8_BLOCK);
   for (; i < count; i++) {
     float sum = load_scalar(present[0], i, part_dtype);
     for (uint32_t p = 1; p < n; p++)
@@ -70,10 +92,10 @@ int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype sr
                  size_t count, zmoe_isa isa) {
   if (dst_dtype != src_dtype)
     return zmoe_reduce(dst, dst_dtype, &src, 1, src_dtype, count, isa);
-  if (zmoe_dtype_bytes(dst_dtype) == 0 || !zmoe_isa_supported(isa))
+  if (bytes_of(dst_dtype, 1) == 0 || !zmoe_isa_supported(isa))
     return ZMOE_EINVAL;
   if (count > 0)
-    memcpy(dst, src, count * zmoe_dtype_bytes(dst_dtype));
+    memcpy(dst, src, bytes_of(dst_dtype, count));
   return ZMOE_OK;
 }
 

@@ -4,7 +4,7 @@
  * The dtypes are constants in each call below, so that the compiler removes
  * the choice from the loops.  Four vectors at a time hide the latency of the
  * additions, whose order is fixed. */
-#include "vec.h"
+#include "block_body.h"
 
 KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
                           const unsigned char *const *parts, uint32_t n_parts,
@@ -51,6 +51,10 @@ KERNEL size_t reduce_to(unsigned char *out, zmoe_dtype out_dtype, const unsigned
 KERNEL size_t reduce_dispatch(unsigned char *out, zmoe_dtype out_dtype,
                               const unsigned char *const *parts, uint32_t n_parts,
                               zmoe_dtype part_dtype, size_t count) {
+  if (part_dtype == ZMOE_Q8)
+    return blocks_from_q8(out, out_dtype, parts, n_parts, count / ZMOE_Q8_BLOCK);
+  if (out_dtype == ZMOE_Q8)
+    return blocks_to_q8(out, parts, n_parts, part_dtype, count / ZMOE_Q8_BLOCK);
   switch (out_dtype) {
   case ZMOE_F32:
     return reduce_to(out, ZMOE_F32, parts, n_parts, part_dtype, count);

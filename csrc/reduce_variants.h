@@ -1,9 +1,9 @@
 /* The sum of partial outputs, once per instruction set.
  *
  * Each variant adds in f32, in the order of `parts` (n_parts >= 1, none NULL),
- * and handles the first elements, as many as fill whole vectors; it returns
- * how many.  reduce.c does the rest with the scalar code of reduce_scalar.h,
- * which defines what every variant must produce, bit for bit. */
+ * and handles the first elements, as many as fill whole vectors (whole blocks
+ * where a dtype is ZMOE_Q8); it returns how many.  reduce.c does the rest with the scalar code of
+ * reduce_scalar.h, which defines what every variant must produce, bit for bit. */
 #ifndef ZMOE_REDUCE_VARIANTS_H
 #define ZMOE_REDUCE_VARIANTS_H
 

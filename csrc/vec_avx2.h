@@ -47,3 +47,24 @@ KERNEL float vec_fold(VEC v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+
+KERNEL VEC vec_load8(const unsigned char *src) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)src)));
+}
+
+KERNEL void vec_store8(unsigned char *dst, VEC v) {
+  __m256i words = _mm256_cvtps_epi32(v);
+  __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64((void *)dst, _mm_packs_epi16(halves, halves));
+}
+
+KERNEL uint32_t vec_largest(const VEC *v, size_t count) {
+  __m256i most = _mm256_setzero_si256(), sign = _mm256_set1_epi32(0x7fffffff);
+  for (size_t i = 0; i < count; i++)
+    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return (uint32_t)_mm_cvtsi128_si32(four);
+}

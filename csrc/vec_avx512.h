@@ -52,3 +52,18 @@ KERNEL float vec_fold(VEC v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+
+KERNEL VEC vec_load8(const unsigned char *src) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)src)));
+}
+
+KERNEL void vec_store8(unsigned char *dst, VEC v) {
+  _mm_storeu_si128((void *)dst, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+KERNEL uint32_t vec_largest(const VEC *v, size_t count) {
+  __m512i most = _mm512_setzero_si512(), sign = _mm512_set1_epi32(0x7fffffff);
+  for (size_t i = 0; i < count; i++)
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v[i]), sign));
+  return (uint32_t)_mm512_reduce_max_epi32(most);
+}

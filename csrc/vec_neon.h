@@ -44,3 +44,24 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
 KERNEL float vec_fold(VEC v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
+
+KERNEL VEC vec_load8(const unsigned char *src) {
+  uint32_t four;
+  memcpy(&four, src, sizeof four);
+  int16x8_t halves = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
+}
+
+KERNEL void vec_store8(unsigned char *dst, VEC v) {
+  int16x4_t halves = vmovn_s32(vcvtnq_s32_f32(v));
+  int8x8_t bytes = vmovn_s16(vcombine_s16(halves, halves));
+  uint32_t four = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
+  memcpy(dst, &four, sizeof four);
+}
+
+KERNEL uint32_t vec_largest(const VEC *v, size_t count) {
+  uint32x4_t most = vdupq_n_u32(0);
+  for (size_t i = 0; i < count; i++)
+    most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(v[i]), vdupq_n_u32(0x7fffffff)));
+  return vmaxvq_u32(most);
+}

@@ -50,15 +50,15 @@ int zmoe_wait_prepare(zmoe_exchange *ex) {
 static int read_polled(zmoe_exchange *ex, uint32_t i) {
   switch (i) {
   case POLLED_SUB:
-    return zmoe_intake_partials(ex);
+    return zmoe_intake_partials(ex, ZMQ_DONTWAIT);
   case POLLED_XPUB:
     return zmoe_links_subscriptions(ex);
   case POLLED_ROUTER:
-    return zmoe_links_requests(ex);
+    return zmoe_links_routed(ex, ZMQ_DONTWAIT);
   default: {
     uint32_t rank = (uint32_t)ex->polled_peer[i];
     int is_dealer = (i - POLLED_FIRST_PEER) % 2 == 0;
-    return is_dealer ? zmoe_intake_replies(ex, rank) : zmoe_links_events(ex, rank);
+    return is_dealer ? zmoe_intake_replies(ex, rank, ZMQ_DONTWAIT) : zmoe_links_events(ex, rank);
   }
   }
 }
@@ -72,9 +72,10 @@ int zmoe_wait_drain(zmoe_exchange *ex) {
 
 /* When something is due whether or not a message comes. */
 static uint64_t next_event_us(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us) {
+  uint64_t missing = zmoe_missing(ex);
   for (uint32_t r = 0; r < ex->nodes; r++) {
     const zmoe_peer *peer = &ex->peers[r];
-    if ((ex->missing & zmoe_bit(r)) && peer->ask_at_us < until_us)
+    if ((missing & zmoe_bit(r)) && peer->ask_at_us < until_us)
       until_us = peer->ask_at_us;
     uint64_t lost_at_us = peer->down_since_us + ex->grace_ms * UINT64_C(1000);
     if (peer->down_since_us != 0 && lost_at_us < until_us)
@@ -133,8 +134,10 @@ static void spin(zmoe_exchange *ex, uint64_t now_us) {
   }
   for (uint64_t until_us = now_us + ex->spin_us; now_us < until_us; now_us = zmoe_now_us()) {
     sched_yield();
-    zmoe_intake_partials(ex);
-    if (ex->missing == 0 || ex->diverged != 0) {
+    zmoe_intake_awaited(ex, ZMQ_DONTWAIT);
+    if (zmoe_awaits_chunks(ex))
+      zmoe_links_routed(ex, ZMQ_DONTWAIT);
+    if (zmoe_missing(ex) == 0 || ex->diverged != 0) {
       ex->spin_misses = 0;
       return;
     }
@@ -147,20 +150,21 @@ int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
   uint64_t now_us = zmoe_now_us();
   uint64_t until_us = zmoe_later_us(now_us, deadline_us), leave_us = now_us + STAY_US;
   ex->drained = 0;
-  ex->unread = ex->missing != 0 && !zmoe_intake_partials(ex);
-  if (ex->missing != 0)
+  ex->unread = zmoe_missing(ex) != 0 && !zmoe_intake_awaited(ex, ZMQ_DONTWAIT);
+  if (zmoe_missing(ex) != 0)
     spin(ex, now_us);
   /* In most exchanges this is all: one sleep, on one descriptor, inside libzmq. */
-  if (ex->missing != 0 && ex->diverged == 0 && deadline_us > 10000 * ZMOE_FIRST_WAIT_MS)
-    ex->unread = !zmoe_intake_wait(ex);
-  while (ex->missing != 0 || ex->diverged != 0) {
+  if (zmoe_missing(ex) != 0 && !zmoe_awaits_chunks(ex) && ex->diverged == 0 &&
+      deadline_us > 10000 * ZMOE_FIRST_WAIT_MS)
+    ex->unread = !zmoe_intake_awaited(ex, 0);
+  while (zmoe_missing(ex) != 0 || ex->diverged != 0) {
     now_us = zmoe_now_us();
     int rc = zmoe_wait_trouble(ex, now_us, until_us, lost);
     if (rc == ZMOE_OK && now_us >= leave_us)
       rc = ZMOE_EINTR;
     if (rc != ZMOE_OK)
       return rc;
-    zmoe_links_ask(ex, now_us);
+    zmoe_resend_ask(ex, now_us);
     rc = sleep_and_read(ex, now_us, until_us < leave_us ? until_us : leave_us);
     if (rc != ZMOE_OK)
       return rc;

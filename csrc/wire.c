@@ -1,14 +1,15 @@
 /* The frame header.
  *
  *   0 magic "ZMOE"       16 epoch      36 source, 2 bytes
- *   4 version, 1 byte    20 step       38 dtype, 1 byte, then 1 of zero
- *   5 kind, 1 byte       24 layer      40 payload_bytes, then 4 of zero
- *   6 zero, 2 bytes      28 rows       48 digest, 8 bytes
- *   8 session, 8 bytes   32 width      56 checksum of 0..55, 8 bytes
+ *   4 version, 1 byte    20 step       38 dtype, kind: 1 byte each
+ *   5 zero, 3 bytes      24 layer      40 payload_bytes
+ *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, zero: 1 byte each
+ *                        32 width      48 digest, 8 bytes
+ *                                      56 checksum of 0..55, 8 bytes
  *
  * Little-endian throughout.  The first 16 bytes are what a rank subscribes to:
- * partial outputs of its own session. */
-#include "zmoe.h"
+ * whatever is published in its own session. */
+#include "payload.h"
 
 #include <string.h>
 
@@ -45,7 +46,6 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   memset(out, 0, ZMOE_HEADER_BYTES);
   memcpy(out, MAGIC, sizeof MAGIC);
   out[4] = ZMOE_WIRE_VERSION;
-  out[5] = header->kind;
   put64(out + 8, header->session);
   put32(out + 16, header->epoch);
   put32(out + 20, header->step);
@@ -54,7 +54,11 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   put32(out + 32, header->width);
   put16(out + 36, header->source);
   out[38] = header->dtype;
+  out[39] = header->kind;
   put32(out + 40, header->payload_bytes);
+  out[44] = header->part;
+  out[45] = header->chunks;
+  out[46] = header->chunk;
   put64(out + 48, header->digest);
   put64(out + 56, zmoe_digest(out, 56));
 }
@@ -63,19 +67,39 @@ void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESEN
   memset(out, 0, ZMOE_PRESENCE_BYTES);
   memcpy(out, MAGIC, sizeof MAGIC);
   out[4] = ZMOE_WIRE_VERSION;
-  out[5] = 0xff; /* no kind: no frame begins like this */
+  out[5] = 0xff; /* zero in a frame: none begins like this */
   put64(out + 8, session);
   put16(out + 16, (uint16_t)rank);
 }
 
+static int chunk_is_valid(const zmoe_header *header) {
+  if (header->chunks == 0)
+    return header->chunk == 0 && header->kind != ZMOE_KIND_SUM;
+  return header->kind != ZMOE_KIND_ROWS && header->chunks <= ZMOE_MAX_NODES &&
+         header->chunk < header->chunks;
+}
+
 static int sizes_agree(const zmoe_header *header) {
   if (header->payload_bytes == 0)
-    return 1;
-  if (header->kind != ZMOE_KIND_PARTIAL)
+    return header->kind != ZMOE_KIND_ROWS || header->rows == 0;
+  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
+  uint64_t bytes = zmoe_payload_bytes(dtype, header->rows, header->width);
+  if (bytes == UINT64_MAX)
     return 0;
-  uint64_t elements = (uint64_t)header->rows * header->width;
-  return elements <= UINT32_MAX &&
-         elements * zmoe_dtype_bytes((zmoe_dtype)header->dtype) == header->payload_bytes;
+  if (header->kind == ZMOE_KIND_ROWS)
+    return bytes <= header->payload_bytes && (header->payload_bytes - bytes) % ZMOE_PAIR_BYTES == 0;
+  if (header->kind != ZMOE_KIND_PARTIAL && header->kind != ZMOE_KIND_SUM)
+    return 0;
+  if (header->chunks > 0)
+    bytes = zmoe_chunk(dtype, header->rows, header->width, header->chunks, header->chunk).bytes;
+  return bytes == header->payload_bytes;
+}
+
+static int fields_are_valid(const uint8_t *at, const zmoe_header *header) {
+  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && at[47] == 0;
+  return reserved_is_zero && header->kind >= ZMOE_KIND_PARTIAL && header->kind <= ZMOE_KIND_ROWS &&
+         zmoe_payload_bytes((zmoe_dtype)header->dtype, 0, 0) == 0 &&
+         header->source < ZMOE_MAX_NODES && chunk_is_valid(header) && sizes_agree(header);
 }
 
 zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
@@ -90,7 +114,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
   if (get64(at + 56) != zmoe_digest(at, 56))
     return ZMOE_WIRE_CHECKSUM;
   zmoe_header header = {
-      .kind = at[5],
+      .kind = at[39],
       .dtype = at[38],
       .source = get16(at + 36),
       .session = get64(at + 8),
@@ -100,11 +124,12 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .rows = get32(at + 28),
       .width = get32(at + 32),
       .payload_bytes = get32(at + 40),
+      .part = at[44],
+      .chunks = at[45],
+      .chunk = at[46],
       .digest = get64(at + 48),
   };
-  if (get16(at + 6) != 0 || at[39] != 0 || get32(at + 44) != 0 || header.kind < ZMOE_KIND_PARTIAL ||
-      header.kind > ZMOE_KIND_ELSEWHERE || zmoe_dtype_bytes((zmoe_dtype)header.dtype) == 0 ||
-      header.source >= ZMOE_MAX_NODES || !sizes_agree(&header))
+  if (!fields_are_valid(at, &header))
     return ZMOE_WIRE_FIELD;
   size_t body_bytes = frame_bytes - ZMOE_HEADER_BYTES;
   if (header.payload_bytes > max_payload_bytes || body_bytes > header.payload_bytes)

@@ -20,10 +20,11 @@
 extern "C" {
 #endif
 
-#define ZMOE_WIRE_VERSION 1
+#define ZMOE_WIRE_VERSION 2
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
+#define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
 
 typedef enum zmoe_status {
@@ -40,8 +41,18 @@ typedef enum zmoe_status {
 
 typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
 
-/* Bytes of one element, 0 for an unknown dtype. */
+/* What may stand for a dtype between nodes: each row in blocks of 32 elements, the
+ * last one padded with zeros; a block is a scale in bf16, then 32 integers of 8
+ * bits.  Only reduce, wire and exchange know it. */
+#define ZMOE_Q8 3
+#define ZMOE_Q8_BLOCK 32
+#define ZMOE_Q8_BLOCK_BYTES 34
+
+/* Bytes of one element, 0 for ZMOE_Q8, which has none, and for an unknown dtype. */
 size_t zmoe_dtype_bytes(zmoe_dtype dtype);
+/* Bytes of rows x width elements; UINT64_MAX for an unknown dtype, and for more
+ * than 2^32 - 1 elements. */
+uint64_t zmoe_payload_bytes(zmoe_dtype dtype, uint32_t rows, uint32_t width);
 
 /* ---- isa: which SIMD variant runs -------------------------------------- */
 
@@ -62,12 +73,14 @@ const char *zmoe_isa_name(zmoe_isa isa); /* "generic", "avx2", ... */
 
 /* ---- reduce: bit-identical in every variant ----------------------------- */
 
-/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN. */
+/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN.  In ZMOE_Q8 a
+ * NaN or an infinity makes a NaN of its whole block.  `count` elements are one row,
+ * or rows of whole blocks. */
 int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype src_dtype,
                  size_t count, zmoe_isa isa);
 
 /* out[i] = ((parts[0][i] + parts[1][i]) + ...), accumulated in f32 in the order
- * given, then converted.  A NULL part counts as zeros and is skipped; with
+ * given, then converted as above.  A NULL part counts as zeros and is skipped; with
  * every part NULL the result is zeros.  `out` may not alias a part. */
 int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                 zmoe_dtype part_dtype, size_t count, zmoe_isa isa);
@@ -113,6 +126,10 @@ typedef enum zmoe_kind {
   /* Answer to a RESEND for what the sender skipped: the header tells where it
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
+  ZMOE_KIND_SUM = 4, /* the sum of all ranks' partials, of the chunk that `source` adds up */
+  /* What a worker of a centralised run is to compute of one layer: the rows and the
+   * experts of its pairs in int32, their weights in f32, then its rows. */
+  ZMOE_KIND_ROWS = 5,
 } zmoe_kind;
 
 typedef struct zmoe_header {
@@ -124,7 +141,10 @@ typedef struct zmoe_header {
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
-  uint32_t payload_bytes; /* rows*width*dtype bytes, or 0: all zeros */
+  uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros;
+                           * of ROWS also the pairs' */
+  uint8_t part;           /* of a layer's exchanges, from 0 */
+  uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint64_t digest;        /* of the routing that led here */
 } zmoe_header;
 
@@ -159,6 +179,7 @@ typedef struct zmoe_exchange_config {
   uint64_t session;
   size_t max_payload_bytes;   /* of one frame */
   size_t small_payload_bytes; /* of one decode frame: its own size class */
+  int scatter;                /* 1 when ZMOE_SCATTER may be asked for, which takes more slots */
   /* Sockets, created, bound and connected by the caller, used from here on by
    * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this
    * session is sent anything.  dealers[r] (routing id: our presence) and
@@ -167,6 +188,8 @@ typedef struct zmoe_exchange_config {
   void *xpub, *sub, *router;
   void *const *dealers;
   void *const *monitors;
+  /* 0, or in a centralised run, where rank 0 leads, the most rows of an exchange. */
+  uint32_t dispatch_rows;
   uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
@@ -204,25 +227,85 @@ uint64_t zmoe_exchange_links(zmoe_exchange *ex);
 /* Forget every frame held; what comes from older epochs is stale from now on. */
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
 
-/* Zero-copy producer: get a slot, write the payload, publish it.  Publishing
- * takes over the reference, also when it fails. */
+/* Most exchanges that are published and not yet collected. */
+#define ZMOE_WINDOW 2
+
+typedef enum zmoe_algorithm {
+  ZMOE_DIRECT = 0,  /* whole partials to all: the fewest messages */
+  ZMOE_SCATTER = 1, /* reduce-scatter, all-gather: the fewest bytes for three nodes or more */
+} zmoe_algorithm;
+
+/* Which exchange, and of what; the same on every rank.  Order is by step, layer,
+ * part.  A layer's rows may come in several parts, 0, 1, ...: a further part may
+ * be published while the one before it is not yet collected. */
+typedef struct zmoe_call {
+  uint32_t step, layer, part;
+  uint32_t rows, width;
+  zmoe_dtype wire_dtype;
+  zmoe_algorithm algorithm;
+  uint64_t digest;
+} zmoe_call;
+
+/* Encode src (rows x width) in the wire's dtype and publish it.  src NULL: this
+ * rank adds nothing. */
+int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
+                          zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
+/* Zero-copy producer, ZMOE_DIRECT alone: get a slot, write the payload, publish
+ * it.  Publishing takes over the reference, also when it fails. */
 int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
                        zmoe_slot **out);
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, zmoe_slot *slot, uint32_t step, uint32_t layer,
-                               uint32_t rows, uint32_t width, zmoe_dtype dtype, uint64_t digest,
+int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
                                zmoe_fault *fault);
-/* The same from the caller's array, converted to the wire's dtype.  src NULL:
- * this rank adds nothing. */
-int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dtype, uint32_t step,
-                          uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype wire_dtype,
-                          uint64_t digest, uint64_t deadline_us, zmoe_fault *fault);
-/* Wait for every peer's frame of the layer just published and write the sum,
- * in rank order, of all ranks' encoded partials.  `deadline_us` is from now.
+/* Wait for the oldest exchange that was published and not collected, and write the
+ * sum, in rank order, of all ranks' encoded partials: with ZMOE_SCATTER as it was
+ * encoded once more, on every rank alike.  `deadline_us` is from now.
  * After ZMOE_EINTR (a signal, or 100 ms without one: the caller may have missed
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault);
-/* Between exchanges: answer resend requests, watch the links.  Never blocks. */
+
+/* ---- the centralised schedule ------------------------------------------------
+ * The leader has all rows and routes them.  In each exchange it dispatches to
+ * every worker the rows that it has experts for, publishes its own partial and
+ * collects, as above; a worker receives, and publishes its partial of the rows
+ * that it received.  That makes two messages a worker, empty ones included: from
+ * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one part. */
+
+typedef struct zmoe_routed {
+  const void *x;         /* (rows, width) of x_dtype */
+  const int32_t *ids;    /* (rows, top_k): the chosen experts */
+  const float *weights;  /* (rows, top_k) */
+  const uint64_t *ranks; /* (rows, top_k) bit r: rank r computes this pair */
+  uint32_t top_k;
+  zmoe_dtype x_dtype;
+} zmoe_routed;
+
+int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
+                           uint64_t deadline_us, zmoe_fault *fault);
+
+/* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
+typedef struct zmoe_received {
+  /* Room, and this rank's number of each expert, -1 for another's. */
+  void *x;
+  int32_t *pair_rows, *pair_experts;
+  float *pair_weights;
+  size_t x_bytes;
+  uint32_t max_pairs, experts;
+  const int32_t *local; /* (experts) */
+  /* What came; pair_experts in this rank's numbers. */
+  uint32_t rows, width, pairs;
+  zmoe_dtype dtype;
+  uint64_t digest; /* to be published with */
+} zmoe_received;
+
+/* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
+ * for a pair whose expert is another rank's. */
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
+                          uint64_t deadline_us, zmoe_fault *fault);
+
+/* ---- between exchanges --------------------------------------------------------- */
+
+/* Answer resend requests, watch the links.  Never blocks. */
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault);
 void zmoe_exchange_stats_get(const zmoe_exchange *ex, zmoe_exchange_stats *out);
 void zmoe_exchange_pool_stats(const zmoe_exchange *ex, zmoe_pool_stats *out);

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from zmoe.types import Placement, nothing
+from zmoe.types import Partial, Placement, nothing
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
@@ -33,12 +33,22 @@ class Call(NamedTuple):
     contributed: bool
 
 
+def in_halves(partial: Partial[Any], rows: int) -> list[tuple[int, int, Any]]:
+    """(start, stop, part) of a partial: of a function in two halves where there are two rows."""
+    if not callable(partial):
+        return [(0, rows, partial)]
+    middle = rows // 2
+    bounds = [(0, middle), (middle, rows)] if middle else [(0, rows)]
+    return [(start, stop, partial(start, stop)) for start, stop in bounds]
+
+
 class ThreadReducer:
     """A Reducer among threads, as strict as the contract allows.
 
-    Results live in two buffers by turns, and the one that may no longer be
-    used is overwritten with NaN, so that whoever holds a result too long, or
-    evaluates too late, is found out.
+    Partials that are functions are asked for in halves. Results live in two
+    buffers by turns, and the one that may no longer be used is overwritten with
+    NaN, so that whoever holds a result too long, or evaluates too late, is found
+    out.
     """
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
@@ -48,22 +58,31 @@ class ThreadReducer:
         self.step = 0
         self.calls: list[Call] = []
 
+    def dispatch(self, *given: object) -> None:
+        pass
+
+    def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        return dtype
+
     def all_reduce(
         self,
         layer: int,
-        partial: mx.array | None,
+        partial: Partial[mx.array],
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
-        meeting = self._meeting
-        if partial is not None:
-            assert partial.shape == shape and partial.dtype == dtype
-        self.calls.append(Call(layer, shape, partial is not None))
+        meeting, mine = self._meeting, np.zeros(shape, np.float32)
+        parts = in_halves(partial, shape[0])
+        for start, stop, part in parts:
+            if part is not None:
+                assert part.shape == (stop - start, shape[1]) and part.dtype == dtype
+                mine[start:stop] = np.array(part.astype(mx.float32))
+        contributed = any(part is not None for *_, part in parts)
+        self.calls.append(Call(layer, shape, contributed))
         overlap()
-        part = None if partial is None else np.array(partial.astype(mx.float32))
-        meeting.parts[self.rank] = part
+        meeting.parts[self.rank] = mine if contributed else None
         meeting.keys[self.rank] = (layer, shape, digest)
         meeting.barrier.wait()
         assert len(set(meeting.keys)) == 1, meeting.keys
@@ -74,13 +93,17 @@ class ThreadReducer:
     def all_reduce_host(
         self,
         layer: int,
-        partial: np.ndarray | None,
+        partial: Partial[np.ndarray],
         out: np.ndarray,
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
-        part = None if partial is None else mx.array(partial).astype(dtype)
+        def encoded(start: int, stop: int) -> mx.array | None:
+            part = partial(start, stop) if callable(partial) else partial
+            return None if part is None else mx.array(part).astype(dtype)
+
+        part = encoded if callable(partial) else encoded(0, len(out))
         total = self.all_reduce(layer, part, out.shape, dtype, digest, overlap)
         out[...] = np.array(total.astype(mx.float32))
 

@@ -26,9 +26,14 @@ class _Ffi:
 
 class _Lib:
     ZMOE_HEADER_BYTES: int
+    ZMOE_WINDOW: int
+    ZMOE_Q8_BLOCK: int
+    ZMOE_Q8_BLOCK_BYTES: int
     ZMOE_MAX_NODES: int
+    ZMOE_PAIR_BYTES: int
     ZMOE_PRESENCE_BYTES: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
+    def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
     def zmoe_isa_best(self) -> int: ...
     def zmoe_isa_supported(self, isa: int) -> int: ...
     def zmoe_isa_name(self, isa: int) -> CData: ...
@@ -71,28 +76,31 @@ class _Lib:
         self, exchange: CData | None, payload_bytes: int, deadline_us: int, out: CData
     ) -> int: ...
     def zmoe_exchange_publish_slot(
-        self,
-        exchange: CData | None,
-        slot: CData,
-        step: int,
-        layer: int,
-        rows: int,
-        width: int,
-        dtype: int,
-        digest: int,
-        fault: CData,
+        self, exchange: CData | None, call: CData, slot: CData, fault: CData
     ) -> int: ...
     def zmoe_exchange_publish(
         self,
         exchange: CData | None,
+        call: CData,
         src: CData,
         src_dtype: int,
+        deadline_us: int,
+        fault: CData,
+    ) -> int: ...
+    def zmoe_exchange_dispatch(
+        self,
+        exchange: CData | None,
+        call: CData,
+        routed: CData,
+        deadline_us: int,
+        fault: CData,
+    ) -> int: ...
+    def zmoe_exchange_receive(
+        self,
+        exchange: CData | None,
+        out: CData,
         step: int,
         layer: int,
-        rows: int,
-        width: int,
-        wire_dtype: int,
-        digest: int,
         deadline_us: int,
         fault: CData,
     ) -> int: ...
@@ -199,10 +207,9 @@ class _Lib:
     def zmoe_bench_exchanges(
         self,
         exchange: CData | None,
+        call: CData,
         src: CData,
         out: CData,
-        rows: int,
-        width: int,
         dtype: int,
         count: int,
         deadline_us: int,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from zmoe.errors import InputError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
+WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
 # MLX's modes of quantisation, and the bits and group sizes that each has.
 QUANTIZATIONS = {
     "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -85,12 +87,18 @@ class EngineConfig:
     cache of that many tokens, None for the whole context. `compute`: "mlx",
     "native" (the large products on the C kernels), or "auto": native on a CPU.
     `activations` of quantised products on the kernels: "exact", or "int8".
+    `wire_dtype`: how partial sums travel between nodes: "auto" as the model's
+    activations are, "q8" in blocks of 8-bit integers.
+    `schedule`: "decentralized" (every node routes, one all-reduce a MoE layer),
+    or "centralized" (the leader routes, the others hold experts only).
     """
 
     prefill_chunk: int = 512
     max_kv_size: int | None = None
     compute: str = "auto"
     activations: str = "exact"
+    wire_dtype: str = "auto"
+    schedule: str = "decentralized"
 
     def __post_init__(self) -> None:
         _check(
@@ -109,8 +117,15 @@ class EngineConfig:
             " or ".join(ACTIVATIONS),
         )
         _check(
+            self.wire_dtype in WIRE_DTYPES,
+            "--wire-dtype",
+            self.wire_dtype,
+            " or ".join(WIRE_DTYPES),
+        )
+        _check(
             self.compute != "mlx" or self.activations == "exact",
             "--activations",
             self.activations,
             "exact with --compute mlx",
         )
+        _check(self.schedule in SCHEDULES, "--schedule", self.schedule, " or ".join(SCHEDULES))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_NODES = lib.ZMOE_MAX_NODES
 HEADER_BYTES = lib.ZMOE_HEADER_BYTES
+PAIR_BYTES = lib.ZMOE_PAIR_BYTES
+WINDOW = lib.ZMOE_WINDOW
 
 
 class Status(IntEnum):
@@ -41,16 +43,34 @@ class Status(IntEnum):
 
 
 class Dtype(IntEnum):
-    """Element types on the wire."""
+    """Element types, and the blocks of 8-bit integers that only the wire knows."""
 
     F32 = 0
     F16 = 1
     BF16 = 2
+    Q8 = 3
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
-        return 4 if self is Dtype.F32 else 2
+        """Bytes of one element; 0 for Q8, which has none."""
+        return (4, 2, 2, 0)[self]
+
+    def payload_bytes(self, rows: int, width: int) -> int:
+        """Bytes of (rows, width) elements on the wire."""
+        return lib.zmoe_payload_bytes(self, rows, width)
+
+    def most_elements(self, payload_bytes: int) -> int:
+        """How many elements a payload may hold, whatever its shape."""
+        if self is Dtype.Q8:
+            return payload_bytes // lib.ZMOE_Q8_BLOCK_BYTES * lib.ZMOE_Q8_BLOCK
+        return payload_bytes // self.itemsize
+
+
+class Algorithm(IntEnum):
+    """How an all-reduce runs; zmoe_algorithm of csrc/zmoe.h."""
+
+    DIRECT = 0
+    SCATTER = 1
 
 
 class Isa(IntEnum):
@@ -115,6 +135,9 @@ class Header:
     rows: int = 0
     width: int = 0
     payload_bytes: int = 0
+    part: int = 0
+    chunks: int = 0
+    chunk: int = 0
     digest: int = 0
 
 
@@ -183,7 +206,7 @@ def reduce(
 
 def _elements(data: Any, dtype: Dtype, writable: bool = False) -> tuple[CData, int]:
     size = memoryview(data).nbytes
-    if size % dtype.itemsize:
+    if dtype is Dtype.Q8 or size % dtype.itemsize:
         raise ValueError(f"{size} bytes are no whole number of {dtype.name} elements")
     return ffi.from_buffer("uint8_t[]", data, require_writable=writable), size // dtype.itemsize
 
@@ -216,7 +239,7 @@ def presence(session: int, rank: int) -> bytes:
 
 class _Timed(Protocol):
     def time_exchanges(
-        self, rows: int, width: int, dtype: Dtype, count: int
+        self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
     ) -> npt.NDArray[np.float64]: ...
 
 
@@ -230,8 +253,13 @@ class HasNative(Protocol):
 
 
 def time_exchanges(
-    exchange: HasNative, rows: int, width: int, dtype: Dtype, iterations: int, warmup: int
+    exchange: HasNative,
+    elements: int,
+    wire_dtype: Dtype,
+    algorithm: Algorithm,
+    iterations: int,
+    warmup: int,
 ) -> npt.NDArray[np.float64]:
-    """Microseconds (iterations,) of exchanges from C buffer to C buffer; all ranks call it."""
-    exchange.native.time_exchanges(rows, width, dtype, warmup)
-    return exchange.native.time_exchanges(rows, width, dtype, iterations)
+    """Microseconds (iterations,) of exchanges from f32 in C to f32 in C; all ranks call it."""
+    exchange.native.time_exchanges(elements, wire_dtype, algorithm, warmup)
+    return exchange.native.time_exchanges(elements, wire_dtype, algorithm, iterations)

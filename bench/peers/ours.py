@@ -1,6 +1,6 @@
 """zmoe-c and zmoe: our exchange timed in C, and from MLX array to MLX array.
 
-usage: ours.py CONTROL RANK NODES LARGEST c|mlx
+usage: ours.py CONTROL RANK NODES LARGEST c|mlx ALGORITHM WIRE_DTYPE
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from zmoe.native import Dtype, time_exchanges
 SMALL = 64 * 1024  # payloads that come every token
 
 worker = Worker()
-largest, mode = int(sys.argv[4]), sys.argv[5]
+largest = int(sys.argv[4])
+mode, algorithm, wire_dtype = sys.argv[5:8]
+wire = Dtype[wire_dtype.upper()]
+worker.tolerance = 0.02 if wire is Dtype.Q8 else 0.0
 exchange = Exchange(
     worker.rank,
     worker.nodes,
     session=worker.nodes,
-    max_payload_bytes=largest,
+    max_payload_bytes=wire.payload_bytes(1, largest // 4),
     small_payload_bytes=min(SMALL, largest),
+    wire_dtype=wire_dtype,
+    algorithm=algorithm,
 )
 mine = exchange.endpoint
 addresses = worker.meet(f"{mine.host}:{mine.data_port}:{mine.control_port}")
@@ -34,10 +39,13 @@ exchange.connect(
     [Endpoint(host, int(data), int(control)) for host, data, control in parts], RUN_DEADLINE_S
 )
 
+exchange.calibrate()
+
 
 def run_c(size: int, iterations: int, warmup: int) -> list[int]:
     """Nanoseconds of each exchange, from C buffer to C buffer."""
-    elapsed_us = time_exchanges(exchange, 1, size // 4, Dtype.F32, iterations, warmup)
+    chosen = exchange.choice.algorithm(wire.payload_bytes(1, size // 4))
+    elapsed_us = time_exchanges(exchange, size // 4, wire, chosen, iterations, warmup)
     return [int(each) for each in np.rint(elapsed_us * 1000)]
 
 

@@ -23,13 +23,14 @@ from zmoe.errors import ZmoeError
 SEED = 1
 
 
-SETTINGS = ("compute", "activations")
+SETTINGS = ("compute", "activations", "wire_dtype")
 
 
 def add_settings(made: argparse.ArgumentParser) -> None:
     """The flags that engine_config reads."""
     for name in SETTINGS:
-        made.add_argument(f"--{name}", help="zmoe-run's; default: its default")
+        flag = f"--{name.replace('_', '-')}"
+        made.add_argument(flag, help="zmoe-run's; default: its default")
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:

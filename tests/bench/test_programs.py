@@ -29,6 +29,13 @@ def test_exchange_gives_a_row_for_each_combination() -> None:
     assert all(0 < row["p50_us"] <= row["p99_us"] for row in rows)
 
 
+def test_exchange_times_our_ways_side_by_side() -> None:
+    ways = ("--algorithm", "auto,scatter", "--wire-dtype", "f32,q8")
+    report = report_of("exchange.py", *QUICK, "--transports", "zmoe-c", *ways)
+    found = {row["transport"] for row in report["results"]}
+    assert found == {"zmoe-c", "zmoe-c-q8", "zmoe-c-scatter", "zmoe-c-scatter-q8"}
+
+
 def test_what_is_not_installed_is_named_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "grpc.py").write_text("raise ImportError('not here')")
     names = ("--transports", "grpc,mpi", "--json")
@@ -60,6 +67,8 @@ def test_what_fails_is_named_and_an_error(tmp_path: Path) -> None:
         (("exchange.py", "--nodes", "1"), "--nodes"),
         (("exchange.py", "--bytes", "13"), "--bytes"),
         (("exchange.py", "--round", "1"), "--round"),
+        (("exchange.py", "--algorithm", "ring"), "ring"),
+        (("exchange.py", "--wire-dtype", "auto"), "auto"),
         (("decode.py", "--runs", "0"), "--runs"),
         (("loading.py",), "model"),
         (("make_model.py", "anywhere", "--heads", "3"), "--heads"),

@@ -17,6 +17,7 @@ NUMPY: dict[Dtype, np.dtype[Any]] = {
     Dtype.F16: np.dtype(np.float16),
 }
 ISAS = [isa for isa in Isa if isa.supported]
+ELEMENTS = [dtype for dtype in Dtype if dtype.itemsize]
 
 
 def encoded(value: float, dtype: Dtype, size: int) -> bytearray:
@@ -27,7 +28,7 @@ def encoded(value: float, dtype: Dtype, size: int) -> bytearray:
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
-@pytest.mark.parametrize("dtype", list(Dtype), ids=lambda dtype: dtype.name.lower())
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=lambda dtype: dtype.name.lower())
 @pytest.mark.parametrize("nodes", [2, 4])
 @pytest.mark.parametrize("size", SIZES)
 def test_reduce(benchmark: BenchmarkFixture, size: str, nodes: int, dtype: Dtype, isa: Isa) -> None:

@@ -28,10 +28,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     CHECK(memcmp(again, frame, sizeof again) == 0);
     CHECK(bytes == ZMOE_HEADER_BYTES + (size_t)header.payload_bytes);
     CHECK(header.payload_bytes <= MAX_PAYLOAD && header.source < ZMOE_MAX_NODES);
-    size_t element_bytes = zmoe_dtype_bytes((zmoe_dtype)header.dtype);
-    CHECK(element_bytes > 0);
-    CHECK(header.payload_bytes == 0 ||
-          header.payload_bytes / element_bytes == (uint64_t)header.rows * header.width);
+    uint64_t whole = zmoe_payload_bytes((zmoe_dtype)header.dtype, header.rows, header.width);
+    CHECK(header.payload_bytes == 0 || header.kind == ZMOE_KIND_ROWS ||
+          (header.chunks == 0 ? header.payload_bytes == whole : header.payload_bytes <= whole));
+    CHECK(header.payload_bytes == 0 || header.kind != ZMOE_KIND_ROWS ||
+          (header.payload_bytes >= whole && (header.payload_bytes - whole) % ZMOE_PAIR_BYTES == 0));
+    CHECK(header.chunks == 0 || header.chunk < header.chunks);
   }
   free(frame);
   return 0;

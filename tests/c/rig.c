@@ -12,6 +12,7 @@ enum {
   ZMQ_LINGER = 17,
   ZMQ_LAST_ENDPOINT = 32,
   ZMQ_RECONNECT_IVL = 18,
+  ZMQ_IMMEDIATE = 39,
   ZMQ_XPUB_MANUAL = 71,
   ZMQ_ROUTER_HANDOVER = 56,
 };
@@ -131,6 +132,7 @@ static void connect_to(rig_node *node, const rig_node *nodes) {
     node->dealers[r] = open_socket(ZMQ_DEALER);
     CHECK_EQUAL(zmoe_zmq.setsockopt(node->dealers[r], ZMQ_ROUTING_ID, presence, sizeof presence),
                 0);
+    set(node->dealers[r], ZMQ_IMMEDIATE, 1);
     snprintf(monitor, sizeof monitor, "inproc://monitor-%p", node->dealers[r]);
     CHECK_EQUAL(zmq.monitor(node->dealers[r], monitor,
                             ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED),
@@ -148,11 +150,13 @@ static void create(rig_node *node, const rig_options *options) {
       .session = RIG_SESSION,
       .max_payload_bytes = RIG_MAX_BYTES,
       .small_payload_bytes = RIG_SMALL_BYTES,
+      .scatter = 1,
       .xpub = node->xpub,
       .sub = node->sub,
       .router = node->router,
       .dealers = node->dealers,
       .monitors = node->monitors,
+      .dispatch_rows = options->dispatch_rows,
       .spin_us = options->spin_us,
       .resend_ms = options->resend_ms,
       .grace_ms = options->grace_ms,
@@ -278,11 +282,20 @@ void rig_publish(rig_node *puppet, uint32_t step, uint32_t layer, float value) {
   rig_send(puppet->xpub, frame, rig_frame(&header, value, frame), 0);
 }
 
+zmoe_call rig_call(uint32_t step, uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype dtype) {
+  return (zmoe_call){
+      .step = step, .layer = layer, .rows = rows, .width = width, .wire_dtype = dtype};
+}
+
+int rig_node_send(rig_node *node, const zmoe_call *call, const float *src) {
+  zmoe_fault fault;
+  return zmoe_exchange_publish(node->ex, call, src, ZMOE_F32, 0, &fault);
+}
+
 int rig_node_publish(rig_node *node, uint32_t step, uint32_t layer, float value) {
   float payload[4] = {value, value, value, value};
-  zmoe_fault fault;
-  return zmoe_exchange_publish(node->ex, payload, ZMOE_F32, step, layer, 1, 4, ZMOE_F32, 0, 0,
-                               &fault);
+  zmoe_call call = rig_call(step, layer, 1, 4, ZMOE_F32);
+  return rig_node_send(node, &call, payload);
 }
 
 int rig_collect(rig_node *node, float *out, zmoe_fault *fault) {
@@ -299,4 +312,21 @@ int rig_collect(rig_node *node, float *out, zmoe_fault *fault) {
     *out = sum[0];
   }
   return rc;
+}
+
+void rig_collect_all(rig_node *nodes, uint32_t n, float *const *sums) {
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  uint64_t waiting = (UINT64_C(1) << n) - 1;
+  while (waiting != 0) {
+    CHECK(rig_now_us() < until_us);
+    for (uint32_t r = 0; r < n; r++) {
+      zmoe_fault fault;
+      if (!(waiting >> r & 1))
+        continue;
+      int rc = zmoe_exchange_collect(nodes[r].ex, sums[r], ZMOE_F32, 1000, &fault);
+      CHECK(rc == ZMOE_OK || rc == ZMOE_ETIMEOUT || rc == ZMOE_EINTR);
+      if (rc == ZMOE_OK)
+        waiting &= ~(UINT64_C(1) << r);
+    }
+  }
 }

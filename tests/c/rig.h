@@ -30,7 +30,13 @@ typedef struct rig_options {
   uint32_t nodes;
   uint64_t puppets;
   uint32_t spin_us, resend_ms, grace_ms;
+  uint32_t dispatch_rows; /* 0: decentralised */
 } rig_options;
+
+/* An exchange of whole partials, digest 0. */
+zmoe_call rig_call(uint32_t step, uint32_t layer, uint32_t rows, uint32_t width, zmoe_dtype dtype);
+/* Publishes f32 without waiting for a slot. */
+int rig_node_send(rig_node *node, const zmoe_call *call, const float *src);
 void rig_open(rig_node *nodes, rig_options options);
 void rig_close(rig_node *nodes, uint32_t n);
 /* Close the sockets of one node, as when its process dies; may be opened again
@@ -54,10 +60,12 @@ zmoe_header rig_header(uint32_t rank, uint32_t step, uint32_t layer);
 size_t rig_frame(const zmoe_header *header, float value, uint8_t *out);
 /* A puppet publishes that frame. */
 void rig_publish(rig_node *puppet, uint32_t step, uint32_t layer, float value);
-/* A node publishes (1, 4) of `value`, digest 0. */
+/* A node publishes (1, 4) of `value` to all, digest 0. */
 int rig_node_publish(rig_node *node, uint32_t step, uint32_t layer, float value);
 /* It collects until done or failed; the sum's first element goes to `out`. */
 int rig_collect(rig_node *node, float *out, zmoe_fault *fault);
+/* All of them collect in turns until all are done; sums[r] is f32. */
+void rig_collect_all(rig_node *nodes, uint32_t n, float *const *sums);
 /* The node serves until `*counter` of its statistics, refreshed, reaches `least`. */
 #define RIG_UNTIL(node, field, least)                                                              \
   do {                                                                                             \

@@ -15,53 +15,67 @@ static const rig_options USUAL = {.nodes = 2, .resend_ms = 1000, .grace_ms = 100
 
 /* ---- sums ------------------------------------------------------------------ */
 
-static void exchange_once(rig_node *nodes, uint32_t n, zmoe_dtype wire, uint32_t step,
-                          uint32_t rows, uint32_t width) {
-  static float source[8][8192], sums[8][8192], expected[8192];
-  const void *parts[8] = {NULL};
-  static uint8_t encoded[8][4 * 8192];
-  size_t count = (size_t)rows * width;
-  zmoe_fault fault;
-  for (uint32_t r = 0; r < n; r++) {
-    for (size_t i = 0; i < count; i++)
-      source[r][i] = sinf((float)(i + 1) * (float)(r + 3)) * 3.7f;
-    int nothing = (step + r) % 3 == 0;
-    zmoe_convert(encoded[r], wire, source[r], ZMOE_F32, count, ZMOE_ISA_GENERIC);
-    parts[r] = nothing ? NULL : encoded[r];
-    CHECK_EQUAL(zmoe_exchange_publish(nodes[r].ex, nothing ? NULL : source[r], ZMOE_F32, step, 0,
-                                      rows, width, wire, 99, 0, &fault),
-                ZMOE_OK);
-  }
-  zmoe_reduce(expected, ZMOE_F32, parts, n, wire, count, ZMOE_ISA_GENERIC);
-  for (uint32_t r = 0; r < n; r++) {
-    int rc;
-    while ((rc = zmoe_exchange_collect(nodes[r].ex, sums[r], ZMOE_F32, RIG_PATIENCE_US, &fault)) ==
-           ZMOE_EINTR)
-      ;
-    CHECK_EQUAL(rc, ZMOE_OK);
-    CHECK(memcmp(sums[r], expected, count * sizeof(float)) == 0);
+enum { MOST_NODES = 8, MOST_FLOATS = 8192 };
+
+/* What every rank must end with, in plain steps: encode, add in rank order, and
+ * where chunks were added up, encode again.  Rows one by one, as blocks end there. */
+static void expect(float *out, float (*sources)[MOST_FLOATS], uint32_t n, uint32_t silent,
+                   const zmoe_call *call) {
+  static uint8_t encoded[MOST_NODES][4 * MOST_FLOATS];
+  for (uint32_t row = 0; row < call->rows; row++) {
+    const void *parts[MOST_NODES];
+    for (uint32_t r = 0; r < n; r++) {
+      parts[r] = silent >> r & 1 ? NULL : encoded[r];
+      zmoe_convert(encoded[r], call->wire_dtype, sources[r] + (size_t)row * call->width, ZMOE_F32,
+                   call->width, ZMOE_ISA_GENERIC);
+    }
+    float *to = out + (size_t)row * call->width;
+    zmoe_reduce(to, ZMOE_F32, parts, n, call->wire_dtype, call->width, ZMOE_ISA_GENERIC);
+    if (call->algorithm == ZMOE_SCATTER) {
+      zmoe_convert(encoded[0], call->wire_dtype, to, ZMOE_F32, call->width, ZMOE_ISA_GENERIC);
+      zmoe_convert(to, ZMOE_F32, encoded[0], call->wire_dtype, call->width, ZMOE_ISA_GENERIC);
+    }
   }
 }
 
+static void exchange_once(rig_node *nodes, uint32_t n, const zmoe_call *call) {
+  static float sources[MOST_NODES][MOST_FLOATS], sums[MOST_NODES][MOST_FLOATS];
+  static float expected[MOST_FLOATS];
+  float *outs[MOST_NODES];
+  size_t count = (size_t)call->rows * call->width;
+  uint32_t silent = 0;
+  for (uint32_t r = 0; r < n; r++) {
+    outs[r] = sums[r];
+    silent |= (uint32_t)((call->step + r) % 3 == 0) << r;
+    for (size_t i = 0; i < count; i++)
+      sources[r][i] = sinf((float)(i + 1) * (float)(r + 3)) * 3.7f;
+    CHECK_EQUAL(rig_node_send(&nodes[r], call, silent >> r & 1 ? NULL : sources[r]), ZMOE_OK);
+  }
+  expect(expected, sources, n, silent, call);
+  rig_collect_all(nodes, n, outs);
+  for (uint32_t r = 0; r < n; r++)
+    CHECK(memcmp(sums[r], expected, count * sizeof(float)) == 0);
+}
+
 static void test_sums(void) {
-  for (uint32_t n = 2; n <= 8; n += n < 4 ? 1 : 4) {
-    rig_node nodes[8];
+  static const uint32_t shapes[][2] = {{1, 1}, {3, 61}, {8, 1024}, {0, 1024}, {5, 96}, {2, 33}};
+  for (uint32_t n = 2; n <= MOST_NODES; n += n < 4 ? 1 : 4) {
+    rig_node nodes[MOST_NODES];
     rig_options options = USUAL;
     options.nodes = n;
     options.spin_us = n == 3 ? 200 : 0;
     rig_open(nodes, options);
-    uint32_t step = 0;
-    for (int d = 0; d < 3; d++) {
-      exchange_once(nodes, n, (zmoe_dtype)d, step++, 1, 1);
-      exchange_once(nodes, n, (zmoe_dtype)d, step++, 3, 61);
-      exchange_once(nodes, n, (zmoe_dtype)d, step++, 8, 1024);
-      exchange_once(nodes, n, (zmoe_dtype)d, step++, 0, 1024);
-    }
     zmoe_exchange_stats stats;
+    for (uint32_t i = 0; i < 48; i++) {
+      zmoe_call call = rig_call(i, 0, shapes[i % 6][0], shapes[i % 6][1], (zmoe_dtype)(i / 6 % 4));
+      call.algorithm = (zmoe_algorithm)(i / 24);
+      call.digest = 99;
+      exchange_once(nodes, n, &call);
+    }
     zmoe_exchange_stats_get(nodes[0].ex, &stats);
-    CHECK_EQUAL(stats.exchanges, 12);
-    CHECK_EQUAL(stats.frames_sent, 12);
-    CHECK_EQUAL(stats.frames_received, 12 * (n - 1));
+    CHECK_EQUAL(stats.exchanges, 48);
+    CHECK_EQUAL(stats.frames_sent, 24 + 24 * n);
+    CHECK_EQUAL(stats.frames_received, 24 * 3 * (n - 1));
     rig_close(nodes, n);
   }
 }
@@ -98,6 +112,8 @@ static void test_64_nodes(void) {
   uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
   while (zmoe_exchange_subscribers(nodes[0].ex) != (~UINT64_C(1) & ~UINT64_C(2)))
     CHECK(rig_now_us() < until_us); /* rank 1 had made itself known to the first exchange */
+  zmoe_call scatter = {.rows = 1, .width = 4, .algorithm = ZMOE_SCATTER};
+  CHECK_EQUAL(rig_node_send(&nodes[0], &scatter, NULL), ZMOE_EINVAL); /* it was not announced */
   CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 0.5f), ZMOE_OK);
   for (uint32_t r = 1; r < ZMOE_MAX_NODES; r++) {
     nodes[1].rank = r;
@@ -147,8 +163,8 @@ static void test_zero_copy_slot(void) {
   float sum;
   CHECK_EQUAL(zmoe_exchange_slot(nodes[0].ex, 16, 0, &slot), ZMOE_OK);
   memcpy(zmoe_slot_payload(slot), (float[4]){1, 1, 1, 1}, 16);
-  CHECK_EQUAL(zmoe_exchange_publish_slot(nodes[0].ex, slot, 0, 0, 1, 4, ZMOE_F32, 0, &fault),
-              ZMOE_OK);
+  zmoe_call call = rig_call(0, 0, 1, 4, ZMOE_F32);
+  CHECK_EQUAL(zmoe_exchange_publish_slot(nodes[0].ex, &call, slot, &fault), ZMOE_OK);
   CHECK_EQUAL(rig_node_publish(&nodes[1], 0, 0, 2), ZMOE_OK);
   CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
   CHECK(sum == 3);
@@ -275,20 +291,20 @@ static void test_mistakes(void) {
   zmoe_slot *slot;
   float data[4] = {0};
   CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4 + 1, ZMOE_F32, 0,
-                                    0, &fault),
-              ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, UINT32_MAX, UINT32_MAX, ZMOE_F32, 0,
-                                    0, &fault),
-              ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_exchange_publish(ex, data, ZMOE_F32, 0, 0, 1, 4, (zmoe_dtype)7, 0, 0, &fault),
-              ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_exchange_publish(ex, data, (zmoe_dtype)7, 0, 0, 1, 4, ZMOE_F32, 0, 0, &fault),
-              ZMOE_EINVAL);
+  const zmoe_call calls[] = {rig_call(0, 0, 1, RIG_MAX_BYTES / 4 + 1, ZMOE_F32),
+                             rig_call(0, 0, UINT32_MAX, UINT32_MAX, ZMOE_F32),
+                             rig_call(0, 0, 1, 4, (zmoe_dtype)7),
+                             {.rows = 1, .width = 4, .algorithm = (zmoe_algorithm)2},
+                             {.rows = 1, .width = 4, .part = 256},
+                             {.rows = 1, .width = 4, .part = 1}};
+  for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+    CHECK_EQUAL(zmoe_exchange_publish(ex, &calls[i], data, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
+  zmoe_call fits = rig_call(0, 0, 1, 4, ZMOE_F32), most = rig_call(0, 0, 1, 16384, ZMOE_F32);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, &fits, data, (zmoe_dtype)7, 0, &fault), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, &fits, data, ZMOE_Q8, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_slot(ex, RIG_MAX_BYTES + 1, 0, &slot), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_slot(ex, 16, 0, &slot), ZMOE_OK);
-  CHECK_EQUAL(zmoe_exchange_publish_slot(ex, slot, 0, 0, 1, RIG_MAX_BYTES / 4, ZMOE_F32, 0, &fault),
-              ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_exchange_publish_slot(ex, &most, slot, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(rig_node_publish(&nodes[0], 3, 0, 1), ZMOE_OK);
   CHECK_EQUAL(rig_node_publish(&nodes[0], 4, 0, 1), ZMOE_EINVAL); /* not yet collected */
   rig_publish(&nodes[1], 3, 0, 1);
@@ -313,24 +329,21 @@ static void test_pool_exhaustion(void) {
   int n = 0;
   while (zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 0, &slots[n]) == ZMOE_OK)
     n++;
-  CHECK_EQUAL(n, 4);
+  CHECK_EQUAL(n, 6);
   CHECK_EQUAL(zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 1000, &extra), ZMOE_EPOOL);
   static float data[RIG_MAX_BYTES / 4];
   zmoe_fault fault;
-  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4,
-                                    ZMOE_F32, 0, 1000, &fault),
-              ZMOE_EPOOL);
+  zmoe_call call = rig_call(0, 0, 1, RIG_MAX_BYTES / 4, ZMOE_F32);
+  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, &call, data, ZMOE_F32, 1000, &fault), ZMOE_EPOOL);
   while (n-- > 0)
     zmoe_slot_release(slots[n]);
-  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, data, ZMOE_F32, 0, 0, 1, RIG_MAX_BYTES / 4,
-                                    ZMOE_F32, 0, 0, &fault),
-              ZMOE_OK);
+  CHECK_EQUAL(rig_node_send(&nodes[0], &call, data), ZMOE_OK);
   rig_close(nodes, 2);
 }
 
 int main(int argc, char **argv) {
   static const test_case tests[] = {
-      {"sums of 2, 3, 4 and 8 nodes, every dtype, some without a part", test_sums},
+      {"sums of 2, 3, 4 and 8 nodes, every dtype, both algorithms, some without a part", test_sums},
       {"64 nodes", test_64_nodes},
       {"a peer one exchange ahead", test_a_peer_one_ahead},
       {"a slot published without copying", test_zero_copy_slot},

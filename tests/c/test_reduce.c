@@ -16,7 +16,7 @@ static uint32_t next_random(void) {
 }
 
 static const zmoe_isa VARIANTS[] = {ZMOE_ISA_AVX2, ZMOE_ISA_AVX512, ZMOE_ISA_NEON};
-static const zmoe_dtype DTYPES[] = {ZMOE_F32, ZMOE_F16, ZMOE_BF16};
+static const zmoe_dtype DTYPES[] = {ZMOE_F32, ZMOE_F16, ZMOE_BF16, ZMOE_Q8};
 
 static uint16_t convert_one(float value, zmoe_dtype dtype) {
   uint16_t out;
@@ -89,12 +89,10 @@ static void fill(unsigned char *data, size_t bytes, int any_bits, zmoe_dtype dty
     data[i] = (unsigned char)(next_random() >> 11);
   if (any_bits)
     return;
-  for (size_t i = 0; i < count; i++) { /* numbers of a like size, so that order matters */
-    float value = (float)(int32_t)next_random() * 0x1p-28f;
-    CHECK_EQUAL(zmoe_convert(data + i * zmoe_dtype_bytes(dtype), dtype, &value, ZMOE_F32, 1,
-                             ZMOE_ISA_GENERIC),
-                ZMOE_OK);
-  }
+  float values[MOST]; /* of a like size, so that order matters */
+  for (size_t i = 0; i < count; i++)
+    values[i] = (float)(int32_t)next_random() * 0x1p-28f;
+  CHECK_EQUAL(zmoe_convert(data, dtype, values, ZMOE_F32, count, ZMOE_ISA_GENERIC), ZMOE_OK);
 }
 
 /* Random bits make NaN, infinity and subnormals common; odd offsets, as in
@@ -121,8 +119,8 @@ static void test_variants_agree(void) {
       printf("     (%s cannot run here)\n", zmoe_isa_name(VARIANTS[v]));
       continue;
     }
-    for (int p = 0; p < 3; p++)
-      for (int o = 0; o < 3; o++)
+    for (int p = 0; p < 4; p++)
+      for (int o = 0; o < 4; o++)
         for (uint32_t n = 0; n <= 8; n++)
           for (size_t count = 0; count < MOST; count += 1 + next_random() % 7)
             check_variant(VARIANTS[v], DTYPES[p], DTYPES[o], n, count, (int)(count & 1));
@@ -147,6 +145,75 @@ static void test_variants_convert_alike(void) {
       }
     }
   }
+}
+
+/* ---- blocks of 8-bit integers ---------------------------------------------------- */
+
+static void there_and_back(float *out, const float *values, size_t count) {
+  unsigned char blocks[(MOST + ZMOE_Q8_BLOCK) * 2];
+  CHECK_EQUAL(zmoe_convert(blocks, ZMOE_Q8, values, ZMOE_F32, count, zmoe_isa_best()), ZMOE_OK);
+  CHECK_EQUAL(zmoe_convert(out, ZMOE_F32, blocks, ZMOE_Q8, count, zmoe_isa_best()), ZMOE_OK);
+}
+
+/* The bytes are a promise between machines. */
+static void test_known_blocks(void) {
+  float values[40] = {127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -126.5f, 3}, back[40];
+  static const int8_t expected[] = {127, 0, 2, 2, 0, -2, -126, 3, 0};
+  unsigned char blocks[2 * ZMOE_Q8_BLOCK_BYTES];
+  values[32] = -2, values[39] = 1; /* 2 / 127 is between 0x3c80 and 0x3c81 */
+  CHECK_EQUAL(zmoe_convert(blocks, ZMOE_Q8, values, ZMOE_F32, 40, ZMOE_ISA_GENERIC), ZMOE_OK);
+  CHECK(blocks[0] == 0x80 && blocks[1] == 0x3f); /* 1.0 in bf16 */
+  CHECK(memcmp(blocks + 2, expected, sizeof expected) == 0);
+  const unsigned char *second = blocks + ZMOE_Q8_BLOCK_BYTES;
+  CHECK(second[0] == 0x82 && second[1] == 0x3c);
+  CHECK_EQUAL((int8_t)second[2], -126);
+  CHECK_EQUAL((int8_t)second[9], 63);
+  for (int i = 10; i < ZMOE_Q8_BLOCK_BYTES; i++)
+    CHECK_EQUAL(second[i], 0); /* the padding */
+  there_and_back(back, values, 40);
+  CHECK(back[0] == 127 && back[2] == 2 && back[3] == 2 && back[8] == 0);
+}
+
+/* No element is further from its value than half a step, whatever the magnitude. */
+static void test_blocks_are_near(void) {
+  for (int exponent = -118; exponent <= 126; exponent += 4) {
+    float values[MOST], back[MOST];
+    for (size_t i = 0; i < MOST; i++)
+      values[i] = ldexpf((float)(int32_t)next_random() * 0x1p-31f, exponent);
+    there_and_back(back, values, MOST);
+    for (size_t b = 0; b < MOST; b += ZMOE_Q8_BLOCK) {
+      float largest = 0;
+      for (size_t i = b; i < b + ZMOE_Q8_BLOCK && i < MOST; i++)
+        largest = fmaxf(largest, fabsf(values[i]));
+      double step = (double)largest / 127 * (1 + 0x1p-7);
+      for (size_t i = b; i < b + ZMOE_Q8_BLOCK && i < MOST; i++)
+        CHECK(fabs((double)back[i] - values[i]) <= step / 2 * (1 + 1e-6));
+    }
+  }
+}
+
+static void test_blocks_that_are_not_finite(void) {
+  static const float bad[] = {NAN, INFINITY, -INFINITY};
+  for (int k = 0; k < 3; k++) {
+    float values[MOST], back[MOST];
+    for (size_t i = 0; i < MOST; i++)
+      values[i] = 1;
+    values[70] = bad[k];
+    there_and_back(back, values, MOST);
+    for (size_t i = 0; i < MOST; i++)
+      CHECK(i / ZMOE_Q8_BLOCK == 2 ? isnan(back[i]) : fabsf(back[i] - 1) < 0.01f);
+  }
+}
+
+static void test_tiny_blocks_are_zeros(void) {
+  static const unsigned char zeros[2 * ZMOE_Q8_BLOCK_BYTES];
+  unsigned char blocks[2 * ZMOE_Q8_BLOCK_BYTES];
+  float values[40];
+  for (int i = 0; i < 40; i++)
+    values[i] = (i % 2 ? -1 : 1) * ldexpf(1, -151 + i);
+  CHECK_EQUAL(zmoe_convert(blocks, ZMOE_Q8, values, ZMOE_F32, 40, zmoe_isa_best()), ZMOE_OK);
+  CHECK(memcmp(blocks, zeros, ZMOE_Q8_BLOCK_BYTES) == 0); /* up to 2^-120 */
+  CHECK(memcmp(blocks, zeros, sizeof blocks) != 0);       /* up to 2^-112 */
 }
 
 static void test_order_is_that_of_the_ranks(void) {
@@ -206,6 +273,10 @@ int main(void) {
       {"rounding is to the nearest, ties to even", test_rounding_is_to_the_nearest},
       {"all variants agree bit for bit", test_variants_agree},
       {"all variants convert alike", test_variants_convert_alike},
+      {"known blocks of 8-bit integers", test_known_blocks},
+      {"blocks are as near as their scale allows", test_blocks_are_near},
+      {"a NaN or an infinity shows in its whole block", test_blocks_that_are_not_finite},
+      {"what is too small for a scale is zero", test_tiny_blocks_are_zeros},
       {"parts are added in order", test_order_is_that_of_the_ranks},
       {"sums are made in f32", test_accumulates_in_f32},
       {"no part is zeros", test_nothing_is_zeros},

@@ -18,6 +18,7 @@ static const zmoe_header SAMPLE = {
     .rows = 2,
     .width = 5,
     .payload_bytes = 20,
+    .part = 1,
     .digest = 0xfedcba9876543210u,
 };
 
@@ -34,14 +35,15 @@ static void test_round_trip(void) {
   CHECK(out.session == SAMPLE.session && out.epoch == SAMPLE.epoch && out.step == SAMPLE.step);
   CHECK(out.layer == SAMPLE.layer && out.rows == SAMPLE.rows && out.width == SAMPLE.width);
   CHECK(out.payload_bytes == SAMPLE.payload_bytes && out.digest == SAMPLE.digest);
+  CHECK(out.part == SAMPLE.part && out.chunks == 0 && out.chunk == 0);
 }
 
 /* The bytes on the wire are a promise between machines: fixed for a version. */
 static void test_golden_bytes(void) {
   static const uint8_t golden[56] = {
-      'Z', 'M', 'O', 'E', 1,  1, 0, 0, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 7, 0, 0, 0,
-      4,   3,   2,   1,   39, 0, 0, 0, 2,    0,    0,    0,    5,    0,    0,    0,    3, 0, 2, 0,
-      20,  0,   0,   0,   0,  0, 0, 0, 0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe,
+      'Z', 'M', 'O', 'E', 2,  0, 0, 0, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 7, 0, 0, 0,
+      4,   3,   2,   1,   39, 0, 0, 0, 2,    0,    0,    0,    5,    0,    0,    0,    3, 0, 2, 1,
+      20,  0,   0,   0,   1,  0, 0, 0, 0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe,
   };
   uint8_t frame[ZMOE_HEADER_BYTES];
   zmoe_wire_encode(&SAMPLE, frame);
@@ -83,9 +85,9 @@ static void test_fields(void) {
   zmoe_header out, bad;
   bad = SAMPLE, bad.kind = 0;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
-  bad = SAMPLE, bad.kind = 4;
+  bad = SAMPLE, bad.kind = ZMOE_KIND_ROWS + 1;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
-  bad = SAMPLE, bad.dtype = 3;
+  bad = SAMPLE, bad.dtype = 4;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
   bad = SAMPLE, bad.source = ZMOE_MAX_NODES;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
@@ -100,9 +102,46 @@ static void test_fields(void) {
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 4, &out), ZMOE_WIRE_FIELD);
 }
 
+static void expect_field(zmoe_header bad) {
+  zmoe_header out;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + bad.payload_bytes, &out), ZMOE_WIRE_FIELD);
+}
+
+/* Of 2 rows of 3 blocks each (32, 32 and 6 elements). */
+static void test_chunks(void) {
+  zmoe_header header = SAMPLE, bad, out;
+  header.width = 70, header.chunks = 4;
+  static const uint32_t blocks[] = {1, 2, 1, 2}, elements[] = {32, 38, 32, 38};
+  for (uint8_t c = 0; c < 4; c++) {
+    header.chunk = c;
+    for (int sum = 0; sum < 2; sum++) {
+      header.kind = sum ? ZMOE_KIND_SUM : ZMOE_KIND_PARTIAL;
+      header.dtype = ZMOE_BF16, header.payload_bytes = 2 * elements[c];
+      CHECK_EQUAL(decode(&header, ZMOE_HEADER_BYTES + header.payload_bytes, &out), ZMOE_WIRE_OK);
+      CHECK(out.chunks == 4 && out.chunk == c);
+      header.dtype = ZMOE_Q8, header.payload_bytes = ZMOE_Q8_BLOCK_BYTES * blocks[c];
+      CHECK_EQUAL(decode(&header, ZMOE_HEADER_BYTES + header.payload_bytes, &out), ZMOE_WIRE_OK);
+    }
+  }
+  bad = header, bad.payload_bytes += 2;
+  expect_field(bad);
+  bad = header, bad.chunk = 4;
+  expect_field(bad);
+  bad = header, bad.chunks = ZMOE_MAX_NODES + 1;
+  expect_field(bad);
+  bad = header, bad.chunks = 0, bad.chunk = 0; /* a sum is a chunk */
+  expect_field(bad);
+  bad = SAMPLE, bad.chunk = 1; /* of nothing */
+  expect_field(bad);
+  bad = SAMPLE, bad.dtype = ZMOE_Q8, bad.payload_bytes = 2 * 5; /* one block a row */
+  expect_field(bad);
+  bad.payload_bytes = 2 * ZMOE_Q8_BLOCK_BYTES;
+  CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + bad.payload_bytes, &out), ZMOE_WIRE_OK);
+}
+
 /* What a later version may use must be zero in this one. */
 static void test_reserved_bytes(void) {
-  static const int reserved[] = {6, 7, 39, 44, 45, 46, 47};
+  static const int reserved[] = {5, 6, 7, 47};
   zmoe_header out;
   for (size_t i = 0; i < sizeof reserved / sizeof *reserved; i++) {
     uint8_t frame[ZMOE_HEADER_BYTES + 20] = {0};
@@ -129,10 +168,11 @@ static void test_presence(void) {
 int main(void) {
   static const test_case tests[] = {
       {"a header survives encoding and decoding", test_round_trip},
-      {"the bytes of version 1 are fixed", test_golden_bytes},
+      {"the bytes of version 2 are fixed", test_golden_bytes},
       {"too short and too long frames", test_lengths},
       {"every flipped bit is noticed", test_every_flipped_bit_is_noticed},
       {"unknown kinds and dtypes, contradicting sizes", test_fields},
+      {"chunks", test_chunks},
       {"reserved bytes", test_reserved_bytes},
       {"presences differ by session and rank, and from frames", test_presence},
   };

@@ -39,6 +39,9 @@ def test_options_out_of_range(commands: Commands) -> None:
         (("--compute", "cuda", "x"), "--compute"),
         (("--activations", "int4", "x"), "--activations"),
         (("--activations", "int8", "--compute", "mlx", "x"), "--activations is int8"),
+        (("--wire-dtype", "int4", "x"), "--wire-dtype"),
+        (("--schedule", "federal", "x"), "--schedule"),
+        (("--wire-dtype", "f16", "--nodes", "2", "x"), "--wire-dtype is f16"),
     ]:
         assert words in commands.refused(*arguments)
 

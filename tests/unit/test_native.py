@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zmoe import native
-from zmoe.native import Dtype, Isa, Status, ffi, lib
+from zmoe.native import Algorithm, Dtype, Isa, Status, ffi, lib
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -26,8 +27,10 @@ def test_enums_match_the_header() -> None:
         )
         assert f"ZMOE_{name} = {status.value}," in header
     for dtype in Dtype:
-        assert f"ZMOE_{dtype.name} = {dtype.value}" in header
+        assert re.search(rf"ZMOE_{dtype.name}( =)? {dtype.value}\b", header)
         assert lib.zmoe_dtype_bytes(dtype) == dtype.itemsize
+    for algorithm in Algorithm:
+        assert f"ZMOE_{algorithm.name} = {algorithm.value}," in header
     for isa in Isa:
         assert f"ZMOE_ISA_{isa.name} = {isa.value}" in header
         assert ffi.string(lib.zmoe_isa_name(isa)) == isa.name.lower().encode()

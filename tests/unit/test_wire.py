@@ -19,7 +19,7 @@ MOST = 4096
     st.builds(
         Header,
         kind=st.just(1),
-        dtype=st.integers(0, 2),
+        dtype=st.integers(0, 3),
         source=st.integers(0, 63),
         session=U64,
         epoch=U32,
@@ -27,11 +27,12 @@ MOST = 4096
         layer=U32,
         rows=st.integers(0, 8),
         width=st.integers(0, 100),
+        part=st.integers(0, 255),
         digest=U64,
     )
 )
 def test_any_header_survives(header: Header) -> None:
-    size = header.rows * header.width * native.Dtype(header.dtype).itemsize
+    size = native.Dtype(header.dtype).payload_bytes(header.rows, header.width)
     header = replace(header, payload_bytes=size)
     assert native.decode_frame(native.encode_header(header) + bytes(size), MOST) == header
 

@@ -43,6 +43,8 @@ class Setup:
     max_kv_size: int | None
     compute: str
     activations: str
+    wire_dtype: str
+    schedule: str
     peer_timeout: float
     grace_timeout: float
     load_timeout: float

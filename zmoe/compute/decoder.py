@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
 from zmoe.compute.arrays import DTYPES, as_array, empty, writable
@@ -91,15 +92,13 @@ class NativeMoE:
             at.sorted_pointer,
             at.pairs,
         )
-        partial = None
-        if at.pairs.count:
-            with layer.spans.span("experts"):
-                self._experts.sum_pairs(at.x_pointer, self._dtype, rows, at.pairs, at.partial)
-            partial = at.partial
+        layer.reducer.dispatch(
+            layer.ordinal, at.x, self._dtype, at.ids, at.weights, layer.dtype, int(at.pairs.digest)
+        )
         shared: list[mx.array] = []
         layer.reducer.all_reduce_host(
             layer.ordinal,
-            partial,
+            lambda start, stop: self._partial(at, start, stop),
             at.routed,
             layer.dtype,
             int(at.pairs.digest),
@@ -108,6 +107,15 @@ class NativeMoE:
         memory += at.routed
         for part in shared:
             memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
+
+    def _partial(self, at: Buffers, start: int, stop: int) -> npt.NDArray[np.float32] | None:
+        """The own experts' part of the rows [start, stop); None where they have none."""
+        x, pairs, out = at.between(start, stop)
+        if not pairs.count:
+            return None
+        with self._layer.spans.span("experts"):
+            self._experts.sum_pairs(x, self._dtype, stop - start, pairs, out)
+        return out
 
     def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
         if not self._adapter.has_shared:
@@ -134,12 +142,26 @@ class Buffers:
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
         self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
         count = rows * top_k
-        self._memory = [ffi.new("int32_t[]", count) for _ in range(3)]
+        self._pair_rows, self._some_rows = np.empty(count, np.int32), np.empty(count, np.int32)
+        self._memory = [ffi.new("int32_t[]", count) for _ in range(2)]
         self._pair_weights = ffi.new("float[]", count)
-        self.sorted_pointer = self._memory[2]
-        self.pairs = ffi.new("zmoe_pairs *")
-        self.pairs.rows, self.pairs.experts = self._memory[:2]
-        self.pairs.weights = self._pair_weights
+        self.sorted_pointer = self._memory[1]
+        self.pairs, self._some_pairs = ffi.new("zmoe_pairs *"), ffi.new("zmoe_pairs *")
+        self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows, require_writable=True)
+        self.pairs.experts, self.pairs.weights = self._memory[0], self._pair_weights
+        self._some_pairs.rows = ffi.from_buffer("int32_t[]", self._some_rows)
+
+    def between(self, start: int, stop: int) -> tuple[Any, Any, npt.NDArray[np.float32]]:
+        """The x, pairs and partial of the rows [start, stop), which count from 0 then."""
+        if stop - start == len(self.partial):
+            return self.x_pointer, self.pairs, self.partial
+        some, rows = self._some_pairs, self._pair_rows[: self.pairs.count]
+        begin, end = (int(edge) for edge in np.searchsorted(rows, (start, stop)))
+        np.subtract(rows[begin:end], start, out=self._some_rows[: end - begin])
+        some.experts, some.weights = self.pairs.experts + begin, self.pairs.weights + begin
+        some.count = end - begin
+        width_bytes = len(self.x_pointer) // len(self.partial)
+        return self.x_pointer + start * width_bytes, some, self.partial[start:stop]
 
 
 class BufferPool:

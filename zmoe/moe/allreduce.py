@@ -1,8 +1,7 @@
 """The all-reduce among all ranks, from MLX array to MLX array (or numpy).
 
-The work is done in C (csrc/exchange.c). Here: the sockets' life, deadlines,
-signals, errors that name the peer, and the persistent buffers that results
-land in.
+The work is done in C (csrc/exchange.c), under deadlines and in parts by rounds.py.
+Here: the sockets' life, and the persistent buffers that results land in.
 """
 
 from __future__ import annotations
@@ -10,34 +9,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import zmq
 
-from zmoe.errors import InputError, LaunchError, ZmoeError
-from zmoe.moe.faults import error_of
+from zmoe.errors import InputError, LaunchError
+from zmoe.moe.choice import Choice
 from zmoe.moe.native_exchange import NativeExchange, Receive
-from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.receive import DTYPES, ReceiveBuffers, wire_of
+from zmoe.moe.rounds import Rounds, Source
 from zmoe.moe.sockets import Endpoint, Sockets
-from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype, Status
+from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
 from zmoe.obs import Spans
-from zmoe.types import nothing
+from zmoe.types import Partial, nothing
 
 RESEND_MS = 50  # a frame this late is asked for again
 SPIN_US = 100  # how long to look for a peer's frame before sleeping
 _NUMPY_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16}
 
 
-class Exchange:
+class Exchange(Rounds):
     """All-reduce among `nodes` ranks that move in lock-step; one thread at a time.
 
     Listens as soon as it is made (`endpoint` says where); `connect` joins the
     others. `session` (64 bits) keeps runs apart: what others send is counted
     and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
-    link may take to come back.
+    link may take to come back. `wire_dtype` is how partials travel ("f32",
+    "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
+    `algorithm` "direct" or "scatter", `parts` other than 0 fix what `calibrate`
+    otherwise finds out. `max_rows` are CentralExchange's. All ranks give the same.
     """
 
     def __init__(
@@ -53,21 +56,24 @@ class Exchange:
         control_port: int = 0,
         deadline_s: float = 30.0,
         grace_s: float = 1.0,
+        max_rows: int = 0,
         spin_us: int = SPIN_US,
         spans: Spans | None = None,
+        wire_dtype: str = "auto",
+        algorithm: str = "auto",
+        parts: int = 0,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
             raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
-        self.rank, self.nodes, self.step = rank, nodes, 0
-        self._session, self._deadline_s, self._grace_s = session, deadline_s, grace_s
-        self._max_bytes = max_payload_bytes
+        choice = Choice(nodes, algorithm, parts)
+        super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
+        self.nodes, self.wire = nodes, wire_of(wire_dtype)
+        self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
+        self._max_rows = max_rows
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
-        self._spin_us = spin_us
-        self._spans = spans or Spans()
-        self._native: NativeExchange | None = None
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
-        self._received = ReceiveBuffers(max_payload_bytes)
+        self._received = ReceiveBuffers(max_payload_bytes, self.wire)
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
@@ -107,11 +113,13 @@ class Exchange:
             session=self._session,
             max_payload_bytes=self._max_bytes,
             small_payload_bytes=self._small_bytes,
+            scatter=self.choice.may_scatter,
             xpub=sockets.xpub.underlying,
             sub=sockets.sub.underlying,
             router=sockets.router.underlying,
             dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
             monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
+            max_rows=self._max_rows,
             spin_us=self._spin_us,
             resend_ms=RESEND_MS,
             grace_ms=int(self._grace_s * 1000),
@@ -144,13 +152,6 @@ class Exchange:
         )
         raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
 
-    @property
-    def native(self) -> NativeExchange:
-        """The exchange in C. Raises ZmoeError before `connect` and after `close`."""
-        if self._native is None:
-            raise ZmoeError("the exchange is not connected")
-        return self._native
-
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:
         """What an idle wait must poll too; when one is readable, call `service`.
 
@@ -162,49 +163,62 @@ class Exchange:
 
     # ---- the all-reduce --------------------------------------------------------
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Start afresh: frames of earlier epochs are stale from now on."""
-        if self.native.begin_epoch(epoch) is not Status.OK:
-            raise ZmoeError(f"epoch {epoch} is not later than the one before")
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: every rank has the rows, and routes them alike."""
+
+    def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """See zmoe.types.Reducer."""
+        return mx.float32 if self.wire is Dtype.F32 else dtype
 
     def all_reduce(
         self,
         layer: int,
-        partial: mx.array | None,
+        partial: Partial[mx.array],
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """See zmoe.types.Reducer; float32, float16 and bfloat16."""
-        rows, width = shape
-        wire = DTYPES[dtype]
-        source, source_dtype = None, wire
-        if partial is not None and rows * width > 0:
-            source, source_dtype = self._received.source(partial, rows * width)
-        with self._spans.span("exchange"):
-            self._publish(source, source_dtype, layer, rows, width, wire, digest)
-            overlap()
-            out = self._received.next(dtype)
-            self._collect(out, wire, layer)
-        return self._received.view(dtype, rows, width)
+        width, received = shape[1], self._received
+
+        def source(start: int, stop: int) -> Source:
+            part = partial(start, stop) if callable(partial) else partial
+            elements = (stop - start) * width
+            if part is None or elements == 0:
+                return None, Dtype.F32
+            return received.source(part, elements)
+
+        out, own = received.next(dtype), DTYPES[dtype]
+        self._reduce(layer, shape, own, digest, source, out, own, overlap, callable(partial))
+        return received.view(dtype, *shape)
 
     def all_reduce_host(
         self,
         layer: int,
-        partial: npt.NDArray[np.float32] | None,
+        partial: Partial[npt.NDArray[np.float32]],
         out: npt.NDArray[np.float32],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         """See zmoe.types.Reducer."""
-        rows, width = out.shape
-        wire = DTYPES[dtype]
-        with self._spans.span("exchange"):
-            self._publish(partial, Dtype.F32, layer, rows, width, wire, digest)
-            overlap()
-            self._collect(Receive(out), Dtype.F32, layer)
+
+        def source(start: int, stop: int) -> Source:
+            return partial(start, stop) if callable(partial) else partial, Dtype.F32
+
+        wire, shape, into = DTYPES[dtype], (out.shape[0], out.shape[1]), Receive(out)
+        in_parts = callable(partial)
+        self._reduce(layer, shape, wire, digest, source, into, Dtype.F32, overlap, in_parts)
 
     def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
@@ -217,60 +231,14 @@ class Exchange:
                 f"cannot reduce a {array.dtype} array of shape {array.shape}: expected float32 "
                 "or float16, 1-D or 2-D, not empty"
             )
-        rows, width = array.shape if array.ndim == 2 else (1, array.shape[0])
+        shape = (array.shape[0], array.shape[1]) if array.ndim == 2 else (1, array.shape[0])
         out = np.empty(array.shape, array.dtype)
-        with self._spans.span("exchange"):
-            source = np.ascontiguousarray(array)
-            self._publish(source, dtype, 0, rows, width, dtype, 0)
-            self._collect(Receive(out), dtype, 0)
+        source: Source = (np.ascontiguousarray(array), dtype)
+        self._reduce(0, shape, dtype, 0, lambda *_: source, Receive(out), dtype)
         self.step += 1
         return out
 
-    def _publish(
-        self,
-        source: object | None,
-        source_dtype: Dtype,
-        layer: int,
-        rows: int,
-        width: int,
-        wire: Dtype,
-        digest: int,
-    ) -> None:
-        status = self.native.publish(
-            source, source_dtype, self.step, layer, rows, width, wire, digest, self._deadline_s
-        )
-        if status == Status.OK:
-            return
-        if rows * width * wire.itemsize > self._max_bytes:
-            raise InputError(
-                f"a partial output of {rows} x {width} {wire.name} exceeds the exchange's "
-                f"{self._max_bytes} bytes"
-            )
-        if status == Status.INVALID:
-            raise ZmoeError(f"layer {layer}, step {self.step} does not come after the last one")
-        self._fail(status, layer)
-
-    def _collect(self, out: Receive, dtype: Dtype, layer: int) -> None:
-        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
-        collect, deadline_s = self.native.collect, self._deadline_s
-        status = collect(out, dtype, deadline_s)
-        if status == Status.INTERRUPTED:
-            until = time.monotonic() + deadline_s
-            while status == Status.INTERRUPTED:
-                status = collect(out, dtype, until - time.monotonic())
-        if status != Status.OK:
-            self._fail(status, layer)
-
     # ---- between exchanges ------------------------------------------------------
-
-    def service(self) -> None:
-        """Answer peers and look at the links, without waiting. Raises PeerError."""
-        status = self.native.service()
-        if status != Status.OK:
-            self._fail(status, None)
-
-    def _fail(self, status: int, layer: int | None) -> NoReturn:
-        raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)
 
     @property
     def stats(self) -> dict[str, int]:

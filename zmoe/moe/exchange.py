@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,10 +17,11 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
+from zmoe.moe.receive import DTYPES, wire_of
 from zmoe.moe.sockets import Endpoint
-from zmoe.types import nothing
+from zmoe.types import Partial, nothing
 
-__all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group"]
+__all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
 
 
 class SingleNode:
@@ -29,33 +31,56 @@ class SingleNode:
     nodes = 1
     step = 0
 
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: there is nobody else."""
+
+    def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """`dtype`: nothing travels."""
+        return dtype
+
     def all_reduce(
         self,
         layer: int,
-        partial: mx.array | None,
+        partial: Partial[mx.array],
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """`partial` itself, (rows, width) of `dtype`; zeros for None."""
+        mine = partial(0, shape[0]) if callable(partial) else partial
         overlap()
-        if partial is None:
-            return mx.zeros(shape, dtype)
-        return partial.reshape(shape).astype(dtype)
+        return mx.zeros(shape, dtype) if mine is None else mine.reshape(shape).astype(dtype)
 
     def all_reduce_host(
         self,
         layer: int,
-        partial: npt.NDArray[np.float32] | None,
+        partial: Partial[npt.NDArray[np.float32]],
         out: npt.NDArray[np.float32],
         dtype: mx.Dtype,
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         """`partial` itself, unrounded."""
+        mine = partial(0, out.shape[0]) if callable(partial) else partial
         overlap()
-        out[...] = 0 if partial is None else partial
+        out[...] = 0 if mine is None else mine
+
+
+def payload_bytes(rows: int, width: int, dtype: str, wire_dtype: str) -> int:
+    """Bytes of (rows, width) partial sums between nodes, in a model of `dtype`."""
+    wire = wire_of(wire_dtype)
+    own = DTYPES[getattr(mx, dtype)]
+    return (own if wire is None else wire).payload_bytes(rows, width)
 
 
 # ---- on its own: numpy in, numpy out ---------------------------------------------
@@ -97,6 +122,7 @@ def join(
     )
     try:
         exchange.connect(endpoints, deadline_s)
+        exchange.calibrate()
     except ZmoeError:
         exchange.close()
         raise
@@ -104,9 +130,18 @@ def join(
 
 
 def local_group(
-    nodes: int, *, max_payload_bytes: int = 1 << 22, deadline_s: float = 30.0
+    nodes: int,
+    *,
+    max_payload_bytes: int = 1 << 22,
+    deadline_s: float = 30.0,
+    wire_dtype: str = "auto",
+    algorithm: str = "auto",
+    parts: int = 0,
 ) -> list[Exchange]:
-    """`nodes` connected exchanges of this process, on loopback, one for each of its threads."""
+    """`nodes` connected exchanges of this process, on loopback, one for each of its threads.
+
+    They are not calibrated: all of them must be at the same time.
+    """
     session = int.from_bytes(os.urandom(8), "little")
     group: list[Exchange] = []
     try:
@@ -119,6 +154,9 @@ def local_group(
                     max_payload_bytes=max_payload_bytes,
                     small_payload_bytes=1 << 16,
                     deadline_s=deadline_s,
+                    wire_dtype=wire_dtype,
+                    algorithm=algorithm,
+                    parts=parts,
                 )
             )
         endpoints = [exchange.endpoint for exchange in group]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zmoe.native import MAX_NODES, Dtype, Header, Status, ffi, header_of, lib
+from zmoe.moe.received import Received
+from zmoe.moe.router import Floats, Ints
+from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -27,6 +29,9 @@ class Fault:
     step: int
     layer: int
     theirs: Header
+
+
+_ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
@@ -64,6 +69,7 @@ class NativeExchange:
         session: int,
         max_payload_bytes: int,
         small_payload_bytes: int,
+        scatter: bool,
         xpub: int,
         sub: int,
         router: int,
@@ -72,24 +78,28 @@ class NativeExchange:
         spin_us: int,
         resend_ms: int,
         grace_ms: int,
+        max_rows: int = 0,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
         monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
         config = ffi.new("zmoe_exchange_config *")
         config.rank, config.nodes, config.session = rank, nodes, session
         config.max_payload_bytes = max_payload_bytes
-        config.small_payload_bytes = small_payload_bytes
+        config.small_payload_bytes, config.scatter = small_payload_bytes, scatter
         config.xpub = ffi.cast("void *", xpub)
         config.sub = ffi.cast("void *", sub)
         config.router = ffi.cast("void *", router)
         config.dealers, config.monitors = dealer_array, monitor_array
         config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
+        config.dispatch_rows = max_rows
         out = ffi.new("zmoe_exchange **")
         status = Status(lib.zmoe_exchange_create(config, out))
         if status is not Status.OK:
             raise ValueError(f"cannot create the exchange: {status.name}")
         self._exchange: CData | None = out[0]
+        self._call = ffi.new("zmoe_call *")
         self._fault = ffi.new("zmoe_fault *")
+        self._routed = ffi.new("zmoe_routed *")
         self._null = ffi.NULL
 
     def close(self) -> None:
@@ -121,27 +131,76 @@ class NativeExchange:
         wire_dtype: Dtype,
         digest: int,
         deadline_s: float,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
     ) -> int:
-        """Send `source` (rows*width elements; None: zeros), converted to `wire_dtype`."""
+        """Send `source` (rows*width elements; None: zeros), encoded in `wire_dtype`."""
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest, algorithm, part)
         pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
         return lib.zmoe_exchange_publish(
-            self._exchange,
-            pointer,
-            source_dtype,
-            step,
-            layer,
-            rows,
-            width,
-            wire_dtype,
-            digest,
-            _microseconds(deadline_s),
-            self._fault,
+            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
         )
 
-    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float) -> int:
-        """Wait for every peer and write the sum, which `out` must have room for."""
+    def _call_of(
+        self,
+        step: int,
+        layer: int,
+        rows: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
+    ) -> CData:
+        call = self._call
+        call.step, call.layer, call.part = step, layer, part
+        call.rows, call.width = rows, width
+        call.wire_dtype, call.algorithm, call.digest = wire_dtype, algorithm, digest
+        return call
+
+    def dispatch(
+        self,
+        x: Any,
+        x_dtype: Dtype,
+        ids: Ints,
+        weights: Floats,
+        ranks: npt.NDArray[np.uint64],
+        step: int,
+        layer: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        deadline_s: float,
+    ) -> int:
+        """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
+
+        `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
+        """
+        routed = self._routed
+        keep = [
+            ffi.from_buffer(kind, data) for kind, data in zip(_ROUTED, (x, ids, weights, ranks))
+        ]
+        routed.x, routed.ids, routed.weights, routed.ranks = keep
+        rows, routed.top_k = ids.shape
+        routed.x_dtype = x_dtype
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest)
+        return lib.zmoe_exchange_dispatch(
+            self._exchange, call, routed, _microseconds(deadline_s), self._fault
+        )
+
+    def receive(self, out: Received, step: int, layer: int, local: Ints, deadline_s: float) -> int:
+        """Wait for the leader's rows; `local` numbers the experts of this rank, else -1."""
+        numbers = ffi.from_buffer("int32_t[]", local)
+        out.raw.local, out.raw.experts = numbers, len(numbers)
+        return lib.zmoe_exchange_receive(
+            self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
+        )
+
+    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
+        """Wait for every peer and write the sum `at` bytes into `out`, which must have room."""
+        pointer = out.pointer + at if at else out.pointer
         return lib.zmoe_exchange_collect(
-            self._exchange, out.pointer, out_dtype, _microseconds(deadline_s), self._fault
+            self._exchange, pointer, out_dtype, _microseconds(deadline_s), self._fault
         )
 
     def service(self) -> int:
@@ -175,18 +234,18 @@ class NativeExchange:
         return _counters(raw)
 
     def time_exchanges(
-        self, rows: int, width: int, dtype: Dtype, count: int
+        self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
     ) -> npt.NDArray[np.float64]:
-        """Microseconds of each of `count` exchanges, run and timed in C."""
-        source = np.ones(max(1, rows * width * dtype.itemsize), np.uint8)
+        """Microseconds of each of `count` exchanges of f32, run and timed in C."""
+        call = self._call_of(0, 0, 1, elements, wire_dtype, 0, algorithm)
+        source = np.ones(elements, np.float32)
         out, elapsed = np.empty_like(source), np.zeros(count)
         status = lib.zmoe_bench_exchanges(
             self._exchange,
+            call,
             ffi.from_buffer("uint8_t[]", source),
             ffi.from_buffer("uint8_t[]", out, require_writable=True),
-            rows,
-            width,
-            dtype,
+            Dtype.F32,
             count,
             30_000_000,
             ffi.from_buffer("double[]", elapsed, require_writable=True),

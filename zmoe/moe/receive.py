@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmoe.errors import InputError
 from zmoe.moe.native_exchange import Receive
 from zmoe.native import Dtype
 
@@ -21,14 +22,22 @@ DTYPES: dict[mx.Dtype, Dtype] = {
     mx.float16: Dtype.F16,
     mx.bfloat16: Dtype.BF16,
 }
+_WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
 _MOST_VIEWS = 256
 
 
-class _Buffer:
-    """One allocation of `max_bytes` and its evaluated views, by shape."""
+def wire_of(name: str) -> Dtype | None:
+    """How partials travel, by its name; None for "auto". Raises InputError."""
+    if name not in _WIRE_DTYPES:
+        raise InputError(f"wire_dtype is {name}: expected {' or '.join(_WIRE_DTYPES)}")
+    return None if name == "auto" else Dtype[name.upper()]
 
-    def __init__(self, dtype: mx.Dtype, max_bytes: int) -> None:
-        self._whole = mx.zeros((max(1, max_bytes // dtype.size),), dtype)
+
+class _Buffer:
+    """One allocation of `elements` and its evaluated views, by shape."""
+
+    def __init__(self, dtype: mx.Dtype, elements: int) -> None:
+        self._whole = mx.zeros((max(1, elements),), dtype)
         mx.eval(self._whole)
         self.target = Receive(self._whole)
         self._views: dict[tuple[int, int], mx.array] = {}
@@ -48,10 +57,14 @@ class _Buffer:
 
 
 class ReceiveBuffers:
-    """Two buffers for each dtype in use, taken in turn."""
+    """Two buffers for each dtype in use, taken in turn.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    Each holds the largest sum whose partials take `max_bytes` in `wire`; None: in
+    the dtype of the sum.
+    """
+
+    def __init__(self, max_bytes: int, wire: Dtype | None = None) -> None:
+        self._max_bytes, self._wire = max_bytes, wire
         self._pairs: dict[mx.Dtype, tuple[_Buffer, _Buffer]] = {}
         self._parity = 0
 
@@ -67,7 +80,9 @@ class ReceiveBuffers:
     def _buffer(self, dtype: mx.Dtype) -> _Buffer:
         pair = self._pairs.get(dtype)
         if pair is None:
-            pair = (_Buffer(dtype, self._max_bytes), _Buffer(dtype, self._max_bytes))
+            wire = DTYPES[dtype] if self._wire is None else self._wire
+            elements = wire.most_elements(self._max_bytes)
+            pair = (_Buffer(dtype, elements), _Buffer(dtype, elements))
             self._pairs[dtype] = pair
         return pair[self._parity]
 

@@ -26,6 +26,14 @@ class LocalPairs:
     slots: Ints
     experts: Ints
 
+    def within(self, start: int, stop: int) -> LocalPairs:
+        """Those of the rows [start, stop), which count from 0 then."""
+        begin, end = np.searchsorted(self.rows, (start, stop))
+        if (start, begin, end) == (0, 0, len(self.rows)):
+            return self
+        own = slice(begin, end)
+        return LocalPairs(self.rows[own] - np.int32(start), self.slots[own], self.experts[own])
+
 
 class Ownership:
     """One layer's map from expert ids to this node's own numbering."""

@@ -1,8 +1,9 @@
 """The ZeroMQ sockets under an exchange: created, bound and connected here, used in C.
 
-Data goes over XPUB and SUB; requests for lost frames over DEALER and ROUTER,
-whose monitors tell of broken links. All limits are explicit: what a stranger
-can make a socket hold is bounded by its high-water mark and message size.
+What is for all goes over XPUB and SUB; what is for one rank, such as requests for
+lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
+limits are explicit: what a stranger can make a socket hold is bounded by its
+high-water mark and message size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zmq
 from zmoe import native
 from zmoe.errors import InputError
 
-_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB or a ROUTER may have
+_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -55,14 +56,15 @@ class Sockets:
         self.monitors: list[zmq.Socket[bytes] | None] = []
         # Lock-step and the pool's slots bound what is under way. The high-water
         # marks are far above that, since libzmq learns only now and then what has
-        # been read: a low mark of XPUB drops frames, of SUB costs extra wake-ups.
+        # been read: a low mark of XPUB drops frames, of a DEALER refuses them, of SUB
+        # costs extra wake-ups.
         self.xpub = context.socket(zmq.XPUB)
         _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES)
         self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
         self.sub = context.socket(zmq.SUB)
         _limit(self.sub, 64, 64, frame_bytes)
         self.router = context.socket(zmq.ROUTER)
-        _limit(self.router, 4, 64, _SUBSCRIPTION_BYTES)
+        _limit(self.router, 8, 16, frame_bytes)
         # A peer that reconnects takes over from its own dead connection.
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
 
@@ -81,7 +83,7 @@ class Sockets:
                 continue
             dealer = self._context.socket(zmq.DEALER)
             self.dealers.append(dealer)
-            _limit(dealer, 16, 8, self._frame_bytes)
+            _limit(dealer, 1024, 8, self._frame_bytes)
             dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
             dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))

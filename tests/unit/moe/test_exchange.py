@@ -178,8 +178,8 @@ def test_an_idle_wait_wakes_for_a_lost_peer(group: list[Exchange]) -> None:
 @pytest.mark.parametrize(
     ("layer", "width", "digest", "message"),
     [
-        (0, 4, 8, "rank 1 has another routing, shape or dtype: layer 0, step 0"),
-        (0, 3, 7, "rank 1 has another routing, shape or dtype"),
+        (0, 4, 8, "rank 1 has another routing, shape, dtype or algorithm: layer 0, step 0"),
+        (0, 3, 7, "rank 1 has another routing, shape, dtype or algorithm"),
         (2, 4, 7, "rank 1 is elsewhere: layer 2, step 0, epoch 0; rank 0 is at layer 0"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Which algorithm an exchange takes, and in how many parts: the same on every rank.
+
+Both follow from what rank 0 has measured, and has told the others, so that all of
+them choose alike without talking.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zmoe.errors import InputError
+from zmoe.native import Algorithm
+
+ALGORITHMS = ("auto", "direct", "scatter")
+SMALL_BYTES, LARGE_BYTES = 16 << 10, 1 << 20  # payloads that are measured
+_ROUNDS = 5
+_FEWEST_BYTES = 128  # of a chunk: one block of float32
+# Of a prompt's rows in parts the experts read their weights once a part, which costs
+# nothing that could be measured at this many rows; of so short an exchange there is
+# little to hide either.
+_PART_ROWS, _MOST_PARTS = 64, 4
+_PART_US = 2000.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """Microseconds of an exchange of n bytes: `start` + n * `per_byte`."""
+
+    start: float
+    per_byte: float
+
+    def at(self, size: float) -> float:
+        """Of `size` bytes."""
+        return self.start + size * self.per_byte
+
+
+def line_through(first: tuple[int, float], second: tuple[int, float]) -> Line:
+    """The line through two (bytes, microseconds), the smaller payload first."""
+    slope = max(0.0, (second[1] - first[1]) / (second[0] - first[0]))
+    return Line(max(0.0, first[1] - slope * first[0]), slope)
+
+
+def crossover(direct: Line, scatter: Line) -> float:
+    """From how many bytes on scatter is the faster one; infinity for never.
+
+    Not below SMALL_BYTES, where the lines say little, and never for a gain at
+    LARGE_BYTES that may be chance.
+    """
+    if scatter.at(LARGE_BYTES) > 0.9 * direct.at(LARGE_BYTES):
+        return math.inf
+    if scatter.at(SMALL_BYTES) <= direct.at(SMALL_BYTES):
+        return SMALL_BYTES
+    return (scatter.start - direct.start) / (direct.per_byte - scatter.per_byte)
+
+
+class Choice:
+    """Chooses for exchanges among `nodes` ranks.
+
+    `algorithm` "auto" is direct until `learn`. `parts` is a fixed number of parts
+    for every exchange that may come in parts, 0: by what was learnt.
+    """
+
+    def __init__(self, nodes: int, algorithm: str = "auto", parts: int = 0) -> None:
+        if algorithm not in ALGORITHMS:
+            raise InputError(f"algorithm is {algorithm}: expected {' or '.join(ALGORITHMS)}")
+        # Among two, scatter moves as many bytes in more messages.
+        self._auto, self._parts = algorithm == "auto" and nodes > 2, parts
+        self.scatter_from: float = _FEWEST_BYTES * nodes if algorithm == "scatter" else math.inf
+        self.may_scatter = self._auto or algorithm == "scatter"
+        self._lines: tuple[Line, Line] | None = None
+
+    def algorithm(self, size: int) -> Algorithm:
+        """For a payload of `size` bytes."""
+        return Algorithm.SCATTER if size >= self.scatter_from else Algorithm.DIRECT
+
+    def learn(self, direct: Line, scatter: Line) -> None:
+        """Go by these figures, which are rank 0's."""
+        self._lines = (direct, scatter)
+        if self._auto:
+            self.scatter_from = crossover(direct, scatter)
+
+    def bounds(self, rows: int, size: int) -> list[tuple[int, int]]:
+        """The parts of `rows` rows that take `size` bytes: (start, stop) of each."""
+        parts = max(1, min(rows, self._parts) if self._parts else self._worthwhile(rows, size))
+        return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+
+    def _worthwhile(self, rows: int, size: int) -> int:
+        if self._lines is None or self._lines[self.algorithm(size)].at(size) < _PART_US:
+            return 1
+        return min(_MOST_PARTS, rows // _PART_ROWS)
+
+
+def measure(
+    exchange_us: Callable[[int, Algorithm], float], max_bytes: int, may_scatter: bool
+) -> tuple[Line, Line] | None:
+    """The lines of direct and of scatter; where that may not be, direct's twice.
+
+    `exchange_us(bytes, algorithm)` runs one exchange, on all ranks alike. None where
+    payloads are so small that there is nothing to choose.
+    """
+    sizes = (SMALL_BYTES, min(LARGE_BYTES, max_bytes // 4 * 4))
+    if sizes[1] < 2 * sizes[0]:
+        return None
+
+    def points(algorithm: Algorithm) -> list[tuple[int, float]]:
+        for size in sizes:
+            exchange_us(size, algorithm)  # the first one pays for what is new
+        return [
+            (size, statistics.median(exchange_us(size, algorithm) for _ in range(_ROUNDS)))
+            for size in sizes
+        ]
+
+    direct = line_through(*points(Algorithm.DIRECT))
+    return direct, line_through(*points(Algorithm.SCATTER)) if may_scatter else direct
