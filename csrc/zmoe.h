@@ -64,6 +64,7 @@ typedef enum zmoe_isa {
   /* Further steps for products alone; the sums of reduce know no difference. */
   ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI */
   ZMOE_ISA_NEON_DOT = 5,    /* dotprod */
+  ZMOE_ISA_NEON_BF16 = 6,   /* and bf16, i8mm */
 } zmoe_isa;
 
 zmoe_isa zmoe_isa_best(void);            /* the best this CPU can run */

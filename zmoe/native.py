@@ -82,6 +82,7 @@ class Isa(IntEnum):
     NEON = 3
     AVX512_BF16 = 4
     NEON_DOT = 5
+    NEON_BF16 = 6
 
     @property
     def supported(self) -> bool:
