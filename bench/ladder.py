@@ -143,6 +143,8 @@ class Ladder:
                 found.append(RUNGS[name])
             except Absent as reason:
                 self.absent[name] = str(reason)
+            except BenchError as error:
+                self.absent[name], self.failed = f"failed: {error}", True
         return found
 
     def _engine(self, rung: Rung, layout: Layout) -> Engine:
