@@ -58,20 +58,21 @@ def record() -> None:
 def by_layer(log: Sequence[tuple[str, float]], exchanges: int) -> Seconds:
     """Seconds in experts and in exchange (layers, 2), of all layers of all steps.
 
-    A layer ends with the last of its `exchanges` exchanges.
+    A layer ends with the last of its `exchanges` exchanges. Counted from the
+    end: a prompt's layers may have more of them than a decode step's.
     """
     spent: list[list[float]] = []
-    within = 0
-    for name, seconds in log:
-        if within == 0:
-            spent.append([0.0, 0.0])
-            within = exchanges
-        if name == "experts":
-            spent[-1][0] += seconds
-        elif name == "exchange":
+    left = 0
+    for name, seconds in reversed(log):
+        if name == "exchange":
+            if left == 0:
+                spent.append([0.0, 0.0])
+                left = exchanges
             spent[-1][1] += seconds
-            within -= 1
-    return np.array(spent)
+            left -= 1
+        elif name == "experts":
+            spent[-1][0] += seconds
+    return np.array(spent[::-1])
 
 
 def summary(leader: Seconds, experts: Sequence[Seconds]) -> dict[str, float]:
