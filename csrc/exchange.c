@@ -19,7 +19,8 @@
 
 enum {
   /* One being filled, two held for resends, one in libzmq's hands; small ones
-   * are cheap, so that a peer that is slow to read may leave some more there. */
+   * are cheap, so that a peer that is slow to read may leave some more there.
+   * The leader of a centralised run also fills one for each worker. */
   LARGE_SLOTS = 4,
   SMALL_SLOTS = 16,
   SLOT_ALIGNMENT = 64,
@@ -42,7 +43,8 @@ static int config_is_valid(const zmoe_exchange_config *config) {
 }
 
 static int create_pool(zmoe_exchange *ex, size_t small_bytes, size_t max_bytes) {
-  zmoe_pool_class classes[2] = {{small_bytes, SMALL_SLOTS}, {max_bytes, LARGE_SLOTS}};
+  uint32_t more = ex->role == ZMOE_LEADER ? ex->nodes - 1 : 0;
+  zmoe_pool_class classes[2] = {{small_bytes, SMALL_SLOTS + more}, {max_bytes, LARGE_SLOTS + more}};
   int both = small_bytes < max_bytes;
   return zmoe_pool_create(classes + !both, 1u + (uint32_t)both, SLOT_ALIGNMENT, &ex->pool);
 }
@@ -64,12 +66,13 @@ static void init_peers(zmoe_exchange *ex, const zmoe_exchange_config *config) {
 /* The frames of the session first: whoever sees our presence knows that they
  * will reach us. */
 static int subscribe(zmoe_exchange *ex) {
+  void *awaited = zmoe_intake_socket(ex);
   uint8_t frame[ZMOE_HEADER_BYTES], presence[ZMOE_PRESENCE_BYTES];
   zmoe_header header = {.kind = ZMOE_KIND_PARTIAL, .session = ex->session};
   zmoe_wire_encode(&header, frame);
   zmoe_wire_presence(ex->session, ex->rank, presence);
   int wait_ms = ZMOE_FIRST_WAIT_MS;
-  if (zmoe_zmq.setsockopt(ex->sub, ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
+  if (zmoe_zmq.setsockopt(awaited, ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, presence, sizeof presence) < 0)
     return ZMOE_EZMQ;
@@ -95,7 +98,14 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->sub = config->sub;
   ex->router = config->router;
   init_peers(ex, config);
+  ex->role = config->scatter_rows == 0 ? ZMOE_PEER : ex->rank == 0 ? ZMOE_LEADER : ZMOE_WORKER;
+  ex->scatter_rows = config->scatter_rows;
   int rc = create_pool(ex, config->small_payload_bytes, config->max_payload_bytes);
+  if (rc == ZMOE_OK && ex->role == ZMOE_LEADER) {
+    ex->touched = calloc(ex->scatter_rows, sizeof *ex->touched);
+    ex->zeros = calloc(1, config->max_payload_bytes); /* its pages are never touched */
+    rc = ex->touched != NULL && ex->zeros != NULL ? ZMOE_OK : ZMOE_ENOMEM;
+  }
   rc = rc == ZMOE_OK ? zmoe_wait_prepare(ex) : rc;
   rc = rc == ZMOE_OK ? subscribe(ex) : rc;
   if (rc != ZMOE_OK) {
@@ -106,7 +116,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   return ZMOE_OK;
 }
 
-static void release_held(zmoe_held *held) {
+void zmoe_held_release(zmoe_held *held) {
   if (held->slot != NULL)
     zmoe_slot_release(held->slot);
   held->slot = NULL;
@@ -119,10 +129,13 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
     zmoe_zmq.msg_close(&ex->peers[r].now.message);
     zmoe_zmq.msg_close(&ex->peers[r].next.message);
   }
-  release_held(&ex->held[0]);
-  release_held(&ex->held[1]);
+  zmoe_held_release(&ex->held[0]);
+  zmoe_held_release(&ex->held[1]);
+  zmoe_central_release(ex);
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
+  free(ex->touched);
+  free(ex->zeros);
   free(ex);
 }
 
@@ -135,17 +148,18 @@ int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
     if (peer->next.header.epoch < epoch) /* a peer may have begun the epoch before us */
       zmoe_frame_drop(&peer->next);
   }
-  release_held(&ex->held[0]);
-  release_held(&ex->held[1]);
+  zmoe_held_release(&ex->held[0]);
+  zmoe_held_release(&ex->held[1]);
+  zmoe_central_release(ex);
   ex->epoch = epoch;
-  ex->started = ex->has_before = ex->collecting = 0;
+  ex->started = ex->has_before = ex->collecting = ex->answering = 0;
   ex->missing = ex->diverged = 0;
   return ZMOE_OK;
 }
 
 /* ---- publish -------------------------------------------------------------- */
 
-static void fault_set(const zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
+void zmoe_fault_set(const zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
   *fault = (zmoe_fault){
       .missing = ex->missing,
       .lost = lost,
@@ -167,8 +181,8 @@ int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadlin
 }
 
 /* Moves on to the exchange of `header`, whose slot is now ours to hold. */
-static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header) {
-  release_held(&ex->held[1]);
+void zmoe_advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header) {
+  zmoe_held_release(&ex->held[1]);
   ex->held[1] = ex->held[0];
   ex->held[0] = (zmoe_held){slot, *header};
   ex->has_before = ex->started;
@@ -185,23 +199,30 @@ static void advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *heade
 
 static int publish(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header,
                    zmoe_fault *fault) {
+  if (ex->role != ZMOE_PEER) {
+    int status = zmoe_central_publish(ex, slot, header);
+    if (status != ZMOE_OK)
+      zmoe_slot_release(slot);
+    zmoe_fault_set(ex, 0, fault);
+    return status;
+  }
   if (ex->collecting || (ex->started && zmoe_key_compare(zmoe_key_of(header), ex->now) <= 0)) {
     zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
+    zmoe_fault_set(ex, 0, fault);
     return ZMOE_EINVAL;
   }
   zmoe_wire_encode(header, (uint8_t *)zmoe_slot_payload(slot) - ZMOE_HEADER_BYTES);
-  advance(ex, slot, header);
+  zmoe_advance(ex, slot, header);
   int rc = zmoe_links_send(ex, ex->xpub, &ex->held[0]);
   if (rc != ZMOE_OK)
     ex->zmq_errno = zmoe_zmq.get_errno();
   zmoe_intake_promote(ex);
-  fault_set(ex, 0, fault);
+  zmoe_fault_set(ex, 0, fault);
   return rc;
 }
 
-static int make_header(const zmoe_exchange *ex, uint32_t step, uint32_t layer, uint32_t rows,
-                       uint32_t width, zmoe_dtype dtype, uint64_t digest, zmoe_header *out) {
+int zmoe_header_make(const zmoe_exchange *ex, uint32_t step, uint32_t layer, uint32_t rows,
+                     uint32_t width, zmoe_dtype dtype, uint64_t digest, zmoe_header *out) {
   uint64_t elements = (uint64_t)rows * width;
   size_t dtype_bytes = zmoe_dtype_bytes(dtype);
   if (dtype_bytes == 0 || elements > ex->max_payload_bytes / dtype_bytes)
@@ -226,10 +247,10 @@ int zmoe_exchange_publish_slot(zmoe_exchange *ex, zmoe_slot *slot, uint32_t step
                                uint32_t rows, uint32_t width, zmoe_dtype dtype, uint64_t digest,
                                zmoe_fault *fault) {
   zmoe_header header;
-  int rc = make_header(ex, step, layer, rows, width, dtype, digest, &header);
+  int rc = zmoe_header_make(ex, step, layer, rows, width, dtype, digest, &header);
   if (rc != ZMOE_OK || header.payload_bytes > zmoe_slot_capacity(slot)) {
     zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
+    zmoe_fault_set(ex, 0, fault);
     return ZMOE_EINVAL;
   }
   return publish(ex, slot, &header, fault);
@@ -240,13 +261,13 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dty
                           uint64_t digest, uint64_t deadline_us, zmoe_fault *fault) {
   zmoe_header header;
   zmoe_slot *slot;
-  int rc = make_header(ex, step, layer, rows, width, wire_dtype, digest, &header);
+  int rc = zmoe_header_make(ex, step, layer, rows, width, wire_dtype, digest, &header);
   if (src == NULL)
     header.payload_bytes = 0;
   if (rc == ZMOE_OK)
     rc = zmoe_exchange_slot(ex, header.payload_bytes, deadline_us, &slot);
   if (rc != ZMOE_OK) {
-    fault_set(ex, 0, fault);
+    zmoe_fault_set(ex, 0, fault);
     return rc;
   }
   if (src != NULL)
@@ -254,7 +275,7 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dty
                       ex->isa);
   if (rc != ZMOE_OK) {
     zmoe_slot_release(slot);
-    fault_set(ex, 0, fault);
+    zmoe_fault_set(ex, 0, fault);
     return rc;
   }
   return publish(ex, slot, &header, fault);
@@ -262,7 +283,7 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dty
 
 /* ---- collect --------------------------------------------------------------- */
 
-static const void *payload_of(zmoe_exchange *ex, uint32_t rank) {
+const void *zmoe_payload_of(zmoe_exchange *ex, uint32_t rank) {
   if (rank == ex->rank)
     return ex->held[0].header.payload_bytes > 0 ? zmoe_slot_payload(ex->held[0].slot) : NULL;
   zmoe_frame *frame = &ex->peers[rank].now;
@@ -271,26 +292,30 @@ static const void *payload_of(zmoe_exchange *ex, uint32_t rank) {
   return (const uint8_t *)zmoe_zmq.msg_data(&frame->message) + ZMOE_HEADER_BYTES;
 }
 
+static int sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
+  const void *parts[ZMOE_MAX_NODES];
+  const zmoe_header *ours = &ex->held[0].header;
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    parts[r] = zmoe_payload_of(ex, r);
+  return zmoe_reduce(out, out_dtype, parts, ex->nodes, (zmoe_dtype)ours->dtype,
+                     (size_t)ours->rows * ours->width, ex->isa);
+}
+
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault) {
   uint64_t lost = 0;
-  int rc = ex->collecting && zmoe_dtype_bytes(out_dtype) != 0
-               ? zmoe_wait_for_all(ex, deadline_us, &lost)
-               : ZMOE_EINVAL;
+  int is_ours = ex->collecting && ex->held[0].slot != NULL; /* published, that is */
+  int rc = is_ours && zmoe_dtype_bytes(out_dtype) != 0 ? zmoe_wait_for_all(ex, deadline_us, &lost)
+                                                       : ZMOE_EINVAL;
   if (rc == ZMOE_OK) {
-    const void *parts[ZMOE_MAX_NODES];
-    const zmoe_header *ours = &ex->held[0].header;
-    for (uint32_t r = 0; r < ex->nodes; r++)
-      parts[r] = payload_of(ex, r);
-    rc = zmoe_reduce(out, out_dtype, parts, ex->nodes, (zmoe_dtype)ours->dtype,
-                     (size_t)ours->rows * ours->width, ex->isa);
+    rc = ex->role == ZMOE_LEADER ? zmoe_central_sum(ex, out, out_dtype) : sum(ex, out, out_dtype);
     for (uint32_t r = 0; r < ex->nodes; r++)
       zmoe_frame_drop(&ex->peers[r].now);
     ex->collecting = 0;
     ex->stats.exchanges++;
   }
   if (rc != ZMOE_OK)
-    fault_set(ex, lost, fault);
+    zmoe_fault_set(ex, lost, fault);
   return rc;
 }
 
@@ -301,7 +326,7 @@ int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
   uint64_t lost = 0;
   int rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
   if (rc != ZMOE_OK)
-    fault_set(ex, lost, fault);
+    zmoe_fault_set(ex, lost, fault);
   return rc;
 }
 

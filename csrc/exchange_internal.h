@@ -1,6 +1,7 @@
 /* What the files of the exchange share: exchange.c (publish, collect, reduce),
- * intake.c (from a received message to an accepted frame), links.c (the other
- * sockets: subscriptions, resends, link events) and wait.c. */
+ * central.c (scatter, receive), intake.c (from a received message to an accepted
+ * frame), links.c (the other sockets: subscriptions, resends, link events) and
+ * wait.c. */
 #ifndef ZMOE_EXCHANGE_INTERNAL_H
 #define ZMOE_EXCHANGE_INTERNAL_H
 
@@ -23,6 +24,18 @@ typedef struct zmoe_frame {
   zmq_msg_t message; /* initialised at all times */
 } zmoe_frame;
 
+/* A frame of ours that a peer may still ask for. */
+typedef struct zmoe_held {
+  zmoe_slot *slot; /* NULL: none */
+  zmoe_header header;
+} zmoe_held;
+
+typedef enum zmoe_role {
+  ZMOE_PEER,   /* of a decentralised run */
+  ZMOE_LEADER, /* of a centralised one: awaits every worker's partial, at its ROUTER */
+  ZMOE_WORKER, /* awaits the leader's rows, at its DEALER */
+} zmoe_role;
+
 typedef struct zmoe_peer {
   void *dealer, *monitor;
   uint8_t presence[ZMOE_PRESENCE_BYTES];
@@ -34,16 +47,12 @@ typedef struct zmoe_peer {
   uint64_t ask_at_us, ask_every_us;
   zmoe_key served;
   uint64_t served_at_us;
+  zmoe_held rows; /* what the leader sent to this worker in the exchange under way */
 } zmoe_peer;
-
-/* A frame of ours that a peer may still ask for. */
-typedef struct zmoe_held {
-  zmoe_slot *slot; /* NULL: none */
-  zmoe_header header;
-} zmoe_held;
 
 struct zmoe_exchange {
   uint32_t rank, nodes;
+  zmoe_role role;
   uint64_t session, everyone; /* bit mask of the peers */
   size_t max_payload_bytes;
   uint32_t spin_us, resend_ms, grace_ms;
@@ -55,12 +64,17 @@ struct zmoe_exchange {
   uint32_t epoch;
   int started;    /* something was published in this epoch: now is valid */
   int has_before; /* ... and something before it: before is valid */
-  int collecting; /* published, not yet collected */
+  int collecting; /* published or scattered, not yet collected; a worker: receiving */
+  int answering;  /* a worker: received, not yet published */
   zmoe_key now, before;
   uint64_t published_at_us;
-  zmoe_held held[2]; /* [0] of `now`, [1] of `before` */
+  zmoe_held held[2]; /* [0] of `now`, where a slot may be yet to come, [1] of `before` */
   uint64_t missing, diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
+
+  uint32_t scatter_rows;
+  uint64_t *touched; /* the leader, by row: the ranks that got it */
+  void *zeros;       /* a row of them */
 
   uint64_t linked;
   int32_t zmq_errno; /* of the first failure that waiting cannot mend */
@@ -91,13 +105,38 @@ static inline uint64_t zmoe_bit(uint32_t rank) {
   return UINT64_C(1) << rank;
 }
 
+/* ---- exchange.c ------------------------------------------------------------ */
+
+int zmoe_header_make(const zmoe_exchange *ex, uint32_t step, uint32_t layer, uint32_t rows,
+                     uint32_t width, zmoe_dtype dtype, uint64_t digest, zmoe_header *out);
+/* Moves on to the exchange of `header`, whose slot, if there is one already, is
+ * now ours to hold. */
+void zmoe_advance(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header);
+void zmoe_held_release(zmoe_held *held);
+void zmoe_fault_set(const zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault);
+/* What `rank` contributed to the exchange under way, NULL for zeros. */
+const void *zmoe_payload_of(zmoe_exchange *ex, uint32_t rank);
+
+/* ---- central.c ------------------------------------------------------------- */
+
+/* Takes up the leader's own partial, or sends a worker's; ZMOE_EINVAL out of turn. */
+int zmoe_central_publish(zmoe_exchange *ex, zmoe_slot *slot, const zmoe_header *header);
+/* The sum over the leader's rows, once every frame is here. */
+int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype);
+void zmoe_central_release(zmoe_exchange *ex);
+
 /* ---- intake.c ------------------------------------------------------------ */
 
 /* Reads at most a few messages; returns 1 when the socket has no more. */
 int zmoe_intake_partials(zmoe_exchange *ex);
-/* The same, but waits for the first: ZMOE_FIRST_WAIT_MS at most. */
-int zmoe_intake_wait(zmoe_exchange *ex);
 int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link);
+/* The same for the socket where the awaited frames come, the first of which is
+ * waited for with `flags` 0: ZMOE_FIRST_WAIT_MS at most. */
+int zmoe_intake_awaited(zmoe_exchange *ex, int flags);
+void *zmoe_intake_socket(const zmoe_exchange *ex);
+/* Takes up a valid frame that came over a control link. */
+void zmoe_intake_frame(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header);
+void zmoe_set_diverged(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Takes one message without waiting; 0 when there is none. */
 int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
 /* Counts and decodes a frame of this session, from a rank other than ours;
@@ -112,7 +151,8 @@ void zmoe_frame_drop(zmoe_frame *frame);
 /* ---- links.c ------------------------------------------------------------- */
 
 int zmoe_links_subscriptions(zmoe_exchange *ex);
-int zmoe_links_requests(zmoe_exchange *ex);
+/* Also the partials of workers; `flags` are those of the first receive. */
+int zmoe_links_requests(zmoe_exchange *ex, int flags);
 int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
 /* Bit r: the link to r has been down for longer than grace allows. */
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
@@ -123,6 +163,8 @@ void zmoe_links_ask(zmoe_exchange *ex, uint64_t now_us);
 void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Sends a held frame to one socket; the slot gains a reference until sent. */
 int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
+/* Sends it through the ROUTER to one peer; 0 when it could not be. */
+int zmoe_links_send_to(zmoe_exchange *ex, const zmoe_peer *peer, const zmoe_held *held);
 
 /* ---- wait.c ---------------------------------------------------------------- */
 

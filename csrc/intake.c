@@ -82,7 +82,7 @@ int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out) 
 
 /* ---- where a valid frame belongs ----------------------------------------- */
 
-static void set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
+void zmoe_set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
   uint64_t bit = zmoe_bit(theirs->source);
   if (ex->diverged == 0 || bit < (ex->diverged & -ex->diverged))
     ex->theirs = *theirs;
@@ -91,27 +91,31 @@ static void set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
 
 /* It does an exchange that we have passed over; it will wait for us in vain. */
 static void passed_over(zmoe_exchange *ex, const zmoe_header *theirs) {
-  set_diverged(ex, theirs);
+  zmoe_set_diverged(ex, theirs);
   zmoe_links_tell(ex, theirs);
 }
 
-static int same_exchange(const zmoe_header *ours, const zmoe_header *theirs) {
-  return ours->rows == theirs->rows && ours->width == theirs->width &&
-         ours->dtype == theirs->dtype && ours->digest == theirs->digest;
+static int same_exchange(const zmoe_exchange *ex, const zmoe_header *theirs) {
+  const zmoe_header *ours = &ex->held[0].header;
+  if (ex->role == ZMOE_WORKER)
+    return 1; /* the leader is always right */
+  uint32_t rows = ex->role == ZMOE_LEADER ? ex->peers[theirs->source].rows.header.rows : ours->rows;
+  return rows == theirs->rows && ours->width == theirs->width && ours->dtype == theirs->dtype &&
+         ours->digest == theirs->digest;
 }
 
 /* A frame of the exchange that we are collecting. */
 static void take_now(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
   uint64_t bit = zmoe_bit(header->source);
-  if (!same_exchange(&ex->held[0].header, header)) {
-    set_diverged(ex, header);
+  if (!same_exchange(ex, header)) {
+    zmoe_set_diverged(ex, header);
     return;
   }
   frame_take(&ex->peers[header->source].now, message, header);
   ex->missing &= ~bit;
 }
 
-static void take_partial(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
+static void take_frame(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
   zmoe_peer *peer = &ex->peers[header->source];
   zmoe_key key = zmoe_key_of(header);
   int order = ex->started ? zmoe_key_compare(key, ex->now) : 1;
@@ -147,15 +151,25 @@ void zmoe_intake_promote(zmoe_exchange *ex) {
 
 /* ---- reading ------------------------------------------------------------- */
 
-static void take_reply(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
-  if (header->kind == ZMOE_KIND_PARTIAL) {
-    take_partial(ex, message, header);
-    return;
-  }
+/* Whether a frame is of the kind that this rank awaits from that one. */
+static int is_awaited(const zmoe_exchange *ex, const zmoe_header *header) {
+  if (ex->role == ZMOE_WORKER)
+    return header->kind == ZMOE_KIND_ROWS && header->source == 0;
+  return header->kind == ZMOE_KIND_PARTIAL;
+}
+
+void zmoe_intake_frame(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
+  if (is_awaited(ex, header))
+    take_frame(ex, message, header);
+  else
+    ex->stats.bad_field++;
+}
+
+static void take_elsewhere(zmoe_exchange *ex, const zmoe_header *header) {
   uint64_t asked = (uint64_t)ex->now.step << 32 | ex->now.layer;
   if (ex->collecting && (ex->missing & zmoe_bit(header->source)) && header->epoch == ex->epoch &&
       header->digest == asked)
-    set_diverged(ex, header);
+    zmoe_set_diverged(ex, header);
   else
     ex->stats.bad_stale++;
 }
@@ -177,24 +191,39 @@ static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {
       ex->stats.bad_field++;
       zmoe_intake_skip(socket, &message);
     } else if (zmoe_intake_header(ex, &message, &header)) {
-      int by_request = header.kind == ZMOE_KIND_ELSEWHERE && link >= 0;
       if (link >= 0 && header.source != link)
         ex->stats.bad_stranger++;
-      else if (header.kind == ZMOE_KIND_PARTIAL || by_request)
-        take_reply(ex, &message, &header);
+      else if (link >= 0 && header.kind == ZMOE_KIND_ELSEWHERE)
+        take_elsewhere(ex, &header);
+      else if (link >= 0 || ex->role == ZMOE_PEER)
+        zmoe_intake_frame(ex, &message, &header);
       else
         ex->stats.bad_field++;
     }
     /* The last frame that we wait for: what follows can wait too. */
-    if (link < 0 && ex->collecting && ex->missing == 0)
+    if (socket == zmoe_intake_socket(ex) && ex->collecting && ex->missing == 0)
       break;
   }
   zmoe_zmq.msg_close(&message);
   return empty;
 }
 
-int zmoe_intake_wait(zmoe_exchange *ex) {
-  return intake(ex, ex->sub, -1, 0);
+void *zmoe_intake_socket(const zmoe_exchange *ex) {
+  switch (ex->role) {
+  case ZMOE_LEADER:
+    return ex->router;
+  case ZMOE_WORKER:
+    return ex->peers[0].dealer;
+  case ZMOE_PEER:
+    break;
+  }
+  return ex->sub;
+}
+
+int zmoe_intake_awaited(zmoe_exchange *ex, int flags) {
+  if (ex->role == ZMOE_LEADER)
+    return zmoe_links_requests(ex, flags);
+  return intake(ex, zmoe_intake_socket(ex), ex->role == ZMOE_WORKER ? 0 : -1, flags);
 }
 
 int zmoe_intake_partials(zmoe_exchange *ex) {

@@ -130,22 +130,32 @@ void zmoe_links_tell(zmoe_exchange *ex, const zmoe_header *theirs) {
     send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT);
 }
 
+int zmoe_links_send_to(zmoe_exchange *ex, const zmoe_peer *peer, const zmoe_held *held) {
+  return send_bytes(ex->router, peer->presence, ZMOE_PRESENCE_BYTES, ZMQ_DONTWAIT | ZMQ_SNDMORE) >=
+             0 &&
+         zmoe_links_send(ex, ex->router, held) == ZMOE_OK;
+}
+
+/* Our frame of exchange `key` for a peer; NULL when we did not do that one. */
+static const zmoe_held *held_for(const zmoe_exchange *ex, const zmoe_peer *peer, zmoe_key key) {
+  if (zmoe_key_compare(key, ex->now) == 0)
+    return ex->role == ZMOE_LEADER ? &peer->rows : &ex->held[0];
+  int is_before = ex->has_before && zmoe_key_compare(key, ex->before) == 0;
+  return is_before && ex->role != ZMOE_LEADER ? &ex->held[1] : NULL;
+}
+
 static void answer(zmoe_exchange *ex, zmoe_peer *peer, const zmoe_header *request) {
   zmoe_key key = zmoe_key_of(request);
-  if (!ex->started || zmoe_key_compare(key, ex->now) > 0) {
-    ex->stats.resend_unknown++; /* not there yet: it will be published */
+  const zmoe_held *held = ex->started ? held_for(ex, peer, key) : NULL;
+  int is_later = !ex->started || zmoe_key_compare(key, ex->now) > 0;
+  if (is_later || (held != NULL && held->slot == NULL)) {
+    ex->stats.resend_unknown++; /* not there yet: it will be published; or it is no more awaited */
     return;
   }
   if (just_sent(ex, peer, key))
     return;
-  for (int i = 0; i < 2; i++) {
-    const zmoe_held *held = &ex->held[i];
-    if (held->slot == NULL || zmoe_key_compare(zmoe_key_of(&held->header), key) != 0)
-      continue;
-    if (send_bytes(ex->router, peer->presence, ZMOE_PRESENCE_BYTES, ZMQ_DONTWAIT | ZMQ_SNDMORE) >=
-            0 &&
-        zmoe_links_send(ex, ex->router, held) == ZMOE_OK)
-      ex->stats.resend_served++;
+  if (held != NULL) {
+    ex->stats.resend_served += (uint64_t)zmoe_links_send_to(ex, peer, held);
     return;
   }
   ex->stats.resend_unknown++; /* we did not do that exchange */
@@ -164,6 +174,8 @@ static void take_request(zmoe_exchange *ex, zmq_msg_t *part) {
   } else if (zmoe_intake_header(ex, part, &request)) {
     if (rank != request.source)
       ex->stats.bad_stranger++;
+    else if (request.kind == ZMOE_KIND_PARTIAL && ex->role == ZMOE_LEADER)
+      zmoe_intake_frame(ex, part, &request);
     else if (request.kind != ZMOE_KIND_RESEND)
       ex->stats.bad_field++;
     else if (request.epoch < ex->epoch)
@@ -173,15 +185,18 @@ static void take_request(zmoe_exchange *ex, zmq_msg_t *part) {
   }
 }
 
-int zmoe_links_requests(zmoe_exchange *ex) {
+int zmoe_links_requests(zmoe_exchange *ex, int flags) {
   zmq_msg_t part;
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, ex->router, ZMQ_DONTWAIT))
+    if (!zmoe_intake_message(ex, &part, ex->router, flags))
       empty = 1;
     else
       take_request(ex, &part);
+    flags = ZMQ_DONTWAIT;
+    if (ex->role == ZMOE_LEADER && ex->collecting && ex->missing == 0)
+      break; /* as in intake() */
   }
   zmoe_zmq.msg_close(&part);
   return empty;

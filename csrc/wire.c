@@ -69,13 +69,17 @@ void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESEN
 }
 
 static int sizes_agree(const zmoe_header *header) {
+  int is_rows = header->kind == ZMOE_KIND_ROWS;
   if (header->payload_bytes == 0)
-    return 1;
-  if (header->kind != ZMOE_KIND_PARTIAL)
+    return !is_rows || header->rows == 0;
+  if (header->kind != ZMOE_KIND_PARTIAL && !is_rows)
     return 0;
   uint64_t elements = (uint64_t)header->rows * header->width;
-  return elements <= UINT32_MAX &&
-         elements * zmoe_dtype_bytes((zmoe_dtype)header->dtype) == header->payload_bytes;
+  uint64_t bytes = elements * zmoe_dtype_bytes((zmoe_dtype)header->dtype);
+  if (elements > UINT32_MAX || bytes > header->payload_bytes)
+    return 0;
+  uint64_t more = header->payload_bytes - bytes;
+  return is_rows ? more % ZMOE_PAIR_BYTES == 0 : more == 0;
 }
 
 zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
@@ -103,7 +107,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .digest = get64(at + 48),
   };
   if (get16(at + 6) != 0 || at[39] != 0 || get32(at + 44) != 0 || header.kind < ZMOE_KIND_PARTIAL ||
-      header.kind > ZMOE_KIND_ELSEWHERE || zmoe_dtype_bytes((zmoe_dtype)header.dtype) == 0 ||
+      header.kind > ZMOE_KIND_ROWS || zmoe_dtype_bytes((zmoe_dtype)header.dtype) == 0 ||
       header.source >= ZMOE_MAX_NODES || !sizes_agree(&header))
     return ZMOE_WIRE_FIELD;
   size_t body_bytes = frame_bytes - ZMOE_HEADER_BYTES;

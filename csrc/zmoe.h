@@ -24,6 +24,7 @@ extern "C" {
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
+#define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
 
 typedef enum zmoe_status {
@@ -112,6 +113,10 @@ typedef enum zmoe_kind {
   /* Answer to a RESEND for what the sender skipped: the header tells where it
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
+  /* What a worker of a centralised run is to compute of one layer, see
+   * zmoe_exchange_scatter: its pairs' rows and experts as int32 and their weights
+   * as f32, then its rows. */
+  ZMOE_KIND_ROWS = 4,
 } zmoe_kind;
 
 typedef struct zmoe_header {
@@ -123,7 +128,7 @@ typedef struct zmoe_header {
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
-  uint32_t payload_bytes; /* rows*width*dtype bytes, or 0: all zeros */
+  uint32_t payload_bytes; /* rows*width*dtype bytes, or 0: all zeros; ROWS: and the pairs' */
   uint64_t digest;        /* of the routing that led here */
 } zmoe_header;
 
@@ -166,6 +171,8 @@ typedef struct zmoe_exchange_config {
   void *xpub, *sub, *router;
   void *const *dealers;
   void *const *monitors;
+  /* Most rows of one scatter: the schedule is centralised.  0: it is not. */
+  uint32_t scatter_rows;
   uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
@@ -221,7 +228,48 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const void *src, zmoe_dtype src_dty
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault);
-/* Between exchanges: answer resend requests, watch the links.  Never blocks. */
+/* ---- the same for the centralised schedule --------------------------------
+ * Rank 0, the leader, has all rows and routes them.  For each layer it scatters
+ * to each worker the rows that it has experts for, publishes its own partial and
+ * collects, just as above; a worker receives, and publishes its partial of the
+ * rows that it received.  Two messages a worker and layer, empty ones included:
+ * the leader's ROUTER to the worker's DEALER, and back. */
+
+typedef struct zmoe_routed {
+  const void *x;         /* (rows, width) of x_dtype */
+  const int32_t *ids;    /* (rows, top_k): the chosen experts */
+  const float *weights;  /* (rows, top_k) */
+  const uint64_t *ranks; /* (rows, top_k) bit r: rank r computes this pair */
+  uint32_t rows, width, top_k;
+  zmoe_dtype x_dtype, wire_dtype; /* of what goes out, and of what comes back */
+} zmoe_routed;
+
+int zmoe_exchange_scatter(zmoe_exchange *ex, const zmoe_routed *routed, uint32_t step,
+                          uint32_t layer, uint64_t digest, uint64_t deadline_us, zmoe_fault *fault);
+
+/* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
+typedef struct zmoe_received {
+  /* Room, and this rank's number of each expert, -1 for another's. */
+  void *x;
+  int32_t *pair_rows, *pair_experts;
+  float *pair_weights;
+  size_t x_bytes;
+  uint32_t max_pairs, experts;
+  const int32_t *local; /* (experts) */
+  /* What came; pair_experts in this rank's numbers. */
+  uint32_t rows, width, pairs;
+  zmoe_dtype dtype;
+  uint64_t digest; /* to be published with */
+} zmoe_received;
+
+/* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
+ * for a pair whose expert is another rank's. */
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
+                          uint64_t deadline_us, zmoe_fault *fault);
+
+/* ---- between exchanges ------------------------------------------------------ */
+
+/* Answer resend requests, watch the links.  Never blocks. */
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault);
 void zmoe_exchange_stats_get(const zmoe_exchange *ex, zmoe_exchange_stats *out);
 void zmoe_exchange_pool_stats(const zmoe_exchange *ex, zmoe_pool_stats *out);

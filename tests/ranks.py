@@ -48,6 +48,9 @@ class ThreadReducer:
         self.step = 0
         self.calls: list[Call] = []
 
+    def scatter(self, *given: object) -> None:
+        pass
+
     def all_reduce(
         self,
         layer: int,

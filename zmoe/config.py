@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from zmoe.errors import InputError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
 # MLX's modes of quantisation, and the bits and group sizes that each has.
@@ -85,12 +86,15 @@ class EngineConfig:
     cache of that many tokens, None for the whole context. `compute`: "mlx",
     "native" (the large products on the C kernels), or "auto": native on a CPU.
     `activations` of quantised products on the kernels: "exact", or "int8".
+    `schedule`: "decentralized" (every node routes, one all-reduce a MoE layer),
+    or "centralized" (the leader routes, the others hold experts only).
     """
 
     prefill_chunk: int = 512
     max_kv_size: int | None = None
     compute: str = "auto"
     activations: str = "exact"
+    schedule: str = "decentralized"
 
     def __post_init__(self) -> None:
         _check(
@@ -114,3 +118,4 @@ class EngineConfig:
             self.activations,
             "exact with --compute mlx",
         )
+        _check(self.schedule in SCHEDULES, "--schedule", self.schedule, " or ".join(SCHEDULES))

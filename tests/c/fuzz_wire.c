@@ -30,8 +30,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     CHECK(header.payload_bytes <= MAX_PAYLOAD && header.source < ZMOE_MAX_NODES);
     size_t element_bytes = zmoe_dtype_bytes((zmoe_dtype)header.dtype);
     CHECK(element_bytes > 0);
-    CHECK(header.payload_bytes == 0 ||
-          header.payload_bytes / element_bytes == (uint64_t)header.rows * header.width);
+    uint64_t of_rows = (uint64_t)header.rows * header.width * element_bytes;
+    uint64_t more = header.payload_bytes - of_rows;
+    CHECK(header.payload_bytes == 0 || header.payload_bytes >= of_rows);
+    CHECK(header.payload_bytes == 0 || more == 0 ||
+          (header.kind == ZMOE_KIND_ROWS && more % ZMOE_PAIR_BYTES == 0));
   }
   free(frame);
   return 0;

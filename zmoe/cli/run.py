@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
 from zmoe.cli.common import Parser, run_command, warn_unencrypted
-from zmoe.config import ACTIVATIONS, COMPUTES, DEFAULT_MODEL, EngineConfig, Sampling, Timing
+from zmoe.config import (
+    ACTIVATIONS,
+    COMPUTES,
+    DEFAULT_MODEL,
+    SCHEDULES,
+    EngineConfig,
+    Sampling,
+    Timing,
+)
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,6 +84,12 @@ def _add_cluster(parser: Parser) -> None:
     add("-n", "--nodes", type=int, help="processes on this machine (default: 1)")
     add("--hosts", help="comma separated hosts in rank order, this machine first")
     add("--hostfile", type=Path, help="the same as a JSON file of mlx.launch")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default=EngineConfig().schedule,
+        help="every node routes; or the first one does, and the others hold experts only",
+    )
     add("--manual", action="store_true", help="start no node: zmoe-node is started by hand")
     add("--bind", metavar="ADDRESS", help="address to listen on (default: loopback, or the host's)")
     add("-p", "--starting-port", type=int, default=0, help="port of the leader; 0 is any")
@@ -114,7 +128,11 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         remote=RemoteOptions(options.python, options.cwd, (*(hosts.envs if hosts else ()), *env)),
         timing=Timing(options.join_timeout, options.load_timeout, options.peer_timeout),
         engine=EngineConfig(
-            options.prefill_step_size, options.max_kv_size, options.compute, options.activations
+            options.prefill_step_size,
+            options.max_kv_size,
+            options.compute,
+            options.activations,
+            options.schedule,
         ),
     )
 

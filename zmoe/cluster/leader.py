@@ -170,6 +170,7 @@ class Leader:
             max_kv_size=engine.max_kv_size,
             compute=engine.compute,
             activations=engine.activations,
+            schedule=engine.schedule,
             peer_timeout=timing.peer,
             grace_timeout=timing.grace,
             load_timeout=timing.load,

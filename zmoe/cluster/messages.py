@@ -43,6 +43,7 @@ class Setup:
     max_kv_size: int | None
     compute: str
     activations: str
+    schedule: str
     peer_timeout: float
     grace_timeout: float
     load_timeout: float

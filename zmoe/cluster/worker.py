@@ -113,7 +113,11 @@ class Worker:
         )
         info = inspect_model(resolve_model(self.spec.model or setup.model))
         config = EngineConfig(
-            setup.prefill_chunk, setup.max_kv_size, setup.compute, setup.activations
+            setup.prefill_chunk,
+            setup.max_kv_size,
+            setup.compute,
+            setup.activations,
+            setup.schedule,
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member
@@ -125,7 +129,7 @@ class Worker:
         member.use_isa(mesh.isa)
         endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
         member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
-        _, seconds = member.load(_Throttled(self._bus, self._listen))
+        seconds = member.load_follower(_Throttled(self._bus, self._listen))
         self._bus.send(Ready(seconds))
         return member
 
@@ -147,7 +151,7 @@ class Worker:
                 self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
-                member.forward(message.step, message.tokens, message.reset, logits=False)
+                member.follow(message.step, message.tokens, message.reset)
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))

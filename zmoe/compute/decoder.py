@@ -91,6 +91,9 @@ class NativeMoE:
             at.sorted_pointer,
             at.pairs,
         )
+        layer.reducer.scatter(
+            layer.ordinal, at.x, self._dtype, at.ids, at.weights, layer.dtype, int(at.pairs.digest)
+        )
         partial = None
         if at.pairs.count:
             with layer.spans.span("experts"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +37,7 @@ class Exchange:
     Listens as soon as it is made (`endpoint` says where); `connect` joins the
     others. `session` (64 bits) keeps runs apart: what others send is counted
     and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
-    link may take to come back.
+    link may take to come back. `max_rows` are CentralExchange's.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Exchange:
         control_port: int = 0,
         deadline_s: float = 30.0,
         grace_s: float = 1.0,
+        max_rows: int = 0,
         spin_us: int = SPIN_US,
         spans: Spans | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
@@ -63,7 +64,7 @@ class Exchange:
         self._session, self._deadline_s, self._grace_s = session, deadline_s, grace_s
         self._max_bytes = max_payload_bytes
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
-        self._spin_us = spin_us
+        self._max_rows, self._spin_us = max_rows, spin_us
         self._spans = spans or Spans()
         self._native: NativeExchange | None = None
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -112,6 +113,7 @@ class Exchange:
             router=sockets.router.underlying,
             dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
             monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
+            max_rows=self._max_rows,
             spin_us=self._spin_us,
             resend_ms=RESEND_MS,
             grace_ms=int(self._grace_s * 1000),
@@ -161,6 +163,18 @@ class Exchange:
         return [self._sockets.router, self._sockets.xpub, *monitors]
 
     # ---- the all-reduce --------------------------------------------------------
+
+    def scatter(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: every rank has the rows, and routes them alike."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Start afresh: frames of earlier epochs are stale from now on."""
@@ -251,13 +265,15 @@ class Exchange:
         self._fail(status, layer)
 
     def _collect(self, out: Receive, dtype: Dtype, layer: int) -> None:
+        self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s), layer)
+
+    def _wait(self, call: Callable[[float], int], layer: int) -> None:
         """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
-        collect, deadline_s = self.native.collect, self._deadline_s
-        status = collect(out, dtype, deadline_s)
+        status = call(self._deadline_s)
         if status == Status.INTERRUPTED:
-            until = time.monotonic() + deadline_s
+            until = time.monotonic() + self._deadline_s
             while status == Status.INTERRUPTED:
-                status = collect(out, dtype, until - time.monotonic())
+                status = call(until - time.monotonic())
         if status != Status.OK:
             self._fail(status, layer)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +29,18 @@ class SingleNode:
     rank = 0
     nodes = 1
     step = 0
+
+    def scatter(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: there is nobody else."""
 
     def all_reduce(
         self,

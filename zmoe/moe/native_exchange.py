@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from zmoe.moe.router import Floats, Ints, LocalPairs
 from zmoe.native import MAX_NODES, Dtype, Header, Status, ffi, header_of, lib
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class Fault:
     theirs: Header
 
 
+_ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
+_RECEIVED = ("uint8_t[]", "int32_t[]", "int32_t[]", "float[]")
+_NUMPY: dict[Dtype, Any] = {Dtype.F32: np.float32, Dtype.F16: np.float16, Dtype.BF16: np.uint16}
+
+
 def _ranks(mask: int) -> tuple[int, ...]:
     return tuple(rank for rank in range(MAX_NODES) if mask >> rank & 1)
 
@@ -46,6 +52,59 @@ class Receive:
 
     def __init__(self, buffer: Any) -> None:
         self.pointer = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
+
+
+class Received:
+    """The rows and pairs (row, expert, weight) that a worker was sent for one layer.
+
+    Memory for `x_bytes` of rows and `max_pairs` pairs, written again for every
+    layer; `raw` is the zmoe_received that C fills.
+    """
+
+    def __init__(self, x_bytes: int, max_pairs: int) -> None:
+        self._x = np.empty(x_bytes, np.uint8)
+        self._rows, self._experts = (np.empty(max_pairs, np.int32) for _ in range(2))
+        self._weights = np.empty(max_pairs, np.float32)
+        self.raw = ffi.new("zmoe_received *")
+        memory = (self._x, self._rows, self._experts, self._weights)
+        self._keep = [
+            ffi.from_buffer(kind, m, require_writable=True) for kind, m in zip(_RECEIVED, memory)
+        ]
+        self.raw.x, self.raw.pair_rows, self.raw.pair_experts, self.raw.pair_weights = self._keep
+        self.raw.x_bytes, self.raw.max_pairs = x_bytes, max_pairs
+
+    @property
+    def rows(self) -> int:
+        return int(self.raw.rows)
+
+    @property
+    def width(self) -> int:
+        return int(self.raw.width)
+
+    @property
+    def dtype(self) -> Dtype:
+        return Dtype(self.raw.dtype)
+
+    @property
+    def digest(self) -> int:
+        """Of the routing, as the leader has it."""
+        return int(self.raw.digest)
+
+    @property
+    def x(self) -> npt.NDArray[Any]:
+        """The rows (rows * width,), in numpy's equivalent of `dtype` (bf16: uint16)."""
+        kind = _NUMPY[self.dtype]
+        return self._x[: self.rows * self.width * self.dtype.itemsize].view(kind)
+
+    def pairs(self) -> tuple[LocalPairs, Floats]:
+        """As a routing has them: the pairs, and weights by row and slot."""
+        count = int(self.raw.pairs)
+        rows = self._rows[:count]
+        per_row = np.bincount(rows, minlength=self.rows)
+        slots = np.arange(count) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        weights = np.zeros((self.rows, int(per_row.max(initial=0))), np.float32)
+        weights[rows, slots] = self._weights[:count]
+        return LocalPairs(rows, slots.astype(np.int32), self._experts[:count]), weights
 
 
 class NativeExchange:
@@ -72,6 +131,7 @@ class NativeExchange:
         spin_us: int,
         resend_ms: int,
         grace_ms: int,
+        max_rows: int = 0,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
         monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
@@ -84,12 +144,14 @@ class NativeExchange:
         config.router = ffi.cast("void *", router)
         config.dealers, config.monitors = dealer_array, monitor_array
         config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
+        config.scatter_rows = max_rows
         out = ffi.new("zmoe_exchange **")
         status = Status(lib.zmoe_exchange_create(config, out))
         if status is not Status.OK:
             raise ValueError(f"cannot create the exchange: {status.name}")
         self._exchange: CData | None = out[0]
         self._fault = ffi.new("zmoe_fault *")
+        self._routed = ffi.new("zmoe_routed *")
         self._null = ffi.NULL
 
     def close(self) -> None:
@@ -136,6 +198,44 @@ class NativeExchange:
             digest,
             _microseconds(deadline_s),
             self._fault,
+        )
+
+    def scatter(
+        self,
+        x: Any,
+        x_dtype: Dtype,
+        shape: tuple[int, int],
+        ids: Ints,
+        weights: Floats,
+        ranks: npt.NDArray[np.uint64],
+        wire_dtype: Dtype,
+        step: int,
+        layer: int,
+        digest: int,
+        deadline_s: float,
+    ) -> int:
+        """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
+
+        `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
+        """
+        routed = self._routed
+        keep = [
+            ffi.from_buffer(kind, data) for kind, data in zip(_ROUTED, (x, ids, weights, ranks))
+        ]
+        routed.x, routed.ids, routed.weights, routed.ranks = keep
+        routed.x_dtype, routed.wire_dtype = x_dtype, wire_dtype
+        routed.rows, routed.width = shape
+        routed.top_k = ids.shape[1]
+        return lib.zmoe_exchange_scatter(
+            self._exchange, routed, step, layer, digest, _microseconds(deadline_s), self._fault
+        )
+
+    def receive(self, out: Received, step: int, layer: int, local: Ints, deadline_s: float) -> int:
+        """Wait for the leader's rows; `local` numbers the experts of this rank, else -1."""
+        numbers = ffi.from_buffer("int32_t[]", local)
+        out.raw.local, out.raw.experts = numbers, len(numbers)
+        return lib.zmoe_exchange_receive(
+            self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
         )
 
     def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float) -> int:

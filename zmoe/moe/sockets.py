@@ -62,7 +62,7 @@ class Sockets:
         self.sub = context.socket(zmq.SUB)
         _limit(self.sub, 64, 64, frame_bytes)
         self.router = context.socket(zmq.ROUTER)
-        _limit(self.router, 4, 64, _SUBSCRIPTION_BYTES)
+        _limit(self.router, 4, 64, frame_bytes)
         # A peer that reconnects takes over from its own dead connection.
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
 

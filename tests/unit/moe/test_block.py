@@ -32,6 +32,9 @@ class Recorder:
         self.partials: list[mx.array | None] = []
         self.events: list[str] = []
 
+    def scatter(self, *given: object) -> None:
+        pass
+
     def all_reduce(
         self,
         layer: int,
