@@ -95,7 +95,7 @@ def zmoe(options: argparse.Namespace) -> list[Engine]:
     ]
 
 
-def about(engine: Engine) -> str:
+def _about(engine: Engine) -> str:
     """What `engine` is built of; Absent when it isn't installed, BenchError when it fails."""
     try:
         answer = run_json([*engine.command, "--about"], ABOUT_SECONDS)
@@ -187,7 +187,7 @@ def find_peers(options: argparse.Namespace) -> Peers:
     for name in options.peers:
         try:
             engines = makers[name](options)
-            found.builds[name] = about(engines[0])
+            found.builds[name] = _about(engines[0])
             found.engines += engines
         except Absent as reason:
             found.absent[name] = str(reason)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    Absent,
     BenchError,
     ChildError,
     environment,
@@ -34,7 +33,7 @@ from common import (
     short_name,
 )
 from decode import BREAKDOWN
-from engines import Engine, Layout, about, layout, script
+from engines import Engine, Layout, layout, script
 from ladder_report import exchange_ratios, markdown, plot, show
 from limits import exchange_us, read_gb_per_s
 from rungs import RUNGS, Bytes, Rung, model_bytes
@@ -43,7 +42,7 @@ from zmoe.errors import ZmoeError
 from zmoe.models.hub import resolve_model
 from zmoe.types import ModelInfo
 
-BAD_INPUT = 2  # exit status, as bench/peers/process.py has it
+REFUSED = (2, 3)  # exit statuses: bad input and absent, as bench/peers/process.py has them
 WIRE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 Reads = Mapping[int, float]  # GB/s, by number of cores
@@ -108,8 +107,8 @@ class Ladder:
     def measure(self) -> list[Turns]:
         """All rungs that can run; the rounds interleaved."""
         turns = [
-            Turns(rung, layout, self._engine(rung, layout))
-            for rung in self._present()
+            Turns(RUNGS[name], layout, self._engine(RUNGS[name], layout))
+            for name in self.options.rungs
             for layout in self.options.nodes
         ]
         for number in range(self.options.runs):
@@ -129,23 +128,12 @@ class Ladder:
     def _run(self, turn: Turns) -> None:
         try:
             turn.runs.append(run_json(turn.engine.command, self.options.deadline))
-        except BenchError as error:
-            refused = isinstance(error, ChildError) and error.status == BAD_INPUT
-            self.absent[turn.name] = f"refused: {error}" if refused else f"failed: {error}"
+        except ChildError as error:
+            refused = error.status in REFUSED
+            self.absent[turn.name] = error.said if refused else f"failed: {error}"
             self.failed |= not refused
-
-    def _present(self) -> list[Rung]:
-        """The rungs that this zmoe has."""
-        found = []
-        for name in self.options.rungs:
-            try:
-                about(self._engine(RUNGS[name], self.options.nodes[0]))
-                found.append(RUNGS[name])
-            except Absent as reason:
-                self.absent[name] = str(reason)
-            except BenchError as error:
-                self.absent[name], self.failed = f"failed: {error}", True
-        return found
+        except BenchError as error:
+            self.absent[turn.name], self.failed = f"failed: {error}", True
 
     def _engine(self, rung: Rung, layout: Layout) -> Engine:
         options = self.options
@@ -214,7 +202,8 @@ def measured(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     except ZmoeError as error:
         raise BenchError(str(error)) from None
     payload = info.hidden_size * WIRE_BYTES[info.dtype]
-    exchanges = exchange_us(sorted({each.nodes for each in options.nodes}), payload)
+    counts = sorted({each.nodes for each in options.nodes})
+    exchanges = exchange_us(counts, payload, options.runs)
     turns = ladder.measure()
     rows = [row(turn, short_name(options.model), info, sizes) for turn in turns]
     reads = {cores: statistics.median(speeds) for cores, speeds in sorted(ladder.reads.items())}

@@ -21,9 +21,16 @@ def read_gb_per_s(cores: int) -> float:
     return float(answer["gb_per_s"])
 
 
-def exchange_us(nodes: Sequence[int], payload: int) -> list[dict[str, Any]]:
+def exchange_us(nodes: Sequence[int], payload: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of bench/exchange.py: one all-reduce of `payload` bytes, a rank each."""
     command = [sys.executable, str(BENCH / "exchange.py"), "--json", "--transports", TRANSPORTS]
-    command += ["--nodes", ",".join(map(str, nodes)), "--bytes", str(payload), "--rounds", "3"]
+    command += [
+        "--nodes",
+        ",".join(map(str, nodes)),
+        "--bytes",
+        str(payload),
+        "--rounds",
+        str(rounds),
+    ]
     rows: list[dict[str, Any]] = run_json(command, DEADLINE_S)["results"]
     return rows

@@ -26,6 +26,8 @@ from zmoe.errors import ZmoeError
 SEED = 1
 SETTINGS = ("compute", "activations")
 CLUSTER_SETTINGS = (*SETTINGS, "schedule", "policy", "placement", "wire_dtype")
+# What a zmoe without such a setting does.
+ONLY = {"schedule": "decentralized", "policy": "selected", "placement": "experts"}
 
 
 def add_settings(made: argparse.ArgumentParser, names: Sequence[str] = SETTINGS) -> None:
@@ -51,7 +53,8 @@ def cluster_spec(options: argparse.Namespace) -> ClusterSpec:
     engine = engine_config(options, CLUSTER_SETTINGS)
     of_cluster = _given(options, CLUSTER_SETTINGS, ClusterSpec)
     for name in CLUSTER_SETTINGS:
-        if getattr(options, name) is not None and name not in of_cluster | vars(engine):
+        wanted = getattr(options, name)
+        if wanted not in (None, ONLY.get(name)) and name not in of_cluster | vars(engine):
             raise PeerFailure(f"this zmoe has no --{name.replace('_', '-')}", ABSENT)
     return ClusterSpec(nodes=options.nodes, engine=engine, **of_cluster)
 
@@ -140,7 +143,7 @@ def program() -> dict[str, Any]:
     try:
         spec = cluster_spec(options)
     except ZmoeError as error:
-        raise PeerFailure(str(error), ABSENT if options.about else error.exit_code) from None
+        raise PeerFailure(str(error), error.exit_code) from None
     if options.about:
         return {"build": f"zmoe {__version__}"}
     try:
