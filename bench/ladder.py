@@ -111,11 +111,11 @@ class Ladder:
             for name in self.options.rungs
             for layout in self.options.nodes
         ]
+        layouts = self.options.nodes
+        cores = {node_cores(each) for each in layouts} | {each.cores or 1 for each in layouts}
         for number in range(self.options.runs):
-            for cores in sorted(
-                {n for each in self.options.nodes for n in (node_cores(each), each.cores or 1)}
-            ):
-                self.reads[cores].append(read_gb_per_s(cores))
+            for count in sorted(cores):
+                self.reads[count].append(read_gb_per_s(count))
             for turn in turns:
                 if turn.name not in self.absent:
                     print(f"run {number + 1}, {turn.name}", file=sys.stderr)

@@ -21,6 +21,7 @@ from typing import ClassVar, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from process import PeerFailure
 
 from zmoe.cli.node import main
 from zmoe.cluster import launch, member
@@ -117,10 +118,15 @@ class Recording:
     def __exit__(self, *exc: object) -> None:
         self._folder.cleanup()
 
-    def summary(self, layers: int, exchanges: int) -> dict[str, float]:
-        """Of the last `layers` layers (of all steps), once the cluster is closed."""
+    def summary(self, nodes: int, layers: int, exchanges: int) -> dict[str, float]:
+        """Of the last `layers` layers (of all steps), once the cluster is closed.
+
+        PeerFailure when one of the `nodes` left no record.
+        """
         (recorder,) = Recorder.made
         leader = by_layer(recorder.log, exchanges)[-layers:]
         records = [json.loads(path.read_text()) for path in Path(self._folder.name).iterdir()]
+        if len(records) != nodes - 1:
+            raise PeerFailure(f"{nodes - 1} workers left {len(records)} records")
         workers = [by_layer(log, exchanges)[-layers:, 0] for log in records]
         return summary(leader, [leader[:, 0], *workers])

@@ -155,7 +155,7 @@ def program() -> dict[str, Any]:
                 central = getattr(spec.engine, "schedule", "") == "centralized"
                 layers = len(cluster.info.moe_layers)
                 steps = (options.tokens - 1) * layers
-                measured["layer"] = recording.summary(steps, 2 if central else 1)
+                measured["layer"] = recording.summary(options.nodes, steps, 2 if central else 1)
             return measured
     except ZmoeError as error:
         raise PeerFailure(str(error), error.exit_code) from None
