@@ -56,7 +56,9 @@ class LeaderBus:
         try:
             self.socket.send_multipart([b"zmoe-%d" % rank, encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            raise PeerError(rank, None, self.step, f"cannot be reached ({error.strerror})") from error
+            raise PeerError(
+                rank, None, self.step, f"cannot be reached ({error.strerror})"
+            ) from error
 
     def receive(self, timeout: float) -> tuple[int, Message] | None:
         """The next (rank, message), or None after `timeout` seconds without one."""
