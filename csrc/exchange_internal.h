@@ -207,6 +207,8 @@ void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_round *round);
 /* Asks the ranks of whom something is missing, and whose time has come, for it. */
 void zmoe_resend_ask(zmoe_exchange *ex, uint64_t now_us);
 void zmoe_resend_answer(zmoe_exchange *ex, const zmoe_header *request);
+/* The ranks that asked for a frame that we still hold. */
+uint64_t zmoe_resend_askers(zmoe_exchange *ex);
 /* Tells a rank that waits at `theirs` for a frame of ours that we are past it,
  * without ever having done that exchange. */
 void zmoe_resend_tell(zmoe_exchange *ex, const zmoe_header *theirs);
@@ -219,6 +221,9 @@ int zmoe_wait_prepare(zmoe_exchange *ex);
 int zmoe_wait_drain(zmoe_exchange *ex);
 /* What ends a wait, or ZMOE_OK to go on. */
 int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost);
+/* A slot, or why there is none: a peer's loss; ZMOE_EINTR well before the deadline. */
+int zmoe_wait_slot(zmoe_exchange *ex, size_t bytes, uint64_t deadline_us, zmoe_slot **out,
+                   uint64_t *lost);
 /* Until the oldest open exchange has every peer's frames. */
 int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost);
 

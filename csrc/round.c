@@ -83,10 +83,12 @@ static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
   return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
 }
 
-static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, zmoe_fault *fault) {
+static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zmoe_fault *fault) {
   release(&made->partial);
   release(&made->sum);
-  zmoe_fault_set(ex, 0, fault);
+  zmoe_fault_set(ex, lost, fault);
+  if (rc == ZMOE_EPOOL)
+    fault->missing = zmoe_resend_askers(ex);
   return rc;
 }
 
@@ -113,15 +115,15 @@ static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *ou
   return may_publish(ex, out) ? ZMOE_OK : ZMOE_EINVAL;
 }
 
-static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made) {
+static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
   const zmoe_header *header = &made->header;
   if (header->chunks == 0)
-    return zmoe_pool_acquire(ex->pool, header->payload_bytes, deadline_us, &made->partial);
+    return zmoe_wait_slot(ex, header->payload_bytes, deadline_us, &made->partial, lost);
   zmoe_range own =
       zmoe_chunk((zmoe_dtype)header->dtype, header->rows, header->width, header->chunks, ex->rank);
   size_t bytes = zmoe_scatter_slot_bytes(header->payload_bytes, header->chunks);
-  int rc = zmoe_pool_acquire(ex->pool, bytes, deadline_us, &made->partial);
-  return rc == ZMOE_OK ? zmoe_pool_acquire(ex->pool, own.bytes, deadline_us, &made->sum) : rc;
+  int rc = zmoe_wait_slot(ex, bytes, deadline_us, &made->partial, lost);
+  return rc == ZMOE_OK ? zmoe_wait_slot(ex, own.bytes, deadline_us, &made->sum, lost) : rc;
 }
 
 static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype) {
@@ -141,14 +143,15 @@ static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dty
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault) {
   zmoe_round made = {.partial = NULL};
+  uint64_t lost = 0;
   int rc = make_header(ex, call, &made.header);
   if (src == NULL)
     made.header.payload_bytes = 0;
   if (rc == ZMOE_OK)
-    rc = acquire(ex, deadline_us, &made);
+    rc = acquire(ex, deadline_us, &made, &lost);
   if (rc == ZMOE_OK)
     rc = encode(ex, &made, src, src_dtype);
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, fault);
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
 }
 
 int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
@@ -166,7 +169,7 @@ int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_sl
   if (rc == ZMOE_OK &&
       (made.header.chunks > 0 || made.header.payload_bytes > zmoe_slot_capacity(slot)))
     rc = ZMOE_EINVAL;
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, fault);
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, 0, fault);
 }
 
 /* ---- collect ---------------------------------------------------------------- */

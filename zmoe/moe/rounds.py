@@ -131,10 +131,15 @@ class Rounds:
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> None:
-        native, deadline_s = self.native, self._deadline_s
-        status = native.publish(
-            *source, self.step, layer, rows, width, wire, digest, deadline_s, algorithm, part
-        )
+        """Returns to Python now and then while it waits for a buffer, as `_collect` does."""
+        publish, deadline_s = self.native.publish, self._deadline_s
+        call = (*source, self.step, layer, rows, width, wire, digest)
+        status = publish(*call, deadline_s, algorithm, part)
+        if status == Status.OK:
+            return
+        until = time.monotonic() + deadline_s
+        while status == Status.INTERRUPTED:
+            status = publish(*call, until - time.monotonic(), algorithm, part)
         if status == Status.OK:
             return
         if wire.payload_bytes(rows, width) > self._max_bytes:
