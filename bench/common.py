@@ -173,14 +173,28 @@ def results_file() -> Path:
     return BENCH / "results" / f"{slug.strip('-')}.json"
 
 
+def _key(of: str) -> str:
+    return " ".join([Path(sys.argv[0]).stem, *of.split()])
+
+
 def save(report: Mapping[str, Any], of: str = "") -> Path:
     """Put `report` under this benchmark's name, and what it is `of`, into the machine's file."""
     path = results_file()
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[" ".join([Path(sys.argv[0]).stem, *of.split()])] = report
+    all_kept = json.loads(path.read_text()) if path.exists() else {}
+    all_kept[_key(of)] = report
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(all_kept, indent=1, sort_keys=True) + "\n")
     return path
+
+
+def kept(of: str = "") -> dict[str, Any]:
+    """What `save` last put there; BenchError when it never did."""
+    path = results_file()
+    all_kept = json.loads(path.read_text()) if path.exists() else {}
+    if _key(of) not in all_kept:
+        raise BenchError(f"{path.name} keeps no {_key(of)!r}: measure it with --save")
+    found: dict[str, Any] = all_kept[_key(of)]
+    return found
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -60,7 +60,8 @@ def layout(text: str) -> Layout:
     return wanted
 
 
-def _script(name: str, model: str, cores: int | None, *words: str) -> tuple[str, ...]:
+def script(name: str, model: str, cores: int | None, *words: str) -> tuple[str, ...]:
+    """The command of a program in peers/, on the first `cores` cores that are usable."""
     available = usable_cores()
     command = [sys.executable, str(BENCH / "peers" / name), model, *words]
     if cores is not None and available is not None:
@@ -86,7 +87,7 @@ def zmoe(options: argparse.Namespace) -> list[Engine]:
             "zmoe",
             each.nodes,
             each.cores,
-            _script(
+            script(
                 "zmoe_cluster.py", options.model, each.cores, "--nodes", str(each.nodes), *words
             ),
         )
@@ -122,7 +123,7 @@ def _llama(options: argparse.Namespace) -> list[Engine]:
     counts = {each.cores: None for each in options.nodes}
     totals = sorted(counts, key=lambda cores: cores or 0)
     return [
-        Engine("llama.cpp", 1, cores, _script("llamacpp.py", model, cores, *words))
+        Engine("llama.cpp", 1, cores, script("llamacpp.py", model, cores, *words))
         for cores in totals
     ]
 
@@ -139,7 +140,7 @@ def _llama_rpc(options: argparse.Namespace) -> list[Engine]:
             "llama.cpp-rpc",
             each.nodes,
             each.cores,
-            _script("llamacpp.py", model, each.cores, *words, "--rpc", str(each.nodes)),
+            script("llamacpp.py", model, each.cores, *words, "--rpc", str(each.nodes)),
         )
         for each in several
     ]
@@ -159,7 +160,7 @@ def _mlx_lm(options: argparse.Namespace) -> list[Engine]:
         words = ["-p", str(prompt), "-n", str(steps), "-r", "1", "--no-warm-up"]
     cores = max((each.cores or 0 for each in options.nodes), default=0) or None
     return [
-        Engine("mlx-lm", 1, cores, _script("mlx_lm_alone.py", options.model, cores, *words), rounds)
+        Engine("mlx-lm", 1, cores, script("mlx_lm_alone.py", options.model, cores, *words), rounds)
     ]
 
 

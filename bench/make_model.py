@@ -1,9 +1,9 @@
 """Write a checkpoint of random weights in any size, plain or quantised, in safetensors.
 
 For measuring where no published model of the wanted size is at hand; its text
-is noise. Plain ones have Hugging Face's names, quantised ones (`--bits`,
-`--group-size`, `--mode`) are what mlx_lm.convert makes of them. The tokenizer
-is zmoe-tiny's.
+is noise. Plain ones have Hugging Face's names and layout; with `--bits`,
+`--group-size` or `--mode` they are what mlx_lm.convert makes of them, which
+for `--bits 16` is the same unquantised. The tokenizer is zmoe-tiny's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from noise import DTYPES, Tensor, plain, write_safetensors
 TOKENIZER = BENCH.parent / "zmoe" / "data" / "zmoe-tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+UNQUANTISED = 16  # bits
 DEFAULTS: dict[str, Any] = {
     "family": "mixtral",
     "dtype": "float32",
@@ -43,15 +44,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--shape",
         choices=sorted(PRESETS),
-        help="a Qwen3-MoE of 0.95 (small) or 6.8 billion parameters in bfloat16; "
-        "other flags change parts of it",
+        help="a Qwen3-MoE of 0.95 (small) or 6.8 (medium) billion parameters, or layers of DBRX's "
+        "size, 3.2 billion each, in bfloat16; other flags change parts of it",
     )
     made.add_argument("--family", choices=sorted(FAMILIES), help="default mixtral")
     made.add_argument("--dtype", choices=sorted(DTYPES), help="default float32")
     for name in list(DEFAULTS)[2:]:
         flag = f"--{name.replace('_', '-')}"
         made.add_argument(flag, type=positive, help=f"default {DEFAULTS[name]}")
-    made.add_argument("--bits", type=positive, help="quantise to that many bits a weight")
+    made.add_argument(
+        "--bits", type=positive, help="quantise to that many bits a weight; 16: MLX's layout only"
+    )
     made.add_argument("--group-size", type=positive, help="weights that share a scale")
     made.add_argument("--mode", choices=MODES, help="of quantisation; default affine")
     made.add_argument("--seed", type=int, default=0)
@@ -62,8 +65,8 @@ def arguments() -> argparse.Namespace:
     made = parser()
     options = made.parse_args()
     preset: dict[str, Any] = {}
-    if options.shape is not None:
-        preset = {"family": "qwen3_moe", "dtype": "bfloat16", **PRESETS[options.shape]}
+    if options.shape is not None or options.bits == UNQUANTISED:
+        preset = {"dtype": "bfloat16", **PRESETS.get(options.shape, {})}
     for name, value in {**DEFAULTS, **preset}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -73,6 +76,10 @@ def arguments() -> argparse.Namespace:
         made.error(f"--top-k {options.top_k} of only {options.experts} --experts")
     if options.vocab < 1024:
         made.error("--vocab must be at least the tokenizer's 1024")
+    if options.bits == UNQUANTISED and (options.mode or options.group_size):
+        made.error("--bits 16 is not quantised: it has no --mode and no --group-size")
+    if options.bits == UNQUANTISED and options.dtype != "bfloat16":
+        made.error(f"--bits 16 is bfloat16, not {options.dtype}")
     if options.seed < 0:
         made.error(f"--seed {options.seed}: expected 0 or more")
     if options.folder.exists():
@@ -93,8 +100,10 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Any], Sequence[Tens
         return config, tensors, "pt"
     from quantised import Quantisation, filled, plan  # mlx, which plain checkpoints don't need
 
-    wanted = Quantisation(options.bits, options.group_size, options.mode or "affine")
-    wanted.check(options.hidden)
+    wanted: Quantisation | None = None
+    if options.bits != UNQUANTISED:
+        wanted = Quantisation(options.bits, options.group_size, options.mode or "affine")
+        wanted.check(options.hidden)
     config, parameters, modules = plan(config, options.dtype, wanted)
     return config, filled(parameters, modules, options.dtype, options.seed), "mlx"
 

@@ -3,6 +3,11 @@
 A block of random rows is made once for each row length (and quantised once),
 then repeated: gigabytes take seconds. Each tensor begins at another row, and a
 block has an odd number of rows, so that no two experts come out alike.
+
+A matrix neither magnifies nor shrinks what it is multiplied with, and
+embeddings are larger than what a layer adds to them. Otherwise the mean over
+the context, which attention adds to every row, would take over within a few
+layers, and the router would send all rows to the same experts.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from typing import Any
 import numpy as np
 
 BLOCK = 1 << 22  # random numbers of a block
-SPREAD = 0.02  # their standard deviation, as in most initialisers
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+EMBEDDING_SPREAD = 4.0
 STRIDE = 7919  # rows from one tensor's beginning to the next one's
 ITEM_BYTES = {"F32": 4, "BF16": 2, "U32": 4, "U8": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -49,12 +55,18 @@ class Tensor:
             left, at = left - len(part), 0
 
 
+def spread(name: str, columns: int) -> float:
+    """The standard deviation of the numbers of the matrix `name`."""
+    return EMBEDDING_SPREAD if name.endswith(EMBEDDINGS) else columns**-0.5
+
+
 @cache
-def noise(columns: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """An odd number of random rows of `columns` numbers."""
+def noise(columns: int, spread: float, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """An odd number of random rows of `columns` numbers with that standard deviation."""
     rows = max(1, BLOCK // columns) | 1
-    random = np.random.default_rng((seed, columns))
-    return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(SPREAD)
+    # Numbers of their own for embeddings: a row that a matrix has too would excite it.
+    random = np.random.default_rng((seed, columns, int(spread * 2**20)))
+    return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(spread)
 
 
 def encoded(
@@ -69,15 +81,18 @@ def encoded(
 
 
 @cache
-def _plain_rows(columns: int, dtype: str, seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return encoded(noise(columns, seed), dtype)
+def _plain_rows(
+    columns: int, spread: float, dtype: str, seed: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return encoded(noise(columns, spread, seed), dtype)
 
 
 def plain(name: str, shape: tuple[int, ...], dtype: str, number: int, seed: int) -> Tensor:
     """An unquantised tensor: noise, but for vectors, which are norms and get ones."""
     if len(shape) == 1:
         return Tensor(name, dtype, shape, encoded(np.ones((1, shape[0]), np.float32), dtype))
-    return Tensor(name, dtype, shape, _plain_rows(shape[-1], dtype, seed), number * STRIDE)
+    rows = _plain_rows(shape[-1], spread(name, shape[-1]), dtype, seed)
+    return Tensor(name, dtype, shape, rows, number * STRIDE)
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor], written_by: str) -> int:

@@ -1,4 +1,4 @@
-"""A checkpoint as `mlx_lm.convert -q` writes it, planned by mlx-lm and filled with noise.
+"""A checkpoint as `mlx_lm.convert` writes it, planned by mlx-lm and filled with noise.
 
 mlx-lm's own model class and quantize_model decide what is quantised, how, and
 under which name; none of their arrays is ever evaluated, so the plan costs no
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
-from noise import STRIDE, Tensor, noise, plain
+from noise import STRIDE, Tensor, noise, plain, spread
 
 LABELS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 PACKED = ("weight", "scales", "biases")  # what a quantised module holds, in mx.quantize's order
@@ -38,16 +38,20 @@ class Quantisation:
 
 
 def plan(
-    config: dict[str, Any], dtype: str, wanted: Quantisation
+    config: dict[str, Any], dtype: str, wanted: Quantisation | None
 ) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Quantisation]]:
-    """Config, unevaluated parameters and quantised modules by path, as mlx-lm has them."""
+    """Config, unevaluated parameters and quantised modules by path, as mlx-lm has them.
+
+    `wanted` None: nothing is quantised.
+    """
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))
     model.set_dtype(getattr(mx, dtype))
-    with redirect_stdout(sys.stderr):
-        model, config = quantize_model(
-            model, config, wanted.group_size, wanted.bits, mode=wanted.mode
-        )
+    if wanted is not None:
+        with redirect_stdout(sys.stderr):
+            model, config = quantize_model(
+                model, config, wanted.group_size, wanted.bits, mode=wanted.mode
+            )
     modules = {
         path: Quantisation(module.bits, module.group_size, module.mode)
         for path, module in model.named_modules()
@@ -58,10 +62,10 @@ def plan(
 
 @cache
 def _packed_rows(
-    columns: int, how: Quantisation, dtype: str, seed: int
+    columns: int, spread: float, how: Quantisation, dtype: str, seed: int
 ) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
     """The noise of that row length, quantised: rows of bytes of each part."""
-    rows = mx.array(noise(columns, seed)).astype(getattr(mx, dtype))
+    rows = mx.array(noise(columns, spread, seed)).astype(getattr(mx, dtype))
     parts = mx.quantize(rows, how.group_size, how.bits, mode=how.mode)
     return {name: np.array(part.view(mx.uint8)) for name, part in zip(PACKED, parts)}
 
@@ -83,6 +87,7 @@ def filled(
         how = modules[path]
         assert how.group_size is not None
         columns = parameters[f"{path}.scales"].shape[-1] * how.group_size
-        rows = _packed_rows(columns, how, dtype, seed)[part]
+        size = spread(f"{path}.weight", columns)
+        rows = _packed_rows(columns, size, how, dtype, seed)[part]
         made.append(Tensor(name, label, shape, rows, numbers[path] * STRIDE))
     return made

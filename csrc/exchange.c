@@ -62,7 +62,19 @@ static int config_is_valid(const zmoe_exchange_config *config) {
   return zmoe_zmq_is_loaded();
 }
 
+/* The leader: a frame for each worker, its own partial, and one in libzmq's hands;
+ * a worker: see above, for a window of one. */
+static int create_central_pool(zmoe_exchange *ex, size_t small_bytes) {
+  uint32_t large = ex->role == ZMOE_LEADER ? ex->nodes + 1 : 3;
+  uint32_t small = ex->role == ZMOE_LEADER ? 2 * ex->nodes + SMALL_SLOTS : SMALL_SLOTS;
+  int both = small_bytes < ex->max_payload_bytes;
+  zmoe_pool_class classes[2] = {{small_bytes, small}, {ex->max_payload_bytes, large}};
+  return zmoe_pool_create(classes + !both, 1u + (uint32_t)both, SLOT_ALIGNMENT, &ex->pool);
+}
+
 static int create_pool(zmoe_exchange *ex, size_t small_bytes) {
+  if (ex->role != ZMOE_PEER)
+    return create_central_pool(ex, small_bytes);
   uint32_t chunks = ex->scatter ? ex->nodes : 1;
   size_t large_bytes = zmoe_scatter_slot_bytes(ex->max_payload_bytes, chunks);
   size_t sum_bytes = zmoe_chunk_most(ex->max_payload_bytes, chunks);
@@ -91,6 +103,18 @@ static void init_peers(zmoe_exchange *ex, const zmoe_exchange_config *config) {
   }
 }
 
+static int init_role(zmoe_exchange *ex, const zmoe_exchange_config *config) {
+  ex->dispatch_rows = config->dispatch_rows;
+  if (ex->dispatch_rows == 0)
+    return ZMOE_OK; /* ZMOE_PEER */
+  ex->role = ex->rank == 0 ? ZMOE_LEADER : ZMOE_WORKER;
+  if (ex->role == ZMOE_WORKER)
+    return ZMOE_OK;
+  ex->dispatched = calloc(ex->dispatch_rows, sizeof *ex->dispatched);
+  ex->zeros = calloc(1, ex->max_payload_bytes); /* its pages are only read */
+  return ex->dispatched != NULL && ex->zeros != NULL ? ZMOE_OK : ZMOE_ENOMEM;
+}
+
 /* The frames of the session first: whoever sees our presence knows that they
  * will reach us. */
 static int subscribe(zmoe_exchange *ex) {
@@ -99,7 +123,7 @@ static int subscribe(zmoe_exchange *ex) {
   zmoe_wire_encode(&header, frame);
   zmoe_wire_presence(ex->session, ex->rank, presence);
   int wait_ms = ZMOE_FIRST_WAIT_MS;
-  if (zmoe_zmq.setsockopt(ex->sub, ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
+  if (zmoe_zmq.setsockopt(zmoe_intake_socket(ex), ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, presence, sizeof presence) < 0)
     return ZMOE_EZMQ;
@@ -126,7 +150,8 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->sub = config->sub;
   ex->router = config->router;
   init_peers(ex, config);
-  int rc = create_pool(ex, config->small_payload_bytes);
+  int rc = init_role(ex, config);
+  rc = rc == ZMOE_OK ? create_pool(ex, config->small_payload_bytes) : rc;
   rc = rc == ZMOE_OK ? zmoe_wait_prepare(ex) : rc;
   rc = rc == ZMOE_OK ? subscribe(ex) : rc;
   if (rc != ZMOE_OK) {
@@ -149,6 +174,8 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
   zmoe_rounds_clear(ex);
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
+  free(ex->dispatched);
+  free(ex->zeros);
   free(ex);
 }
 
@@ -186,6 +213,12 @@ void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
       .layer = here->layer,
       .theirs = ex->theirs,
   };
+}
+
+void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fault) {
+  zmoe_fault_set(ex, lost, fault);
+  if (rc == ZMOE_EPOOL)
+    fault->missing = zmoe_resend_askers(ex);
 }
 
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {

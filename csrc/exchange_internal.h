@@ -1,5 +1,6 @@
 /* What the files of the exchange share: exchange.c (creation, and what bounds the
- * buffers), round.c (publish, collect), scatter.c (the sum in chunks), intake.c
+ * buffers), round.c (publish, collect), scatter.c (the sum in chunks), central.c
+ * (dispatch, receive), intake.c
  * (from a received message to an accepted frame), links.c (the other sockets:
  * subscriptions, what goes from rank to rank, link events), resend.c and wait.c. */
 #ifndef ZMOE_EXCHANGE_INTERNAL_H
@@ -27,6 +28,19 @@ typedef struct zmoe_frame {
   zmq_msg_t message; /* initialised at all times */
 } zmoe_frame;
 
+/* A frame of ours to send; its slot is held for as long as a peer may ask for it. */
+typedef struct zmoe_held {
+  zmoe_slot *slot;
+  zmoe_header header;
+  uint8_t *frame; /* in the slot: the encoded header, then the payload */
+} zmoe_held;
+
+typedef enum zmoe_role {
+  ZMOE_PEER,   /* of a decentralised run */
+  ZMOE_LEADER, /* of a centralised one: awaits every worker's partial, at its ROUTER */
+  ZMOE_WORKER, /* awaits the leader's rows, at its DEALER */
+} zmoe_role;
+
 typedef struct zmoe_peer {
   void *dealer, *monitor;
   uint8_t presence[ZMOE_PRESENCE_BYTES];
@@ -39,20 +53,15 @@ typedef struct zmoe_peer {
   uint64_t ask_at_us, ask_every_us;
   zmoe_header served; /* what it was sent last on request */
   uint64_t served_at_us;
+  zmoe_held rows; /* what the leader dispatched to this worker in the open exchange */
 } zmoe_peer;
-
-/* A frame of ours to send; its slot is held for as long as a peer may ask for it. */
-typedef struct zmoe_held {
-  zmoe_slot *slot;
-  zmoe_header header;
-  uint8_t *frame; /* in the slot: the encoded header, then the payload */
-} zmoe_held;
 
 /* One of our exchanges. */
 typedef struct zmoe_round {
   zmoe_header header; /* of our partial; every rank's must agree with it */
   /* Our partial as encoded: whole, or chunk by chunk, each behind its header.
-   * NULL once nobody can ask for it any more. */
+   * NULL once nobody can ask for it any more, and in a centralised run as long as
+   * it is not published. */
   zmoe_slot *partial;
   zmoe_slot *sum;                 /* with chunks: our chunk of the sum */
   uint32_t sum_bytes;             /* 0: all zeros */
@@ -62,6 +71,7 @@ typedef struct zmoe_round {
 
 struct zmoe_exchange {
   uint32_t rank, nodes;
+  zmoe_role role;
   uint64_t session, everyone; /* bit mask of the peers */
   size_t max_payload_bytes;
   int scatter; /* there are slots for it */
@@ -76,6 +86,9 @@ struct zmoe_exchange {
    * at i % ZMOE_ROUNDS; those before `held` have lost their slots. */
   uint64_t published, collected, held;
   zmoe_round rounds[ZMOE_ROUNDS];
+  uint32_t dispatch_rows;
+  uint64_t *dispatched; /* the leader, by row: the ranks that got it */
+  void *zeros;          /* a row of them */
   uint64_t diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
 
@@ -133,13 +146,28 @@ static inline int zmoe_awaits_chunks(const zmoe_exchange *ex) {
 /* ---- exchange.c ------------------------------------------------------------ */
 
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault);
+/* The same after publishing gave `rc`. */
+void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fault);
 
 /* ---- round.c --------------------------------------------------------------- */
 
 /* Forgets all rounds; their slots are released. */
 void zmoe_rounds_clear(zmoe_exchange *ex);
-/* Our partial as it was published; no slot when the round's are released. */
+/* Our partial as it was published; no slot when the round has none. */
 zmoe_held zmoe_round_whole(const zmoe_round *round);
+/* The header of our partial; ZMOE_EINVAL for a call that is out of range. */
+int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out);
+/* Takes slots for the partial of `made` and encodes src into them; NULL is all zeros.
+ * When it fails, the caller drops the slots. */
+int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
+                      uint64_t deadline_us, uint64_t *lost);
+/* Whether an exchange may come next. */
+int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header);
+/* Takes over the slots of `made`, as the latest exchange; nothing is sent. */
+zmoe_round *zmoe_round_begin(zmoe_exchange *ex, const zmoe_round *made);
+/* Done with the oldest open exchange. */
+void zmoe_round_end(zmoe_exchange *ex);
+void zmoe_slot_drop(zmoe_slot **slot);
 
 /* ---- scatter.c ------------------------------------------------------------- */
 
@@ -158,13 +186,26 @@ int zmoe_scatter_gather(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype
 zmoe_held zmoe_scatter_partial(const zmoe_round *round, uint32_t chunk);
 zmoe_held zmoe_scatter_own_sum(const zmoe_exchange *ex, const zmoe_round *round);
 
+/* ---- central.c ------------------------------------------------------------- */
+
+/* The leader's own partial, or a worker's answer; NULL is all zeros. */
+int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
+                         zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost);
+/* The open exchange has all answers: writes the sum to `out`. */
+int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype);
+/* Nobody can ask for what was dispatched any more. */
+void zmoe_central_release(zmoe_exchange *ex);
+
 /* ---- intake.c ------------------------------------------------------------ */
 
-/* Reads at most a few messages; returns 1 when the socket has no more. */
-int zmoe_intake_partials(zmoe_exchange *ex);
-/* The same, but waits for the first: ZMOE_FIRST_WAIT_MS at most. */
-int zmoe_intake_wait(zmoe_exchange *ex);
-int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link);
+/* Reads at most a few messages, the first of which is waited for without
+ * ZMQ_DONTWAIT: ZMOE_FIRST_WAIT_MS at most.  Returns 1 when the socket has no more. */
+int zmoe_intake_partials(zmoe_exchange *ex, int flags);
+int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link, int flags);
+/* The same for the socket by which the awaited frames come. */
+int zmoe_intake_awaited(zmoe_exchange *ex, int flags);
+void *zmoe_intake_socket(const zmoe_exchange *ex);
+void zmoe_set_diverged(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Takes one message without waiting; 0 when there is none. */
 int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
 /* Takes what a rank sent to us alone, at our ROUTER; may move the message away. */
@@ -183,7 +224,7 @@ const void *zmoe_frame_body(zmoe_frame *frame);
 /* ---- links.c ------------------------------------------------------------- */
 
 int zmoe_links_subscriptions(zmoe_exchange *ex);
-int zmoe_links_routed(zmoe_exchange *ex);
+int zmoe_links_routed(zmoe_exchange *ex, int flags); /* see zmoe_intake_partials */
 int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
 /* Bit r: the link to r has been down for longer than grace allows. */
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);

@@ -88,7 +88,7 @@ int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out) 
 
 /* ---- where a valid frame belongs ----------------------------------------- */
 
-static void set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
+void zmoe_set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
   uint64_t bit = zmoe_bit(theirs->source);
   if (ex->diverged == 0 || bit < (ex->diverged & -ex->diverged))
     ex->theirs = *theirs;
@@ -97,14 +97,17 @@ static void set_diverged(zmoe_exchange *ex, const zmoe_header *theirs) {
 
 /* It does an exchange that we have passed over; it will wait for us in vain. */
 static void passed_over(zmoe_exchange *ex, const zmoe_header *theirs) {
-  set_diverged(ex, theirs);
+  zmoe_set_diverged(ex, theirs);
   zmoe_resend_tell(ex, theirs);
 }
 
-static int same_exchange(const zmoe_header *ours, const zmoe_header *theirs) {
-  return ours->rows == theirs->rows && ours->width == theirs->width &&
-         ours->dtype == theirs->dtype && ours->chunks == theirs->chunks &&
-         ours->digest == theirs->digest;
+static int same_exchange(const zmoe_exchange *ex, const zmoe_header *ours,
+                         const zmoe_header *theirs) {
+  if (ex->role == ZMOE_WORKER)
+    return 1; /* what the leader dispatches is right */
+  uint32_t rows = ex->role == ZMOE_LEADER ? ex->peers[theirs->source].rows.header.rows : ours->rows;
+  return rows == theirs->rows && ours->width == theirs->width && ours->dtype == theirs->dtype &&
+         ours->chunks == theirs->chunks && ours->digest == theirs->digest;
 }
 
 /* The place of an exchange among those whose rounds we remember, or -1. */
@@ -127,8 +130,8 @@ static void take_open(zmoe_exchange *ex, uint64_t i, zmq_msg_t *message,
                       const zmoe_header *header) {
   zmoe_round *round = zmoe_round_at(ex, i);
   uint64_t bit = zmoe_bit(header->source);
-  if (!same_exchange(&round->header, header)) {
-    set_diverged(ex, header);
+  if (!same_exchange(ex, &round->header, header)) {
+    zmoe_set_diverged(ex, header);
   } else if (round->missing & bit) {
     frame_take(&ex->peers[header->source].partials[i % ZMOE_WINDOW], message, header);
     round->missing &= ~bit;
@@ -181,8 +184,8 @@ static void take_sum(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *h
   uint64_t bit = zmoe_bit(header->source);
   if (i < 0 || (uint64_t)i < ex->collected) {
     ex->stats.bad_stale++;
-  } else if (!same_exchange(&round->header, header)) {
-    set_diverged(ex, header);
+  } else if (!same_exchange(ex, &round->header, header)) {
+    zmoe_set_diverged(ex, header);
   } else if (round->missing_sums & bit) {
     frame_take(&ex->peers[header->source].sums[(uint64_t)i % ZMOE_WINDOW], message, header);
     round->missing_sums &= ~bit;
@@ -215,7 +218,7 @@ static void take_elsewhere(zmoe_exchange *ex, const zmoe_header *header) {
   const zmoe_header *oldest = &zmoe_round_at(ex, ex->collected)->header;
   if ((zmoe_missing(ex) & zmoe_bit(header->source)) && header->epoch == ex->epoch &&
       header->digest == ((uint64_t)oldest->step << 32 | oldest->layer))
-    set_diverged(ex, header);
+    zmoe_set_diverged(ex, header);
   else
     ex->stats.bad_stale++;
 }
@@ -224,11 +227,21 @@ static void take_elsewhere(zmoe_exchange *ex, const zmoe_header *header) {
  * to our DEALER as the answer to a request. */
 enum way { TO_ALL, ROUTED, ANSWER };
 
+/* Whether it is a whole frame of the kind that each exchange needs of this rank. */
+static int is_awaited(const zmoe_exchange *ex, const zmoe_header *header, enum way way) {
+  if (header->chunks > 0)
+    return 0;
+  if (ex->role == ZMOE_WORKER)
+    return header->kind == ZMOE_KIND_ROWS && header->source == 0 && way == ANSWER;
+  return header->kind == ZMOE_KIND_PARTIAL && way != (ex->role == ZMOE_LEADER ? TO_ALL : ROUTED);
+}
+
 static void take_frame(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header,
                        enum way way) {
-  int for_us = header->chunks > 0 && header->chunk == ex->rank;
-  int theirs = header->chunks > 0 && header->chunk == header->source;
-  if (header->kind == ZMOE_KIND_PARTIAL && header->chunks == 0 && way != ROUTED)
+  int in_chunks = header->chunks > 0 && ex->role == ZMOE_PEER;
+  int for_us = in_chunks && header->chunk == ex->rank;
+  int theirs = in_chunks && header->chunk == header->source;
+  if (is_awaited(ex, header, way))
     take_partial(ex, message, header);
   else if (header->kind == ZMOE_KIND_PARTIAL && for_us && way != TO_ALL)
     take_partial(ex, message, header);
@@ -267,21 +280,30 @@ static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {
         take_frame(ex, &message, &header, link >= 0 ? ANSWER : TO_ALL);
     }
     /* The last frame that we wait for: what follows can wait too. */
-    if (link < 0 && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
+    if (socket == zmoe_intake_socket(ex) && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
       break;
   }
   zmoe_zmq.msg_close(&message);
   return empty;
 }
 
-int zmoe_intake_wait(zmoe_exchange *ex) {
-  return intake(ex, ex->sub, -1, 0);
+int zmoe_intake_partials(zmoe_exchange *ex, int flags) {
+  return intake(ex, ex->sub, -1, flags);
 }
 
-int zmoe_intake_partials(zmoe_exchange *ex) {
-  return intake(ex, ex->sub, -1, ZMQ_DONTWAIT);
+int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link, int flags) {
+  return intake(ex, ex->peers[link].dealer, (int)link, flags);
 }
 
-int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link) {
-  return intake(ex, ex->peers[link].dealer, (int)link, ZMQ_DONTWAIT);
+void *zmoe_intake_socket(const zmoe_exchange *ex) {
+  if (ex->role == ZMOE_LEADER)
+    return ex->router;
+  return ex->role == ZMOE_WORKER ? ex->peers[0].dealer : ex->sub;
+}
+
+int zmoe_intake_awaited(zmoe_exchange *ex, int flags) {
+  if (ex->role == ZMOE_LEADER)
+    return zmoe_links_routed(ex, flags);
+  return ex->role == ZMOE_WORKER ? zmoe_intake_replies(ex, 0, flags)
+                                 : zmoe_intake_partials(ex, flags);
 }

@@ -3,8 +3,9 @@
 #include "zmoe.h"
 
 #if defined(ZMOE_ARM64) && defined(__linux__)
-#include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(ZMOE_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #ifdef ZMOE_X86
@@ -34,15 +35,31 @@ static zmoe_isa detect(void) {
     return ZMOE_ISA_AVX512_BF16;
   return ZMOE_ISA_AVX512;
 }
+#elif defined(ZMOE_ARM64) && defined(__linux__)
+/* Bits of AT_HWCAP and AT_HWCAP2; older headers lack the names. */
+enum { HAS_DOT = 1 << 20, HAS_I8MM = 1 << 13, HAS_BF16 = 1 << 14 };
+
+static zmoe_isa detect(void) {
+  if (!(getauxval(AT_HWCAP) & HAS_DOT))
+    return ZMOE_ISA_NEON;
+  unsigned long wanted = HAS_I8MM | HAS_BF16;
+  return (getauxval(AT_HWCAP2) & wanted) == wanted ? ZMOE_ISA_NEON_BF16 : ZMOE_ISA_NEON_DOT;
+}
+#elif defined(ZMOE_ARM64) && defined(__APPLE__)
+static int has(const char *feature) {
+  int value = 0;
+  size_t bytes = sizeof value;
+  return sysctlbyname(feature, &value, &bytes, NULL, 0) == 0 && value != 0;
+}
+
+static zmoe_isa detect(void) {
+  if (has("hw.optional.arm.FEAT_BF16") && has("hw.optional.arm.FEAT_I8MM"))
+    return ZMOE_ISA_NEON_BF16;
+  return ZMOE_ISA_NEON_DOT; /* every Mac with such a CPU has it */
+}
 #elif defined(ZMOE_ARM64)
 static zmoe_isa detect(void) {
-#if defined(__linux__)
-  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? ZMOE_ISA_NEON_DOT : ZMOE_ISA_NEON;
-#elif defined(__APPLE__)
-  return ZMOE_ISA_NEON_DOT; /* every Mac with such a CPU has it */
-#else
   return ZMOE_ISA_NEON;
-#endif
 }
 #endif
 
@@ -70,9 +87,11 @@ int zmoe_isa_supported(zmoe_isa isa) {
   case ZMOE_ISA_AVX512:
     return best == ZMOE_ISA_AVX512 || best == ZMOE_ISA_AVX512_BF16;
   case ZMOE_ISA_NEON:
-    return best == ZMOE_ISA_NEON || best == ZMOE_ISA_NEON_DOT;
-  case ZMOE_ISA_AVX512_BF16:
+    return best == ZMOE_ISA_NEON || best == ZMOE_ISA_NEON_DOT || best == ZMOE_ISA_NEON_BF16;
   case ZMOE_ISA_NEON_DOT:
+    return best == ZMOE_ISA_NEON_DOT || best == ZMOE_ISA_NEON_BF16;
+  case ZMOE_ISA_AVX512_BF16:
+  case ZMOE_ISA_NEON_BF16:
     return isa == best;
   }
   return 0;
@@ -92,6 +111,8 @@ const char *zmoe_isa_name(zmoe_isa isa) {
     return "avx512_bf16";
   case ZMOE_ISA_NEON_DOT:
     return "neon_dot";
+  case ZMOE_ISA_NEON_BF16:
+    return "neon_bf16";
   }
   return "unknown";
 }

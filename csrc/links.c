@@ -149,15 +149,18 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
   }
 }
 
-int zmoe_links_routed(zmoe_exchange *ex) {
+int zmoe_links_routed(zmoe_exchange *ex, int flags) {
   zmq_msg_t part;
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, ex->router, ZMQ_DONTWAIT))
+    if (!zmoe_intake_message(ex, &part, ex->router, flags))
       empty = 1;
     else
       take_routed(ex, &part);
+    flags = ZMQ_DONTWAIT;
+    if (ex->role == ZMOE_LEADER && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
+      break; /* as intake() does */
   }
   zmoe_zmq.msg_close(&part);
   return empty;

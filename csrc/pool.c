@@ -230,7 +230,7 @@ void zmoe_slot_release(zmoe_slot *slot) {
   pool->in_use--;
   pool->stats.released++;
   int last = pool->abandoned && pool->in_use == 0;
-  pthread_cond_signal(&pool->released);
+  pthread_cond_broadcast(&pool->released); /* not all wait for this size */
   pthread_mutex_unlock(&pool->lock);
   if (last)
     pool_free(pool);

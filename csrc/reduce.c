@@ -37,6 +37,7 @@ static size_t reduce_vectors(unsigned char *out, zmoe_dtype out_dtype,
 #ifdef ZMOE_ARM64
   case ZMOE_ISA_NEON:
   case ZMOE_ISA_NEON_DOT:
+  case ZMOE_ISA_NEON_BF16:
     return zmoe_reduce_neon(out, out_dtype, parts, n_parts, part_dtype, count);
 #endif
   default:

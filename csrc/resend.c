@@ -56,6 +56,12 @@ static zmoe_round *held_round(zmoe_exchange *ex, const zmoe_header *request) {
 /* What a request for a frame of `round` gets; no slot: it is not there. */
 static zmoe_held wanted(const zmoe_exchange *ex, const zmoe_round *round,
                         const zmoe_header *request) {
+  const zmoe_held *rows = &ex->peers[request->source].rows;
+  if (ex->role == ZMOE_LEADER &&
+      zmoe_key_compare(zmoe_key_of(&rows->header), zmoe_key_of(request)) != 0)
+    return (zmoe_held){.slot = NULL};
+  if (ex->role == ZMOE_LEADER)
+    return *rows;
   if (request->chunks == 0)
     return zmoe_round_whole(round);
   if (request->chunk == ex->rank && round->missing == 0)

@@ -9,7 +9,7 @@
 
 /* ---- whose slots are held --------------------------------------------------- */
 
-static void release(zmoe_slot **slot) {
+void zmoe_slot_drop(zmoe_slot **slot) {
   if (*slot != NULL)
     zmoe_slot_release(*slot);
   *slot = NULL;
@@ -18,17 +18,20 @@ static void release(zmoe_slot **slot) {
 static void hold_from(zmoe_exchange *ex, uint64_t index) {
   for (; ex->held < index; ex->held++) {
     zmoe_round *round = zmoe_round_at(ex, ex->held);
-    release(&round->partial);
-    release(&round->sum);
+    zmoe_slot_drop(&round->partial);
+    zmoe_slot_drop(&round->sum);
   }
 }
 
 void zmoe_rounds_clear(zmoe_exchange *ex) {
   hold_from(ex, ex->published);
+  zmoe_central_release(ex);
   ex->published = ex->collected = ex->held = 0;
 }
 
 zmoe_held zmoe_round_whole(const zmoe_round *round) {
+  if (round->partial == NULL)
+    return (zmoe_held){.slot = NULL};
   return (zmoe_held){round->partial, round->header,
                      (uint8_t *)zmoe_slot_payload(round->partial) - ZMOE_HEADER_BYTES};
 }
@@ -37,7 +40,7 @@ zmoe_held zmoe_round_whole(const zmoe_round *round) {
 
 /* A first part needs all before it collected; a further one belongs to the exchange
  * before, of which at most one part may be open. */
-static int may_publish(zmoe_exchange *ex, const zmoe_header *header) {
+int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
   uint64_t open = ex->published - ex->collected;
   if (ex->published == 0)
     return header->part == 0;
@@ -64,10 +67,7 @@ static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
   return zmoe_links_send(ex, ex->xpub, &held);
 }
 
-/* Takes over the slots of `made`. */
-static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
-  if (zmoe_is_open(ex))
-    zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
+zmoe_round *zmoe_round_begin(zmoe_exchange *ex, const zmoe_round *made) {
   hold_from(ex, first_wanted(ex));
   zmoe_round *round = zmoe_round_at(ex, ex->published++);
   *round = *made;
@@ -75,6 +75,13 @@ static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
   round->missing_sums = made->header.chunks > 0 ? ex->everyone : 0;
   round->sent_at_us = zmoe_now_us();
   zmoe_resend_begin(ex, round);
+  return round;
+}
+
+static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
+  if (zmoe_is_open(ex))
+    zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
+  const zmoe_round *round = zmoe_round_begin(ex, made);
   int error = send_round(ex, round);
   if (error != 0)
     ex->zmq_errno = error;
@@ -84,15 +91,13 @@ static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
 }
 
 static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zmoe_fault *fault) {
-  release(&made->partial);
-  release(&made->sum);
-  zmoe_fault_set(ex, lost, fault);
-  if (rc == ZMOE_EPOOL)
-    fault->missing = zmoe_resend_askers(ex);
+  zmoe_slot_drop(&made->partial);
+  zmoe_slot_drop(&made->sum);
+  zmoe_fault_publish(ex, rc, lost, fault);
   return rc;
 }
 
-static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
   if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX ||
       call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
@@ -112,7 +117,14 @@ static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *ou
       .chunks = (uint8_t)(call->algorithm == ZMOE_SCATTER ? ex->nodes : 0),
       .digest = call->digest,
   };
-  return may_publish(ex, out) ? ZMOE_OK : ZMOE_EINVAL;
+  return ZMOE_OK;
+}
+
+/* The header of an exchange that begins with being published. */
+static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+  int rc = zmoe_round_header(ex, call, out);
+  int is_next = rc == ZMOE_OK && ex->role == ZMOE_PEER && zmoe_round_may_begin(ex, out);
+  return is_next ? ZMOE_OK : ZMOE_EINVAL;
 }
 
 static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
@@ -140,17 +152,26 @@ static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dty
                            header->width, &all, ex->isa);
 }
 
+int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
+                      uint64_t deadline_us, uint64_t *lost) {
+  if (src == NULL)
+    made->header.payload_bytes = 0;
+  int rc = acquire(ex, deadline_us, made, lost);
+  return rc == ZMOE_OK ? encode(ex, made, src, src_dtype) : rc;
+}
+
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault) {
-  zmoe_round made = {.partial = NULL};
   uint64_t lost = 0;
+  if (ex->role != ZMOE_PEER) {
+    int status = zmoe_central_publish(ex, call, src, src_dtype, deadline_us, &lost);
+    zmoe_fault_publish(ex, status, lost, fault);
+    return status;
+  }
+  zmoe_round made = {.partial = NULL};
   int rc = make_header(ex, call, &made.header);
-  if (src == NULL)
-    made.header.payload_bytes = 0;
   if (rc == ZMOE_OK)
-    rc = acquire(ex, deadline_us, &made, &lost);
-  if (rc == ZMOE_OK)
-    rc = encode(ex, &made, src, src_dtype);
+    rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, &lost);
   return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
 }
 
@@ -186,33 +207,40 @@ static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype ou
   return zmoe_reduce_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
 }
 
-/* Done with the oldest open exchange.  Of chunks, nobody can lack one any more:
- * whoever did could not have added up its part of the sum. */
-static void end(zmoe_exchange *ex) {
+/* Of chunks, nobody can lack one any more: whoever did could not have added up its
+ * part of the sum.  The leader's own partial was for nobody. */
+void zmoe_round_end(zmoe_exchange *ex) {
   uint64_t index = ex->collected++;
   for (uint32_t r = 0; r < ex->nodes; r++) {
     zmoe_frame_drop(&ex->peers[r].partials[index % ZMOE_WINDOW]);
     zmoe_frame_drop(&ex->peers[r].sums[index % ZMOE_WINDOW]);
   }
   zmoe_round *round = zmoe_round_at(ex, index);
-  if (round->header.chunks > 0)
-    release(&round->partial);
+  if (round->header.chunks > 0 || ex->role == ZMOE_LEADER)
+    zmoe_slot_drop(&round->partial);
+  if (ex->role == ZMOE_LEADER)
+    zmoe_central_release(ex);
   ex->stats.exchanges++;
 }
 
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault) {
   uint64_t lost = 0, index = ex->collected;
-  int rc = zmoe_is_open(ex) && zmoe_dtype_bytes(out_dtype) != 0
-               ? zmoe_wait_for_all(ex, deadline_us, &lost)
-               : ZMOE_EINVAL;
+  int is_ours = zmoe_is_open(ex) && ex->role != ZMOE_WORKER &&
+                zmoe_round_at(ex, index)->partial != NULL; /* as always but to a leader */
+  int rc = is_ours && zmoe_dtype_bytes(out_dtype) != 0 ? zmoe_wait_for_all(ex, deadline_us, &lost)
+                                                       : ZMOE_EINVAL;
   if (rc != ZMOE_OK) {
     zmoe_fault_set(ex, lost, fault);
     return rc;
   }
-  rc = zmoe_round_at(ex, index)->header.chunks > 0 ? zmoe_scatter_gather(ex, index, out, out_dtype)
-                                                   : add_whole(ex, index, out, out_dtype);
+  if (ex->role == ZMOE_LEADER)
+    rc = zmoe_central_sum(ex, out, out_dtype);
+  else if (zmoe_round_at(ex, index)->header.chunks > 0)
+    rc = zmoe_scatter_gather(ex, index, out, out_dtype);
+  else
+    rc = add_whole(ex, index, out, out_dtype);
   assert(rc == ZMOE_OK);
-  end(ex);
+  zmoe_round_end(ex);
   return rc;
 }

@@ -75,15 +75,20 @@ void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESEN
 static int chunk_is_valid(const zmoe_header *header) {
   if (header->chunks == 0)
     return header->chunk == 0 && header->kind != ZMOE_KIND_SUM;
-  return header->chunks <= ZMOE_MAX_NODES && header->chunk < header->chunks;
+  return header->kind != ZMOE_KIND_ROWS && header->chunks <= ZMOE_MAX_NODES &&
+         header->chunk < header->chunks;
 }
 
 static int sizes_agree(const zmoe_header *header) {
   if (header->payload_bytes == 0)
-    return 1;
+    return header->kind != ZMOE_KIND_ROWS || header->rows == 0;
   zmoe_dtype dtype = (zmoe_dtype)header->dtype;
   uint64_t bytes = zmoe_payload_bytes(dtype, header->rows, header->width);
-  if (bytes == UINT64_MAX || (header->kind != ZMOE_KIND_PARTIAL && header->kind != ZMOE_KIND_SUM))
+  if (bytes == UINT64_MAX)
+    return 0;
+  if (header->kind == ZMOE_KIND_ROWS)
+    return bytes <= header->payload_bytes && (header->payload_bytes - bytes) % ZMOE_PAIR_BYTES == 0;
+  if (header->kind != ZMOE_KIND_PARTIAL && header->kind != ZMOE_KIND_SUM)
     return 0;
   if (header->chunks > 0)
     bytes = zmoe_chunk(dtype, header->rows, header->width, header->chunks, header->chunk).bytes;
@@ -92,7 +97,7 @@ static int sizes_agree(const zmoe_header *header) {
 
 static int fields_are_valid(const uint8_t *at, const zmoe_header *header) {
   int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && at[47] == 0;
-  return reserved_is_zero && header->kind >= ZMOE_KIND_PARTIAL && header->kind <= ZMOE_KIND_SUM &&
+  return reserved_is_zero && header->kind >= ZMOE_KIND_PARTIAL && header->kind <= ZMOE_KIND_ROWS &&
          zmoe_payload_bytes((zmoe_dtype)header->dtype, 0, 0) == 0 &&
          header->source < ZMOE_MAX_NODES && chunk_is_valid(header) && sizes_agree(header);
 }

@@ -24,6 +24,7 @@ extern "C" {
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
+#define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
 
 typedef enum zmoe_status {
@@ -63,6 +64,7 @@ typedef enum zmoe_isa {
   /* Further steps for products alone; the sums of reduce know no difference. */
   ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI */
   ZMOE_ISA_NEON_DOT = 5,    /* dotprod */
+  ZMOE_ISA_NEON_BF16 = 6,   /* and bf16, i8mm */
 } zmoe_isa;
 
 zmoe_isa zmoe_isa_best(void);            /* the best this CPU can run */
@@ -125,6 +127,9 @@ typedef enum zmoe_kind {
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
   ZMOE_KIND_SUM = 4, /* the sum of all ranks' partials, of the chunk that `source` adds up */
+  /* What a worker of a centralised run is to compute of one layer: the rows and the
+   * experts of its pairs in int32, their weights in f32, then its rows. */
+  ZMOE_KIND_ROWS = 5,
 } zmoe_kind;
 
 typedef struct zmoe_header {
@@ -136,7 +141,8 @@ typedef struct zmoe_header {
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
-  uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros */
+  uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros;
+                           * of ROWS also the pairs' */
   uint8_t part;           /* of a layer's exchanges, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint64_t digest;        /* of the routing that led here */
@@ -182,6 +188,8 @@ typedef struct zmoe_exchange_config {
   void *xpub, *sub, *router;
   void *const *dealers;
   void *const *monitors;
+  /* 0, or in a centralised run, where rank 0 leads, the most rows of an exchange. */
+  uint32_t dispatch_rows;
   uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
@@ -257,7 +265,49 @@ int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_sl
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault);
-/* Between exchanges: answer resend requests, watch the links.  Never blocks. */
+
+/* ---- the centralised schedule ------------------------------------------------
+ * The leader has all rows and routes them.  In each exchange it dispatches to
+ * every worker the rows that it has experts for, publishes its own partial and
+ * collects, as above; a worker receives, and publishes its partial of the rows
+ * that it received.  That makes two messages a worker, empty ones included: from
+ * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one part. */
+
+typedef struct zmoe_routed {
+  const void *x;         /* (rows, width) of x_dtype */
+  const int32_t *ids;    /* (rows, top_k): the chosen experts */
+  const float *weights;  /* (rows, top_k) */
+  const uint64_t *ranks; /* (rows, top_k) bit r: rank r computes this pair */
+  uint32_t top_k;
+  zmoe_dtype x_dtype;
+} zmoe_routed;
+
+int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
+                           uint64_t deadline_us, zmoe_fault *fault);
+
+/* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
+typedef struct zmoe_received {
+  /* Room, and this rank's number of each expert, -1 for another's. */
+  void *x;
+  int32_t *pair_rows, *pair_experts;
+  float *pair_weights;
+  size_t x_bytes;
+  uint32_t max_pairs, experts;
+  const int32_t *local; /* (experts) */
+  /* What came; pair_experts in this rank's numbers. */
+  uint32_t rows, width, pairs;
+  zmoe_dtype dtype;
+  uint64_t digest; /* to be published with */
+} zmoe_received;
+
+/* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
+ * for a pair whose expert is another rank's. */
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
+                          uint64_t deadline_us, zmoe_fault *fault);
+
+/* ---- between exchanges --------------------------------------------------------- */
+
+/* Answer resend requests, watch the links.  Never blocks. */
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault);
 void zmoe_exchange_stats_get(const zmoe_exchange *ex, zmoe_exchange_stats *out);
 void zmoe_exchange_pool_stats(const zmoe_exchange *ex, zmoe_pool_stats *out);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -57,6 +59,9 @@ class ThreadReducer:
         self._turn = 0
         self.step = 0
         self.calls: list[Call] = []
+
+    def dispatch(self, *given: object) -> None:
+        pass
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         return dtype
@@ -115,6 +120,45 @@ class ThreadReducer:
         return result
 
 
+class RankThread:
+    """The thread of one rank, kept for all tests.
+
+    MLX starts a thread of its own for each that computes, and never ends it; what walks
+    over all of them, as `mx.clear_cache` does, would soon take most of the time.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+        mx.clear_streams()  # or MLX may abort the process when it exits
+
+    def _end(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(1)
+
+    def start(self, job: Callable[[int], None], rank: int) -> threading.Event:
+        """Run `job(rank)`; what is returned is set when it is over."""
+        over = threading.Event()
+
+        def run() -> None:
+            try:
+                job(rank)
+            finally:
+                over.set()
+
+        self._jobs.put(run)
+        return over
+
+
+_threads: list[RankThread] = []
+
+
 def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
     """Run `work` once per rank in threads of their own; its results by rank."""
     meeting = Meeting(nodes)
@@ -127,15 +171,13 @@ def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()
-        finally:
-            mx.clear_streams()  # or MLX may abort the process when it exits
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(nodes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * DEADLINE_S)
-        assert not thread.is_alive()
+    while len(_threads) < nodes:
+        _threads.append(RankThread())
+    ends = [_threads[rank].start(run, rank) for rank in range(nodes)]
+    if not all([over.wait(2 * DEADLINE_S) for over in ends]):
+        _threads.clear()  # the next test gets others
+        raise AssertionError(f"a rank of {nodes} has not ended within {2 * DEADLINE_S:g} s")
     if errors:
         first = [e for e in errors if not isinstance(e, threading.BrokenBarrierError)]
         raise (first or errors)[0]

@@ -30,6 +30,7 @@ class _Lib:
     ZMOE_Q8_BLOCK: int
     ZMOE_Q8_BLOCK_BYTES: int
     ZMOE_MAX_NODES: int
+    ZMOE_PAIR_BYTES: int
     ZMOE_PRESENCE_BYTES: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
@@ -83,6 +84,23 @@ class _Lib:
         call: CData,
         src: CData,
         src_dtype: int,
+        deadline_us: int,
+        fault: CData,
+    ) -> int: ...
+    def zmoe_exchange_dispatch(
+        self,
+        exchange: CData | None,
+        call: CData,
+        routed: CData,
+        deadline_us: int,
+        fault: CData,
+    ) -> int: ...
+    def zmoe_exchange_receive(
+        self,
+        exchange: CData | None,
+        out: CData,
+        step: int,
+        layer: int,
         deadline_us: int,
         fault: CData,
     ) -> int: ...

@@ -9,6 +9,7 @@ from zmoe.errors import InputError
 
 DEFAULT_MODEL = "zmoe-tiny"
 PROTOCOL_VERSION = 3
+SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
 WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
@@ -88,6 +89,8 @@ class EngineConfig:
     `activations` of quantised products on the kernels: "exact", or "int8".
     `wire_dtype`: how partial sums travel between nodes: "auto" as the model's
     activations are, "q8" in blocks of 8-bit integers.
+    `schedule`: "decentralized" (every node routes, one all-reduce a MoE layer),
+    or "centralized" (the leader routes, the others hold experts only).
     """
 
     prefill_chunk: int = 512
@@ -95,6 +98,7 @@ class EngineConfig:
     compute: str = "auto"
     activations: str = "exact"
     wire_dtype: str = "auto"
+    schedule: str = "decentralized"
 
     def __post_init__(self) -> None:
         _check(
@@ -124,3 +128,4 @@ class EngineConfig:
             self.activations,
             "exact with --compute mlx",
         )
+        _check(self.schedule in SCHEDULES, "--schedule", self.schedule, " or ".join(SCHEDULES))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = lib.ZMOE_MAX_NODES
 HEADER_BYTES = lib.ZMOE_HEADER_BYTES
+PAIR_BYTES = lib.ZMOE_PAIR_BYTES
 WINDOW = lib.ZMOE_WINDOW
 
 
@@ -81,6 +82,7 @@ class Isa(IntEnum):
     NEON = 3
     AVX512_BF16 = 4
     NEON_DOT = 5
+    NEON_BF16 = 6
 
     @property
     def supported(self) -> bool:

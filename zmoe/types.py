@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -73,6 +73,25 @@ class Reducer(Protocol):
 
     rank: int
     nodes: int
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Tell ranks that do not route what of MoE layer `layer` is theirs to compute.
+
+        Called before the own part is computed, in every exchange. `x` (rows,
+        width): an MLX array, evaluated or not, or the memory of one of
+        `x_dtype`; `ids` and `weights` (rows, k); `dtype` and `digest` are
+        all_reduce's, and `rows` and `width` its shape.
+        """
+        ...
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """What to make partials and sums of, in a model of `dtype`: no narrower than it."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
-from process import PeerFailure, checked, main, parser, tokens
+from process import ABSENT, PeerFailure, checked, main, parser, tokens
+from recording import Recording
 
+from zmoe import __version__
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.config import EngineConfig, Sampling
@@ -21,27 +24,39 @@ from zmoe.engine.generate import Generation, Timings
 from zmoe.errors import ZmoeError
 
 SEED = 1
-
-
 SETTINGS = ("compute", "activations", "wire_dtype")
+CLUSTER_SETTINGS = (*SETTINGS, "schedule", "policy", "placement")
+# What a zmoe without such a setting does.
+ONLY = {"schedule": "decentralized", "policy": "selected", "placement": "experts"}
 
 
-def add_settings(made: argparse.ArgumentParser) -> None:
-    """The flags that engine_config reads."""
-    for name in SETTINGS:
-        flag = f"--{name.replace('_', '-')}"
-        made.add_argument(flag, help="zmoe-run's; default: its default")
+def add_settings(made: argparse.ArgumentParser, names: Sequence[str] = SETTINGS) -> None:
+    """The flags that engine_config and cluster_spec read."""
+    for name in names:
+        made.add_argument(f"--{name.replace('_', '-')}", help="zmoe-run's; default: its default")
 
 
-def engine_config(options: argparse.Namespace) -> EngineConfig:
+def _given(options: argparse.Namespace, names: Sequence[str], kind: Any) -> dict[str, Any]:
+    """Those of `names` that were given and that `kind`, a dataclass, has."""
+    known = {field.name for field in fields(kind)}
+    values = {name: getattr(options, name) for name in names if name in known}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def engine_config(options: argparse.Namespace, names: Sequence[str] = SETTINGS) -> EngineConfig:
+    """The settings that were given."""
+    return EngineConfig(**_given(options, names, EngineConfig))
+
+
+def cluster_spec(options: argparse.Namespace) -> ClusterSpec:
     """The settings that were given; PeerFailure for one that this zmoe does not have."""
-    given = {name: getattr(options, name) for name in SETTINGS}
-    wanted = {name: value for name, value in given.items() if value is not None}
-    known = {field.name for field in fields(EngineConfig)}
-    for name in wanted:
-        if name not in known:
-            raise PeerFailure(f"this zmoe has no setting {name!r}")
-    return EngineConfig(**wanted)
+    engine = engine_config(options, CLUSTER_SETTINGS)
+    of_cluster = _given(options, CLUSTER_SETTINGS, ClusterSpec)
+    for name in CLUSTER_SETTINGS:
+        wanted = getattr(options, name)
+        if wanted not in (None, ONLY.get(name)) and name not in of_cluster | vars(engine):
+            raise PeerFailure(f"this zmoe has no --{name.replace('_', '-')}", ABSENT)
+    return ClusterSpec(nodes=options.nodes, engine=engine, **of_cluster)
 
 
 def spans_ms(timings: Timings) -> dict[str, float]:
@@ -71,11 +86,11 @@ def feed(generation: Generation, ids: Iterator[int]) -> None:
     setattr(generation, pick.__name__, picked)
 
 
-def generate(cluster: Cluster, options: argparse.Namespace) -> Generation:
+def generate(cluster: Any, options: argparse.Namespace) -> Generation:
     """One generation, to its end."""
     sampling = Sampling(max_tokens=options.tokens, ignore_eos=True)
     if options.prompt is not None:
-        generation = cluster.generate(options.prompt, sampling)
+        generation: Generation = cluster.generate(options.prompt, sampling)
     else:
         # The tokenizer may know fewer ids than the model has.
         known = max(cluster.tokenizer.get_vocab().values()) + 1
@@ -86,36 +101,62 @@ def generate(cluster: Cluster, options: argparse.Namespace) -> Generation:
     return generation
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the repetitions, after one that isn't counted; names are zmoe-run's."""
-    spec = ClusterSpec(nodes=options.nodes, engine=engine_config(options))
-    with Cluster(options.model, spec=spec) as cluster:
-        if not options.no_warm_up:
-            generate(cluster, options)
-        runs = [generate(cluster, options) for _ in range(options.repetitions)]
-        timings = [run.timings for run in runs]
-        return {
-            "prompt_tokens": timings[0].prompt_tokens,
-            "generation_tokens": len(runs[0].tokens),
-            "prompt_tps": statistics.median(each.prompt_tps for each in timings),
-            "generation_tps": statistics.median(each.generation_tps for each in timings),
-            "prompt_runs": [round(each.prompt_tps, 2) for each in timings],
-            "generation_runs": [round(each.generation_tps, 2) for each in timings],
-            "breakdown": median_of([each.breakdown_ms() for each in timings]),
-            "spans_ms": median_of([spans_ms(each) for each in timings]),
-            "peak_memory": cluster.peak_memory(),
-            "load_seconds": cluster.load_seconds,
-        }
+def measure(cluster: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the repetitions, after one that isn't counted; names are zmoe-run's.
+
+    `cluster` is a Cluster, or looks like one.
+    """
+    if not options.no_warm_up:
+        generate(cluster, options)
+    runs = [generate(cluster, options) for _ in range(options.repetitions)]
+    timings = [run.timings for run in runs]
+    return {
+        "prompt_tokens": timings[0].prompt_tokens,
+        "generation_tokens": len(runs[0].tokens),
+        "tokens": runs[0].tokens,
+        "prompt_tps": statistics.median(each.prompt_tps for each in timings),
+        "generation_tps": statistics.median(each.generation_tps for each in timings),
+        "prompt_runs": [round(each.prompt_tps, 2) for each in timings],
+        "generation_runs": [round(each.generation_tps, 2) for each in timings],
+        "breakdown": median_of([each.breakdown_ms() for each in timings]),
+        "spans_ms": median_of([spans_ms(each) for each in timings]),
+        "peak_memory": cluster.peak_memory(),
+        "load_seconds": cluster.load_seconds,
+    }
+
+
+def flags(prompt_tokens: int, generated: int, repetitions: int) -> Any:
+    """The parser of a program that measures with measure()."""
+    made = parser((__doc__ or "").splitlines()[0], prompt_tokens, generated, repetitions)
+    made.add_argument("--nodes", type=int, default=1, help="default 1")
+    made.add_argument("--prompt", help="text, continued greedily, in place of random tokens")
+    return made
 
 
 def program() -> dict[str, Any]:
-    made = parser((__doc__ or "").splitlines()[0], 128, 64, 3)
-    made.add_argument("--nodes", type=int, default=1, help="default 1")
-    made.add_argument("--prompt", help="text, continued greedily, in place of random tokens")
-    add_settings(made)
+    made = flags(128, 64, 3)
+    made.add_argument("--record", action="store_true", help="also tell what each layer took")
+    add_settings(made, CLUSTER_SETTINGS)
     options = checked(made)
+    if options.record and options.nodes < 2:
+        made.error("--record: a single node exchanges nothing")
     try:
-        return measure(options)
+        spec = cluster_spec(options)
+    except ZmoeError as error:
+        raise PeerFailure(str(error), error.exit_code) from None
+    if options.about:
+        return {"build": f"zmoe {__version__}"}
+    try:
+        with ExitStack() as stack:
+            recording = stack.enter_context(Recording()) if options.record else None
+            with Cluster(options.model, spec=spec) as cluster:
+                measured = measure(cluster, options)
+            if recording is not None:
+                central = getattr(spec.engine, "schedule", "") == "centralized"
+                layers = len(cluster.info.moe_layers)
+                steps = (options.tokens - 1) * layers
+                measured["layer"] = recording.summary(options.nodes, steps, 2 if central else 1)
+            return measured
     except ZmoeError as error:
         raise PeerFailure(str(error), error.exit_code) from None
 

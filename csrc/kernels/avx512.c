@@ -49,7 +49,7 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
   __m512 table = _mm512_loadu_ps(zmoe_code_values(w));
   __m512i first_lanes = scale_lanes(8, w->group);
   const size_t row_bytes = zmoe_weight_row_bytes(w);
-  const uint32_t skipped = rows_ahead(row_bytes, 1);
+  const uint32_t skipped = zmoe_rows_ahead(row_bytes, 1);
   zmoe_arranged x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES4, w->ins);
@@ -100,7 +100,7 @@ AVX512_INLINE void dot_codes8(const zmoe_weight *w, const void *const *xs, uint3
                               uint32_t first, uint32_t last, float *const *ys) {
   uint32_t groups = w->ins / w->group, group = w->group;
   const size_t row_bytes = zmoe_weight_row_bytes(w);
-  const uint32_t skipped = rows_ahead(row_bytes, 1);
+  const uint32_t skipped = zmoe_rows_ahead(row_bytes, 1);
   zmoe_arranged x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES8, w->ins);

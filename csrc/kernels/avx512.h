@@ -58,17 +58,10 @@ AVX512_INLINE __m512i scale_lanes(uint32_t codes_per_lane, uint32_t group) {
  * The processor's own does not follow several outputs and their scales at a
  * time: 18% of the memory's speed without this, 100% with it (one core, 4 bit). */
 
-enum { PREFETCH_BYTES = 8 << 10 };
-
-/* How many outputs ahead a dot of `outs` at a time asks for the weight. */
-static inline uint32_t rows_ahead(size_t row_bytes, uint32_t outs) {
-  return outs * (uint32_t)(PREFETCH_BYTES / (outs * row_bytes) + 1);
-}
-
 /* `lines` cache lines as far ahead in one stream. */
 AVX512_INLINE void prefetch_lines(const unsigned char *at, int lines) {
   for (int line = 0; line < lines; line++)
-    _mm_prefetch((const char *)at + PREFETCH_BYTES + 64 * line, _MM_HINT_T0);
+    _mm_prefetch((const char *)at + ZMOE_AHEAD_BYTES + 64 * line, _MM_HINT_T0);
 }
 
 /* The scales and biases of output o, which may lie beyond the last. */

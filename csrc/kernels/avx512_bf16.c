@@ -157,7 +157,7 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
   const __m512 centre = _mm512_set1_ps(product == CODES4_INT8   ? ZMOE_CENTRE4
                                        : product == CODES8_INT8 ? ZMOE_CENTRE8
                                                                 : 0);
-  const uint32_t skipped = rows_ahead(row_bytes, outs);
+  const uint32_t skipped = zmoe_rows_ahead(row_bytes, outs);
   for (uint32_t i = 0; i < outs; i++)
     prefetch_scales(w, o + i + skipped, scale_bytes);
   __m512 sum[ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];

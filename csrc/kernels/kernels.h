@@ -102,6 +102,12 @@ extern const zmoe_kernels zmoe_kernels_avx512_bf16;
 #elif defined(__aarch64__)
 extern const zmoe_kernels zmoe_kernels_neon;
 extern const zmoe_kernels zmoe_kernels_neon_dot;
+/* Before 16, clang has the intrinsics only where a whole file may use them. */
+#if !defined(__clang__) || __clang_major__ >= 16 ||                                                \
+    (defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8))
+#define ZMOE_NEON_BF16
+extern const zmoe_kernels zmoe_kernels_neon_bf16;
+#endif
 #endif
 
 /* Every layout; the one place that knows their orders. */

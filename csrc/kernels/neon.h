@@ -4,12 +4,12 @@
 
 #include "kernels.h"
 
-/* Four words, those from `count` on zero and not touched. */
-KERNEL uint8x16_t load_bytes(const unsigned char *src, uint32_t count) {
-  if (count >= 4)
+/* 16 bytes, those from `count` on zero and not touched. */
+KERNEL uint8x16_t load_bytes(const unsigned char *src, size_t count) {
+  if (count >= 16)
     return vld1q_u8(src);
   unsigned char bytes[16] = {0};
-  memcpy(bytes, src, 4 * (size_t)count);
+  memcpy(bytes, src, count);
   return vld1q_u8(bytes);
 }
 

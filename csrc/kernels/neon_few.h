@@ -14,7 +14,7 @@ KERNEL int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
 #endif
 
 KERNEL CODES load_codes(const unsigned char *src, uint32_t count) {
-  return vreinterpretq_s8_u8(load_bytes(src, count));
+  return vreinterpretq_s8_u8(load_bytes(src, 4 * (size_t)count));
 }
 
 KERNEL void split(CODES bytes, int affine, CODES codes[2]) {

@@ -8,7 +8,7 @@
 #define WORDS uint32x4_t
 
 KERNEL WORDS load_row(const unsigned char *src, uint32_t words) {
-  return vreinterpretq_u32_u8(load_bytes(src, words));
+  return vreinterpretq_u32_u8(load_bytes(src, 4 * (size_t)words));
 }
 
 KERNEL void transpose(WORDS v[4]) {

@@ -15,7 +15,11 @@ const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
   if (isa == ZMOE_ISA_AVX2)
     return &zmoe_kernels_avx2;
 #elif defined(__aarch64__)
-  if (isa == ZMOE_ISA_NEON_DOT)
+#ifdef ZMOE_NEON_BF16
+  if (isa == ZMOE_ISA_NEON_BF16)
+    return &zmoe_kernels_neon_bf16;
+#endif
+  if (isa == ZMOE_ISA_NEON_DOT || isa == ZMOE_ISA_NEON_BF16)
     return &zmoe_kernels_neon_dot;
   if (isa == ZMOE_ISA_NEON)
     return &zmoe_kernels_neon;

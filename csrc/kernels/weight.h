@@ -29,6 +29,11 @@ static inline __attribute__((always_inline)) void zmoe_prefetch(const void *at) 
   __builtin_prefetch((const void *)((uintptr_t)at + ZMOE_AHEAD_BYTES)); /* may be past the end */
 }
 
+/* The same for `outs` outputs at a time: so many outputs ahead. */
+static inline uint32_t zmoe_rows_ahead(size_t row_bytes, uint32_t outs) {
+  return outs * (uint32_t)(ZMOE_AHEAD_BYTES / (outs * row_bytes) + 1);
+}
+
 /* The 16 values of e2m1, and 0 to 15: what a 4-bit code stands for, before its scale. */
 extern const float zmoe_fp4_values[16];
 extern const float zmoe_affine_values[16];

@@ -106,14 +106,16 @@ def running(pids: set[int]) -> set[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("program", ["decode.py", "peers/llamacpp.py"])
+@pytest.mark.parametrize("program", ["decode.py", "peers/naive.py", "peers/llamacpp.py"])
 def test_no_process_outlives_the_run(
     request: pytest.FixtureRequest, program: str, number: signal.Signals
 ) -> None:
-    """decode.py with a zmoe of two nodes, and llama.cpp with two servers."""
+    """decode.py with a zmoe of two nodes, naive with two workers, llama.cpp with two servers."""
     command = [sys.executable, str(BENCH / program)]
     if program == "decode.py":
         command += [str(request.getfixturevalue("qwen")), "--nodes", "2", "-m", "4000"]
+    elif program == "peers/naive.py":
+        command += ["zmoe-tiny", "--nodes", "3", "-r", "1000000"]
     else:
         folder: Path = request.getfixturevalue("converted")
         command += [str(folder.with_name("qwen.gguf")), "--rpc", "2", "-r", "1000000"]

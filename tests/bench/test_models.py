@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 
 from tests.bench.programs import BENCH, DEADLINE_S, make_model, run
@@ -34,22 +36,23 @@ def config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "ours", "theirs"),
     [
-        ("qwen3_moe", ("--bits", "4", "--group-size", "64"), ("--q-bits", "4")),
-        ("qwen3_moe", ("--mode", "mxfp4"), ("--q-mode", "mxfp4")),
+        ("qwen3_moe", ("--bits", "4", "--group-size", "64"), ("-q", "--q-bits", "4")),
+        ("qwen3_moe", ("--mode", "mxfp4"), ("-q", "--q-mode", "mxfp4")),
         (
             "mixtral",
             ("--bits", "8", "--group-size", "32"),
-            ("--q-bits", "8", "--q-group-size", "32"),
+            ("-q", "--q-bits", "8", "--q-group-size", "32"),
         ),
+        ("dbrx", ("--bits", "16"), ()),
     ],
 )
-def test_quantised_checkpoints_are_what_mlx_lm_converts_to(
+def test_checkpoints_are_what_mlx_lm_converts_to(
     tmp_path: Path, family: str, ours: Sequence[str], theirs: Sequence[str]
 ) -> None:
     flags = ("--family", family, "--dtype", "bfloat16")
     plain = make_model(tmp_path / "plain", *flags)
     made = make_model(tmp_path / "made", *flags, *ours)
-    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(plain), "-q", *theirs]
+    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(plain), *theirs]
     subprocess.run(
         [*command, "--mlx-path", str(tmp_path / "converted")], check=True, timeout=DEADLINE_S
     )
@@ -68,6 +71,33 @@ def test_random_models_compute_finite_numbers_and_differ_by_expert(
     assert 0.05 < logits.std().item() < 5
     experts = model.model.layers[0].mlp.switch_mlp.gate_proj.weight
     assert not any((experts[0] == other).all().item() for other in experts[1:])
+
+
+class Recorder(nn.Module):
+    """Stands in for a linear layer and keeps what it puts out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.seen: list[mx.array] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.seen.append(self.layer(x))
+        return self.seen[-1]
+
+
+def test_random_routers_go_on_to_use_all_experts(tmp_path: Path) -> None:
+    flags = ("--family", "qwen3_moe", "--layers", "8", "--experts", "16", "--top-k", "4")
+    model = mlx_lm.load(str(make_model(tmp_path / "made", *flags)))[0]
+    gates = [Recorder(layer.mlp.gate) for layer in model.layers]
+    for layer, gate in zip(model.layers, gates):
+        layer.mlp.gate = gate
+    model(mx.random.randint(0, 1024, (1, 256), key=mx.random.key(0)))
+    for gate in gates:
+        (logits,) = gate.seen
+        chosen = np.argsort(np.array(logits[0]))[:, -4:]
+        uses = np.bincount(chosen.ravel(), minlength=16)  # 64 each, were they even
+        assert uses.min() > 24 and uses.max() < 128
 
 
 def test_a_shape_is_a_preset_that_flags_change(tmp_path: Path) -> None:
@@ -127,6 +157,8 @@ def test_a_conversion_that_fails_leaves_no_file(tmp_path: Path) -> None:
     ("flags", "culprit"),
     [
         (("--bits", "7"), "bits 7"),
+        (("--bits", "16", "--mode", "mxfp4"), "--mode"),
+        (("--bits", "16", "--dtype", "float32"), "float32"),
         (("--bits", "4", "--group-size", "48"), "group size 48"),
         (("--mode", "mxfp4", "--bits", "3"), "mxfp4"),
         (("--mode", "ternary"), "ternary"),

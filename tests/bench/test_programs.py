@@ -76,6 +76,9 @@ def test_what_fails_is_named_and_an_error(tmp_path: Path) -> None:
         (("decode.py", "--nodes", "1x"), "--nodes"),
         (("decode.py", "--peers", "carrier-pigeon"), "carrier-pigeon"),
         (("decode.py", "--prompt", "a", "--peers", "mlx-lm"), "--prompt"),
+        (("ladder.py", "zmoe-tiny", "--nodes", "1"), "--nodes"),
+        (("ladder.py", "zmoe-tiny", "--rungs", "snake"), "snake"),
+        (("ladder.py", "zmoe-tiny", "--kept", "--save"), "--kept"),
         (("perplexity.py", "nowhere"), "nowhere"),
         (("perplexity.py", __file__, "--weights", "9"), "--weights"),
         (("perplexity.py", __file__, "--compute", "mlx", "--activations", "int8"), "int8"),
@@ -148,8 +151,8 @@ def test_decode_and_first_token(mixtral: Path) -> None:
 
 
 def test_a_model_that_cannot_run_is_one_line(tmp_path: Path) -> None:
-    for program in ("decode.py", "loading.py"):
-        done = run(program, str(tmp_path / "nothing"), "--nodes", "1")
+    for program, nodes in (("decode.py", "1"), ("loading.py", "1"), ("ladder.py", "2")):
+        done = run(program, str(tmp_path / "nothing"), "--nodes", nodes)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert "nothing" in done.stderr

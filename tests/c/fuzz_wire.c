@@ -29,8 +29,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     CHECK(bytes == ZMOE_HEADER_BYTES + (size_t)header.payload_bytes);
     CHECK(header.payload_bytes <= MAX_PAYLOAD && header.source < ZMOE_MAX_NODES);
     uint64_t whole = zmoe_payload_bytes((zmoe_dtype)header.dtype, header.rows, header.width);
-    CHECK(header.payload_bytes == 0 ||
+    CHECK(header.payload_bytes == 0 || header.kind == ZMOE_KIND_ROWS ||
           (header.chunks == 0 ? header.payload_bytes == whole : header.payload_bytes <= whole));
+    CHECK(header.payload_bytes == 0 || header.kind != ZMOE_KIND_ROWS ||
+          (header.payload_bytes >= whole && (header.payload_bytes - whole) % ZMOE_PAIR_BYTES == 0));
     CHECK(header.chunks == 0 || header.chunk < header.chunks);
   }
   free(frame);

@@ -156,6 +156,7 @@ static void create(rig_node *node, const rig_options *options) {
       .router = node->router,
       .dealers = node->dealers,
       .monitors = node->monitors,
+      .dispatch_rows = options->dispatch_rows,
       .spin_us = options->spin_us,
       .resend_ms = options->resend_ms,
       .grace_ms = options->grace_ms,

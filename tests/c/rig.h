@@ -10,7 +10,8 @@ enum {
   RIG_SESSION = 0x5eed,
   RIG_MAX_BYTES = 65536,
   RIG_SMALL_BYTES = 256,
-  RIG_PATIENCE_US = 10000000, /* longer than anything takes that does work */
+  RIG_PATIENCE_MS = 60000, /* longer than anything takes that does work */
+  RIG_PATIENCE_US = RIG_PATIENCE_MS * 1000,
 };
 
 typedef struct rig_node {
@@ -30,6 +31,7 @@ typedef struct rig_options {
   uint32_t nodes;
   uint64_t puppets;
   uint32_t spin_us, resend_ms, grace_ms;
+  uint32_t dispatch_rows; /* 0: decentralised */
 } rig_options;
 
 /* An exchange of whole partials, digest 0. */

@@ -66,7 +66,7 @@ void __wrap_free(void *data) {
   __real_free(data);
 }
 
-static rig_node nodes[3];
+static rig_node nodes[3], central[3];
 
 static void exchange(uint32_t step) {
   static float data[RIG_MAX_BYTES / 4], sums[3][RIG_MAX_BYTES / 4];
@@ -82,16 +82,57 @@ static void exchange(uint32_t step) {
     CHECK_EQUAL(zmoe_exchange_service(nodes[r].ex, &fault), ZMOE_OK);
 }
 
+enum { MAX_ROWS = 64, WIDTH = 64, PAIRS = 3 * MAX_ROWS };
+
+/* Rank 0 leads; it and each worker have an expert. */
+static void central_exchange(uint32_t step) {
+  static float x[MAX_ROWS * WIDTH], sum[MAX_ROWS * WIDTH], weights[PAIRS], got_weights[PAIRS];
+  static int32_t ids[PAIRS], got_rows[PAIRS], got_experts[PAIRS];
+  static uint64_t ranks[PAIRS];
+  static const int32_t local[3] = {0, 0, 0};
+  zmoe_fault fault;
+  zmoe_call call = rig_call(step, 0, step % 2 ? MAX_ROWS : 1, WIDTH, ZMOE_F32);
+  for (uint32_t p = 0; p < PAIRS; p++)
+    ids[p] = (int32_t)(p % 3), ranks[p] = UINT64_C(1) << p % 3;
+  zmoe_routed routed = {x, ids, weights, ranks, 3, ZMOE_F32};
+  CHECK_EQUAL(zmoe_exchange_dispatch(central[0].ex, &call, &routed, RIG_PATIENCE_US, &fault),
+              ZMOE_OK);
+  for (uint32_t r = 0; r < 3; r++) {
+    zmoe_received got = {sum,   got_rows, got_experts, got_weights, sizeof sum, PAIRS, 3,
+                         local, 0,        0,           0,           ZMOE_F32,   0};
+    int rc = ZMOE_OK;
+    do
+      if (r > 0)
+        rc = zmoe_exchange_receive(central[r].ex, &got, step, 0, RIG_PATIENCE_US, &fault);
+    while (rc == ZMOE_EINTR);
+    CHECK_EQUAL(rc, ZMOE_OK);
+    CHECK_EQUAL(zmoe_exchange_publish(central[r].ex, &call, sum, ZMOE_F32, RIG_PATIENCE_US, &fault),
+                ZMOE_OK);
+  }
+  int rc;
+  do
+    rc = zmoe_exchange_collect(central[0].ex, sum, ZMOE_F32, RIG_PATIENCE_US, &fault);
+  while (rc == ZMOE_EINTR);
+  CHECK_EQUAL(rc, ZMOE_OK);
+}
+
 static void test_none_between_exchanges(void) {
   calls = 0;
-  rig_open(nodes, (rig_options){.nodes = 3, .resend_ms = 1, .grace_ms = 1000});
+  rig_options options = {.nodes = 3, .resend_ms = 1, .grace_ms = 1000};
+  rig_open(nodes, options);
+  options.dispatch_rows = MAX_ROWS;
+  rig_open(central, options);
   CHECK(calls > 0); /* creation allocates: the counters work */
   calls = 0;
-  for (uint32_t step = 0; step < 200; step++)
+  for (uint32_t step = 0; step < 200; step++) {
     exchange(step);
+    central_exchange(step);
+  }
   CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 1), ZMOE_OK);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(central[0].ex, 1), ZMOE_OK);
   CHECK_EQUAL(calls, 0);
   rig_close(nodes, 3);
+  rig_close(central, 3);
   CHECK(calls > 0); /* and so does their removal */
 }
 

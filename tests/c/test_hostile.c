@@ -179,7 +179,7 @@ static void test_strangers_at_the_xpub(void) {
   CHECK_EQUAL(rig_node_publish(&nodes[0], 1, 0, 1), ZMOE_OK);
   uint8_t frame[FRAME_BYTES];
   for (int i = 0; i < 2; i++) /* rank 1 has both frames, the stranger none */
-    CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, 5000), FRAME_BYTES);
+    CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, RIG_PATIENCE_MS), FRAME_BYTES);
   CHECK_EQUAL(rig_receive(stranger, frame, sizeof frame, 20), -1);
   rig_close_socket(stranger);
   rig_close(nodes, 3);

@@ -17,9 +17,10 @@ static rig_node nodes[3];
 static void take_request(rig_node *puppet, zmoe_header *out) {
   uint8_t identity[64], expected[ZMOE_PRESENCE_BYTES], frame[FRAME_BYTES];
   zmoe_wire_presence(RIG_SESSION, 0, expected);
-  CHECK_EQUAL(rig_receive(puppet->router, identity, sizeof identity, 5000), sizeof expected);
+  CHECK_EQUAL(rig_receive(puppet->router, identity, sizeof identity, RIG_PATIENCE_MS),
+              sizeof expected);
   CHECK(memcmp(identity, expected, sizeof expected) == 0);
-  CHECK_EQUAL(rig_receive(puppet->router, frame, sizeof frame, 5000), ZMOE_HEADER_BYTES);
+  CHECK_EQUAL(rig_receive(puppet->router, frame, sizeof frame, RIG_PATIENCE_MS), ZMOE_HEADER_BYTES);
   CHECK_EQUAL(zmoe_wire_decode(frame, ZMOE_HEADER_BYTES, 0, out), ZMOE_WIRE_OK);
   CHECK_EQUAL(out->kind, ZMOE_KIND_RESEND);
   CHECK_EQUAL(out->source, 0);
@@ -84,7 +85,7 @@ static void test_answers_out_of_held_slots(void) {
   uint8_t sent[3][FRAME_BYTES];
   for (uint32_t layer = 0; layer < 3; layer++) {
     CHECK_EQUAL(rig_node_publish(&nodes[0], 0, layer, (float)layer), ZMOE_OK);
-    CHECK_EQUAL(rig_receive(nodes[1].sub, sent[layer], FRAME_BYTES, 5000), FRAME_BYTES);
+    CHECK_EQUAL(rig_receive(nodes[1].sub, sent[layer], FRAME_BYTES, RIG_PATIENCE_MS), FRAME_BYTES);
     rig_publish(&nodes[1], 0, layer, 1);
     CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
   }
@@ -145,7 +146,7 @@ static void test_an_idle_peer_serves(void) {
   float sum;
   uint8_t sent[FRAME_BYTES];
   CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
-  CHECK_EQUAL(rig_receive(nodes[1].sub, sent, FRAME_BYTES, 5000), FRAME_BYTES);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, sent, FRAME_BYTES, RIG_PATIENCE_MS), FRAME_BYTES);
   rig_publish(&nodes[1], 0, 0, 1);
   CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
   ask_until_served(0, sent);
@@ -204,7 +205,7 @@ static void test_a_link_returns(void) {
   zmoe_exchange_stats_get(nodes[0].ex, &stats);
   CHECK_EQUAL(stats.link_returns, 1);
   CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 1, 1), ZMOE_OK); /* and our frames reach it */
-  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, 5000), FRAME_BYTES);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, RIG_PATIENCE_MS), FRAME_BYTES);
   rig_close(nodes, 2);
 }
 

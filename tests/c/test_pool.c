@@ -1,7 +1,10 @@
 /* The slot pool: classes, alignment, waiting, threads. */
+#include "platform.h"
+
 #include "check.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "pool.h"
@@ -86,6 +89,50 @@ static void test_waits_for_another_thread(void) {
   zmoe_pool_destroy(pool);
 }
 
+typedef struct wish {
+  zmoe_pool *pool;
+  size_t bytes;
+  atomic_int granted;
+} wish;
+
+static void *wait_for_slot(void *data) {
+  wish *w = data;
+  zmoe_slot *slot;
+  CHECK_EQUAL(zmoe_pool_acquire(w->pool, w->bytes, UINT64_MAX, &slot), ZMOE_OK);
+  atomic_store(&w->granted, 1);
+  zmoe_slot_release(slot);
+  return NULL;
+}
+
+/* Who has waited longest waits for a large slot; a small one comes free. */
+static void test_whoever_can_use_a_slot_wakes(void) {
+  zmoe_pool_class classes[] = {{64, 1}, {1024, 1}};
+  zmoe_pool *pool;
+  zmoe_slot *small, *large;
+  zmoe_pool_stats stats;
+  CHECK_EQUAL(zmoe_pool_create(classes, 2, 64, &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 64, 0, &small), ZMOE_OK);
+  CHECK_EQUAL(zmoe_pool_acquire(pool, 1024, 0, &large), ZMOE_OK);
+  wish wishes[] = {{.pool = pool, .bytes = 1024}, {.pool = pool, .bytes = 64}};
+  pthread_t threads[2];
+  for (uint32_t i = 0; i < 2; i++) {
+    CHECK_EQUAL(pthread_create(&threads[i], NULL, wait_for_slot, &wishes[i]), 0);
+    do
+      zmoe_pool_stats_get(pool, &stats);
+    while (stats.waits <= i);
+  }
+  zmoe_slot_release(small);
+  for (int tries = 0; !atomic_load(&wishes[1].granted); tries++) {
+    struct timespec pause = {.tv_nsec = 1000000};
+    CHECK(tries < 60000);
+    nanosleep(&pause, NULL);
+  }
+  zmoe_slot_release(large);
+  for (uint32_t i = 0; i < 2; i++)
+    CHECK_EQUAL(pthread_join(threads[i], NULL), 0);
+  zmoe_pool_destroy(pool);
+}
+
 enum { ROUNDS = 20000 };
 
 static void *churn(void *data) {
@@ -140,6 +187,7 @@ int main(void) {
       {"slots are aligned and do not overlap", test_slots_do_not_overlap},
       {"unusable classes are refused", test_refusals},
       {"an exhausted pool waits for a release", test_waits_for_another_thread},
+      {"whoever can use a slot wakes", test_whoever_can_use_a_slot_wakes},
       {"threads share slots", test_threads_share_slots},
       {"the last release frees an abandoned pool", test_abandoned},
   };

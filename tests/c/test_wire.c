@@ -85,7 +85,7 @@ static void test_fields(void) {
   zmoe_header out, bad;
   bad = SAMPLE, bad.kind = 0;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
-  bad = SAMPLE, bad.kind = 5;
+  bad = SAMPLE, bad.kind = ZMOE_KIND_ROWS + 1;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);
   bad = SAMPLE, bad.dtype = 4;
   CHECK_EQUAL(decode(&bad, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_FIELD);

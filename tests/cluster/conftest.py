@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 MARK = "ZMOE_TEST_MARK"
+PATIENCE_S = 60  # longer than anything takes that does work, on a busy machine too
 
 
 def wait_until(condition: Callable[[], object], timeout: float, what: str) -> None:
@@ -99,7 +100,7 @@ def commands() -> Iterator[Commands]:
             process.send_signal(signal.SIGKILL)
         process.communicate()
     try:
-        wait_until(lambda: not processes_with(runner.mark), 10, "all processes ended")
+        wait_until(lambda: not processes_with(runner.mark), PATIENCE_S, "all processes ended")
         assert not list(runner.folder.iterdir())
         runner.folder.rmdir()
     finally:

@@ -25,8 +25,11 @@ def partial(rank: int, step: int, rows: int) -> mx.array:
     return mx.sin(grid * (rank + 1) + step)
 
 
-def sums(exchange: Exchange, count: int) -> str:
-    """Digest of `count` sums, each fed back into the next partial; two layers a step."""
+def sums(exchange: Exchange, count: int, deadline_s: float) -> str:
+    """Digest of `count` sums, each fed back into the next partial; two layers a step.
+
+    Once all run, rank 0 waits for at most `deadline_s`.
+    """
     digest = hashlib.sha256()
     carried = mx.zeros((1, WIDTH), mx.bfloat16)
     for step in range(count):
@@ -43,6 +46,8 @@ def sums(exchange: Exchange, count: int) -> str:
             digest.update(memoryview(total).cast("B"))  # type: ignore[arg-type]
         if step == 0:
             say(running=True)
+            if exchange.rank == 0:
+                exchange._deadline_s = deadline_s
     return digest.hexdigest()
 
 
@@ -59,7 +64,7 @@ def main() -> None:
         session=77,
         max_payload_bytes=1 << 16,
         small_payload_bytes=WIDTH * 2,
-        deadline_s=deadline_s,
+        deadline_s=3600.0,
         grace_s=0.2,
     ) as exchange:
         say(data=exchange.endpoint.data_port, control=exchange.endpoint.control_port)
@@ -73,7 +78,7 @@ def main() -> None:
                 sys.stdin.readline()
             else:
                 count = 50 if scenario == "sums" else 10**9
-                say(digest=sums(exchange, count), stats=exchange.stats)
+                say(digest=sums(exchange, count, deadline_s), stats=exchange.stats)
         except PeerError as problem:
             say(error=str(problem), rank=problem.rank, layer=problem.layer, step=problem.step)
             sys.exit(1)

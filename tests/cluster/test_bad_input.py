@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.models.hub import resolve_model
 
 TINY = resolve_model("zmoe-tiny")
@@ -40,6 +40,7 @@ def test_options_out_of_range(commands: Commands) -> None:
         (("--activations", "int4", "x"), "--activations"),
         (("--activations", "int8", "--compute", "mlx", "x"), "--activations is int8"),
         (("--wire-dtype", "int4", "x"), "--wire-dtype"),
+        (("--schedule", "federal", "x"), "--schedule"),
         (("--wire-dtype", "f16", "--nodes", "2", "x"), "--wire-dtype is f16"),
     ]:
         assert words in commands.refused(*arguments)
@@ -147,12 +148,13 @@ def test_zmoe_node_flags(commands: Commands) -> None:
         (("--rank", 1), "--leader"),
         (("--leader", "x", "--rank", 1), "--leader x"),
         (("--leader", "127.0.0.1:99999", "--rank", 1), "--leader 127.0.0.1:99999"),
+        (("--leader", "a b:9", "--rank", 1), "--leader a b:9"),
         (("--leader", "127.0.0.1:9", "--rank", 0), "--rank is 0"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "a"), "--cores a"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--what"), "--what"),
     ]:
         process = commands.start("node", *arguments)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 2
         assert words in errors
         assert len(errors.splitlines()) == 1

@@ -118,7 +118,7 @@ def test_a_stopped_process_is_noticed_by_heartbeats(ranks: Ranks) -> None:
 
 
 def test_ctrl_c_ends_a_blocked_exchange(ranks: Ranks) -> None:
-    first, silent = ranks.start(2, "silent", deadline_s=3600.0)
+    first, silent = ranks.start(2, "silent")
     silent.read("running")
     first.process.send_signal(signal.SIGINT)
     assert first.read("error")["error"] == "interrupted"
@@ -126,7 +126,7 @@ def test_ctrl_c_ends_a_blocked_exchange(ranks: Ranks) -> None:
 
 
 def test_garbage_at_the_ports_does_no_harm(ranks: Ranks) -> None:
-    nodes = ranks.start(2, "forever", deadline_s=20.0)
+    nodes = ranks.start(2, "forever")
     for rank in nodes:
         rank.read("running")
     greeting = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x00NULL".ljust(66, b"\0")

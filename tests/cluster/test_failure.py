@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
 import zmoe
-from tests.cluster.conftest import Commands, wait_until
+from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 
-ENDLESS = ("-m", 100000, "--prefill-step-size", 4, "--peer-timeout", 5)
+ENDLESS = ("-m", 100000, "--prefill-step-size", 4)
 LOST = r"rank 1 .*(layer \d+, |between layers, )step \d+"
 
 
@@ -39,7 +40,7 @@ def test_everybody_names_a_lost_peer(commands: Commands, free_port: int, how: in
     first_output(nodes[0])
     nodes[1].send_signal(how)
     for process in (nodes[0], nodes[2]):
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1, errors
         last = errors.strip().splitlines()[-1]
         assert "PeerError" in last, errors
@@ -51,7 +52,7 @@ def test_workers_end_when_the_leader_is_killed(commands: Commands) -> None:
     first_output(leader)
     assert len(commands.others(leader.pid)) == 2
     leader.kill()
-    wait_until(lambda: not commands.others(leader.pid), 15, "workers gone")
+    wait_until(lambda: not commands.others(leader.pid), PATIENCE_S, "workers gone")
 
 
 @pytest.mark.parametrize(
@@ -61,20 +62,20 @@ def test_a_signal_ends_all_processes_at_once(commands: Commands, how: int, code:
     leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
     first_output(leader)
     leader.send_signal(how)
-    _, errors = leader.communicate(timeout=15)
+    _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode == code
     assert errors == ""
-    wait_until(lambda: not commands.others(), 5, "workers gone")
+    wait_until(lambda: not commands.others(), PATIENCE_S, "workers gone")
 
 
 def test_a_signal_while_starting_leaves_nothing(commands: Commands) -> None:
     leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
-    wait_until(lambda: len(commands.others(leader.pid)) == 2, 30, "workers started")
+    wait_until(lambda: len(commands.others(leader.pid)) == 2, PATIENCE_S, "workers started")
     leader.send_signal(signal.SIGINT)
-    _, errors = leader.communicate(timeout=15)
+    _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode == 130, errors
     assert errors == ""
-    wait_until(lambda: not commands.others(), 5, "workers gone")
+    wait_until(lambda: not commands.others(), PATIENCE_S, "workers gone")
 
 
 def test_a_reader_that_goes_away_ends_the_run(commands: Commands) -> None:
@@ -82,8 +83,8 @@ def test_a_reader_that_goes_away_ends_the_run(commands: Commands) -> None:
     first_output(leader)
     assert leader.stdout is not None
     leader.stdout.close()
-    leader.wait(timeout=15)
-    wait_until(lambda: not commands.others(), 5, "workers gone")
+    leader.wait(timeout=PATIENCE_S)
+    wait_until(lambda: not commands.others(), PATIENCE_S, "workers gone")
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.4, 1.0])
@@ -91,11 +92,11 @@ def test_workers_end_when_the_leader_is_killed_while_starting(
     commands: Commands, moment: float
 ) -> None:
     leader = commands.start("run", "-n", 3, *ENDLESS, "ROMEO:")
-    wait_until(lambda: len(commands.others(leader.pid)) == 2, 30, "workers started")
+    wait_until(lambda: len(commands.others(leader.pid)) == 2, PATIENCE_S, "workers started")
     with contextlib.suppress(subprocess.TimeoutExpired):
         leader.wait(moment)
     leader.kill()
-    wait_until(lambda: not commands.others(leader.pid), 5, "workers gone")
+    wait_until(lambda: not commands.others(leader.pid), PATIENCE_S, "workers gone")
 
 
 def test_a_peer_lost_between_two_prompts_is_named() -> None:
@@ -115,7 +116,9 @@ def test_a_peer_lost_inside_a_prompt_is_named() -> None:
         begun = exchange.stats["exchanges"]
 
         def kill() -> None:
-            wait_until(lambda: exchange.stats["exchanges"] > begun + 40, 30, "inside the prompt")
+            wait_until(
+                lambda: exchange.stats["exchanges"] > begun + 40, PATIENCE_S, "inside the prompt"
+            )
             os.kill(cluster.worker_pids()[0], signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
@@ -129,8 +132,38 @@ def test_a_peer_lost_inside_a_prompt_is_named() -> None:
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
-    wait_until(lambda: commands.others(leader.pid), 30, "worker started")
+    wait_until(lambda: commands.others(leader.pid), PATIENCE_S, "worker started")
     os.kill(commands.others(leader.pid)[0], signal.SIGKILL)
-    _, errors = leader.communicate(timeout=30)
+    _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode in (1, 2)
     assert re.search(r"node 1|rank 1", errors.strip().splitlines()[-1])
+
+
+# Python runs this first where it finds it as sitecustomize.py: a node that never ends loading.
+HOLD = """
+import time
+from zmoe.cluster import worker
+def hold(self, done, total):
+    open({marker!r}, "w").close()
+    time.sleep(3600)
+worker._Throttled.__call__ = hold
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_everybody_names_a_peer_lost_while_loading(
+    commands: Commands, free_port: int, tmp_path: Path, how: int
+) -> None:
+    marker = tmp_path / "loading"
+    (tmp_path / "sitecustomize.py").write_text(HOLD.format(marker=str(marker)))
+    commands.env["PYTHONPATH"] = str(tmp_path)
+    victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
+    del commands.env["PYTHONPATH"]
+    leader = commands.start("run", "-n", 3, "--manual", "-p", free_port, *ENDLESS, "ROMEO:")
+    third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
+    wait_until(marker.exists, PATIENCE_S, "node 1 loads")
+    victim.send_signal(how)
+    for process in (leader, third):
+        text, errors = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, text) == (1, ""), errors
+        assert re.search("PeerError: rank 1 was lost between layers", errors), errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
+from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
 from zmoe.cluster.member import Member
@@ -51,9 +51,7 @@ class Ports:
     def __init__(self, commands: Commands) -> None:
         self.by_nodes: dict[int, int] = {}
         for nodes in (2, 3, 4):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.by_nodes[nodes] = port = probe.getsockname()[1]
+            self.by_nodes[nodes] = port = unused_port()
             for rank in range(1, nodes):
                 commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank)
 
@@ -64,13 +62,19 @@ def ports() -> Iterator[Ports]:
     yield Ports(commands)
     for process in commands.started:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE_S)
 
 
-def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
+def run(
+    folder: Path,
+    nodes: int,
+    ports: Ports,
+    compute: str = "native",
+    schedule: str = "decentralized",
+) -> Run:
     """The same on `nodes` nodes, prompt in chunks."""
     info = inspect_model(folder)
-    engine = EngineConfig(prefill_chunk=CHUNK, compute=compute)
+    engine = EngineConfig(prefill_chunk=CHUNK, compute=compute, schedule=schedule)
     leader = None
     if nodes == 1:
         member = Member(info, 0, 1, 0, engine, Timing())
@@ -81,7 +85,7 @@ def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
             manual=True,
             port=ports.by_nodes[nodes],
             engine=engine,
-            timing=Timing(join=60),
+            timing=Timing(join=PATIENCE_S),
         )
         leader = Leader(info, str(folder), spec, lambda rank, done, total: None)
     try:
@@ -108,21 +112,22 @@ def run(folder: Path, nodes: int, ports: Ports, compute: str = "native") -> Run:
 def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
-    for nodes in (1, 2, 3, 4):
-        found_tokens, found_logits = run(folder, nodes, ports)
-        assert found_tokens == tokens, f"{nodes} nodes"
+    runs = [(nodes, "decentralized") for nodes in (1, 2, 3, 4)] + [(3, "centralized")]
+    for nodes, schedule in runs:
+        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         difference = worst_difference(found_logits, logits)
-        assert difference <= 1e-4, f"{nodes} nodes: logits differ by {difference:.1e}"
+        assert difference <= 1e-4, f"{nodes} nodes, {schedule}: logits differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize("name", ["dbrx", "deepseek_v3", "gpt_oss", "llama4", "qwen2_moe"])
 def test_mlx_alone_may_compute(name: str, ports: Ports, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
-    for nodes in (1, 2):
-        found_tokens, found_logits = run(folder, nodes, ports, compute="mlx")
-        assert found_tokens == tokens, f"{nodes} nodes"
-        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes"
+    for nodes, schedule in ((1, "decentralized"), (2, "decentralized"), (2, "centralized")):
+        found_tokens, found_logits = run(folder, nodes, ports, "mlx", schedule)
+        assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
+        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
 
 @pytest.mark.parametrize("quantize", [("affine", 4, 32), ("affine", 8, 32), ("mxfp4", 4, 32)])
@@ -133,10 +138,10 @@ def test_quantised_models_agree_with_mlx_lm(
     """The activations are float32 and the products the same: so is the bound."""
     folder = build(name, tmp_path / name, quantize=quantize)
     tokens, logits = reference(folder)
-    for nodes in (1, 2, 4):
-        found_tokens, found_logits = run(folder, nodes, ports)
-        assert found_tokens == tokens, f"{nodes} nodes"
-        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes"
+    for nodes, schedule in [(n, "decentralized") for n in (1, 2, 4)] + [(2, "centralized")]:
+        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
+        assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [("float16", 11), ("bfloat16", 8)])
@@ -153,8 +158,8 @@ def test_halves_agree_with_float32(
     folder = build(name, tmp_path / name, dtype=dtype)
     tokens, _ = run(folder, 1, ports)
     _, logits = reference(folder, tokens)
-    for nodes in (1, 2, 4):
-        found_tokens, found_logits = run(folder, nodes, ports)
+    for nodes, schedule in [(n, "decentralized") for n in (1, 2, 4)] + [(4, "centralized")]:
+        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
         same = next((i for i, (a, b) in enumerate(zip(found_tokens, tokens)) if a != b), TOKENS)
         assert same > 0
         difference = worst_difference(found_logits[:same], logits[:same])

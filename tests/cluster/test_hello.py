@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.cluster.bus import WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
@@ -41,12 +41,12 @@ class Impostor(threading.Thread):
         bus = WorkerBus(context, f"127.0.0.1:{self._port}", 1, 5.0)
         join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost")
         bus.send(dataclasses.replace(join, **self._join_changes))
-        answer = bus.receive(20)
+        answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Setup):
             info = inspect_model(TINY)
             hello: Hello = hello_of(info, place_evenly(info, 2), Endpoint("127.0.0.1", 1, 2))
             bus.send(dataclasses.replace(hello, **self._hello_changes))
-            answer = bus.receive(20)
+            answer = bus.receive(PATIENCE_S)
         self.answer = answer
         bus.close()
         context.term()
@@ -76,10 +76,10 @@ def test_what_differs_is_named_on_both_sides(
 ) -> None:
     impostor = Impostor(free_port, join, hello)
     impostor.start()
-    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=20))
+    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
-    impostor.join(30)
+    impostor.join(PATIENCE_S)
     assert not impostor.is_alive()
     assert isinstance(impostor.answer, Stop)
     assert impostor.answer.error
@@ -108,7 +108,7 @@ class TestAWorkerStartedByHand:
     @pytest.fixture
     def spec(self, commands: Commands, free_port: int) -> Iterator[ClusterSpec]:
         commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1)
-        yield ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=30))
+        yield ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
 
     def test_serves_several_runs(self, spec: ClusterSpec) -> None:
         texts = []

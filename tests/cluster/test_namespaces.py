@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import PATIENCE_S, Commands
 
 A, B = "10.213.7.1", "10.213.7.2"
 GREEDY = ("--temp", "0", "-m", "16", "ROMEO:")
 
 
 def ip(*arguments: str, check: bool = True) -> None:
-    subprocess.run(["ip", *arguments], check=check, capture_output=True, timeout=10)
+    subprocess.run(["ip", *arguments], check=check, capture_output=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def leader(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[s
 def test_two_machines_write_the_same_text(commands: Commands, two_hosts: tuple[str, str]) -> None:
     alone = commands.run(*GREEDY).stdout
     process = leader(commands, two_hosts[0], "--hosts", f"{A},{B}", *GREEDY)
-    text, errors = process.communicate(timeout=60)
+    text, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert text == alone
     assert f"listening on {A}; links are not yet encrypted" in errors
@@ -98,13 +98,11 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, two_hosts: tuple[str, st
         f"{A},{B}",
         "-m",
         "100000",
-        "--peer-timeout",
-        "60",
         "ROMEO:",
     )
     assert process.stdout is not None
     assert process.stdout.read(1)
     ip("-n", two_hosts[1], "link", "set", "zmoe0", "down")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, errors
     assert re.search(r"PeerError: rank 1 .*step \d+", errors)

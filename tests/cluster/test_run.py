@@ -38,6 +38,15 @@ def test_any_number_of_nodes_writes_what_mlx_lm_writes(
     assert len(re.findall(r"[A-Za-z]{2,}", alone)) > 10
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_the_centralised_schedule_writes_the_same(
+    commands: Commands, alone: str, nodes: int
+) -> None:
+    done = commands.run("--schedule", "centralized", "--nodes", nodes, *GREEDY, PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone
+
+
 def test_json_is_one_object_with_the_documented_fields(commands: Commands) -> None:
     done = commands.run("--nodes", 2, "--json", *GREEDY, PROMPT)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
+from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import Failed, Join, Step, encode
 
@@ -77,12 +78,12 @@ class Strangers(threading.Thread):
 
     @staticmethod
     def _garbage(port: int) -> None:
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as raw:
             raw.sendall(os.urandom(200))
 
     def stop(self) -> None:
         self._halt.set()
-        self.join(10)
+        self.join(PATIENCE_S)
 
 
 def test_strangers_change_nothing(cluster: Cluster) -> None:

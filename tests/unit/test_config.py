@@ -28,6 +28,7 @@ from zmoe.errors import InputError
         (EngineConfig, "prefill_chunk", 0, "--prefill-step-size"),
         (EngineConfig, "max_kv_size", 2, "--max-kv-size"),
         (EngineConfig, "wire_dtype", "int4", "--wire-dtype"),
+        (EngineConfig, "schedule", "federal", "--schedule"),
     ],
 )
 def test_out_of_range(kind: Any, field: str, value: object, flag: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import zmq
@@ -13,6 +14,7 @@ from zmoe.cli.common import Parser, run_command, warn_unencrypted
 from zmoe.errors import InputError, ZmoeError
 
 PROG = "zmoe-node"
+PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
 def _parser() -> Parser:
@@ -71,12 +73,14 @@ def _serve(options: Any) -> None:
     spec = WorkerSpec(options.leader, options.rank, options.bind, options.model, join_timeout)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     while True:
+        worker = Worker(spec, context)
         try:
-            Worker(spec, context).run()
+            worker.run()
         except (ZmoeError, ValueError, TypeError) as error:  # a leader's fault is not our end
             if options.once:
                 raise
             print(f"{PROG}[{options.rank}]: {type(error).__name__}: {error}", file=sys.stderr)
+            time.sleep(PAUSE_S)
         if options.once:
             return
 

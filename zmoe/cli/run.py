@@ -16,6 +16,7 @@ from zmoe.config import (
     ACTIVATIONS,
     COMPUTES,
     DEFAULT_MODEL,
+    SCHEDULES,
     WIRE_DTYPES,
     EngineConfig,
     Sampling,
@@ -84,6 +85,12 @@ def _add_cluster(parser: Parser) -> None:
     add("-n", "--nodes", type=int, help="processes on this machine (default: 1)")
     add("--hosts", help="comma separated hosts in rank order, this machine first")
     add("--hostfile", type=Path, help="the same as a JSON file of mlx.launch")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default=EngineConfig().schedule,
+        help="every node routes; or the first one does, and the others hold experts only",
+    )
     add("--manual", action="store_true", help="start no node: zmoe-node is started by hand")
     add("--bind", metavar="ADDRESS", help="address to listen on (default: loopback, or the host's)")
     add("-p", "--starting-port", type=int, default=0, help="port of the leader; 0 is any")
@@ -133,6 +140,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             options.compute,
             options.activations,
             options.wire_dtype,
+            options.schedule,
         ),
     )
 

@@ -19,6 +19,7 @@ from zmoe.errors import InputError, PeerError, ZmoeError
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
+_MOST_BAD = 1000  # messages dropped in a row: a flood of them must not hold us up
 _IDENTITY = re.compile(rb"zmoe-([0-9]{1,3})")
 
 
@@ -48,18 +49,21 @@ class LeaderBus:
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.host, self.port = host, int(bound.rsplit(":", 1)[1])
         self.dropped = 0
+        self.step = 0  # the last one begun, for error messages
 
     def send(self, rank: int, message: Message) -> None:
         """Queue `message` for `rank`; a worker that is gone raises PeerError."""
         try:
             self.socket.send_multipart([b"zmoe-%d" % rank, encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            raise PeerError(rank, None, 0, f"cannot be reached ({error.strerror})") from error
+            raise PeerError(
+                rank, None, self.step, f"cannot be reached ({error.strerror})"
+            ) from error
 
     def receive(self, timeout: float) -> tuple[int, Message] | None:
         """The next (rank, message), or None after `timeout` seconds without one."""
         deadline = time.monotonic() + timeout
-        while True:
+        for _ in range(_MOST_BAD):
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
             if not self.socket.poll(left_ms):
                 return None
@@ -71,6 +75,7 @@ class LeaderBus:
                 return int(identity.group(1)), decode(parts[1])
             except MessageError:
                 self.dropped += 1
+        return None
 
     def close(self) -> None:
         self.socket.close()
@@ -87,7 +92,6 @@ class WorkerBus:
         _configure(self.socket)
         self.socket.setsockopt(zmq.ROUTING_ID, b"zmoe-%d" % rank)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         self._monitor = self.socket.get_monitor_socket(events)
         self._broken_since: float | None = None

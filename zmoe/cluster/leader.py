@@ -171,6 +171,7 @@ class Leader:
             compute=engine.compute,
             activations=engine.activations,
             wire_dtype=engine.wire_dtype,
+            schedule=engine.schedule,
             peer_timeout=timing.peer,
             grace_timeout=timing.grace,
             load_timeout=timing.load,
@@ -255,6 +256,7 @@ class Leader:
     def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
         """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
         self._step += 1
+        self._bus.step = self._step
         try:
             self._broadcast(Step(self._step, reset, list(tokens)))
             return self.member.forward(self._step, tokens, reset, logits)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import mlx.core as mx
 
@@ -19,7 +20,8 @@ from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import InputError, MismatchError
-from zmoe.models import LoadedShard, load_shard
+from zmoe.models import LoadedShard, load_experts, load_shard
+from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, owners_of, serve_step
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.obs import Spans
 from zmoe.types import ModelInfo, Placement
@@ -48,6 +50,7 @@ class Member:
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
         self._engine: Engine | None = None
+        self._held: Sequence[Held] | None = None
         self._connected = False
         self._affinity: set[int] | None = None
         self._isa = best_isa_name()
@@ -64,14 +67,26 @@ class Member:
 
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
-        wire_dtype, width = self._config.wire_dtype, self.info.exchange_width
-        row_bytes = payload_bytes(1, width, self.info.dtype, wire_dtype)
-        self.exchange = Exchange(
+        info, chunk = self.info, self._config.prefill_chunk
+        wire_dtype, width = self._config.wire_dtype, info.exchange_width
+        row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
+        make: Callable[..., Exchange] = Exchange
+        if self._is_central:
+            # Rows go out as the experts see them, in float32 at worst, with their pairs.
+            row_bytes = width * 4 + info.top_k * PAIR_BYTES
+            pairs = chunk * info.top_k  # and as many rows, where each pair has its own
+            make = partial(
+                CentralExchange,
+                owners=owners_of(self.placement),
+                max_rows=pairs,
+                max_pairs=pairs,
+            )
+        self.exchange = make(
             self.rank,
             self.nodes,
             session=self.session,
             bind_host=host,
-            max_payload_bytes=row_bytes * self._config.prefill_chunk,
+            max_payload_bytes=row_bytes * chunk,
             small_payload_bytes=row_bytes,
             deadline_s=self._timing.peer,
             grace_s=self._timing.grace,
@@ -79,6 +94,10 @@ class Member:
             wire_dtype=wire_dtype,
         )
         return self.exchange.endpoint
+
+    @property
+    def _is_central(self) -> bool:
+        return self._config.schedule == "centralized"
 
     def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
         """Link up with every peer, calling `tick` now and then; measure what the links do."""
@@ -92,16 +111,24 @@ class Member:
         if self.exchange is not None and self._connected:
             self.exchange.service()
 
+    def load_follower(self, progress: Callable[[int, int], None]) -> float:
+        """A worker's `load`, which is of its experts only in a centralised run; the seconds."""
+        if not self._is_central:
+            return self.load(progress)[1]
+        start = time.perf_counter()
+        self._prepare()
+        assert self.exchange is not None
+        held = load_experts(
+            self.info, self.placement, self.exchange, progress=progress, team=self._team
+        )
+        self._held = held.layers
+        return time.perf_counter() - start
+
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
         """Read this rank's share; the shard and the seconds it took."""
         start = time.perf_counter()
-        if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
-            mx.disable_compile()  # there MLX compiles its fused operations with g++
+        self._prepare()
         reducer = self.exchange or SingleNode()
-        if is_native(self._config):
-            self._team = make_team(self._config, self._isa)
-        elif self._config.activations != "exact":
-            raise InputError("--activations int8 needs --compute native on this node")
         shard = load_shard(
             self.info,
             self.placement,
@@ -113,6 +140,24 @@ class Member:
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
+
+    def _prepare(self) -> None:
+        """What computes, before anything is loaded for it."""
+        if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
+            mx.disable_compile()  # there MLX compiles its fused operations with g++
+        if is_native(self._config):
+            self._team = make_team(self._config, self._isa)
+        elif self._config.activations != "exact":
+            raise InputError("--activations int8 needs --compute native on this node")
+
+    def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
+        """A worker's part of one step: the same without logits, or its experts only."""
+        if self._held is None:
+            self.forward(step, tokens, reset, logits=False)
+            return
+        assert isinstance(self.exchange, CentralExchange)
+        self.exchange.step = step
+        serve_step(self.exchange, self._held, self.spans)
 
     def forward(
         self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True

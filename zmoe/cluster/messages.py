@@ -44,6 +44,7 @@ class Setup:
     compute: str
     activations: str
     wire_dtype: str
+    schedule: str
     peer_timeout: float
     grace_timeout: float
     load_timeout: float

@@ -45,7 +45,7 @@ M = TypeVar("M", bound=Message)
 
 
 class StoppedError(ZmoeError):
-    """The leader ended the run before it began, and said why."""
+    """The leader ended the run, and said why."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class Worker:
             setup.compute,
             setup.activations,
             setup.wire_dtype,
+            setup.schedule,
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member
@@ -129,7 +130,7 @@ class Worker:
         member.use_isa(mesh.isa)
         endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
         member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
-        _, seconds = member.load(_Throttled(self._bus, self._listen))
+        seconds = member.load_follower(_Throttled(self._bus, self._listen))
         self._bus.send(Ready(seconds))
         return member
 
@@ -151,7 +152,7 @@ class Worker:
                 self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
-                member.forward(message.step, message.tokens, message.reset, logits=False)
+                self._follow(member, message)
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
@@ -159,6 +160,23 @@ class Worker:
                 return
             else:
                 raise self._unexpected(message)
+
+    def _follow(self, member: Member, step: Step) -> None:
+        try:
+            member.follow(step.step, step.tokens, step.reset)
+        except PeerError as lost:
+            if lost.rank == 0:
+                self._look_for_cause(lost)
+            raise
+
+    def _look_for_cause(self, lost: PeerError) -> None:
+        """Raise what the leader said before it went, if it did."""
+        message = None
+        with suppress(PeerError):
+            message = self._bus.take()
+        if isinstance(message, Stop) and message.error:
+            text = f"leader {self.spec.leader} stopped: {message.error}"
+            raise StoppedError(text) from lost
 
     def _report(self, error: Exception) -> None:
         if isinstance(error, StoppedError):

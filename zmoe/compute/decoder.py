@@ -92,6 +92,9 @@ class NativeMoE:
             at.sorted_pointer,
             at.pairs,
         )
+        layer.reducer.dispatch(
+            layer.ordinal, at.x, self._dtype, at.ids, at.weights, layer.dtype, int(at.pairs.digest)
+        )
         shared: list[mx.array] = []
         layer.reducer.all_reduce_host(
             layer.ordinal,

@@ -88,7 +88,7 @@ def common_isa(names: Sequence[str]) -> str:
     """The best instruction set that all of several machines have; InputError for an unknown one."""
     for order in (
         (Isa.AVX512_BF16, Isa.AVX512, Isa.AVX2),
-        (Isa.NEON_DOT, Isa.NEON),
+        (Isa.NEON_BF16, Isa.NEON_DOT, Isa.NEON),
     ):
         if all(name in [isa.name for isa in order] for name in names):
             return max((Isa[name] for name in names), key=order.index).name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import Site, find_sites, projections, replace_module
 from zmoe.models.mapping import Mapping, Place, trace
 from zmoe.models.native import fuse_layers
-from zmoe.models.share import Piece, Reader, placeholder, select
+from zmoe.models.share import Piece, Reader, of_experts, placeholder, select
 from zmoe.models.usage import unused_names
 from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
@@ -75,12 +75,55 @@ def load_shard(
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
     """
-    owned = _owned(info, placement, reducer.rank)
+    owned = owned_by(info, placement, reducer.rank)
+    share = take_share(info, owned, team, progress)
+    model, sites = share.model, share.sites
+    dtype = DTYPES[info.dtype]
+    head = Head(dtype)
+    experts = native_experts(share, info, team)
+    if team is not None:
+        make_native(model, team, share.mapped, head)
+    sizes = share.sizes([model])
+    summed = reducer.sum_dtype(dtype)
+    layers = [Layer(m, info.experts, ids, summed, reducer, spans) for m, ids in enumerate(owned)]
+    for site, layer in zip(sites, layers, strict=True):
+        _install(model, site, layer, experts.get(site.path))
+    if team is not None and fuse:
+        fuse_layers(model, sites, layers, experts, team, dtype)
+    notices = (*share.notices, *_notices(sites))
+    return LoadedShard(model, share.config, head, share.bytes_read, sum(sizes), max(sizes), notices)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a node holds of a checkpoint, put together; what is not mapped is not computed yet."""
+
+    model: Module
+    config: dict[str, Any]
+    sites: list[Site]
+    mapped: dict[str, Parts]
+    bytes_read: int
+    notices: tuple[str, ...]
+
+    def sizes(self, used: Sequence[Module]) -> list[int]:
+        """The bytes of every array of the modules in use, computed now, and of what is mapped."""
+        sizes = [array.nbytes for array in _evaluate(used)]
+        return sizes + [part.nbytes for parts in self.mapped.values() for part in parts.values()]
+
+
+def take_share(
+    info: ModelInfo,
+    owned: list[tuple[int, ...]],
+    team: Team | None,
+    progress: Progress | None,
+    dense: bool = True,
+) -> Share:
+    """Read or map what a node needs; without `dense`, stand-ins take the other weights' places."""
     count = max(1, *(len(ids) for ids in owned))
-    plan = _plan(info, owned, count, native=team is not None)
+    plan = _plan(info, owned, count, team is not None, dense)
     report = progress or (lambda done, total: None)
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
-    checked = check_share(path, own, lambda: report(0, plan.total))
+    checked = check_share(path, own, lambda: report(0, plan.total), dense)
     with Reader() as reader:
         feed = _reading(plan, reader, report)
         model, config = assemble(path, feed, (info.experts, count))
@@ -89,24 +132,10 @@ def load_shard(
     mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
-    dtype = DTYPES[info.dtype]
-    head = Head(dtype)
-    experts: dict[str, NativeExperts] = {}
-    if team is not None:
-        experts = _make_native(model, sites, info, team, mapped, head)
-    sizes = [array.nbytes for array in _evaluate(model)]
-    sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
-    summed = reducer.sum_dtype(dtype)
-    layers = [Layer(m, info.experts, ids, summed, reducer, spans) for m, ids in enumerate(owned)]
-    for site, layer in zip(sites, layers, strict=True):
-        _install(model, site, layer, experts.get(site.path))
-    if team is not None and fuse:
-        fuse_layers(model, sites, layers, experts, team, dtype)
-    read, notices = reader.bytes_read + mapping.bytes_read, (*checked, *_notices(sites))
-    return LoadedShard(model, config, head, read, sum(sizes), max(sizes), notices)
+    return Share(model, config, sites, mapped, reader.bytes_read + mapping.bytes_read, checked)
 
 
-def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
+def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
     """Expert ids of `rank` per MoE layer, once the placement fits the model."""
     layers = len(info.moe_layers)
     if placement.experts != info.experts or len(placement.owned) != layers:
@@ -120,11 +149,13 @@ def _owned(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, 
 @dataclass(frozen=True)
 class _Plan:
     """What to read, in the order of the files; what of it to map, by layer and
-    part; and the names of what the model has no use for.
+    part; what only its shape is taken of; and the names of what the model has
+    no use for.
     """
 
     pieces: list[Piece]
     mapped: dict[str, dict[str, Place]]
+    shapes: list[Piece]
     unused: set[str]
 
     @cached_property  # asked for at every piece, of which there may be tens of thousands
@@ -132,7 +163,9 @@ class _Plan:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def _plan(info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: bool) -> _Plan:
+def _plan(
+    info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: bool, dense: bool
+) -> _Plan:
     """Found by putting the model together without any weights, so faults show
     before anything is read.
     """
@@ -152,21 +185,36 @@ def _plan(info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: boo
     model, _ = assemble(path, feed, (info.experts, count))
     kept = [piece for piece in pieces if piece.name not in unused]
     kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
-    return _Plan(kept, _to_map(model, untouched) if native else {}, unused)
+    shapes = []
+    if not dense:
+        held = _in_switches(model, untouched)
+        held |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
+        shapes = [piece for piece in kept if piece.name not in held]
+        kept = [piece for piece in kept if piece.name in held]
+    return _Plan(kept, _to_map(model, untouched, dense) if native else {}, shapes, unused)
 
 
-def _to_map(model: Module, untouched: dict[str, Place]) -> dict[str, dict[str, Place]]:
+def _in_switches(model: Module, untouched: dict[str, Place]) -> set[str]:
+    """Names in the checkpoint of all that a switch layer has, be it no expert's own."""
+    paths = tuple(f"{site.path}.{site.switch_path}." for site in find_sites(model))
+    inside = [place for name, place in untouched.items() if name.startswith(paths)]
+    return {piece.name for place in inside for piece in place.pieces}
+
+
+def _to_map(model: Module, untouched: dict[str, Place], dense: bool) -> dict[str, dict[str, Place]]:
     """The layers for the kernels whose weights are in the checkpoint as they are."""
-    paths = dict.fromkeys((p for p, m in model.named_modules() if may_be_mapped(m)), False)
+    paths = dict.fromkeys(
+        (p for p, m in model.named_modules() if dense and may_be_mapped(m)), False
+    )
     for site in find_sites(model):
         if can_be_native(site.switch):
             prefix = f"{site.path}.{site.switch_path}"
             paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
     found = {}
-    for path, of_experts in paths.items():
+    for path, is_switch in paths.items():
         names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
         parts = {part: untouched[name] for part, name in names.items() if name in untouched}
-        if of_experts:
+        if is_switch:
             parts = {part: place.taken_apart() for part, place in parts.items()}
         present = {part for part, name in names.items() if _has(model, name)}
         if parts.keys() == present and all(place.can_be_mapped for place in parts.values()):
@@ -189,6 +237,7 @@ def _reading(plan: _Plan, reader: Reader, progress: Progress) -> Feed:
 
     def feed(sanitize: Sanitize, offered: Weights) -> Weights:
         weights = {name: offered[name] for name in plan.unused if name in offered}
+        weights |= {piece.name: placeholder(piece) for piece in plan.shapes}
         for piece in plan.pieces:
             if piece.name in mapped:
                 weights[piece.name] = placeholder(piece)
@@ -207,21 +256,13 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
     }
 
 
-def _make_native(
-    model: Module,
-    sites: list[Site],
-    info: ModelInfo,
-    team: Team,
-    mapped: dict[str, Parts],
-    head: Head,
-) -> dict[str, NativeExperts]:
-    """Put `team` to work for all large products; the experts' by path of their block."""
+def native_experts(share: Share, info: ModelInfo, team: Team | None) -> dict[str, NativeExperts]:
+    """The experts that `team` can compute, by path of their block."""
     experts = {}
-    for site in sites:
-        if can_be_native(site.switch):
+    for site in share.sites:
+        if team is not None and can_be_native(site.switch):
             path = f"{site.path}.{site.switch_path}"
-            experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, mapped)
-    make_native(model, team, mapped, head)
+            experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, share.mapped)
     return experts
 
 
@@ -240,15 +281,16 @@ def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
             layer[name] = mx.contiguous(array[:own])
 
 
-def _evaluate(model: Module) -> list[mx.array]:
+def _evaluate(used: Sequence[Module]) -> list[mx.array]:
     """Compute every array, one by one so that few sources are held at once.
 
     Private arrays too, such as rope frequencies: what is still lazy is bound
     to the thread that made it.
     """
-    leaves: Any = tree_flatten(model.parameters())
+    leaves: Any = tree_flatten([module.parameters() for module in used])
     arrays: list[mx.array] = [array for _, array in leaves]
-    arrays += [a for m in model.modules() for a in m.values() if isinstance(a, mx.array)]
+    modules = [module for each in used for module in each.modules()]
+    arrays += [a for m in modules for a in m.values() if isinstance(a, mx.array)]
     arrays = list({id(array): array for array in arrays}.values())
     for array in arrays:
         mx.eval(array)

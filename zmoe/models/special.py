@@ -71,8 +71,8 @@ def _muse(block: Block, x: mx.array) -> Routing:
     return Routing(block.pre_expert_norm(block.pre_expert_proj(x)), ids, weights)
 
 
-def _muse_norm(block: Block, y: mx.array) -> mx.array:
-    normed: mx.array = block.experts.post_expert_norm(y)
+def _muse_norm(switch: Block, y: mx.array) -> mx.array:
+    normed: mx.array = switch.post_expert_norm(y)
     return normed
 
 

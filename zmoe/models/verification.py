@@ -53,15 +53,15 @@ def _size(path: Path) -> int:
 
 
 def check_share(
-    folder: Path, owned: Mapping[int, Sequence[int]], tick: Callable[[], None]
+    folder: Path, owned: Mapping[int, Sequence[int]], tick: Callable[[], None], dense: bool = True
 ) -> tuple[str, ...]:
     """Compare with their checksums the ranges that a node loads of files that changed
     after the manifest was written; raise ModelError for the first that differs.
 
-    `owned` are the node's experts by layer. A file's inode tells when it changed,
-    as nobody can set that time; so a store that stays as it was costs nothing
-    here, and one that was copied is hashed until `verify` has seen it. Returns
-    lines for the user.
+    `owned` are the node's experts by layer; without `dense` it loads nothing else.
+    A file's inode tells when it changed, as nobody can set that time; so a store
+    that stays as it was costs nothing here, and one that was copied is hashed until
+    `verify` has seen it. Returns lines for the user.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -70,7 +70,7 @@ def check_share(
     wanted = [
         (file, part)
         for file in manifest.files
-        if (folder / file.name).stat().st_ctime_ns >= written
+        if (dense or file.layer is not None) and (folder / file.name).stat().st_ctime_ns >= written
         for part in file.ranges
         if part.expert is None or (file.layer is not None and part.expert in owned[file.layer])
     ]

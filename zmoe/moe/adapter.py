@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,9 +40,10 @@ class Adapter:
     """A block taken apart around its routed experts.
 
     With y_e(x) for expert e, the block's output must equal
-    `finish(block, x, sum over k of weights * per_expert(block, y_ids(xe)), shared(...))`.
+    `finish(block, x, sum over k of weights * per_expert(switch, y_ids(xe)), shared(...))`.
     `route` gets what the block is called with; `switch` is the path of the
-    SwitchGLU or SwitchMLP in the block. What `shared` returns is computed
+    SwitchGLU or SwitchMLP in the block, all that a node needs which holds
+    experts only. What `shared` returns is computed
     while the sum over the nodes is under way.
     """
 
@@ -60,3 +62,10 @@ class Adapter:
     def only_adds(self) -> bool:
         """Whether the block's output is the weighted sum plus what is shared."""
         return self.finish is add_shared and self.per_expert is None
+
+
+def bound_hook(adapter: Adapter | None, switch: Block) -> Callable[[mx.array], mx.array] | None:
+    """What each expert's output of `switch` still goes through, if anything."""
+    if adapter is None or adapter.per_expert is None:
+        return None
+    return functools.partial(adapter.per_expert, switch)

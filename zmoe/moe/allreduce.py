@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ import zmq
 from zmoe.errors import InputError, LaunchError
 from zmoe.moe.choice import Choice
 from zmoe.moe.native_exchange import NativeExchange, Receive
-from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.receive import DTYPES, ReceiveBuffers, wire_of
 from zmoe.moe.rounds import Rounds, Source
 from zmoe.moe.sockets import Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
@@ -39,7 +40,7 @@ class Exchange(Rounds):
     link may take to come back. `wire_dtype` is how partials travel ("f32",
     "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
     `algorithm` "direct" or "scatter", `parts` other than 0 fix what `calibrate`
-    otherwise finds out. All ranks give the same.
+    otherwise finds out. `max_rows` are CentralExchange's. All ranks give the same.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Exchange(Rounds):
         control_port: int = 0,
         deadline_s: float = 30.0,
         grace_s: float = 1.0,
+        max_rows: int = 0,
         spin_us: int = SPIN_US,
         spans: Spans | None = None,
         wire_dtype: str = "auto",
@@ -66,8 +68,9 @@ class Exchange(Rounds):
             raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
         choice = Choice(nodes, algorithm, parts)
         super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
-        self.nodes, self.wire = nodes, None if wire_dtype == "auto" else Dtype[wire_dtype.upper()]
+        self.nodes, self.wire = nodes, wire_of(wire_dtype)
         self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
+        self._max_rows = max_rows
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._received = ReceiveBuffers(max_payload_bytes, self.wire)
@@ -116,6 +119,7 @@ class Exchange(Rounds):
             router=sockets.router.underlying,
             dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
             monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
+            max_rows=self._max_rows,
             spin_us=self._spin_us,
             resend_ms=RESEND_MS,
             grace_ms=int(self._grace_s * 1000),
@@ -158,6 +162,18 @@ class Exchange(Rounds):
         return [self._sockets.router, self._sockets.xpub, *monitors]
 
     # ---- the all-reduce --------------------------------------------------------
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: every rank has the rows, and routes them alike."""
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """See zmoe.types.Reducer."""

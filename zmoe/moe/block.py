@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.moe.adapter import Adapter, Block
+from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import Experts, MlxExperts, combine
 from zmoe.moe.router import Floats, Ints, LocalPairs, Ownership, routing_digest
 from zmoe.obs import Spans
@@ -60,6 +60,7 @@ class ExpertParallelMoE(Module):
         self._ownership = Ownership(layer.experts, layer.owned)
         switch = operator.attrgetter(adapter.switch)(block)
         self._experts = MlxExperts(switch) if experts is None else experts
+        self._hook = bound_hook(adapter, switch)
 
     def __call__(self, x: mx.array, *given: mx.array) -> mx.array:
         adapter, layer = self._adapter, self._layer
@@ -70,6 +71,12 @@ class ExpertParallelMoE(Module):
         weights = routing.weights.reshape(-1, k).astype(mx.float32)
         mx.eval(rows, ids, weights)
         host_ids = _on_host(ids)
+        host_weights = np.asarray(weights)
+        # The order within a row may differ between devices; the set may not.
+        digest = routing_digest(np.sort(host_ids, axis=-1))
+        layer.reducer.dispatch(
+            layer.ordinal, rows, rows.dtype, host_ids, host_weights, layer.dtype, digest
+        )
         shared: list[mx.array | None] = []
 
         def beside_the_exchange() -> None:
@@ -77,7 +84,7 @@ class ExpertParallelMoE(Module):
             if shared[0] is not None:
                 mx.async_eval(shared[0])
 
-        pairs, host_weights = self._ownership.pairs(host_ids), np.asarray(weights)
+        pairs = self._ownership.pairs(host_ids)
 
         def partial(start: int, stop: int) -> mx.array | None:
             own = pairs.within(start, stop)
@@ -88,8 +95,7 @@ class ExpertParallelMoE(Module):
             partial,
             (rows.shape[0], width),
             layer.dtype,
-            # The order within a row may differ between devices; the set may not.
-            routing_digest(np.sort(host_ids, axis=-1)),
+            digest,
             overlap=beside_the_exchange,
         )
         routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
@@ -98,12 +104,12 @@ class ExpertParallelMoE(Module):
     def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
         if not len(pairs.rows):
             return None
-        hook, dtype = self._adapter.per_expert, self._layer.dtype
+        hook, dtype = self._hook, self._layer.dtype
         with self._layer.spans.span("experts"):
             if hook is None:
                 part = self._experts.partial(rows, pairs, weights, dtype)
             else:
-                y = hook(self.block, self._experts.outputs(rows, pairs))
+                y = hook(self._experts.outputs(rows, pairs))
                 part = combine(y, pairs, weights, rows.shape[0]).astype(dtype)
             mx.eval(part)
         return part
@@ -130,27 +136,41 @@ class ExpertParallelSwitch(Module):
         ids = indices.reshape(-1, k).astype(mx.int32)
         mx.eval(rows, ids)
         host_ids = _on_host(ids)
-        pairs = self._ownership.pairs(host_ids)
+        pairs, digest = self._ownership.pairs(host_ids), routing_digest(host_ids)
+        # Every chosen expert's output is a row of its own, of one expert at weight 1.
+        layer.reducer.dispatch(
+            layer.ordinal,
+            mx.repeat(rows, k, axis=0),
+            rows.dtype,
+            host_ids.reshape(-1, 1),
+            np.ones((host_ids.size, 1), np.float32),
+            layer.dtype,
+            digest,
+        )
         summed = layer.reducer.all_reduce(
             layer.ordinal,
-            lambda start, stop: self._outputs(
-                _between(rows, start, stop), k, pairs.within(start, stop)
-            ),
-            (rows.shape[0], k * width),
+            lambda start, stop: self._outputs(rows, pairs, k, start, stop),
+            (rows.shape[0] * k, width),
             layer.dtype,
-            routing_digest(host_ids),
+            digest,
         )
         return summed.reshape(*indices.shape, width).astype(x.dtype)
 
-    def _outputs(self, rows: mx.array, k: int, pairs: LocalPairs) -> mx.array | None:
-        """(rows, k * width): the local pairs' outputs in their places, else zeros."""
-        if not len(pairs.rows):
+    def _outputs(
+        self, rows: mx.array, pairs: LocalPairs, k: int, start: int, stop: int
+    ) -> mx.array | None:
+        """Of the (rows * k, width) outputs, [start, stop): the local pairs' own, else zeros."""
+        places = pairs.rows * k + pairs.slots
+        begin, end = np.searchsorted(places, (start, stop))
+        if begin == end:
             return None
+        own = slice(begin, end)
+        mine = LocalPairs(pairs.rows[own], pairs.slots[own], pairs.experts[own])
         with self._layer.spans.span("experts"):
-            y = self._experts.outputs(rows, pairs).astype(self._layer.dtype)
-            place = np.full(rows.shape[0] * k, len(pairs.rows), np.int32)
-            place[pairs.rows * k + pairs.slots] = np.arange(len(pairs.rows))
+            y = self._experts.outputs(rows, mine).astype(self._layer.dtype)
+            place = np.full(stop - start, end - begin, np.int32)
+            place[places[own] - start] = np.arange(end - begin)
             padded = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])
-            part = padded[mx.array(place)].reshape(rows.shape[0], -1)
+            part = padded[mx.array(place)]
             mx.eval(part)
         return part

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +17,8 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.moe.allreduce import Exchange
-from zmoe.moe.receive import DTYPES
+from zmoe.moe.receive import DTYPES, wire_of
 from zmoe.moe.sockets import Endpoint
-from zmoe.native import Dtype
 from zmoe.types import Partial, nothing
 
 __all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
@@ -30,6 +30,18 @@ class SingleNode:
     rank = 0
     nodes = 1
     step = 0
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: there is nobody else."""
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """`dtype`: nothing travels."""
@@ -66,8 +78,9 @@ class SingleNode:
 
 def payload_bytes(rows: int, width: int, dtype: str, wire_dtype: str) -> int:
     """Bytes of (rows, width) partial sums between nodes, in a model of `dtype`."""
-    wire = DTYPES[getattr(mx, dtype)] if wire_dtype == "auto" else Dtype[wire_dtype.upper()]
-    return wire.payload_bytes(rows, width)
+    wire = wire_of(wire_dtype)
+    own = DTYPES[getattr(mx, dtype)]
+    return (own if wire is None else wire).payload_bytes(rows, width)
 
 
 # ---- on its own: numpy in, numpy out ---------------------------------------------

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from zmoe.moe.received import Received
+from zmoe.moe.router import Floats, Ints
 from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ class Fault:
     step: int
     layer: int
     theirs: Header
+
+
+_ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
@@ -73,6 +78,7 @@ class NativeExchange:
         spin_us: int,
         resend_ms: int,
         grace_ms: int,
+        max_rows: int = 0,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
         monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
@@ -85,6 +91,7 @@ class NativeExchange:
         config.router = ffi.cast("void *", router)
         config.dealers, config.monitors = dealer_array, monitor_array
         config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
+        config.dispatch_rows = max_rows
         out = ffi.new("zmoe_exchange **")
         status = Status(lib.zmoe_exchange_create(config, out))
         if status is not Status.OK:
@@ -92,6 +99,7 @@ class NativeExchange:
         self._exchange: CData | None = out[0]
         self._call = ffi.new("zmoe_call *")
         self._fault = ffi.new("zmoe_fault *")
+        self._routed = ffi.new("zmoe_routed *")
         self._null = ffi.NULL
 
     def close(self) -> None:
@@ -127,13 +135,65 @@ class NativeExchange:
         part: int = 0,
     ) -> int:
         """Send `source` (rows*width elements; None: zeros), encoded in `wire_dtype`."""
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest, algorithm, part)
+        pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
+        return lib.zmoe_exchange_publish(
+            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
+        )
+
+    def _call_of(
+        self,
+        step: int,
+        layer: int,
+        rows: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
+    ) -> CData:
         call = self._call
         call.step, call.layer, call.part = step, layer, part
         call.rows, call.width = rows, width
         call.wire_dtype, call.algorithm, call.digest = wire_dtype, algorithm, digest
-        pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
-        return lib.zmoe_exchange_publish(
-            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
+        return call
+
+    def dispatch(
+        self,
+        x: Any,
+        x_dtype: Dtype,
+        ids: Ints,
+        weights: Floats,
+        ranks: npt.NDArray[np.uint64],
+        step: int,
+        layer: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        deadline_s: float,
+    ) -> int:
+        """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
+
+        `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
+        """
+        routed = self._routed
+        keep = [
+            ffi.from_buffer(kind, data) for kind, data in zip(_ROUTED, (x, ids, weights, ranks))
+        ]
+        routed.x, routed.ids, routed.weights, routed.ranks = keep
+        rows, routed.top_k = ids.shape
+        routed.x_dtype = x_dtype
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest)
+        return lib.zmoe_exchange_dispatch(
+            self._exchange, call, routed, _microseconds(deadline_s), self._fault
+        )
+
+    def receive(self, out: Received, step: int, layer: int, local: Ints, deadline_s: float) -> int:
+        """Wait for the leader's rows; `local` numbers the experts of this rank, else -1."""
+        numbers = ffi.from_buffer("int32_t[]", local)
+        out.raw.local, out.raw.experts = numbers, len(numbers)
+        return lib.zmoe_exchange_receive(
+            self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
         )
 
     def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
@@ -177,10 +237,7 @@ class NativeExchange:
         self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
     ) -> npt.NDArray[np.float64]:
         """Microseconds of each of `count` exchanges of f32, run and timed in C."""
-        call = self._call
-        call.step = call.layer = call.part = call.digest = 0
-        call.rows, call.width = 1, elements
-        call.wire_dtype, call.algorithm = wire_dtype, algorithm
+        call = self._call_of(0, 0, 1, elements, wire_dtype, 0, algorithm)
         source = np.ones(elements, np.float32)
         out, elapsed = np.empty_like(source), np.zeros(count)
         status = lib.zmoe_bench_exchanges(

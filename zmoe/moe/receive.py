@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmoe.errors import InputError
 from zmoe.moe.native_exchange import Receive
 from zmoe.native import Dtype
 
@@ -21,7 +22,15 @@ DTYPES: dict[mx.Dtype, Dtype] = {
     mx.float16: Dtype.F16,
     mx.bfloat16: Dtype.BF16,
 }
+_WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
 _MOST_VIEWS = 256
+
+
+def wire_of(name: str) -> Dtype | None:
+    """How partials travel, by its name; None for "auto". Raises InputError."""
+    if name not in _WIRE_DTYPES:
+        raise InputError(f"wire_dtype is {name}: expected {' or '.join(_WIRE_DTYPES)}")
+    return None if name == "auto" else Dtype[name.upper()]
 
 
 class _Buffer:

@@ -131,15 +131,8 @@ class Rounds:
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> None:
-        """Returns to Python now and then while it waits for a buffer, as `_collect` does."""
-        publish, deadline_s = self.native.publish, self._deadline_s
-        call = (*source, self.step, layer, rows, width, wire, digest)
-        status = publish(*call, deadline_s, algorithm, part)
-        if status == Status.OK:
-            return
-        until = time.monotonic() + deadline_s
-        while status == Status.INTERRUPTED:
-            status = publish(*call, until - time.monotonic(), algorithm, part)
+        native, call = self.native, (*source, self.step, layer, rows, width, wire, digest)
+        status = self._again(lambda deadline_s: native.publish(*call, deadline_s, algorithm, part))
         if status == Status.OK:
             return
         if wire.payload_bytes(rows, width) > self._max_bytes:
@@ -152,15 +145,21 @@ class Rounds:
         self._fail(status, layer)
 
     def _collect(self, out: Receive, dtype: Dtype, layer: int, at: int = 0) -> None:
-        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
-        collect, deadline_s = self.native.collect, self._deadline_s
-        status = collect(out, dtype, deadline_s, at)
-        if status == Status.INTERRUPTED:
-            until = time.monotonic() + deadline_s
-            while status == Status.INTERRUPTED:
-                status = collect(out, dtype, until - time.monotonic(), at)
+        self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s, at), layer)
+
+    def _wait(self, call: Callable[[float], int], layer: int) -> None:
+        status = self._again(call)
         if status != Status.OK:
             self._fail(status, layer)
+
+    def _again(self, call: Callable[[float], int]) -> int:
+        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
+        status = call(self._deadline_s)
+        if status == Status.INTERRUPTED:
+            until = time.monotonic() + self._deadline_s
+            while status == Status.INTERRUPTED:
+                status = call(until - time.monotonic())
+        return status
 
     def _fail(self, status: int, layer: int | None) -> NoReturn:
         raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)

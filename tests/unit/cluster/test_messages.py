@@ -12,7 +12,9 @@ from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encod
 
 EXAMPLES = [
     Join(1, 3, "0.1.0", "host"),
-    Setup(2**62, 4, "org/model", 512, None, "auto", "exact", "q8", 1.5, 1.0, 60.0, 10),
+    Setup(
+        2**62, 4, "org/model", 512, None, "auto", "exact", "q8", "centralized", 1.5, 1.0, 60.0, 10
+    ),
     messages.Hello(1, "ab", "float32", "none", "cd", "AVX2", "127.0.0.1", 5000, 5001),
     messages.Mesh("AVX2", ["127.0.0.1", "127.0.0.2"], [1, 3], [2, 4]),
     messages.Loading(1, 2),

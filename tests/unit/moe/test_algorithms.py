@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.unit.moe.test_exchange import together
-from zmoe.errors import DivergenceError
+from zmoe.errors import DivergenceError, InputError
 from zmoe.moe.choice import LARGE_BYTES, SMALL_BYTES, Choice
 from zmoe.moe.exchange import Exchange, SingleNode, local_group
 from zmoe.native import Algorithm, Dtype
@@ -210,6 +210,8 @@ def test_a_wider_wire_keeps_what_a_narrow_one_rounds() -> None:
     np.testing.assert_array_equal(outs[1], 2 * value)
     close(group)
     assert SingleNode().sum_dtype(mx.bfloat16) == mx.bfloat16
+    with pytest.raises(InputError, match="wire_dtype is int4: expected auto or f32"):
+        local_group(2, wire_dtype="int4")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -32,6 +32,9 @@ class Recorder:
         self.partials: list[mx.array | None] = []
         self.events: list[str] = []
 
+    def dispatch(self, *given: object) -> None:
+        pass
+
     def all_reduce(
         self,
         layer: int,
@@ -164,6 +167,16 @@ def _flat(module: Any) -> dict[str, mx.array]:
 # ---- muse_spark: routed by Metal kernels in mlx-lm, here by the same in plain MLX ----
 
 
+MUSE = dict(
+    hidden_size=DIM, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_hidden_layers=1, vocab_size=32, rms_norm_eps=1e-5, post_norm_eps=1e-5,
+    rope_parameters={"rope_theta": 1e4}, layer_rope_theta=[1e4],
+    layer_types=["full_attention"], sliding_window=8, final_logit_softcapping=30.0,
+    output_multiplier=0.5, num_local_experts=EXPERTS, num_experts_per_tok=3,
+    moe_hidden_size=32, moe_intermediate_size=48, routed_scaling_factor=1.5,
+)  # fmt: skip
+
+
 def plain_routing(logits: mx.array, bias: mx.array, **how: Any) -> list[mx.array]:
     scores = mx.sigmoid(logits * how["multiplier"])
     ids = mx.argsort(-(scores + bias), axis=-1)[..., : how["top_k"]]
@@ -181,15 +194,7 @@ def test_muse_spark_norms_each_expert_where_it_is_computed(
 ) -> None:
     monkeypatch.setattr(muse_spark, "expert_routing", plain_routing)
     monkeypatch.setattr(muse_spark, "post_expert_norm_combine", plain_combine)
-    config = dict(
-        hidden_size=DIM, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_hidden_layers=1, vocab_size=32, rms_norm_eps=1e-5, post_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 1e4}, layer_rope_theta=[1e4],
-        layer_types=["full_attention"], sliding_window=8, final_logit_softcapping=30.0,
-        output_multiplier=0.5, num_local_experts=EXPERTS, num_experts_per_tok=3,
-        moe_hidden_size=32, moe_intermediate_size=48, routed_scaling_factor=1.5,
-    )  # fmt: skip
-    args = muse_spark.TextArgs(**config)
+    args = muse_spark.TextArgs(**MUSE)
 
     def block() -> Any:
         mx.random.seed(6)

@@ -1,0 +1,83 @@
+"""The centralised schedule in real processes: what workers hold, and who is lost."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tests.cluster.conftest import Commands, wait_until
+from tests.cluster.test_failure import ENDLESS, first_output
+from tests.families import build
+from zmoe.cluster.leader import ClusterSpec, Leader
+from zmoe.config import EngineConfig
+from zmoe.models import inspect_model
+
+CENTRAL = ("--schedule", "centralized")
+
+
+def worker_memory(folder: Path, compute: str, schedule: str) -> int:
+    """Peak resident bytes of rank 1 of 2, after a step.
+
+    Not as it tells them itself: in those it counts what it was forked from, this process.
+    """
+    engine = EngineConfig(compute=compute, schedule=schedule)
+    spec = ClusterSpec(nodes=2, engine=engine)
+    leader = Leader(inspect_model(folder), str(folder), spec, lambda rank, done, total: None)
+    error = "the test failed"
+    try:
+        leader.launch()
+        leader.start()
+        mx.eval(leader.forward([1, 2, 3], True))
+        status = Path(f"/proc/{leader.worker_pids()[0]}/status").read_text()
+        error = ""
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
+    finally:
+        leader.close(error)
+
+
+@pytest.mark.parametrize("compute", ["native", "mlx"])
+def test_workers_hold_nothing_dense(compute: str, tmp_path: Path) -> None:
+    folder = build("mixtral", tmp_path, hidden_size=512, vocab_size=32768)
+    dense = 2 * 32768 * 512 * 4  # embedding and lm_head alone
+    apart = worker_memory(folder, compute, "decentralized")
+    central = worker_memory(folder, compute, "centralized")
+    assert apart - central > 0.9 * dense
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_everybody_names_a_lost_worker(commands: Commands, free_port: int, how: int) -> None:
+    leader = commands.start(
+        "run", "-n", 3, "--manual", "-p", free_port, *CENTRAL, *ENDLESS, "ROMEO:"
+    )
+    workers = [
+        commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", rank, "--once")
+        for rank in (1, 2)
+    ]
+    first_output(leader)
+    workers[0].send_signal(how)
+    for process in (leader, workers[1]):
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 1, errors
+        last = errors.strip().splitlines()[-1]
+        assert re.search(r"rank 1 .*(layer \d+, |between layers, )step \d+", last), errors
+
+
+def test_workers_end_when_the_leader_is_killed(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 3, *CENTRAL, *ENDLESS, "ROMEO:")
+    first_output(leader)
+    assert len(commands.others(leader.pid)) == 2
+    leader.kill()
+    wait_until(lambda: not commands.others(leader.pid), 15, "workers gone")
+
+
+def test_ctrl_c_ends_all_processes_at_once(commands: Commands) -> None:
+    leader = commands.start("run", "-n", 3, *CENTRAL, *ENDLESS, "ROMEO:")
+    first_output(leader)
+    leader.send_signal(signal.SIGINT)
+    _, errors = leader.communicate(timeout=15)
+    assert leader.returncode == 130 and errors == ""
+    wait_until(lambda: not commands.others(), 5, "workers gone")

@@ -1,0 +1,68 @@
+"""The experts of a node that holds nothing else, on the kernels or on MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from zmoe.compute.arrays import as_array
+from zmoe.compute.experts import NativeExperts
+from zmoe.moe.experts import Experts, MlxExperts, combine
+from zmoe.moe.receive import DTYPES
+from zmoe.moe.received import Received
+from zmoe.moe.router import Ints
+from zmoe.native import ffi
+
+_MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
+
+
+class HeldExperts:
+    """One layer's own experts: from received rows and pairs to partial sums.
+
+    `local` maps expert ids to this node's numbering; `dtype` is that of the sums.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        owned: Sequence[int],
+        switch: Any,
+        native: NativeExperts | None,
+        hook: Callable[[mx.array], mx.array] | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        """`native` are those of `switch` on the kernels; None: MLX computes."""
+        self.local: Ints = np.full(experts, -1, np.int32)
+        self.local[list(owned)] = np.arange(len(owned))
+        self.dtype = dtype
+        self._native = native if native is not None and native.is_fused and hook is None else None
+        self._experts: Experts = native or MlxExperts(switch)
+        self._hook = hook
+        self._pairs = ffi.new("zmoe_pairs *")
+
+    def partial(self, received: Received) -> Any:
+        """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`.
+
+        Valid until the next layer's.
+        """
+        if self._native is None:
+            return self._by_arrays(received)
+        raw, pairs, out = received.raw, self._pairs, received.sums()
+        pairs.rows, pairs.experts, pairs.weights = raw.pair_rows, raw.pair_experts, raw.pair_weights
+        pairs.count = raw.pairs
+        self._native.sum_pairs(raw.x, _MLX[received.dtype], received.rows, pairs, out)
+        return out
+
+    def _by_arrays(self, received: Received) -> mx.array:
+        x = as_array(received.x, _MLX[received.dtype], (received.rows, received.width))
+        pairs, weights = received.pairs()
+        if self._hook is None:
+            part = self._experts.partial(x, pairs, weights, self.dtype)
+        else:
+            y = self._hook(self._experts.outputs(x, pairs))
+            part = combine(y, pairs, weights, received.rows).astype(self.dtype)
+        mx.eval(part)
+        return part

@@ -1,0 +1,52 @@
+"""Load a node's experts without the model around them: a worker of the centralised schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zmoe.compute.held import HeldExperts
+from zmoe.compute.team import Team
+from zmoe.models.loading import DTYPES, Progress, native_experts, owned_by, take_share
+from zmoe.moe.adapter import bound_hook
+from zmoe.types import ModelInfo, Placement, Reducer
+
+
+@dataclass(frozen=True)
+class LoadedExperts:
+    """A node's own experts of every MoE layer and nothing else; see LoadedShard."""
+
+    layers: tuple[HeldExperts, ...]
+    bytes_read: int
+    share_bytes: int
+    largest_tensor_bytes: int
+    notices: tuple[str, ...]
+
+
+def load_experts(
+    info: ModelInfo,
+    placement: Placement,
+    reducer: Reducer,
+    *,
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> LoadedExperts:
+    """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
+
+    The same as load_shard otherwise.
+    """
+    owned = owned_by(info, placement, reducer.rank)
+    share = take_share(info, owned, team, progress, dense=False)
+    experts = native_experts(share, info, team)
+    sizes = share.sizes([site.switch for site in share.sites])
+    layers = tuple(
+        HeldExperts(
+            info.experts,
+            ids,
+            site.switch,
+            experts.get(site.path),
+            bound_hook(site.adapter, site.switch),
+            reducer.sum_dtype(DTYPES[info.dtype]),
+        )
+        for site, ids in zip(share.sites, owned, strict=True)
+    )
+    return LoadedExperts(layers, share.bytes_read, sum(sizes), max(sizes, default=0), share.notices)

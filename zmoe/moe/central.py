@@ -1,0 +1,146 @@
+"""The centralised schedule: the leader dispatches rows, workers with experts only answer.
+
+The leader is a Reducer as in the decentralised one: `dispatch` tells each worker
+its rows and pairs, `all_reduce` adds its own partial sums and the workers'. A
+worker runs no model, only `serve_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.errors import InputError
+from zmoe.moe.allreduce import Exchange
+from zmoe.moe.receive import DTYPES, ReceiveBuffers
+from zmoe.moe.received import Received
+from zmoe.moe.rounds import Source
+from zmoe.moe.router import Floats, Ints
+from zmoe.native import PAIR_BYTES, Dtype, Status
+from zmoe.obs import Spans
+from zmoe.types import Placement
+
+__all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "owners_of", "serve_step"]
+
+Masks = npt.NDArray[np.uint64]
+# Of a MoE layer's ordinal and its expert ids (rows, k): bit r of each for a rank
+# that computes this pair; none for an id that is no expert.
+Owners = Callable[[int, Ints], Masks]
+
+
+def owners_of(placement: Placement) -> Owners:
+    """Every owner of an expert computes it."""
+    tables = []
+    for layer in placement.owned:
+        table = np.zeros(placement.experts + 1, np.uint64)  # the last: ids that are no expert
+        for rank, experts in enumerate(layer):
+            table[list(experts)] |= np.uint64(1 << rank)
+        tables.append(table)
+
+    def owners(layer: int, ids: Ints) -> Masks:
+        known = (ids >= 0) & (ids < placement.experts)
+        return tables[layer][np.where(known, ids, placement.experts)]
+
+    return owners
+
+
+class Held(Protocol):
+    """One layer's experts on a worker; `dtype` is that of the sums on the wire."""
+
+    local: Ints  # by expert id: its number on this node, or -1
+    dtype: mx.Dtype
+
+    def partial(self, received: Received) -> Any:
+        """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`."""
+        ...
+
+
+class CentralExchange(Exchange):
+    """One layer at a time: rows out of the leader (rank 0), partial sums back to it."""
+
+    def __init__(
+        self, rank: int, nodes: int, *, owners: Owners, max_rows: int, max_pairs: int, **others: Any
+    ) -> None:
+        """`max_rows`, `max_pairs` of one layer and step; `others` are Exchange's."""
+        super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
+        if rank > 0:  # it waits for the leader, who may wait as long for another
+            self._deadline_s *= 2
+        self._owners = owners
+        self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
+
+    def calibrate(self) -> None:
+        """Nothing: there is one algorithm."""
+
+    # ---- leader ------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: Ints,
+        weights: Floats,
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """See zmoe.types.Reducer."""
+        with self._spans.span("exchange"):
+            rows, width = x.shape
+            if isinstance(x, mx.array):
+                x, _ = ReceiveBuffers.source(x, x.size)
+            routed = (
+                x,
+                DTYPES[x_dtype],
+                np.ascontiguousarray(ids),
+                np.ascontiguousarray(weights),
+                self._owners(layer, ids),
+            )
+            wire = DTYPES[dtype] if self.wire is None else self.wire
+            call = (self.step, layer, width, wire, digest)
+            status = self._again(lambda s: self.native.dispatch(*routed, *call, s))
+        if status == Status.INVALID:
+            raise InputError(
+                f"{rows} rows of {width} {x_dtype} do not fit the exchange's {self._max_bytes} "
+                f"bytes, or layer {layer}, step {self.step} does not come after the last one"
+            )
+        if status != Status.OK:
+            self._fail(status, layer)
+
+    # ---- workers -----------------------------------------------------------------
+
+    def receive(self, layer: int, local: Ints) -> Received:
+        """The leader's rows for this rank in `layer`, valid until the next call.
+
+        Their experts are numbered by `local`; one that has none there is a
+        DivergenceError, as a step or layer that is not ours.
+        """
+        assert self._rows is not None
+        received = self._rows
+        self._wait(lambda s: self.native.receive(received, self.step, layer, local, s), layer)
+        return received
+
+    def reply(self, layer: int, received: Received, partial: Any, dtype: mx.Dtype) -> None:
+        """Answer with `partial`, for which there were rows (None: there were none)."""
+        source: Source = (partial, Dtype.F32)
+        if isinstance(partial, mx.array):
+            source = ReceiveBuffers.source(partial, partial.size)
+        wire = DTYPES[dtype] if self.wire is None else self.wire
+        rows, width, digest = received.rows, received.width, received.digest
+        self._publish(layer, rows, width, wire, digest, source)
+
+
+def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) -> None:
+    """A worker's part of one step: the rows of each layer in turn."""
+    for layer, held in enumerate(layers):
+        with spans.span("exchange"):
+            received = exchange.receive(layer, held.local)
+        partial = None
+        if received.rows:
+            with spans.span("experts"):
+                partial = held.partial(received)
+        with spans.span("exchange"):
+            exchange.reply(layer, received, partial, held.dtype)
