@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tests.cluster.conftest import Commands, wait_until
+from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
 from zmoe.cluster.leader import ClusterSpec, Leader
@@ -60,7 +60,7 @@ def test_everybody_names_a_lost_worker(commands: Commands, free_port: int, how: 
     first_output(leader)
     workers[0].send_signal(how)
     for process in (leader, workers[1]):
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         if process is workers[1] and process.returncode == 0:
             continue  # it was between two steps: the leader told it to stop
         assert process.returncode == 1, errors
@@ -73,13 +73,13 @@ def test_workers_end_when_the_leader_is_killed(commands: Commands) -> None:
     first_output(leader)
     assert len(commands.others(leader.pid)) == 2
     leader.kill()
-    wait_until(lambda: not commands.others(leader.pid), 15, "workers gone")
+    wait_until(lambda: not commands.others(leader.pid), PATIENCE_S, "workers gone")
 
 
 def test_ctrl_c_ends_all_processes_at_once(commands: Commands) -> None:
     leader = commands.start("run", "-n", 3, *CENTRAL, *ENDLESS, "ROMEO:")
     first_output(leader)
     leader.send_signal(signal.SIGINT)
-    _, errors = leader.communicate(timeout=15)
+    _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode == 130 and errors == ""
-    wait_until(lambda: not commands.others(), 5, "workers gone")
+    wait_until(lambda: not commands.others(), PATIENCE_S, "workers gone")

@@ -102,6 +102,16 @@ def test_a_worker_with_another_checkpoint_says_so_and_waits_on(
     assert node.poll() is None
 
 
+def test_a_worker_says_why_its_leader_stopped(commands: Commands, free_port: int) -> None:
+    node = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
+    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
+    with pytest.raises(RuntimeError), Cluster(TINY, spec=spec):
+        raise RuntimeError("out of ideas")
+    _, errors = node.communicate(timeout=PATIENCE_S)
+    assert node.returncode == 1
+    assert f"leader 127.0.0.1:{free_port} stopped: out of ideas" in errors
+
+
 class TestAWorkerStartedByHand:
     """It serves one run after the other."""
 

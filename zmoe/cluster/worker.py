@@ -99,10 +99,13 @@ class Worker:
         if isinstance(message, kind):
             return message
         if isinstance(message, Stop):
-            raise StoppedError(f"leader {self.spec.leader} stopped: {message.error or 'too early'}")
+            raise self._stopped(message.error or "too early")
         if message is not None:
             raise self._unexpected(message)
         return None
+
+    def _stopped(self, why: str) -> StoppedError:
+        return StoppedError(f"leader {self.spec.leader} stopped: {why}")
 
     def _unexpected(self, message: Message) -> ZmoeError:
         return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
@@ -157,6 +160,8 @@ class Worker:
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):
+                if message.error:
+                    raise self._stopped(message.error)
                 return
             else:
                 raise self._unexpected(message)
@@ -175,8 +180,7 @@ class Worker:
         with suppress(PeerError):
             message = self._bus.take()
         if isinstance(message, Stop) and message.error:
-            text = f"leader {self.spec.leader} stopped: {message.error}"
-            raise StoppedError(text) from lost
+            raise self._stopped(message.error) from lost
 
     def _report(self, error: Exception) -> None:
         if isinstance(error, StoppedError):
