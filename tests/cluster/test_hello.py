@@ -18,12 +18,12 @@ from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.member import hello_of
 from zmoe.cluster.messages import Hello, Join, Setup, Stop
-from zmoe.cluster.placement import place_evenly
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
+from zmoe.placement.build import place_evenly
 
 TINY = resolve_model("zmoe-tiny")
 

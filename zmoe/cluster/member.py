@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.placement import place_evenly
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
@@ -22,6 +21,7 @@ from zmoe.errors import InputError, MismatchError
 from zmoe.models import LoadedShard, load_shard
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
 from zmoe.obs import Spans
+from zmoe.placement.build import place_evenly
 from zmoe.types import ModelInfo, Placement
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
