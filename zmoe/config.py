@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from zmoe.errors import InputError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
 # MLX's modes of quantisation, and the bits and group sizes that each has.

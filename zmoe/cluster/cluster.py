@@ -11,6 +11,8 @@ import mlx.core as mx
 
 from zmoe.cluster.leader import ClusterSpec, Leader, Progress
 from zmoe.cluster.member import Member, peak_memory
+from zmoe.cluster.placing import OnChoice, Placing
+from zmoe.cluster.resources import offer_of
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
@@ -25,7 +27,8 @@ class Cluster:
 
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
-    bytes_done, bytes_total)` is called while the shares load. Entering raises
+    bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
+    before. Entering raises
     InputError and its kin for what is wrong beforehand; afterwards a lost peer
     raises PeerError, which ends the cluster. One generation at a time.
     """
@@ -37,6 +40,7 @@ class Cluster:
         *,
         spec: ClusterSpec | None = None,
         progress: Progress | None = None,
+        on_placement: OnChoice | None = None,
     ) -> None:
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
@@ -44,8 +48,10 @@ class Cluster:
         name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._leader: Leader | None = None
+        wish, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
+        self._placing = Placing(wish, self.info, count, engine, on_placement)
         if self.spec.nodes > 1:
-            self._leader = Leader(self.info, name, self.spec, self._progress)
+            self._leader = Leader(self.info, name, self.spec, self._placing, self._progress)
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)
@@ -95,6 +101,8 @@ class Cluster:
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
         else:
+            own = offer_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
+            self._member.place(self._placing.choose([own]))
             shard, self.load_seconds = self._member.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
 

@@ -1,4 +1,4 @@
-"""What every node does alike, leader or worker: placement, exchange, share, steps."""
+"""What every node does alike, leader or worker: exchange, share, steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ import mlx.core as mx
 
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
+from zmoe.cluster.placing import check
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
-from zmoe.errors import InputError, MismatchError
+from zmoe.errors import InputError, MismatchError, PlacementError
 from zmoe.models import LoadedShard, load_shard
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
 from zmoe.obs import Spans
-from zmoe.placement.build import place_evenly
+from zmoe.planner.given import Offer
 from zmoe.types import ModelInfo, Placement
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Member:
-    """One node of a run, from placement to forward passes. A run may have a single node."""
+    """One node of a run, from its sockets to forward passes. A run may have a single node."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class Member:
         timing: Timing,
     ) -> None:
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
-        self.placement = place_evenly(info, nodes)
+        self.placement: Placement | None = None
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
@@ -58,6 +59,13 @@ class Member:
     def use_isa(self, isa: str) -> None:
         """Use these instructions in the kernels, as every node of the run does."""
         self._isa = isa
+
+    def place(self, placement: Placement) -> None:
+        """Take the part that `placement` gives this rank. Raises PlacementError."""
+        if placement.nodes != self.nodes:
+            raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
+        check(placement, self.info)
+        self.placement = placement
 
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
@@ -87,7 +95,8 @@ class Member:
             self.exchange.service()
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
-        """Read this rank's share; the shard and the seconds it took."""
+        """Read this rank's share of the placement; the shard and the seconds it took."""
+        assert self.placement is not None
         start = time.perf_counter()
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
@@ -147,19 +156,27 @@ def peak_memory() -> int:
     return max(resident, mx.get_peak_memory())
 
 
-def hello_of(info: ModelInfo, placement: Placement, endpoint: Endpoint) -> Hello:
+def hello_of(info: ModelInfo, offer: Offer, endpoint: Endpoint) -> Hello:
     """What a node tells of itself."""
     return Hello(
         protocol=PROTOCOL_VERSION,
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         quantization=info.quantization,
-        placement=placement.digest,
         isa=best_isa_name(),
+        machine=offer.machine,
+        memory=offer.memory,
+        memory_limit=offer.limit,
+        speed=offer.speed,
         host=endpoint.host,
         data_port=endpoint.data_port,
         control_port=endpoint.control_port,
     )
+
+
+def offer_in(hello: Hello) -> Offer:
+    """What the node that says `hello` brings."""
+    return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
 
 
 def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
@@ -169,7 +186,6 @@ def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
         ("dtype", "dtype"),
         ("quantization", "quantisation"),
         ("fingerprint", "another model: fingerprint"),
-        ("placement", "placement"),
     ):
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:

@@ -96,6 +96,10 @@ def _sizes(model: Module, sites: Sequence[Site]) -> dict[str, int]:
     return {
         "expert_hidden": max(widths),
         "granule": max(groups, default=PLAIN_GRANULE) if len(widths) == 1 else 0,
+        "expert_parameters": max(
+            sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
+            for of_site in layers
+        ),
         "expert_bytes": math.ceil(experts / sum(site.experts for site in sites)),
         "dense_bytes": _nbytes(model) - experts,
     }

@@ -1,7 +1,8 @@
 """Ways to place a model's experts, as placements.
 
 A place is room for one expert of one MoE layer; `places[n]` is how many node n
-has, over all layers. `speeds[n]` is its relative speed.
+has, over all layers. `speeds[n]` is its relative speed. `beside` is what every
+node does in a layer besides, in times of what all of the layer's experts take.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ def place_evenly(info: ModelInfo, nodes: int) -> Placement:
     return _place_whole(info, proportional(_places(info), [1] * nodes))
 
 
-def place_by_speed(info: ModelInfo, speeds: Sequence[int], places: Sequence[int]) -> Placement:
-    """Whole experts in contiguous runs, none twice, in proportion to speed as far as there
-    is room. Raises PlacementError when there is not.
+def place_by_speed(
+    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+) -> Placement:
+    """Whole experts in contiguous runs, none twice, so that all nodes are done at once in
+    the mean, as far as there is room. Raises PlacementError when there is not.
     """
-    return _place_whole(info, proportional(_places(info), speeds, places))
+    whole = _places(info)
+    beside = 0.0 if len(set(speeds)) == 1 else beside
+    return _place_whole(info, proportional(whole, speeds, places, beside=beside * whole))
 
 
 def place_replicas(
@@ -44,9 +49,11 @@ def place_replicas(
     speeds: Sequence[int],
     places: Sequence[int],
     usage: Sequence[Sequence[int]] | None = None,
+    beside: float = 0.0,
 ) -> Placement:
     """Copies of whole experts as far as there is room, none twice on a node.
 
+    The speeds for the assignment are in proportion to what each should compute.
     `usage[m]`: how often each expert of the m-th MoE layer was chosen; None:
     all alike. Raises PlacementError when there is no room for one of each.
     """
@@ -67,12 +74,16 @@ def place_replicas(
                 for node in range(len(places))
             )
         )
-    return Placement(len(places), experts, tuple(owned), speeds=relative(speeds))
+    shares = proportional(100, speeds, least=1, beside=100 * beside)
+    assigned = () if len(set(speeds)) == 1 else _reduced(shares)
+    return Placement(len(places), experts, tuple(owned), speeds=assigned)
 
 
-def place_slices(info: ModelInfo, speeds: Sequence[int], places: Sequence[int]) -> Placement:
-    """A range of every expert's hidden dimension for each node, in proportion to speed as
-    far as there is room. Raises PlacementError when an expert cannot be cut so finely.
+def place_slices(
+    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+) -> Placement:
+    """A range of every expert's hidden dimension for each node, so that all are done at once
+    as far as there is room. Raises PlacementError when an expert cannot be cut so finely.
     """
     nodes, hidden, granule = len(speeds), info.expert_hidden, info.granule
     if not granule:
@@ -81,23 +92,17 @@ def place_slices(info: ModelInfo, speeds: Sequence[int], places: Sequence[int]) 
     if units < nodes:
         raise PlacementError(
             f"the experts of {info.path} are {hidden} wide and cut in steps of {granule}: "
-            f"slices for at most {units} nodes"
+            f"{units} slices at most, not {nodes}"
         )
     whole = _places(info)
     most = [total * hidden // (granule * whole) for total in places]
     if min(most) < 1 or sum(most) < units:
         raise PlacementError(f"slices of the experts of {info.path} do not fit the nodes' memory")
-    sizes = proportional(units, speeds, most, least=1)
+    sizes = proportional(units, speeds, most, least=1, beside=beside * units)
     bounds = [granule * sum(sizes[:node]) for node in range(nodes)] + [hidden]
     everything = tuple(range(info.experts))
     owned = ((everything,) * nodes,) * len(info.moe_layers)
     return Placement(nodes, info.experts, owned, tuple(pairwise(bounds)))
-
-
-def relative(speeds: Sequence[int]) -> tuple[int, ...]:
-    """The same proportions in the smallest whole numbers; () for equal ones."""
-    divisor = gcd(*speeds)
-    return () if len(set(speeds)) == 1 else tuple(speed // divisor for speed in speeds)
 
 
 def held(placement: Placement, hidden: int) -> tuple[float, ...]:
@@ -108,6 +113,12 @@ def held(placement: Placement, hidden: int) -> tuple[float, ...]:
     return tuple(
         count * (end - start) / hidden for count, (start, end) in zip(counts, placement.slices)
     )
+
+
+def _reduced(numbers: Sequence[int]) -> tuple[int, ...]:
+    """The same proportions in the smallest whole numbers."""
+    divisor = gcd(*numbers)
+    return tuple(number // divisor for number in numbers)
 
 
 def _places(info: ModelInfo) -> int:

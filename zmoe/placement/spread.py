@@ -9,27 +9,32 @@ from zmoe.errors import PlacementError
 
 
 def proportional(
-    total: int, weights: Sequence[float], most: Sequence[int] | None = None, least: int = 0
+    total: int,
+    weights: Sequence[float],
+    most: Sequence[int] | None = None,
+    least: int = 0,
+    beside: float = 0.0,
 ) -> tuple[int, ...]:
-    """Whole numbers that add up to `total`, in proportion to `weights`.
+    """Whole numbers that add up to `total`, in proportion to `weights` once `beside` is
+    added to each of them.
 
     None is below `least` or above its `most`. The largest quotient of number
     and weight is as small as can be (D'Hondt's rule): with nodes' speeds for
-    weights, the last node is done as early as can be. Equal weights give
-    numbers that differ by at most one. Raises PlacementError when `most` adds
-    up to less than `total`.
+    weights, and what each has to do anyway `beside`, the last node is done as
+    early as can be. Equal weights give numbers that differ by at most one.
+    Raises PlacementError when `most` adds up to less than `total`.
     """
     nodes = range(len(weights))
     most = [total] * len(weights) if most is None else most
     if sum(most) < total:
         raise PlacementError(f"{total} experts do not fit {sum(most)} places")
     counts = [least] * len(weights)
-    if not least:  # what the rule gives each in any case; the rest is dealt one by one
+    if not least and not beside:  # what the rule gives each in any case
         share = total / sum(weights) * (1 - 1e-9)
         counts = [min(limit, int(share * weight)) for limit, weight in zip(most, weights)]
     for _ in range(total - sum(counts)):
         free = (n for n in nodes if counts[n] < most[n])
-        counts[max(free, key=lambda n: (weights[n] / (counts[n] + 1), -n))] += 1
+        counts[max(free, key=lambda n: (weights[n] / (beside + counts[n] + 1), -n))] += 1
     return tuple(counts)
 
 

@@ -45,13 +45,15 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and why. Bytes of experts by node: `room` for them, and `held`."""
+    """What was chosen and why, and what predictions `assumed`. Bytes of experts by node:
+    `room` for them, and `held`.
+    """
 
     placement: Placement
     label: str
     why: str
     considered: tuple[Alternative, ...]
-    offers: tuple[Offer, ...]
+    assumed: str
     speeds: tuple[int, ...]
     room: tuple[int, ...]
     held: tuple[int, ...]
@@ -79,8 +81,7 @@ class Chooser:
         self._cluster, self._room = cluster_of(info, offers, mapped, schedule)
         machines, link = self._cluster.machines, self._cluster.link
         self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule)
-        self._all = info.experts * len(info.moe_layers)
-        self._places = [room // info.expert_bytes for room in self._room]
+        self._places = [max(0, room // info.expert_bytes) for room in self._room]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
         """The placement by `way`: auto, experts, replicas, slices; or the one that is `given`
@@ -91,46 +92,60 @@ class Chooser:
         if given is not None:
             self._check_room(way, given)
             return self._choice(self._predicted(way, given), "as the file says", ())
-        if sum(self._room) < self._all * self._info.expert_bytes:
-            lacking = self._all * self._info.expert_bytes - sum(self._room)
-            raise PlacementError(self._does_not_fit(ceil(lacking / len(self._room))))
+        everything = self._info.expert_bytes * self._info.experts * len(self._info.moe_layers)
+        lacking = ceil((everything - sum(self._room)) / len(self._room))
+        if (missing := max(lacking, -min(self._room))) > 0:
+            raise PlacementError(self._does_not_fit(missing))
         ways = self._ways()
         if way != "auto":
             placement = ways[way]()
-            self._check_fits(placement)
+            if (missing := self._missing(placement)) > 0:
+                raise PlacementError(self._does_not_fit(missing))
             return self._choice(self._predicted(way, placement), "as was asked for", ())
-        considered = tuple(self._considered(label, make) for label, make in ways.items())
+        if len(self._offers) == 1:
+            alone = self._predicted("experts", ways["experts"]())
+            return self._choice(alone, "there is one node", ())
+        considered: list[Alternative] = []
+        for label, make in ways.items():
+            considered.append(self._considered(label, make, considered))
         best, why = fastest(considered)
         if best.placement is None:
             raise PlacementError(best.remark)
-        return self._choice(best, why, considered)
+        return self._choice(best, why, tuple(considered))
 
     def _ways(self) -> dict[str, Callable[[], Placement]]:
         info, speeds, places = self._info, self._speeds, self._places
+        dense = 0 if self._setup.schedule == "centralized" else info.dense_bytes
+        beside = dense / (info.layers * info.top_k * info.expert_bytes)
         return {
             "experts": lambda: place_evenly(info, len(speeds)),
-            "experts by speed": lambda: place_by_speed(info, speeds, places),
-            "replicas": lambda: place_replicas(info, speeds, places, self._counts),
-            "slices": lambda: place_slices(info, speeds, places),
+            "experts by speed": lambda: place_by_speed(info, speeds, places, beside),
+            "replicas": lambda: place_replicas(info, speeds, places, self._counts, beside),
+            "slices": lambda: place_slices(info, speeds, places, beside),
         }
 
     # ---- auto ----------------------------------------------------------------------
 
-    def _considered(self, label: str, make: Callable[[], Placement]) -> Alternative:
+    def _considered(
+        self, label: str, make: Callable[[], Placement], before: Sequence[Alternative]
+    ) -> Alternative:
         remark = self._out_of_question(label)
         if remark:
             return Alternative(label, remark=remark)
         try:
             placement = make()
-            self._check_fits(placement)
         except PlacementError as error:
             return Alternative(label, remark=str(error))
+        missing = self._missing(placement)
+        if missing > 0:
+            return Alternative(label, remark=f"{missing / GIB:.3g} GiB are missing on a node")
+        for other in before:
+            if other.placement == placement:
+                return Alternative(label, remark=f"the same as {other.label}")
         return self._predicted(label, placement)
 
     def _out_of_question(self, label: str) -> str:
         """Why `auto` does not even look at a way, where it does not."""
-        if label != "experts" and len(self._offers) == 1:
-            return "there is one node"
         if label == "replicas" and on_one_machine(self._offers):
             return "the nodes share one machine's memory"
         if label == "slices" and not self._mapped:
@@ -153,10 +168,9 @@ class Chooser:
         shares = held(placement, self._info.expert_hidden)
         return tuple(ceil(share * self._info.expert_bytes) for share in shares)
 
-    def _check_fits(self, placement: Placement) -> None:
-        missing = max(need - room for need, room in zip(self._bytes(placement), self._room))
-        if missing > 0:
-            raise PlacementError(self._does_not_fit(missing))
+    def _missing(self, placement: Placement) -> int:
+        """Bytes that the node which lacks most lacks; none or less: it fits."""
+        return max(need - room for need, room in zip(self._bytes(placement), self._room))
 
     def _check_room(self, way: str, placement: Placement) -> None:
         """Name the first expert of a file's placement that its node has no room for."""
@@ -171,14 +185,14 @@ class Chooser:
                         need = self._bytes(placement)[node]
                         raise PlacementError(
                             f"placement {way}: node {node} has no room for expert {expert} of "
-                            f"layer {layer}: {need / GIB:.2f} GiB of experts, "
-                            f"and room for {room / GIB:.2f} {OVERRIDE}"
+                            f"layer {layer}: {need / GIB:.3g} GiB of experts, "
+                            f"and room for {room / GIB:.3g} {OVERRIDE}"
                         )
 
     def _does_not_fit(self, missing: int) -> str:
         """What is missing on each node, and what would do."""
         name, nodes = Path(self._info.path).name, len(self._offers)
-        lacking = f"{missing / GIB:.2f} GiB are missing per node"
+        lacking = f"{missing / GIB:.3g} GiB are missing per node"
         if not on_one_machine(self._offers) or any(o.limit is not None for o in self._offers):
             many = f"{nodes} node{'s' if nodes > 1 else ''}"
             return f"{name} does not fit {many}: {lacking}; {remedy(self._setup, nodes)} {OVERRIDE}"
@@ -196,7 +210,7 @@ class Chooser:
             chosen.label,
             why,
             considered or (chosen,),
-            self._offers,
+            f"{1e6 * self._cluster.link.latency_s:.0f} us an exchange",
             self._speeds,
             tuple(self._room),
             self._bytes(chosen.placement),

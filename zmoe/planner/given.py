@@ -55,7 +55,8 @@ def speeds_of(offers: Sequence[Offer]) -> tuple[int, ...]:
 def room_for(
     info: ModelInfo, offers: Sequence[Offer], dense: Sequence[int], mapped: bool
 ) -> list[int]:
-    """Bytes of experts that each node has room for beside its `dense` weights.
+    """Bytes of experts that each node has room for beside its `dense` weights; negative
+    where these do not fit.
 
     `mapped`: nodes of one machine share what they map of the checkpoint, so
     that its dense weights count once, and its experts too where all fit.
@@ -73,7 +74,7 @@ def room_for(
         shared = mapped and memory >= everything
         for node in nodes:
             room[node] = everything if shared else memory // len(nodes)
-    return [min(everything, max(0, each)) for each in room]
+    return [min(everything, each) for each in room]
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ class _Lump:
 
 def shape_of(info: ModelInfo) -> ModelShape:
     """A shape of as many bytes, for any family: all weights count as stored like the experts."""
-    weights = Format(
-        8 * info.expert_bytes / (GATED_MATRICES * info.hidden_size * info.expert_hidden)
-    )
+    weights = Format(8 * info.expert_bytes / info.expert_parameters)
     router = len(info.moe_layers) * info.hidden_size * info.experts
     dense = 8 * info.dense_bytes / weights.bits_per_weight
     return ModelShape(
@@ -107,7 +106,7 @@ def shape_of(info: ModelInfo) -> ModelShape:
         attention=_Lump(max(0, round((dense - router) / info.layers))),
         experts=info.experts,
         top_k=info.top_k,
-        expert_hidden=info.expert_hidden,
+        expert_hidden=round(info.expert_parameters / (GATED_MATRICES * info.hidden_size)),
         vocabulary=0,
         dense_layers=info.layers - len(info.moe_layers),
         dense_format=weights,

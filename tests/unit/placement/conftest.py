@@ -9,7 +9,13 @@ def described(
     experts: int = 16, layers: int = 4, *, hidden: int = 256, granule: int = 64, **others: int
 ) -> ModelInfo:
     """`layers` MoE layers of `experts` that are `hidden` wide and cut in steps of `granule`."""
-    sizes = {"top_k": 4, "expert_bytes": 1 << 20, "dense_bytes": 10 << 20, **others}
+    sizes = {
+        "top_k": 4,
+        "expert_parameters": 1 << 19,
+        "expert_bytes": 1 << 20,
+        "dense_bytes": 10 << 20,
+        **others,
+    }
     return ModelInfo(
         path="some/model",
         model_type="dbrx",

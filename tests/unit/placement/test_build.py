@@ -14,7 +14,6 @@ from zmoe.placement.build import (
     place_evenly,
     place_replicas,
     place_slices,
-    relative,
 )
 from zmoe.placement.check import check_placement
 from zmoe.types import ModelInfo, Placement
@@ -100,7 +99,9 @@ def test_replicas_stay_within_memory(
     placement = place_replicas(info, speeds, places, usage)
     check(placement, info)
     assert placement == place_replicas(info, speeds, places, usage)
-    assert placement.speeds == relative(speeds)
+    assert (placement.speeds == ()) == (len(set(speeds)) == 1)
+    for speed, assigned in zip(speeds, placement.speeds):
+        assert all(assigned >= b for a, b in zip(speeds, placement.speeds) if a < speed)
     totals = held(placement, info.expert_hidden)
     assert all(most - layers < total <= most for total, most in zip(totals, places))
     for layer, owned in enumerate(placement.owned):
@@ -120,7 +121,7 @@ def test_slices_tile_in_proportion_to_speed(
     info = described(hidden=hidden, granule=granule)
     roomy = [16 * 4] * len(speeds)
     if units < len(speeds):
-        with pytest.raises(PlacementError, match=f"at most {units} nodes"):
+        with pytest.raises(PlacementError, match=f"{units} slices at most, not {len(speeds)}"):
             place_slices(info, speeds, roomy)
         return
     placement = place_slices(info, speeds, roomy)
@@ -141,6 +142,12 @@ def test_slices_stay_within_memory() -> None:
         place_slices(described(granule=0), [1, 1], [64, 64])
 
 
-def test_relative_speeds() -> None:
-    assert relative([25, 25]) == ()
-    assert relative([20, 40, 30]) == (2, 4, 3)
+def test_what_nodes_do_besides_shifts_experts_to_the_fast() -> None:
+    info, roomy = described(12, 1, hidden=12 * 64), [12, 12]
+    assert held(place_by_speed(info, [2, 1], roomy), 768) == (8, 4)
+    assert held(place_by_speed(info, [2, 1], roomy, beside=0.5), 768) == (10, 2)
+    assert place_slices(info, [2, 1], roomy, beside=0.5).slices == ((0, 640), (640, 768))
+    assert place_replicas(info, [2, 1], roomy).speeds == (67, 33)
+    assert place_replicas(info, [2, 1], roomy, beside=0.5).speeds == (21, 4)
+    for place in (place_by_speed, place_slices):
+        assert place(info, [1, 1], roomy, beside=9.0) == place(info, [1, 1], roomy)

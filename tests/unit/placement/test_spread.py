@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, product
 
 import pytest
@@ -29,16 +30,20 @@ def test_proportional(total: int, weights: list[float], nobody_without: bool) ->
 def test_no_split_within_the_limits_ends_earlier(
     total: int, speeds: list[int], data: st.DataObject
 ) -> None:
+    beside = data.draw(st.sampled_from((0, 3)))
     most = data.draw(st.lists(st.integers(0, 12), min_size=len(speeds), max_size=len(speeds)))
     if sum(most) < total:
         with pytest.raises(PlacementError, match=f"{total} experts do not fit {sum(most)} places"):
             proportional(total, speeds, most)
         return
-    counts = proportional(total, speeds, most)
+    counts = proportional(total, speeds, most, beside=beside)
     assert sum(counts) == total and all(c <= m for c, m in zip(counts, most))
     every = product(*(range(min(m, total) + 1) for m in most))
-    ends = [max(c / s for c, s in zip(split, speeds)) for split in every if sum(split) == total]
-    assert max(c / s for c, s in zip(counts, speeds)) == min(ends)
+
+    def end(split: Sequence[int]) -> float:
+        return max((beside + c) / s for c, s in zip(split, speeds) if c)
+
+    assert end(counts) == min(end(split) for split in every if sum(split) == total)
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.data())
