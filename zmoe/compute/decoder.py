@@ -22,7 +22,7 @@ from zmoe.compute.team import Team
 from zmoe.errors import ZmoeError
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer
-from zmoe.moe.router import Ownership
+from zmoe.moe.router import Ints
 from zmoe.native import Status, ffi, lib
 
 SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
@@ -63,7 +63,6 @@ class NativeMoE:
         raw.normalize, raw.scale = router.normalize, 1.0
         self._raw = raw
         team.reserve(lib.zmoe_route_scratch(raw))
-        self._local = Ownership(layer.experts, layer.owned).local
         self._buffers = buffers
 
     def __call__(self, h: Any, memory: Any, rows: int) -> None:
@@ -81,21 +80,7 @@ class NativeMoE:
         )
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
-        lib.zmoe_own_pairs(
-            at.ids_pointer,
-            at.weights_pointer,
-            rows,
-            self._top_k,
-            ffi.from_buffer("int32_t[]", self._local),
-            layer.experts,
-            at.sorted_pointer,
-            at.pairs,
-        )
-        partial = None
-        if at.pairs.count:
-            with layer.spans.span("experts"):
-                self._experts.sum_pairs(at.x_pointer, self._dtype, rows, at.pairs, at.partial)
-            partial = at.partial
+        partial = self._partial(at, rows)
         shared: list[mx.array] = []
         layer.reducer.all_reduce_host(
             layer.ordinal,
@@ -109,10 +94,34 @@ class NativeMoE:
         for part in shared:
             memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
 
+    def _partial(self, at: Buffers, rows: int) -> Any:
+        """The weighted sum of the pairs that are this node's; None where it has none."""
+        own = self._layer.ownership
+        own.assign(at.ids)
+        lib.zmoe_own_pairs(
+            at.ids_pointer,
+            at.weights_pointer,
+            rows,
+            self._top_k,
+            own.local_pointer,
+            own.experts,
+            own.ranks_pointer,
+            own.rank,
+            at.sorted_pointer,
+            at.pairs,
+        )
+        count = at.pairs.count
+        at.pad(own.padding(at.ids, at.experts[:count]))
+        if at.pairs.count:
+            run = rows + (at.pairs.count > count)
+            with self._layer.spans.span("experts"):
+                self._experts.sum_pairs(at.x_pointer, self._dtype, run, at.pairs, at.partial)
+        return at.partial[:rows] if count else None
+
     def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
         if not self._adapter.has_shared:
             return
-        x = as_array(at.x, self._dtype, (1, *at.x.shape))
+        x = as_array(at.x[:-1], self._dtype, (1, len(at.ids), at.x.shape[1]))
         shape = (1, *at.ids.shape)
         routing = Routing(x, mx.array(at.ids).reshape(shape), mx.array(at.weights).reshape(shape))
         part = self._adapter.shared(self._block, x, routing)
@@ -122,31 +131,49 @@ class NativeMoE:
 
 
 class Buffers:
-    """What a layer's routing and sums of `rows` rows go into."""
+    """What a layer's routing and sums of `rows` rows go into.
 
-    def __init__(self, rows: int, width: int, top_k: int, dtype: mx.Dtype) -> None:
-        self.x = empty((rows, width), dtype)
+    One row of x more, of zeros, and one of the partial sum are for up to
+    `padding` experts that are run on no row of the routing.
+    """
+
+    def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
+        self.rows = rows
+        self.x = empty((rows + 1, width), dtype)
+        self.x[rows] = 0
         self.ids = np.empty((rows, top_k), np.int32)
         self.weights = np.empty((rows, top_k), np.float32)
-        self.partial = np.empty((rows, width), np.float32)
+        self.partial = np.empty((rows + 1, width), np.float32)
         self.routed = np.empty((rows, width), np.float32)
         self.x_pointer = writable(self.x)
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
         self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
-        count = rows * top_k
-        self._memory = [ffi.new("int32_t[]", count) for _ in range(3)]
-        self._pair_weights = ffi.new("float[]", count)
-        self.sorted_pointer = self._memory[2]
+        count = rows * top_k + padding
+        self._pair_rows, self.experts, order = (np.empty(count, np.int32) for _ in range(3))
+        self._pair_weights = np.empty(count, np.float32)
+        self.sorted_pointer = ffi.from_buffer("int32_t[]", order)
         self.pairs = ffi.new("zmoe_pairs *")
-        self.pairs.rows, self.pairs.experts = self._memory[:2]
-        self.pairs.weights = self._pair_weights
+        self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows)
+        self.pairs.experts = ffi.from_buffer("int32_t[]", self.experts)
+        self.pairs.weights = ffi.from_buffer("float[]", self._pair_weights)
+
+    def pad(self, experts: Ints) -> None:
+        """Add pairs of the row of zeros with each of `experts`."""
+        if len(experts):
+            new = slice(self.pairs.count, self.pairs.count + len(experts))
+            self._pair_rows[new], self.experts[new] = self.rows, experts
+            self._pair_weights[new] = 0
+            self.pairs.count = new.stop
 
 
 class BufferPool:
-    """Buffers that the layers of a model take in turn: those of one row, and of the last other."""
+    """Buffers that the layers of a model take in turn: those of one row, and of the last other.
 
-    def __init__(self, dtype: mx.Dtype) -> None:
-        self.dtype = dtype
+    `padding`: the most experts that any layer runs on no row.
+    """
+
+    def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
+        self.dtype, self._padding = dtype, padding
         self._known: dict[tuple[int, int, int], Buffers] = {}
 
     def of(self, rows: int, width: int, top_k: int) -> Buffers:
@@ -155,7 +182,7 @@ class BufferPool:
         found = self._known.get(key)
         if found is None:
             self._known = {k: kept for k, kept in self._known.items() if k[0] == 1}
-            found = self._known[key] = Buffers(rows, width, top_k, self.dtype)
+            found = self._known[key] = Buffers(rows, width, top_k, self._padding, self.dtype)
         return found
 
 

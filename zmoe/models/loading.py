@@ -26,7 +26,9 @@ from zmoe.models.usage import unused_names
 from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
-from zmoe.obs import Spans
+from zmoe.moe.ownership import Ownership
+from zmoe.native import lib
+from zmoe.obs import Recorder, Spans
 from zmoe.types import ModelInfo, Placement, Reducer
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -64,6 +66,8 @@ def load_shard(
     progress: Progress | None = None,
     team: Team | None = None,
     fuse: bool = True,
+    policy: str = "selected",
+    recorder: Recorder | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -91,12 +95,18 @@ def load_shard(
         _trim(site, len(ids), count, mapped)
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
+    layers = [
+        Layer(m, Ownership(placement, m, reducer.rank, policy, recorder), dtype, reducer, spans)
+        for m in range(len(owned))
+    ]
     experts: dict[str, NativeExperts] = {}
     if team is not None:
-        experts = _make_native(model, sites, info, team, mapped, head)
+        pairs_per_row = info.top_k + max(
+            -(-layer.ownership.most_padding // lib.ZMOE_ROW_BLOCK) for layer in layers
+        )
+        experts = _make_native(model, sites, pairs_per_row, team, mapped, head)
     sizes = [array.nbytes for array in _evaluate(model)]
     sizes += [stored.nbytes for parts in mapped.values() for stored in parts.values()]
-    layers = [Layer(m, info.experts, ids, dtype, reducer, spans) for m, ids in enumerate(owned)]
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
     if team is not None and fuse:
@@ -209,7 +219,7 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
 def _make_native(
     model: Module,
     sites: list[Site],
-    info: ModelInfo,
+    pairs_per_row: int,
     team: Team,
     mapped: dict[str, Parts],
     head: Head,
@@ -219,7 +229,7 @@ def _make_native(
     for site in sites:
         if can_be_native(site.switch):
             path = f"{site.path}.{site.switch_path}"
-            experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, mapped)
+            experts[site.path] = NativeExperts(path, site.switch, team, pairs_per_row, mapped)
     make_native(model, team, mapped, head)
     return experts
 

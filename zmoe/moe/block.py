@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +11,8 @@ from mlx.nn.layers.base import Module
 
 from zmoe.moe.adapter import Adapter, Block
 from zmoe.moe.experts import Experts, MlxExperts, combine
-from zmoe.moe.router import Floats, Ints, LocalPairs, Ownership, routing_digest
+from zmoe.moe.ownership import Ownership
+from zmoe.moe.router import Floats, Ints, LocalPairs, routing_digest
 from zmoe.obs import Spans
 from zmoe.types import Reducer
 
@@ -21,14 +21,12 @@ from zmoe.types import Reducer
 class Layer:
     """What a MoE layer knows of the cluster.
 
-    `ordinal` is its place among the MoE layers; `experts` how many there are
-    on all nodes, `owned` this node's, in the order of its weights; `dtype`
-    that of the partial sums.
+    `ordinal` is its place among the MoE layers; `ownership` what this node
+    computes of it; `dtype` that of the partial sums.
     """
 
     ordinal: int
-    experts: int
-    owned: Sequence[int]
+    ownership: Ownership
     dtype: mx.Dtype
     reducer: Reducer
     spans: Spans
@@ -36,6 +34,13 @@ class Layer:
 
 def _on_host(ids: mx.array) -> Ints:
     return np.asarray(ids)
+
+
+def _run_padding(experts: Experts, rows: mx.array, pairs: LocalPairs, spans: Spans) -> None:
+    """Of a node to which nothing is assigned."""
+    if len(pairs.padding):
+        with spans.span("experts"):
+            mx.eval(experts.outputs(rows, pairs))
 
 
 class ExpertParallelMoE(Module):
@@ -53,7 +58,6 @@ class ExpertParallelMoE(Module):
         self.block = block
         self._adapter = adapter
         self._layer = layer
-        self._ownership = Ownership(layer.experts, layer.owned)
         switch = operator.attrgetter(adapter.switch)(block)
         self._experts = MlxExperts(switch) if experts is None else experts
 
@@ -75,7 +79,7 @@ class ExpertParallelMoE(Module):
 
         routed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._partial(rows, self._ownership.pairs(host_ids), np.asarray(weights)),
+            self._partial(rows, layer.ownership.pairs(host_ids), np.asarray(weights)),
             (rows.shape[0], width),
             layer.dtype,
             # The order within a row may differ between devices; the set may not.
@@ -87,6 +91,7 @@ class ExpertParallelMoE(Module):
 
     def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
         if not len(pairs.rows):
+            _run_padding(self._experts, rows, pairs, self._layer.spans)
             return None
         hook, dtype = self._adapter.per_expert, self._layer.dtype
         with self._layer.spans.span("experts"):
@@ -112,7 +117,6 @@ class ExpertParallelSwitch(Module):
         self.switch = switch
         self._layer = layer
         self._experts = MlxExperts(switch) if experts is None else experts
-        self._ownership = Ownership(layer.experts, layer.owned)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         layer, (width, k) = self._layer, (x.shape[-1], indices.shape[-1])
@@ -122,7 +126,7 @@ class ExpertParallelSwitch(Module):
         host_ids = _on_host(ids)
         summed = layer.reducer.all_reduce(
             layer.ordinal,
-            self._outputs(rows, k, self._ownership.pairs(host_ids)),
+            self._outputs(rows, k, layer.ownership.pairs(host_ids)),
             (rows.shape[0], k * width),
             layer.dtype,
             routing_digest(host_ids),
@@ -132,6 +136,7 @@ class ExpertParallelSwitch(Module):
     def _outputs(self, rows: mx.array, k: int, pairs: LocalPairs) -> mx.array | None:
         """(rows, k * width): the local pairs' outputs in their places, else zeros."""
         if not len(pairs.rows):
+            _run_padding(self._experts, rows, pairs, self._layer.spans)
             return None
         with self._layer.spans.span("experts"):
             y = self._experts.outputs(rows, pairs).astype(self._layer.dtype)
