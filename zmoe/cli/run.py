@@ -143,6 +143,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             options.prefill_step_size, options.max_kv_size, options.compute, options.activations
         ),
         placement=Wish(options.placement, options.usage, memory_limit(options.memory_limit)),
+        record_usage=options.record_usage is not None,
     )
 
 
@@ -186,13 +187,17 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.placement.usage import add_usage, check_usage_file
 
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
             on_placement = partial(_explain, progress) if options.explain else None
-            cluster = stack.enter_context(
-                Cluster(options.model, spec=spec, progress=progress, on_placement=on_placement)
+            cluster = Cluster(
+                options.model, spec=spec, progress=progress, on_placement=on_placement
             )
+            if options.record_usage is not None:
+                check_usage_file(options.record_usage, cluster.info)
+            stack.enter_context(cluster)
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
         generation = cluster.generate(
@@ -203,6 +208,8 @@ def _generate(options: argparse.Namespace) -> None:
             chat_template_config=template,
         )
         _show(generation, quiet=options.json)
+        if options.record_usage is not None:
+            add_usage(options.record_usage, cluster.take_usage(), cluster.info)
         if options.stats or options.json:
             summary = report.summarize(cluster, generation)
             if options.json:

@@ -19,6 +19,7 @@ from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_toke
 from zmoe.errors import InputError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
+from zmoe.placement.usage import Usage, UsageRecorder
 from zmoe.types import ModelInfo
 
 
@@ -55,6 +56,8 @@ class Cluster:
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)
+        self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
+        self._member.recorder = self._recorder
         self._failed: BaseException | None = None
         self._closed = False
         self._step = 0
@@ -110,6 +113,8 @@ class Cluster:
         """One step on the real path, so that the first token doesn't pay for it."""
         mx.eval(self._forward([0], True))
         self._member.spans.take()
+        if self._recorder is not None:
+            self._recorder.take()
 
     # ---- use --------------------------------------------------------------------
 
@@ -163,6 +168,12 @@ class Cluster:
             return self._forward(tokens, reset, logits)
 
         return step
+
+    def take_usage(self) -> Usage:
+        """Which experts were selected since the last call; for a spec that records it."""
+        if self._recorder is None:
+            raise ZmoeError("this cluster does not record which experts are selected")
+        return self._recorder.take()
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node so far, by rank."""

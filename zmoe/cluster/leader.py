@@ -62,6 +62,7 @@ class ClusterSpec:
     `hosts` None: `nodes` processes on this machine. Otherwise one node per
     host, in rank order, the first being this machine. `manual`: start nothing;
     `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
+    `record_usage`: count which experts are selected.
     """
 
     nodes: int = 1
@@ -73,6 +74,7 @@ class ClusterSpec:
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
     placement: Wish = field(default_factory=Wish)
+    record_usage: bool = False
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nodes > 64:

@@ -21,7 +21,7 @@ from zmoe.engine.engine import Engine
 from zmoe.errors import InputError, MismatchError, PlacementError
 from zmoe.models import LoadedShard, load_shard
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode
-from zmoe.obs import Spans
+from zmoe.obs import Recorder, Spans
 from zmoe.planner.given import Offer
 from zmoe.types import ModelInfo, Placement
 
@@ -42,6 +42,7 @@ class Member:
     ) -> None:
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
+        self.recorder: Recorder | None = None
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
@@ -113,6 +114,7 @@ class Member:
             progress=progress,
             team=self._team,
             fuse=self._config.max_kv_size is None,
+            recorder=self.recorder,
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from zmoe.errors import InputError
 from zmoe.types import ModelInfo
 
 VERSION = 1
 _FIELDS = {"zmoe_usage", "fingerprint", "counts"}
 _MOST = 1 << 62
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,27 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         """Both runs' selections, of the same model."""
         assert self.fingerprint == other.fingerprint
-        return Usage(
-            self.fingerprint,
-            tuple(
-                tuple(a + b for a, b in zip(mine, theirs))
-                for mine, theirs in zip(self.counts, other.counts, strict=True)
-            ),
-        )
+        layers = zip(self.counts, other.counts, strict=True)
+        sums = (tuple(map(sum, zip(mine, theirs, strict=True))) for mine, theirs in layers)
+        return Usage(self.fingerprint, tuple(sums))
+
+
+class UsageRecorder:
+    """Counts what is selected in a run; see zmoe.obs.Recorder."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._fingerprint = info.fingerprint
+        self._counts = np.zeros((len(info.moe_layers), info.experts), np.int64)
+
+    def __call__(self, layer: int, ids: Ints, assigned: Ints, executed: Ints) -> None:
+        real = ids[(ids >= 0) & (ids < self._counts.shape[1])]  # some routers have null experts
+        self._counts[layer] += np.bincount(real, minlength=self._counts.shape[1])
+
+    def take(self) -> Usage:
+        """What was selected since the last call."""
+        counts = tuple(tuple(layer) for layer in self._counts.tolist())
+        self._counts[:] = 0
+        return Usage(self._fingerprint, counts)
 
 
 def read_usage(path: Path, info: ModelInfo) -> Usage:
@@ -74,8 +92,21 @@ def _fits(counts: Any, info: ModelInfo) -> bool:
     )
 
 
-def write_usage(path: Path, usage: Usage) -> None:
-    """Write the profile whole or not at all. Raises InputError naming the file."""
+def check_usage_file(path: Path, info: ModelInfo) -> None:
+    """Raise InputError where what a run of `info` selects could not be added to the file `path`."""
+    if path.exists():
+        read_usage(path, info)
+    elif not path.parent.is_dir():
+        raise InputError(f"usage profile {path} cannot be written: no such folder {path.parent}")
+
+
+def add_usage(path: Path, usage: Usage, info: ModelInfo) -> None:
+    """Add to the profile in the file `path`, or begin it; whole or not at all.
+
+    Raises InputError naming the file.
+    """
+    if path.exists():
+        usage = read_usage(path, info) + usage
     record = {"zmoe_usage": VERSION, "fingerprint": usage.fingerprint, "counts": usage.counts}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

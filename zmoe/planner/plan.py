@@ -140,9 +140,8 @@ def predict(setup: Setup, nodes: int) -> Prediction:
     elif len(setup.given.held) == nodes:
         found = [setup.given]
     else:
-        raise PlacementError(
-            f"{setup.given.label} places {len(setup.given.held)} nodes, not {nodes}"
-        )
+        wanted = len(setup.given.held)
+        raise PlacementError(f"{setup.given.label} is for {wanted} nodes, not for {nodes}")
     predictions = [evaluate(setup, cluster, placed) for placed in found]
     return min(predictions, key=lambda p: (p.missing, p.decode.total))
 

@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.unit.placement.conftest import described
 from zmoe.errors import InputError, PlacementError
 from zmoe.placement.file import read_placement
-from zmoe.placement.usage import Usage, read_usage, write_usage
+from zmoe.placement.usage import (
+    Usage,
+    UsageRecorder,
+    add_usage,
+    check_usage_file,
+    read_usage,
+)
 from zmoe.types import Placement
 
 GOOD = {"experts": 3, "nodes": 2, "owned": [[1, 0], [2]]}
@@ -74,11 +81,21 @@ def test_usage_adds_up(tmp_path: Path) -> None:
     info = described(3, 2)
     path = tmp_path / "usage.json"
     usage = Usage(info.fingerprint, ((1, 0, 5), (2, 2, 2)))
-    write_usage(path, usage)
+    check_usage_file(path, info)
+    add_usage(path, usage, info)
     assert read_usage(path, info) == usage
-    write_usage(path, read_usage(path, info) + usage)
+    check_usage_file(path, info)
+    add_usage(path, usage, info)
     assert read_usage(path, info).counts == ((2, 0, 10), (4, 4, 4))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_run_selects_is_counted() -> None:
+    recorder, none = UsageRecorder(described(3, 2)), np.empty(0, np.int32)
+    for ids in ([[0, 2], [2, 3]], [[2, -1]]):  # 3 and -1 are nobody's
+        recorder(1, np.array(ids, np.int32), none, none)
+    assert recorder.take() == Usage("f00d", ((0, 0, 0), (1, 0, 3)))
+    assert recorder.take() == Usage("f00d", ((0, 0, 0), (0, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +119,17 @@ def test_profiles_that_are_none(tmp_path: Path, record: Any, words: str) -> None
     assert str(path) in str(caught.value)
 
 
-def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder cannot be written"):
-        write_usage(tmp_path / "folder", Usage("f00d", ()))
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+def test_a_profile_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, usage = described(1, 1), Usage("f00d", ((1,),))
+    with pytest.raises(InputError, match="cannot be written: no such folder"):
+        check_usage_file(tmp_path / "nowhere" / "usage.json", info)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(InputError, match="usage.json cannot be written: No space left"):
+        add_usage(tmp_path / "usage.json", usage, info)
+    assert list(tmp_path.iterdir()) == []
