@@ -116,7 +116,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
     from zmoe.cluster.hosts import check_env, hosts_from_file, hosts_from_names
     from zmoe.cluster.launch import RemoteOptions
     from zmoe.cluster.leader import ClusterSpec
-    from zmoe.cluster.placing import Wish
+    from zmoe.cluster.placing import PlacementRequest
 
     if options.hosts is not None and options.hostfile is not None:
         raise InputError("--hosts and --hostfile exclude each other")
@@ -142,7 +142,9 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         engine=EngineConfig(
             options.prefill_step_size, options.max_kv_size, options.compute, options.activations
         ),
-        placement=Wish(options.placement, options.usage, memory_limit(options.memory_limit)),
+        placement=PlacementRequest(
+            options.placement, options.usage, memory_limit(options.memory_limit)
+        ),
         record_usage=options.record_usage is not None,
     )
 

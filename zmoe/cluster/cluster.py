@@ -49,8 +49,8 @@ class Cluster:
         name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._leader: Leader | None = None
-        wish, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        self._placing = Placing(wish, self.info, count, engine, on_placement)
+        request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
+        self._placing = Placing(request, self.info, count, engine, on_placement)
         if self.spec.nodes > 1:
             self._leader = Leader(self.info, name, self.spec, self._placing, self._progress)
             self._member = self._leader.member

@@ -41,7 +41,7 @@ from zmoe.cluster.messages import (
     Step,
     Stop,
 )
-from zmoe.cluster.placing import Placing, Wish
+from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.cluster.resources import offer_of
 from zmoe.compute.team import common_isa
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
@@ -73,7 +73,7 @@ class ClusterSpec:
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    placement: Wish = field(default_factory=Wish)
+    placement: PlacementRequest = field(default_factory=PlacementRequest)
     record_usage: bool = False
 
     def __post_init__(self) -> None:

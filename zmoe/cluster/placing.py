@@ -22,7 +22,7 @@ OnChoice = Callable[[Choice], None]
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlacementRequest:
     """What a user asks: `way` is one of WAYS, or a placement file.
 
     `usage`: a profile of which experts are chosen, for replicas.
@@ -39,25 +39,25 @@ class Wish:
 
 
 class Placing:
-    """A wish for one model and run, its files read and checked."""
+    """A request for one model and run, its files read and checked."""
 
     def __init__(
         self,
-        wish: Wish,
+        request: PlacementRequest,
         info: ModelInfo,
         nodes: int,
         config: EngineConfig,
         on_choice: OnChoice | None = None,
     ) -> None:
         """Raises InputError and its kin for what is wrong whatever the nodes have."""
-        self._way, self._info, self._config, self._on_choice = wish.way, info, config, on_choice
+        self._way, self._info, self._config, self._on_choice = request.way, info, config, on_choice
         self._given: Placement | None = None
-        self._usage = read_usage(wish.usage, info) if wish.usage is not None else None
-        if wish.way not in WAYS:
-            self._given = _from_file(Path(wish.way), info, nodes)
-        elif wish.way == "slices":
+        self._usage = read_usage(request.usage, info) if request.usage is not None else None
+        if request.way not in WAYS:
+            self._given = _from_file(Path(request.way), info, nodes)
+        elif request.way == "slices":
             place_slices(info, [1] * nodes, [info.experts * len(info.moe_layers)] * nodes)
-        elif wish.way != "replicas":
+        elif request.way != "replicas":
             place_evenly(info, nodes)
 
     def choose(self, offers: Sequence[Offer]) -> Placement:
@@ -77,6 +77,8 @@ def check(placement: Placement, info: ModelInfo) -> None:
 
 
 def _from_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
+    if not path.exists():
+        raise InputError(f"--placement {path}: expected {', '.join(WAYS)}, or a file that is there")
     placement = read_placement(path, len(info.moe_layers))
     if placement.nodes != nodes:
         raise PlacementError(
