@@ -41,9 +41,9 @@ def proportional(
 def over_layers(totals: Sequence[int], layers: int) -> list[tuple[int, ...]]:
     """Each node's `totals` spread over `layers` that all get equally many: counts per layer.
 
-    A node's counts differ by at most one. Where several nodes could take the
-    odd one, it is the turn of another in each layer. `layers` divides the sum
-    of `totals`.
+    A node's counts differ by at most one: those that are owed most take the odd
+    ones, so that it is another's turn in each layer. `layers` divides the sum of
+    `totals`.
     """
     nodes, left = len(totals), list(totals)
     per_layer = sum(totals) // layers
@@ -51,7 +51,7 @@ def over_layers(totals: Sequence[int], layers: int) -> list[tuple[int, ...]]:
     for layer in range(layers):
         divided = [divmod(total, layers - layer) for total in left]
         odd = per_layer - sum(base for base, _ in divided)
-        turns = sorted(range(nodes), key=lambda n: (-divided[n][1], (n - layer) % nodes))
+        turns = sorted(range(nodes), key=lambda n: -divided[n][1])
         counts = [base + (turns.index(n) < odd) for n, (base, _) in enumerate(divided)]
         left = [total - count for total, count in zip(left, counts)]
         spread.append(tuple(counts))
