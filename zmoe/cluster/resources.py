@@ -18,6 +18,7 @@ from zmoe.planner.given import Offer
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _READ_BYTES = 64 << 20  # more than most caches hold
 _READ_S = 0.02
 _STEP = 1.1  # speeds are rounded to powers of it, so that like machines are equal
@@ -68,9 +69,8 @@ def _available() -> int | None:
 def _cgroup_limits() -> list[int]:
     """What this process's control group (version 2, as containers have it) allows."""
     try:
-        line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
-        folder = Path("/sys/fs/cgroup") / line.partition("::")[2].lstrip("/")
-        return [int((folder / "memory.max").read_text())]
+        line = _CGROUP.read_text().splitlines()[-1]
+        return [int((_CGROUPS / line.partition("::/")[2] / "memory.max").read_text())]
     except (OSError, ValueError, IndexError):  # another version, or "max"
         return []
 
