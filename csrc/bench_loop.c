@@ -21,7 +21,10 @@ int zmoe_bench_exchanges(zmoe_exchange *ex, const zmoe_call *call, const void *s
   for (uint32_t i = 0; i < count; i++) {
     next.step = ex->published > 0 ? zmoe_round_at(ex, ex->published - 1)->header.step + 1 : 0;
     double start_us = clock_us();
-    int rc = zmoe_exchange_publish(ex, &next, src, dtype, deadline_us, fault);
+    int rc;
+    do
+      rc = zmoe_exchange_publish(ex, &next, src, dtype, deadline_us, fault);
+    while (rc == ZMOE_EINTR);
     while (rc == ZMOE_OK || rc == ZMOE_EINTR) {
       rc = zmoe_exchange_collect(ex, out, dtype, deadline_us, fault);
       if (rc == ZMOE_OK)

@@ -75,7 +75,7 @@ static void fill(const zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_
 /* The frame for one worker, held but not sent yet; `whole` is the header of all rows'
  * partial. */
 static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call *call,
-                   const zmoe_header *whole, uint32_t rank, uint64_t deadline_us) {
+                   const zmoe_header *whole, uint32_t rank, uint64_t deadline_us, uint64_t *lost) {
   zmoe_held *held = &ex->peers[rank].rows;
   uint32_t rows;
   size_t pairs;
@@ -83,7 +83,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   uint64_t bytes = zmoe_payload_bytes(routed->x_dtype, rows, call->width) + pairs * ZMOE_PAIR_BYTES;
   if (bytes > ex->max_payload_bytes)
     return ZMOE_EINVAL;
-  int rc = zmoe_pool_acquire(ex->pool, bytes, deadline_us, &held->slot);
+  int rc = zmoe_wait_slot(ex, bytes, deadline_us, &held->slot, lost);
   if (rc != ZMOE_OK)
     return rc;
   held->header = *whole;
@@ -113,13 +113,14 @@ static void drop_requests(zmoe_exchange *ex) {
 int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
                            uint64_t deadline_us, zmoe_fault *fault) {
   zmoe_round made = {.partial = NULL};
+  uint64_t lost = 0;
   int rc = zmoe_round_header(ex, call, &made.header);
   if (rc == ZMOE_OK && !may_dispatch(ex, routed, &made.header))
     rc = ZMOE_EINVAL;
   if (rc == ZMOE_OK) {
     note_ranks(ex, routed, call->rows);
     for (uint32_t r = 1; r < ex->nodes && rc == ZMOE_OK; r++)
-      rc = prepare(ex, routed, call, &made.header, r, deadline_us);
+      rc = prepare(ex, routed, call, &made.header, r, deadline_us, &lost);
     if (rc != ZMOE_OK)
       zmoe_central_release(ex);
   }
@@ -130,7 +131,7 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
       (void)zmoe_links_send_back(ex, r, &ex->peers[r].rows);
     zmoe_intake_promote(ex);
   }
-  zmoe_fault_set(ex, 0, fault);
+  zmoe_fault_publish(ex, rc, lost, fault);
   return rc;
 }
 
@@ -265,12 +266,12 @@ static int is_due(const zmoe_exchange *ex, const zmoe_round *round, const zmoe_h
 }
 
 int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
-                         zmoe_dtype src_dtype, uint64_t deadline_us) {
+                         zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   zmoe_round *round = open_round(ex), made = {.partial = NULL};
   int rc = zmoe_round_header(ex, call, &made.header);
   if (rc != ZMOE_OK || !is_due(ex, round, &made.header))
     return ZMOE_EINVAL;
-  rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us);
+  rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, lost);
   if (rc != ZMOE_OK) {
     zmoe_slot_drop(&made.partial);
     return rc;

@@ -215,6 +215,12 @@ void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
   };
 }
 
+void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fault) {
+  zmoe_fault_set(ex, lost, fault);
+  if (rc == ZMOE_EPOOL)
+    fault->missing = zmoe_resend_askers(ex);
+}
+
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
   zmoe_wait_drain(ex);
   uint64_t lost = 0;

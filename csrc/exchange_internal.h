@@ -146,6 +146,8 @@ static inline int zmoe_awaits_chunks(const zmoe_exchange *ex) {
 /* ---- exchange.c ------------------------------------------------------------ */
 
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault);
+/* The same after publishing gave `rc`. */
+void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fault);
 
 /* ---- round.c --------------------------------------------------------------- */
 
@@ -158,7 +160,7 @@ int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_heade
 /* Takes slots for the partial of `made` and encodes src into them; NULL is all zeros.
  * When it fails, the caller drops the slots. */
 int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
-                      uint64_t deadline_us);
+                      uint64_t deadline_us, uint64_t *lost);
 /* Whether an exchange may come next. */
 int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header);
 /* Takes over the slots of `made`, as the latest exchange; nothing is sent. */
@@ -188,7 +190,7 @@ zmoe_held zmoe_scatter_own_sum(const zmoe_exchange *ex, const zmoe_round *round)
 
 /* The leader's own partial, or a worker's answer; NULL is all zeros. */
 int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
-                         zmoe_dtype src_dtype, uint64_t deadline_us);
+                         zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost);
 /* The open exchange has all answers: writes the sum to `out`. */
 int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype);
 /* Nobody can ask for what was dispatched any more. */
@@ -246,6 +248,8 @@ void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_round *round);
 /* Asks the ranks of whom something is missing, and whose time has come, for it. */
 void zmoe_resend_ask(zmoe_exchange *ex, uint64_t now_us);
 void zmoe_resend_answer(zmoe_exchange *ex, const zmoe_header *request);
+/* The ranks that asked for a frame that we still hold. */
+uint64_t zmoe_resend_askers(zmoe_exchange *ex);
 /* Tells a rank that waits at `theirs` for a frame of ours that we are past it,
  * without ever having done that exchange. */
 void zmoe_resend_tell(zmoe_exchange *ex, const zmoe_header *theirs);
@@ -258,6 +262,9 @@ int zmoe_wait_prepare(zmoe_exchange *ex);
 int zmoe_wait_drain(zmoe_exchange *ex);
 /* What ends a wait, or ZMOE_OK to go on. */
 int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost);
+/* A slot, or why there is none: a peer's loss; ZMOE_EINTR well before the deadline. */
+int zmoe_wait_slot(zmoe_exchange *ex, size_t bytes, uint64_t deadline_us, zmoe_slot **out,
+                   uint64_t *lost);
 /* Until the oldest open exchange has every peer's frames. */
 int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost);
 

@@ -90,6 +90,14 @@ void zmoe_resend_answer(zmoe_exchange *ex, const zmoe_header *request) {
   }
 }
 
+uint64_t zmoe_resend_askers(zmoe_exchange *ex) {
+  uint64_t askers = 0;
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    if (ex->peers[r].served_at_us != 0 && held_round(ex, &ex->peers[r].served) != NULL)
+      askers |= zmoe_bit(r);
+  return askers;
+}
+
 /* ---- asking ----------------------------------------------------------------- */
 
 /* Asks rank r for its partial, or when that is here, for its chunk of the sum. */

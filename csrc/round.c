@@ -90,10 +90,10 @@ static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
   return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
 }
 
-static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, zmoe_fault *fault) {
+static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zmoe_fault *fault) {
   zmoe_slot_drop(&made->partial);
   zmoe_slot_drop(&made->sum);
-  zmoe_fault_set(ex, 0, fault);
+  zmoe_fault_publish(ex, rc, lost, fault);
   return rc;
 }
 
@@ -127,15 +127,15 @@ static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *ou
   return is_next ? ZMOE_OK : ZMOE_EINVAL;
 }
 
-static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made) {
+static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
   const zmoe_header *header = &made->header;
   if (header->chunks == 0)
-    return zmoe_pool_acquire(ex->pool, header->payload_bytes, deadline_us, &made->partial);
+    return zmoe_wait_slot(ex, header->payload_bytes, deadline_us, &made->partial, lost);
   zmoe_range own =
       zmoe_chunk((zmoe_dtype)header->dtype, header->rows, header->width, header->chunks, ex->rank);
   size_t bytes = zmoe_scatter_slot_bytes(header->payload_bytes, header->chunks);
-  int rc = zmoe_pool_acquire(ex->pool, bytes, deadline_us, &made->partial);
-  return rc == ZMOE_OK ? zmoe_pool_acquire(ex->pool, own.bytes, deadline_us, &made->sum) : rc;
+  int rc = zmoe_wait_slot(ex, bytes, deadline_us, &made->partial, lost);
+  return rc == ZMOE_OK ? zmoe_wait_slot(ex, own.bytes, deadline_us, &made->sum, lost) : rc;
 }
 
 static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype) {
@@ -153,25 +153,26 @@ static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dty
 }
 
 int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
-                      uint64_t deadline_us) {
+                      uint64_t deadline_us, uint64_t *lost) {
   if (src == NULL)
     made->header.payload_bytes = 0;
-  int rc = acquire(ex, deadline_us, made);
+  int rc = acquire(ex, deadline_us, made, lost);
   return rc == ZMOE_OK ? encode(ex, made, src, src_dtype) : rc;
 }
 
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault) {
+  uint64_t lost = 0;
   if (ex->role != ZMOE_PEER) {
-    int status = zmoe_central_publish(ex, call, src, src_dtype, deadline_us);
-    zmoe_fault_set(ex, 0, fault);
+    int status = zmoe_central_publish(ex, call, src, src_dtype, deadline_us, &lost);
+    zmoe_fault_publish(ex, status, lost, fault);
     return status;
   }
   zmoe_round made = {.partial = NULL};
   int rc = make_header(ex, call, &made.header);
   if (rc == ZMOE_OK)
-    rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us);
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, fault);
+    rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, &lost);
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
 }
 
 int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
@@ -189,7 +190,7 @@ int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_sl
   if (rc == ZMOE_OK &&
       (made.header.chunks > 0 || made.header.payload_bytes > zmoe_slot_capacity(slot)))
     rc = ZMOE_EINVAL;
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, fault);
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, 0, fault);
 }
 
 /* ---- collect ---------------------------------------------------------------- */

@@ -10,6 +10,8 @@
 
 #include "exchange_internal.h"
 
+#include "pool.h"
+
 #include <errno.h>
 #include <sched.h>
 
@@ -107,6 +109,21 @@ static int sleep_and_read(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us)
     if (ex->polled[i].revents != 0 && !read_polled(ex, i))
       ex->unread = 1;
   return ZMOE_OK;
+}
+
+/* ---- until a slot is free ------------------------------------------------------ */
+
+int zmoe_wait_slot(zmoe_exchange *ex, size_t bytes, uint64_t deadline_us, zmoe_slot **out,
+                   uint64_t *lost) {
+  uint64_t span_us = deadline_us < STAY_US ? deadline_us : STAY_US;
+  int rc = zmoe_pool_acquire(ex->pool, bytes, span_us, out);
+  if (rc != ZMOE_EPOOL)
+    return rc;
+  zmoe_wait_drain(ex);
+  rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, lost);
+  if (rc != ZMOE_OK)
+    return rc;
+  return span_us < deadline_us ? ZMOE_EINTR : ZMOE_EPOOL;
 }
 
 /* ---- until all frames are here ----------------------------------------------- */

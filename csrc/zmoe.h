@@ -196,7 +196,8 @@ typedef struct zmoe_exchange_config {
 } zmoe_exchange_config;
 
 typedef struct zmoe_fault {
-  uint64_t missing;  /* bit r: nothing from rank r for this layer yet */
+  uint64_t missing;  /* bit r: nothing from rank r for this layer yet; after ZMOE_EPOOL,
+                      * rank r had to be sent again what we still hold */
   uint64_t lost;     /* bit r: the link to rank r is gone */
   uint64_t diverged; /* bit r: rank r is elsewhere, see theirs */
   int32_t zmq_errno;
@@ -247,7 +248,8 @@ typedef struct zmoe_call {
 } zmoe_call;
 
 /* Encode src (rows x width) in the wire's dtype and publish it.  src NULL: this
- * rank adds nothing. */
+ * rank adds nothing.  When no slot is free, nothing is published: after ZMOE_EINTR
+ * (within 100 ms; peers have been answered) call again to go on waiting. */
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
 /* Zero-copy producer, ZMOE_DIRECT alone: get a slot, write the payload, publish

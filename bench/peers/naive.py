@@ -39,9 +39,10 @@ from zmoe.engine.prompt import encode_prompt, open_tokenizer
 from zmoe.errors import ZmoeError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.hub import resolve_model
+from zmoe.moe.exchange import SingleNode
 from zmoe.moe.router import LocalPairs
 from zmoe.native import Dtype
-from zmoe.types import nothing
+from zmoe.types import Partial, nothing
 
 DEADLINE_S = 300.0  # for loading, and for one answer
 POLL_MS = 500
@@ -80,13 +81,19 @@ class Request:
         return pairs, np.ones((self.rows, 1), np.float32)
 
 
+class Worker(SingleNode):
+    """Whose experts to load."""
+
+
 def serve(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what the leader asks for until it says that this was all."""
     info = inspect_model(resolve_model(options.model))
     config = EngineConfig()
     team = make_team(config, best_isa_name()) if is_native(config) else None
     placement = place_evenly(info, options.nodes)
-    layers = load_experts(info, placement, options.rank, team=team).layers
+    worker = Worker()
+    worker.rank = options.rank
+    layers = load_experts(info, placement, worker, team=team).layers
     context = zmq.Context()
     link = context.socket(zmq.PAIR)
     link.connect(options.serve)
@@ -176,7 +183,11 @@ class NaiveReducer:
         self._asked: deque[tuple[int, Host, Host]] = deque()
         self.experts_s: list[list[float]] = []  # of each layer, by rank
 
-    def scatter(
+    def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """Outputs are sent in float32."""
+        return dtype
+
+    def dispatch(
         self,
         layer: int,
         x: Any,
@@ -200,7 +211,7 @@ class NaiveReducer:
     def all_reduce_host(
         self,
         layer: int,
-        partial: Host | None,
+        partial: Partial[Host],
         out: Host,
         dtype: mx.Dtype,
         digest: int,
@@ -208,8 +219,9 @@ class NaiveReducer:
     ) -> None:
         """See zmoe.types.Reducer."""
         spent = [0.0] * self.nodes
+        mine = partial(0, len(out)) if callable(partial) else partial
         with self._spans.span("exchange"):
-            out[...] = 0 if partial is None else partial
+            out[...] = 0 if mine is None else mine
             while self._asked:
                 owner, rows, weights = self._asked.popleft()
                 outputs, seconds = self._workers.receive(owner)
@@ -221,7 +233,7 @@ class NaiveReducer:
     def all_reduce(
         self,
         layer: int,
-        partial: mx.array | None,
+        partial: Partial[mx.array],
         shape: tuple[int, int],
         dtype: mx.Dtype,
         digest: int,
@@ -229,7 +241,8 @@ class NaiveReducer:
     ) -> mx.array:
         """See zmoe.types.Reducer."""
         out = np.empty(shape, np.float32)
-        own = None if partial is None else np.array(partial.astype(mx.float32))
+        mine = partial(0, shape[0]) if callable(partial) else partial
+        own = None if mine is None else np.array(mine.astype(mx.float32))
         self.all_reduce_host(layer, own, out, dtype, digest, overlap)
         return mx.array(out).astype(dtype)
 

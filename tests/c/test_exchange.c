@@ -320,24 +320,70 @@ static void test_mistakes(void) {
   rig_close(nodes, 2);
 }
 
+static int take_all_slots(rig_node *node, zmoe_slot **slots) {
+  int n = 0;
+  while (zmoe_exchange_slot(node->ex, RIG_MAX_BYTES, 0, &slots[n]) == ZMOE_OK)
+    n++;
+  return n;
+}
+
 static void test_pool_exhaustion(void) {
   rig_node nodes[2];
   rig_options options = USUAL;
   options.puppets = 2;
   rig_open(nodes, options);
   zmoe_slot *slots[64], *extra;
-  int n = 0;
-  while (zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 0, &slots[n]) == ZMOE_OK)
-    n++;
+  int n = take_all_slots(&nodes[0], slots);
   CHECK_EQUAL(n, 6);
   CHECK_EQUAL(zmoe_exchange_slot(nodes[0].ex, RIG_MAX_BYTES, 1000, &extra), ZMOE_EPOOL);
   static float data[RIG_MAX_BYTES / 4];
   zmoe_fault fault;
   zmoe_call call = rig_call(0, 0, 1, RIG_MAX_BYTES / 4, ZMOE_F32);
   CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, &call, data, ZMOE_F32, 1000, &fault), ZMOE_EPOOL);
+  CHECK_EQUAL(fault.missing, 0);
+  CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, &call, data, ZMOE_F32, RIG_PATIENCE_US, &fault),
+              ZMOE_EINTR);
   while (n-- > 0)
     zmoe_slot_release(slots[n]);
   CHECK_EQUAL(rig_node_send(&nodes[0], &call, data), ZMOE_OK);
+  rig_close(nodes, 2);
+}
+
+/* While there is no slot, a peer gets again what it asks for, and is named. */
+static void test_exhaustion_behind_a_link(void) {
+  rig_node nodes[2];
+  rig_options options = USUAL;
+  options.puppets = 2, options.resend_ms = 1, options.grace_ms = 1;
+  rig_open(nodes, options);
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_publish(&nodes[1], 0, 0, 1);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  zmoe_slot *slots[64];
+  int n = take_all_slots(&nodes[0], slots), rc;
+  static float data[RIG_MAX_BYTES / 4];
+  zmoe_call call = rig_call(1, 0, 1, RIG_MAX_BYTES / 4, ZMOE_F32);
+  zmoe_header request = rig_header(1, 0, 0);
+  uint8_t frame[ZMOE_HEADER_BYTES + 16];
+  request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+  do {
+    rig_send(nodes[1].dealers[0], frame, rig_frame(&request, 0, frame), 0);
+    rc = zmoe_exchange_publish(nodes[0].ex, &call, data, ZMOE_F32, 1000, &fault);
+    CHECK_EQUAL(rc, ZMOE_EPOOL);
+  } while (fault.missing == 0);
+  CHECK_EQUAL(fault.missing, 2);
+  CHECK_EQUAL(rig_receive(nodes[1].dealers[0], frame, sizeof frame, RIG_PATIENCE_US / 1000),
+              sizeof frame);
+  rig_kill(&nodes[1]);
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  do
+    rc = zmoe_exchange_publish(nodes[0].ex, &call, data, ZMOE_F32, RIG_PATIENCE_US, &fault);
+  while (rc == ZMOE_EINTR && rig_now_us() < until_us);
+  CHECK_EQUAL(rc, ZMOE_EPEER);
+  CHECK_EQUAL(fault.lost, 2);
+  while (n-- > 0)
+    zmoe_slot_release(slots[n]);
   rig_close(nodes, 2);
 }
 
@@ -352,6 +398,7 @@ int main(int argc, char **argv) {
       {"signals end a wait", test_signals},
       {"a caller's mistakes are refused", test_mistakes},
       {"an exhausted pool", test_pool_exhaustion},
+      {"an exhausted pool behind a link", test_exhaustion_behind_a_link},
   };
   rig_start(argc, argv);
   RUN(tests);

@@ -61,6 +61,8 @@ def test_everybody_names_a_lost_worker(commands: Commands, free_port: int, how: 
     workers[0].send_signal(how)
     for process in (leader, workers[1]):
         _, errors = process.communicate(timeout=30)
+        if process is workers[1] and process.returncode == 0:
+            continue  # it was between two steps: the leader told it to stop
         assert process.returncode == 1, errors
         last = errors.strip().splitlines()[-1]
         assert re.search(r"rank 1 .*(layer \d+, |between layers, )step \d+", last), errors

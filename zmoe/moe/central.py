@@ -98,19 +98,16 @@ class CentralExchange(Exchange):
             rows, width = x.shape
             if isinstance(x, mx.array):
                 x, _ = ReceiveBuffers.source(x, x.size)
-            status = self.native.dispatch(
+            routed = (
                 x,
                 DTYPES[x_dtype],
                 np.ascontiguousarray(ids),
                 np.ascontiguousarray(weights),
                 self._owners[layer](ids),
-                self.step,
-                layer,
-                width,
-                DTYPES[dtype] if self.wire is None else self.wire,
-                digest,
-                self._deadline_s,
             )
+            wire = DTYPES[dtype] if self.wire is None else self.wire
+            call = (self.step, layer, width, wire, digest)
+            status = self._again(lambda s: self.native.dispatch(*routed, *call, s))
         if status == Status.INVALID:
             raise InputError(
                 f"{rows} rows of {width} {x_dtype} do not fit the exchange's {self._max_bytes} "

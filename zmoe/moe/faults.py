@@ -23,6 +23,9 @@ def error_of(
     if status == Status.DIVERGED:
         return _divergence(fault, rank)
     where = "between layers" if layer is None else f"at layer {layer}, step {step}"
+    if status == Status.POOL and fault.missing:
+        reason = f"has not taken our frames for {deadline_s:g} s"
+        return PeerError(fault.missing[0], layer, step, reason)
     if status == Status.POOL:
         return ZmoeError(f"no send buffer became free within {deadline_s:g} s {where}")
     if status == Status.ZMQ:

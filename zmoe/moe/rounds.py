@@ -131,10 +131,8 @@ class Rounds:
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> None:
-        native, deadline_s = self.native, self._deadline_s
-        status = native.publish(
-            *source, self.step, layer, rows, width, wire, digest, deadline_s, algorithm, part
-        )
+        native, call = self.native, (*source, self.step, layer, rows, width, wire, digest)
+        status = self._again(lambda deadline_s: native.publish(*call, deadline_s, algorithm, part))
         if status == Status.OK:
             return
         if wire.payload_bytes(rows, width) > self._max_bytes:
@@ -150,14 +148,18 @@ class Rounds:
         self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s, at), layer)
 
     def _wait(self, call: Callable[[float], int], layer: int) -> None:
+        status = self._again(call)
+        if status != Status.OK:
+            self._fail(status, layer)
+
+    def _again(self, call: Callable[[float], int]) -> int:
         """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
         status = call(self._deadline_s)
         if status == Status.INTERRUPTED:
             until = time.monotonic() + self._deadline_s
             while status == Status.INTERRUPTED:
                 status = call(until - time.monotonic())
-        if status != Status.OK:
-            self._fail(status, layer)
+        return status
 
     def _fail(self, status: int, layer: int | None) -> NoReturn:
         raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +16,7 @@ import zmq
 from zmoe.errors import DivergenceError, InputError, LaunchError, PeerError, ZmoeError
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, join, local_group
 from zmoe.moe.native_exchange import Receive
-from zmoe.native import Dtype, Status
+from zmoe.native import Dtype, Status, ffi, lib
 from zmoe.obs import Spans
 
 WIRE = {mx.float32: Dtype.F32, mx.float16: Dtype.F16, mx.bfloat16: Dtype.BF16}
@@ -300,3 +302,42 @@ def test_a_single_node_needs_nobody() -> None:
     out = alone.all_reduce(0, mx.ones((2, 3)), (2, 3), mx.bfloat16, 0)
     assert out.dtype == mx.bfloat16 and out.shape == (2, 3)
     assert mx.array_equal(alone.all_reduce(0, None, (2, 3), mx.float16, 0), mx.zeros((2, 3)))
+
+
+# ---- no buffer is free ----------------------------------------------------------------
+
+
+def take_all_slots(exchange: Exchange) -> list[Any]:
+    """Every slot of the pool, as a peer's stalled link may hold them."""
+    taken, slot = [], ffi.new("zmoe_slot **")
+    while lib.zmoe_exchange_slot(exchange.native._exchange, 0, 0, slot) == Status.OK:
+        taken.append(slot[0])
+    return taken
+
+
+def test_a_sum_waits_for_a_buffer(group: list[Exchange]) -> None:
+    taken = take_all_slots(group[0])
+
+    def release() -> None:
+        before = group[0].pool_stats["waits"]
+        while group[0].pool_stats["waits"] < before + 3:  # it comes back to Python meanwhile
+            time.sleep(0.01)
+        lib.zmoe_slot_release(taken[0])
+
+    releaser = threading.Thread(target=release)
+    releaser.start()
+    sums = together([partial(each.all_reduce_numpy, np.ones(4, np.float32)) for each in group])
+    releaser.join(60)
+    for found in sums:
+        np.testing.assert_array_equal(found, np.full(4, 2, np.float32))
+    for slot in taken[1:]:
+        lib.zmoe_slot_release(slot)
+
+
+def test_a_peer_lost_while_no_buffer_is_free(group: list[Exchange]) -> None:
+    taken = take_all_slots(group[0])
+    group[1].close()
+    with pytest.raises(PeerError, match="rank 1 was lost at layer 3, step 0"):
+        group[0].all_reduce(3, None, (1, 4), mx.float32, 0)
+    for slot in taken:
+        lib.zmoe_slot_release(slot)
