@@ -26,7 +26,7 @@ import numpy.typing as npt
 import zmq
 from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
-from zmoe.cluster.placement import place_evenly
+from zmoe.placement.build import place_evenly
 from zmoe_cluster import flags, measure
 
 from zmoe.cluster.launch import divide_cores
