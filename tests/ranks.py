@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from zmoe.moe.ownership import Ownership
 from zmoe.types import Partial, Placement, nothing
 
 T = TypeVar("T")
@@ -191,3 +192,8 @@ def round_robin(nodes: int, experts: int, layers: int) -> Placement:
         for m in range(layers)
     )
     return Placement(nodes, experts, owned)
+
+
+def owning(experts: int, owned: Sequence[int]) -> Ownership:
+    """A layer of which this node owns `owned` and nobody else anything."""
+    return Ownership(Placement(1, experts, ((tuple(owned),),)), 0, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("zmoe.h", "compute.h", "decoder.h", "bench_loop.h")
+HEADERS = ("zmoe.h", "assign.h", "compute.h", "decoder.h", "bench_loop.h")
 
 
 def declarations(header: str) -> str:
@@ -22,7 +22,7 @@ def declarations(header: str) -> str:
     lines = [
         line
         for line in text.splitlines()
-        if not line.startswith("#") or re.fullmatch(r"#define \w+ \d+", line)
+        if not line.startswith("#") or re.fullmatch(r"#define \w+ \d+ *", line)
     ]
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zmoe.cluster.cluster import Cluster
     from zmoe.cluster.leader import ClusterSpec
+    from zmoe.cluster.placing import PlacementRequest
     from zmoe.config import EngineConfig, Sampling, Timing
     from zmoe.engine.generate import Generation, Token
     from zmoe.errors import InputError, ModelError, PeerError, ZmoeError
@@ -31,6 +32,7 @@ _HOMES = {
     "InputError": "zmoe.errors",
     "ModelError": "zmoe.errors",
     "PeerError": "zmoe.errors",
+    "PlacementRequest": "zmoe.cluster.placing",
     "Sampling": "zmoe.config",
     "Timing": "zmoe.config",
     "Token": "zmoe.engine.generate",
@@ -47,6 +49,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "PeerError",
+    "PlacementRequest",
     "Sampling",
     "Timing",
     "Token",

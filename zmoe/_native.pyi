@@ -32,6 +32,7 @@ class _Lib:
     ZMOE_MAX_NODES: int
     ZMOE_PAIR_BYTES: int
     ZMOE_PRESENCE_BYTES: int
+    ZMOE_ROW_BLOCK: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
     def zmoe_isa_best(self) -> int: ...
@@ -51,6 +52,17 @@ class _Lib:
         isa: int,
     ) -> int: ...
     def zmoe_digest(self, data: CData, size: int) -> int: ...
+    def zmoe_assign(
+        self,
+        owners: CData,
+        ids: CData,
+        rows: int,
+        top_k: int,
+        scratch: CData,
+        ranks: CData,
+        counts: CData,
+    ) -> None: ...
+    def zmoe_assign_scratch(self, owners: CData) -> int: ...
     def zmoe_pool_create(
         self, classes: CData, n_classes: int, alignment: int, out: CData
     ) -> int: ...
@@ -200,6 +212,8 @@ class _Lib:
         top_k: int,
         local: CData,
         experts: int,
+        ranks: CData,
+        rank: int,
         sorted: CData,
         out: CData,
     ) -> None: ...

@@ -234,6 +234,57 @@ def presence(session: int, rank: int) -> bytes:
     return bytes(ffi.buffer(out))
 
 
+# ---- assignment ---------------------------------------------------------------
+
+
+class Owners:
+    """Who holds the experts of a layer, and so who computes which; see csrc/assign.h.
+
+    `slices[rank]` names the slice that a rank holds of each of its experts: 0 to
+    the number of distinct ones. `speeds[rank]`: relative, positive.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        owned: Sequence[Sequence[int]],
+        slices: Sequence[int] = (),
+        speeds: Sequence[int] = (),
+    ) -> None:
+        """`owned[rank]` are the ids of its experts."""
+        nodes = len(owned)
+        numbers = list(slices) or [0] * nodes
+        masks = [0] * experts
+        for rank, ids in enumerate(owned):
+            for expert in ids:
+                masks[expert] |= 1 << rank
+        of_slice = [0] * (1 + max(numbers))
+        for rank, number in enumerate(numbers):
+            of_slice[number] |= 1 << rank
+        self._keep = (
+            ffi.new("uint64_t[]", masks),
+            ffi.new("uint64_t[]", of_slice),
+            ffi.new("uint32_t[]", list(speeds) or [1] * nodes),
+        )
+        self._raw = ffi.new("zmoe_owners *", (nodes, experts, len(of_slice), *self._keep))
+        self._scratch = ffi.new("uint64_t[]", lib.zmoe_assign_scratch(self._raw) // 8 + 1)
+        self.ranks = np.full((len(of_slice), experts), -1, np.int32)
+        self.counts = np.zeros(nodes, np.uint32)
+        self._out = (
+            ffi.from_buffer("int32_t[]", self.ranks, require_writable=True),
+            ffi.from_buffer("uint32_t[]", self.counts, require_writable=True),
+        )
+
+    def assign(self, ids: npt.NDArray[np.int32]) -> None:
+        """Share out the experts `ids` (rows, k) that the rows have selected.
+
+        Then `ranks` (slices, experts) is who computes each, -1 where nobody does,
+        and `counts` (nodes,) how many each rank computes, until the next call.
+        """
+        view = ffi.from_buffer("int32_t[]", ids)
+        lib.zmoe_assign(self._raw, view, ids.shape[0], ids.shape[1], self._scratch, *self._out)
+
+
 # ---- benchmarks ---------------------------------------------------------------
 
 

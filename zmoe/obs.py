@@ -6,6 +6,24 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+
+
+class Recorder(Protocol):
+    """Is told, in every MoE layer and step, what was selected and what this node runs.
+
+    `layer` is the ordinal of the MoE layer; `ids` (rows, k) the experts that
+    the router selected, on whatever node they are, in memory that the next
+    step reuses. Ascending expert ids: `assigned`, whose outputs this node
+    computes; `executed`, those and the ones that its policy runs besides.
+    """
+
+    def __call__(self, layer: int, ids: Ints, assigned: Ints, executed: Ints) -> None: ...
 
 
 class Spans:

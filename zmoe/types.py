@@ -54,6 +54,11 @@ class ModelInfo:
     experts: int
     top_k: int
     hidden_size: int
+    expert_hidden: int  # the inner width of an expert
+    granule: int  # slices of it begin and end at multiples; 0: the layers' widths differ
+    expert_parameters: int  # of one expert
+    expert_bytes: int  # of one expert of one layer, in the mean
+    dense_bytes: int  # of everything but the routed experts
     exchange_width: int  # most elements that one row takes on the wire in any layer
     context_length: int | None
 

@@ -26,10 +26,10 @@ import numpy.typing as npt
 import zmq
 from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
+from zmoe.placement.build import place_evenly
 from zmoe_cluster import flags, measure
 
 from zmoe.cluster.launch import divide_cores
-from zmoe.cluster.placement import place_evenly
 from zmoe.compute.arrays import DTYPES
 from zmoe.compute.team import best_isa_name, is_native, make_team
 from zmoe.config import EngineConfig, Sampling

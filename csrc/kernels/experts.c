@@ -57,11 +57,12 @@ static int take_scratch(zmoe_team *team, struct zmoe_experts_job *job, uint32_t 
   job->mid.arranged = zmoe_team_scratch(team, pairs * sizeof *job->mid.arranged);
   job->copies = zmoe_team_scratch(team, copies * sizeof *job->copies);
   job->activations = zmoe_team_scratch(team, middle * sizeof *job->activations);
+  job->mid_infinite = zmoe_team_scratch(team, pairs);
   job->per_thread = zmoe_team_scratch(team, (size_t)ZMOE_EXPERTS_THREAD * zmoe_team_threads(team));
   if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_arranged == NULL ||
       job->in.plain == NULL || job->in.arranged == NULL || job->mid.plain == NULL ||
       job->mid.arranged == NULL || job->copies == NULL || job->activations == NULL ||
-      job->per_thread == NULL)
+      job->mid_infinite == NULL || job->per_thread == NULL)
     return ZMOE_ENOMEM;
   return ZMOE_OK;
 }

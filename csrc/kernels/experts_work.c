@@ -12,14 +12,15 @@
 
 /* ---- stages ---------------------------------------------------------------- */
 
-static void arrange_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
-                        const float *x, void *to, _Atomic int *infinite) {
+/* 0 for a row that no layout can hold. */
+static int arrange_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
+                       const float *x, void *to) {
   if (layout == ZMOE_LAYOUT_PLAIN)
-    return;
-  if (zmoe_is_finite(x, w->ins))
+    return 1;
+  int finite = zmoe_is_finite(x, w->ins);
+  if (finite)
     kernels->arrange(layout, w, x, to);
-  else
-    atomic_store(infinite, 1);
+  return finite;
 }
 
 static void take_rows(struct zmoe_experts_job *job) {
@@ -27,7 +28,8 @@ static void take_rows(struct zmoe_experts_job *job) {
   for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
     zmoe_widen(job->x, job->x_dtype, r, w->ins, job->copies, job->isa);
     const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->ins, job->copies);
-    arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r], &job->infinite);
+    if (!arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r]))
+      atomic_store(&job->infinite, 1);
   }
 }
 
@@ -71,8 +73,16 @@ static void activate(struct zmoe_experts_job *job, float *scratch) {
 
 static void arrange_activations(struct zmoe_experts_job *job) {
   for (uint32_t i; (i = zmoe_take(&job->mid_tasks)) < job->n_pairs;)
-    arrange_row(job->kernels, job->mid.layout, job->layer->down, job->mid.plain[i],
-                job->mid.arranged[i], &job->mid_infinite);
+    job->mid_infinite[i] = !arrange_row(job->kernels, job->mid.layout, job->layer->down,
+                                        job->mid.plain[i], job->mid.arranged[i]);
+}
+
+/* Of one expert: what another makes of a row must not change its own products. */
+static int is_mid_infinite(const struct zmoe_experts_job *job, const struct zmoe_group *group) {
+  int found = 0;
+  for (uint32_t i = group->begin; i < group->end && job->mid.layout != ZMOE_LAYOUT_PLAIN; i++)
+    found |= job->mid_infinite[i];
+  return found;
 }
 
 static void store(const struct zmoe_experts_job *job, size_t row, uint32_t width, uint32_t first,
@@ -103,7 +113,6 @@ static void add_weighted(const struct zmoe_experts_job *job, const struct zmoe_g
 
 static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
   float *panel = scratch, *sums = scratch + ZMOE_PANEL_BYTES / 4, *total = sums + ZMOE_SUMS;
-  int infinite = atomic_load(&job->mid_infinite);
   uint32_t count = zmoe_panels(job->width), run = run_of(job, count);
   zmoe_run mine = {0, 0};
   for (uint32_t task; zmoe_take_of_run(&job->down_tasks, count, run, &mine, &task);) {
@@ -111,8 +120,8 @@ static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
     memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
     for (uint32_t g = 0; g < job->n_groups; g++) {
       const struct zmoe_group *group = &job->groups[g];
-      product(job, infinite, &job->layer->down[group->expert], &job->mid, group, first, panel,
-              sums);
+      product(job, is_mid_infinite(job, group), &job->layer->down[group->expert], &job->mid, group,
+              first, panel, sums);
       if (job->pair_weights == NULL)
         store_pairs(job, group, job->width, first, sums);
       else

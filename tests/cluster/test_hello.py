@@ -13,27 +13,33 @@ import pytest
 import zmq
 
 from tests.cluster.conftest import PATIENCE_S, Commands
-from zmoe.cluster.bus import WorkerBus
+from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.member import hello_of
-from zmoe.cluster.messages import Hello, Join, Setup, Stop
-from zmoe.cluster.placement import place_evenly
+from zmoe.cluster.member import Member, hello_of
+from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
+from zmoe.placement.build import place_evenly
+from zmoe.planner.given import Offer
 
+GIB = 1 << 30
 TINY = resolve_model("zmoe-tiny")
 
 
 class Impostor(threading.Thread):
-    """Rank 1, up to the hello, with one thing changed; keeps what the leader answers."""
+    """Rank 1, with one thing changed; keeps what the leader answers at last."""
 
-    def __init__(self, port: int, join: dict[str, Any], hello: dict[str, Any]) -> None:
+    def __init__(
+        self, port: int, join: dict[str, Any], hello: dict[str, Any], digest: str = ""
+    ) -> None:
+        """`digest`: of the placement that it claims to have loaded."""
         super().__init__()
         self._port, self._join_changes, self._hello_changes = port, join, hello
+        self._digest = digest
         self.answer: object = None
 
     def run(self) -> None:
@@ -44,8 +50,12 @@ class Impostor(threading.Thread):
         answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Setup):
             info = inspect_model(TINY)
-            hello: Hello = hello_of(info, place_evenly(info, 2), Endpoint("127.0.0.1", 1, 2))
+            hello: Hello = hello_of(info, Offer("m", GIB), Endpoint("127.0.0.1", 1, 2))
             bus.send(dataclasses.replace(hello, **self._hello_changes))
+            answer = bus.receive(PATIENCE_S)
+        if isinstance(answer, Place):
+            assert isinstance(bus.receive(PATIENCE_S), Mesh)
+            bus.send(Ready(0.1, self._digest))
             answer = bus.receive(PATIENCE_S)
         self.answer = answer
         bus.close()
@@ -68,7 +78,6 @@ class Impostor(threading.Thread):
         ({}, {"fingerprint": "beef"}, "node 1 .otherhost. has another model: fingerprint beef"),
         ({}, {"dtype": "bfloat16"}, "has dtype bfloat16, the leader float32"),
         ({}, {"quantization": "affine-4bit-g64"}, "quantisation affine-4bit-g64, the leader none"),
-        ({}, {"placement": "0123"}, "has placement 0123, the leader"),
     ],
 )
 def test_what_differs_is_named_on_both_sides(
@@ -83,6 +92,62 @@ def test_what_differs_is_named_on_both_sides(
     assert not impostor.is_alive()
     assert isinstance(impostor.answer, Stop)
     assert impostor.answer.error
+
+
+def test_another_placement_is_named_on_both_sides(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our side neither connects nor loads: the impostor would not either."""
+    monkeypatch.setattr(Member, "connect", lambda *_: None)
+    monkeypatch.setattr(Member, "load", lambda *_: (None, 0.0))
+    impostor = Impostor(free_port, {}, {}, digest="0123")
+    impostor.start()
+    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=20))
+    ours = place_evenly(inspect_model(TINY), 2).digest
+    words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
+    with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
+        pass
+    impostor.join(30)
+    assert isinstance(impostor.answer, Stop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"owned": [[list(range(16)), []]] * 3 + [[list(range(15)), []]]}, "layer 3: no node owns"),
+        ({"owned": [[list(range(16)), [16]]] * 4}, "layer 0, node 1: no expert 16"),
+        ({"owned": [[[-1], list(range(16))]] * 4}, "layer 0, node 0: no expert -1"),
+        ({"owned": []}, "16 experts in 0 layers does not fit"),
+        ({"speeds": [1, -1]}, "positive speed"),
+        ({"slices": [[0, 63], [63, 64]]}, "cut at multiples of 64"),
+    ],
+)
+def test_a_worker_refuses_what_is_no_placement(
+    commands: Commands, changes: dict[str, Any], words: str
+) -> None:
+    """Nothing of it is used, and the leader is told."""
+    context: zmq.Context[Any] = zmq.Context()
+    bus = LeaderBus(context, "127.0.0.1", 0)
+    node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
+
+    def answer() -> Message:
+        got = bus.receive(60)
+        assert got is not None
+        return got[1]
+
+    assert isinstance(answer(), Join)
+    timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
+    bus.send(1, Setup(7, 2, str(TINY), 512, None, "auto", "exact", None, **timing))
+    assert isinstance(answer(), Hello)
+    place = Place.of(place_evenly(inspect_model(TINY), 2))
+    bus.send(1, dataclasses.replace(place, **changes))
+    bus.send(1, Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
+    failed = answer()
+    assert isinstance(failed, Failed) and failed.input_error
+    assert words in failed.error
+    assert node.wait(30) == 2
+    bus.close()
+    context.term()
 
 
 def test_a_worker_with_another_checkpoint_says_so_and_waits_on(

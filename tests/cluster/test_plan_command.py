@@ -235,3 +235,28 @@ def test_help_stands_alone(commands: Commands) -> None:
     assert done.returncode == 0
     for flag in ("--model", "--hardware", "--link", "--nodes", "--calibrate", "--target"):
         assert flag in done.stdout
+
+
+def test_placement_files(commands: Commands, tmp_path: Path) -> None:
+    """A file that has all on both nodes is --placement replicas; others are as they say."""
+    file = tmp_path / "mine.json"
+    mixtral = ("--model", "mixtral-8x7b", "--hardware", "m2-ultra", "--link", "10gbe")
+    everything = {"experts": 8, "nodes": 2, "owned": [list(range(8))] * 2}
+    file.write_text(json.dumps(everything))
+    (row,) = answer(commands, *mixtral, "--placement", file)["results"]
+    assert row["placement"] == str(file)
+    (same,) = answer(commands, *mixtral, "--placement", "replicas", "--nodes", 2)["results"]
+    assert {**row, "placement": "replicas"} == same
+    file.write_text(json.dumps({**everything, "slices": [[0, 3584], [3584, 14336]]}))
+    (row,) = answer(commands, *mixtral, "--placement", file)["results"]
+    assert row["executed_experts_per_node"] == pytest.approx(0.75 * 2)
+    for arguments, words in (
+        (("--placement", file, "--nodes", "1-2"), f"{file} is for 2 nodes, not for 1"),
+        (("--placement", file, "--target", 9), "--target and a placement file exclude"),
+        (("--placement", "copies"), 'placement "copies" is unknown (known: experts, replicas'),
+        (("--placement", tmp_path / "no.json"), "no.json cannot be read"),
+    ):
+        assert words in refused(commands, *mixtral, *arguments)
+    file.write_text(json.dumps({**everything, "owned": [[0, 1, 2], [3, 4, 5, 7]]}))
+    line = refused(commands, *mixtral, "--placement", file)
+    assert f"placement {file}: layer 0: no node owns expert 6" in line

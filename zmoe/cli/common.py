@@ -11,7 +11,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from zmoe.errors import ZmoeError
+from zmoe.errors import InputError, ZmoeError
+
+MOST_GIB = 1 << 20
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +62,15 @@ def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
         print(f"{prog}: internal error: {one_line} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def memory_limit(gib: float | None) -> int | None:
+    """The bytes of --memory-limit. Raises InputError."""
+    if gib is None:
+        return None
+    if not 0 < gib < MOST_GIB:
+        raise InputError(f"--memory-limit is {gib:g}: expected a positive number of GiB")
+    return int(gib * 2**30)
 
 
 def warn_unencrypted(prog: str, address: str) -> None:

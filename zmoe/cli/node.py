@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from zmoe.cli.common import Parser, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
 from zmoe.errors import InputError, ZmoeError
 
 PROG = "zmoe-node"
@@ -28,6 +28,9 @@ def _parser() -> Parser:
     add("--rank", type=int, required=True, help="which node this is, from 1 on")
     add("--bind", default="127.0.0.1", metavar="ADDRESS", help="address to listen on for peers")
     add("--model", help="checkpoint here, when it lies elsewhere than at the leader")
+    add(
+        "--memory-limit", type=float, metavar="GB", help="GiB to take (default: as the leader says)"
+    )
     add("--cores", help="comma separated cores to stay on (Linux)")
     add("--tied", action="store_true", help="end when standard input closes")
     add("--once", action="store_true", help="end after one run, or after a minute without leader")
@@ -70,7 +73,14 @@ def _serve(options: Any) -> None:
     from zmoe.config import Timing
 
     join_timeout = Timing().join if options.once else None
-    spec = WorkerSpec(options.leader, options.rank, options.bind, options.model, join_timeout)
+    spec = WorkerSpec(
+        options.leader,
+        options.rank,
+        options.bind,
+        options.model,
+        memory_limit(options.memory_limit),
+        join_timeout,
+    )
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     while True:
         worker = Worker(spec, context)

@@ -12,18 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from zmoe.cli.common import Parser, run_command
-from zmoe.errors import InputError
+from zmoe.errors import InputError, PlacementError
 from zmoe.planner.cost import POLICIES, SCHEDULES
 from zmoe.planner.hardware import MACHINES, Machine
 from zmoe.planner.links import LINKS, Link
 from zmoe.planner.lookup import look_up
 from zmoe.planner.models import MODELS
-from zmoe.planner.placement import PLACEMENTS
+from zmoe.planner.placement import PLACEMENTS, Placed
 from zmoe.planner.plan import Setup, Workload, predict_all
 from zmoe.planner.profile import read_profile
+from zmoe.planner.shape import ModelShape
 
 PROG = "zmoe-plan"
 MOST_NODES = 64
+NODES = "1-8"
 
 
 def _parser() -> Parser:
@@ -45,12 +47,17 @@ def _add_question(parser: Parser) -> None:
     add("--model", metavar="M", help=f"{models}, a folder, or a Hugging Face name")
     add("--hardware", metavar="H", help=f"{machines}, or a profile; a,b for unequal nodes in turn")
     add("--link", metavar="L", help=f"{links}, or a profile; without it, that of --hardware")
-    add("--nodes", default="1-8", metavar="N", help="a number, a list 2,4 or a range 1-8")
+    add("--nodes", metavar="N", help=f"a number, a list 2,4 or a range (default: {NODES})")
     add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
     add("--group-size", type=int, default=64, metavar="G", help="weights that share a scale")
     add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
     add("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
-    add("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="who owns what")
+    add(
+        "--placement",
+        metavar="P",
+        default=PLACEMENTS[0],
+        help=f"who owns what: {', '.join(PLACEMENTS)}, or a JSON file (docs/placement.md)",
+    )
     add("--one-machine", action="store_true", help="the nodes share one machine evenly")
 
 
@@ -167,8 +174,9 @@ def setup_of(options: argparse.Namespace) -> Setup:
         link = replace(link, latency_s=options.latency_us * 1e-6)
     from zmoe.cli.plan_model import find_model
 
+    shape = find_model(options.model, options.bits, options.group_size)
     return Setup(
-        shape=find_model(options.model, options.bits, options.group_size),
+        shape=shape,
         machines=tuple(machines),
         link=link,
         workload=Workload(options.batch, options.context, options.prompt),
@@ -177,7 +185,34 @@ def setup_of(options: argparse.Namespace) -> Setup:
         placement=options.placement,
         wire_bytes=options.wire_bits / 8,
         one_machine=options.one_machine,
+        given=_given(options, shape),
     )
+
+
+def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
+    """The placement file that the flags name, as a placement of `shape`; None for no file."""
+    name = options.placement
+    if name in PLACEMENTS:
+        return None
+    if not _is_file(name):
+        known = ", ".join(PLACEMENTS)
+        raise InputError(f'--placement "{name}" is unknown (known: {known}, or a JSON file)')
+    if options.target is not None:
+        raise InputError("--target and a placement file exclude each other")
+    # Only here: they import MLX, which is not needed otherwise.
+    from zmoe.placement.check import check_placement
+    from zmoe.placement.file import read_placement
+    from zmoe.planner.given import placed_of
+
+    placement = read_placement(Path(name), shape.moe_layers)
+    try:
+        check_placement(placement, shape.experts, shape.moe_layers, shape.expert_hidden)
+    except PlacementError as error:
+        raise PlacementError(f"placement {name}: {error}") from None
+    placed = placed_of(placement, shape.expert_hidden, name)
+    if placed is None:
+        raise PlacementError(f"placement {name}: slices that several nodes hold are not modelled")
+    return placed
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -186,8 +221,10 @@ def _plan(options: argparse.Namespace) -> None:
 
         calibrate(options.calibrate, as_json=options.json)
         return
-    counts = parse_nodes(options.nodes)
+    counts = parse_nodes(options.nodes or NODES)
     setup = setup_of(options)
+    if setup.given is not None and options.nodes is None:
+        counts = [len(setup.given.held)]
     from zmoe.cli import plan_report
 
     if options.plot is not None:

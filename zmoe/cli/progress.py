@@ -23,6 +23,10 @@ class Bars:
     def __call__(self, index: int, done: int, total: int) -> None:
         self._bars.update(self._tasks[index], completed=done, total=total)
 
+    def print(self, text: str) -> None:
+        """Lines above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def __enter__(self) -> Bars:
         self._bars.start()
         return self

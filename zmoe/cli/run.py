@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
-from zmoe.cli.common import Parser, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
 from zmoe.config import (
     ACTIVATIONS,
     COMPUTES,
@@ -25,8 +26,10 @@ from zmoe.config import (
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
+    from zmoe.cli.progress import Bars
     from zmoe.cluster.leader import ClusterSpec
     from zmoe.engine.generate import Generation
+    from zmoe.planner.choice import Choice
 
 PROG = "zmoe-run"
 
@@ -39,6 +42,7 @@ def _parser() -> Parser:
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
     _add_generation(parser)
     _add_compute(parser)
+    _add_placement(parser)
     _add_cluster(parser)
     add("--stats", action="store_true", help="print a table of times and memory to stderr")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -78,6 +82,27 @@ def _add_compute(parser: Parser) -> None:
     )
 
 
+def _add_placement(parser: Parser) -> None:
+    add = parser.add_argument_group("placement of the experts").add_argument
+    add(
+        "--placement",
+        metavar="WAY",
+        default="auto",
+        help="auto (the fastest by prediction), experts (whole ones, spread evenly, none twice), "
+        "replicas (copies as far as there is memory), slices (a part of each on every node), "
+        "or a JSON file (docs/placement.md)",
+    )
+    add("--explain", action="store_true", help="say on stderr who owns what, and why")
+    add(
+        "--usage",
+        type=Path,
+        metavar="FILE",
+        help="copy those experts most that it has most",
+    )
+    add("--record-usage", type=Path, metavar="FILE", help="add the run's choices to this profile")
+    add("--memory-limit", type=float, metavar="GB", help="GiB that each node may take")
+
+
 def _add_cluster(parser: Parser) -> None:
     times = Timing()
     group = parser.add_argument_group("nodes")
@@ -112,6 +137,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
     from zmoe.cluster.hosts import check_env, hosts_from_file, hosts_from_names
     from zmoe.cluster.launch import RemoteOptions
     from zmoe.cluster.leader import ClusterSpec
+    from zmoe.cluster.placing import PlacementRequest
 
     if options.hosts is not None and options.hostfile is not None:
         raise InputError("--hosts and --hostfile exclude each other")
@@ -142,6 +168,10 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             options.wire_dtype,
             options.schedule,
         ),
+        placement=PlacementRequest(
+            options.placement, options.usage, memory_limit(options.memory_limit)
+        ),
+        record_usage=options.record_usage is not None,
     )
 
 
@@ -185,10 +215,17 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.placement.usage import add_usage, check_usage_file
 
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
-            cluster = stack.enter_context(Cluster(options.model, spec=spec, progress=progress))
+            on_placement = partial(_explain, progress) if options.explain else None
+            cluster = Cluster(
+                options.model, spec=spec, progress=progress, on_placement=on_placement
+            )
+            if options.record_usage is not None:
+                check_usage_file(options.record_usage, cluster.info)
+            stack.enter_context(cluster)
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
         generation = cluster.generate(
@@ -199,12 +236,20 @@ def _generate(options: argparse.Namespace) -> None:
             chat_template_config=template,
         )
         _show(generation, quiet=options.json)
+        if options.record_usage is not None:
+            add_usage(options.record_usage, cluster.take_usage(), cluster.info)
         if options.stats or options.json:
             summary = report.summarize(cluster, generation)
             if options.json:
                 print(json.dumps(summary), flush=True)
             if options.stats:
                 report.print_stats(cluster, generation, summary)
+
+
+def _explain(progress: Bars, choice: Choice) -> None:
+    from zmoe.cli.explain import explanation
+
+    progress.print(explanation(choice))
 
 
 def _show(generation: Generation, quiet: bool) -> None:

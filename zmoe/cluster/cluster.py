@@ -11,12 +11,15 @@ import mlx.core as mx
 
 from zmoe.cluster.leader import ClusterSpec, Leader, Progress
 from zmoe.cluster.member import Member, peak_memory
+from zmoe.cluster.placing import OnChoice, Placing
+from zmoe.cluster.resources import offer_of
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
 from zmoe.errors import InputError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
+from zmoe.placement.usage import Usage, UsageRecorder
 from zmoe.types import ModelInfo
 
 
@@ -25,7 +28,8 @@ class Cluster:
 
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
-    bytes_done, bytes_total)` is called while the shares load. Entering raises
+    bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
+    before. Entering raises
     InputError and its kin for what is wrong beforehand; afterwards a lost peer
     raises PeerError, which ends the cluster. One generation at a time.
     """
@@ -37,6 +41,7 @@ class Cluster:
         *,
         spec: ClusterSpec | None = None,
         progress: Progress | None = None,
+        on_placement: OnChoice | None = None,
     ) -> None:
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
@@ -44,11 +49,15 @@ class Cluster:
         name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._leader: Leader | None = None
+        request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
+        self._placing = Placing(request, self.info, count, engine, on_placement)
         if self.spec.nodes > 1:
-            self._leader = Leader(self.info, name, self.spec, self._progress)
+            self._leader = Leader(self.info, name, self.spec, self._placing, self._progress)
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)
+        self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
+        self._member.recorder = self._recorder
         self._failed: BaseException | None = None
         self._closed = False
         self._step = 0
@@ -95,6 +104,8 @@ class Cluster:
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
         else:
+            own = offer_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
+            self._member.place(self._placing.choose([own]))
             shard, self.load_seconds = self._member.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
 
@@ -102,6 +113,8 @@ class Cluster:
         """One step on the real path, so that the first token doesn't pay for it."""
         mx.eval(self._forward([0], True))
         self._member.spans.take()
+        if self._recorder is not None:
+            self._recorder.take()
 
     # ---- use --------------------------------------------------------------------
 
@@ -155,6 +168,12 @@ class Cluster:
             return self._forward(tokens, reset, logits)
 
         return step
+
+    def take_usage(self) -> Usage:
+        """Which experts were selected since the last call; for a spec that records it."""
+        if self._recorder is None:
+            raise ZmoeError("this cluster does not record which experts are selected")
+        return self._recorder.take()
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node so far, by rank."""

@@ -25,7 +25,7 @@ from zmoe.cluster.launch import (
     start_local,
     start_over_ssh,
 )
-from zmoe.cluster.member import Member, check_hello, hello_of, peak_memory
+from zmoe.cluster.member import Member, check_hello, hello_of, offer_in, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
@@ -35,16 +35,20 @@ from zmoe.cluster.messages import (
     Memory,
     Mesh,
     Message,
+    Place,
     Ready,
     Setup,
     Step,
     Stop,
 )
+from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.resources import offer_of
 from zmoe.compute.team import common_isa
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.models import LoadedShard
 from zmoe.moe.exchange import Endpoint
+from zmoe.planner.given import Offer
 from zmoe.types import ModelInfo
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
@@ -58,6 +62,7 @@ class ClusterSpec:
     `hosts` None: `nodes` processes on this machine. Otherwise one node per
     host, in rank order, the first being this machine. `manual`: start nothing;
     `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
+    `record_usage`: count which experts are selected.
     """
 
     nodes: int = 1
@@ -68,6 +73,8 @@ class ClusterSpec:
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    placement: PlacementRequest = field(default_factory=PlacementRequest)
+    record_usage: bool = False
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nodes > 64:
@@ -94,11 +101,16 @@ class Leader:
     """A running cluster of at least two nodes, seen from rank 0."""
 
     def __init__(
-        self, info: ModelInfo, model_name: str, spec: ClusterSpec, progress: Progress
+        self,
+        info: ModelInfo,
+        model_name: str,
+        spec: ClusterSpec,
+        placing: Placing,
+        progress: Progress,
     ) -> None:
         self.info, self.spec = info, spec
         self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
-        self._model_name, self._progress = model_name, progress
+        self._model_name, self._placing, self._progress = model_name, placing, progress
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
@@ -115,27 +127,42 @@ class Leader:
         Returns this rank's shard, and the seconds until all had theirs. Any failure
         names the node; the caller then closes.
         """
-        timing = self.spec.timing
+        timing, member = self.spec.timing, self.member
+        offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)  # while others start
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():
             self._check_protocol(rank, join)
         self._broadcast(self._setup())
-        own = self.member.open_exchange(self.spec.address)
+        own = member.open_exchange(self.spec.address)
         # A worker may first have to download what has a name of the hub.
         patience = timing.join if os.path.isabs(self._model_name) else timing.load
         hellos = self._collect(Hello, "has not said hello", patience)
-        mine = hello_of(self.member.info, self.member.placement, own)
+        mine = hello_of(member.info, offer, own)
         for rank, hello in hellos.items():
             check_hello(mine, hello, f"node {rank} ({joins[rank].host})")
+        digest = self._place([offer, *map(offer_in, hellos.values())])
         endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
         hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
         isa = common_isa([mine.isa, *(hello.isa for hello in hellos.values())])
-        self.member.use_isa(isa)
+        member.use_isa(isa)
         self._broadcast(Mesh(isa, list(hosts), list(data), list(control)))
-        self.member.connect(endpoints, self._listen)
-        shard, seconds = self.member.load(self._own_progress)
+        member.connect(endpoints, self._listen)
+        shard, seconds = member.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load)
+        for rank, message in ready.items():
+            if message.placement != digest:
+                raise MismatchError(
+                    f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
+                    f"the leader {digest}"
+                )
         return shard, max(seconds, *(message.seconds for message in ready.values()))
+
+    def _place(self, offers: Sequence[Offer]) -> str:
+        """Choose the placement and tell every node; its digest."""
+        placement = self._placing.choose(offers)
+        self.member.place(placement)
+        self._broadcast(Place.of(placement))
+        return placement.digest
 
     def launch(self) -> None:
         """Start the workers, unless they are started by hand."""
@@ -172,6 +199,7 @@ class Leader:
             activations=engine.activations,
             wire_dtype=engine.wire_dtype,
             schedule=engine.schedule,
+            memory_limit=self.spec.placement.memory_limit,
             peer_timeout=timing.peer,
             grace_timeout=timing.grace,
             load_timeout=timing.load,

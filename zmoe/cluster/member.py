@@ -1,4 +1,4 @@
-"""What every node does alike, leader or worker: placement, exchange, share, steps."""
+"""What every node does alike, leader or worker: exchange, share, steps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import mlx.core as mx
 
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.placement import place_evenly
+from zmoe.cluster.placing import check
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
-from zmoe.errors import InputError, MismatchError
+from zmoe.errors import InputError, MismatchError, PlacementError
 from zmoe.models import LoadedShard, load_experts, load_shard
-from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, owners_of, serve_step
+from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
-from zmoe.obs import Spans
+from zmoe.obs import Recorder, Spans
+from zmoe.planner.given import Offer
 from zmoe.types import ModelInfo, Placement
 
 
 class Member:
-    """One node of a run, from placement to forward passes. A run may have a single node."""
+    """One node of a run, from its sockets to forward passes. A run may have a single node."""
 
     def __init__(
         self,
@@ -45,7 +46,8 @@ class Member:
                 "(65504 is its largest): take bf16, f32 or q8"
             )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
-        self.placement = place_evenly(info, nodes)
+        self.placement: Placement | None = None
+        self.recorder: Recorder | None = None
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
@@ -65,6 +67,15 @@ class Member:
         """Use these instructions in the kernels, as every node of the run does."""
         self._isa = isa
 
+    def place(self, placement: Placement) -> None:
+        """Take the part that `placement` gives this rank. Raises PlacementError."""
+        if placement.nodes != self.nodes:
+            raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
+        check(placement, self.info)
+        self.placement = placement
+        if isinstance(self.exchange, CentralExchange):
+            self.exchange.place(placement)
+
     def open_exchange(self, host: str) -> Endpoint:
         """Bind the data sockets on `host`; where they listen."""
         info, chunk = self.info, self._config.prefill_chunk
@@ -75,12 +86,7 @@ class Member:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
             row_bytes = width * 4 + info.top_k * PAIR_BYTES
             pairs = chunk * info.top_k  # and as many rows, where each pair has its own
-            make = partial(
-                CentralExchange,
-                owners=owners_of(self.placement),
-                max_rows=pairs,
-                max_pairs=pairs,
-            )
+            make = partial(CentralExchange, max_rows=pairs, max_pairs=pairs)
         self.exchange = make(
             self.rank,
             self.nodes,
@@ -117,7 +123,7 @@ class Member:
             return self.load(progress)[1]
         start = time.perf_counter()
         self._prepare()
-        assert self.exchange is not None
+        assert self.exchange is not None and self.placement is not None
         held = load_experts(
             self.info, self.placement, self.exchange, progress=progress, team=self._team
         )
@@ -125,7 +131,8 @@ class Member:
         return time.perf_counter() - start
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
-        """Read this rank's share; the shard and the seconds it took."""
+        """Read this rank's share of the placement; the shard and the seconds it took."""
+        assert self.placement is not None
         start = time.perf_counter()
         self._prepare()
         reducer = self.exchange or SingleNode()
@@ -137,6 +144,7 @@ class Member:
             progress=progress,
             team=self._team,
             fuse=self._config.max_kv_size is None,
+            recorder=self.recorder,
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
@@ -198,19 +206,27 @@ def peak_memory() -> int:
     return max(resident, mx.get_peak_memory())
 
 
-def hello_of(info: ModelInfo, placement: Placement, endpoint: Endpoint) -> Hello:
+def hello_of(info: ModelInfo, offer: Offer, endpoint: Endpoint) -> Hello:
     """What a node tells of itself."""
     return Hello(
         protocol=PROTOCOL_VERSION,
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         quantization=info.quantization,
-        placement=placement.digest,
         isa=best_isa_name(),
+        machine=offer.machine,
+        memory=offer.memory,
+        memory_limit=offer.limit,
+        speed=offer.speed,
         host=endpoint.host,
         data_port=endpoint.data_port,
         control_port=endpoint.control_port,
     )
+
+
+def offer_in(hello: Hello) -> Offer:
+    """What the node that says `hello` brings."""
+    return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
 
 
 def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
@@ -220,7 +236,6 @@ def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
         ("dtype", "dtype"),
         ("quantization", "quantisation"),
         ("fingerprint", "another model: fingerprint"),
-        ("placement", "placement"),
     ):
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:

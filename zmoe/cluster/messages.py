@@ -15,6 +15,8 @@ from typing import Any, Union
 
 import msgpack
 
+from zmoe.types import Placement
+
 MAX_MESSAGE_BYTES = 16 << 20
 
 
@@ -34,7 +36,10 @@ class Join:
 
 @dataclass(frozen=True)
 class Setup:
-    """Leader to worker: what will run. `model` is a folder or a hub name."""
+    """Leader to worker: what will run. `model` is a folder or a hub name.
+
+    `memory_limit`: bytes that a node may take whose own flags don't say.
+    """
 
     session: int
     nodes: int
@@ -45,6 +50,7 @@ class Setup:
     activations: str
     wire_dtype: str
     schedule: str
+    memory_limit: int | None
     peer_timeout: float
     grace_timeout: float
     load_timeout: float
@@ -57,17 +63,61 @@ class Setup:
 
 @dataclass(frozen=True)
 class Hello:
-    """Worker to leader: what I hold and where my data sockets listen."""
+    """Worker to leader: what I am and have, and where my data sockets listen.
+
+    `machine` to `speed` are those of zmoe.planner.given.Offer.
+    """
 
     protocol: int
     fingerprint: str
     dtype: str
     quantization: str
-    placement: str
     isa: str
+    machine: str
+    memory: int
+    memory_limit: int | None
+    speed: int
     host: str
     data_port: int
     control_port: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.memory, self.memory_limit or 0)
+        if not all(0 <= size < 2**60 for size in sizes) or not 0 <= self.speed < 2**20:
+            raise MessageError(f"Hello with memory {sizes} and speed {self.speed}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Leader to worker: who owns what; the fields are those of zmoe.types.Placement."""
+
+    experts: int
+    owned: list[list[list[int]]]
+    slices: list[list[int]]
+    speeds: list[int]
+
+    def __post_init__(self) -> None:
+        if any(len(part) != 2 for part in self.slices):
+            raise MessageError("Place with slices that have no two ends")
+
+    @classmethod
+    def of(cls, placement: Placement) -> Place:
+        return cls(
+            placement.experts,
+            [[list(ids) for ids in layer] for layer in placement.owned],
+            [list(part) for part in placement.slices],
+            list(placement.speeds),
+        )
+
+    def placement(self, nodes: int) -> Placement:
+        """The placement for `nodes` nodes, not yet checked."""
+        return Placement(
+            nodes,
+            self.experts,
+            tuple(tuple(tuple(ids) for ids in layer) for layer in self.owned),
+            tuple((start, end) for start, end in self.slices),
+            tuple(self.speeds),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,9 +144,10 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to leader: my share is loaded, after `seconds`."""
+    """Worker to leader: my share of the placement with this digest is loaded, after `seconds`."""
 
     seconds: float
+    placement: str
 
 
 @dataclass(frozen=True)
@@ -142,7 +193,20 @@ class Failed:
     step: int
 
 
-Message = Join | Setup | Hello | Mesh | Loading | Ready | Step | AskMemory | Memory | Stop | Failed
+Message = (
+    Join
+    | Setup
+    | Hello
+    | Place
+    | Mesh
+    | Loading
+    | Ready
+    | Step
+    | AskMemory
+    | Memory
+    | Stop
+    | Failed
+)
 _TYPES: dict[str, type[Any]] = {t.__name__: t for t in typing.get_args(Message)}
 _HINTS = {name: typing.get_type_hints(t) for name, t in _TYPES.items()}
 

@@ -15,6 +15,7 @@ import zmq
 
 from zmoe import __version__
 from zmoe.cluster.bus import WorkerBus
+from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.member import Member, hello_of, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
@@ -25,11 +26,13 @@ from zmoe.cluster.messages import (
     Memory,
     Mesh,
     Message,
+    Place,
     Ready,
     Setup,
     Step,
     Stop,
 )
+from zmoe.cluster.resources import offer_of
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.models import inspect_model
@@ -50,12 +53,13 @@ class StoppedError(ZmoeError):
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """How a worker finds its leader. `model` None: the one that the leader names."""
+    """How a worker finds its leader. `model`, `memory_limit` (bytes) None: as the leader says."""
 
     leader: str
     rank: int
     bind: str = "127.0.0.1"
     model: str | None = None
+    memory_limit: int | None = None
     join_timeout: float | None = None  # None: wait for a leader for as long as it takes
 
 
@@ -125,16 +129,21 @@ class Worker:
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member
-        hello: Hello = hello_of(info, member.placement, member.open_exchange(self.spec.bind))
+        limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
+        # On loopback all nodes are on one machine, and count as equal.
+        offer = offer_of(config, limit, measure=not is_loopback(self.spec.bind))
+        hello: Hello = hello_of(info, offer, member.open_exchange(self.spec.bind))
         self._bus.send(hello)
-        mesh = self._expect(Mesh, timing.join)
-        if mesh is None:
-            raise ZmoeError(f"leader {self.spec.leader} did not name the other nodes")
+        place, mesh = self._expect(Place, timing.join), self._expect(Mesh, timing.join)
+        if place is None or mesh is None:
+            raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
+        member.place(place.placement(setup.nodes))
         member.use_isa(mesh.isa)
         endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
         member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
         seconds = member.load_follower(_Throttled(self._bus, self._listen))
-        self._bus.send(Ready(seconds))
+        assert member.placement is not None
+        self._bus.send(Ready(seconds, member.placement.digest))
         return member
 
     def _listen(self) -> None:

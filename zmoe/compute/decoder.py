@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
 from zmoe.compute.arrays import DTYPES, as_array, empty, writable
@@ -23,7 +22,7 @@ from zmoe.compute.team import Team
 from zmoe.errors import ZmoeError
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer
-from zmoe.moe.router import Ownership
+from zmoe.moe.router import Floats, Ints
 from zmoe.native import Status, ffi, lib
 
 SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
@@ -64,7 +63,6 @@ class NativeMoE:
         raw.normalize, raw.scale = router.normalize, 1.0
         self._raw = raw
         team.reserve(lib.zmoe_route_scratch(raw))
-        self._local = Ownership(layer.experts, layer.owned).local
         self._buffers = buffers
 
     def __call__(self, h: Any, memory: Any, rows: int) -> None:
@@ -82,18 +80,15 @@ class NativeMoE:
         )
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
-        lib.zmoe_own_pairs(
-            at.ids_pointer,
-            at.weights_pointer,
-            rows,
-            self._top_k,
-            ffi.from_buffer("int32_t[]", self._local),
-            layer.experts,
-            at.sorted_pointer,
-            at.pairs,
-        )
+        self._find_pairs(at, rows)
         layer.reducer.dispatch(
-            layer.ordinal, at.x, self._dtype, at.ids, at.weights, layer.dtype, int(at.pairs.digest)
+            layer.ordinal,
+            at.x[:rows],
+            self._dtype,
+            at.ids,
+            at.weights,
+            layer.dtype,
+            int(at.pairs.digest),
         )
         shared: list[mx.array] = []
         layer.reducer.all_reduce_host(
@@ -108,19 +103,36 @@ class NativeMoE:
         for part in shared:
             memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
 
-    def _partial(self, at: Buffers, start: int, stop: int) -> npt.NDArray[np.float32] | None:
+    def _find_pairs(self, at: Buffers, rows: int) -> None:
+        """What this node has to compute of the routing, and what it runs besides."""
+        own = self._layer.ownership
+        own.assign(at.ids)
+        lib.zmoe_own_pairs(
+            at.ids_pointer,
+            at.weights_pointer,
+            rows,
+            self._top_k,
+            own.local_pointer,
+            own.experts,
+            own.ranks_pointer,
+            own.rank,
+            at.sorted_pointer,
+            at.pairs,
+        )
+        at.pad(own.padding(at.ids, at.experts[: at.pairs.count]))
+
+    def _partial(self, at: Buffers, start: int, stop: int) -> Floats | None:
         """The own experts' part of the rows [start, stop); None where they have none."""
-        x, pairs, out = at.between(start, stop)
-        if not pairs.count:
-            return None
-        with self._layer.spans.span("experts"):
-            self._experts.sum_pairs(x, self._dtype, stop - start, pairs, out)
-        return out
+        part = at.between(start, stop)
+        if part.pairs.count:
+            with self._layer.spans.span("experts"):
+                self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
+        return part.out[: stop - start] if part.assigned else None
 
     def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
         if not self._adapter.has_shared:
             return
-        x = as_array(at.x, self._dtype, (1, *at.x.shape))
+        x = as_array(at.x[:-1], self._dtype, (1, len(at.ids), at.x.shape[1]))
         shape = (1, *at.ids.shape)
         routing = Routing(x, mx.array(at.ids).reshape(shape), mx.array(at.weights).reshape(shape))
         part = self._adapter.shared(self._block, x, routing)
@@ -129,46 +141,83 @@ class NativeMoE:
             mx.eval(part)
 
 
-class Buffers:
-    """What a layer's routing and sums of `rows` rows go into."""
+class Part(NamedTuple):
+    """Some rows of a routing as the experts take them: x, pairs and their sums.
 
-    def __init__(self, rows: int, width: int, top_k: int, dtype: mx.Dtype) -> None:
-        self.x = empty((rows, width), dtype)
+    `rows` and `out` have one more at the end where padding is run; `assigned`:
+    whether there is any other pair.
+    """
+
+    x: Any
+    rows: int
+    pairs: Any
+    out: Floats
+    assigned: bool
+
+
+class Buffers:
+    """What a layer's routing and sums of `rows` rows go into.
+
+    One row of x more, of zeros, and one of the partial sum are for up to
+    `padding` experts that are run on no row of the routing.
+    """
+
+    def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
+        self.rows = rows
+        self.x = empty((rows + 1, width), dtype)
+        self.x[rows] = 0
         self.ids = np.empty((rows, top_k), np.int32)
         self.weights = np.empty((rows, top_k), np.float32)
-        self.partial = np.empty((rows, width), np.float32)
+        self.partial = np.empty((rows + 1, width), np.float32)
         self.routed = np.empty((rows, width), np.float32)
         self.x_pointer = writable(self.x)
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
         self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
-        count = rows * top_k
+        count = rows * top_k + padding
         self._pair_rows, self._some_rows = np.empty(count, np.int32), np.empty(count, np.int32)
-        self._memory = [ffi.new("int32_t[]", count) for _ in range(2)]
-        self._pair_weights = ffi.new("float[]", count)
-        self.sorted_pointer = self._memory[1]
+        self.experts, order = np.empty(count, np.int32), np.empty(count, np.int32)
+        self._pair_weights = np.empty(count, np.float32)
+        self.sorted_pointer = ffi.from_buffer("int32_t[]", order)
         self.pairs, self._some_pairs = ffi.new("zmoe_pairs *"), ffi.new("zmoe_pairs *")
-        self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows, require_writable=True)
-        self.pairs.experts, self.pairs.weights = self._memory[0], self._pair_weights
+        self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows)
+        self.pairs.experts = ffi.from_buffer("int32_t[]", self.experts)
+        self.pairs.weights = ffi.from_buffer("float[]", self._pair_weights)
         self._some_pairs.rows = ffi.from_buffer("int32_t[]", self._some_rows)
+        self._padded = 0
 
-    def between(self, start: int, stop: int) -> tuple[Any, Any, npt.NDArray[np.float32]]:
-        """The x, pairs and partial of the rows [start, stop), which count from 0 then."""
-        if stop - start == len(self.partial):
-            return self.x_pointer, self.pairs, self.partial
-        some, rows = self._some_pairs, self._pair_rows[: self.pairs.count]
-        begin, end = (int(edge) for edge in np.searchsorted(rows, (start, stop)))
-        np.subtract(rows[begin:end], start, out=self._some_rows[: end - begin])
+    def pad(self, experts: Ints) -> None:
+        """Add pairs of the row of zeros with each of `experts`."""
+        self._padded = len(experts)
+        if len(experts):
+            new = slice(self.pairs.count, self.pairs.count + len(experts))
+            self._pair_rows[new], self.experts[new] = self.rows, experts
+            self._pair_weights[new] = 0
+            self.pairs.count = new.stop
+
+    def between(self, start: int, stop: int) -> Part:
+        """The rows [start, stop), which count from 0 then; the last have the padding."""
+        padded = self._padded if stop == self.rows else 0
+        rows = stop - start + (padded > 0)
+        if stop - start == self.rows:
+            count = self.pairs.count
+            return Part(self.x_pointer, rows, self.pairs, self.partial[:rows], count > padded)
+        some, of = self._some_pairs, self._pair_rows[: self.pairs.count]
+        begin, end = (int(edge) for edge in np.searchsorted(of, (start, start + rows)))
+        np.subtract(of[begin:end], start, out=self._some_rows[: end - begin])
         some.experts, some.weights = self.pairs.experts + begin, self.pairs.weights + begin
         some.count = end - begin
-        width_bytes = len(self.x_pointer) // len(self.partial)
-        return self.x_pointer + start * width_bytes, some, self.partial[start:stop]
+        x = self.x_pointer + start * (len(self.x_pointer) // len(self.x))
+        return Part(x, rows, some, self.partial[start : start + rows], end - begin > padded)
 
 
 class BufferPool:
-    """Buffers that the layers of a model take in turn: those of one row, and of the last other."""
+    """Buffers that the layers of a model take in turn: those of one row, and of the last other.
 
-    def __init__(self, dtype: mx.Dtype) -> None:
-        self.dtype = dtype
+    `padding`: the most experts that any layer runs on no row.
+    """
+
+    def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
+        self.dtype, self._padding = dtype, padding
         self._known: dict[tuple[int, int, int], Buffers] = {}
 
     def of(self, rows: int, width: int, top_k: int) -> Buffers:
@@ -177,7 +226,7 @@ class BufferPool:
         found = self._known.get(key)
         if found is None:
             self._known = {k: kept for k, kept in self._known.items() if k[0] == 1}
-            found = self._known[key] = Buffers(rows, width, top_k, self.dtype)
+            found = self._known[key] = Buffers(rows, width, top_k, self._padding, self.dtype)
         return found
 
 

@@ -19,7 +19,7 @@ from zmoe.compute.linear import Parts, quantization_of, take_parts
 from zmoe.compute.team import Team
 from zmoe.compute.weight import Matrices, matrices
 from zmoe.errors import ZmoeError
-from zmoe.moe.experts import combine
+from zmoe.moe.experts import combine, with_padding
 from zmoe.moe.router import Floats, LocalPairs
 from zmoe.native import Activation, Dtype, Status, ffi, lib
 
@@ -99,11 +99,18 @@ class NativeExperts:
         """The weighted sum of the pairs of each row: (rows, width) of `dtype`."""
         if self._layer is None:
             return combine(self.outputs(x, pairs), pairs, weights, x.shape[0]).astype(dtype)
-        scale = np.ascontiguousarray(weights[pairs.rows, pairs.slots], np.float32)
-        return self._run(x, pairs, scale, (x.shape[0], self.width), dtype)
+        scale = np.zeros(len(pairs.rows) + len(pairs.padding), np.float32)
+        scale[: len(pairs.rows)] = weights[pairs.rows, pairs.slots]
+        padded, run = with_padding(x, pairs)
+        total = self._run(padded, run, scale, (padded.shape[0], self.width), dtype)
+        return total[: x.shape[0]] if len(pairs.padding) else total
 
     def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
         """The output of each pair: (pairs, width), of the type of x."""
+        y = self._outputs(*with_padding(x, pairs))
+        return y[: len(pairs.rows)] if len(pairs.padding) else y
+
+    def _outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
         if self._layer is not None:
             return self._run(x, pairs, None, (len(pairs.rows), self.width), x.dtype)
         function = self._switch.activation

@@ -36,7 +36,7 @@ def load_experts(
     """
     owned = owned_by(info, placement, reducer.rank)
     share = take_share(info, owned, team, progress, dense=False)
-    experts = native_experts(share, info, team)
+    experts = native_experts(share, info.top_k, team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(
         HeldExperts(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 
 from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
@@ -33,6 +37,7 @@ _TOP_KS = (
     "moe_top_k",
     "moe_k",
 )
+PLAIN_GRANULE = 64  # without quantisation: whole vectors and cache lines
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -76,9 +81,33 @@ def inspect_model(path: Path) -> ModelInfo:
         experts=counts.pop(),
         top_k=top_k,
         hidden_size=hidden,
+        **_sizes(model, sites),
         exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
     )
+
+
+def _sizes(model: Module, sites: Sequence[Site]) -> dict[str, int]:
+    """The experts' inner width and how it may be cut, and bytes as MLX holds them."""
+    layers = [projections(site.switch) for site in sites]
+    widths = {int(down.input_dims) for *_, down in layers}
+    groups = {layer.group_size for of_site in layers for layer in of_site if "scales" in layer}
+    experts = sum(_nbytes(site.switch) for site in sites)
+    return {
+        "expert_hidden": max(widths),
+        "granule": max(groups, default=PLAIN_GRANULE) if len(widths) == 1 else 0,
+        "expert_parameters": max(
+            sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
+            for of_site in layers
+        ),
+        "expert_bytes": math.ceil(experts / sum(site.experts for site in sites)),
+        "dense_bytes": _nbytes(model) - experts,
+    }
+
+
+def _nbytes(module: Module) -> int:
+    leaves: Any = tree_flatten(module.parameters())
+    return sum(array.nbytes for _, array in leaves)
 
 
 def _experts_width(site: Site) -> int:

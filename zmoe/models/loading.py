@@ -26,7 +26,9 @@ from zmoe.models.usage import unused_names
 from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
-from zmoe.obs import Spans
+from zmoe.moe.ownership import Ownership
+from zmoe.native import lib
+from zmoe.obs import Recorder, Spans
 from zmoe.types import ModelInfo, Placement, Reducer
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -64,6 +66,8 @@ def load_shard(
     progress: Progress | None = None,
     team: Team | None = None,
     fuse: bool = True,
+    policy: str = "selected",
+    recorder: Recorder | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -80,12 +84,15 @@ def load_shard(
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
-    experts = native_experts(share, info, team)
+    summed = reducer.sum_dtype(dtype)
+    layers = [
+        Layer(m, Ownership(placement, m, reducer.rank, policy, recorder), summed, reducer, spans)
+        for m in range(len(owned))
+    ]
+    experts = native_experts(share, pairs_per_row(info, [la.ownership for la in layers]), team)
     if team is not None:
         make_native(model, team, share.mapped, head)
     sizes = share.sizes([model])
-    summed = reducer.sum_dtype(dtype)
-    layers = [Layer(m, info.experts, ids, summed, reducer, spans) for m, ids in enumerate(owned)]
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
     if team is not None and fuse:
@@ -256,13 +263,19 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
     }
 
 
-def native_experts(share: Share, info: ModelInfo, team: Team | None) -> dict[str, NativeExperts]:
+def pairs_per_row(info: ModelInfo, layers: Sequence[Ownership]) -> int:
+    """The most pairs of a row, those of padding spread over a block of rows."""
+    padding = max(layer.most_padding for layer in layers)
+    return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
+
+
+def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[str, NativeExperts]:
     """The experts that `team` can compute, by path of their block."""
     experts = {}
     for site in share.sites:
         if team is not None and can_be_native(site.switch):
             path = f"{site.path}.{site.switch_path}"
-            experts[site.path] = NativeExperts(path, site.switch, team, info.top_k, share.mapped)
+            experts[site.path] = NativeExperts(path, site.switch, team, pairs_per_row, share.mapped)
     return experts
 
 

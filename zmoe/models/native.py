@@ -68,7 +68,8 @@ def fuse_layers(
     if parts is None:
         return False
     width = parts[0].attention.output._product.weight.outs
-    shared = _Shared(team, dtype, Stream(width), BufferPool(dtype), [])
+    padding = max(layer.ownership.most_padding for layer in layers)
+    shared = _Shared(team, dtype, Stream(width), BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +11,8 @@ from mlx.nn.layers.base import Module
 
 from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import Experts, MlxExperts, combine
-from zmoe.moe.router import Floats, Ints, LocalPairs, Ownership, routing_digest
+from zmoe.moe.ownership import Ownership
+from zmoe.moe.router import Floats, Ints, LocalPairs, no_experts, routing_digest
 from zmoe.obs import Spans
 from zmoe.types import Reducer
 
@@ -21,14 +21,12 @@ from zmoe.types import Reducer
 class Layer:
     """What a MoE layer knows of the cluster.
 
-    `ordinal` is its place among the MoE layers; `experts` how many there are
-    on all nodes, `owned` this node's, in the order of its weights; `dtype`
-    that of the partial sums.
+    `ordinal` is its place among the MoE layers; `ownership` what this node
+    computes of it; `dtype` that of the partial sums.
     """
 
     ordinal: int
-    experts: int
-    owned: Sequence[int]
+    ownership: Ownership
     dtype: mx.Dtype
     reducer: Reducer
     spans: Spans
@@ -40,6 +38,13 @@ def _on_host(ids: mx.array) -> Ints:
 
 def _between(rows: mx.array, start: int, stop: int) -> mx.array:
     return rows if stop - start == rows.shape[0] else rows[start:stop]
+
+
+def _run_padding(experts: Experts, rows: mx.array, pairs: LocalPairs, spans: Spans) -> None:
+    """Of a node to which nothing is assigned."""
+    if len(pairs.padding):
+        with spans.span("experts"):
+            mx.eval(experts.outputs(rows, pairs))
 
 
 class ExpertParallelMoE(Module):
@@ -57,7 +62,6 @@ class ExpertParallelMoE(Module):
         self.block = block
         self._adapter = adapter
         self._layer = layer
-        self._ownership = Ownership(layer.experts, layer.owned)
         switch = operator.attrgetter(adapter.switch)(block)
         self._experts = MlxExperts(switch) if experts is None else experts
         self._hook = bound_hook(adapter, switch)
@@ -84,7 +88,7 @@ class ExpertParallelMoE(Module):
             if shared[0] is not None:
                 mx.async_eval(shared[0])
 
-        pairs = self._ownership.pairs(host_ids)
+        pairs = layer.ownership.pairs(host_ids)
 
         def partial(start: int, stop: int) -> mx.array | None:
             own = pairs.within(start, stop)
@@ -103,6 +107,7 @@ class ExpertParallelMoE(Module):
 
     def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
         if not len(pairs.rows):
+            _run_padding(self._experts, rows, pairs, self._layer.spans)
             return None
         hook, dtype = self._hook, self._layer.dtype
         with self._layer.spans.span("experts"):
@@ -128,7 +133,6 @@ class ExpertParallelSwitch(Module):
         self.switch = switch
         self._layer = layer
         self._experts = MlxExperts(switch) if experts is None else experts
-        self._ownership = Ownership(layer.experts, layer.owned)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         layer, (width, k) = self._layer, (x.shape[-1], indices.shape[-1])
@@ -136,7 +140,7 @@ class ExpertParallelSwitch(Module):
         ids = indices.reshape(-1, k).astype(mx.int32)
         mx.eval(rows, ids)
         host_ids = _on_host(ids)
-        pairs, digest = self._ownership.pairs(host_ids), routing_digest(host_ids)
+        pairs, digest = layer.ownership.pairs(host_ids), routing_digest(host_ids)
         # Every chosen expert's output is a row of its own, of one expert at weight 1.
         layer.reducer.dispatch(
             layer.ordinal,
@@ -162,10 +166,12 @@ class ExpertParallelSwitch(Module):
         """Of the (rows * k, width) outputs, [start, stop): the local pairs' own, else zeros."""
         places = pairs.rows * k + pairs.slots
         begin, end = np.searchsorted(places, (start, stop))
-        if begin == end:
-            return None
         own = slice(begin, end)
-        mine = LocalPairs(pairs.rows[own], pairs.slots[own], pairs.experts[own])
+        padding = pairs.padding if start == 0 else no_experts()
+        mine = LocalPairs(pairs.rows[own], pairs.slots[own], pairs.experts[own], padding)
+        if begin == end:
+            _run_padding(self._experts, rows, mine, self._layer.spans)
+            return None
         with self._layer.spans.span("experts"):
             y = self._experts.outputs(rows, mine).astype(self._layer.dtype)
             place = np.full(stop - start, end - begin, np.int32)

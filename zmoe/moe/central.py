@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError
 from zmoe.moe.allreduce import Exchange
+from zmoe.moe.ownership import layer_owners
 from zmoe.moe.receive import DTYPES, ReceiveBuffers
 from zmoe.moe.received import Received
 from zmoe.moe.rounds import Source
@@ -27,25 +28,25 @@ from zmoe.types import Placement
 __all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "owners_of", "serve_step"]
 
 Masks = npt.NDArray[np.uint64]
-# Of a MoE layer's ordinal and its expert ids (rows, k): bit r of each for a rank
-# that computes this pair; none for an id that is no expert.
-Owners = Callable[[int, Ints], Masks]
 
 
-def owners_of(placement: Placement) -> Owners:
-    """Every owner of an expert computes it."""
-    tables = []
-    for layer in placement.owned:
-        table = np.zeros(placement.experts + 1, np.uint64)  # the last: ids that are no expert
-        for rank, experts in enumerate(layer):
-            table[list(experts)] |= np.uint64(1 << rank)
-        tables.append(table)
+def owners_of(placement: Placement, layer: int) -> Callable[[Ints], Masks]:
+    """Of expert ids (rows, k) of a layer, an ordinal: bit r of each for a rank that
+    computes this pair; none for an id that is no expert.
+    """
+    owners = layer_owners(placement, layer)
+    bits = np.zeros((len(owners.ranks), placement.experts + 1), np.uint64)
 
-    def owners(layer: int, ids: Ints) -> Masks:
+    def masks(ids: Ints) -> Masks:
+        owners.assign(np.ascontiguousarray(ids))
+        chosen = owners.ranks >= 0
+        bits[:, :-1] = np.where(chosen, np.uint64(1) << owners.ranks.astype(np.uint64), 0)
+        table = np.bitwise_or.reduce(bits, axis=0)  # the last: ids that are no expert
         known = (ids >= 0) & (ids < placement.experts)
-        return tables[layer][np.where(known, ids, placement.experts)]
+        found: Masks = table[np.where(known, ids, placement.experts)]
+        return found
 
-    return owners
+    return masks
 
 
 class Held(Protocol):
@@ -63,14 +64,19 @@ class CentralExchange(Exchange):
     """One layer at a time: rows out of the leader (rank 0), partial sums back to it."""
 
     def __init__(
-        self, rank: int, nodes: int, *, owners: Owners, max_rows: int, max_pairs: int, **others: Any
+        self, rank: int, nodes: int, *, max_rows: int, max_pairs: int, **others: Any
     ) -> None:
         """`max_rows`, `max_pairs` of one layer and step; `others` are Exchange's."""
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         if rank > 0:  # it waits for the leader, who may wait as long for another
             self._deadline_s *= 2
-        self._owners = owners
+        self._owners: list[Callable[[Ints], Masks]] = []
         self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
+
+    def place(self, placement: Placement) -> None:
+        """Who computes what, before the first step."""
+        layers = range(len(placement.owned))
+        self._owners = [owners_of(placement, layer) for layer in layers]
 
     def calibrate(self) -> None:
         """Nothing: there is one algorithm."""
@@ -97,7 +103,7 @@ class CentralExchange(Exchange):
                 DTYPES[x_dtype],
                 np.ascontiguousarray(ids),
                 np.ascontiguousarray(weights),
-                self._owners(layer, ids),
+                self._owners[layer](ids),
             )
             wire = DTYPES[dtype] if self.wire is None else self.wire
             call = (self.step, layer, width, wire, digest)

@@ -14,7 +14,10 @@ Switch = Any  # SwitchGLU, SwitchMLP, or a subclass
 
 
 class Experts(Protocol):
-    """A node's own experts of one layer, whatever computes them."""
+    """A node's own experts of one layer, whatever computes them.
+
+    They run the padding of the pairs too, in the same call, and drop what it gives.
+    """
 
     def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
         """The output of each pair: (pairs, width) from the rows x (rows, width)."""
@@ -28,6 +31,18 @@ class Experts(Protocol):
         ...
 
 
+def with_padding(x: mx.array, pairs: LocalPairs) -> tuple[mx.array, LocalPairs]:
+    """The rows with one of zeros behind them, and pairs of that with the padding behind theirs."""
+    if not len(pairs.padding):
+        return x, pairs
+    more = len(pairs.padding)
+    rows = np.concatenate([pairs.rows, np.full(more, x.shape[0], np.int32)])
+    slots = np.concatenate([pairs.slots, np.zeros(more, np.int32)])
+    experts = np.concatenate([pairs.experts, pairs.padding])
+    zeros = mx.zeros((1, x.shape[1]), x.dtype)
+    return mx.concatenate([x, zeros]), LocalPairs(rows, slots, experts)
+
+
 class MlxExperts:
     """The experts of a switch layer on MLX."""
 
@@ -35,7 +50,8 @@ class MlxExperts:
         self._switch = switch
 
     def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
-        return expert_outputs(self._switch, x, pairs)
+        y = expert_outputs(self._switch, *with_padding(x, pairs))
+        return y[: len(pairs.rows)] if len(pairs.padding) else y
 
     def partial(self, x: mx.array, pairs: LocalPairs, weights: Floats, dtype: mx.Dtype) -> mx.array:
         return combine(self.outputs(x, pairs), pairs, weights, x.shape[0]).astype(dtype)

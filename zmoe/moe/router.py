@@ -1,9 +1,8 @@
-"""Which (row, expert) pairs of a routing are this node's to compute."""
+"""The (row, expert) pairs of a routing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,41 +13,34 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
+def no_experts() -> Ints:
+    """No padding."""
+    return np.empty(0, np.int32)
+
+
 @dataclass(frozen=True)
 class LocalPairs:
     """The local pairs of a routing, ordered by row.
 
     `rows`, `slots` (pairs,): the pair's row and its place among the row's k
     experts. `experts` (pairs,): the expert, as this node numbers its own.
+    `padding`: more of its experts, to be run on no row of the routing.
     """
 
     rows: Ints
     slots: Ints
     experts: Ints
+    padding: Ints = field(default_factory=no_experts)
 
     def within(self, start: int, stop: int) -> LocalPairs:
-        """Those of the rows [start, stop), which count from 0 then."""
+        """Those of the rows [start, stop), which count from 0 then; the first have the padding."""
         begin, end = np.searchsorted(self.rows, (start, stop))
         if (start, begin, end) == (0, 0, len(self.rows)):
             return self
         own = slice(begin, end)
-        return LocalPairs(self.rows[own] - np.int32(start), self.slots[own], self.experts[own])
-
-
-class Ownership:
-    """One layer's map from expert ids to this node's own numbering."""
-
-    def __init__(self, experts: int, owned: Sequence[int]) -> None:
-        # The last entry, -1, stands for every id outside [0, experts).
-        self.local: Ints = np.full(experts + 1, -1, np.int32)
-        self.local[list(owned)] = np.arange(len(owned))
-
-    def pairs(self, ids: Ints) -> LocalPairs:
-        """The local pairs of `ids` (rows, k)."""
-        known = np.where((ids >= 0) & (ids < len(self.local) - 1), ids, -1)
-        local = self.local[known]
-        rows, slots = np.nonzero(local >= 0)
-        return LocalPairs(rows.astype(np.int32), slots.astype(np.int32), local[rows, slots])
+        padding = self.padding if start == 0 else no_experts()
+        rows = self.rows[own] - np.int32(start)
+        return LocalPairs(rows, self.slots[own], self.experts[own], padding)
 
 
 def routing_digest(ids: Ints) -> int:

@@ -57,18 +57,22 @@ def _slower(predictions: Sequence[Prediction]) -> Iterator[str]:
 
 
 def does_not_fit(prediction: Prediction) -> str:
-    """What is missing, and the fewest nodes or most bits that would do."""
+    """What is missing, and what would do."""
     setup, nodes = prediction.setup, prediction.nodes
+    lacking = f"{prediction.missing / GIB:.1f} GiB are missing per node"
+    return f"{setup.shape.name} does not fit {_nodes(nodes)}: {lacking}; {remedy(setup, nodes)}."
+
+
+def remedy(setup: Setup, nodes: int, unit: str = "node") -> str:
+    """The fewest nodes, or the most bits on so many `nodes`, that would do."""
     ways = []
     enough = nodes_that_fit(setup)
     if enough is not None:
-        ways.append(_nodes(enough))
+        ways.append(_nodes(enough, unit))
     bits = bits_that_fit(setup, nodes)
     if bits is not None:
-        ways.append(f"{bits} bits on {_nodes(nodes)}")
-    remedy = f"{' or '.join(ways)} would do" if ways else "neither more nodes nor fewer bits help"
-    lacking = f"{prediction.missing / GIB:.1f} GiB are missing per node"
-    return f"{setup.shape.name} does not fit {_nodes(nodes)}: {lacking}; {remedy}."
+        ways.append(f"{bits} bits on {_nodes(nodes, unit)}")
+    return f"{' or '.join(ways)} would do" if ways else "neither more nodes nor fewer bits help"
 
 
 def nodes_that_fit(setup: Setup) -> int | None:
@@ -90,7 +94,9 @@ def bits_that_fit(setup: Setup, nodes: int) -> int | None:
 
 def _plain(setup: Setup) -> Setup:
     """The same without copies of experts: what fits, fits without."""
-    return setup if setup.placement == "slices" else replace(setup, placement="experts")
+    if setup.placement == "slices" and setup.given is None:
+        return setup
+    return replace(setup, placement="experts", given=None)
 
 
 @dataclass(frozen=True)
@@ -155,5 +161,5 @@ def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
     return said
 
 
-def _nodes(count: int) -> str:
-    return f"{count} node" if count == 1 else f"{count} nodes"
+def _nodes(count: int, unit: str = "node") -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

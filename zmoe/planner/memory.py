@@ -8,9 +8,9 @@ from zmoe.planner.cost import Cluster
 from zmoe.planner.shape import ModelShape
 
 # Interpreter, libraries, exchange buffers and the activations of one prefill
-# chunk: 172 MiB measured for a small model (README, "Measured"), more for a
-# wide one. An estimate.
-PROGRAM_BYTES = 512 << 20
+# chunk: 168 and 172 MiB measured for two small models (README, "Measured"), more
+# for a wide one. An estimate.
+PROGRAM_BYTES = 256 << 20
 
 
 def dense_node_bytes(

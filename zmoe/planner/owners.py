@@ -97,35 +97,3 @@ def _selections(experts: int, drawn: Sequence[float]) -> tuple[int, npt.NDArray[
     size = generator.choice(len(chances), size=SAMPLES, p=chances)
     rank = generator.random((SAMPLES, experts)).argsort(axis=1).argsort(axis=1)
     return SAMPLES, rank < size[:, None]
-
-
-def spread_replicas(experts: int, slots: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Owners of each expert when node n has room for slots[n] experts, every room used.
-
-    Expert by expert, its copies go to the nodes with most room left; among
-    these to those that share the fewest experts so far, so that the pairs of
-    owners are spread evenly. Raises PlacementError when there is too little room.
-    """
-    room = [min(slot, experts) for slot in slots]
-    if sum(room) < experts:
-        raise PlacementError(
-            f"{experts} experts per layer do not fit the {sum(room)} places of {len(slots)} nodes"
-        )
-    nodes = range(len(room))
-    together = [[0] * len(room) for _ in nodes]
-    owners: list[tuple[int, ...]] = []
-    for expert in range(experts):
-        copies = max(1, round(sum(room) / (experts - expert)))
-        mine: list[int] = []
-        while len(mine) < min(copies, len(room)):
-            free = [n for n in nodes if room[n] and n not in mine]
-            if not free:
-                break
-            best = max(free, key=lambda n: (room[n], -sum(together[n][m] for m in mine), -n))
-            mine.append(best)
-            room[best] -= 1
-        for a, b in combinations(mine, 2):
-            together[a][b] += 1
-            together[b][a] += 1
-        owners.append(tuple(sorted(mine)))
-    return tuple(owners)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from zmoe.errors import PlacementError
+from zmoe.placement.spread import proportional, spread_replicas
 from zmoe.planner.cost import Cluster
 from zmoe.planner.memory import room_for_experts
-from zmoe.planner.owners import Owners, Replicated, Slices, Whole, spread_replicas
+from zmoe.planner.owners import Owners, Replicated, Slices, Whole
 from zmoe.planner.routing import even_split
 from zmoe.planner.shape import ModelShape
 
@@ -63,9 +64,9 @@ def candidates(
     made = {"slices": [_slices(shape, speeds)], "replicas": [_replicas(shape, rooms, even)]}
     if placement in made:
         return made[placement]
-    by_speed = _whole("experts by speed", proportional(shape.experts, speeds))
+    by_speed = _whole("experts by speed", proportional(shape.experts, speeds, least=1))
     memories = [max(1, room) for room in rooms]
-    by_memory = _whole("experts by memory", proportional(shape.experts, memories))
+    by_memory = _whole("experts by memory", proportional(shape.experts, memories, least=1))
     return [even, by_speed, by_memory, *made["replicas"], *made["slices"]]
 
 
@@ -89,12 +90,3 @@ def _slices(shape: ModelShape, speeds: Sequence[float]) -> Placed:
     """Shares in proportion to speed, so that all nodes are done at once."""
     shares = tuple(speed / sum(speeds) for speed in speeds)
     return Placed("slices", tuple(shape.experts * share for share in shares), shares=shares)
-
-
-def proportional(experts: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers that add up to `experts`, near proportion to `weights`, none below 1."""
-    counts = [1] * len(weights)
-    for _ in range(experts - len(weights)):
-        node = max(range(len(weights)), key=lambda n: weights[n] / (counts[n] + 1))
-        counts[node] += 1
-    return tuple(counts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zmoe.errors import PlacementError
 from zmoe.planner.busiest import Busiest
 from zmoe.planner.cost import Cluster, Step, StepTime, step_time
 from zmoe.planner.hardware import Machine
@@ -33,6 +34,7 @@ class Setup:
     """A question: which model, on nodes taken from `machines` in turn, doing what.
 
     `one_machine`: the nodes are processes that share the first machine evenly.
+    `given`: the placement, whatever `placement` says.
     """
 
     shape: ModelShape
@@ -44,6 +46,7 @@ class Setup:
     placement: str = "experts"
     wire_bytes: float = 2.0
     one_machine: bool = False
+    given: Placed | None = None
 
     def cluster(self, nodes: int) -> Cluster:
         if self.one_machine:
@@ -128,11 +131,18 @@ def _milliseconds(time: StepTime, known: bool) -> dict[str, float | None]:
 def predict(setup: Setup, nodes: int) -> Prediction:
     """The prediction for `nodes` nodes; of several placements, the fastest that fits.
 
-    Raises PlacementError when there are more nodes than experts.
+    Raises PlacementError when there are more nodes than experts, or when the
+    placement that is given is for another number of nodes.
     """
     work, cluster = setup.workload, setup.cluster(nodes)
-    found = candidates(setup.placement, setup.shape, cluster, work.batch, work.context)
-    predictions = [_predict(setup, cluster, placed) for placed in found]
+    if setup.given is None:
+        found = candidates(setup.placement, setup.shape, cluster, work.batch, work.context)
+    elif len(setup.given.held) == nodes:
+        found = [setup.given]
+    else:
+        wanted = len(setup.given.held)
+        raise PlacementError(f"{setup.given.label} is for {wanted} nodes, not for {nodes}")
+    predictions = [evaluate(setup, cluster, placed) for placed in found]
     return min(predictions, key=lambda p: (p.missing, p.decode.total))
 
 
@@ -140,7 +150,8 @@ def predict_all(setup: Setup, counts: Sequence[int]) -> list[Prediction]:
     return [predict(setup, nodes) for nodes in counts]
 
 
-def _predict(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
+def evaluate(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
+    """The prediction for `cluster` with its experts `placed`."""
     shape, work = setup.shape, setup.workload
     step = Step(rows=work.batch, sequences=work.batch, context=work.context, heads=work.batch)
     decode, busiest = _timed(shape, cluster, placed, step)

@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from zmoe.cluster import messages
 from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
+from zmoe.types import Placement
 
 EXAMPLES = [
     Join(1, 3, "0.1.0", "host"),
     Setup(
-        2**62, 4, "org/model", 512, None, "auto", "exact", "q8", "centralized", 1.5, 1.0, 60.0, 10
+        2**62, 4, "a/b", 512, None, "auto", "exact", "q8", "centralized", None, 1.5, 1.0, 60.0, 9
     ),
-    messages.Hello(1, "ab", "float32", "none", "cd", "AVX2", "127.0.0.1", 5000, 5001),
+    messages.Hello(1, "ab", "f32", "none", "AVX2", "m", 1 << 40, None, 9, "127.0.0.1", 5000, 5001),
+    messages.Place(3, [[[0, 1], [2]], [[0], [1, 2]]], [[0, 64], [64, 128]], [1, 2]),
     messages.Mesh("AVX2", ["127.0.0.1", "127.0.0.2"], [1, 3], [2, 4]),
     messages.Loading(1, 2),
-    messages.Ready(0.5),
+    messages.Ready(0.5, "cd"),
     Step(7, True, [1, 2, 3]),
     messages.AskMemory(),
     messages.Memory(1 << 40),
@@ -51,6 +53,12 @@ def test_every_message_is_among_the_examples() -> None:
         ["Step", 7, 1, [1]],
         ["Step", 7, True, [1, "2"]],
         ["Setup", 1, 4, "m", 512, "none", 1.0, 1.0, 1.0, 1.0],
+        ["Hello", 1, "ab", "f32", "none", "AVX2", "m", -1, None, 9, "127.0.0.1", 5000, 5001],
+        ["Hello", 1, "ab", "f32", "none", "AVX2", "m", 1, 1 << 61, 9, "127.0.0.1", 5000, 5001],
+        ["Hello", 1, "ab", "f32", "none", "AVX2", "m", 1, None, 1 << 30, "127.0.0.1", 5000, 5001],
+        ["Place", 3, [[[0, "1"], [2]]], [], []],
+        ["Place", 3, [[0, 1], [2]], [], []],
+        ["Place", 3, [[[0, 1], [2]]], [[0, 64, 128]], []],
         {"Join": 1},
     ],
 )
@@ -79,3 +87,11 @@ def test_truncated_messages_are_refused(message: messages.Message, data: st.Data
 def test_oversized_messages_are_refused() -> None:
     with pytest.raises(MessageError, match="more than any message"):
         decode(b"\0" * (messages.MAX_MESSAGE_BYTES + 1))
+
+
+def test_a_placement_travels() -> None:
+    placement = Placement(2, 3, (((0, 1), (2,)),) * 2, ((0, 128), (0, 128)), (1, 2))
+    received = decode(encode(messages.Place.of(placement)))
+    assert isinstance(received, messages.Place)
+    assert received.placement(2) == placement
+    assert received.placement(2).digest == placement.digest

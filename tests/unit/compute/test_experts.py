@@ -11,10 +11,10 @@ import pytest
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchMLP
 
+from tests.ranks import owning
 from zmoe.compute.experts import NativeExperts, activation_of, can_be_native
 from zmoe.compute.team import Team
 from zmoe.moe.experts import MlxExperts
-from zmoe.moe.router import Ownership
 
 EXPERTS, DIM, HIDDEN = 5, 64, 96
 
@@ -48,7 +48,7 @@ def pairs_of(rows: int, k: int = 3) -> tuple[Any, np.ndarray]:
     rng = np.random.default_rng(rows)
     ids = np.stack([rng.permutation(EXPERTS + 2)[:k] for _ in range(rows)]).astype(np.int32)
     weights = rng.random((rows, k), np.float32)
-    return Ownership(EXPERTS + 2, tuple(range(EXPERTS))).pairs(ids), weights
+    return owning(EXPERTS + 2, range(EXPERTS)).pairs(ids), weights
 
 
 @pytest.mark.parametrize("rows", [1, 2, 150])

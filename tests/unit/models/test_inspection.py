@@ -9,11 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build, save
 from zmoe.errors import ModelError
 from zmoe.models import inspect_model
+from zmoe.models.discover import model_classes
 
 
 def test_a_description_in_full(tmp_path: Path) -> None:
@@ -24,6 +26,8 @@ def test_a_description_in_full(tmp_path: Path) -> None:
     assert (info.layers, info.moe_layers) == (3, (1, 2))
     assert (info.experts, info.top_k) == (EXPERTS, 3)
     assert (info.hidden_size, info.exchange_width) == (64, 64)
+    assert (info.expert_hidden, info.granule) == (64, 64)
+    assert (info.expert_parameters, info.expert_bytes) == (3 * 64 * 64, 2 * 3 * 64 * 64)
     assert info.context_length == 512
 
 
@@ -37,6 +41,23 @@ def test_every_family_can_be_described(family: str, tmp_path: Path) -> None:
     latent = family in ("nemotron_h", "kimi_k3")
     assert info.exchange_width == (32 if latent else 64)
     assert info.context_length == (None if family == "phixtral" else 512)
+    assert info.expert_hidden == (256 if family == "phixtral" else 64) and info.granule == 64
+    model, _ = load_model(tmp_path, get_model_classes=model_classes)
+    held: Any = tree_flatten(model.parameters())
+    experts = info.expert_bytes * info.experts * len(info.moe_layers)
+    assert info.dense_bytes + experts == sum(array.nbytes for _, array in held)
+
+
+def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
+    for mode, bits, group, scales in (
+        ("affine", 4, 32, 64),  # bits of scale and bias for each group, as float32 here
+        ("affine", 8, 64, 64),
+        ("mxfp4", 4, 32, 8),
+    ):
+        folder = build("mixtral", tmp_path / f"{mode}{group}", quantize=(mode, bits, group))
+        info = inspect_model(folder)
+        assert (info.expert_hidden, info.granule) == (64, group)
+        assert info.expert_bytes == 3 * 64 * 64 * (bits + scales / group) / 8
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models import muse_spark
 
 from tests.families import EXPERTS, FAMILIES, random_model
-from tests.ranks import ThreadReducer, on_ranks
+from tests.ranks import ThreadReducer, on_ranks, owning
 from zmoe.models.discover import ADAPTERS, find_sites, projections
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
@@ -62,7 +62,7 @@ def site_of(family: str, dtype: mx.Dtype = mx.float32) -> Any:
 def spread(site: Any, reducer: Any, owned: Sequence[int], dtype: mx.Dtype) -> ExpertParallelMoE:
     for layer in projections(site.switch):
         layer.apply(lambda a: a[mx.array(list(owned))])
-    layer = Layer(0, EXPERTS, owned, dtype, reducer, Spans())
+    layer = Layer(0, owning(EXPERTS, owned), dtype, reducer, Spans())
     return ExpertParallelMoE(site.block, site.adapter, layer)
 
 
@@ -92,7 +92,7 @@ def test_one_evaluation_of_the_routing_and_no_work_without_local_pairs() -> None
         return Routing(x, ids, mx.ones(ids.shape) / 2)
 
     reducer, spans = Recorder(), Spans()
-    layer = Layer(0, EXPERTS, (0, 3), mx.float32, reducer, spans)
+    layer = Layer(0, owning(EXPERTS, (0, 3)), mx.float32, reducer, spans)
     block = ExpertParallelMoE(site.block, Adapter(route), layer)
     out = block(mx.ones((1, 4, DIM)))
     assert asked == [1] and reducer.partials == [None] and not spans.seconds
@@ -123,7 +123,7 @@ def test_the_digest_follows_the_sets_of_experts_and_not_their_order() -> None:
             return Routing(x, mx.array([[chosen]]), mx.ones((1, 1, 3)))
 
         reducer, site = Recorder(), site_of("mixtral")
-        layer = Layer(0, EXPERTS, range(EXPERTS), mx.float32, reducer, Spans())
+        layer = Layer(0, owning(EXPERTS, range(EXPERTS)), mx.float32, reducer, Spans())
         ExpertParallelMoE(site.block, Adapter(route), layer)(mx.ones((1, 1, DIM)))
         digests += reducer.digests
     assert digests[0] == digests[1] != digests[2]
@@ -213,7 +213,7 @@ def test_muse_spark_norms_each_expert_where_it_is_computed(
         for layer in projections(moe.experts):
             layer.apply(lambda a: a[mx.array(owned)])
         adapter = ADAPTERS["muse_spark.MoE"]
-        layer = Layer(0, EXPERTS, owned, mx.float32, reducer, Spans())
+        layer = Layer(0, owning(EXPERTS, owned), mx.float32, reducer, Spans())
         return np.array(ExpertParallelMoE(moe, adapter, layer)(x))
 
     for got in on_ranks(2, work):

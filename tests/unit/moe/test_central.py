@@ -21,7 +21,7 @@ from tests.unit.moe.test_exchange import together
 from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.discover import ADAPTERS
-from zmoe.moe.central import CentralExchange, Held, Owners, owners_of, serve_step
+from zmoe.moe.central import CentralExchange, Held, owners_of, serve_step
 from zmoe.moe.exchange import Exchange, local_group
 from zmoe.moe.received import Received
 from zmoe.native import Dtype
@@ -41,7 +41,10 @@ def placement(nodes: int) -> Placement:
         )
         for m in range(LAYERS)
     )
-    return Placement(nodes, EXPERTS, layers)
+    return Placement(nodes, EXPERTS, layers, tuple((r, r + 1) for r in range(nodes)))
+
+
+ALL_ON_1 = Placement(2, EXPERTS, (((), tuple(range(EXPERTS))),) * LAYERS)
 
 
 def expert(layer: int, rank: int, e: int, x: Array) -> Array:
@@ -71,7 +74,7 @@ class NumpyExperts:
 
 
 def central_group(
-    nodes: int, owners: Owners | None = None, deadline_s: float = 30.0, **options: Any
+    nodes: int, placed: Placement | None = None, deadline_s: float = 30.0, **options: Any
 ) -> list[CentralExchange]:
     made: list[CentralExchange] = []
     for rank in range(nodes):
@@ -79,7 +82,6 @@ def central_group(
             CentralExchange(
                 rank,
                 nodes,
-                owners=owners or owners_of(placement(nodes)),
                 max_rows=64,
                 max_pairs=64 * TOP_K,
                 session=99,
@@ -92,6 +94,7 @@ def central_group(
         )
     endpoints = [exchange.endpoint for exchange in made]
     for exchange in made:
+        exchange.place(placed or placement(nodes))
         exchange.start_connect(endpoints)
     for exchange in made:
         exchange.finish_connect(endpoints, 20)
@@ -198,7 +201,7 @@ def test_sums_are_those_of_the_other_schedule_bit_for_bit(
 
 def test_mlx_arrays_go_out_as_they_are(groups: Callable[..., list[CentralExchange]]) -> None:
     """Strided ones too, in bfloat16, and the sum lands in an MLX array."""
-    one, two = groups(2, lambda layer, ids: np.full(ids.shape, 2, np.uint64))
+    one, two = groups(2, ALL_ON_1)
     x = mx.arange(6.0).reshape(3, 2).T.astype(mx.bfloat16)  # (2, 3)
     ids, weights = np.array([[4], [5]], np.int32), np.array([[1], [2]], np.float32)
     numbers = np.arange(EXPERTS, dtype=np.int32)
@@ -232,10 +235,17 @@ def test_received_pairs_have_slots_within_their_rows() -> None:
 
 
 def test_owners_follow_the_placement() -> None:
-    owners = owners_of(placement(3))
     ids = np.array([[0, 1, 7], [-1, 8, 2]], np.int32)
-    assert owners(0, ids).tolist() == [[7, 2, 2], [0, 0, 4]]
-    assert owners(1, ids).tolist() == [[7, 4, 4], [0, 0, 1]]
+    assert owners_of(placement(3), 0)(ids).tolist() == [[7, 2, 2], [0, 0, 4]]
+    assert owners_of(placement(3), 1)(ids).tolist() == [[7, 4, 4], [0, 0, 1]]
+
+
+def test_one_owner_of_a_replica() -> None:
+    """Of two that hold an expert whole, the one with less to do."""
+    spread = Placement(2, 3, (((0, 1), (0, 2)),))
+    masks = owners_of(spread, 0)
+    assert masks(np.array([[0, 1]], np.int32)).tolist() == [[2, 1]]
+    assert masks(np.array([[0, 2]], np.int32)).tolist() == [[1, 2]]
 
 
 def test_a_block_without_adapter(
@@ -248,7 +258,7 @@ def test_a_block_without_adapter(
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     want = np.array(load_model(folder)[0](tokens))
     spread = round_robin(3, info.experts, len(info.moe_layers))
-    group = groups(3, owners_of(spread))
+    group = groups(3, spread)
 
     def lead() -> npt.NDArray[np.float32]:
         model = load_shard(info, spread, group[0], spans=Spans()).model
@@ -307,7 +317,7 @@ def test_a_lost_or_silent_leader(groups: Callable[..., list[CentralExchange]]) -
 
 
 def test_an_expert_of_another_rank(groups: Callable[..., list[CentralExchange]]) -> None:
-    group = groups(2, lambda layer, ids: np.full(ids.shape, 2, np.uint64))
+    group = groups(2, ALL_ON_1)
     dispatch(group[0])
     nothing = np.full(EXPERTS, -1, np.int32)
     with pytest.raises(DivergenceError, match="rank 0 has another routing"):

@@ -11,8 +11,9 @@ import pytest
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from tests.ranks import owning
 from zmoe.moe.experts import MlxExperts, combine, expert_outputs, gathered, grouped
-from zmoe.moe.router import LocalPairs, Ownership
+from zmoe.moe.router import LocalPairs
 
 EXPERTS, DIM, HIDDEN = 5, 64, 128
 EPSILON = {mx.float32: 2**-24, mx.float16: 2**-11, mx.bfloat16: 2**-8}  # unit roundoff
@@ -39,7 +40,7 @@ def routing(rows: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def local(ids: np.ndarray, owned: tuple[int, ...] = (0, 2, 3)) -> LocalPairs:
-    return Ownership(EXPERTS, owned).pairs(ids)
+    return owning(EXPERTS, owned).pairs(ids)
 
 
 def cut(layer: Any, owned: tuple[int, ...] = (0, 2, 3)) -> Any:

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zmoe.moe.router import Ownership, routing_digest
+from tests.ranks import owning
+from zmoe.moe.router import routing_digest
 
 
 def ids(*rows: list[int]) -> np.ndarray:
@@ -20,7 +21,7 @@ def test_pairs_are_exactly_the_owned_ones_in_order_of_rows(data: st.DataObject) 
     k = data.draw(st.integers(1, 4))
     row = st.lists(st.integers(0, experts + 2), min_size=k, max_size=k)
     routing = ids(*data.draw(st.lists(row, min_size=1, max_size=6)))
-    pairs = Ownership(experts, owned).pairs(routing)
+    pairs = owning(experts, owned).pairs(routing)
     want = [
         (r, s, owned.index(e))
         for r, chosen in enumerate(routing.tolist())
@@ -32,7 +33,7 @@ def test_pairs_are_exactly_the_owned_ones_in_order_of_rows(data: st.DataObject) 
 
 
 def test_negative_ids_are_nobodys() -> None:
-    pairs = Ownership(4, [0, 3]).pairs(ids([-1, 3], [-4, 0]))
+    pairs = owning(4, [0, 3]).pairs(ids([-1, 3], [-4, 0]))
     assert pairs.rows.tolist() == [0, 1] and pairs.experts.tolist() == [1, 0]
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zmoe.errors import PlacementError
-from zmoe.planner.owners import SAMPLES, Replicated, Whole, spread_replicas
+from zmoe.placement.spread import spread_replicas
+from zmoe.planner.owners import SAMPLES, Replicated, Whole
 from zmoe.planner.routing import distinct_experts, even_split, expected_largest
 
 
@@ -72,24 +73,6 @@ def test_sampling_is_near_the_exact_value_and_repeats() -> None:
         p = exact.within([limit] * 4)
         assert abs(sampled.within([limit] * 4) - p) <= 4 * (p * (1 - p) / SAMPLES) ** 0.5 + 1e-6
     assert Replicated(single, drawn).within([3] * 4) == sampled.within([3] * 4)
-
-
-@given(st.integers(1, 40), st.lists(st.integers(1, 45), min_size=1, max_size=6))
-@settings(deadline=None)
-def test_spread_replicas_fills_the_room_and_leaves_nobody_out(
-    experts: int, slots: list[int]
-) -> None:
-    room = [min(slot, experts) for slot in slots]
-    if sum(room) < experts:
-        with pytest.raises(PlacementError, match=f"{experts} experts per layer do not fit"):
-            spread_replicas(experts, slots)
-        return
-    owners = spread_replicas(experts, slots)
-    assert len(owners) == experts
-    for each in owners:
-        assert each and len(set(each)) == len(each)
-    for node, most in enumerate(room):
-        assert sum(node in each for each in owners) <= most
 
 
 def test_too_many_nodes_for_subsets() -> None:

@@ -22,7 +22,6 @@ from zmoe.planner.hardware import GIB, MACHINES
 from zmoe.planner.links import LINKS
 from zmoe.planner.lookup import look_up
 from zmoe.planner.models import MODELS
-from zmoe.planner.placement import proportional
 from zmoe.planner.plan import Setup, Workload, predict, predict_all
 from zmoe.planner.shape import affine
 
@@ -126,16 +125,6 @@ def test_nodes_of_one_machine_share_it() -> None:
 def test_more_nodes_than_experts() -> None:
     with pytest.raises(PlacementError, match="9 nodes are more than the 8 experts"):
         predict(setup("mixtral-8x7b"), 9)
-
-
-@given(st.integers(1, 64), st.lists(st.floats(0.1, 100), min_size=1, max_size=8))
-def test_proportional(experts: int, weights: list[float]) -> None:
-    if experts < len(weights):
-        return
-    counts = proportional(experts, weights)
-    assert sum(counts) == experts and min(counts) >= 1
-    for weight, count in zip(weights, counts):
-        assert all(count >= other for less, other in zip(weights, counts) if less < weight)
 
 
 # ---- advice ----------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""A model that is only described."""
+
+from __future__ import annotations
+
+from zmoe.types import ModelInfo
+
+
+def described(
+    experts: int = 16, layers: int = 4, *, hidden: int = 256, granule: int = 64, **others: int
+) -> ModelInfo:
+    """`layers` MoE layers of `experts` that are `hidden` wide and cut in steps of `granule`."""
+    sizes = {
+        "top_k": 4,
+        "expert_parameters": 1 << 19,
+        "expert_bytes": 1 << 20,
+        "dense_bytes": 10 << 20,
+        **others,
+    }
+    return ModelInfo(
+        path="some/model",
+        model_type="dbrx",
+        fingerprint="f00d",
+        dtype="float32",
+        quantization="none",
+        layers=layers,
+        moe_layers=tuple(range(layers)),
+        experts=experts,
+        hidden_size=128,
+        expert_hidden=hidden,
+        granule=granule,
+        exchange_width=128,
+        context_length=None,
+        **sizes,
+    )

@@ -1,0 +1,73 @@
+"""What --explain prints: who owns what, why, and what else was considered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from zmoe.planner.choice import Alternative, Choice
+from zmoe.planner.hardware import GIB
+from zmoe.types import Placement
+
+
+def explanation(choice: Choice) -> str:
+    """Some lines of text."""
+    return "\n".join(_lines(choice))
+
+
+def _lines(choice: Choice) -> Iterator[str]:
+    yield f"placement: {choice.label} ({choice.why})"
+    total = sum(choice.held)
+    for node, held in enumerate(choice.held):
+        yield (
+            f"  node {node}: {_owned(choice.placement, node)}; {held / GIB:.3g} GiB of experts "
+            f"({held / total:.0%}), room for {choice.room[node] / GIB:.3g}; "
+            f"reads {choice.speeds[node]} GB/s"
+        )
+    yield f"  predicted by the cost model, {choice.assumed}:"
+    width = max(len(each.label) for each in choice.considered)
+    for each in choice.considered:
+        yield f"  {each.label:{width}}  {_outcome(each)}"
+
+
+def _owned(placement: Placement, node: int) -> str:
+    """How many experts a layer, which ones, which are elsewhere too, and what of them."""
+    layers = [layer[node] for layer in placement.owned]
+    counts = sorted({len(ids) for ids in layers})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    where = "each layer" if len(set(layers)) == 1 else "the first layer"
+    text = f"{many} experts a layer ({where}: {_ranges(layers[0])})"
+    parts = placement.slices or ((0, 0),) * placement.nodes
+    copies = sum(
+        any(
+            expert in ids
+            for other, ids in enumerate(layer)
+            if other != node and parts[other] == parts[node]
+        )
+        for layer in placement.owned
+        for expert in layer[node]
+    )
+    if copies:
+        text += f", {copies / len(layers):.3g} of them also elsewhere"
+    if placement.slices:
+        text += f", [{parts[node][0]}, {parts[node][1]}) of their width"
+    return text
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    found: list[list[int]] = []
+    for number in ids:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in found) or "none"
+
+
+def _outcome(each: Alternative) -> str:
+    if each.prediction is None:
+        return each.remark
+    return (
+        f"{1e3 * each.prediction.decode.total:.2f} ms a token, "
+        f"the busiest node computes {each.prediction.busiest.count:.3g} experts a layer"
+    )

@@ -1,0 +1,107 @@
+"""What this machine offers a run: who it is, its memory, how fast it reads it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from zmoe.compute.team import Team, is_native, usable_cores
+from zmoe.config import EngineConfig
+from zmoe.planner.given import Offer
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MEMORY = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_READ_BYTES = 64 << 20  # more than most caches hold
+_READ_S = 0.02
+_STEP = 1.1  # speeds are rounded to powers of it, so that like machines are equal
+
+
+def offer_of(config: EngineConfig, limit: int | None, measure: bool = True) -> Offer:
+    """What this node brings; `limit`: bytes that it may take.
+
+    Takes some 50 ms to `measure` its speed, which is 0 otherwise.
+    """
+    speed = read_speed(config) if measure else 0
+    return Offer(machine_id(), machine_memory(is_native(config)), limit, speed)
+
+
+def machine_id() -> str:
+    """The same for all processes of one machine, and no others."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return f"{uuid.getnode():012x}"
+
+
+def machine_memory(mapped: bool) -> int:
+    """Bytes that all nodes of this machine may take together.
+
+    `mapped`: all of its memory, since mapped weights leave it when others need
+    it; else what is available now, or what Metal recommends.
+    """
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended is not None:
+        return int(recommended)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not mapped:
+        memory = min(memory, _available() or memory)
+    return min([memory, *_cgroup_limits()])
+
+
+def _available() -> int | None:
+    try:
+        lines = _MEMORY.read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    kilobytes = fields.get("MemAvailable", "").split()
+    return int(kilobytes[0]) << 10 if kilobytes else None
+
+
+def _cgroup_limits() -> list[int]:
+    """What this process's control group (version 2, as containers have it) allows."""
+    try:
+        line = _CGROUP.read_text().splitlines()[-1]
+        return [int((_CGROUPS / line.partition("::/")[2] / "memory.max").read_text())]
+    except (OSError, ValueError, IndexError):  # another version, or "max"
+        return []
+
+
+def read_speed(config: EngineConfig) -> int:
+    """GB/s at which this process's cores, or its GPU, read memory; coarse on purpose."""
+    best = max(_speeds(config))
+    return max(1, round(_STEP ** round(math.log(best, _STEP))))
+
+
+def _speeds(config: EngineConfig) -> list[float]:
+    """GB/s of a few passes over memory."""
+    if is_native(config):
+        data = np.empty(_READ_BYTES, np.uint8)
+        data.fill(1)  # memory that nobody has written is not there
+        team = Team(usable_cores())
+        try:
+            return _passes(lambda: team.read(data))
+        finally:
+            team.close()
+    array = mx.ones(_READ_BYTES // 4, mx.float32)
+    mx.eval(array)
+    return _passes(lambda: mx.eval(mx.sum(array)))
+
+
+def _passes(read: Callable[[], None]) -> list[float]:
+    read()
+    speeds: list[float] = []
+    end = time.perf_counter() + _READ_S
+    while not speeds or time.perf_counter() < end:
+        start = time.perf_counter()
+        read()
+        speeds.append(_READ_BYTES / (time.perf_counter() - start) / 1e9)
+    return speeds

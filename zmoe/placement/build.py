@@ -1,0 +1,130 @@
+"""Ways to place a model's experts, as placements.
+
+A place is room for one expert of one MoE layer; `places[n]` is how many node n
+has, over all layers. `speeds[n]` is its relative speed. `beside` is what every
+node does in a layer besides, in times of what all of the layer's experts take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import gcd
+
+from zmoe.errors import PlacementError
+from zmoe.placement.spread import over_layers, proportional, runs, spread_replicas
+from zmoe.types import ModelInfo, Placement
+
+
+def place_evenly(info: ModelInfo, nodes: int) -> Placement:
+    """Whole experts in contiguous runs, none twice, counts differing by at most one.
+
+    Contiguous, so that a node's part of a stacked tensor is one byte range.
+    Where `nodes` does not divide the experts, the ranks that take one more
+    rotate over the layers, so that no node holds more than its share.
+    Raises PlacementError when there are more nodes than experts.
+    """
+    if nodes > info.experts:
+        raise PlacementError(
+            f"{nodes} nodes are more than the {info.experts} experts per layer of {info.path}: "
+            f"use at most {info.experts}"
+        )
+    return _place_whole(info, proportional(_places(info), [1] * nodes))
+
+
+def place_by_speed(
+    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+) -> Placement:
+    """Whole experts in contiguous runs, none twice, so that all nodes are done at once in
+    the mean, as far as there is room. Raises PlacementError when there is not.
+    """
+    whole = _places(info)
+    beside = 0.0 if len(set(speeds)) == 1 else beside
+    return _place_whole(info, proportional(whole, speeds, places, beside=beside * whole))
+
+
+def place_replicas(
+    info: ModelInfo,
+    speeds: Sequence[int],
+    places: Sequence[int],
+    usage: Sequence[Sequence[int]] | None = None,
+    beside: float = 0.0,
+) -> Placement:
+    """Copies of whole experts as far as there is room, none twice on a node.
+
+    The speeds for the assignment are in proportion to what each should compute.
+    `usage[m]`: how often each expert of the m-th MoE layer was chosen; None:
+    all alike. Raises PlacementError when there is no room for one of each.
+    """
+    experts, layers = info.experts, len(info.moe_layers)
+    # One copy of each surely fits: a layer's slots are never fewer than what that takes.
+    single = over_layers(proportional(_places(info), places, places), layers)
+    owned = []
+    spread = lru_cache(spread_replicas)
+    for layer, counts in enumerate(single):
+        slots = tuple(
+            min(experts, max(count, total // layers)) for count, total in zip(counts, places)
+        )
+        heat = None if usage is None else tuple(count + 1 for count in usage[layer])
+        owners = spread(experts, slots, heat)
+        owned.append(
+            tuple(
+                tuple(expert for expert, on in enumerate(owners) if node in on)
+                for node in range(len(places))
+            )
+        )
+    shares = proportional(100, speeds, least=1, beside=100 * beside)
+    assigned = () if len(set(speeds)) == 1 else _reduced(shares)
+    return Placement(len(places), experts, tuple(owned), speeds=assigned)
+
+
+def place_slices(
+    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+) -> Placement:
+    """A range of every expert's hidden dimension for each node, so that all are done at once
+    as far as there is room. Raises PlacementError when an expert cannot be cut so finely.
+    """
+    nodes, hidden, granule = len(speeds), info.expert_hidden, info.granule
+    if not granule:
+        raise PlacementError(f"the experts of {info.path} cannot be sliced: their widths differ")
+    units = hidden // granule  # a remainder goes to the last node
+    if units < nodes:
+        raise PlacementError(
+            f"the experts of {info.path} are {hidden} wide and cut in steps of {granule}: "
+            f"{units} slices at most, not {nodes}"
+        )
+    whole = _places(info)
+    most = [total * hidden // (granule * whole) for total in places]
+    if min(most) < 1 or sum(most) < units:
+        raise PlacementError(f"slices of the experts of {info.path} do not fit the nodes' memory")
+    sizes = proportional(units, speeds, most, least=1, beside=beside * units)
+    bounds = [granule * sum(sizes[:node]) for node in range(nodes)] + [hidden]
+    everything = tuple(range(info.experts))
+    owned = ((everything,) * nodes,) * len(info.moe_layers)
+    return Placement(nodes, info.experts, owned, tuple(pairwise(bounds)))
+
+
+def held(placement: Placement, hidden: int) -> tuple[float, ...]:
+    """How many experts' worth of weights each node has over all layers, of `hidden` wide ones."""
+    counts = [sum(len(layer[node]) for layer in placement.owned) for node in range(placement.nodes)]
+    if not placement.slices:
+        return tuple(map(float, counts))
+    return tuple(
+        count * (end - start) / hidden for count, (start, end) in zip(counts, placement.slices)
+    )
+
+
+def _reduced(numbers: Sequence[int]) -> tuple[int, ...]:
+    """The same proportions in the smallest whole numbers."""
+    divisor = gcd(*numbers)
+    return tuple(number // divisor for number in numbers)
+
+
+def _places(info: ModelInfo) -> int:
+    return info.experts * len(info.moe_layers)
+
+
+def _place_whole(info: ModelInfo, totals: Sequence[int]) -> Placement:
+    counts = over_layers(totals, len(info.moe_layers))
+    return Placement(len(totals), info.experts, tuple(runs(of_layer) for of_layer in counts))
