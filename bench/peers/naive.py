@@ -26,7 +26,6 @@ import numpy.typing as npt
 import zmq
 from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
-from zmoe.placement.build import place_evenly
 from zmoe_cluster import flags, measure
 
 from zmoe.cluster.launch import divide_cores
@@ -42,6 +41,7 @@ from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import SingleNode
 from zmoe.moe.router import LocalPairs
 from zmoe.native import Dtype
+from zmoe.placement.build import place_evenly
 from zmoe.types import Partial, nothing
 
 DEADLINE_S = 300.0  # for loading, and for one answer
