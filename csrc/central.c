@@ -90,6 +90,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   held->header.kind = ZMOE_KIND_ROWS;
   held->header.dtype = (uint8_t)routed->x_dtype;
   held->header.rows = rows;
+  held->header.busiest = (uint8_t)(routed->busiest < UINT8_MAX ? routed->busiest : UINT8_MAX);
   held->header.payload_bytes = (uint32_t)bytes;
   held->frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   fill(ex, routed, call, rank, pairs, zmoe_slot_payload(held->slot));
@@ -169,6 +170,7 @@ static int take_rows(zmoe_frame *frame, zmoe_received *out) {
                          header->rows,
                          header->width,
                          0,
+                         header->busiest,
                          (zmoe_dtype)header->dtype,
                          header->digest};
   if (at == NULL)

@@ -3,7 +3,7 @@
  *   0 magic "ZMOE"       16 epoch      36 source, 2 bytes
  *   4 version, 1 byte    20 step       38 dtype, kind: 1 byte each
  *   5 zero, 3 bytes      24 layer      40 payload_bytes
- *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, zero: 1 byte each
+ *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, busiest: 1 byte each
  *                        32 width      48 digest, 8 bytes
  *                                      56 checksum of 0..55, 8 bytes
  *
@@ -59,6 +59,7 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   out[44] = header->part;
   out[45] = header->chunks;
   out[46] = header->chunk;
+  out[47] = header->busiest;
   put64(out + 48, header->digest);
   put64(out + 56, zmoe_digest(out, 56));
 }
@@ -96,8 +97,10 @@ static int sizes_agree(const zmoe_header *header) {
 }
 
 static int fields_are_valid(const uint8_t *at, const zmoe_header *header) {
-  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && at[47] == 0;
-  return reserved_is_zero && header->kind >= ZMOE_KIND_PARTIAL && header->kind <= ZMOE_KIND_ROWS &&
+  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0;
+  int only_rows = header->kind == ZMOE_KIND_ROWS || header->busiest == 0;
+  return reserved_is_zero && only_rows && header->kind >= ZMOE_KIND_PARTIAL &&
+         header->kind <= ZMOE_KIND_ROWS &&
          zmoe_payload_bytes((zmoe_dtype)header->dtype, 0, 0) == 0 &&
          header->source < ZMOE_MAX_NODES && chunk_is_valid(header) && sizes_agree(header);
 }
@@ -127,6 +130,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .part = at[44],
       .chunks = at[45],
       .chunk = at[46],
+      .busiest = at[47],
       .digest = get64(at + 48),
   };
   if (!fields_are_valid(at, &header))

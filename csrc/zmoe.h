@@ -145,6 +145,7 @@ typedef struct zmoe_header {
                            * of ROWS also the pairs' */
   uint8_t part;           /* of a layer's exchanges, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
+  uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
   uint64_t digest;        /* of the routing that led here */
 } zmoe_header;
 
@@ -280,6 +281,7 @@ typedef struct zmoe_routed {
   const uint64_t *ranks; /* (rows, top_k) bit r: rank r computes this pair */
   uint32_t top_k;
   zmoe_dtype x_dtype;
+  uint32_t busiest; /* experts that the rank with most of them computes */
 } zmoe_routed;
 
 int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
@@ -295,7 +297,7 @@ typedef struct zmoe_received {
   uint32_t max_pairs, experts;
   const int32_t *local; /* (experts) */
   /* What came; pair_experts in this rank's numbers. */
-  uint32_t rows, width, pairs;
+  uint32_t rows, width, pairs, busiest;
   zmoe_dtype dtype;
   uint64_t digest; /* to be published with */
 } zmoe_received;

@@ -13,6 +13,7 @@ SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
 WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
+POLICIES = ("selected", "busy-full", "router-aided")
 # MLX's modes of quantisation, and the bits and group sizes that each has.
 QUANTIZATIONS = {
     "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -91,6 +92,10 @@ class EngineConfig:
     activations are, "q8" in blocks of 8-bit integers.
     `schedule`: "decentralized" (every node routes, one all-reduce a MoE layer),
     or "centralized" (the leader routes, the others hold experts only).
+    `policy`: which of its experts a node runs in each MoE layer: "selected",
+    those that are chosen; "busy-full", all of them; "router-aided", as many as
+    the busiest node, which keeps their weights warm. What is not chosen is run
+    for nothing: the output is the same.
     """
 
     prefill_chunk: int = 512
@@ -99,6 +104,7 @@ class EngineConfig:
     activations: str = "exact"
     wire_dtype: str = "auto"
     schedule: str = "decentralized"
+    policy: str = "selected"
 
     def __post_init__(self) -> None:
         _check(
@@ -110,6 +116,7 @@ class EngineConfig:
         kv_fits = self.max_kv_size is None or self.max_kv_size > 8
         _check(kv_fits, "--max-kv-size", self.max_kv_size, "more than 8")
         _check(self.compute in COMPUTES, "--compute", self.compute, " or ".join(COMPUTES))
+        _check(self.policy in POLICIES, "--policy", self.policy, " or ".join(POLICIES))
         _check(
             self.activations in ACTIVATIONS,
             "--activations",

@@ -138,6 +138,7 @@ class Header:
     part: int = 0
     chunks: int = 0
     chunk: int = 0
+    busiest: int = 0
     digest: int = 0
 
 

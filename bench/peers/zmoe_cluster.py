@@ -13,12 +13,13 @@ from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
-from process import ABSENT, PeerFailure, checked, main, parser, tokens
+from process import PeerFailure, checked, main, parser, tokens
 from recording import Recording
 
 from zmoe import __version__
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.placing import PlacementRequest
 from zmoe.config import EngineConfig, Sampling
 from zmoe.engine.generate import Generation, Timings
 from zmoe.errors import ZmoeError
@@ -26,8 +27,6 @@ from zmoe.errors import ZmoeError
 SEED = 1
 SETTINGS = ("compute", "activations", "wire_dtype")
 CLUSTER_SETTINGS = (*SETTINGS, "schedule", "policy", "placement")
-# What a zmoe without such a setting does.
-ONLY = {"schedule": "decentralized", "policy": "selected", "placement": "experts"}
 
 
 def add_settings(made: argparse.ArgumentParser, names: Sequence[str] = SETTINGS) -> None:
@@ -36,27 +35,18 @@ def add_settings(made: argparse.ArgumentParser, names: Sequence[str] = SETTINGS)
         made.add_argument(f"--{name.replace('_', '-')}", help="zmoe-run's; default: its default")
 
 
-def _given(options: argparse.Namespace, names: Sequence[str], kind: Any) -> dict[str, Any]:
-    """Those of `names` that were given and that `kind`, a dataclass, has."""
-    known = {field.name for field in fields(kind)}
-    values = {name: getattr(options, name) for name in names if name in known}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def engine_config(options: argparse.Namespace, names: Sequence[str] = SETTINGS) -> EngineConfig:
     """The settings that were given."""
-    return EngineConfig(**_given(options, names, EngineConfig))
+    known = {field.name for field in fields(EngineConfig)}
+    values = {name: getattr(options, name) for name in names if name in known}
+    return EngineConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def cluster_spec(options: argparse.Namespace) -> ClusterSpec:
-    """The settings that were given; PeerFailure for one that this zmoe does not have."""
+    """The settings that were given."""
     engine = engine_config(options, CLUSTER_SETTINGS)
-    of_cluster = _given(options, CLUSTER_SETTINGS, ClusterSpec)
-    for name in CLUSTER_SETTINGS:
-        wanted = getattr(options, name)
-        if wanted not in (None, ONLY.get(name)) and name not in of_cluster | vars(engine):
-            raise PeerFailure(f"this zmoe has no --{name.replace('_', '-')}", ABSENT)
-    return ClusterSpec(nodes=options.nodes, engine=engine, **of_cluster)
+    placement = PlacementRequest(options.placement or "auto")
+    return ClusterSpec(nodes=options.nodes, engine=engine, placement=placement)
 
 
 def spans_ms(timings: Timings) -> dict[str, float]:

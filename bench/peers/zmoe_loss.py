@@ -22,6 +22,7 @@ from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
+from zmoe.placement.build import place_evenly
 
 Logits = Callable[[Sequence[int]], mx.array]  # of a window: (tokens,) -> (tokens, vocabulary)
 
@@ -65,8 +66,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         text = tokenizer.decode(ids)
     if len(ids) < 2:
         raise PeerFailure("the text has fewer than 2 tokens: nothing to predict")
-    member = Member(inspect_model(folder), 0, 1, 0, engine_config(options), Timing())
+    info = inspect_model(folder)
+    member = Member(info, 0, 1, 0, engine_config(options), Timing())
     try:
+        member.place(place_evenly(info, 1))
         shard, _ = member.load(lambda done, total: None)
         # The kernels compute the last row's logits only, so there each token is a step.
         by_step = options.step_by_step or options.compute != "mlx"

@@ -37,6 +37,7 @@ def test_options_out_of_range(commands: Commands) -> None:
         (("--starting-port", "70000", "x"), "--starting-port is 70000"),
         (("--hosts", "127.0.0.1", "--hostfile", "f", "x"), "exclude each other"),
         (("--compute", "cuda", "x"), "--compute"),
+        (("--policy", "greedy", "x"), "--policy"),
         (("--activations", "int4", "x"), "--activations"),
         (("--activations", "int8", "--compute", "mlx", "x"), "--activations is int8"),
         (("--wire-dtype", "int4", "x"), "--wire-dtype"),

@@ -13,6 +13,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
 from zmoe.cluster.leader import ClusterSpec, Leader
+from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.config import EngineConfig
 from zmoe.models import inspect_model
 
@@ -25,8 +26,9 @@ def worker_memory(folder: Path, compute: str, schedule: str) -> int:
     Not as it tells them itself: in those it counts what it was forked from, this process.
     """
     engine = EngineConfig(compute=compute, schedule=schedule)
-    spec = ClusterSpec(nodes=2, engine=engine)
-    leader = Leader(inspect_model(folder), str(folder), spec, lambda rank, done, total: None)
+    info, spec = inspect_model(folder), ClusterSpec(nodes=2, engine=engine)
+    placing = Placing(PlacementRequest("experts"), info, 2, engine)
+    leader = Leader(info, str(folder), spec, placing, lambda rank, done, total: None)
     error = "the test failed"
     try:
         leader.launch()

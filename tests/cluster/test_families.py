@@ -16,8 +16,10 @@ from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
 from zmoe.cluster.member import Member
+from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.config import EngineConfig, Timing
 from zmoe.models import inspect_model
+from zmoe.placement.build import place_evenly
 
 Run = tuple[list[int], list[np.ndarray]]
 PROMPT = [5, 17, 3, 44, 29, 8, 61, 2, 33, 12, 7]
@@ -78,6 +80,7 @@ def run(
     leader = None
     if nodes == 1:
         member = Member(info, 0, 1, 0, engine, Timing())
+        member.place(place_evenly(info, 1))
         member.load(lambda done, total: None)
     else:
         spec = ClusterSpec(
@@ -87,7 +90,8 @@ def run(
             engine=engine,
             timing=Timing(join=PATIENCE_S),
         )
-        leader = Leader(info, str(folder), spec, lambda rank, done, total: None)
+        placing = Placing(PlacementRequest("experts"), info, nodes, engine)
+        leader = Leader(info, str(folder), spec, placing, lambda rank, done, total: None)
     try:
         if leader is not None:
             leader.start()

@@ -137,7 +137,8 @@ def test_a_worker_refuses_what_is_no_placement(
 
     assert isinstance(answer(), Join)
     timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
-    bus.send(1, Setup(7, 2, str(TINY), 512, None, "auto", "exact", None, **timing))
+    engine = ("auto", "exact", "auto", "decentralized", "selected")
+    bus.send(1, Setup(7, 2, str(TINY), 512, None, *engine, None, **timing))
     assert isinstance(answer(), Hello)
     place = Place.of(place_evenly(inspect_model(TINY), 2))
     bus.send(1, dataclasses.replace(place, **changes))

@@ -17,6 +17,7 @@ from zmoe.config import (
     ACTIVATIONS,
     COMPUTES,
     DEFAULT_MODEL,
+    POLICIES,
     SCHEDULES,
     WIRE_DTYPES,
     EngineConfig,
@@ -79,6 +80,13 @@ def _add_compute(parser: Parser) -> None:
         choices=ACTIVATIONS,
         default=defaults.activations,
         help="in the kernels' quantised products; int8 is faster on some CPUs, and less exact",
+    )
+    add(
+        "--policy",
+        choices=POLICIES,
+        default=defaults.policy,
+        help="experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
+        "node; idle ones change no output, but keep their weights warm",
     )
 
 
@@ -167,6 +175,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             options.activations,
             options.wire_dtype,
             options.schedule,
+            options.policy,
         ),
         placement=PlacementRequest(
             options.placement, options.usage, memory_limit(options.memory_limit)

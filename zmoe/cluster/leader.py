@@ -199,6 +199,7 @@ class Leader:
             activations=engine.activations,
             wire_dtype=engine.wire_dtype,
             schedule=engine.schedule,
+            policy=engine.policy,
             memory_limit=self.spec.placement.memory_limit,
             peer_timeout=timing.peer,
             grace_timeout=timing.grace,

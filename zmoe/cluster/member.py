@@ -125,7 +125,12 @@ class Member:
         self._prepare()
         assert self.exchange is not None and self.placement is not None
         held = load_experts(
-            self.info, self.placement, self.exchange, progress=progress, team=self._team
+            self.info,
+            self.placement,
+            self.exchange,
+            progress=progress,
+            team=self._team,
+            policy=self._config.policy,
         )
         self._held = held.layers
         return time.perf_counter() - start
@@ -144,6 +149,7 @@ class Member:
             progress=progress,
             team=self._team,
             fuse=self._config.max_kv_size is None,
+            policy=self._config.policy,
             recorder=self.recorder,
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
@@ -153,6 +159,8 @@ class Member:
         """What computes, before anything is loaded for it."""
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
+        if mx.metal.is_available():  # or idle weights are paged out, and in again when used
+            mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
         if is_native(self._config):
             self._team = make_team(self._config, self._isa)
         elif self._config.activations != "exact":

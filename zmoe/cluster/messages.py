@@ -50,6 +50,7 @@ class Setup:
     activations: str
     wire_dtype: str
     schedule: str
+    policy: str
     memory_limit: int | None
     peer_timeout: float
     grace_timeout: float

@@ -126,6 +126,7 @@ class Worker:
             setup.activations,
             setup.wire_dtype,
             setup.schedule,
+            setup.policy,
         )
         member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
         self._member = member

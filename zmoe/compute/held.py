@@ -11,9 +11,10 @@ import numpy as np
 from zmoe.compute.arrays import as_array
 from zmoe.compute.experts import NativeExperts
 from zmoe.moe.experts import Experts, MlxExperts, combine
+from zmoe.moe.ownership import Idle
 from zmoe.moe.receive import DTYPES
 from zmoe.moe.received import Received
-from zmoe.moe.router import Ints
+from zmoe.moe.router import Ints, LocalPairs, no_experts
 from zmoe.native import ffi
 
 _MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
@@ -33,6 +34,7 @@ class HeldExperts:
         native: NativeExperts | None,
         hook: Callable[[mx.array], mx.array] | None,
         dtype: mx.Dtype,
+        policy: str = "selected",
     ) -> None:
         """`native` are those of `switch` on the kernels; None: MLX computes."""
         self.local: Ints = np.full(experts, -1, np.int32)
@@ -42,6 +44,7 @@ class HeldExperts:
         self._experts: Experts = native or MlxExperts(switch)
         self._hook = hook
         self._pairs = ffi.new("zmoe_pairs *")
+        self._idle = Idle(policy, len(owned))
 
     def partial(self, received: Received) -> Any:
         """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`.
@@ -55,6 +58,17 @@ class HeldExperts:
         pairs.count = raw.pairs
         self._native.sum_pairs(raw.x, _MLX[received.dtype], received.rows, pairs, out)
         return out
+
+    def run_idle(self, received: Received) -> None:
+        """Run the experts that the policy adds, of no row."""
+        if self._idle.most == 0:
+            return
+        mine = np.unique(received.pairs()[0].experts)
+        idle = self._idle.beside(mine, received.busiest)
+        if len(idle):
+            none = no_experts()
+            row = mx.zeros((1, received.width), _MLX[received.dtype])
+            mx.eval(self._experts.outputs(row, LocalPairs(none, none, none, idle)))
 
     def _by_arrays(self, received: Received) -> mx.array:
         x = as_array(received.x, _MLX[received.dtype], (received.rows, received.width))

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from zmoe.compute.held import HeldExperts
 from zmoe.compute.team import Team
-from zmoe.models.loading import DTYPES, Progress, native_experts, owned_by, take_share
+from zmoe.models.loading import (
+    DTYPES,
+    Progress,
+    native_experts,
+    owned_by,
+    pairs_per_row,
+    take_share,
+)
 from zmoe.moe.adapter import bound_hook
 from zmoe.types import ModelInfo, Placement, Reducer
 
@@ -29,6 +36,7 @@ def load_experts(
     *,
     progress: Progress | None = None,
     team: Team | None = None,
+    policy: str = "selected",
 ) -> LoadedExperts:
     """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
 
@@ -36,7 +44,7 @@ def load_experts(
     """
     owned = owned_by(info, placement, reducer.rank)
     share = take_share(info, owned, team, progress, dense=False)
-    experts = native_experts(share, info.top_k, team)
+    experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(
         HeldExperts(
@@ -46,6 +54,7 @@ def load_experts(
             experts.get(site.path),
             bound_hook(site.adapter, site.switch),
             reducer.sum_dtype(DTYPES[info.dtype]),
+            policy,
         )
         for site, ids in zip(share.sites, owned, strict=True)
     )

@@ -89,7 +89,8 @@ def load_shard(
         Layer(m, Ownership(placement, m, reducer.rank, policy, recorder), summed, reducer, spans)
         for m in range(len(owned))
     ]
-    experts = native_experts(share, pairs_per_row(info, [la.ownership for la in layers]), team)
+    padding = max(layer.ownership.most_padding for layer in layers)
+    experts = native_experts(share, pairs_per_row(info, padding), team)
     if team is not None:
         make_native(model, team, share.mapped, head)
     sizes = share.sizes([model])
@@ -263,9 +264,8 @@ def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[st
     }
 
 
-def pairs_per_row(info: ModelInfo, layers: Sequence[Ownership]) -> int:
-    """The most pairs of a row, those of padding spread over a block of rows."""
-    padding = max(layer.most_padding for layer in layers)
+def pairs_per_row(info: ModelInfo, padding: int) -> int:
+    """The most pairs of a row, up to `padding` of no row spread over a block of rows."""
     return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
 
 
@@ -282,9 +282,6 @@ def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[
 def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
     """Drop the zeros that stood in for experts that this node does not have."""
     if own == count:
-        return
-    if own == 0:
-        replace_module(site.block, site.switch_path, Module())
         return
     for path, layer in zip(switch_layers(site.switch), projections(site.switch)):
         there = mapped.get(f"{site.path}.{site.switch_path}.{path}", {})

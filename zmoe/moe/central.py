@@ -7,7 +7,7 @@ worker runs no model, only `serve_step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -25,28 +25,35 @@ from zmoe.native import PAIR_BYTES, Dtype, Status
 from zmoe.obs import Spans
 from zmoe.types import Placement
 
-__all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "owners_of", "serve_step"]
+__all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "Sharing", "serve_step"]
 
 Masks = npt.NDArray[np.uint64]
 
 
-def owners_of(placement: Placement, layer: int) -> Callable[[Ints], Masks]:
-    """Of expert ids (rows, k) of a layer, an ordinal: bit r of each for a rank that
-    computes this pair; none for an id that is no expert.
-    """
-    owners = layer_owners(placement, layer)
-    bits = np.zeros((len(owners.ranks), placement.experts + 1), np.uint64)
+class Sharing:
+    """Which ranks compute which pairs of one layer."""
 
-    def masks(ids: Ints) -> Masks:
-        owners.assign(np.ascontiguousarray(ids))
-        chosen = owners.ranks >= 0
-        bits[:, :-1] = np.where(chosen, np.uint64(1) << owners.ranks.astype(np.uint64), 0)
-        table = np.bitwise_or.reduce(bits, axis=0)  # the last: ids that are no expert
-        known = (ids >= 0) & (ids < placement.experts)
-        found: Masks = table[np.where(known, ids, placement.experts)]
+    def __init__(self, placement: Placement, layer: int) -> None:
+        """`layer` is the ordinal."""
+        self._owners, self._experts = layer_owners(placement, layer), placement.experts
+
+    def masks(self, ids: Ints) -> Masks:
+        """Of expert ids (rows, k): bit r of each for a rank that computes this pair.
+
+        None is set for an id that is no expert.
+        """
+        self._owners.assign(np.ascontiguousarray(ids))
+        ranks = self._owners.ranks
+        bits = np.where(ranks >= 0, np.uint64(1) << ranks.astype(np.uint64), np.uint64(0))
+        table = np.append(np.bitwise_or.reduce(bits, axis=0), np.uint64(0))
+        known = (ids >= 0) & (ids < self._experts)
+        found: Masks = table[np.where(known, ids, self._experts)]
         return found
 
-    return masks
+    @property
+    def busiest(self) -> int:
+        """How many experts the rank with most of them computes, of the ids last given."""
+        return int(self._owners.counts.max())
 
 
 class Held(Protocol):
@@ -57,6 +64,10 @@ class Held(Protocol):
 
     def partial(self, received: Received) -> Any:
         """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`."""
+        ...
+
+    def run_idle(self, received: Received) -> None:
+        """Run the experts that the policy adds, for nothing."""
         ...
 
 
@@ -70,13 +81,12 @@ class CentralExchange(Exchange):
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         if rank > 0:  # it waits for the leader, who may wait as long for another
             self._deadline_s *= 2
-        self._owners: list[Callable[[Ints], Masks]] = []
+        self._sharing: list[Sharing] = []
         self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
     def place(self, placement: Placement) -> None:
         """Who computes what, before the first step."""
-        layers = range(len(placement.owned))
-        self._owners = [owners_of(placement, layer) for layer in layers]
+        self._sharing = [Sharing(placement, layer) for layer in range(len(placement.owned))]
 
     def calibrate(self) -> None:
         """Nothing: there is one algorithm."""
@@ -95,7 +105,7 @@ class CentralExchange(Exchange):
     ) -> None:
         """See zmoe.types.Reducer."""
         with self._spans.span("exchange"):
-            rows, width = x.shape
+            (rows, width), sharing = x.shape, self._sharing[layer]
             if isinstance(x, mx.array):
                 x, _ = ReceiveBuffers.source(x, x.size)
             routed = (
@@ -103,7 +113,8 @@ class CentralExchange(Exchange):
                 DTYPES[x_dtype],
                 np.ascontiguousarray(ids),
                 np.ascontiguousarray(weights),
-                self._owners[layer](ids),
+                sharing.masks(ids),
+                sharing.busiest,
             )
             wire = DTYPES[dtype] if self.wire is None else self.wire
             call = (self.step, layer, width, wire, digest)
@@ -145,8 +156,9 @@ def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) 
         with spans.span("exchange"):
             received = exchange.receive(layer, held.local)
         partial = None
-        if received.rows:
-            with spans.span("experts"):
+        with spans.span("experts"):
+            if received.rows:
                 partial = held.partial(received)
+            held.run_idle(received)
         with spans.span("exchange"):
             exchange.reply(layer, received, partial, held.dtype)

@@ -165,6 +165,7 @@ class NativeExchange:
         ids: Ints,
         weights: Floats,
         ranks: npt.NDArray[np.uint64],
+        busiest: int,
         step: int,
         layer: int,
         width: int,
@@ -175,6 +176,7 @@ class NativeExchange:
         """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
 
         `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
+        `busiest`: how many experts the rank with most of them computes.
         """
         routed = self._routed
         keep = [
@@ -182,7 +184,7 @@ class NativeExchange:
         ]
         routed.x, routed.ids, routed.weights, routed.ranks = keep
         rows, routed.top_k = ids.shape
-        routed.x_dtype = x_dtype
+        routed.x_dtype, routed.busiest = x_dtype, busiest
         call = self._call_of(step, layer, rows, width, wire_dtype, digest)
         return lib.zmoe_exchange_dispatch(
             self._exchange, call, routed, _microseconds(deadline_s), self._fault

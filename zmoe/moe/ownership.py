@@ -25,13 +25,48 @@ def _slice_numbers(placement: Placement) -> list[int]:
     return [slices.index(each) for each in placement.slices] or [0] * placement.nodes
 
 
+class Idle:
+    """Which of a rank's experts its policy runs for nothing, in one layer.
+
+    "selected": none; "busy-full": all that are idle; "router-aided": so many, the
+    least recently run first, that it runs as many as the busiest rank does.
+    """
+
+    def __init__(self, policy: str, owned: int) -> None:
+        """`owned` experts, numbered from 0."""
+        self._policy, self._owned = policy, owned
+        self._last_run = np.zeros(owned, np.int64)
+        self._clock = 0
+
+    @property
+    def most(self) -> int:
+        """How many there may be."""
+        return 0 if self._policy == "selected" else self._owned
+
+    @property
+    def needs_busiest(self) -> bool:
+        return self._policy == "router-aided"
+
+    def beside(self, mine: Ints, busiest: int) -> Ints:
+        """Those to run beside `mine`, ascending, once per routing; `busiest`: the
+        number of experts that the busiest rank runs.
+        """
+        if self._policy == "selected":
+            return no_experts()
+        idle = np.setdiff1d(np.arange(self._owned, dtype=np.int32), mine)
+        if self._policy == "router-aided":
+            oldest = idle[np.argsort(self._last_run[idle], kind="stable")]
+            idle = np.sort(oldest[: max(0, min(busiest, self._owned) - len(mine))])
+            self._clock += 1
+            self._last_run[mine] = self._last_run[idle] = self._clock
+        return idle
+
+
 class Ownership:
     """One rank's part of one layer: a pure function of the routing and the placement.
 
-    Its own experts are numbered from 0, in the order of their ids. The policy
-    says which of them it runs besides those assigned to it, on a row that
-    nobody needs: "selected": none; "busy-full": all; "router-aided": as many,
-    the least recently run first, as the rank with the most experts runs.
+    Its own experts are numbered from 0, in the order of their ids. Which of them
+    it runs besides those assigned to it, on a row that nobody needs, is Idle's.
     """
 
     def __init__(
@@ -49,14 +84,12 @@ class Ownership:
         # The last entry, -1, stands for every id outside [0, experts).
         self.local: Ints = np.full(self.experts + 1, -1, np.int32)
         self.local[list(self.owned)] = np.arange(len(self.owned))
-        self._layer, self._policy, self._recorder = layer, policy, recorder
+        self._layer, self._recorder = layer, recorder
+        self._idle = Idle(policy, len(self.owned))
         self._owners = layer_owners(placement, layer)
         self._ranks: Ints | None = None
         if _have_replicas([ids for ids, n in zip(owned, numbers) if n == numbers[rank]]):
             self._ranks = self._owners.ranks[numbers[rank]]
-        self._counts = policy == "router-aided"
-        self._last_run = np.zeros(len(self.owned), np.int64)
-        self._clock = 0
         self.local_pointer = ffi.from_buffer("int32_t[]", self.local)
         self.ranks_pointer = (
             ffi.NULL if self._ranks is None else ffi.from_buffer("int32_t[]", self._ranks)
@@ -65,7 +98,7 @@ class Ownership:
     @property
     def most_padding(self) -> int:
         """How many experts may be run on no row at all."""
-        return 0 if self._policy == "selected" else len(self.owned)
+        return self._idle.most
 
     def assign(self, ids: Ints) -> None:
         """Share out the experts `ids` (rows, k) among their owners: see `ranks_pointer`.
@@ -73,7 +106,7 @@ class Ownership:
         That are the ranks (experts) that compute each, or NULL where this
         rank's experts are nobody else's.
         """
-        if self._ranks is not None or self._counts:
+        if self._ranks is not None or self._idle.needs_busiest:
             self._owners.assign(ids)
 
     def pairs(self, ids: Ints) -> LocalPairs:
@@ -94,26 +127,14 @@ class Ownership:
 
         `ids` are what assign() was given.
         """
-        if self._policy == "selected" and self._recorder is None:
+        if self._idle.most == 0 and self._recorder is None:
             return no_experts()
         mine = np.unique(own)
-        idle = self._idle(mine)
+        idle = self._idle.beside(mine, int(self._owners.counts.max()))
         if self._recorder is not None:
             held = np.array(self.owned, np.int32)
             executed = np.sort(np.concatenate([mine, idle]))
             self._recorder(self._layer, ids, held[mine], held[executed])
-        return idle
-
-    def _idle(self, mine: Ints) -> Ints:
-        if self._policy == "selected":
-            return no_experts()
-        idle = np.setdiff1d(np.arange(len(self.owned), dtype=np.int32), mine)
-        if self._policy == "router-aided":
-            oldest = idle[np.argsort(self._last_run[idle], kind="stable")]
-            busiest = min(int(self._owners.counts.max()), len(self.owned))
-            idle = np.sort(oldest[: busiest - len(mine)])
-            self._clock += 1
-            self._last_run[mine] = self._last_run[idle] = self._clock
         return idle
 
 

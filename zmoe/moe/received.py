@@ -43,6 +43,11 @@ class Received:
         return int(self.raw.width)
 
     @property
+    def busiest(self) -> int:
+        """How many experts the rank with most of them computes, at most 255."""
+        return int(self.raw.busiest)
+
+    @property
     def dtype(self) -> Dtype:
         return Dtype(self.raw.dtype)
 

@@ -13,9 +13,7 @@ from zmoe.types import Placement
 
 EXAMPLES = [
     Join(1, 3, "0.1.0", "host"),
-    Setup(
-        2**62, 4, "a/b", 512, None, "auto", "exact", "q8", "centralized", None, 1.5, 1.0, 60.0, 9
-    ),
+    Setup(1, 4, "m", 512, None, "auto", "exact", "q8", "centralized", "x", None, 1.5, 1.0, 60.0, 9),
     messages.Hello(1, "ab", "f32", "none", "AVX2", "m", 1 << 40, None, 9, "127.0.0.1", 5000, 5001),
     messages.Place(3, [[[0, 1], [2]], [[0], [1, 2]]], [[0, 64], [64, 128]], [1, 2]),
     messages.Mesh("AVX2", ["127.0.0.1", "127.0.0.2"], [1, 3], [2, 4]),

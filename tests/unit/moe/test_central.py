@@ -21,7 +21,7 @@ from tests.unit.moe.test_exchange import together
 from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.discover import ADAPTERS
-from zmoe.moe.central import CentralExchange, Held, owners_of, serve_step
+from zmoe.moe.central import CentralExchange, Held, Sharing, serve_step
 from zmoe.moe.exchange import Exchange, local_group
 from zmoe.moe.received import Received
 from zmoe.native import Dtype
@@ -61,6 +61,9 @@ class NumpyExperts:
         self.local[list(owned)] = np.arange(len(owned))
         self.dtype = mx.float32
         self._layer, self._rank, self._owned = layer, rank, owned
+
+    def run_idle(self, received: Received) -> None:
+        self.busiest = received.busiest
 
     def partial(self, received: Received) -> Array:
         assert received.dtype is Dtype.F32
@@ -236,16 +239,35 @@ def test_received_pairs_have_slots_within_their_rows() -> None:
 
 def test_owners_follow_the_placement() -> None:
     ids = np.array([[0, 1, 7], [-1, 8, 2]], np.int32)
-    assert owners_of(placement(3), 0)(ids).tolist() == [[7, 2, 2], [0, 0, 4]]
-    assert owners_of(placement(3), 1)(ids).tolist() == [[7, 4, 4], [0, 0, 1]]
+    assert Sharing(placement(3), 0).masks(ids).tolist() == [[7, 2, 2], [0, 0, 4]]
+    assert Sharing(placement(3), 1).masks(ids).tolist() == [[7, 4, 4], [0, 0, 1]]
 
 
 def test_one_owner_of_a_replica() -> None:
     """Of two that hold an expert whole, the one with less to do."""
     spread = Placement(2, 3, (((0, 1), (0, 2)),))
-    masks = owners_of(spread, 0)
+    masks = Sharing(spread, 0).masks
     assert masks(np.array([[0, 1]], np.int32)).tolist() == [[2, 1]]
     assert masks(np.array([[0, 2]], np.int32)).tolist() == [[1, 2]]
+
+
+def test_workers_hear_how_many_experts_the_busiest_rank_runs(
+    groups: Callable[..., list[CentralExchange]],
+) -> None:
+    """Also the one without rows; their policy needs it."""
+    owned = ((0, 1), (2, 3), (4, 5, 6, 7))
+    group = groups(3, Placement(3, EXPERTS, (owned,)))
+    ids = np.array([[4, 5, 0], [7, 4, 1]], np.int32)  # 2, none and 3 of them
+    x, weights = np.ones((2, WIDTH), np.float32), np.ones((2, 3), np.float32)
+    held = [NumpyExperts(0, rank, ids) for rank, ids in enumerate(owned)]
+
+    def lead() -> None:
+        group[0].dispatch(0, x, mx.float32, ids, weights, mx.float32, 7)
+        group[0].all_reduce_host(0, x, np.empty_like(x), mx.float32, 7)
+
+    follow = [partial(serve_step, group[rank], [held[rank]], Spans()) for rank in (1, 2)]
+    assert together([lead, *follow]) == [None] * 3
+    assert [held[1].busiest, held[2].busiest] == [3, 3]
 
 
 def test_a_block_without_adapter(
