@@ -189,7 +189,8 @@ def compare(turns: Sequence[Turns], rows: Sequence[dict[str, Any]], reads: Reads
                 ratio = each[f"{name}_tps"] / before[f"{name}_tps"]
                 each[f"{name}_ratio"] = round(ratio, 3)
         if each["all_nodes_bytes"] is not None:
-            alone = each["busiest_node_bytes"] / reads[node_cores(turn.layout)]
+            # Of replicas nobody knows the busiest node's.
+            alone = (each["busiest_node_bytes"] or 0) / reads[node_cores(turn.layout)]
             together = each["all_nodes_bytes"] / reads[turn.layout.cores or 1]
             each["limit_tps"] = round(1e9 / max(alone, together), 3)
 
