@@ -94,12 +94,12 @@ static void central_exchange(uint32_t step) {
   zmoe_call call = rig_call(step, 0, step % 2 ? MAX_ROWS : 1, WIDTH, ZMOE_F32);
   for (uint32_t p = 0; p < PAIRS; p++)
     ids[p] = (int32_t)(p % 3), ranks[p] = UINT64_C(1) << p % 3;
-  zmoe_routed routed = {x, ids, weights, ranks, 3, ZMOE_F32};
+  zmoe_routed routed = {x, ids, weights, ranks, 3, ZMOE_F32, 0};
   CHECK_EQUAL(zmoe_exchange_dispatch(central[0].ex, &call, &routed, RIG_PATIENCE_US, &fault),
               ZMOE_OK);
   for (uint32_t r = 0; r < 3; r++) {
-    zmoe_received got = {sum,   got_rows, got_experts, got_weights, sizeof sum, PAIRS, 3,
-                         local, 0,        0,           0,           ZMOE_F32,   0};
+    zmoe_received got = {sum,   got_rows, got_experts, got_weights, sizeof sum, PAIRS,    3,
+                         local, 0,        0,           0,           0,          ZMOE_F32, 0};
     int rc = ZMOE_OK;
     do
       if (r > 0)

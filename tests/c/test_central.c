@@ -110,13 +110,14 @@ static void exchange(const routing *given, uint32_t n, zmoe_dtype x_dtype, zmoe_
   zmoe_call call = rig_call(step, step % 3, given->rows, WIDTH, wire);
   call.digest = 77 + step;
   zmoe_convert(x, x_dtype, given->x, ZMOE_F32, (size_t)given->rows * WIDTH, ZMOE_ISA_GENERIC);
-  zmoe_routed routed = {x, given->ids, given->weights, given->ranks, TOP_K, x_dtype};
+  zmoe_routed routed = {x, given->ids, given->weights, given->ranks, TOP_K, x_dtype, 3};
   CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, RIG_PATIENCE_US, &fault),
               ZMOE_OK);
   for (uint32_t r = 1; r < n; r++) {
     zmoe_received got = received(r, 0);
     CHECK_EQUAL(receive(r, &got, call.step, call.layer), ZMOE_OK);
     CHECK_EQUAL(got.digest, call.digest);
+    CHECK_EQUAL(got.busiest, 3);
     work(r, &got, x_dtype, partial);
     CHECK_EQUAL(answer(r, &got, call.step, call.layer, wire, got.rows > 0 ? partial : NULL),
                 ZMOE_OK);
@@ -163,7 +164,7 @@ static void test_what_a_worker_is_sent(void) {
   static const uint64_t ranks[4 * 2] = {2, 1, 1, 1, 3, 2, 0, 0};
   zmoe_call call = rig_call(4, 2, 4, 2, ZMOE_BF16);
   call.digest = UINT64_C(1) << 63;
-  zmoe_routed routed = {x, ids, weights, ranks, 2, ZMOE_BF16};
+  zmoe_routed routed = {x, ids, weights, ranks, 2, ZMOE_BF16, 0};
   zmoe_fault fault;
   CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, 0, &fault), ZMOE_OK);
   zmoe_received got = received(1, 0);
@@ -193,7 +194,7 @@ static int dispatch(uint32_t step, uint32_t layer) {
   static const uint64_t ranks[2] = {1 << 1, 1 << 2};
   zmoe_fault fault;
   zmoe_call call = rig_call(step, layer, 2, 4, ZMOE_F32);
-  zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32};
+  zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32, 0};
   int rc = zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, 0, &fault);
   if (rc == ZMOE_OK)
     CHECK_EQUAL(zmoe_exchange_publish(nodes[0].ex, &call, ones, ZMOE_F32, 0, &fault), ZMOE_OK);
@@ -423,7 +424,7 @@ static void test_mistakes_of_a_leader(void) {
   static const float weights[ROWS + 2] = {0};
   static const uint64_t ranks[ROWS + 2] = {0};
   zmoe_fault fault;
-  zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32};
+  zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32, 0};
   zmoe_received got = received(0, 0);
   zmoe_exchange *ex = nodes[0].ex;
   zmoe_call call = rig_call(0, 0, 1, 4, ZMOE_F32), other = call;

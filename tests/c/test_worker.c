@@ -329,7 +329,7 @@ static void test_mistakes_of_a_worker(void) {
   zmoe_fault fault;
   float sum[8];
   zmoe_received got = received(1, 0);
-  zmoe_routed routed = {partial, NULL, NULL, NULL, 0, ZMOE_F32};
+  zmoe_routed routed = {partial, NULL, NULL, NULL, 0, ZMOE_F32, 0};
   zmoe_call call = rig_call(1, 0, 2, 4, ZMOE_F32), other;
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, partial, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
