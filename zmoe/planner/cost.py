@@ -8,16 +8,18 @@ the overhead of the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from zmoe.planner.busiest import Busiest, Cost, all_local, router_aided, selected
 from zmoe.planner.exchange import Messages, all_reduce, round_latency, scatter_gather
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
+from zmoe.planner.measured import step_rate
 from zmoe.planner.owners import Owners, Slices
+from zmoe.planner.places import Place
 from zmoe.planner.routing import mean_distinct
-from zmoe.planner.shape import CACHE_BYTES, ModelShape
+from zmoe.planner.shape import BF16, CACHE_BYTES, ModelShape
 
 SYNCS_PER_MOE_LAYER = 2  # the routing goes to the host; the partial sum is complete
 SCHEDULES = ("decentralized", "centralized")
@@ -60,78 +62,114 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines in rank order, the leader first, and how they work together."""
+    """Machines in rank order, the leader first, and how they work together.
+
+    `one_machine`: they are equal parts of one, whose cores the nodes take in turn.
+    """
 
     machines: tuple[Machine, ...]
     link: Link
     schedule: str = "decentralized"
     policy: str = "selected"
     wire_bytes: float = 2.0  # an element of an exchanged partial sum
+    one_machine: bool = False
 
     @property
     def nodes(self) -> int:
         return len(self.machines)
 
+    @property
+    def is_central(self) -> bool:
+        return self.schedule == "centralized" and self.nodes > 1
 
-def product(machine: Machine, weight_bytes: float, operations: float) -> Cost:
-    """Loading `weight_bytes` once while computing `operations`."""
-    load = weight_bytes / machine.reached_bandwidth
-    return Cost(load, max(0.0, operations / machine.reached_rate - machine.overlap * load))
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where something is computed at a time; node n is at place n modulo their number."""
+        cores = self.machines[0].cores
+        if not self.one_machine or cores is None:
+            return tuple(Place(machine, machine.cores or 1) for machine in self.machines)
+        count = min(self.nodes, cores)
+        return tuple(
+            Place(self.machines[at], cores // count, count, len(range(at, self.nodes, count)))
+            for at in range(count)
+        )
 
 
-def attention_cost(shape: ModelShape, machine: Machine, step: Step) -> Cost:
-    """One layer's projections, cache and scores."""
+def attention_cost(shape: ModelShape, place: Place, step: Step, alone: bool = False) -> Cost:
+    """One layer's projections, cache and scores; `alone`: while the other nodes wait."""
     attended = shape.attention.attended(step.context, shape.layers)
     cached = step.sequences * attended * shape.attention.cache_elements * CACHE_BYTES
     parameters = shape.attention_parameters
-    operations = step.rows * (2 * parameters + shape.attention.score_operations(attended))
-    return product(machine, shape.dense_format.bytes(parameters) + cached, operations)
+    scores = step.rows * shape.attention.score_operations(attended)
+    operations = 2 * parameters * step.rows
+    projections = place.product(shape.dense_format, parameters, operations, alone)
+    return projections + place.product(BF16, cached / CACHE_BYTES, scores, alone)
 
 
-def dense_product(shape: ModelShape, machine: Machine, parameters: int, rows: int) -> Cost:
+def dense_product(
+    shape: ModelShape, place: Place, parameters: int, rows: int, alone: bool = False
+) -> Cost:
     """A product with dense weights: router, shared experts, dense MLP, output head."""
-    return product(machine, shape.dense_format.bytes(parameters), 2 * parameters * rows)
+    return place.product(shape.dense_format, parameters, 2 * parameters * rows, alone)
 
 
 def experts_cost(
-    shape: ModelShape, machine: Machine, count: float, pairs: float, wires: bool
+    shape: ModelShape, place: Place, count: float, beside: float, pairs: float, wires: bool
 ) -> Cost:
-    """`count` experts' worth of weights, applied to `pairs` (row, expert) pairs.
+    """`count` experts' worth of weights, applied to `pairs` (row, expert) pairs, while the
+    other places compute `beside` each.
 
     `wires`: the driver has to wire them first (Machine.wiring).
     """
-    weight_bytes = count * shape.expert_bytes
-    cost = product(machine, weight_bytes, 2 * shape.expert_parameters * pairs)
-    driver = weight_bytes / machine.wiring if wires and machine.wiring else 0.0
+    one, operations = shape.expert_parameters, 2 * shape.expert_parameters * pairs
+    cost = place.experts(shape.expert_format, count * one, beside * one, operations)
+    wiring = place.machine.wiring
+    driver = count * shape.expert_bytes / wiring if wires and wiring else 0.0
     return cost + Cost(driver=driver)
 
 
 def busiest_node(
     shape: ModelShape, cluster: Cluster, step: Step, owners: Owners, before: Sequence[Cost]
 ) -> Busiest:
-    """The slowest node of one MoE layer when node n first spends `before[n]`.
+    """The slowest place of one MoE layer when place p first spends `before[p]`.
 
-    A node computes its part of all (row, expert) pairs in the mean, but one for
+    A place computes its part of all (row, expert) pairs in the mean, but one for
     each of its experts at least, and one a row for each at most.
     """
-    wires = cluster.policy == "selected"
+    policy, places = cluster.policy, cluster.places
+    aided = policy == "router-aided"  # all nodes compute as many as the busiest
+    distinct = mean_distinct(shape.experts, shape.top_k, step.rows)
+    here = owners if aided else owners.on(len(places))
     costs = []
-    for machine, local, base in zip(cluster.machines, owners.local, before):
-        mean_pairs = step.rows * shape.top_k * local / sum(owners.local)
-        of_node = []
+    for at, local in enumerate(here.local):
+        place = places[at % len(places)]
+        times = place.nodes if aided else 1
+        mean_pairs = step.rows * shape.top_k * times * local / sum(here.local)
+        of_place = []
         for count in range(local + 1):
-            pairs = min(count * step.rows, max(count, mean_pairs))
-            of_node.append(base + experts_cost(shape, machine, count, pairs, wires))
-        costs.append(of_node)
-    if cluster.policy == "busy-full":
-        return all_local(costs)
-    return (router_aided if cluster.policy == "router-aided" else selected)(owners, costs)
+            mine = times * count
+            others = float(mine)
+            if policy == "selected":
+                others = max(0.0, distinct - mine) / max(1, len(places) - 1)
+            pairs = min(mine * step.rows, max(mine, mean_pairs))
+            experts = experts_cost(shape, place, mine, others, pairs, policy == "selected")
+            of_place.append(before[at % len(places)] + experts)
+        costs.append(of_place)
+    if policy == "busy-full":
+        return replace(all_local(costs), count=max(owners.local))
+    if aided:
+        return router_aided(owners, costs)
+    busiest = selected(here, costs)
+    if here is not owners:  # that was the busiest place
+        each = [[Cost(float(count)) for count in range(local + 1)] for local in owners.local]
+        busiest = replace(busiest, count=selected(owners, each).count)
+    return busiest
 
 
 def sliced_node(
     shape: ModelShape, cluster: Cluster, step: Step, slices: Slices, before: Sequence[Cost]
 ) -> Busiest:
-    """The slowest node when each computes its share of every selected expert.
+    """The slowest place when each node computes its share of every selected expert.
 
     Nothing is left to chance but how many distinct experts are selected, of
     which the expected number counts.
@@ -139,72 +177,95 @@ def sliced_node(
     distinct = mean_distinct(shape.experts, shape.top_k, step.rows)
     count = shape.experts if cluster.policy == "busy-full" else distinct
     pairs = max(count, step.rows * shape.top_k)
-    wires = cluster.policy == "selected"
-    costs = [
-        base + experts_cost(shape, machine, count * share, pairs * share, wires)
-        for machine, share, base in zip(cluster.machines, slices.shares, before)
-    ]
-    slowest = max(range(cluster.nodes), key=lambda node: costs[node].total)
-    return Busiest(count * slices.shares[slowest], costs[slowest])
+    wires, places = cluster.policy == "selected", cluster.places
+    shares = slices.on(len(places)).shares
+    costs = []
+    for place, share, base in zip(places, shares, before):
+        others = count * (1 - share) / max(1, len(places) - 1)
+        costs.append(base + experts_cost(shape, place, count * share, others, pairs * share, wires))
+    slowest = max(range(len(costs)), key=lambda at: costs[at].total)
+    return Busiest(count * max(slices.shares), costs[slowest])
 
 
 def step_time(
     shape: ModelShape, cluster: Cluster, step: Step, experts: Owners | Slices
 ) -> tuple[StepTime, Busiest]:
     """The step's time, and the busiest node of a MoE layer."""
-    leader = cluster.machines[0]
-    central = cluster.schedule == "centralized" and cluster.nodes > 1
-    dense = (leader,) if central else cluster.machines
-    attention = [attention_cost(shape, machine, step) for machine in dense]
+    central, places = cluster.is_central, cluster.places
+    dense = places[:1] if central else places
+    attention = [attention_cost(shape, place, step, central) for place in dense]
+    turns = [1 if central else place.nodes for place in dense]
+
+    def slowest(parameters: int, *before: Cost) -> Cost:
+        """Of the places, one after the other for the nodes of each: `before`, and a product."""
+        each = zip(dense, turns, before or [Cost()] * len(dense))
+        return max(
+            (
+                (cost + dense_product(shape, place, parameters, step.rows, central)) * times
+                for place, times, cost in each
+            ),
+            key=lambda cost: cost.total,
+        )
+
     routed = [
-        cost + dense_product(shape, machine, shape.router_parameters, step.rows)
-        for cost, machine in zip(attention, dense)
+        (cost + dense_product(shape, place, shape.router_parameters, step.rows, central)) * times
+        for cost, place, times in zip(attention, dense, turns)
     ]
-    before = [Cost()] * cluster.nodes if central else routed
+    before = [Cost()] * len(places) if central else routed
     if isinstance(experts, Slices):
         busiest = sliced_node(shape, cluster, step, experts, before)
     else:
         busiest = busiest_node(shape, cluster, step, experts, before)
-    shared = _slowest(
-        dense_product(shape, machine, shape.shared_parameters, step.rows) for machine in dense
-    )
-    dense_layer = _slowest(
-        cost + dense_product(shape, machine, shape.dense_mlp_parameters, step.rows)
-        for cost, machine in zip(attention, dense)
-    )
+    shared = slowest(shape.shared_parameters)
     moe_layer = busiest.cost + shared + (routed[0] if central else Cost())
-    products = moe_layer * shape.moe_layers + dense_layer * shape.dense_layers
+    products = moe_layer * shape.moe_layers
+    if shape.dense_layers:
+        products += slowest(shape.dense_mlp_parameters, *attention) * shape.dense_layers
     if step.heads:
-        products = products + dense_product(shape, leader, shape.head_parameters, step.heads)
-    messages = _layer_messages(shape, cluster, step, shared)
-    tokens_to_all = 0.0 if central else round_latency(cluster.link, cluster.nodes)
+        head = dense_product(shape, places[0], shape.head_parameters, step.heads, alone=True)
+        products = products + head
+    messages, once = step_messages(shape, cluster, step, shared)
     time = StepTime(
         load=products.load,
         compute=products.compute,
-        latency=messages.latency * shape.moe_layers + tokens_to_all,
+        latency=messages.latency * shape.moe_layers + once,
         transfer=messages.transfer * shape.moe_layers,
         overhead=products.driver + _host_time(shape, cluster),
     )
     return time, busiest
 
 
-def _slowest(costs: Iterable[Cost]) -> Cost:
-    return max(costs, key=lambda cost: cost.total)
-
-
-def _layer_messages(shape: ModelShape, cluster: Cluster, step: Step, shared: Cost) -> Messages:
-    """What of one layer's messages remains to wait for beside the shared expert."""
-    central = cluster.schedule == "centralized"
+def step_messages(
+    shape: ModelShape, cluster: Cluster, step: Step, shared: Cost
+) -> tuple[Messages, float]:
+    """What of one layer's messages remains to wait for beside the shared expert, and the
+    latency of what comes once a step.
+    """
+    central = cluster.is_central
     payload = step.rows * shape.hidden * cluster.wire_bytes
     exchange = scatter_gather if central else all_reduce
     messages = exchange(cluster.link, cluster.nodes, payload)
+    once = 0.0 if central else round_latency(cluster.link, cluster.nodes)
+    measured = _measured_on_one_machine(cluster)
+    if measured is not None:
+        messages, once = replace(messages, latency=measured[0]), measured[1]
     if messages.total == 0:
-        return messages
+        return messages, once
     left = max(0.0, 1 - shared.total / messages.total)
-    return Messages(messages.latency * left, messages.transfer * left)
+    return Messages(messages.latency * left, messages.transfer * left), once
+
+
+def _measured_on_one_machine(cluster: Cluster) -> tuple[float, float] | None:
+    """What its nodes' messages add to a layer, and to a step, where that was measured."""
+    steps = cluster.machines[0].steps
+    several = step_rate(steps, cluster.schedule, cluster.nodes)
+    alone = step_rate(steps, cluster.schedule, 1)
+    if not cluster.one_machine or several is None or alone is None:
+        return None
+    return max(0.0, several.layer_s - alone.layer_s), max(0.0, several.step_s - alone.step_s)
 
 
 def _host_time(shape: ModelShape, cluster: Cluster) -> float:
     """Building and launching every layer, and waiting for the accelerator."""
     syncs = SYNCS_PER_MOE_LAYER * shape.moe_layers + 1  # and one for the sampled token
-    return max(shape.layers * m.layer_s + syncs * m.sync_s for m in cluster.machines)
+    return max(shape.layers * m.layer_s + syncs * m.sync_s + m.step_s for m in cluster.machines)

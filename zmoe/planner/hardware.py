@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from zmoe.planner.measured import ProductRate, StepRate
+
 GIB = 2**30
 
 # Share of the bandwidth that decoding reaches: 68% for llama.cpp on one core of
@@ -34,11 +36,14 @@ class Machine:
     overlap: share of a product's loading that hides its computing. 1: a product
         takes the longer of both; 0: the sum, as in the paper's model.
     sync_s: one wait of the host for the accelerator (mx.eval).
-    layer_s: building and launching one layer.
+    layer_s: building and launching one layer. step_s: the same of a step apart from its layers.
     wiring: bytes/s at which the driver of Metal wires weights that went cold;
         None where they stay wired (mx.set_wired_limit) and wherever no driver does.
     price_usd: None where unknown.
     supported: zmoe runs on it as modelled here.
+    cores: what its nodes can share out among them; None: one device, which all would use.
+    rates, steps: what calibration measured; products of a format in `rates` go by these,
+        and not by bandwidth and rate.
     source: where the figures come from.
     """
 
@@ -56,6 +61,10 @@ class Machine:
     wiring: float | None = None
     price_usd: float | None = None
     supported: bool = True
+    step_s: float = 0.0
+    cores: int | None = None
+    rates: tuple[ProductRate, ...] = ()
+    steps: tuple[StepRate, ...] = ()
 
     @property
     def usable_bytes(self) -> float:
@@ -70,7 +79,10 @@ class Machine:
         return self.rate * self.rate_efficiency
 
     def divided(self, nodes: int) -> Machine:
-        """What each of `nodes` processes has of this machine when they share it evenly."""
+        """What each of `nodes` processes has of this machine when they share it evenly.
+
+        How `rates` and `steps` share it was measured.
+        """
         price = self.price_usd
         return replace(
             self,

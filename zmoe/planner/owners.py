@@ -35,12 +35,20 @@ class Owners(Protocol):
 
     def within(self, limits: Sequence[int]) -> float: ...
 
+    def on(self, places: int) -> Owners:
+        """The same by place, where node n is at place n modulo `places`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Slices:
     """Every node holds its share of every expert's inner width; the shares add up to 1."""
 
     shares: tuple[float, ...]
+
+    def on(self, places: int) -> Slices:
+        """The same by place, where node n is at place n modulo `places`."""
+        return Slices(tuple(sum(self.shares[at::places]) for at in range(places)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,12 @@ class Whole:
     def within(self, limits: Sequence[int]) -> float:
         return probability_within(self.local, tuple(limits), self.drawn)
 
+    def on(self, places: int) -> Owners:
+        """See Owners."""
+        if places == len(self.local):
+            return self
+        return Whole(tuple(sum(self.local[at::places]) for at in range(places)), self.drawn)
+
 
 class Replicated:
     """Experts on several nodes each.
@@ -65,6 +79,7 @@ class Replicated:
     """
 
     def __init__(self, owners: Sequence[Sequence[int]], drawn: Sequence[float]) -> None:
+        self._owners, self._drawn = owners, drawn
         nodes = 1 + max(max(each) for each in owners)
         if nodes > MOST_NODES:
             raise PlacementError(f"replicas over {nodes} nodes: at most {MOST_NODES} are planned")
@@ -82,6 +97,14 @@ class Replicated:
             return 0.0
         capacity = self._members @ np.array(limits)
         return float(np.mean(np.all(self._demands <= capacity, axis=1)))
+
+    def on(self, places: int) -> Owners:
+        """See Owners."""
+        if places == len(self.local):
+            return self
+        return Replicated(
+            [sorted({n % places for n in each}) for each in self._owners], self._drawn
+        )
 
 
 def _selections(experts: int, drawn: Sequence[float]) -> tuple[int, npt.NDArray[np.bool_]]:

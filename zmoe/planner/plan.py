@@ -53,7 +53,14 @@ class Setup:
             machines = [self.machines[0].divided(nodes)] * nodes
         else:
             machines = [self.machines[node % len(self.machines)] for node in range(nodes)]
-        return Cluster(tuple(machines), self.link, self.schedule, self.policy, self.wire_bytes)
+        return Cluster(
+            tuple(machines),
+            self.link,
+            self.schedule,
+            self.policy,
+            self.wire_bytes,
+            self.one_machine,
+        )
 
 
 @dataclass(frozen=True)

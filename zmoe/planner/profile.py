@@ -1,8 +1,9 @@
 """A measured machine and link as a JSON file: `zmoe-plan --calibrate` writes it,
 `--hardware` and `--link` accept it.
 
-The file is `{"zmoe_profile": 1, "machine": {...}, "link": {...}}`, with the
-fields of Machine and Link. Unknown fields are errors.
+The file is `{"zmoe_profile": 2, "machine": {...}, "link": {...}}`, with the
+fields of Machine and Link; `machine.rates` and `machine.steps` are lists of
+objects with those of ProductRate and StepRate. Unknown fields are errors.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any, TypeVar
 from zmoe.errors import InputError
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
+from zmoe.planner.measured import ProductRate, StepRate
 
-VERSION = 1
+VERSION = 2
 _SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
-_MAY_BE_ZERO = {"overlap", "sync_s", "layer_s", "latency_s", "per_peer_s", "price_usd"}
+_MAY_BE_ZERO = {"overlap", "sync_s", "layer_s", "step_s", "latency_s", "per_peer_s", "price_usd"}
+_LISTS: Mapping[str, type] = {"rates": ProductRate, "steps": StepRate}
 
-Record = TypeVar("Record", Machine, Link)
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ def write_profile(path: Path, profile: Profile) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def is_profile(path: Path) -> bool:
+    """Whether the file `path` is a profile of any version, of which another may take the place."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.keys() == {"zmoe_profile", "machine", "link"}
+
+
 def read_profile(path: Path) -> Profile:
     """The profile in the file `path`. Raises InputError naming file and field."""
     try:
@@ -54,9 +66,11 @@ def read_profile(path: Path) -> Profile:
     if not isinstance(record, dict):
         raise InputError(f"{path} is not a profile: expected a JSON object")
     _only(path, "", record, {"zmoe_profile", "machine", "link"})
-    if record.get("zmoe_profile") != VERSION:
+    version = record.get("zmoe_profile")
+    if version != VERSION:
+        again = ": measure again with zmoe-plan --calibrate" if version == 1 else ""
         raise InputError(
-            f"{path}: zmoe_profile is {json.dumps(record.get('zmoe_profile'))}: expected {VERSION}"
+            f"{path}: zmoe_profile is {json.dumps(version)}: expected {VERSION}{again}"
         )
     return Profile(
         _record(path, "machine", record.get("machine"), Machine),
@@ -75,15 +89,25 @@ def _only(path: Path, part: str, record: Mapping[str, Any], known: set[str]) -> 
 def _record(path: Path, part: str, record: Any, kind: type[Record]) -> Record:
     if not isinstance(record, dict):
         raise InputError(f"{path}: field {part}: expected an object")
-    _only(path, f"{part}.", record, {field.name for field in fields(kind)})
-    values = {}
-    for field in fields(kind):
-        if field.name in record:
-            _check(path, f"{part}.{field.name}", field, record[field.name])
+    known = fields(kind)  # type: ignore[arg-type]
+    _only(path, f"{part}.", record, {field.name for field in known})
+    values: dict[str, Any] = {}
+    for field in known:
+        where = f"{part}.{field.name}"
+        if field.name in _LISTS and field.name in record:
+            values[field.name] = _list(path, where, record[field.name], _LISTS[field.name])
+        elif field.name in record:
+            _check(path, where, field, record[field.name])
             values[field.name] = record[field.name]
         elif field.default is MISSING:
-            raise InputError(f"{path}: field {part}.{field.name} is missing")
+            raise InputError(f"{path}: field {where} is missing")
     return kind(**values)
+
+
+def _list(path: Path, where: str, listed: Any, kind: type[Record]) -> tuple[Record, ...]:
+    if not isinstance(listed, list):
+        raise InputError(f"{path}: field {where}: expected a list")
+    return tuple(_record(path, f"{where}[{i}]", each, kind) for i, each in enumerate(listed))
 
 
 def _check(path: Path, where: str, field: Field[Any], value: Any) -> None:
@@ -96,7 +120,7 @@ def _check(path: Path, where: str, field: Field[Any], value: Any) -> None:
     elif value is None:
         ok = "None" in str(field.type)
     else:
-        whole = field.type == "int"
+        whole = str(field.type).startswith("int")
         ok = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
         ok = ok and (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO))
         ok = ok and (value <= 1 or field.name not in _SHARES)
@@ -107,7 +131,7 @@ def _check(path: Path, where: str, field: Field[Any], value: Any) -> None:
 def _expected(field: Field[Any]) -> str:
     if field.type in ("str", "bool"):
         return {"str": "a text", "bool": "true or false"}[str(field.type)]
-    number = "a whole number" if field.type == "int" else "a number"
+    number = "a whole number" if str(field.type).startswith("int") else "a number"
     least = "of at least 0" if field.name in _MAY_BE_ZERO else "above 0"
     most = ", at most 1" if field.name in _SHARES else ""
     null = " or null" if "None" in str(field.type) else ""

@@ -26,6 +26,15 @@ class Format:
     group_bits: int = 0
 
     @property
+    def name(self) -> str:
+        """As calibration calls it; what no kernel knows has a name that none has."""
+        if self.group == 1:
+            return {16.0: "bf16", 32.0: "f32"}.get(float(self.bits), f"{self.bits:g} bits")
+        if self.group_bits == 8:
+            return f"mxfp{self.bits:g}"
+        return f"affine-{self.bits:g}-g{self.group}"
+
+    @property
     def bits_per_weight(self) -> float:
         return self.bits + self.group_bits / self.group
 

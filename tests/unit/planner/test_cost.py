@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zmoe.planner.busiest import Cost
-from zmoe.planner.cost import Cluster, Step, StepTime, busiest_node, product, step_time
+from zmoe.planner.cost import Cluster, Step, StepTime, busiest_node, step_time
 from zmoe.planner.exchange import all_reduce, round_latency, scatter_gather
 from zmoe.planner.hardware import MACHINES, Machine
 from zmoe.planner.links import LINKS, Link
 from zmoe.planner.models import MODELS
 from zmoe.planner.owners import Slices, Whole
+from zmoe.planner.places import Place
 from zmoe.planner.routing import distinct_experts, even_split
-from zmoe.planner.shape import GroupedAttention, ModelShape, affine
+from zmoe.planner.shape import BF16, GroupedAttention, ModelShape, affine
 
 ROUND = Machine(  # round figures to reckon with
     "round",
@@ -76,12 +77,12 @@ def test_bytes_per_token_of_the_field() -> None:
 
 
 def test_load_and_compute_overlap_or_add() -> None:
-    loading, computing = 2e12, 3e15
-    both = product(ROUND, loading, computing)
+    loading, computing = 1e12, 3e15  # 2 TB in bfloat16
+    both = Place(ROUND).product(BF16, loading, computing)
     assert (both.load, both.compute) == (2, 1)
-    added = product(replace(ROUND, overlap=0.0), loading, computing)
+    added = Place(replace(ROUND, overlap=0.0)).product(BF16, loading, computing)
     assert (added.load, added.compute) == (2, 3)
-    assert product(ROUND, loading, 1e15).compute == 0
+    assert Place(ROUND).product(BF16, loading, 1e15).compute == 0
 
 
 def test_one_node_sends_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,32 @@ import pytest
 from zmoe.errors import InputError
 from zmoe.planner.hardware import MACHINES
 from zmoe.planner.links import LINKS
-from zmoe.planner.profile import Profile, read_profile, write_profile
+from zmoe.planner.measured import ProductRate, StepRate
+from zmoe.planner.profile import Profile, is_profile, read_profile, write_profile
+
+MEASURED = replace(
+    MACHINES["epyc"],
+    cores=2,
+    rates=(
+        ProductRate("bf16", 1, 2, 40e9, 35e9, 1e11),
+        ProductRate("bf16", 2, 1, 3e10, 2e10, 5e10),
+    ),
+    steps=(StepRate(1, "decentralized", 5e-5, 0.0),),
+)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
-    write_profile(path, Profile(MACHINES["epyc"], LINKS["1gbe"]))
+    write_profile(path, Profile(MEASURED, LINKS["1gbe"]))
     return path
 
 
 @pytest.mark.parametrize("name", sorted(MACHINES))
 def test_round_trip(name: str, tmp_path: Path) -> None:
     for link in LINKS.values():
-        profile = Profile(MACHINES[name], link)
+        machine = replace(MACHINES[name], cores=2, rates=MEASURED.rates, steps=MEASURED.steps)
+        profile = Profile(machine, link)
         write_profile(tmp_path / "p.json", profile)
         assert read_profile(tmp_path / "p.json") == profile
     assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
@@ -50,8 +63,16 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         (lambda p: p["link"].update(latency_s=-1), "link.latency_s is -1"),
         (lambda p: p["link"].update(supported=1), "link.supported is 1"),
         (lambda p: p.pop("link"), "field link: expected an object"),
-        (lambda p: p.update(zmoe_profile=2), "zmoe_profile is 2: expected 1"),
-        (lambda p: p.pop("zmoe_profile"), "zmoe_profile is null: expected 1"),
+        (lambda p: p["machine"].update(cores=0), "machine.cores is 0: expected a whole number"),
+        (lambda p: p["machine"].update(cores=1.5), "machine.cores is 1.5"),
+        (lambda p: p["machine"].update(rates={}), "field machine.rates: expected a list"),
+        (lambda p: p["machine"].update(rates=[3]), "machine.rates[0]: expected an object"),
+        (lambda p: p["machine"]["rates"][1].pop("many"), "machine.rates[1].many is missing"),
+        (lambda p: p["machine"]["rates"][1].update(dense=0), "machine.rates[1].dense is 0"),
+        (lambda p: p["machine"]["rates"][0].update(colour=1), "field machine.rates[0].colour"),
+        (lambda p: p["machine"]["steps"][0].update(layer_s=-1), "machine.steps[0].layer_s is -1"),
+        (lambda p: p.update(zmoe_profile=3), "zmoe_profile is 3: expected 2"),
+        (lambda p: p.pop("zmoe_profile"), "zmoe_profile is null: expected 2"),
     ],
 )
 def test_a_malformed_field_is_named(
@@ -82,3 +103,14 @@ def test_price_may_be_unknown_and_zero_time_is_time(path: Path) -> None:
     record["machine"].update(price_usd=None, sync_s=0, wiring=None)
     path.write_text(json.dumps(record))
     assert read_profile(path).machine.price_usd is None
+
+
+def test_a_profile_of_the_first_version_is_to_be_measured_again(path: Path) -> None:
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "zmoe_profile": 1}))
+    with pytest.raises(InputError, match=r"expected 2: measure again with zmoe-plan --calibrate"):
+        read_profile(path)
+    assert is_profile(path)  # and may be written over
+    for other in ("{}", "[]", "{", '{"zmoe_profile": 2}'):
+        path.write_text(other)
+        assert not is_profile(path)
