@@ -8,12 +8,13 @@ from zmoe.compute.held import HeldExperts
 from zmoe.compute.team import Team
 from zmoe.models.loading import (
     DTYPES,
-    Progress,
     native_experts,
     owned_by,
     pairs_per_row,
+    slice_of,
     take_share,
 )
+from zmoe.models.reading import Progress
 from zmoe.moe.adapter import bound_hook
 from zmoe.types import ModelInfo, Placement, Reducer
 
@@ -43,7 +44,9 @@ def load_experts(
     The same as load_shard otherwise.
     """
     owned = owned_by(info, placement, reducer.rank)
-    share = take_share(info, owned, team, progress, dense=False)
+    share = take_share(
+        info, owned, team, progress, dense=False, kept_slice=slice_of(placement, reducer.rank)
+    )
     experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from zmoe.compute.experts import NativeExperts, can_be_native, switch_layers
-from zmoe.compute.linear import Head, Parts, make_native, may_be_mapped
+from zmoe.compute.linear import Head, Parts, make_native
 from zmoe.compute.team import Team
 from zmoe.errors import PlacementError
-from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
-from zmoe.models.checkpoint import read_tensors
+from zmoe.models.assembly import assemble
 from zmoe.models.discover import Site, find_sites, projections, replace_module
-from zmoe.models.mapping import Mapping, Place, trace
+from zmoe.models.mapping import Mapping
 from zmoe.models.native import fuse_layers
-from zmoe.models.share import Piece, Reader, of_experts, placeholder, select
-from zmoe.models.usage import unused_names
+from zmoe.models.reading import Progress, make_plan, map_plan, reading
+from zmoe.models.share import Reader
+from zmoe.models.slices import cut_biases, put_back
 from zmoe.models.verification import check_share
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
@@ -30,8 +29,6 @@ from zmoe.moe.ownership import Ownership
 from zmoe.native import lib
 from zmoe.obs import Recorder, Spans
 from zmoe.types import ModelInfo, Placement, Reducer
-
-Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 _CACHE_BYTES = 16 << 20
 
@@ -80,7 +77,7 @@ def load_shard(
     what is damaged or missing, PlacementError for a placement of another model.
     """
     owned = owned_by(info, placement, reducer.rank)
-    share = take_share(info, owned, team, progress)
+    share = take_share(info, owned, team, progress, kept_slice=slice_of(placement, reducer.rank))
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
@@ -125,22 +122,37 @@ def take_share(
     team: Team | None,
     progress: Progress | None,
     dense: bool = True,
+    kept_slice: tuple[int, int] | None = None,
 ) -> Share:
-    """Read or map what a node needs; without `dense`, stand-ins take the other weights' places."""
+    """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
+
+    `kept_slice`: of its experts only this range of their inner width.
+    """
     count = max(1, *(len(ids) for ids in owned))
-    plan = _plan(info, owned, count, team is not None, dense)
+    plan = make_plan(info, owned, count, team is not None, dense, kept_slice)
     report = progress or (lambda done, total: None)
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
     checked = check_share(path, own, lambda: report(0, plan.total), dense)
     with Reader() as reader:
-        feed = _reading(plan, reader, report)
+        feed = reading(plan, reader, report)
         model, config = assemble(path, feed, (info.experts, count))
     sites = find_sites(model)
     mapping = Mapping()
-    mapped = _map(plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total))
+    mapped = map_plan(
+        plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total)
+    )
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
+        if kept_slice is not None:
+            cut_biases(site, kept_slice)
+            if team is None:
+                put_back(site, mapped)
     return Share(model, config, sites, mapped, reader.bytes_read + mapping.bytes_read, checked)
+
+
+def slice_of(placement: Placement, rank: int) -> tuple[int, int] | None:
+    """The range of its experts' inner width that `rank` holds; None: all of it."""
+    return placement.slices[rank] if placement.slices else None
 
 
 def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
@@ -152,116 +164,6 @@ def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int
             f" does not fit {info.path}: {info.experts} in {layers}"
         )
     return [layer[rank] for layer in placement.owned]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to read, in the order of the files; what of it to map, by layer and
-    part; what only its shape is taken of; and the names of what the model has
-    no use for.
-    """
-
-    pieces: list[Piece]
-    mapped: dict[str, dict[str, Place]]
-    shapes: list[Piece]
-    unused: set[str]
-
-    @cached_property  # asked for at every piece, of which there may be tens of thousands
-    def total(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-
-def _plan(
-    info: ModelInfo, owned: list[tuple[int, ...]], count: int, native: bool, dense: bool
-) -> _Plan:
-    """Found by putting the model together without any weights, so faults show
-    before anything is read.
-    """
-    path = Path(info.path)
-    own = dict(zip(info.moe_layers, owned, strict=True))
-    pieces = select(read_tensors(path), info.experts, own, count)
-    unused: set[str] = set()
-    untouched: dict[str, Place] = {}
-
-    def feed(sanitize: Sanitize, _: Weights) -> Weights:
-        nothing = {piece.name: placeholder(piece) for piece in pieces}
-        unused.update(unused_names(sanitize, nothing))
-        weights, places = trace(sanitize, nothing, pieces)
-        untouched.update(places)
-        return weights
-
-    model, _ = assemble(path, feed, (info.experts, count))
-    kept = [piece for piece in pieces if piece.name not in unused]
-    kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
-    shapes = []
-    if not dense:
-        held = _in_switches(model, untouched)
-        held |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
-        shapes = [piece for piece in kept if piece.name not in held]
-        kept = [piece for piece in kept if piece.name in held]
-    return _Plan(kept, _to_map(model, untouched, dense) if native else {}, shapes, unused)
-
-
-def _in_switches(model: Module, untouched: dict[str, Place]) -> set[str]:
-    """Names in the checkpoint of all that a switch layer has, be it no expert's own."""
-    paths = tuple(f"{site.path}.{site.switch_path}." for site in find_sites(model))
-    inside = [place for name, place in untouched.items() if name.startswith(paths)]
-    return {piece.name for place in inside for piece in place.pieces}
-
-
-def _to_map(model: Module, untouched: dict[str, Place], dense: bool) -> dict[str, dict[str, Place]]:
-    """The layers for the kernels whose weights are in the checkpoint as they are."""
-    paths = dict.fromkeys(
-        (p for p, m in model.named_modules() if dense and may_be_mapped(m)), False
-    )
-    for site in find_sites(model):
-        if can_be_native(site.switch):
-            prefix = f"{site.path}.{site.switch_path}"
-            paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
-    found = {}
-    for path, is_switch in paths.items():
-        names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
-        parts = {part: untouched[name] for part, name in names.items() if name in untouched}
-        if is_switch:
-            parts = {part: place.taken_apart() for part, place in parts.items()}
-        present = {part for part, name in names.items() if _has(model, name)}
-        if parts.keys() == present and all(place.can_be_mapped for place in parts.values()):
-            found[path] = parts
-    return found
-
-
-def _has(model: Any, name: str) -> bool:
-    for word in name.split("."):
-        model = model[int(word)] if isinstance(model, list) else model.get(word)
-        if model is None:
-            return False
-    return True
-
-
-def _reading(plan: _Plan, reader: Reader, progress: Progress) -> Feed:
-    """A feed of what the files hold; what is mapped or of no use stays unread."""
-    places = [place for parts in plan.mapped.values() for place in parts.values()]
-    mapped = {piece.name for place in places for piece in place.pieces}
-
-    def feed(sanitize: Sanitize, offered: Weights) -> Weights:
-        weights = {name: offered[name] for name in plan.unused if name in offered}
-        weights |= {piece.name: placeholder(piece) for piece in plan.shapes}
-        for piece in plan.pieces:
-            if piece.name in mapped:
-                weights[piece.name] = placeholder(piece)
-                continue
-            weights[piece.name] = reader.read(piece)
-            progress(reader.bytes_read, plan.total)
-        return sanitize(weights)
-
-    return feed
-
-
-def _map(plan: _Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[str, Parts]:
-    return {
-        path: {part: mapping.stored(place, lambda _: progress()) for part, place in parts.items()}
-        for path, parts in plan.mapped.items()
-    }
 
 
 def pairs_per_row(info: ModelInfo, padding: int) -> int:

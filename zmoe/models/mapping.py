@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from zmoe.compute.weight import Stored
 from zmoe.errors import ModelError
 from zmoe.models.assembly import Sanitize, Weights
 from zmoe.models.share import MLX_DTYPES, Piece
+from zmoe.models.slices import Cut
 from zmoe.native import ffi
 
 if TYPE_CHECKING:
@@ -115,27 +117,65 @@ class Mapping:
         self.bytes_read = 0
         self._files: dict[Path, tuple[mmap.mmap, CData]] = {}
 
-    def stored(self, place: Place, progress: Callable[[int], None]) -> Stored:
-        """The tensor where it lies, paged in; `progress` gets bytes now and then."""
-        bases, pointers = [], []
-        for piece in place.pieces:
-            memory, base = self._file(piece.source.file)
-            ((start, nbytes),) = piece.runs()
-            if start + nbytes > len(memory):
-                raise ModelError(
-                    f"{piece.source.file} is truncated: tensor {piece.source.name} ends early"
-                )
+    def stored(
+        self, place: Place, progress: Callable[[int], None], cut: Cut | None = None
+    ) -> Stored:
+        """The tensor where it lies, paged in, or what `cut` keeps of each of its matrices.
+
+        Kept columns are copied. `progress` gets bytes now and then.
+        """
+        runs = [self._run(piece) for piece in place.pieces]
+        shape, dtype = list(place.shape), MLX_DTYPES[place.pieces[0].source.dtype]
+        assert math.prod(shape) * dtype.size == sum(size for _, _, size in runs)
+        if cut is not None and cut.of_columns:
+            return self._columns(runs, shape, dtype, cut, progress)
+        if cut is not None:
+            shape[-2] = cut.of(shape[-2])
+            ends = [cut.edges(size) for _, _, size in runs]
+            runs = [(f, at + first, end - first) for (f, at, _), (first, end) in zip(runs, ends)]
+        pointers = []
+        for file, start, nbytes in runs:
+            memory, base = self._file(file)
             for at in range(0, nbytes, _CHUNK_BYTES):
                 size = min(_CHUNK_BYTES, nbytes - at)
                 _page_in(memory, start + at, size)
                 self.bytes_read += size
                 progress(size)
-            bases.append(base)
             pointers.append(base + start)
-        dtype = MLX_DTYPES[place.pieces[0].source.dtype]
-        stored = Stored(bases, tuple(pointers), dtype, place.shape)
-        assert math.prod(place.shape) * dtype.size == sum(p.nbytes for p in place.pieces)
-        return stored
+        bases = [self._file(file)[1] for file, _, _ in runs]
+        return Stored(bases, tuple(pointers), dtype, tuple(shape))
+
+    def _columns(
+        self,
+        runs: Sequence[tuple[Path, int, int]],
+        shape: list[int],
+        dtype: mx.Dtype,
+        cut: Cut,
+        progress: Callable[[int], None],
+    ) -> Stored:
+        """Copied matrix by matrix, so that no more than one of them is paged in."""
+        count, rows, columns = shape
+        first, end = (edge * dtype.size for edge in cut.edges(columns))
+        array = mx.zeros((count, rows, cut.of(columns)), dtype)
+        mx.eval(array)
+        view: Any = array
+        kept = np.frombuffer(memoryview(view).cast("B"), np.uint8).reshape(count, rows, -1)
+        for index, (file, start, nbytes) in enumerate(runs):
+            memory, _ = self._file(file)
+            whole = np.frombuffer(memory, np.uint8, nbytes, start).reshape(rows, -1)
+            kept[index] = whole[:, first:end]
+            _page_out(memory, start, nbytes)
+            self.bytes_read += kept[index].nbytes
+            progress(kept[index].nbytes)
+        return Stored.of(array)
+
+    def _run(self, piece: Piece) -> tuple[Path, int, int]:
+        """The file of a piece, where it begins there, and its bytes."""
+        file = piece.source.file
+        ((start, nbytes),) = piece.runs()
+        if start + nbytes > len(self._file(file)[0]):
+            raise ModelError(f"{file} is truncated: tensor {piece.source.name} ends early")
+        return file, start, nbytes
 
     def _file(self, path: Path) -> tuple[mmap.mmap, CData]:
         if path not in self._files:
@@ -146,6 +186,13 @@ class Mapping:
                 raise ModelError(f"{path} cannot be mapped: {error}") from None
             self._files[path] = (memory, ffi.from_buffer("uint8_t[]", memory))
         return self._files[path]
+
+
+def _page_out(memory: mmap.mmap, start: int, size: int) -> None:
+    """Of this process; other nodes may be about to read the same."""
+    begin = start // _PAGE_BYTES * _PAGE_BYTES
+    with suppress(OSError, ValueError, AttributeError):  # not every system knows it
+        memory.madvise(mmap.MADV_DONTNEED, begin, min(start + size, len(memory)) - begin)
 
 
 def _page_in(memory: mmap.mmap, start: int, size: int) -> None:

@@ -1,0 +1,82 @@
+"""A node's slice of its experts: a range of their inner width.
+
+The layers before the activation lose rows by it, the last one columns. The
+outputs of the slices add up to the expert's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from zmoe.compute.experts import switch_layers
+from zmoe.errors import PlacementError
+from zmoe.models.discover import Site, projections
+from zmoe.types import ModelInfo
+
+if TYPE_CHECKING:
+    from zmoe.compute.linear import Parts
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The range [start, stop) of `width` that is kept of matrices: of their rows, or columns.
+
+    Elements that are packed into words, or share a scale, are kept or dropped together.
+    """
+
+    start: int
+    stop: int
+    width: int
+    of_columns: bool
+
+    def of(self, size: int) -> int:
+        """How much of `size`, which stands for all of the width, is kept."""
+        return self.edges(size)[1] - self.edges(size)[0]
+
+    def edges(self, size: int) -> tuple[int, int]:
+        """Where the range begins and ends if the width is `size` long."""
+        (first, rest), (last, more) = (
+            divmod(edge * size, self.width) for edge in (self.start, self.stop)
+        )
+        assert rest == more == 0, "a placement that was checked cuts between groups"
+        return first, last
+
+
+def cuts_of(sites: Sequence[Site], kept: tuple[int, int], info: ModelInfo) -> dict[str, Cut]:
+    """What is kept of every layer of the experts, by its path.
+
+    Raises PlacementError for a block whose experts' outputs are not added as they are.
+    """
+    cuts = {}
+    for site in sites:
+        if site.adapter is not None and site.adapter.per_expert is not None:
+            raise PlacementError(
+                f"{info.path}: the experts of {site.path} cannot be sliced, for their outputs are "
+                "normalised one by one"
+            )
+        names = switch_layers(site.switch)
+        for name in names:
+            path = f"{site.path}.{site.switch_path}.{name}"
+            cuts[path] = Cut(*kept, info.expert_hidden, of_columns=name == names[-1])
+    return cuts
+
+
+def cut_biases(site: Site, kept: tuple[int, int]) -> None:
+    """Keep the slice's part of the biases before the activation; the first slice adds the last."""
+    *before, last = projections(site.switch)
+    for layer in before:
+        if "bias" in layer:
+            layer.bias = mx.contiguous(layer.bias[:, kept[0] : kept[1]])
+    if "bias" in last and kept[0] > 0:
+        last.bias = mx.zeros_like(last.bias)
+
+
+def put_back(site: Site, mapped: dict[str, Parts]) -> None:
+    """Move what was cut out of the mapped files into the layers, for MLX to compute with."""
+    for name, layer in zip(switch_layers(site.switch), projections(site.switch)):
+        for part, stored in mapped.pop(f"{site.path}.{site.switch_path}.{name}").items():
+            layer[part] = stored.as_array()
