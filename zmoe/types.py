@@ -55,7 +55,7 @@ class ModelInfo:
     top_k: int
     hidden_size: int
     expert_hidden: int  # the inner width of an expert
-    granule: int  # slices of it begin and end at multiples; 0: the layers' widths differ
+    granule: int  # slices of it begin and end at multiples; 0: it has none
     expert_parameters: int  # of one expert
     expert_bytes: int  # of one expert of one layer, in the mean
     dense_bytes: int  # of everything but the routed experts

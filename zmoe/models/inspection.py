@@ -13,12 +13,15 @@ from mlx.utils import tree_flatten
 
 from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
-from zmoe.models.assembly import assemble
+from zmoe.models.assembly import Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_config, read_tensors
 from zmoe.models.discover import Site, find_sites, projections
 from zmoe.models.fingerprint import fingerprint
 from zmoe.models.header import Tensor
+from zmoe.models.mapping import Place, trace
+from zmoe.models.reading import places_of
 from zmoe.models.share import placeholder, whole
+from zmoe.models.slices import can_be_sliced
 from zmoe.models.store import read_manifest
 from zmoe.types import ModelInfo
 
@@ -58,8 +61,7 @@ def inspect_model(path: Path) -> ModelInfo:
     config = read_config(path)
     _check_quantization(path / "config.json", config.get("quantization"))
     tensors, store = read_tensors(path), read_manifest(path)
-    everything = {t.name: placeholder(whole(t)) for t in tensors.values()}
-    model, _ = assemble(path, lambda sanitize, _: sanitize(everything))
+    model, untouched = _put_together(path, tensors)
     sites = find_sites(model)
     counts = {site.experts for site in sites}
     if len(counts) > 1:
@@ -81,13 +83,26 @@ def inspect_model(path: Path) -> ModelInfo:
         experts=counts.pop(),
         top_k=top_k,
         hidden_size=hidden,
-        **_sizes(model, sites),
+        **_sizes(model, sites, can_be_sliced(sites, places_of(model, untouched, False, True))),
         exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
     )
 
 
-def _sizes(model: Module, sites: Sequence[Site]) -> dict[str, int]:
+def _put_together(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Module, dict[str, Place]]:
+    """The model without weights, and where those of its arrays lie that it takes as they are."""
+    pieces = [whole(tensor) for tensor in tensors.values()]
+    untouched: dict[str, Place] = {}
+
+    def feed(sanitize: Sanitize, _: Weights) -> Weights:
+        weights, places = trace(sanitize, {p.name: placeholder(p) for p in pieces}, pieces)
+        untouched.update(places)
+        return weights
+
+    return assemble(path, feed)[0], untouched
+
+
+def _sizes(model: Module, sites: Sequence[Site], sliceable: bool) -> dict[str, int]:
     """The experts' inner width and how it may be cut, and bytes as MLX holds them."""
     layers = [projections(site.switch) for site in sites]
     widths = {int(down.input_dims) for *_, down in layers}
@@ -95,7 +110,7 @@ def _sizes(model: Module, sites: Sequence[Site]) -> dict[str, int]:
     experts = sum(_nbytes(site.switch) for site in sites)
     return {
         "expert_hidden": max(widths),
-        "granule": max(groups, default=PLAIN_GRANULE) if len(widths) == 1 else 0,
+        "granule": max(groups, default=PLAIN_GRANULE) if sliceable and len(widths) == 1 else 0,
         "expert_parameters": max(
             sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
             for of_site in layers

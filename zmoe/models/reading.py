@@ -12,7 +12,6 @@ from mlx.nn.layers.base import Module
 
 from zmoe.compute.experts import can_be_native, switch_layers
 from zmoe.compute.linear import Parts, may_be_mapped
-from zmoe.errors import PlacementError
 from zmoe.models.assembly import Feed, Sanitize, Weights, assemble
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.discover import find_sites
@@ -83,15 +82,10 @@ def make_plan(
         shapes = [piece for piece in kept if piece.name not in held]
         kept = [piece for piece in kept if piece.name in held]
     cuts: dict[str, Cut] = {}
+    mapped = places_of(model, untouched, native and dense, native or kept_slice is not None)
     if kept_slice is not None:
-        cuts = cuts_of(find_sites(model), kept_slice, info)
-    mapped = _to_map(model, untouched, native and dense, native or bool(cuts))
-    for layer in cuts:
-        if layer not in mapped:
-            raise PlacementError(
-                f"{info.path}: {layer} cannot be sliced as it lies there; zmoe-prestack writes a "
-                "store in which it can"
-            )
+        assert info.granule, "a placement that was checked slices no such experts"
+        cuts = cuts_of(find_sites(model), kept_slice, info.expert_hidden)
     return Plan(kept, mapped, cuts, shapes, unused)
 
 
@@ -102,7 +96,7 @@ def _in_switches(model: Module, untouched: dict[str, Place]) -> set[str]:
     return {piece.name for place in inside for piece in place.pieces}
 
 
-def _to_map(
+def places_of(
     model: Module, untouched: dict[str, Place], dense: bool, experts: bool
 ) -> dict[str, dict[str, Place]]:
     """The layers, `dense` ones or `experts`, whose weights are in the checkpoint as they are."""

@@ -6,16 +6,14 @@ outputs of the slices add up to the expert's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from zmoe.compute.experts import switch_layers
-from zmoe.errors import PlacementError
 from zmoe.models.discover import Site, projections
-from zmoe.types import ModelInfo
 
 if TYPE_CHECKING:
     from zmoe.compute.linear import Parts
@@ -46,23 +44,29 @@ class Cut:
         return first, last
 
 
-def cuts_of(sites: Sequence[Site], kept: tuple[int, int], info: ModelInfo) -> dict[str, Cut]:
-    """What is kept of every layer of the experts, by its path.
-
-    Raises PlacementError for a block whose experts' outputs are not added as they are.
-    """
+def cuts_of(sites: Sequence[Site], kept: tuple[int, int], width: int) -> dict[str, Cut]:
+    """What of `width` is kept of every layer of the experts, by its path."""
     cuts = {}
     for site in sites:
-        if site.adapter is not None and site.adapter.per_expert is not None:
-            raise PlacementError(
-                f"{info.path}: the experts of {site.path} cannot be sliced, for their outputs are "
-                "normalised one by one"
-            )
         names = switch_layers(site.switch)
         for name in names:
             path = f"{site.path}.{site.switch_path}.{name}"
-            cuts[path] = Cut(*kept, info.expert_hidden, of_columns=name == names[-1])
+            cuts[path] = Cut(*kept, width, of_columns=name == names[-1])
     return cuts
+
+
+def can_be_sliced(sites: Sequence[Site], in_place: Collection[str]) -> bool:
+    """Whether the experts' outputs are added as they are, and all of their layers lie in
+    the checkpoint as the model has them: those paths that are `in_place`.
+    """
+    return all(
+        (site.adapter is None or site.adapter.per_expert is None)
+        and all(
+            f"{site.path}.{site.switch_path}.{name}" in in_place
+            for name in switch_layers(site.switch)
+        )
+        for site in sites
+    )
 
 
 def cut_biases(site: Site, kept: tuple[int, int]) -> None:

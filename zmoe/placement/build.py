@@ -13,6 +13,7 @@ from itertools import pairwise
 from math import gcd
 
 from zmoe.errors import PlacementError
+from zmoe.placement.check import NOT_SLICED
 from zmoe.placement.spread import over_layers, proportional, runs, spread_replicas
 from zmoe.types import ModelInfo, Placement
 
@@ -87,7 +88,7 @@ def place_slices(
     """
     nodes, hidden, granule = len(speeds), info.expert_hidden, info.granule
     if not granule:
-        raise PlacementError(f"the experts of {info.path} cannot be sliced: their widths differ")
+        raise PlacementError(f"the experts of {info.path} {NOT_SLICED}")
     units = hidden // granule  # a remainder goes to the last node
     if units < nodes:
         raise PlacementError(

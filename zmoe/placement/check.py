@@ -10,6 +10,12 @@ from zmoe.types import Placement
 MOST_SPEED = 1 << 20
 
 
+NOT_SLICED = (
+    "cannot be sliced: their widths differ, or they do not lie apart in the checkpoint, as they "
+    "do in what zmoe-prestack writes"
+)
+
+
 def check_placement(
     placement: Placement, experts: int, layers: int, hidden: int, granule: int = 1
 ) -> None:
@@ -45,7 +51,7 @@ def _check_slices(slices: Sequence[tuple[int, int]], nodes: int, hidden: int, gr
         if (start, end) == (0, hidden):
             continue
         if not granule:
-            raise PlacementError("the experts of this model cannot be sliced: their widths differ")
+            raise PlacementError(f"the experts of this model {NOT_SLICED}")
         if start % granule or (end % granule and end != hidden):
             raise PlacementError(
                 f"node {node} has the slice [{start}, {end}): "

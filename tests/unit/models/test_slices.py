@@ -16,6 +16,7 @@ from zmoe.compute.team import Team
 from zmoe.errors import PlacementError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.obs import Spans
+from zmoe.placement.check import check_placement
 from zmoe.types import ModelInfo, Placement
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -101,5 +102,6 @@ def test_what_cannot_be_sliced(tmp_path: Path) -> None:
     }
     folder = build("dbrx", tmp_path, layout="hf", ffn_config=config)
     info = inspect_model(folder)
-    with pytest.raises(PlacementError, match="cannot be sliced as it lies there; zmoe-prestack"):
-        load_shard(info, sliced(info), ThreadReducer(0, Meeting(3)), spans=Spans())
+    assert info.granule == 0
+    with pytest.raises(PlacementError, match="cannot be sliced: .* zmoe-prestack"):
+        check_placement(sliced(info), EXPERTS, 2, HIDDEN, info.granule)
