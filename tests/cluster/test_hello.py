@@ -103,8 +103,7 @@ def test_another_placement_is_named_on_both_sides(
     impostor = Impostor(free_port, {}, {}, digest="0123")
     impostor.start()
     spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=20))
-    ours = place_evenly(inspect_model(TINY), 2).digest
-    words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
+    words = "node 1 .otherhost. has loaded placement 0123, the leader [0-9a-f]{16}"
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
     impostor.join(30)
@@ -119,7 +118,7 @@ def test_another_placement_is_named_on_both_sides(
         ({"owned": [[[-1], list(range(16))]] * 4}, "layer 0, node 0: no expert -1"),
         ({"owned": []}, "16 experts in 0 layers does not fit"),
         ({"speeds": [1, -1]}, "positive speed"),
-        ({"slices": [[0, 63], [63, 64]]}, "cut at multiples of 64"),
+        ({"slices": [[0, 63], [63, 64]]}, "cannot be sliced"),
     ],
 )
 def test_a_worker_refuses_what_is_no_placement(
