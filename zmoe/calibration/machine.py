@@ -53,9 +53,7 @@ def _of_kernels(made: Machine, progress: Progress) -> Machine:
         cores=len(usable_cores()),
         rates=rates,
     )
-    steps = measure_steps(made, progress)
-    alone = next(step for step in steps if step.nodes == 1)
-    return replace(made, layer_s=alone.layer_s, step_s=alone.step_s, steps=steps)
+    return measure_steps(made, progress)
 
 
 def _whole(rates: tuple[ProductRate, ...]) -> ProductRate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ class _Group:
         self._threads, self._pipes = threads, pipes
 
     def measure(self, path: Path, name: str, count: int) -> ProductRate:
-        """Of the best round the mean over the processes: noise only slows."""
+        """The mean over the processes, in the median of the rounds."""
         for pipe in self._pipes:
             pipe.send((path, name, count))
         answers: list[list[list[float]]] = []
@@ -79,8 +80,10 @@ class _Group:
             except EOFError:
                 raise ZmoeError(f"a process that measured products of {name} ended") from None
         nodes = len(answers)
-        best = (max(sum(turn) / nodes for turn in zip(*kind)) for kind in zip(*answers))
-        return ProductRate(name, nodes, self._threads, *best)
+        rates = (
+            statistics.median(sum(turn) / nodes for turn in zip(*kind)) for kind in zip(*answers)
+        )
+        return ProductRate(name, nodes, self._threads, *rates)
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def _serve(cores: Cores, rank: int, nodes: int, barrier: Any, pipe: Connection) 
         weights = Weights(team, path, name, count)
         size = max(TOP_K, count // nodes)  # of its own experts
         own = range(min(rank * size, count - size), count)[:size]
-        works = (weights.dense, weights.experts(own, Random(rank)), weights.many)
+        works = (weights.dense(Random(1)), weights.experts(own, Random(rank)), weights.many)
         found: list[list[float]] = [[] for _ in works]
         for _ in range(ROUNDS):
             for rates, work in zip(found, works):

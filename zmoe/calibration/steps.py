@@ -1,119 +1,188 @@
 """What a step takes beside products, with one node and with several on this machine.
 
-Measured on the model that the package carries, which has next to no weights,
-once with few layers and once with many: what more layers add is the layers',
-the rest the step's.
+Measured on a model of random weights, once with few layers and once with many:
+what more layers add is the layers', the rest the step's. Of both the time that
+the planner has for their products is taken off. The weights are few, so that
+little depends on it, and yet more than the caches hold: between the products
+of a real model everything else begins cold, too.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from zmoe.calibration.products import MOST_NODES, Progress
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.placing import PlacementRequest
-from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling
+from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
 from zmoe.models.hub import resolve_model
 from zmoe.planner.config import read_shape
-from zmoe.planner.cost import SCHEDULES
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
-from zmoe.planner.measured import StepRate
+from zmoe.planner.measured import ProductRate, StepRate
 from zmoe.planner.plan import Setup, Workload, predict
+from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
 
-LAYERS = (2, 12)
-PROMPT, TOKENS = 4, 12  # of a generation: a greedy one soon chooses the same experts each time
-GENERATIONS = 30
-NO_LINK = Link("none", 0.0, float("inf"), "nothing", per_peer_s=0.0)
+FEW, MANY = 4, 12  # layers
+WIDTH, HEADS, HIDDEN = 256, 4, 512
+NEAR, FAR = 32, 544  # tokens of context
+STEPS, TOGETHER = 80, 8  # the median over groups of steps counts
+_NO_LINK = Link("none", 0.0, float("inf"), "nothing", per_peer_s=0.0)
 
 
-def measure_steps(machine: Machine, progress: Progress) -> tuple[StepRate, ...]:
-    """Of 1 to MOST_NODES nodes, both schedules. `machine` has the rates of its products."""
-    bare = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
-    found = []
-    with _models() as folders:
-        for nodes in range(1, MOST_NODES + 1):
-            for schedule in SCHEDULES if nodes > 1 else SCHEDULES[:1]:
-                progress(f"steps of {nodes} nodes, {schedule}" if nodes > 1 else "steps of a node")
-                few, many = (
-                    _seconds(folder, nodes, schedule) - _products(folder, bare, nodes, schedule)
-                    for folder in folders
-                )
-                layer_s = max(0.0, (many - few) / (LAYERS[1] - LAYERS[0]))
-                step_s = max(0.0, few - LAYERS[0] * layer_s)
-                found.append(StepRate(nodes, schedule, layer_s, step_s))
-    return tuple(found)
+@dataclass(frozen=True)
+class Case:
+    """How some nodes of this machine work together."""
+
+    nodes: int
+    schedule: str = SCHEDULES[0]
+    policy: str = POLICIES[0]
+
+    def __str__(self) -> str:
+        how = f"{self.nodes} nodes, {self.schedule}" if self.nodes > 1 else "1 node"
+        return f"{how}, {self.policy}"
+
+
+def cases() -> Iterator[Case]:
+    """All that there are of up to MOST_NODES nodes, those of each number together."""
+    for nodes in range(1, MOST_NODES + 1):
+        for schedule in SCHEDULES if nodes > 1 else SCHEDULES[:1]:
+            for policy in POLICIES:
+                yield Case(nodes, schedule, policy)
+
+
+def measure_steps(machine: Machine, progress: Progress) -> Machine:
+    """`machine`, whose products are measured, with its steps, and the rates of its caches."""
+    machine = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
+    with tempfile.TemporaryDirectory(prefix="zmoe") as folder:
+        few, many = (make_model(Path(folder) / str(layers), layers) for layers in (FEW, MANY))
+        progress("the attention's cache")
+        machine = replace(machine, rates=(*machine.rates, *_cache_rates(machine, many)))
+        steps = []
+        for case in cases():
+            progress(f"steps: {case}")
+            with running(many, case) as clock:
+                layers = clock(NEAR) - _products(many, machine, case)
+            if case.policy == POLICIES[0]:
+                with running(few, case) as clock:
+                    fewer = clock(NEAR) - _products(few, machine, case)
+                once = max(0.0, fewer - FEW * (layers - fewer) / (MANY - FEW))
+            layer_s = max(0.0, layers - once) / MANY  # a policy is a matter of the layers
+            steps.append(StepRate(case.nodes, case.schedule, case.policy, layer_s, once))
+    return replace(machine, layer_s=steps[0].layer_s, step_s=steps[0].step_s, steps=tuple(steps))
+
+
+def make_model(folder: Path, layers: int) -> Path:
+    """Write a model of DBRX's kind; returns `folder`."""
+    shutil.copytree(resolve_model(DEFAULT_MODEL), folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(d_model=WIDTH, n_heads=HEADS, n_layers=layers, torch_dtype="bfloat16")
+    config["attn_config"]["kv_n_heads"] = HEADS
+    config["ffn_config"]["ffn_hidden_size"] = HIDDEN
+    path.write_text(json.dumps(config))
+    experts, vocabulary = config["ffn_config"]["moe_num_experts"], config["vocab_size"]
+    shapes = {
+        "transformer.wte.weight": (vocabulary, WIDTH),
+        "lm_head.weight": (vocabulary, WIDTH),
+        "transformer.norm_f.weight": (WIDTH,),
+    }
+    for layer in range(layers):
+        block = f"transformer.blocks.{layer}"
+        shapes |= {
+            f"{block}.norm_attn_norm.norm_1.weight": (WIDTH,),
+            f"{block}.norm_attn_norm.norm_2.weight": (WIDTH,),
+            f"{block}.norm_attn_norm.attn.Wqkv.weight": (3 * WIDTH, WIDTH),
+            f"{block}.norm_attn_norm.attn.out_proj.weight": (WIDTH, WIDTH),
+            f"{block}.ffn.router.layer.weight": (experts, WIDTH),
+            **{
+                f"{block}.ffn.experts.mlp.{m}": (experts * HIDDEN, WIDTH)
+                for m in ("w1", "v1", "w2")
+            },
+        }
+    tensors = {
+        name: (mx.random.normal(shape) * WIDTH**-0.5).astype(mx.bfloat16)
+        for name, shape in shapes.items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+class Clock:
+    """Times steps of a running cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._step, self._draw = cluster.begin(), Random(1)
+        self._known = len(cluster.tokenizer.get_vocab())
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._draw.randrange(self._known) for _ in range(count)]
+
+    def __call__(self, context: int) -> float:
+        """Seconds of a decode step around `context` tokens."""
+        self._step(self._tokens(context - STEPS // 2 if context > STEPS else 1), True, False)
+        taken = []
+        for _ in range(STEPS // TOGETHER):
+            start = time.perf_counter()
+            for token in self._tokens(TOGETHER):
+                np.asarray(self._step([token], False, True)).argmax()
+            taken.append((time.perf_counter() - start) / TOGETHER)
+        return statistics.median(taken)
 
 
 @contextmanager
-def _models() -> Iterator[list[Path]]:
-    """Folders of the model with LAYERS layers each."""
-    with tempfile.TemporaryDirectory(prefix="zmoe") as folder:
-        yield [
-            _with_layers(resolve_model(DEFAULT_MODEL), layers, Path(folder)) for layers in LAYERS
-        ]
+def running(model: Path, case: Case) -> Iterator[Clock]:
+    """The nodes of `case`, started."""
+    engine = EngineConfig(schedule=case.schedule, policy=case.policy)
+    placement = PlacementRequest("experts")
+    with Cluster(
+        model, spec=ClusterSpec(case.nodes, engine=engine, placement=placement)
+    ) as cluster:
+        yield Clock(cluster)
 
 
-def _with_layers(model: Path, layers: int, folder: Path) -> Path:
-    """A copy of `model` in bfloat16 whose layers are its own in turn."""
-    made = folder / str(layers)
-    shutil.copytree(model, made)
-    config = json.loads((made / "config.json").read_text())
-    config.update(n_layers=layers, torch_dtype="bfloat16")
-    (made / "config.json").write_text(json.dumps(config))
-    loaded: Any = mx.load(str(made / "model.safetensors"))
-    tensors = {name: array.astype(mx.bfloat16) for name, array in loaded.items()}
-    of_layer = re.compile(r"(.*\.blocks\.)(\d+)(\..*)")
-    matches = [(name, of_layer.fullmatch(name)) for name in tensors]
-    own = 1 + max(int(found[2]) for _, found in matches if found)
-    kept = {}
-    for name, found in matches:
-        if found is None:
-            kept[name] = tensors[name]
-            continue
-        for layer in range(int(found[2]), layers, own):
-            kept[f"{found[1]}{layer}{found[3]}"] = tensors[name]
-    mx.save_safetensors(str(made / "model.safetensors"), kept)
-    return made
+def _shape(model: Path) -> ModelShape:
+    return read_shape(model / "config.json", model.name)
 
 
-def _seconds(folder: Path, nodes: int, schedule: str) -> float:
-    """Of one step: the median over generations."""
-    engine = EngineConfig(schedule=schedule)
-    spec = ClusterSpec(nodes=nodes, engine=engine, placement=PlacementRequest("experts"))
-    draw, taken = Random(1), []
-    with Cluster(folder, spec=spec) as cluster:
-        known = len(cluster.tokenizer.get_vocab())
-        for _ in range(GENERATIONS):
-            prompt = [draw.randrange(known) for _ in range(PROMPT)]
-            generation = cluster.generate(prompt, Sampling(max_tokens=TOKENS, ignore_eos=True))
-            for _ in generation:
-                pass
-            taken.append(1 / generation.timings.generation_tps)
-    return statistics.median(taken)
-
-
-def _products(folder: Path, bare: Machine, nodes: int, schedule: str) -> float:
-    """The products' part of it, by the model."""
+def _products(model: Path, machine: Machine, case: Case) -> float:
+    """Seconds of a step's products, by the planner."""
     setup = Setup(
-        shape=read_shape(folder / "config.json", folder.name),
-        machines=(bare,),
-        link=NO_LINK,
-        workload=Workload(context=PROMPT + TOKENS // 2, prompt=PROMPT),
-        schedule=schedule,
+        shape=_shape(model),
+        machines=(machine,),
+        link=_NO_LINK,
+        workload=Workload(context=NEAR),
+        schedule=case.schedule,
+        policy=case.policy,
         one_machine=True,
     )
-    return predict(setup, nodes).decode.total
+    return predict(setup, case.nodes).decode.total
+
+
+def _cache_rates(machine: Machine, model: Path) -> Iterator[ProductRate]:
+    """Bytes of cache a second that a step of one row attends to, on each number of threads."""
+    shape = _shape(model)
+    size = MANY * (FAR - NEAR) * shape.attention.cache_elements * CACHE_BYTES
+    threads: dict[int, ProductRate] = {}
+    for rate in machine.rates:
+        if rate.format == "bf16":
+            threads[rate.nodes] = min(threads.get(rate.nodes, rate), rate, key=lambda r: -r.threads)
+    for nodes, like in threads.items():
+        with running(model, Case(nodes)) as clock:
+            near = min(clock(NEAR) for _ in range(2))
+            far = min(clock(FAR) for _ in range(2))
+        speed = size / max(far - near, 1e-9)
+        yield replace(like, format=CACHE.name, dense=speed, experts=speed)

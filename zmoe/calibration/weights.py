@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -86,11 +87,11 @@ def _map_experts(path: Path, name: str, count: int) -> dict[str, Parts]:
     return found
 
 
-def _matrix(parts: Parts, rows: int) -> Parts:
-    """The first `rows` rows of a stack of matrices as one."""
+def _matrix(parts: Parts, index: int) -> Parts:
+    """One of a stack of matrices."""
     return {
-        part: Stored(kept.memory, kept.pointers, kept.dtype, (rows, kept.shape[2]))
-        for part, kept in parts.items()
+        part: Stored(s.memory, (s.matrix(index, s.shape[0]),), s.dtype, s.shape[1:])
+        for part, s in parts.items()
     }
 
 
@@ -112,10 +113,12 @@ class Weights:
         layers, how, dtype = _map_experts(path, name, count), FORMATS[name], _dtype(name)
         self._expert_bytes = sum(p.nbytes for parts in layers.values() for p in parts.values())
         self._expert_bytes //= count
-        dense, few = (_matrix(layers["gate_proj"], rows) for rows in (count * HIDDEN, HIDDEN))
-        self._dense_bytes = sum(part.nbytes for part in dense.values())
-        self._dense = Product(team, matrices("dense", dense, how))
-        self._few = Product(team, matrices("few", few, how))
+        self._matrices = [
+            Product(team, matrices(layer, _matrix(layers[layer], index), how))
+            for index in range(count)
+            for layer in ("gate_proj", "up_proj")
+        ]
+        self._matrix_bytes = sum(p.nbytes for p in layers["gate_proj"].values()) // count
         mapped = {f".{layer}": parts for layer, parts in layers.items()}
         self._experts = NativeExperts("", _switch(how), team, TOP_K, mapped)
         self._row, self._rows = (
@@ -123,24 +126,32 @@ class Weights:
         )
         mx.eval(self._row, self._rows)
 
-    def dense(self) -> float:
-        """One row; bytes."""
-        self._dense(self._row)
-        return self._dense_bytes
+    def dense(self, draw: Random) -> Callable[[], float]:
+        """One row through a matrix of a layer's projections' size, each in turn; bytes."""
+        order = cycle(draw.sample(self._matrices, len(self._matrices)))
+
+        def run() -> float:
+            next(order)(self._row)
+            return self._matrix_bytes
+
+        return run
 
     def many(self) -> float:
         """ROWS rows; operations."""
-        self._few(self._rows)
+        self._matrices[0](self._rows)
         return 2.0 * ROWS * HIDDEN * WIDTH
 
     def experts(self, of: Sequence[int], draw: Random) -> Callable[[], float]:
-        """One row through TOP_K random ones `of` them; bytes."""
+        """One row through TOP_K `of` them, each in turn; bytes."""
         zeros, slots = np.zeros(TOP_K, np.int32), np.arange(TOP_K, dtype=np.int32)
         weights, x = np.ones((1, TOP_K), np.float32), self._row
+        order = cycle(draw.sample(of, len(of)))
 
         def run() -> float:
-            pairs = LocalPairs(zeros, slots, np.array(draw.sample(of, TOP_K), np.int32))
-            self._experts.partial(x, pairs, weights, x.dtype)
+            chosen = sorted(islice(order, TOP_K))
+            self._experts.partial(
+                x, LocalPairs(zeros, slots, np.array(chosen, np.int32)), weights, x.dtype
+            )
             return TOP_K * self._expert_bytes
 
         return run

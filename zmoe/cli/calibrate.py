@@ -83,7 +83,9 @@ def _show(path: Path, profile: Profile) -> None:
     print(f"a layer    {1e6 * machine.layer_s:.0f} us, a step {1e6 * machine.step_s:.0f} us more")
     for step in machine.steps:
         layer, once = 1e6 * step.layer_s, 1e6 * step.step_s
-        print(f"- {step.nodes} nodes, {step.schedule}: {layer:.0f} us, {once:.0f} us")
+        print(
+            f"- {step.nodes} nodes, {step.schedule}, {step.policy}: {layer:.0f} us, {once:.0f} us"
+        )
     if machine.sync_s:
         print(f"mx.eval    {1e6 * machine.sync_s:.0f} us")
     print(f"exchange   {1e6 * link.latency_s:.0f} us, {link.bandwidth / 1e9:.2f} GB/s, {link.name}")

@@ -148,7 +148,7 @@ class Cluster:
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
         return Generation(
-            self._begin(),
+            self.begin(),
             self.tokenizer,
             ids,
             sampling or Sampling(**options),
@@ -157,8 +157,11 @@ class Cluster:
             spans=self._member.spans,
         )
 
-    def _begin(self) -> StepFunction:
-        """Steps for a new generation; those of the one before are refused from now on."""
+    def begin(self) -> StepFunction:
+        """Steps for a new generation; those of the one before are refused from now on.
+
+        For who brings all tokens: the logits are not picked from.
+        """
         self._generations += 1
         mine = self._generations
 
