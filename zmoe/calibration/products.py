@@ -18,13 +18,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from zmoe.calibration.weights import FORMATS, TOP_K, Weights, write_experts
+from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
 from zmoe.cluster.launch import divide_cores
 from zmoe.compute.team import Team, usable_cores
 from zmoe.errors import ZmoeError
 from zmoe.planner.measured import ProductRate
 
-FILE_BYTES = 256 << 20  # beyond most caches
+FILE_BYTES = 1 << 30  # beyond caches, also those of page tables
 TURN_S, ROUNDS = 0.1, 4  # of a figure, whose rounds are spread over all figures of its format
 DEADLINE_S = 60.0
 MOST_NODES = 4
@@ -50,14 +50,13 @@ def measure_products(progress: Progress) -> tuple[ProductRate, ...]:
     """Of every format. Raises ZmoeError when a process of ours fails."""
     rates = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zmoe")))
-        groups = [stack.enter_context(_group(cores)) for cores in core_sharings()]
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zmoe"))) / "weights"
+        progress("writing weights")
+        write_weights(path, FILE_BYTES)
+        groups = [stack.enter_context(_group(cores, path)) for cores in core_sharings()]
         for name in FORMATS:
             progress(f"products of {name}")
-            path = folder / name
-            count = write_experts(path, name, FILE_BYTES)
-            rates += [group.measure(path, name, count) for group in groups]
-            path.unlink()
+            rates += [group.measure(name) for group in groups]
     return tuple(rates)
 
 
@@ -67,10 +66,10 @@ class _Group:
     def __init__(self, threads: int, pipes: Sequence[Connection]) -> None:
         self._threads, self._pipes = threads, pipes
 
-    def measure(self, path: Path, name: str, count: int) -> ProductRate:
+    def measure(self, name: str) -> ProductRate:
         """The mean over the processes, in the median of the rounds."""
         for pipe in self._pipes:
-            pipe.send((path, name, count))
+            pipe.send(name)
         answers: list[list[list[float]]] = []
         for pipe in self._pipes:
             if not pipe.poll(DEADLINE_S):
@@ -80,14 +79,27 @@ class _Group:
             except EOFError:
                 raise ZmoeError(f"a process that measured products of {name} ended") from None
         nodes = len(answers)
-        rates = (
+        dense, many, large, small = (
             statistics.median(sum(turn) / nodes for turn in zip(*kind)) for kind in zip(*answers)
         )
-        return ProductRate(name, nodes, self._threads, *rates)
+        of_large, of_small = (expert_bytes(name, shape) for shape in (LARGE, SMALL))
+        experts, expert_s = line_of_experts(of_large, of_small, 1 / large, 1 / small)
+        return ProductRate(name, nodes, self._threads, dense, experts, expert_s, many)
+
+
+def line_of_experts(large: int, small: int, large_s: float, small_s: float) -> tuple[float, float]:
+    """Bytes a second, and seconds that each expert takes besides, from the bytes and seconds
+    of two; where these make no line, the large one's speed.
+    """
+    if large_s > small_s:
+        speed = (large - small) / (large_s - small_s)
+        if large_s > large / speed:
+            return speed, large_s - large / speed
+    return large / large_s, 0.0
 
 
 @contextmanager
-def _group(cores: Sequence[Cores]) -> Iterator[_Group]:
+def _group(cores: Sequence[Cores], path: Path) -> Iterator[_Group]:
     """A process on each of `cores`, ended afterwards."""
     context = multiprocessing.get_context("spawn")
     barrier, nodes = context.Barrier(len(cores)), len(cores)
@@ -96,7 +108,7 @@ def _group(cores: Sequence[Cores]) -> Iterator[_Group]:
         for rank, own in enumerate(cores):
             ours, theirs = context.Pipe()
             pipes.append(ours)
-            given = (own, rank, nodes, barrier, theirs)
+            given = (own, (rank, nodes), path, barrier, theirs)
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             processes.append(process)
@@ -110,20 +122,24 @@ def _group(cores: Sequence[Cores]) -> Iterator[_Group]:
             process.kill()
 
 
-def _serve(cores: Cores, rank: int, nodes: int, barrier: Any, pipe: Connection) -> None:
-    """A process: for each file that it is told, the rates of ProductRate by round."""
+def _serve(
+    cores: Cores, share: tuple[int, int], path: Path, barrier: Any, pipe: Connection
+) -> None:
+    """A process: for each format that it is told, by round the rates of all kinds of products."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     team = Team(cores)
+    weights = Weights(team, path)
     while True:
         try:
-            path, name, count = pipe.recv()
+            name = pipe.recv()
         except EOFError:
             return
-        weights = Weights(team, path, name, count)
-        size = max(TOP_K, count // nodes)  # of its own experts
-        own = range(min(rank * size, count - size), count)[:size]
-        works = (weights.dense(Random(1)), weights.experts(own, Random(rank)), weights.many)
+        works = (
+            weights.dense(name, Random(1)),  # in the same order everywhere
+            weights.many(name),
+            *(weights.experts(name, shape, share, Random(share[0])) for shape in (LARGE, SMALL)),
+        )
         found: list[list[float]] = [[] for _ in works]
         for _ in range(ROUNDS):
             for rates, work in zip(found, works):

@@ -1,10 +1,11 @@
 """What a step takes beside products, with one node and with several on this machine.
 
 Measured on a model of random weights, once with few layers and once with many:
-what more layers add is the layers', the rest the step's. Of both the time that
-the planner has for their products is taken off. The weights are few, so that
-little depends on it, and yet more than the caches hold: between the products
-of a real model everything else begins cold, too.
+what more layers add is the layers', the rest the step's. The time of the products
+is taken off: of one node as it was measured, of several as the planner has it, as
+much slower or faster as it was found to be for one. The weights are few, so that
+little depends on it, and yet more than caches hold: between the products of a
+real model everything else begins cold, too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
 
 FEW, MANY = 4, 12  # layers
 WIDTH, HEADS, HIDDEN = 256, 4, 512
-NEAR, FAR = 32, 544  # tokens of context
+NEAR, FAR = 42, 552  # tokens of context
 STEPS, TOGETHER = 80, 8  # the median over groups of steps counts
 _NO_LINK = Link("none", 0.0, float("inf"), "nothing", per_peer_s=0.0)
 
@@ -71,18 +72,28 @@ def measure_steps(machine: Machine, progress: Progress) -> Machine:
         few, many = (make_model(Path(folder) / str(layers), layers) for layers in (FEW, MANY))
         progress("the attention's cache")
         machine = replace(machine, rates=(*machine.rates, *_cache_rates(machine, many)))
-        steps = []
+        steps, alone = list[StepRate](), dict[str, float]()
         for case in cases():
             progress(f"steps: {case}")
-            with running(many, case) as clock:
-                layers = clock(NEAR) - _products(many, machine, case)
+            layers = _beside_products(many, machine, case, alone)
             if case.policy == POLICIES[0]:
-                with running(few, case) as clock:
-                    fewer = clock(NEAR) - _products(few, machine, case)
+                fewer = _beside_products(few, machine, case, alone)
                 once = max(0.0, fewer - FEW * (layers - fewer) / (MANY - FEW))
             layer_s = max(0.0, layers - once) / MANY  # a policy is a matter of the layers
             steps.append(StepRate(case.nodes, case.schedule, case.policy, layer_s, once))
     return replace(machine, layer_s=steps[0].layer_s, step_s=steps[0].step_s, steps=tuple(steps))
+
+
+def _beside_products(model: Path, machine: Machine, case: Case, alone: dict[str, float]) -> float:
+    """Seconds of a step beside its products. `alone`, by model and policy: how much longer
+    one node's products take than the planner has it, which is found out first.
+    """
+    expected, key = _products(model, machine, case), f"{model.name} {case.policy}"
+    with running(model, case) as clock:
+        total, products = clock(NEAR)
+    if case.nodes == 1:
+        alone[key] = products / expected
+    return total - alone[key] * expected
 
 
 def make_model(folder: Path, layers: int) -> Path:
@@ -127,20 +138,23 @@ class Clock:
     def __init__(self, cluster: Cluster) -> None:
         self._step, self._draw = cluster.begin(), Random(1)
         self._known = len(cluster.tokenizer.get_vocab())
+        self._take_spans = cluster.take_spans
 
     def _tokens(self, count: int) -> list[int]:
         return [self._draw.randrange(self._known) for _ in range(count)]
 
-    def __call__(self, context: int) -> float:
-        """Seconds of a decode step around `context` tokens."""
-        self._step(self._tokens(context - STEPS // 2 if context > STEPS else 1), True, False)
+    def __call__(self, context: int) -> tuple[float, float]:
+        """Seconds of a decode step around `context` tokens, and of its products on this node."""
+        self._step(self._tokens(max(1, context - STEPS // 2)), True, False)
         taken = []
         for _ in range(STEPS // TOGETHER):
+            self._take_spans()
             start = time.perf_counter()
             for token in self._tokens(TOGETHER):
                 np.asarray(self._step([token], False, True)).argmax()
-            taken.append((time.perf_counter() - start) / TOGETHER)
-        return statistics.median(taken)
+            total = time.perf_counter() - start
+            taken.append((total / TOGETHER, self._take_spans().get("products", 0.0) / TOGETHER))
+        return statistics.median(t for t, _ in taken), statistics.median(p for _, p in taken)
 
 
 @contextmanager
@@ -182,7 +196,6 @@ def _cache_rates(machine: Machine, model: Path) -> Iterator[ProductRate]:
             threads[rate.nodes] = min(threads.get(rate.nodes, rate), rate, key=lambda r: -r.threads)
     for nodes, like in threads.items():
         with running(model, Case(nodes)) as clock:
-            near = min(clock(NEAR) for _ in range(2))
-            far = min(clock(FAR) for _ in range(2))
+            near, far = (min(clock(context)[0] for _ in range(2)) for context in (NEAR, FAR))
         speed = size / max(far - near, 1e-9)
         yield replace(like, format=CACHE.name, dense=speed, experts=speed)

@@ -1,12 +1,17 @@
-"""Weights to measure products with: a layer's experts in a mapped file, like a checkpoint's."""
+"""Weights to measure products with: a layer's experts in a mapped file, like a checkpoint's.
+
+Speed does not depend on what numbers they are, so that one file serves all formats.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -15,9 +20,12 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 from zmoe.compute.experts import NativeExperts
 from zmoe.compute.linear import Parts, Product
 from zmoe.compute.team import Team
-from zmoe.compute.weight import PARTS, Quantization, Stored, matrices
+from zmoe.compute.weight import Quantization, Stored, matrices
 from zmoe.moe.router import LocalPairs
 from zmoe.native import ffi
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
 
 FORMATS = {
     "f32": None,
@@ -26,15 +34,35 @@ FORMATS = {
     "affine-8-g64": Quantization("affine", 8, 64),
     "mxfp4": Quantization("mxfp4", 4, 32),
 }
-WIDTH, HIDDEN, TOP_K = 2048, 1024, 4
-LAYERS = {
-    "gate_proj": (HIDDEN, WIDTH),
-    "up_proj": (HIDDEN, WIDTH),
-    "down_proj": (WIDTH, HIDDEN),
-}  # (outs, ins)
-BLOCK = 64  # rows of a weight that are made; they repeat
+TOP_K = 4
 ROWS = 128  # where arithmetic is the limit
-_PAGE_BYTES = 4096
+_BYTE = 0x3C  # twice, or four times, 0.0115 in bfloat16 and float32
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an expert."""
+
+    width: int
+    hidden: int
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(outs, ins)."""
+        up, down = (self.hidden, self.width), (self.width, self.hidden)
+        return {"gate_proj": up, "up_proj": up, "down_proj": down}
+
+
+LARGE, SMALL = Shape(2048, 1024), Shape(1024, 512)
+
+
+def write_weights(path: Path, size: int) -> None:
+    """Make the file of `size` bytes."""
+    block = bytes([_BYTE]) * (1 << 20)
+    with path.open("wb") as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
 
 
 def _dtype(name: str) -> mx.Dtype:
@@ -42,64 +70,55 @@ def _dtype(name: str) -> mx.Dtype:
     return mx.float32 if name == "f32" else mx.bfloat16
 
 
-def _parts(name: str) -> Iterator[tuple[str, str, mx.array]]:
-    """Layer, part, and BLOCK rows of it in the format `name`, in the file's order."""
+def _columns(name: str, ins: int) -> dict[str, tuple[mx.Dtype, int]]:
+    """Type and columns of each part of a matrix."""
     how = FORMATS[name]
-    for layer, (_, ins) in LAYERS.items():
-        weight = (mx.random.normal((BLOCK, ins)) * ins**-0.5).astype(_dtype(name))
-        if how is None:
-            blocks = [weight]
-        else:
-            blocks = list(mx.quantize(weight, how.group_size, how.bits, mode=how.mode))
-        for part, block in zip(PARTS, blocks):
-            yield layer, part, block
+    if how is None:
+        return {"weight": (_dtype(name), ins)}
+    packed, groups = (mx.uint32, ins * how.bits // 32), ins // how.group_size
+    if how.mode != "affine":
+        return {"weight": packed, "scales": (mx.uint8, groups)}
+    return {"weight": packed, "scales": (mx.bfloat16, groups), "biases": (mx.bfloat16, groups)}
 
 
-def _blocks(layer: str, count: int) -> int:
-    """In the weights of `count` experts."""
-    return count * LAYERS[layer][0] // BLOCK
+def expert_bytes(name: str, shape: Shape) -> int:
+    """Of one expert."""
+    return sum(
+        dtype.size * outs * columns
+        for outs, ins in shape.layers.values()
+        for dtype, columns in _columns(name, ins).values()
+    )
 
 
-def write_experts(path: Path, name: str, size: int) -> int:
-    """Fill the file with experts of some `size` bytes, TOP_K at least; their number."""
-    parts = list(_parts(name))
-    one = sum(block.nbytes * _blocks(layer, 1) for layer, _, block in parts)
-    count = max(TOP_K, size // one)
-    with path.open("wb") as file:
-        for layer, _, block in parts:
-            view: Any = block
-            data = bytes(memoryview(view).cast("B"))
-            for _ in range(_blocks(layer, count)):
-                file.write(data)
-    return count
-
-
-def _map_experts(path: Path, name: str, count: int) -> dict[str, Parts]:
-    """The file's parts by layer, stacked (count, outs, columns)."""
-    memory = np.memmap(path, np.uint8, "r")
-    int(memory[::_PAGE_BYTES].sum())  # paged in, as loading does it
-    base, at = ffi.from_buffer("uint8_t[]", memory), 0
-    found: dict[str, Parts] = {layer: {} for layer in LAYERS}
-    for layer, part, block in _parts(name):
-        shape = (count, LAYERS[layer][0], block.shape[1])
-        found[layer][part] = Stored((memory, base), (base + at,), block.dtype, shape)
-        at += block.nbytes * _blocks(layer, count)
-    return found
+def _stacks(memory: CData, size: int, name: str, shape: Shape) -> tuple[int, dict[str, Parts]]:
+    """How many experts there are in `size` bytes, and their layers, stacked."""
+    parts = {
+        (layer, part): (dtype, (outs, columns))
+        for layer, (outs, ins) in shape.layers.items()
+        for part, (dtype, columns) in _columns(name, ins).items()
+    }
+    count, at = size // expert_bytes(name, shape), 0
+    found: dict[str, Parts] = {layer: {} for layer in shape.layers}
+    for (layer, part), (dtype, matrix) in parts.items():
+        stored = Stored(memory, (memory + at,), dtype, (count, *matrix))
+        found[layer][part] = stored
+        at += stored.nbytes // _ALIGNMENT * _ALIGNMENT
+    return count, found
 
 
 def _matrix(parts: Parts, index: int) -> Parts:
-    """One of a stack of matrices."""
+    """One of a stack."""
     return {
         part: Stored(s.memory, (s.matrix(index, s.shape[0]),), s.dtype, s.shape[1:])
         for part, s in parts.items()
     }
 
 
-def _switch(how: Quantization | None) -> SwitchGLU:
+def _switch(shape: Shape, how: Quantization | None) -> SwitchGLU:
     """Of one expert, whose weights stand for mapped ones and are never computed."""
-    switch = SwitchGLU(WIDTH, HIDDEN, 1)
+    switch = SwitchGLU(shape.width, shape.hidden, 1)
     if how is not None:
-        for layer, (outs, ins) in LAYERS.items():
+        for layer, (outs, ins) in shape.layers.items():
             switch[layer] = QuantizedSwitchLinear(
                 ins, outs, 1, False, how.group_size, how.bits, mode=how.mode
             )
@@ -107,51 +126,69 @@ def _switch(how: Quantization | None) -> SwitchGLU:
 
 
 class Weights:
-    """The experts of a file on a team: products whose calls return what they have done."""
+    """The file's weights on a team: products whose calls return what they have done."""
 
-    def __init__(self, team: Team, path: Path, name: str, count: int) -> None:
-        layers, how, dtype = _map_experts(path, name, count), FORMATS[name], _dtype(name)
-        self._expert_bytes = sum(p.nbytes for parts in layers.values() for p in parts.values())
-        self._expert_bytes //= count
-        self._matrices = [
-            Product(team, matrices(layer, _matrix(layers[layer], index), how))
+    def __init__(self, team: Team, path: Path) -> None:
+        self._team, self._size = team, path.stat().st_size
+        mapped = np.memmap(path, np.uint8, "r")
+        int(mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
+        self._memory = ffi.from_buffer("uint8_t[]", mapped)
+
+    def dense(self, name: str, draw: Random) -> Callable[[], float]:
+        """One row through a matrix of a layer's projections' size, each in turn; bytes."""
+        products = self._products(name)
+        row, order = _rows(1, LARGE, name), cycle(draw.sample(products, len(products)))
+        size = sum(part.nbytes for part in products[0].weight.parts.values())
+
+        def run() -> float:
+            next(order)(row)
+            return size
+
+        return run
+
+    def many(self, name: str) -> Callable[[], float]:
+        """ROWS rows; operations."""
+        product, rows = self._products(name)[0], _rows(ROWS, LARGE, name)
+
+        def run() -> float:
+            product(rows)
+            return 2.0 * ROWS * product.weight.outs * product.weight.ins
+
+        return run
+
+    def _products(self, name: str) -> list[Product]:
+        count, layers = _stacks(self._memory, self._size, name, LARGE)
+        return [
+            Product(self._team, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
             for index in range(count)
             for layer in ("gate_proj", "up_proj")
         ]
-        self._matrix_bytes = sum(p.nbytes for p in layers["gate_proj"].values()) // count
+
+    def experts(
+        self, name: str, shape: Shape, share: tuple[int, int], draw: Random
+    ) -> Callable[[], float]:
+        """One row through TOP_K of the own ones, each in turn; their number.
+
+        `share`: (i, n) for the i-th of n parts of all.
+        """
+        count, layers = _stacks(self._memory, self._size, name, shape)
         mapped = {f".{layer}": parts for layer, parts in layers.items()}
-        self._experts = NativeExperts("", _switch(how), team, TOP_K, mapped)
-        self._row, self._rows = (
-            mx.random.normal((rows, WIDTH)).astype(dtype) for rows in (1, ROWS)
-        )
-        mx.eval(self._row, self._rows)
-
-    def dense(self, draw: Random) -> Callable[[], float]:
-        """One row through a matrix of a layer's projections' size, each in turn; bytes."""
-        order = cycle(draw.sample(self._matrices, len(self._matrices)))
-
-        def run() -> float:
-            next(order)(self._row)
-            return self._matrix_bytes
-
-        return run
-
-    def many(self) -> float:
-        """ROWS rows; operations."""
-        self._matrices[0](self._rows)
-        return 2.0 * ROWS * HIDDEN * WIDTH
-
-    def experts(self, of: Sequence[int], draw: Random) -> Callable[[], float]:
-        """One row through TOP_K `of` them, each in turn; bytes."""
+        experts = NativeExperts("", _switch(shape, FORMATS[name]), self._team, TOP_K, mapped)
+        part, parts = share
+        own = range(part * count // parts, (part + 1) * count // parts)
+        order, row = cycle(draw.sample(own, len(own))), _rows(1, shape, name)
         zeros, slots = np.zeros(TOP_K, np.int32), np.arange(TOP_K, dtype=np.int32)
-        weights, x = np.ones((1, TOP_K), np.float32), self._row
-        order = cycle(draw.sample(of, len(of)))
+        weights = np.ones((1, TOP_K), np.float32)
 
         def run() -> float:
-            chosen = sorted(islice(order, TOP_K))
-            self._experts.partial(
-                x, LocalPairs(zeros, slots, np.array(chosen, np.int32)), weights, x.dtype
-            )
-            return TOP_K * self._expert_bytes
+            chosen = np.array(sorted(islice(order, TOP_K)), np.int32)
+            experts.partial(row, LocalPairs(zeros, slots, chosen), weights, row.dtype)
+            return TOP_K
 
         return run
+
+
+def _rows(count: int, shape: Shape, name: str) -> mx.array:
+    rows = mx.random.normal((count, shape.width)).astype(_dtype(name))
+    mx.eval(rows)
+    return rows

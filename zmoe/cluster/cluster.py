@@ -172,6 +172,12 @@ class Cluster:
 
         return step
 
+    def take_spans(self) -> dict[str, float]:
+        """Seconds of this rank's steps by what they went to (zmoe.obs), since the last call or
+        generated token.
+        """
+        return self._member.spans.take()
+
     def take_usage(self) -> Usage:
         """Which experts were selected since the last call; for a spec that records it."""
         if self._recorder is None:

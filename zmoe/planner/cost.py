@@ -114,15 +114,23 @@ def dense_product(
 
 
 def experts_cost(
-    shape: ModelShape, place: Place, count: float, beside: float, pairs: float, wires: bool
+    shape: ModelShape,
+    place: Place,
+    count: float,
+    beside: float,
+    pairs: float,
+    wires: bool,
+    number: float | None = None,
 ) -> Cost:
     """`count` experts' worth of weights, applied to `pairs` (row, expert) pairs, while the
     other places compute `beside` each.
 
-    `wires`: the driver has to wire them first (Machine.wiring).
+    `wires`: the driver has to wire them first (Machine.wiring). `number`: of the
+    experts that these are slices of; None: they are whole.
     """
     one, operations = shape.expert_parameters, 2 * shape.expert_parameters * pairs
-    cost = place.experts(shape.expert_format, count * one, beside * one, operations)
+    number = count if number is None else number
+    cost = place.experts(shape.expert_format, number, count * one, beside * one, operations)
     wiring = place.machine.wiring
     driver = count * shape.expert_bytes / wiring if wires and wiring else 0.0
     return cost + Cost(driver=driver)
@@ -182,7 +190,9 @@ def sliced_node(
     costs = []
     for place, share, base in zip(places, shares, before):
         others = count * (1 - share) / max(1, len(places) - 1)
-        costs.append(base + experts_cost(shape, place, count * share, others, pairs * share, wires))
+        number = count * place.nodes
+        work = (count * share, others, pairs * share, wires, number)
+        costs.append(base + experts_cost(shape, place, *work))
     slowest = max(range(len(costs)), key=lambda at: costs[at].total)
     return Busiest(count * max(slices.shares), costs[slowest])
 

@@ -12,9 +12,9 @@ class ProductRate:
     """Products with weights stored as `format`, by each of `nodes` processes of the
     machine that compute at the same time, on `threads` threads each.
 
-    dense, experts: bytes of weights a second with one row, in long products, and
-    in a layer's few experts, each of which begins cold. many: operations a second
-    with many rows.
+    dense, experts: bytes of weights a second with one row, in a layer's projections,
+    and in its few experts, of which each takes expert_s more. many: operations a
+    second with many rows.
     """
 
     format: str
@@ -22,6 +22,7 @@ class ProductRate:
     threads: int
     dense: float
     experts: float
+    expert_s: float
     many: float
 
 

@@ -23,7 +23,16 @@ from zmoe.planner.measured import ProductRate, StepRate
 
 VERSION = 3
 _SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
-_MAY_BE_ZERO = {"overlap", "sync_s", "layer_s", "step_s", "latency_s", "per_peer_s", "price_usd"}
+_MAY_BE_ZERO = {
+    "overlap",
+    "sync_s",
+    "layer_s",
+    "step_s",
+    "latency_s",
+    "per_peer_s",
+    "price_usd",
+    "expert_s",
+}
 _LISTS: Mapping[str, type] = {"rates": ProductRate, "steps": StepRate}
 
 Record = TypeVar("Record")
