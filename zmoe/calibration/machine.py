@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe import __version__
-from zmoe.calibration.products import Progress, measure_products
-from zmoe.calibration.steps import measure_steps
+from zmoe.calibration.products import MOST_NODES, Products, Progress
+from zmoe.calibration.steps import Steps
 from zmoe.compute.team import is_native, usable_cores
 from zmoe.config import EngineConfig
 from zmoe.planner.hardware import Machine
@@ -43,17 +43,15 @@ def measure_machine(progress: Progress) -> Machine:
 
 
 def _of_kernels(made: Machine, progress: Progress) -> Machine:
-    rates = measure_products(progress)
-    whole = _whole(rates)
-    made = replace(
-        made,
-        bandwidth=whole.dense,
-        rate=whole.many,
-        sync_s=0.0,
-        cores=len(usable_cores()),
-        rates=rates,
-    )
-    return measure_steps(made, progress)
+    with Products() as products, Steps() as steps:
+        for nodes in range(1, MOST_NODES + 1):
+            progress(f"products, round {nodes} of {MOST_NODES}")
+            products.measure()
+            steps.measure(nodes, progress)
+        rates = products.rates()
+        whole, cores = _whole(rates), len(usable_cores())
+        made = replace(made, bandwidth=whole.dense, rate=whole.many, cores=cores, rates=rates)
+        return steps.add_to(made)
 
 
 def _whole(rates: tuple[ProductRate, ...]) -> ProductRate:

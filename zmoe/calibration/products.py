@@ -25,7 +25,7 @@ from zmoe.errors import ZmoeError
 from zmoe.planner.measured import ProductRate
 
 FILE_BYTES = 1 << 30  # beyond caches, also those of page tables
-TURN_S, ROUNDS = 0.1, 4  # of a figure, whose rounds are spread over all figures of its format
+TURN_S = 0.1  # of a figure in a round
 DEADLINE_S = 60.0
 MOST_NODES = 4
 
@@ -46,18 +46,35 @@ def core_sharings(most: int = MOST_NODES) -> list[tuple[Cores, ...]]:
     return list(found.values())
 
 
-def measure_products(progress: Progress) -> tuple[ProductRate, ...]:
-    """Of every format. Raises ZmoeError when a process of ours fails."""
-    rates = []
-    with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zmoe"))) / "weights"
-        progress("writing weights")
-        write_weights(path, FILE_BYTES)
-        groups = [stack.enter_context(_group(cores, path)) for cores in core_sharings()]
+class Products:
+    """Processes that measure products, in rounds between which anything may happen: what
+    memory gives changes from minute to minute. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Products:
+        with self._stack as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zmoe"))
+            path = Path(folder) / "weights"
+            write_weights(path, FILE_BYTES)
+            self._groups = [stack.enter_context(_group(cores, path)) for cores in core_sharings()]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def measure(self) -> None:
+        """A round of all formats. Raises ZmoeError when a process of ours fails."""
         for name in FORMATS:
-            progress(f"products of {name}")
-            rates += [group.measure(name) for group in groups]
-    return tuple(rates)
+            for group in self._groups:
+                group.measure(name)
+
+    def rates(self) -> tuple[ProductRate, ...]:
+        """By the medians of the rounds."""
+        return tuple(group.rate(name) for name in FORMATS for group in self._groups)
 
 
 class _Group:
@@ -65,12 +82,13 @@ class _Group:
 
     def __init__(self, threads: int, pipes: Sequence[Connection]) -> None:
         self._threads, self._pipes = threads, pipes
+        self._found: dict[str, list[list[float]]] = {name: [] for name in FORMATS}
 
-    def measure(self, name: str) -> ProductRate:
-        """The mean over the processes, in the median of the rounds."""
+    def measure(self, name: str) -> None:
+        """One round; the mean over the processes counts."""
         for pipe in self._pipes:
             pipe.send(name)
-        answers: list[list[list[float]]] = []
+        answers: list[list[float]] = []
         for pipe in self._pipes:
             if not pipe.poll(DEADLINE_S):
                 raise ZmoeError(f"products of {name} took longer than {DEADLINE_S:g} s")
@@ -78,24 +96,26 @@ class _Group:
                 answers.append(pipe.recv())
             except EOFError:
                 raise ZmoeError(f"a process that measured products of {name} ended") from None
-        nodes = len(answers)
-        dense, many, large, small = (
-            statistics.median(sum(turn) / nodes for turn in zip(*kind)) for kind in zip(*answers)
-        )
+        self._found[name].append([statistics.mean(kind) for kind in zip(*answers)])
+
+    def rate(self, name: str) -> ProductRate:
+        """Of all rounds so far."""
+        read, dense, many, large, small = map(statistics.median, zip(*self._found[name]))
         of_large, of_small = (expert_bytes(name, shape) for shape in (LARGE, SMALL))
-        experts, expert_s = line_of_experts(of_large, of_small, 1 / large, 1 / small)
+        experts, expert_s = line_of_experts(of_large, of_small, 1 / large, 1 / small, read)
+        nodes = len(self._pipes)
         return ProductRate(name, nodes, self._threads, dense, experts, expert_s, many)
 
 
-def line_of_experts(large: int, small: int, large_s: float, small_s: float) -> tuple[float, float]:
-    """Bytes a second, and seconds that each expert takes besides, from the bytes and seconds
-    of two; where these make no line, the large one's speed.
+def line_of_experts(
+    large: int, small: int, large_s: float, small_s: float, most: float
+) -> tuple[float, float]:
+    """Bytes a second, `most` at most, and seconds that each expert takes besides, from the
+    bytes and seconds of a large one and a small one.
     """
-    if large_s > small_s:
-        speed = (large - small) / (large_s - small_s)
-        if large_s > large / speed:
-            return speed, large_s - large / speed
-    return large / large_s, 0.0
+    speed = min(most, (large - small) / max(large_s - small_s, 1e-12))
+    speed = max(speed, large / large_s)
+    return speed, large_s - large / speed
 
 
 @contextmanager
@@ -125,33 +145,37 @@ def _group(cores: Sequence[Cores], path: Path) -> Iterator[_Group]:
 def _serve(
     cores: Cores, share: tuple[int, int], path: Path, barrier: Any, pipe: Connection
 ) -> None:
-    """A process: for each format that it is told, by round the rates of all kinds of products."""
+    """A process: for each format that it is told, the rates of all kinds of products."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     team = Team(cores)
     weights = Weights(team, path)
+    works: dict[str, list[Callable[[], float]]] = {}
     while True:
         try:
             name = pipe.recv()
         except EOFError:
             return
-        works = (
-            weights.dense(name, Random(1)),  # in the same order everywhere
-            weights.many(name),
-            *(weights.experts(name, shape, share, Random(share[0])) for shape in (LARGE, SMALL)),
-        )
-        found: list[list[float]] = [[] for _ in works]
-        for _ in range(ROUNDS):
-            for rates, work in zip(found, works):
-                barrier.wait(DEADLINE_S)
-                rates.append(_rate(team, work))
-        pipe.send(found)
+        if name not in works:
+            works[name] = [
+                weights.read(share),
+                weights.dense(name, Random(1)),  # in the same order everywhere
+                weights.many(name),
+                *(
+                    weights.experts(name, shape, share, Random(share[0]))
+                    for shape in (LARGE, SMALL)
+                ),
+            ]
+        rates = []
+        for work in works[name]:
+            barrier.wait(DEADLINE_S)
+            rates.append(_rate(team, work))
+        pipe.send(rates)
 
 
 def _rate(team: Team, work: Callable[[], float]) -> float:
-    """Of what `work` does, a second of the kernels' time."""
-    before, done = team.products_s, 0.0
-    until = time.perf_counter() + TURN_S
-    while time.perf_counter() < until:
+    """Of what `work` does, a second of the kernels' time (of all, where it is no product)."""
+    before, done, start = team.products_s, 0.0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < TURN_S:
         done += work()
-    return done / (team.products_s - before)
+    return done / (team.products_s - before or elapsed)

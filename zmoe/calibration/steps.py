@@ -24,7 +24,7 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 
-from zmoe.calibration.products import MOST_NODES, Progress
+from zmoe.calibration.products import Progress
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.placing import PlacementRequest
@@ -57,43 +57,74 @@ class Case:
         return f"{how}, {self.policy}"
 
 
-def cases() -> Iterator[Case]:
-    """All that there are of up to MOST_NODES nodes, those of each number together."""
-    for nodes in range(1, MOST_NODES + 1):
-        for schedule in SCHEDULES if nodes > 1 else SCHEDULES[:1]:
-            for policy in POLICIES:
-                yield Case(nodes, schedule, policy)
+def cases(nodes: int) -> Iterator[Case]:
+    """All that there are of so many nodes."""
+    for schedule in SCHEDULES if nodes > 1 else SCHEDULES[:1]:
+        for policy in POLICIES:
+            yield Case(nodes, schedule, policy)
 
 
-def measure_steps(machine: Machine, progress: Progress) -> Machine:
-    """`machine`, whose products are measured, with its steps, and the rates of its caches."""
-    machine = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
-    with tempfile.TemporaryDirectory(prefix="zmoe") as folder:
-        few, many = (make_model(Path(folder) / str(layers), layers) for layers in (FEW, MANY))
-        progress("the attention's cache")
-        machine = replace(machine, rates=(*machine.rates, *_cache_rates(machine, many)))
-        steps, alone = list[StepRate](), dict[str, float]()
-        for case in cases():
+class Steps:
+    """The measured times of steps, by case; from them what is no product. A context manager."""
+
+    def __enter__(self) -> Steps:
+        self._folder = tempfile.TemporaryDirectory(prefix="zmoe")
+        self._models = [make_model(Path(self._folder.name) / str(n), n) for n in (FEW, MANY)]
+        self._found: dict[tuple[Case, Path], tuple[float, float]] = {}
+        self._far: dict[int, float] = {}  # by nodes: how much longer a step takes at FAR
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._folder.cleanup()
+
+    def measure(self, nodes: int, progress: Progress) -> None:
+        """All cases of so many nodes."""
+        few, many = self._models
+        for case in cases(nodes):
             progress(f"steps: {case}")
-            layers = _beside_products(many, machine, case, alone)
+            with running(many, case) as clock:
+                self._found[case, many] = near = clock(NEAR)
+                if case == Case(nodes):
+                    self._far[nodes] = clock(FAR)[0] - near[0]
             if case.policy == POLICIES[0]:
-                fewer = _beside_products(few, machine, case, alone)
+                with running(few, case) as clock:
+                    self._found[case, few] = clock(NEAR)
+
+    def add_to(self, machine: Machine) -> Machine:
+        """`machine`, whose products are measured, with its steps, and the rates of its caches."""
+        machine = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
+        machine = replace(machine, rates=(*machine.rates, *self._cache_rates(machine)))
+        few, many = self._models
+        steps = []
+        for case in (case for case, model in self._found if model == many):
+            layers = self._beside_products(machine, case, many)
+            if case.policy == POLICIES[0]:
+                fewer = self._beside_products(machine, case, few)
                 once = max(0.0, fewer - FEW * (layers - fewer) / (MANY - FEW))
             layer_s = max(0.0, layers - once) / MANY  # a policy is a matter of the layers
             steps.append(StepRate(case.nodes, case.schedule, case.policy, layer_s, once))
-    return replace(machine, layer_s=steps[0].layer_s, step_s=steps[0].step_s, steps=tuple(steps))
+        first = steps[0]
+        return replace(machine, layer_s=first.layer_s, step_s=first.step_s, steps=tuple(steps))
 
+    def _beside_products(self, machine: Machine, case: Case, model: Path) -> float:
+        """Seconds of a step; of its products as many are taken off as the planner has, times
+        what one node's really took over what the planner has for them.
+        """
+        alone = Case(1, policy=case.policy)
+        reference = self._found.get((alone, model), (0.0, 0.0))[1]
+        planned = _products(model, machine, case)
+        return self._found[case, model][0] - planned * reference / _products(model, machine, alone)
 
-def _beside_products(model: Path, machine: Machine, case: Case, alone: dict[str, float]) -> float:
-    """Seconds of a step beside its products. `alone`, by model and policy: how much longer
-    one node's products take than the planner has it, which is found out first.
-    """
-    expected, key = _products(model, machine, case), f"{model.name} {case.policy}"
-    with running(model, case) as clock:
-        total, products = clock(NEAR)
-    if case.nodes == 1:
-        alone[key] = products / expected
-    return total - alone[key] * expected
+    def _cache_rates(self, machine: Machine) -> Iterator[ProductRate]:
+        """Bytes of cache a second that a step of one row attends to."""
+        attention = _shape(self._models[1]).attention
+        size = MANY * (FAR - NEAR) * attention.cache_elements * CACHE_BYTES
+        for nodes, seconds in self._far.items():
+            alike = [r for r in machine.rates if r.format == "bf16" and r.nodes == nodes]
+            if alike:  # else several take turns on a core
+                speed = size / max(seconds, 1e-9)
+                like = max(alike, key=lambda rate: rate.threads)
+                yield replace(like, format=CACHE.name, dense=speed, experts=speed, expert_s=0.0)
 
 
 def make_model(folder: Path, layers: int) -> Path:
@@ -184,18 +215,3 @@ def _products(model: Path, machine: Machine, case: Case) -> float:
         one_machine=True,
     )
     return predict(setup, case.nodes).decode.total
-
-
-def _cache_rates(machine: Machine, model: Path) -> Iterator[ProductRate]:
-    """Bytes of cache a second that a step of one row attends to, on each number of threads."""
-    shape = _shape(model)
-    size = MANY * (FAR - NEAR) * shape.attention.cache_elements * CACHE_BYTES
-    threads: dict[int, ProductRate] = {}
-    for rate in machine.rates:
-        if rate.format == "bf16":
-            threads[rate.nodes] = min(threads.get(rate.nodes, rate), rate, key=lambda r: -r.threads)
-    for nodes, like in threads.items():
-        with running(model, Case(nodes)) as clock:
-            near, far = (min(clock(context)[0] for _ in range(2)) for context in (NEAR, FAR))
-        speed = size / max(far - near, 1e-9)
-        yield replace(like, format=CACHE.name, dense=speed, experts=speed)

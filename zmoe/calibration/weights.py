@@ -36,6 +36,7 @@ FORMATS = {
 }
 TOP_K = 4
 ROWS = 128  # where arithmetic is the limit
+PIECE_BYTES = 16 << 20  # of what is only read
 _BYTE = 0x3C  # twice, or four times, 0.0115 in bfloat16 and float32
 _ALIGNMENT = 64
 
@@ -130,9 +131,22 @@ class Weights:
 
     def __init__(self, team: Team, path: Path) -> None:
         self._team, self._size = team, path.stat().st_size
-        mapped = np.memmap(path, np.uint8, "r")
-        int(mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
-        self._memory = ffi.from_buffer("uint8_t[]", mapped)
+        self._mapped = np.memmap(path, np.uint8, "r")
+        int(self._mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
+        self._memory = ffi.from_buffer("uint8_t[]", self._mapped)
+
+    def read(self, share: tuple[int, int]) -> Callable[[], float]:
+        """The own part, with nothing done to it; bytes. `share` is that of experts()."""
+        part, parts = share
+        own = self._mapped[part * self._size // parts : (part + 1) * self._size // parts]
+        pieces = cycle(np.array_split(own, max(1, len(own) // PIECE_BYTES)))
+
+        def run() -> float:
+            piece = next(pieces)
+            self._team.read(piece)
+            return len(piece)
+
+        return run
 
     def dense(self, name: str, draw: Random) -> Callable[[], float]:
         """One row through a matrix of a layer's projections' size, each in turn; bytes."""
