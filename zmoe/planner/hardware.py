@@ -2,7 +2,8 @@
 
 Prices are list prices in US dollars without tax in the month named, the machine's
 launch, and in the configuration named; they change (memory became dear in 2026),
-so check before buying. What no vendor states is an estimate and says so. A calibrated profile (profile.py) replaces all of it.
+so check before buying. What no vendor states is an estimate and says so. A
+calibrated profile (profile.py) replaces all of it.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ _MACHINES = (
         192 * GIB,
         800e9,
         27.2e12,
-        f"Mac Studio, 76 GPU cores, 192 GB, 1 TB. {_APPLE} in June 2023 (3,999 + 1,000 for the GPU + "
-        f"1,600 for the memory); {_GPU} (76 x 128 x 1.4 GHz)",
+        f"Mac Studio, 76 GPU cores, 192 GB, 1 TB. {_APPLE} in June 2023 (3,999, 1,000 more for "
+        f"the GPU and 1,600 for the memory); {_GPU} (76 x 128 x 1.4 GHz)",
         usable_share=_MAC_SHARE,
         price_usd=6599,
     ),
@@ -180,7 +181,8 @@ _MACHINES = (
         8 * 989e12,
         "eight H100 as one node, tensor parallel over NVLink, for comparison: not what zmoe "
         "runs. memory, bandwidth and rate: NVIDIA's specifications; price: 22 times that of two "
-        "m2-ultra, as arXiv 2506.23635 has it (SemiAnalysis in May 2023: 270,000); time per layer: estimate, two all-reduces",
+        "m2-ultra, as arXiv 2506.23635 has it (SemiAnalysis in May 2023: 270,000); time per "
+        "layer: estimate, two all-reduces",
         sync_s=CUDA_SYNC_S,
         price_usd=290_000,
         supported=False,
