@@ -2,8 +2,12 @@
 
 A profile of the machine is measured first (zmoe-plan --calibrate), or read. Each
 configuration is then predicted from it and run by real nodes, processes of their
-own that are started anew in each round; the configurations take turns. A
-measured figure is the median over the rounds.
+own that are started anew in each round; the configurations take turns. Figures
+are medians over the rounds.
+
+What memory gives may change from minute to minute where a machine is shared with
+others. So the products of the model's format are measured again right before
+and after each run, and a second prediction has these in the profile's place.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,8 @@ from common import (
 from decode import BREAKDOWN
 from engines import script
 
+from zmoe.calibration.products import Products
+from zmoe.calibration.weights import FORMATS
 from zmoe.cli.plan_model import find_model
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.errors import ZmoeError
@@ -78,14 +84,22 @@ class Configuration:
     nodes: int
     schedule: str
     policy: str
-    prediction: Prediction
+    setup: Setup
     runs: list[dict[str, Any]] = field(default_factory=list)
+    beside: list[Prediction] = field(default_factory=list)  # from what was measured beside a run
 
     def row(self) -> dict[str, Any]:
-        """`error`: of the prediction, as a share of what was measured."""
+        """`error`: of a prediction, as a share of what was measured; `profile_*`: of the one
+        from the profile alone.
+        """
         measured = statistics.median(run["generation_tps"] for run in self.runs)
-        predicted = self.prediction.tokens_per_second
-        terms = {f"{term}_ms": 1e3 * getattr(self.prediction.decode, term) for term in TERMS}
+        alone = predict(self.setup, self.nodes)
+        each = self.beside or [alone]
+        predicted = statistics.median(one.tokens_per_second for one in each)
+        terms = {
+            f"{term}_ms": 1e3 * statistics.median(getattr(one.decode, term) for one in each)
+            for term in TERMS
+        }
         return {
             "model": short_name(self.model),
             "nodes": self.nodes,
@@ -95,7 +109,9 @@ class Configuration:
             "measured_runs": [run for each in self.runs for run in each["generation_runs"]],
             "predicted_tps": round(predicted, 2),
             "error": round(predicted / measured - 1, 4),
-            "executed_experts": round(self.prediction.busiest.count, 4),
+            "profile_tps": round(alone.tokens_per_second, 2),
+            "profile_error": round(alone.tokens_per_second / measured - 1, 4),
+            "executed_experts": round(alone.busiest.count, 4),
             "predicted": {name: round(value, 3) for name, value in terms.items()},
             "measured": {
                 name: round(statistics.median(run["breakdown"][name] for run in self.runs), 3)
@@ -123,16 +139,26 @@ def configurations(options: argparse.Namespace, profile: Profile) -> list[Config
                 placement=PLACEMENT,
                 one_machine=True,
             )
-            found.append(Configuration(model, nodes, schedule, policy, predict(setup, nodes)))
+            found.append(Configuration(model, nodes, schedule, policy, setup))
+            predict(setup, nodes)  # which refuses what can't be
     return found
 
 
-def measure(options: argparse.Namespace, each: Configuration) -> None:
+def measure(options: argparse.Namespace, each: Configuration, products: Products) -> None:
+    """One run, between two measurements of the products that it consists of."""
     words = ["-p", str(options.prompt_tokens), "-n", str(options.max_tokens)]
     words += ["-r", str(options.repetitions), "--nodes", str(each.nodes)]
     words += [f"--schedule={each.schedule}", f"--policy={each.policy}", f"--placement={PLACEMENT}"]
     command = script("zmoe_cluster.py", each.model, None, *words)
+    (machine,), shape = each.setup.machines, each.setup.shape
+    formats = {shape.dense_format.name, shape.expert_format.name}
+    formats &= {rate.format for rate in machine.rates} & set(FORMATS)
+    products.measure(formats)
     each.runs.append(run_json(command, options.deadline))
+    products.measure(formats)
+    others = [rate for rate in machine.rates if rate.format not in formats]
+    machine = replace(machine, rates=(*others, *products.rates(formats, rounds=2)))
+    each.beside.append(predict(replace(each.setup, machines=(machine,)), each.nodes))
 
 
 def calibrated() -> Profile:
@@ -154,36 +180,43 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         todo = configurations(options, profile)
     except ZmoeError as error:
         raise BenchError(str(error)) from None
-    for turn in range(options.runs):
-        for each in todo:
+    with Products() as products:
+        for turn, each in product(range(options.runs), todo):
             name = f"{short_name(each.model)}, {each.nodes} nodes, {each.schedule}, {each.policy}"
             print(f"run {turn + 1}, {name}", file=sys.stderr)
-            measure(options, each)
+            measure(options, each, products)
     block["load_average_after"] = environment()["load_average"]
     rows = [each.row() for each in todo]
-    return {"environment": block, "results": rows, "errors": errors(rows)}
+    return {
+        "environment": block,
+        "results": rows,
+        "errors": errors(rows, "error"),
+        "profile_errors": errors(rows, "profile_error"),
+    }
 
 
-def errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def errors(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Of the predictions, whichever way they err."""
-    each = [abs(row["error"]) for row in rows]
+    each = [abs(row[name]) for row in rows]
     return {"configurations": len(each), "median": statistics.median(each), "worst": max(each)}
 
 
 def _sentence(report: Mapping[str, Any]) -> str:
-    found = report["errors"]
+    found, alone = report["errors"], report["profile_errors"]
     return (
         f"{found['configurations']} configurations: median error {found['median']:.1%}, "
-        f"worst {found['worst']:.1%}."
+        f"worst {found['worst']:.1%}; from the profile alone {alone['median']:.1%}, "
+        f"{alone['worst']:.1%}."
     )
 
 
-TITLES = ("model", "nodes", "schedule", "policy", "measured", "predicted", "error")
+TITLES = ("model", "nodes", "schedule", "policy", "measured", "predicted", "error", "profile")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     named = [str(row[name]) for name in TITLES[:4]]
-    return [*named, *(f"{row[f'{name}_tps']:.1f}" for name in TITLES[4:6]), f"{row['error']:+.1%}"]
+    speeds = (f"{row[f'{name}_tps']:.1f}" for name in TITLES[4:6])
+    return [*named, *speeds, *(f"{row[name]:+.1%}" for name in ("error", "profile_error"))]
 
 
 def markdown(report: Mapping[str, Any]) -> None:
@@ -208,8 +241,8 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{_sentence(report)} Tokens/s; behind the error, ms/token: predicted by term, then "
-        "measured by the leader.",
+        f"{_sentence(report)} Tokens/s; profile: the error from the profile alone. Behind it, "
+        "ms/token: predicted by term, then measured by the leader.",
         highlight=False,
     )
 

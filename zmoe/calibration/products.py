@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,15 +66,15 @@ class Products:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def measure(self) -> None:
-        """A round of all formats. Raises ZmoeError when a process of ours fails."""
-        for name in FORMATS:
+    def measure(self, formats: Iterable[str] = FORMATS) -> None:
+        """A round of these formats. Raises ZmoeError when a process of ours fails."""
+        for name in formats:
             for group in self._groups:
                 group.measure(name)
 
-    def rates(self) -> tuple[ProductRate, ...]:
-        """By the medians of the rounds."""
-        return tuple(group.rate(name) for name in FORMATS for group in self._groups)
+    def rates(self, formats: Iterable[str] = FORMATS, rounds: int = 0) -> tuple[ProductRate, ...]:
+        """Of these formats, by the medians of the last `rounds` rounds; 0: of all."""
+        return tuple(group.rate(name, rounds) for name in formats for group in self._groups)
 
 
 class _Group:
@@ -98,9 +98,10 @@ class _Group:
                 raise ZmoeError(f"a process that measured products of {name} ended") from None
         self._found[name].append([statistics.mean(kind) for kind in zip(*answers)])
 
-    def rate(self, name: str) -> ProductRate:
-        """Of all rounds so far."""
-        read, dense, many, large, small = map(statistics.median, zip(*self._found[name]))
+    def rate(self, name: str, rounds: int) -> ProductRate:
+        """See Products.rates."""
+        found = self._found[name][-rounds:]
+        read, dense, many, large, small = map(statistics.median, zip(*found))
         of_large, of_small = (expert_bytes(name, shape) for shape in (LARGE, SMALL))
         experts, expert_s = line_of_experts(of_large, of_small, 1 / large, 1 / small, read)
         nodes = len(self._pipes)
