@@ -2,10 +2,10 @@
 
 Measured on a model of random weights, once with few layers and once with many:
 what more layers add is the layers', the rest the step's. The time of the products
-is taken off: of one node as it was measured, of several as the planner has it, as
-much slower or faster as it was found to be for one. The weights are few, so that
-little depends on it, and yet more than caches hold: between the products of a
-real model everything else begins cold, too.
+is taken off: as the planner has it, as much slower or faster as the leader's were
+found to be in the same steps. The weights are few, so that little depends on it,
+and yet more than caches hold: between the products of a real model everything
+else begins cold, too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from zmoe.cluster.placing import PlacementRequest
 from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
 from zmoe.models.hub import resolve_model
 from zmoe.planner.config import read_shape
+from zmoe.planner.cost import Step, attention_cost, dense_product, experts_cost
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
 from zmoe.planner.measured import ProductRate, StepRate
-from zmoe.planner.plan import Setup, Workload, predict
+from zmoe.planner.plan import Prediction, Setup, Workload, predict
 from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
 
 FEW, MANY = 4, 12  # layers
@@ -107,13 +108,12 @@ class Steps:
         return replace(machine, layer_s=first.layer_s, step_s=first.step_s, steps=tuple(steps))
 
     def _beside_products(self, machine: Machine, case: Case, model: Path) -> float:
-        """Seconds of a step; of its products as many are taken off as the planner has, times
-        what one node's really took over what the planner has for them.
+        """Seconds of a step; the products that are taken off are the planner's, times what
+        the leader's really took, in the same steps, over what the planner has for them.
         """
-        alone = Case(1, policy=case.policy)
-        reference = self._found.get((alone, model), (0.0, 0.0))[1]
-        planned = _products(model, machine, case)
-        return self._found[case, model][0] - planned * reference / _products(model, machine, alone)
+        total, of_leader = self._found[case, model]
+        planned = _planned(model, machine, case)
+        return total - planned.decode.total * of_leader / _leaders_products(planned)
 
     def _cache_rates(self, machine: Machine) -> Iterator[ProductRate]:
         """Bytes of cache a second that a step of one row attends to."""
@@ -203,8 +203,8 @@ def _shape(model: Path) -> ModelShape:
     return read_shape(model / "config.json", model.name)
 
 
-def _products(model: Path, machine: Machine, case: Case) -> float:
-    """Seconds of a step's products, by the planner."""
+def _planned(model: Path, machine: Machine, case: Case) -> Prediction:
+    """Of the products of a step, and of nothing else."""
     setup = Setup(
         shape=_shape(model),
         machines=(machine,),
@@ -214,4 +214,21 @@ def _products(model: Path, machine: Machine, case: Case) -> float:
         policy=case.policy,
         one_machine=True,
     )
-    return predict(setup, case.nodes).decode.total
+    return predict(setup, case.nodes)
+
+
+def _leaders_products(planned: Prediction) -> float:
+    """Seconds that the leader itself computes in a step, in the mean."""
+    cluster, shape = planned.cluster, planned.setup.shape
+    place, central, step = cluster.places[0], cluster.is_central, Step(1, 1, NEAR, 1)
+    counts = {
+        "selected": shape.top_k / cluster.nodes,
+        "busy-full": shape.experts / cluster.nodes,
+        "router-aided": planned.busiest.count,
+    }
+    count = counts[cluster.policy]
+    layer = attention_cost(shape, place, step, central).total
+    layer += dense_product(shape, place, shape.router_parameters, 1, central).total
+    layer += experts_cost(shape, place, count, count, count, False).total
+    head = dense_product(shape, place, shape.head_parameters, 1, alone=True).total
+    return shape.layers * layer + head

@@ -114,9 +114,10 @@ def test_steps_are_found_again_from_their_times() -> None:
         }
         for case, (layer_s, step_s) in truth.items():
             for model, layers in zip(found._models, (steps.FEW, steps.MANY)):
-                planned = steps._products(model, replace(machine, rates=rates, layer_s=0.0), case)
-                total = 1.1 * planned + layers * layer_s + step_s
-                found._found[case, model] = (total, 1.1 * planned)
+                bare = replace(machine, rates=rates, layer_s=0.0)
+                planned = steps._planned(model, bare, case)
+                total = 1.1 * planned.decode.total + layers * layer_s + step_s
+                found._found[case, model] = (total, 1.1 * steps._leaders_products(planned))
         size = steps.MANY * (steps.FAR - steps.NEAR) * 2 * steps.WIDTH * 2
         found._far = {1: size / 1e10, 2: size / 1e10}
         made = found.add_to(machine)
