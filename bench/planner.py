@@ -49,6 +49,7 @@ from zmoe.planner.profile import Profile, read_profile
 
 PLACEMENT = "experts"
 CALIBRATION_S = 300.0
+ROUNDS = 2  # of products, before a run and after it
 TERMS = ("load", "compute", "latency", "transfer", "overhead")
 
 
@@ -153,11 +154,13 @@ def measure(options: argparse.Namespace, each: Configuration, products: Products
     (machine,), shape = each.setup.machines, each.setup.shape
     formats = {shape.dense_format.name, shape.expert_format.name}
     formats &= {rate.format for rate in machine.rates} & set(FORMATS)
-    products.measure(formats)
+    for _ in range(ROUNDS):
+        products.measure(formats)
     each.runs.append(run_json(command, options.deadline))
-    products.measure(formats)
+    for _ in range(ROUNDS):
+        products.measure(formats)
     others = [rate for rate in machine.rates if rate.format not in formats]
-    machine = replace(machine, rates=(*others, *products.rates(formats, rounds=2)))
+    machine = replace(machine, rates=(*others, *products.rates(formats, 2 * ROUNDS)))
     each.beside.append(predict(replace(each.setup, machines=(machine,)), each.nodes))
 
 
