@@ -15,6 +15,7 @@ from zmoe.calibration import products, steps, weights
 from zmoe.calibration.products import core_sharings, line_of_experts
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
 from zmoe.compute.team import Team
+from zmoe.native import ffi
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
 from zmoe.planner.measured import ProductRate
@@ -30,6 +31,20 @@ def test_bytes_are_those_that_the_planner_counts(name: str) -> None:
     assert PLANNED[name].name == name
     for shape in (LARGE, SMALL):
         assert expert_bytes(name, shape) == PLANNED[name].bytes(3 * shape.width * shape.hidden)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_lie_side_by_side(name: str) -> None:
+    size = 5 * expert_bytes(name, SMALL)
+    base = ffi.cast("uint8_t *", 1 << 20)
+    count, layers = weights._stacks(base, size, name, SMALL)
+    taken = sorted(
+        (part.pointers[0] - base, part.pointers[0] - base + part.nbytes)
+        for parts in layers.values()
+        for part in parts.values()
+    )
+    assert count == 5 and taken[0][0] == 0 and taken[-1][1] == size
+    assert all(end == start for (_, end), (start, _) in zip(taken, taken[1:]))
 
 
 @pytest.fixture
@@ -126,6 +141,26 @@ def test_steps_are_found_again_from_their_times() -> None:
         case = steps.Case(step.nodes, step.schedule, step.policy)
         assert (step.layer_s, step.step_s) == pytest.approx(truth[case], rel=1e-6), case
     assert (made.layer_s, made.step_s) == pytest.approx(truth[steps.Case(1)])
+
+
+def test_the_leader_computes_as_much_as_all_where_all_compute_alike(tmp_path: Path) -> None:
+    rates = tuple(
+        ProductRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e15)
+        for format in ("bf16", "cache")
+        for nodes, threads in ((1, 2), (2, 1))
+    )
+    machine = Machine("m", 2**40, 1e10, 1e12, "", sync_s=0.0, layer_s=0.0, cores=2, rates=rates)
+    model = _config_only(tmp_path / "m", 3)
+    for nodes, policy, whole in (
+        (1, "selected", True),
+        (1, "busy-full", True),
+        (2, "busy-full", True),
+        (2, "router-aided", True),
+        (2, "selected", False),  # the others wait for the busiest
+    ):
+        planned = steps._planned(model, machine, steps.Case(nodes, policy=policy))
+        share = steps._leaders_products(planned) / planned.decode.total
+        assert share == pytest.approx(1) if whole else 0.5 < share < 0.95
 
 
 def _config_only(path: Path, layers: int) -> Path:
