@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
@@ -44,7 +45,7 @@ def test_weights_lie_side_by_side(name: str) -> None:
         for part in parts.values()
     )
     assert count == 5 and taken[0][0] == 0 and taken[-1][1] == size
-    assert all(end == start for (_, end), (start, _) in zip(taken, taken[1:]))
+    assert all(end == start for (_, end), (start, _) in pairwise(taken))
 
 
 @pytest.fixture
