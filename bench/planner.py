@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     add("--schedules", type=list_of(one_of(SCHEDULES)), default=list(SCHEDULES))
     add("--policies", type=list_of(one_of(POLICIES)), default=list(POLICIES))
     add("-p", "--prompt-tokens", type=positive, default=64, help="random ones; default 64")
-    add("-m", "--max-tokens", type=positive, default=32, help="default 32")
+    add("-m", "--max-tokens", type=positive, default=24, help="default 24")
     add("--repetitions", type=positive, default=2, help="in each round's processes; default 2")
     add("--runs", type=positive, default=1, help="rounds; default 1")
     add("--deadline", type=positive, default=600, help="seconds for one run")
