@@ -6,8 +6,8 @@ own that are started anew in each round; the configurations take turns. Figures
 are medians over the rounds.
 
 What memory gives may change from minute to minute where a machine is shared with
-others. So the products of the model's format are measured again right before
-and after each run, and a second prediction has these in the profile's place.
+others. With --beside the products of the model's format are measured again right
+before and after each run, and a second prediction has these in the profile's place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -66,6 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--repetitions", type=positive, default=2, help="in each round's processes; default 2")
     add("--runs", type=positive, default=1, help="rounds; default 1")
     add("--deadline", type=positive, default=600, help="seconds for one run")
+    add("--beside", action="store_true", help="also predict from products measured beside each run")
     add("--kept", action="store_true", help="measure nothing: show what --save kept")
     add("--markdown", action="store_true", help="print the table of docs/performance-model.md")
     options = made.parse_args()
@@ -90,18 +92,12 @@ class Configuration:
     beside: list[Prediction] = field(default_factory=list)  # from what was measured beside a run
 
     def row(self) -> dict[str, Any]:
-        """`error`: of a prediction, as a share of what was measured; `profile_*`: of the one
-        from the profile alone.
-        """
+        """`error`: of a prediction, as a share of what was measured."""
         measured = statistics.median(run["generation_tps"] for run in self.runs)
-        alone = predict(self.setup, self.nodes)
-        each = self.beside or [alone]
-        predicted = statistics.median(one.tokens_per_second for one in each)
-        terms = {
-            f"{term}_ms": 1e3 * statistics.median(getattr(one.decode, term) for one in each)
-            for term in TERMS
-        }
-        return {
+        prediction = predict(self.setup, self.nodes)
+        predicted = prediction.tokens_per_second
+        terms = {f"{term}_ms": 1e3 * getattr(prediction.decode, term) for term in TERMS}
+        made = {
             "model": short_name(self.model),
             "nodes": self.nodes,
             "schedule": self.schedule,
@@ -110,15 +106,18 @@ class Configuration:
             "measured_runs": [run for each in self.runs for run in each["generation_runs"]],
             "predicted_tps": round(predicted, 2),
             "error": round(predicted / measured - 1, 4),
-            "profile_tps": round(alone.tokens_per_second, 2),
-            "profile_error": round(alone.tokens_per_second / measured - 1, 4),
-            "executed_experts": round(alone.busiest.count, 4),
+            "executed_experts": round(prediction.busiest.count, 4),
             "predicted": {name: round(value, 3) for name, value in terms.items()},
             "measured": {
                 name: round(statistics.median(run["breakdown"][name] for run in self.runs), 3)
                 for name in BREAKDOWN
             },
         }
+        if self.beside:
+            predicted = statistics.median(each.tokens_per_second for each in self.beside)
+            made["beside_tps"] = round(predicted, 2)
+            made["beside_error"] = round(predicted / measured - 1, 4)
+        return made
 
 
 def configurations(options: argparse.Namespace, profile: Profile) -> list[Configuration]:
@@ -145,15 +144,17 @@ def configurations(options: argparse.Namespace, profile: Profile) -> list[Config
     return found
 
 
-def measure(options: argparse.Namespace, each: Configuration, products: Products) -> None:
-    """One run, between two measurements of the products that it consists of."""
+def measure(options: argparse.Namespace, each: Configuration, products: Products | None) -> None:
+    """One run, between two measurements by `products` of those that it consists of."""
     words = ["-p", str(options.prompt_tokens), "-n", str(options.max_tokens)]
     words += ["-r", str(options.repetitions), "--nodes", str(each.nodes)]
     words += [f"--schedule={each.schedule}", f"--policy={each.policy}", f"--placement={PLACEMENT}"]
     command = script("zmoe_cluster.py", each.model, None, *words)
+    if products is None:
+        each.runs.append(run_json(command, options.deadline))
+        return
     (machine,), shape = each.setup.machines, each.setup.shape
-    formats = {shape.dense_format.name, shape.expert_format.name}
-    formats &= {rate.format for rate in machine.rates} & set(FORMATS)
+    formats = {shape.dense_format.name, shape.expert_format.name} & set(FORMATS)
     for _ in range(ROUNDS):
         products.measure(formats)
     each.runs.append(run_json(command, options.deadline))
@@ -183,19 +184,17 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         todo = configurations(options, profile)
     except ZmoeError as error:
         raise BenchError(str(error)) from None
-    with Products() as products:
+    with Products() if options.beside else nullcontext() as products:
         for turn, each in product(range(options.runs), todo):
             name = f"{short_name(each.model)}, {each.nodes} nodes, {each.schedule}, {each.policy}"
             print(f"run {turn + 1}, {name}", file=sys.stderr)
             measure(options, each, products)
     block["load_average_after"] = environment()["load_average"]
     rows = [each.row() for each in todo]
-    return {
-        "environment": block,
-        "results": rows,
-        "errors": errors(rows, "error"),
-        "profile_errors": errors(rows, "profile_error"),
-    }
+    report = {"environment": block, "results": rows, "errors": errors(rows, "error")}
+    if options.beside:
+        report["beside_errors"] = errors(rows, "beside_error")
+    return report
 
 
 def errors(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
@@ -205,21 +204,24 @@ def errors(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _sentence(report: Mapping[str, Any]) -> str:
-    found, alone = report["errors"], report["profile_errors"]
-    return (
+    found, beside = report["errors"], report.get("beside_errors")
+    text = (
         f"{found['configurations']} configurations: median error {found['median']:.1%}, "
-        f"worst {found['worst']:.1%}; from the profile alone {alone['median']:.1%}, "
-        f"{alone['worst']:.1%}."
+        f"worst {found['worst']:.1%}."
     )
+    if beside:
+        text += f" From products measured beside: {beside['median']:.1%}, {beside['worst']:.1%}."
+    return text
 
 
-TITLES = ("model", "nodes", "schedule", "policy", "measured", "predicted", "error", "profile")
+TITLES = ("model", "nodes", "schedule", "policy", "measured", "predicted", "error", "beside")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     named = [str(row[name]) for name in TITLES[:4]]
     speeds = (f"{row[f'{name}_tps']:.1f}" for name in TITLES[4:6])
-    return [*named, *speeds, *(f"{row[name]:+.1%}" for name in ("error", "profile_error"))]
+    beside = f"{row['beside_error']:+.1%}" if "beside_error" in row else "-"
+    return [*named, *speeds, f"{row['error']:+.1%}", beside]
 
 
 def markdown(report: Mapping[str, Any]) -> None:
@@ -244,8 +246,8 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{_sentence(report)} Tokens/s; profile: the error from the profile alone. Behind it, "
-        "ms/token: predicted by term, then measured by the leader.",
+        f"{_sentence(report)} Tokens/s; beside: the error with products measured beside the run. "
+        "Behind it, ms/token: predicted by term, then measured by the leader.",
         highlight=False,
     )
 
