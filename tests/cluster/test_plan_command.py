@@ -30,7 +30,7 @@ def plan(commands: Commands, *arguments: object, **env: str) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -204,6 +204,11 @@ def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
         ((*DBRX, "--model", "some-org/some-model"), "some-org/some-model"),
         ((*DBRX, "--hardware", tmp_path / "absent.json"), "absent.json cannot be read"),
         (("--calibrate", tmp_path / "no" / "p.json"), "no such folder"),
+        (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1"), "at least two"),
+        (("--calibrate", tmp_path / "p.json", "--python", "x"), "--python is for --hosts"),
+        (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1,192.0.2.1"), "--bind"),
+        (("--calibrate", tmp_path / "p.json", "--hostfile", tmp_path / "no.json"), "no.json"),
+        ((*DBRX, "--hosts", "a,b"), "--hosts is for --calibrate"),
     ):
         assert words in refused(commands, *arguments), arguments
 
@@ -227,6 +232,10 @@ def test_a_calibrated_profile_plans(commands: Commands, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
     report = answer(commands, "--model", "zmoe-tiny", "--hardware", path, "--one-machine")
     assert report["environment"]["link"]["name"] == "loopback"
+    machine = record["machine"]
+    assert {rate["format"] for rate in machine["rates"]} >= {"bf16", "affine-4-g64", "cache"}
+    assert {step["nodes"] for step in machine["steps"]} == {1, 2, 3, 4}
+    assert "steps: 2 nodes, centralized, busy-full" in done.stderr
     assert all(row["tokens_per_second"] > 0 for row in report["results"])
 
 

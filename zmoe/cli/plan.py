@@ -37,8 +37,16 @@ def _parser() -> Parser:
     add("--target", type=float, metavar="TOKENS_PER_S", help="say what to buy for this speed")
     add("--json", action="store_true", help="print one JSON object")
     add("--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg")
-    add("--calibrate", type=Path, metavar="FILE", help="measure this machine into a profile")
+    _add_calibration(parser)
     return parser
+
+
+def _add_calibration(parser: Parser) -> None:
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibrate", type=Path, metavar="FILE", help="measure this machine into a profile")
+    add("--hosts", help="and the exchange among these hosts, this machine first, comma separated")
+    add("--hostfile", type=Path, metavar="F", help="the same, in a hosts file of mlx.launch")
+    add("--python", help="interpreter on the other hosts (default: the path of this one)")
 
 
 def _add_question(parser: Parser) -> None:
@@ -217,10 +225,14 @@ def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
 
 def _plan(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
-        from zmoe.cli.calibrate import calibrate
+        from zmoe.cli.calibrate import calibrate, hosts_of
 
-        calibrate(options.calibrate, as_json=options.json)
+        hosts = hosts_of(options.hosts, options.hostfile, options.python)
+        calibrate(options.calibrate, hosts, as_json=options.json)
         return
+    for flag in ("hosts", "hostfile", "python"):
+        if getattr(options, flag) is not None:
+            raise InputError(f"--{flag} is for --calibrate")
     counts = parse_nodes(options.nodes or NODES)
     setup = setup_of(options)
     if setup.given is not None and options.nodes is None:

@@ -148,7 +148,7 @@ class Cluster:
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
         return Generation(
-            self._begin(),
+            self.begin(),
             self.tokenizer,
             ids,
             sampling or Sampling(**options),
@@ -157,8 +157,11 @@ class Cluster:
             spans=self._member.spans,
         )
 
-    def _begin(self) -> StepFunction:
-        """Steps for a new generation; those of the one before are refused from now on."""
+    def begin(self) -> StepFunction:
+        """Steps for a new generation; those of the one before are refused from now on.
+
+        For who brings all tokens: the logits are not picked from.
+        """
         self._generations += 1
         mine = self._generations
 
@@ -168,6 +171,12 @@ class Cluster:
             return self._forward(tokens, reset, logits)
 
         return step
+
+    def take_spans(self) -> dict[str, float]:
+        """Seconds of this rank's steps by what they went to (zmoe.obs), since the last call or
+        generated token.
+        """
+        return self._member.spans.take()
 
     def take_usage(self) -> Usage:
         """Which experts were selected since the last call; for a spec that records it."""

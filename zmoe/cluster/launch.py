@@ -137,15 +137,21 @@ def start_local(leader: str, rank: int, bind: str, cores: Sequence[int] | None) 
 
 
 def start_over_ssh(leader: str, rank: int, host: Host, options: RemoteOptions) -> NodeProcess:
-    """A worker on `host`: the same command, through the `ssh` on the PATH, asking nothing."""
-    words = [options.python or sys.executable, *_node_arguments(leader, rank, host.address)]
-    remote = shlex.join(words)
+    """A worker on `host`."""
+    command = over_ssh(_node_arguments(leader, rank, host.address), host, options)
+    return NodeProcess(rank, host.ssh, command, dict(os.environ))
+
+
+def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:
+    """The command that runs Python with `arguments` on `host`, through the `ssh` on the PATH,
+    asking nothing.
+    """
+    remote = shlex.join([options.python or sys.executable, *arguments])
     if options.env:
         remote = shlex.join(["env", *options.env]) + " " + remote
     if options.cwd:
         remote = f"cd {shlex.quote(options.cwd)} && {remote}"
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host.ssh, remote]
-    return NodeProcess(rank, host.ssh, command, dict(os.environ))
+    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host.ssh, remote]
 
 
 def divide_cores(nodes: int) -> list[list[int]] | None:

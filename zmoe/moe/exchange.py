@@ -92,12 +92,13 @@ def join(
     *,
     max_payload_bytes: int = 1 << 22,
     deadline_s: float = 30.0,
+    tick: Callable[[], None] = nothing,
 ) -> Exchange:
     """Rank `rank` of a group at `addresses` ("host:port" by rank), connected.
 
     Each rank takes its port and the one after it. All must give the same list:
     it makes the session, so that groups do not mix. Blocks until all are there
-    or raises LaunchError after `deadline_s`.
+    or raises LaunchError after `deadline_s`; `tick` is Exchange.connect's.
     """
     endpoints = []
     for address in addresses:
@@ -121,7 +122,7 @@ def join(
         deadline_s=deadline_s,
     )
     try:
-        exchange.connect(endpoints, deadline_s)
+        exchange.connect(endpoints, deadline_s, tick)
         exchange.calibrate()
     except ZmoeError:
         exchange.close()

@@ -53,7 +53,9 @@ class Idle:
         """
         if self._policy == "selected":
             return no_experts()
-        idle = np.setdiff1d(np.arange(self._owned, dtype=np.int32), mine)
+        rest = np.ones(self._owned, np.bool_)
+        rest[mine] = False
+        idle = np.flatnonzero(rest).astype(np.int32)
         if self._policy == "router-aided":
             oldest = idle[np.argsort(self._last_run[idle], kind="stable")]
             idle = np.sort(oldest[: max(0, min(busiest, self._owned) - len(mine))])
@@ -129,7 +131,7 @@ class Ownership:
         """
         if self._idle.most == 0 and self._recorder is None:
             return no_experts()
-        mine = np.unique(own)
+        mine = np.flatnonzero(np.bincount(own, minlength=len(self.owned))).astype(np.int32)
         idle = self._idle.beside(mine, int(self._owners.counts.max()))
         if self._recorder is not None:
             held = np.array(self.owned, np.int32)

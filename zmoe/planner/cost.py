@@ -19,7 +19,7 @@ from zmoe.planner.measured import step_rate
 from zmoe.planner.owners import Owners, Slices
 from zmoe.planner.places import Place
 from zmoe.planner.routing import mean_distinct
-from zmoe.planner.shape import BF16, CACHE_BYTES, ModelShape
+from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
 
 SYNCS_PER_MOE_LAYER = 2  # the routing goes to the host; the partial sum is complete
 SCHEDULES = ("decentralized", "centralized")
@@ -103,7 +103,7 @@ def attention_cost(shape: ModelShape, place: Place, step: Step, alone: bool = Fa
     scores = step.rows * shape.attention.score_operations(attended)
     operations = 2 * parameters * step.rows
     projections = place.product(shape.dense_format, parameters, operations, alone)
-    return projections + place.product(BF16, cached / CACHE_BYTES, scores, alone)
+    return projections + place.product(CACHE, cached / CACHE_BYTES, scores, alone)
 
 
 def dense_product(
@@ -114,15 +114,23 @@ def dense_product(
 
 
 def experts_cost(
-    shape: ModelShape, place: Place, count: float, beside: float, pairs: float, wires: bool
+    shape: ModelShape,
+    place: Place,
+    count: float,
+    beside: float,
+    pairs: float,
+    wires: bool,
+    number: float | None = None,
 ) -> Cost:
     """`count` experts' worth of weights, applied to `pairs` (row, expert) pairs, while the
     other places compute `beside` each.
 
-    `wires`: the driver has to wire them first (Machine.wiring).
+    `wires`: the driver has to wire them first (Machine.wiring). `number`: of the
+    experts that these are slices of; None: they are whole.
     """
     one, operations = shape.expert_parameters, 2 * shape.expert_parameters * pairs
-    cost = place.experts(shape.expert_format, count * one, beside * one, operations)
+    number = count if number is None else number
+    cost = place.experts(shape.expert_format, number, count * one, beside * one, operations)
     wiring = place.machine.wiring
     driver = count * shape.expert_bytes / wiring if wires and wiring else 0.0
     return cost + Cost(driver=driver)
@@ -182,7 +190,9 @@ def sliced_node(
     costs = []
     for place, share, base in zip(places, shares, before):
         others = count * (1 - share) / max(1, len(places) - 1)
-        costs.append(base + experts_cost(shape, place, count * share, others, pairs * share, wires))
+        number = count * place.nodes
+        work = (count * share, others, pairs * share, wires, number)
+        costs.append(base + experts_cost(shape, place, *work))
     slowest = max(range(len(costs)), key=lambda at: costs[at].total)
     return Busiest(count * max(slices.shares), costs[slowest])
 
@@ -257,9 +267,9 @@ def step_messages(
 
 def _measured_on_one_machine(cluster: Cluster) -> tuple[float, float] | None:
     """What its nodes' messages add to a layer, and to a step, where that was measured."""
-    steps = cluster.machines[0].steps
-    several = step_rate(steps, cluster.schedule, cluster.nodes)
-    alone = step_rate(steps, cluster.schedule, 1)
+    steps, schedule, policy = cluster.machines[0].steps, cluster.schedule, cluster.policy
+    several = step_rate(steps, schedule, policy, cluster.nodes)
+    alone = step_rate(steps, schedule, policy, 1)
     if not cluster.one_machine or several is None or alone is None:
         return None
     return max(0.0, several.layer_s - alone.layer_s), max(0.0, several.step_s - alone.step_s)
@@ -268,4 +278,11 @@ def _measured_on_one_machine(cluster: Cluster) -> tuple[float, float] | None:
 def _host_time(shape: ModelShape, cluster: Cluster) -> float:
     """Building and launching every layer, and waiting for the accelerator."""
     syncs = SYNCS_PER_MOE_LAYER * shape.moe_layers + 1  # and one for the sampled token
-    return max(shape.layers * m.layer_s + syncs * m.sync_s + m.step_s for m in cluster.machines)
+
+    def of(machine: Machine) -> float:
+        alone = step_rate(machine.steps, cluster.schedule, cluster.policy, 1)
+        layer_s = machine.layer_s if alone is None else alone.layer_s
+        step_s = machine.step_s if alone is None else alone.step_s
+        return shape.layers * layer_s + syncs * machine.sync_s + step_s
+
+    return max(map(of, cluster.machines))

@@ -12,9 +12,9 @@ class ProductRate:
     """Products with weights stored as `format`, by each of `nodes` processes of the
     machine that compute at the same time, on `threads` threads each.
 
-    dense, experts: bytes of weights a second with one row, in long products, and
-    in a layer's few experts, each of which begins cold. many: operations a second
-    with many rows.
+    dense, experts: bytes of weights a second with one row, in a layer's projections,
+    and in its few experts, of which each takes expert_s more. many: operations a
+    second with many rows.
     """
 
     format: str
@@ -22,20 +22,22 @@ class ProductRate:
     threads: int
     dense: float
     experts: float
+    expert_s: float
     many: float
 
 
 @dataclass(frozen=True)
 class StepRate:
-    """Decoding by `nodes` processes of the machine, with a model of next to no weights.
+    """Decoding by `nodes` processes of the machine: what is no product.
 
-    A step takes `step_s` and `layer_s` for each of its layers: with one node what
-    is neither product nor message, with several also what their messages cost
+    A step takes `step_s` and `layer_s` for each of its layers beside its products:
+    with one node what the host does, with several also what their messages cost
     while every node has but its share of the cores for all it does.
     """
 
     nodes: int
     schedule: str
+    policy: str
     layer_s: float
     step_s: float
 
@@ -72,10 +74,11 @@ def rates_of(
     )
 
 
-def step_rate(steps: Sequence[StepRate], schedule: str, nodes: int) -> StepRate | None:
+def step_rate(steps: Sequence[StepRate], schedule: str, policy: str, nodes: int) -> StepRate | None:
     """Of `nodes` nodes, on the line through the two nearest numbers that were measured."""
+    alike = (each for each in steps if each.policy == policy)
     known = sorted(
-        (each for each in steps if each.nodes == 1 or each.schedule == schedule),
+        (each for each in alike if each.nodes == 1 or each.schedule == schedule),
         key=lambda each: (abs(each.nodes - nodes), each.nodes),
     )
     if not known:
@@ -92,6 +95,7 @@ def step_rate(steps: Sequence[StepRate], schedule: str, nodes: int) -> StepRate 
     return StepRate(
         nodes,
         schedule,
+        policy,
         between(first.layer_s, second.layer_s),
         between(first.step_s, second.step_s),
     )

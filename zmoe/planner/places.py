@@ -31,10 +31,16 @@ class Place:
         speed = self._speed(format, "dense")
         return self._cost(format, speed.seconds(amount, 0 if alone else amount), operations)
 
-    def experts(self, format: Format, parameters: float, beside: float, operations: float) -> Cost:
-        """The same with experts' weights, while the other places have `beside` parameters each."""
-        speed = self._speed(format, "experts")
+    def experts(
+        self, format: Format, number: float, parameters: float, beside: float, operations: float
+    ) -> Cost:
+        """The same with the weights of a `number` of experts, while the other places have
+        `beside` parameters each.
+        """
+        speed, measured = self._speed(format, "experts"), self._measured(format)
         load = speed.seconds(format.bytes(parameters), format.bytes(beside))
+        if measured is not None:
+            load += number * measured[1].expert_s
         return self._cost(format, load, operations)
 
     def _measured(self, format: Format) -> tuple[ProductRate, ProductRate] | None:

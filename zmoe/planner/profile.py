@@ -1,7 +1,7 @@
 """A measured machine and link as a JSON file: `zmoe-plan --calibrate` writes it,
 `--hardware` and `--link` accept it.
 
-The file is `{"zmoe_profile": 2, "machine": {...}, "link": {...}}`, with the
+The file is `{"zmoe_profile": 3, "machine": {...}, "link": {...}}`, with the
 fields of Machine and Link; `machine.rates` and `machine.steps` are lists of
 objects with those of ProductRate and StepRate. Unknown fields are errors.
 """
@@ -21,9 +21,18 @@ from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
 from zmoe.planner.measured import ProductRate, StepRate
 
-VERSION = 2
+VERSION = 3
 _SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
-_MAY_BE_ZERO = {"overlap", "sync_s", "layer_s", "step_s", "latency_s", "per_peer_s", "price_usd"}
+_MAY_BE_ZERO = {
+    "overlap",
+    "sync_s",
+    "layer_s",
+    "step_s",
+    "latency_s",
+    "per_peer_s",
+    "price_usd",
+    "expert_s",
+}
 _LISTS: Mapping[str, type] = {"rates": ProductRate, "steps": StepRate}
 
 Record = TypeVar("Record")
@@ -68,7 +77,7 @@ def read_profile(path: Path) -> Profile:
     _only(path, "", record, {"zmoe_profile", "machine", "link"})
     version = record.get("zmoe_profile")
     if version != VERSION:
-        again = ": measure again with zmoe-plan --calibrate" if version == 1 else ""
+        again = ": measure again with zmoe-plan --calibrate" if version in (1, 2) else ""
         raise InputError(
             f"{path}: zmoe_profile is {json.dumps(version)}: expected {VERSION}{again}"
         )

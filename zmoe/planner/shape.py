@@ -24,10 +24,13 @@ class Format:
     bits: float
     group: int = 1
     group_bits: int = 0
+    label: str = ""  # of what is no weight
 
     @property
     def name(self) -> str:
         """As calibration calls it; what no kernel knows has a name that none has."""
+        if self.label:
+            return self.label
         if self.group == 1:
             return {16.0: "bf16", 32.0: "f32"}.get(float(self.bits), f"{self.bits:g} bits")
         if self.group_bits == 8:
@@ -44,6 +47,7 @@ class Format:
 
 BF16 = Format(16)
 F32 = Format(32)
+CACHE = Format(16, label="cache")
 MXFP4 = Format(4, 32, 8)
 FP8_BLOCKS = Format(8, 128 * 128, 32)  # DeepSeek-V3: one float32 scale for 128 x 128
 

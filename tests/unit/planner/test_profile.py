@@ -20,10 +20,10 @@ MEASURED = replace(
     MACHINES["epyc"],
     cores=2,
     rates=(
-        ProductRate("bf16", 1, 2, 40e9, 35e9, 1e11),
-        ProductRate("bf16", 2, 1, 3e10, 2e10, 5e10),
+        ProductRate("bf16", 1, 2, 40e9, 35e9, 0.0, 1e11),
+        ProductRate("bf16", 2, 1, 3e10, 2e10, 1e-6, 5e10),
     ),
-    steps=(StepRate(1, "decentralized", 5e-5, 0.0),),
+    steps=(StepRate(1, "decentralized", "selected", 5e-5, 0.0),),
 )
 
 
@@ -71,8 +71,8 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         (lambda p: p["machine"]["rates"][1].update(dense=0), "machine.rates[1].dense is 0"),
         (lambda p: p["machine"]["rates"][0].update(colour=1), "field machine.rates[0].colour"),
         (lambda p: p["machine"]["steps"][0].update(layer_s=-1), "machine.steps[0].layer_s is -1"),
-        (lambda p: p.update(zmoe_profile=3), "zmoe_profile is 3: expected 2"),
-        (lambda p: p.pop("zmoe_profile"), "zmoe_profile is null: expected 2"),
+        (lambda p: p.update(zmoe_profile=4), "zmoe_profile is 4: expected 3"),
+        (lambda p: p.pop("zmoe_profile"), "zmoe_profile is null: expected 3"),
     ],
 )
 def test_a_malformed_field_is_named(
@@ -105,10 +105,11 @@ def test_price_may_be_unknown_and_zero_time_is_time(path: Path) -> None:
     assert read_profile(path).machine.price_usd is None
 
 
-def test_a_profile_of_the_first_version_is_to_be_measured_again(path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_profile_of_an_earlier_version_is_to_be_measured_again(path: Path, version: int) -> None:
     record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "zmoe_profile": 1}))
-    with pytest.raises(InputError, match=r"expected 2: measure again with zmoe-plan --calibrate"):
+    path.write_text(json.dumps({**record, "zmoe_profile": version}))
+    with pytest.raises(InputError, match=r"expected 3: measure again with zmoe-plan --calibrate"):
         read_profile(path)
     assert is_profile(path)  # and may be written over
     for other in ("{}", "[]", "{", '{"zmoe_profile": 2}'):

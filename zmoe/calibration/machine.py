@@ -1,0 +1,97 @@
+"""This machine as the planner's tables describe one, by measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+
+from zmoe import __version__
+from zmoe.calibration.products import MOST_NODES, Products, Progress
+from zmoe.calibration.steps import Steps
+from zmoe.compute.team import is_native, usable_cores
+from zmoe.config import EngineConfig
+from zmoe.planner.hardware import Machine
+from zmoe.planner.measured import ProductRate
+
+REPEATS = 9  # of a product; the fastest counts, as noise only slows
+EVALS = 300  # of a small graph, likewise
+WIDTH = 8192  # of the matrix that a GPU reads: beyond its caches
+PRODUCT = 2048  # rows, columns and depth of the product whose rate is taken
+OPERATIONS = 25  # of one layer's graph, roughly
+REFERENCE = "bf16"  # whose rates stand for formats that are not measured
+
+
+def measure_machine(progress: Progress) -> Machine:
+    """All of it: cores and their kernels where these compute, else what MLX computes on."""
+    made = Machine(
+        name=f"{platform.system()}-{platform.machine()}-{os.cpu_count()}".lower(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        bandwidth=1.0,
+        rate=1.0,
+        source=f"measured by zmoe-plan --calibrate: zmoe {__version__}, mlx {version('mlx')}",
+        bandwidth_efficiency=1.0,
+        rate_efficiency=1.0,
+    )
+    return _of_kernels(made, progress) if is_native(EngineConfig()) else _of_mlx(made, progress)
+
+
+def _of_kernels(made: Machine, progress: Progress) -> Machine:
+    with Products() as products, Steps() as steps:
+        for nodes in range(1, MOST_NODES + 1):
+            progress(f"products, round {nodes} of {MOST_NODES}")
+            products.measure()
+            steps.measure(nodes, progress)
+        rates = products.rates()
+        whole, cores = _whole(rates), len(usable_cores())
+        made = replace(made, bandwidth=whole.dense, rate=whole.many, cores=cores, rates=rates)
+        return steps.add_to(made)
+
+
+def _whole(rates: tuple[ProductRate, ...]) -> ProductRate:
+    """Of one process on all cores."""
+    known = [rate for rate in rates if rate.format == REFERENCE and rate.nodes == 1]
+    return max(known, key=lambda rate: rate.threads)
+
+
+def _of_mlx(made: Machine, progress: Progress) -> Machine:
+    progress("products and graphs of MLX")
+    sync_s = fastest_seconds(lambda: mx.eval(mx.array(1.0) + 1), EVALS)
+    return replace(
+        made,
+        bandwidth=WIDTH * WIDTH * 2 / fastest_seconds(_product(WIDTH, 1)),
+        rate=2 * PRODUCT**3 / fastest_seconds(_product(PRODUCT, PRODUCT)),
+        sync_s=sync_s,
+        layer_s=max(0.0, fastest_seconds(_layer_graph, EVALS) - sync_s),
+    )
+
+
+def fastest_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """The least time of `work` over so many calls, after one that is not counted."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
+def _product(width: int, rows: int) -> Callable[[], object]:
+    """A (width, width) matrix times (width, rows) in float16."""
+    left, right = (mx.ones((width, n), mx.float16) for n in (width, rows))
+    mx.eval(left, right)
+    return lambda: mx.eval(left @ right)
+
+
+def _layer_graph() -> None:
+    value = mx.array(1.0)
+    for _ in range(OPERATIONS):
+        value = value * 0.5
+    mx.eval(value)

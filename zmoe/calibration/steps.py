@@ -1,0 +1,234 @@
+"""What a step takes beside products, with one node and with several on this machine.
+
+Measured on a model of random weights, once with few layers and once with many:
+what more layers add is the layers', the rest the step's. The time of the products
+is taken off: as the planner has it, as much slower or faster as the leader's were
+found to be in the same steps. The weights are few, so that little depends on it,
+and yet more than caches hold: between the products of a real model everything
+else begins cold, too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import mlx.core as mx
+import numpy as np
+
+from zmoe.calibration.products import Progress
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.placing import PlacementRequest
+from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
+from zmoe.models.hub import resolve_model
+from zmoe.planner.config import read_shape
+from zmoe.planner.cost import Step, attention_cost, dense_product, experts_cost
+from zmoe.planner.hardware import Machine
+from zmoe.planner.links import Link
+from zmoe.planner.measured import ProductRate, StepRate
+from zmoe.planner.plan import Prediction, Setup, Workload, predict
+from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
+
+FEW, MANY = 4, 12  # layers
+WIDTH, HEADS, HIDDEN = 256, 4, 512
+NEAR, FAR = 42, 552  # tokens of context
+STEPS, TOGETHER = 80, 8  # the median over groups of steps counts
+_NO_LINK = Link("none", 0.0, float("inf"), "nothing", per_peer_s=0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How some nodes of this machine work together."""
+
+    nodes: int
+    schedule: str = SCHEDULES[0]
+    policy: str = POLICIES[0]
+
+    def __str__(self) -> str:
+        how = f"{self.nodes} nodes, {self.schedule}" if self.nodes > 1 else "1 node"
+        return f"{how}, {self.policy}"
+
+
+def cases(nodes: int) -> Iterator[Case]:
+    """All that there are of so many nodes."""
+    for schedule in SCHEDULES if nodes > 1 else SCHEDULES[:1]:
+        for policy in POLICIES:
+            yield Case(nodes, schedule, policy)
+
+
+class Steps:
+    """The measured times of steps, by case; from them what is no product. A context manager."""
+
+    def __enter__(self) -> Steps:
+        self._folder = tempfile.TemporaryDirectory(prefix="zmoe")
+        self._models = [make_model(Path(self._folder.name) / str(n), n) for n in (FEW, MANY)]
+        self._found: dict[tuple[Case, Path], tuple[float, float]] = {}
+        self._far: dict[int, float] = {}  # by nodes: how much longer a step takes at FAR
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._folder.cleanup()
+
+    def measure(self, nodes: int, progress: Progress) -> None:
+        """All cases of so many nodes."""
+        few, many = self._models
+        for case in cases(nodes):
+            progress(f"steps: {case}")
+            with running(many, case) as clock:
+                self._found[case, many] = near = clock(NEAR)
+                if case == Case(nodes):
+                    self._far[nodes] = clock(FAR)[0] - near[0]
+            if case.policy == POLICIES[0]:
+                with running(few, case) as clock:
+                    self._found[case, few] = clock(NEAR)
+
+    def add_to(self, machine: Machine) -> Machine:
+        """`machine`, whose products are measured, with its steps, and the rates of its caches."""
+        machine = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
+        machine = replace(machine, rates=(*machine.rates, *self._cache_rates(machine)))
+        few, many = self._models
+        steps = []
+        for case in (case for case, model in self._found if model == many):
+            layers = self._beside_products(machine, case, many)
+            if case.policy == POLICIES[0]:
+                fewer = self._beside_products(machine, case, few)
+                once = max(0.0, fewer - FEW * (layers - fewer) / (MANY - FEW))
+            layer_s = max(0.0, layers - once) / MANY  # a policy is a matter of the layers
+            steps.append(StepRate(case.nodes, case.schedule, case.policy, layer_s, once))
+        first = steps[0]
+        return replace(machine, layer_s=first.layer_s, step_s=first.step_s, steps=tuple(steps))
+
+    def _beside_products(self, machine: Machine, case: Case, model: Path) -> float:
+        """Seconds of a step; the products that are taken off are the planner's, times what
+        the leader's really took, in the same steps, over what the planner has for them.
+        """
+        total, of_leader = self._found[case, model]
+        planned = _planned(model, machine, case)
+        return total - planned.decode.total * of_leader / _leaders_products(planned)
+
+    def _cache_rates(self, machine: Machine) -> Iterator[ProductRate]:
+        """Bytes of cache a second that a step of one row attends to."""
+        attention = _shape(self._models[1]).attention
+        size = MANY * (FAR - NEAR) * attention.cache_elements * CACHE_BYTES
+        for nodes, seconds in self._far.items():
+            alike = [r for r in machine.rates if r.format == "bf16" and r.nodes == nodes]
+            if alike:  # else several take turns on a core
+                speed = size / max(seconds, 1e-9)
+                like = max(alike, key=lambda rate: rate.threads)
+                yield replace(like, format=CACHE.name, dense=speed, experts=speed, expert_s=0.0)
+
+
+def make_model(folder: Path, layers: int) -> Path:
+    """Write a model of DBRX's kind; returns `folder`."""
+    shutil.copytree(resolve_model(DEFAULT_MODEL), folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(d_model=WIDTH, n_heads=HEADS, n_layers=layers, torch_dtype="bfloat16")
+    config["attn_config"]["kv_n_heads"] = HEADS
+    config["ffn_config"]["ffn_hidden_size"] = HIDDEN
+    path.write_text(json.dumps(config))
+    experts, vocabulary = config["ffn_config"]["moe_num_experts"], config["vocab_size"]
+    shapes = {
+        "transformer.wte.weight": (vocabulary, WIDTH),
+        "lm_head.weight": (vocabulary, WIDTH),
+        "transformer.norm_f.weight": (WIDTH,),
+    }
+    for layer in range(layers):
+        block = f"transformer.blocks.{layer}"
+        shapes |= {
+            f"{block}.norm_attn_norm.norm_1.weight": (WIDTH,),
+            f"{block}.norm_attn_norm.norm_2.weight": (WIDTH,),
+            f"{block}.norm_attn_norm.attn.Wqkv.weight": (3 * WIDTH, WIDTH),
+            f"{block}.norm_attn_norm.attn.out_proj.weight": (WIDTH, WIDTH),
+            f"{block}.ffn.router.layer.weight": (experts, WIDTH),
+            **{
+                f"{block}.ffn.experts.mlp.{m}": (experts * HIDDEN, WIDTH)
+                for m in ("w1", "v1", "w2")
+            },
+        }
+    tensors = {
+        name: (mx.random.normal(shape) * WIDTH**-0.5).astype(mx.bfloat16)
+        for name, shape in shapes.items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+class Clock:
+    """Times steps of a running cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._step, self._draw = cluster.begin(), Random(1)
+        self._known = len(cluster.tokenizer.get_vocab())
+        self._take_spans = cluster.take_spans
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._draw.randrange(self._known) for _ in range(count)]
+
+    def __call__(self, context: int) -> tuple[float, float]:
+        """Seconds of a decode step around `context` tokens, and of its products on this node."""
+        self._step(self._tokens(max(1, context - STEPS // 2)), True, False)
+        taken = []
+        for _ in range(STEPS // TOGETHER):
+            self._take_spans()
+            start = time.perf_counter()
+            for token in self._tokens(TOGETHER):
+                np.asarray(self._step([token], False, True)).argmax()
+            total = time.perf_counter() - start
+            taken.append((total / TOGETHER, self._take_spans().get("products", 0.0) / TOGETHER))
+        return statistics.median(t for t, _ in taken), statistics.median(p for _, p in taken)
+
+
+@contextmanager
+def running(model: Path, case: Case) -> Iterator[Clock]:
+    """The nodes of `case`, started."""
+    engine = EngineConfig(schedule=case.schedule, policy=case.policy)
+    placement = PlacementRequest("experts")
+    with Cluster(
+        model, spec=ClusterSpec(case.nodes, engine=engine, placement=placement)
+    ) as cluster:
+        yield Clock(cluster)
+
+
+def _shape(model: Path) -> ModelShape:
+    return read_shape(model / "config.json", model.name)
+
+
+def _planned(model: Path, machine: Machine, case: Case) -> Prediction:
+    """Of the products of a step, and of nothing else."""
+    setup = Setup(
+        shape=_shape(model),
+        machines=(machine,),
+        link=_NO_LINK,
+        workload=Workload(context=NEAR),
+        schedule=case.schedule,
+        policy=case.policy,
+        one_machine=True,
+    )
+    return predict(setup, case.nodes)
+
+
+def _leaders_products(planned: Prediction) -> float:
+    """Seconds that the leader itself computes in a step, in the mean."""
+    cluster, shape = planned.cluster, planned.setup.shape
+    place, central, step = cluster.places[0], cluster.is_central, Step(1, 1, NEAR, 1)
+    counts = {
+        "selected": shape.top_k / cluster.nodes,
+        "busy-full": shape.experts / cluster.nodes,
+        "router-aided": planned.busiest.count,
+    }
+    count = counts[cluster.policy]
+    layer = attention_cost(shape, place, step, central).total
+    layer += dense_product(shape, place, shape.router_parameters, 1, central).total
+    layer += experts_cost(shape, place, count, count, count, False).total
+    head = dense_product(shape, place, shape.head_parameters, 1, alone=True).total
+    return shape.layers * layer + head
