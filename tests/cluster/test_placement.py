@@ -86,7 +86,7 @@ GOOD: dict[str, Any] = {"experts": 16, "nodes": 2, "owned": [[*range(8)], [*rang
         ({**GOOD, "owner": 1}, "unknown field owner"),
         ({**GOOD, "nodes": 3}, "is for 3 nodes, the run has 2"),
         ({**GOOD, "experts": 8}, "of 8 experts in 4 layers does not fit"),
-        ({**GOOD, "slices": [[0, 32], [32, 64]]}, "node 0 has the slice [0, 32)"),
+        ({**GOOD, "slices": [[0, 32], [32, 64]]}, "the experts of this model cannot be sliced"),
         ("{", "is not JSON"),
     ],
 )
@@ -115,7 +115,7 @@ def test_flags_that_are_refused(commands: Commands, tmp_path: Path) -> None:
     profile.write_text(json.dumps({"zmoe_usage": 1, "fingerprint": "beef", "counts": counts}))
     for arguments, words in (
         (("--placement", "copies"), "--placement copies: expected auto, experts, replicas, slices"),
-        (("--placement", "slices"), "64 wide and cut in steps of 64: 1 slices at most, not 2"),
+        (("--placement", "slices"), "zmoe-tiny cannot be sliced: their widths differ, or they do not lie"),
         (("--usage", profile), f"usage profile {profile} is of another model"),
         (("--usage", profile, "--placement", "experts"), "--usage has no use"),
         (("--record-usage", profile), f"usage profile {profile} is of another model"),

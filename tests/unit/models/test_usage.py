@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from tests.families import EXPERTS, FAMILIES, build, random_model, save
 from tests.families.layouts import deepseek_fp8_hf
 from tests.ranks import Meeting, ThreadReducer
-from zmoe.models import LoadedShard, inspect_model, load_shard, loading
+from zmoe.models import LoadedShard, inspect_model, load_shard, reading
 from zmoe.models.assembly import Weights
 from zmoe.models.usage import unused_names
 from zmoe.obs import Spans
@@ -93,7 +93,7 @@ def test_an_array_that_was_taken_for_unused_is_right_all_the_same(
     folder = build("mixtral", tmp_path)
     want = shard(folder)
     name = "model.layers.1.self_attn.q_proj.weight"
-    monkeypatch.setattr(loading, "unused_names", lambda sanitize, weights: {name})
+    monkeypatch.setattr(reading, "unused_names", lambda sanitize, weights: {name})
     got = shard(folder)
     assert got.bytes_read < want.bytes_read and got.share_bytes == want.share_bytes
     for (path, one), (_, other) in zip(
