@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.cluster.bus import LeaderBus, WorkerBus
@@ -23,6 +22,7 @@ from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
+from zmoe.moe.sockets import Context
 from zmoe.placement.build import place_evenly
 from zmoe.planner.given import Offer
 
@@ -37,13 +37,13 @@ class Impostor(threading.Thread):
         self, port: int, join: dict[str, Any], hello: dict[str, Any], digest: str = ""
     ) -> None:
         """`digest`: of the placement that it claims to have loaded."""
-        super().__init__()
+        super().__init__(daemon=True)
         self._port, self._join_changes, self._hello_changes = port, join, hello
         self._digest = digest
         self.answer: object = None
 
     def run(self) -> None:
-        context: zmq.Context[Any] = zmq.Context()
+        context = Context()
         bus = WorkerBus(context, f"127.0.0.1:{self._port}", 1, 5.0)
         join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost")
         bus.send(dataclasses.replace(join, **self._join_changes))
@@ -126,7 +126,7 @@ def test_a_worker_refuses_what_is_no_placement(
     commands: Commands, changes: dict[str, Any], words: str
 ) -> None:
     """Nothing of it is used, and the leader is told."""
-    context: zmq.Context[Any] = zmq.Context()
+    context = Context()
     bus = LeaderBus(context, "127.0.0.1", 0)
     node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
 
