@@ -17,6 +17,7 @@ from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.member import Member, hello_of
 from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
+from zmoe.cluster.placing import PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
@@ -97,17 +98,21 @@ def test_what_differs_is_named_on_both_sides(
 def test_another_placement_is_named_on_both_sides(
     free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our side neither connects nor loads: the impostor would not either."""
+    """Our side neither connects nor loads: the impostor would not either.
+
+    What a placement is chosen by, how fast this machine is at the moment, is left out.
+    """
     monkeypatch.setattr(Member, "connect", lambda *_: None)
     monkeypatch.setattr(Member, "load", lambda *_: (None, 0.0))
     impostor = Impostor(free_port, {}, {}, digest="0123")
     impostor.start()
-    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=20))
+    evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)
+    spec = ClusterSpec(2, manual=True, port=free_port, timing=timing, placement=evenly)
     ours = place_evenly(inspect_model(TINY), 2).digest
     words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
-    impostor.join(30)
+    impostor.join(PATIENCE_S)
     assert isinstance(impostor.answer, Stop)
 
 
@@ -131,7 +136,7 @@ def test_a_worker_refuses_what_is_no_placement(
     node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
 
     def answer() -> Message:
-        got = bus.receive(60)
+        got = bus.receive(PATIENCE_S)
         assert got is not None
         return got[1]
 
@@ -146,7 +151,7 @@ def test_a_worker_refuses_what_is_no_placement(
     failed = answer()
     assert isinstance(failed, Failed) and failed.input_error
     assert words in failed.error
-    assert node.wait(30) == 2
+    assert node.wait(PATIENCE_S) == 2
     bus.close()
     context.term()
 
