@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -24,6 +25,13 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.01)
+
+
+def first_output(process: subprocess.Popen[str]) -> None:
+    """Block until `process` has generated something."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], PATIENCE_S)[0], "nothing generated"
+    assert process.stdout.read(1)
 
 
 def processes_with(mark: str) -> list[int]:
@@ -98,8 +106,9 @@ def commands() -> Iterator[Commands]:
     for process in runner.started:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        process.communicate()
     try:
+        for process in runner.started:  # others may hold its output open, even stopped ones
+            process.communicate(timeout=PATIENCE_S)
         wait_until(lambda: not processes_with(runner.mark), PATIENCE_S, "all processes ended")
         assert not list(runner.folder.iterdir())
         runner.folder.rmdir()

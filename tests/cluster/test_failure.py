@@ -13,16 +13,10 @@ from pathlib import Path
 import pytest
 
 import zmoe
-from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
+from tests.cluster.conftest import PATIENCE_S, Commands, first_output, wait_until
 
 ENDLESS = ("-m", 100000, "--prefill-step-size", 4)
 LOST = r"rank 1 .*(layer \d+, |between layers, )step \d+"
-
-
-def first_output(process: subprocess.Popen[str]) -> None:
-    """Block until `process` has generated something."""
-    assert process.stdout is not None
-    assert process.stdout.read(1)
 
 
 def manual_cluster(commands: Commands, nodes: int, port: int) -> list[subprocess.Popen[str]]:

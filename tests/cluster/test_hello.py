@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.cluster.bus import LeaderBus, WorkerBus
@@ -18,11 +17,13 @@ from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.member import Member, hello_of
 from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
+from zmoe.cluster.placing import PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
 from zmoe.moe.exchange import Endpoint
+from zmoe.moe.sockets import Context
 from zmoe.placement.build import place_evenly
 from zmoe.planner.given import Offer
 
@@ -37,13 +38,13 @@ class Impostor(threading.Thread):
         self, port: int, join: dict[str, Any], hello: dict[str, Any], digest: str = ""
     ) -> None:
         """`digest`: of the placement that it claims to have loaded."""
-        super().__init__()
+        super().__init__(daemon=True)
         self._port, self._join_changes, self._hello_changes = port, join, hello
         self._digest = digest
         self.answer: object = None
 
     def run(self) -> None:
-        context: zmq.Context[Any] = zmq.Context()
+        context = Context()
         bus = WorkerBus(context, f"127.0.0.1:{self._port}", 1, 5.0)
         join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost")
         bus.send(dataclasses.replace(join, **self._join_changes))
@@ -97,16 +98,21 @@ def test_what_differs_is_named_on_both_sides(
 def test_another_placement_is_named_on_both_sides(
     free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our side neither connects nor loads: the impostor would not either."""
+    """Our side neither connects nor loads: the impostor would not either.
+
+    What a placement is chosen by, how fast this machine is at the moment, is left out.
+    """
     monkeypatch.setattr(Member, "connect", lambda *_: None)
     monkeypatch.setattr(Member, "load", lambda *_: (None, 0.0))
     impostor = Impostor(free_port, {}, {}, digest="0123")
     impostor.start()
-    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=20))
-    words = "node 1 .otherhost. has loaded placement 0123, the leader [0-9a-f]{16}"
+    evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)
+    spec = ClusterSpec(2, manual=True, port=free_port, timing=timing, placement=evenly)
+    ours = place_evenly(inspect_model(TINY), 2).digest
+    words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
-    impostor.join(30)
+    impostor.join(PATIENCE_S)
     assert isinstance(impostor.answer, Stop)
 
 
@@ -125,12 +131,12 @@ def test_a_worker_refuses_what_is_no_placement(
     commands: Commands, changes: dict[str, Any], words: str
 ) -> None:
     """Nothing of it is used, and the leader is told."""
-    context: zmq.Context[Any] = zmq.Context()
+    context = Context()
     bus = LeaderBus(context, "127.0.0.1", 0)
     node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
 
     def answer() -> Message:
-        got = bus.receive(60)
+        got = bus.receive(PATIENCE_S)
         assert got is not None
         return got[1]
 
@@ -145,7 +151,7 @@ def test_a_worker_refuses_what_is_no_placement(
     failed = answer()
     assert isinstance(failed, Failed) and failed.input_error
     assert words in failed.error
-    assert node.wait(30) == 2
+    assert node.wait(PATIENCE_S) == 2
     bus.close()
     context.term()
 

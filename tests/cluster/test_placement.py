@@ -115,7 +115,7 @@ def test_flags_that_are_refused(commands: Commands, tmp_path: Path) -> None:
     profile.write_text(json.dumps({"zmoe_usage": 1, "fingerprint": "beef", "counts": counts}))
     for arguments, words in (
         (("--placement", "copies"), "--placement copies: expected auto, experts, replicas, slices"),
-        (("--placement", "slices"), "cannot be sliced"),
+        (("--placement", "slices"), "zmoe-tiny cannot be sliced: their widths"),
         (("--usage", profile), f"usage profile {profile} is of another model"),
         (("--usage", profile, "--placement", "experts"), "--usage has no use"),
         (("--record-usage", profile), f"usage profile {profile} is of another model"),

@@ -8,8 +8,6 @@ import threading
 import time
 from typing import Any
 
-import zmq
-
 from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
 from zmoe.errors import InputError, ZmoeError
 
@@ -71,6 +69,7 @@ def _serve(options: Any) -> None:
     warn_unencrypted(f"{PROG}[{options.rank}]", options.bind)
     from zmoe.cluster.worker import Worker, WorkerSpec
     from zmoe.config import Timing
+    from zmoe.moe.sockets import Context
 
     join_timeout = Timing().join if options.once else None
     spec = WorkerSpec(
@@ -81,7 +80,7 @@ def _serve(options: Any) -> None:
         memory_limit(options.memory_limit),
         join_timeout,
     )
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = Context()
     while True:
         worker = Worker(spec, context)
         try:

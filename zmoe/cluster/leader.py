@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import zmq
 
 from zmoe import __version__
 from zmoe.cluster.bus import LeaderBus
@@ -48,6 +47,7 @@ from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.models import LoadedShard
 from zmoe.moe.exchange import Endpoint
+from zmoe.moe.sockets import Context
 from zmoe.planner.given import Offer
 from zmoe.types import ModelInfo
 
@@ -111,7 +111,7 @@ class Leader:
         self.info, self.spec = info, spec
         self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
         self._model_name, self._placing, self._progress = model_name, placing, progress
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = Context()
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0

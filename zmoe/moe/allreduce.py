@@ -21,7 +21,7 @@ from zmoe.moe.choice import Choice
 from zmoe.moe.native_exchange import NativeExchange, Receive
 from zmoe.moe.receive import DTYPES, ReceiveBuffers, wire_of
 from zmoe.moe.rounds import Rounds, Source
-from zmoe.moe.sockets import Endpoint, Sockets
+from zmoe.moe.sockets import Context, Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
 from zmoe.obs import Spans
 from zmoe.types import Partial, nothing
@@ -75,7 +75,7 @@ class Exchange(Rounds):
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._received = ReceiveBuffers(max_payload_bytes, self.wire)
         self._own_context = context is None
-        self._context = zmq.Context() if context is None else context
+        self._context = Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
         self._sockets = Sockets(self._context, rank, session, frame_bytes)
         try:

@@ -44,6 +44,17 @@ def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: in
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
 
 
+class Context(zmq.Context["zmq.Socket[bytes]"]):
+    """A context that the garbage collector leaves alone; term() ends it.
+
+    pyzmq's ends itself there, and so waits for ever where its sockets are
+    garbage too, to be closed after it.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
 class Sockets:
     """All sockets of one rank; `connect` adds those that lead to the peers."""
 

@@ -196,11 +196,11 @@ def test_only_own_ranges_are_read(
         note(Path(os.readlink(f"/proc/self/fd/{descriptor}")), start, size)
         return size
 
-    def mapped(self: Mapping, place: Place, *more: Any) -> Any:
+    def mapped(self: Mapping, place: Place, progress: Any, cut: Any) -> Any:
         for piece in place.pieces:
             for run in piece.runs():
                 note(piece.source.file, *run)
-        return stored(self, place, *more)
+        return stored(self, place, progress, cut)
 
     monkeypatch.setattr(os, "preadv", read)
     monkeypatch.setattr(Mapping, "stored", mapped)

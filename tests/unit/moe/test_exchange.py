@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -341,3 +343,27 @@ def test_a_peer_lost_while_no_buffer_is_free(group: list[Exchange]) -> None:
         group[0].all_reduce(3, None, (1, 4), mx.float32, 0)
     for slot in taken:
         lib.zmoe_slot_release(slot)
+
+
+ABANDON = """
+import gc
+from zmoe.cluster.bus import LeaderBus
+from zmoe.moe.exchange import Exchange
+from zmoe.moe.sockets import Context
+
+def abandon():
+    context = Context()
+    bus = LeaderBus(context, "127.0.0.1", 0)
+    exchange = Exchange(0, 2, session=1, max_payload_bytes=64, small_payload_bytes=64)
+    for one in (bus, exchange):
+        one.others = (context, bus, exchange)
+
+abandon()
+gc.collect()
+"""
+
+
+def test_what_nobody_closed_is_collected_at_once() -> None:
+    """As after an error, whose traceback holds everything: pyzmq's own context waits for ever."""
+    done = subprocess.run([sys.executable, "-c", ABANDON], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
