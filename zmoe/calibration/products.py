@@ -116,7 +116,7 @@ def line_of_experts(
     """
     speed = min(most, (large - small) / max(large_s - small_s, 1e-12))
     speed = max(speed, large / large_s)
-    return speed, large_s - large / speed
+    return speed, max(0.0, large_s - large / speed)  # a rounding below 0 at most
 
 
 @contextmanager

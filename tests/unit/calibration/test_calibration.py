@@ -100,6 +100,9 @@ def test_a_line_through_two_experts() -> None:
     # No more than nothing is left for beginning.
     speed, each = line_of_experts(3_000_000, 1_000_000, 110e-6, 10e-6, most=40e9)
     assert (speed, each) == (pytest.approx(3e6 / 110e-6), pytest.approx(0.0, abs=1e-12))
+    # A rounding leaves no less than nothing, which a profile could not hold.
+    seconds = 0.0008943838721320587
+    assert line_of_experts(1_475_591, 1_000_000, seconds, seconds / 9, most=40e9)[1] == 0.0
 
 
 def test_cores_are_shared_as_by_nodes() -> None:
