@@ -16,7 +16,7 @@ from zmoe import __version__
 from zmoe.calibration.products import MOST_NODES, Products, Progress
 from zmoe.calibration.steps import Steps
 from zmoe.compute.team import is_native, usable_cores
-from zmoe.config import EngineConfig
+from zmoe.config import POLICIES, EngineConfig
 from zmoe.planner.hardware import Machine
 from zmoe.planner.measured import ProductRate
 
@@ -48,6 +48,8 @@ def _of_kernels(made: Machine, progress: Progress) -> Machine:
             progress(f"products, round {nodes} of {MOST_NODES}")
             products.measure()
             steps.measure(nodes, progress)
+        for nodes in range(1, MOST_NODES + 1):
+            steps.measure(nodes, progress, POLICIES[:1])  # the others take their step_s from it
         rates = products.rates()
         whole, cores = _whole(rates), len(usable_cores())
         made = replace(made, bandwidth=whole.dense, rate=whole.many, cores=cores, rates=rates)
