@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections import defaultdict
@@ -24,7 +23,7 @@ from zmoe.cluster.launch import (
     start_local,
     start_over_ssh,
 )
-from zmoe.cluster.member import Member, check_hello, hello_of, offer_in, peak_memory
+from zmoe.cluster.member import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
@@ -134,8 +133,7 @@ class Leader:
             self._check_protocol(rank, join)
         self._broadcast(self._setup())
         own = member.open_exchange(self.spec.address)
-        # A worker may first have to download what has a name of the hub.
-        patience = timing.join if os.path.isabs(self._model_name) else timing.load
+        patience = hello_patience(self._model_name, timing)
         hellos = self._collect(Hello, "has not said hello", patience)
         mine = hello_of(member.info, offer, own)
         for rank, hello in hellos.items():

@@ -232,6 +232,11 @@ def hello_of(info: ModelInfo, offer: Offer, endpoint: Endpoint) -> Hello:
     )
 
 
+def hello_patience(model: str, timing: Timing) -> float:
+    """Seconds for all nodes to say hello: they may first have to download what is no folder."""
+    return timing.join if os.path.isabs(model) else timing.load
+
+
 def offer_in(hello: Hello) -> Offer:
     """What the node that says `hello` brings."""
     return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)

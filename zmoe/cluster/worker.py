@@ -16,7 +16,7 @@ import zmq
 from zmoe import __version__
 from zmoe.cluster.bus import WorkerBus
 from zmoe.cluster.hosts import is_loopback
-from zmoe.cluster.member import Member, hello_of, peak_memory
+from zmoe.cluster.member import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
@@ -135,7 +135,8 @@ class Worker:
         offer = offer_of(config, limit, measure=not is_loopback(self.spec.bind))
         hello: Hello = hello_of(info, offer, member.open_exchange(self.spec.bind))
         self._bus.send(hello)
-        place, mesh = self._expect(Place, timing.join), self._expect(Mesh, timing.join)
+        patience = hello_patience(setup.model, timing)  # until the others have said theirs
+        place, mesh = self._expect(Place, patience), self._expect(Mesh, timing.join)
         if place is None or mesh is None:
             raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
         member.place(place.placement(setup.nodes))
