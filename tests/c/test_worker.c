@@ -86,10 +86,13 @@ static void test_hostile_rows(void) {
     zmoe_fault fault;
     if (which == 8) /* no room for so much */
       got.x_bytes = 31;
-    CHECK_EQUAL(receive_for(1, &got, 0, 0, 30000, &fault), ZMOE_ETIMEOUT);
-    CHECK_EQUAL(fault.missing, 1);
-    zmoe_exchange_stats stats;
-    zmoe_exchange_stats_get(nodes[1].ex, &stats);
+    zmoe_exchange_stats stats = {0};
+    for (uint64_t until_us = rig_now_us() + RIG_PATIENCE_US; stats.bad_field == 0;) {
+      CHECK(rig_now_us() < until_us);
+      CHECK_EQUAL(receive_for(1, &got, 0, 0, 1000, &fault), ZMOE_ETIMEOUT);
+      CHECK_EQUAL(fault.missing, 1);
+      zmoe_exchange_stats_get(nodes[1].ex, &stats);
+    }
     CHECK_EQUAL(stats.bad_field, 1);
     frame = rows_of(0, 0);
     send_rows(&frame);
@@ -119,9 +122,12 @@ static void test_contradicting_sizes(void) {
   frame.header.rows = frame.header.width = UINT32_MAX;
   frame.header.payload_bytes = 68;
   send_rows(&frame);
-  CHECK_EQUAL(receive_for(1, &got, 0, 0, 50000, &fault), ZMOE_ETIMEOUT);
-  zmoe_exchange_stats stats;
-  zmoe_exchange_stats_get(nodes[1].ex, &stats);
+  zmoe_exchange_stats stats = {0};
+  for (uint64_t until_us = rig_now_us() + RIG_PATIENCE_US; stats.bad_field < 4;) {
+    CHECK(rig_now_us() < until_us);
+    CHECK_EQUAL(receive_for(1, &got, 0, 0, 1000, &fault), ZMOE_ETIMEOUT);
+    zmoe_exchange_stats_get(nodes[1].ex, &stats);
+  }
   CHECK_EQUAL(stats.bad_short, 1);
   CHECK_EQUAL(stats.bad_oversized, 1);
   CHECK_EQUAL(stats.bad_field, 4);
@@ -259,8 +265,12 @@ static void test_a_worker_answers_again(void) {
   RIG_UNTIL(&nodes[1], resend_unknown, 1);
   for (uint32_t layer = 0; layer < 2; layer++) {
     CHECK_EQUAL(answer(1, &got, 0, layer, ZMOE_F32, partial), ZMOE_OK);
-    CHECK(rig_receive(nodes[0].router, identity, sizeof identity, 5000) > 0);
-    CHECK_EQUAL(rig_receive(nodes[0].router, sent[layer], 256, 5000), ZMOE_HEADER_BYTES + 32);
+    int got_bytes;
+    do { /* before it, on a busy machine, requests for rows that were late */
+      CHECK(rig_receive(nodes[0].router, identity, sizeof identity, 5000) > 0);
+      got_bytes = rig_receive(nodes[0].router, sent[layer], 256, 5000);
+    } while (got_bytes == ZMOE_HEADER_BYTES);
+    CHECK_EQUAL(got_bytes, ZMOE_HEADER_BYTES + 32);
     CHECK(memcmp(sent[layer] + ZMOE_HEADER_BYTES, partial, 32) == 0);
     request.layer = layer;
     bytes = rig_frame(&request, 0, ask);
