@@ -49,7 +49,7 @@ from zmoe.planner.plan import Prediction, Setup, Workload, predict
 from zmoe.planner.profile import Profile, read_profile
 
 PLACEMENT = "experts"
-CALIBRATION_S = 300.0
+CALIBRATION_S = 600.0
 ROUNDS = 2  # of products, before a run and after it
 TERMS = ("load", "compute", "latency", "transfer", "overhead")
 

@@ -30,7 +30,7 @@ def plan(commands: Commands, *arguments: object, **env: str) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -221,6 +221,7 @@ def test_only_a_profile_is_overwritten(commands: Commands, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)  # three minutes on an idle machine
 def test_a_calibrated_profile_plans(commands: Commands, tmp_path: Path) -> None:
     path = tmp_path / "here.json"
     done = plan(commands, "--calibrate", path)

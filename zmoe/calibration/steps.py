@@ -3,9 +3,9 @@
 Measured on a model of random weights, once with few layers and once with many:
 what more layers add is the layers', the rest the step's. The time of the products
 is taken off: as the planner has it, as much slower or faster as the leader's were
-found to be in the same steps. The weights are few, so that little depends on it,
-and yet more than caches hold: between the products of a real model everything
-else begins cold, too.
+found to be in the same steps. The experts are as large as those of real models:
+a node that has none waits long enough to go to sleep, and between products
+everything else begins cold.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from zmoe.planner.plan import Prediction, Setup, Workload, predict
 from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
 
 FEW, MANY = 4, 12  # layers
-WIDTH, HEADS, HIDDEN = 256, 4, 512
+WIDTH, HEADS, HIDDEN = 256, 4, 2048
 NEAR, FAR = 42, 552  # tokens of context
 STEPS, TOGETHER = 80, 8  # the median over groups of steps counts
 _NO_LINK = Link("none", 0.0, float("inf"), "nothing", per_peer_s=0.0)
