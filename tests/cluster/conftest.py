@@ -34,6 +34,24 @@ def first_output(process: subprocess.Popen[str]) -> None:
     assert process.stdout.read(1)
 
 
+def stand_in_for_ssh(folder: Path) -> Path:
+    """Write an `ssh` into `folder`, to be first on the PATH: it logs its arguments, refuses
+    one host, else runs the command. Returns the log, a tuple (options, host, command) a line.
+    """
+    log, script = folder / "ssh.log", folder / "ssh"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        "*options, host, command = sys.argv[1:]\n"
+        f"open({str(log)!r}, 'a').write(repr((options, host, command)) + '\\n')\n"
+        "if host == 'unreachable':\n"
+        "    sys.exit('ssh: connect to host unreachable port 22: Connection timed out')\n"
+        "os.execv('/bin/sh', ['sh', '-c', command])\n"
+    )
+    script.chmod(0o755)
+    return log
+
+
 def processes_with(mark: str) -> list[int]:
     """Ids of the running processes whose environment holds `mark`."""
     found = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import stand_in_for_ssh
 from zmoe.calibration.link import Hosts, measure_link
 from zmoe.cluster.hosts import Host, HostList, hosts_from_names
 from zmoe.cluster.launch import RemoteOptions
@@ -15,20 +16,9 @@ from zmoe.errors import LaunchError
 
 @pytest.fixture(autouse=True)
 def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for ssh that logs its host, refuses one, and runs the command here."""
-    log, script = tmp_path / "ssh.log", tmp_path / "ssh"
-    script.write_text(
-        f"#!{sys.executable}\n"
-        "import os, sys\n"
-        "*options, host, command = sys.argv[1:]\n"
-        f"open({str(log)!r}, 'a').write(host + '\\n')\n"
-        "if host == 'unreachable':\n"
-        "    sys.exit('ssh: connect to host unreachable port 22: Connection timed out')\n"
-        "os.execv('/bin/sh', ['sh', '-c', command])\n"
-    )
-    script.chmod(0o755)
+    """The log of a stand-in for ssh."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    return log
+    return stand_in_for_ssh(tmp_path)
 
 
 def test_between_three_hosts(ssh: Path) -> None:
@@ -37,7 +27,8 @@ def test_between_three_hosts(ssh: Path) -> None:
     found = measure_link(Hosts(hosts_from_names(names)), said.append)
     assert found.name == names
     assert 0 < found.latency_s < 1 and found.bandwidth > 1e6 and found.per_peer_s >= 0
-    assert sorted(ssh.read_text().split()) == sorted(["127.0.0.2", "127.0.0.3"] * 2)
+    reached = (host for _, host, _ in map(literal_eval, ssh.read_text().splitlines()))
+    assert sorted(reached) == sorted(["127.0.0.2", "127.0.0.3"] * 2)
     assert said == [
         "exchange with 127.0.0.2",
         "exchange with 127.0.0.3",

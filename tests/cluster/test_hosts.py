@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Commands
+from tests.cluster.conftest import Commands, stand_in_for_ssh
 
 GREEDY = ("--temp", 0, "-m", 16, "ROMEO:")
 
 
 @pytest.fixture
 def ssh(commands: Commands, tmp_path: Path) -> Path:
-    """An `ssh` first on the PATH: logs its arguments, refuses one host, else runs the command."""
+    """The log of a stand-in for ssh."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    log = tmp_path / "ssh.log"
-    script = folder / "ssh"
-    script.write_text(
-        f"#!{sys.executable}\n"
-        "import os, sys\n"
-        "*options, host, command = sys.argv[1:]\n"
-        f"open({str(log)!r}, 'a').write(repr((options, host, command)) + '\\n')\n"
-        "if host == 'unreachable':\n"
-        "    sys.exit('ssh: connect to host unreachable port 22: Connection timed out')\n"
-        "os.execv('/bin/sh', ['sh', '-c', command])\n"
-    )
-    script.chmod(0o755)
     commands.env["PATH"] = f"{folder}:{commands.env['PATH']}"
-    return log
+    return stand_in_for_ssh(folder)
 
 
 def test_hosts_over_ssh_write_the_same_text(commands: Commands, ssh: Path, tmp_path: Path) -> None:

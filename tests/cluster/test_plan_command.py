@@ -22,7 +22,9 @@ DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
 TINY = resolve_model("zmoe-tiny")
 
 
-def plan(commands: Commands, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+def plan(
+    commands: Commands, *arguments: object, patience: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "zmoe.cli.plan", *map(str, arguments)],
         env={**commands.env, **env},
@@ -30,7 +32,7 @@ def plan(commands: Commands, *arguments: object, **env: str) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=patience,
     )
 
 
@@ -224,7 +226,7 @@ def test_only_a_profile_is_overwritten(commands: Commands, tmp_path: Path) -> No
 @pytest.mark.timeout(960)  # three minutes on an idle machine
 def test_a_calibrated_profile_plans(commands: Commands, tmp_path: Path) -> None:
     path = tmp_path / "here.json"
-    done = plan(commands, "--calibrate", path)
+    done = plan(commands, "--calibrate", path, patience=900)
     assert done.returncode == 0, done.stderr
     assert "GB/s" in done.stdout and str(path) in done.stdout
     record = json.loads(path.read_text())
