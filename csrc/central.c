@@ -155,31 +155,23 @@ static int pairs_are_valid(const zmoe_received *got) {
   return 1;
 }
 
-/* What a frame holds; 0 when it cannot be trusted. */
+/* What a frame holds; 0 when it cannot be trusted, or has no room. */
 static int take_rows(zmoe_frame *frame, zmoe_received *out) {
   const zmoe_header *header = &frame->header;
   const uint8_t *at = zmoe_frame_body(frame);
-  *out = (zmoe_received){out->x,
-                         out->pair_rows,
-                         out->pair_experts,
-                         out->pair_weights,
-                         out->x_bytes,
-                         out->max_pairs,
-                         out->experts,
-                         out->local,
-                         header->rows,
-                         header->width,
-                         0,
-                         header->busiest,
-                         (zmoe_dtype)header->dtype,
-                         header->digest};
+  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
+  /* No more than the payload, as decoding has found. */
+  size_t x_bytes = at != NULL ? zmoe_payload_bytes(dtype, header->rows, header->width) : 0;
+  size_t pairs = (header->payload_bytes - x_bytes) / ZMOE_PAIR_BYTES, each = pairs * 4;
+  if (zmoe_dtype_bytes(dtype) == 0 || x_bytes > out->x_bytes || pairs > out->max_pairs)
+    return 0;
+  out->rows = header->rows;
+  out->pairs = (uint32_t)pairs;
+  out->busiest = header->busiest;
+  out->dtype = dtype;
+  out->digest = header->digest;
   if (at == NULL)
     return 1;
-  size_t x_bytes = zmoe_payload_bytes(out->dtype, out->rows, out->width);
-  size_t pairs = (header->payload_bytes - x_bytes) / ZMOE_PAIR_BYTES, each = pairs * 4;
-  if (zmoe_dtype_bytes(out->dtype) == 0 || x_bytes > out->x_bytes || pairs > out->max_pairs)
-    return 0;
-  out->pairs = (uint32_t)pairs;
   memcpy(out->pair_rows, at, each);
   memcpy(out->pair_experts, at + each, each);
   memcpy(out->pair_weights, at + 2 * each, each);
@@ -205,8 +197,14 @@ static int wait_for_rows(zmoe_exchange *ex, zmoe_received *out, uint64_t deadlin
   for (;;) {
     uint64_t now_us = zmoe_now_us();
     int rc = zmoe_wait_for_all(ex, until_us > now_us ? until_us - now_us : 0, lost);
-    if (rc != ZMOE_OK || take_rows(frame, out))
+    if (rc != ZMOE_OK)
       return rc;
+    if (frame->header.width != out->width || frame->header.rows > ex->dispatch_rows) {
+      zmoe_set_diverged(ex, &frame->header);
+      return ZMOE_EDIVERGED;
+    }
+    if (take_rows(frame, out))
+      return ZMOE_OK;
     ex->stats.bad_field++;
     zmoe_frame_drop(frame);
     open_round(ex)->missing = zmoe_bit(0);

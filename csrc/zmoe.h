@@ -289,21 +289,24 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
 
 /* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
 typedef struct zmoe_received {
-  /* Room, and this rank's number of each expert, -1 for another's. */
+  /* Room, this rank's number of each expert (-1 for another's), and how wide the
+   * rows of this layer are. */
   void *x;
   int32_t *pair_rows, *pair_experts;
   float *pair_weights;
   size_t x_bytes;
   uint32_t max_pairs, experts;
   const int32_t *local; /* (experts) */
+  uint32_t width;
   /* What came; pair_experts in this rank's numbers. */
-  uint32_t rows, width, pairs, busiest;
+  uint32_t rows, pairs, busiest;
   zmoe_dtype dtype;
   uint64_t digest; /* to be published with */
 } zmoe_received;
 
 /* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
- * for a pair whose expert is another rank's. */
+ * for a pair whose expert is another rank's, for rows of another width and for more
+ * rows than dispatch_rows.  What does not fit the room is dropped, as a bad frame. */
 int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
                           uint64_t deadline_us, zmoe_fault *fault);
 

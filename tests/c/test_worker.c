@@ -6,6 +6,7 @@
 
 /* Rank 1 is real. */
 static void worker_with(uint32_t resend_ms, uint32_t grace_ms) {
+  row_width = 4;
   open_nodes(NODES, 5, resend_ms, grace_ms);
 }
 
@@ -62,7 +63,7 @@ static void expect_rows(const zmoe_received *got) {
 
 /* Frames that cannot be used are dropped; the worker goes on waiting for a good one. */
 static void test_hostile_rows(void) {
-  for (int which = 0; which < 9; which++) {
+  for (int which = 0; which < 10; which++) {
     worker_with(1000, 1000);
     rows_frame frame = rows_of(0, 0);
     if (which == 0)
@@ -81,6 +82,8 @@ static void test_hostile_rows(void) {
       frame.pair_experts[1] = INT32_MIN;
     else if (which == 7)
       frame.header.dtype = ZMOE_Q8, frame.header.payload_bytes = 2 * 34 + ZMOE_PAIR_BYTES;
+    else if (which == 9) /* of no rows, in what rows cannot have */
+      frame.header.dtype = ZMOE_Q8, frame.header.rows = frame.header.payload_bytes = 0;
     send_rows(&frame);
     zmoe_received got = received(1, 0);
     zmoe_fault fault;
@@ -99,6 +102,32 @@ static void test_hostile_rows(void) {
     got = received(1, 0);
     CHECK_EQUAL(receive(1, &got, 0, 0), ZMOE_OK);
     expect_rows(&got);
+    rig_close(nodes, NODES);
+  }
+}
+
+/* Rows of another width, or more of them than there may be, would write past what the
+ * caller has made for them: they are no layer of this worker. */
+static void test_rows_of_another_shape(void) {
+  for (int which = 0; which < 5; which++) {
+    worker_with(1000, 1000);
+    rows_frame frame = rows_of(0, 0);
+    zmoe_received got = received(1, 0);
+    zmoe_fault fault;
+    if (which == 0)
+      frame.header.rows = 8, frame.header.width = 1;
+    else if (which == 1)
+      frame.header.rows = 4, frame.header.width = 2;
+    else if (which == 2) /* no data, yet a shape */
+      frame.header.rows = 0, frame.header.width = UINT32_MAX, frame.header.payload_bytes = 0;
+    else if (which == 3) /* all its data are pairs */
+      frame.header.rows = 1000, frame.header.width = 0, frame.header.payload_bytes = 36;
+    else
+      frame.header.rows = ROWS + 1, frame.header.payload_bytes = (ROWS + 1) * 16 + 36;
+    uint8_t bytes[ZMOE_HEADER_BYTES + (ROWS + 1) * 16 + 36] = {0};
+    send_to_worker(bytes, encode_rows(&frame, bytes));
+    CHECK_EQUAL(receive_for(1, &got, 0, 0, RIG_PATIENCE_US, &fault), ZMOE_EDIVERGED);
+    CHECK(fault.diverged == 1 && fault.theirs.rows == frame.header.rows);
     rig_close(nodes, NODES);
   }
 }
@@ -371,6 +400,7 @@ static void test_mistakes_of_a_worker(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"pairs that cannot be trusted", test_hostile_rows},
+      {"rows of another shape", test_rows_of_another_shape},
       {"contradicting sizes", test_contradicting_sizes},
       {"random damage", test_random_damage},
       {"what does not belong to a worker", test_what_does_not_belong_to_a_worker},

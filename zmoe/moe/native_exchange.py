@@ -190,10 +190,13 @@ class NativeExchange:
             self._exchange, call, routed, _microseconds(deadline_s), self._fault
         )
 
-    def receive(self, out: Received, step: int, layer: int, local: Ints, deadline_s: float) -> int:
-        """Wait for the leader's rows; `local` numbers the experts of this rank, else -1."""
+    def receive(
+        self, out: Received, step: int, layer: int, width: int, local: Ints, deadline_s: float
+    ) -> int:
+        """Wait for the leader's rows of `width`; `local` numbers this rank's experts, else -1."""
         numbers = ffi.from_buffer("int32_t[]", local)
         out.raw.local, out.raw.experts = numbers, len(numbers)
+        out.raw.width = width
         return lib.zmoe_exchange_receive(
             self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
         )
