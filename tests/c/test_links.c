@@ -3,6 +3,7 @@
 
 #include "check.h"
 
+#include <errno.h>
 #include <string.h>
 
 #include "rig.h"
@@ -59,6 +60,62 @@ static void test_asks_for_a_lost_frame(void) {
   reply(&nodes[1], &header, 2);
   CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
   CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
+/* ---- when libzmq has no memory ----------------------------------------------------- */
+
+static int refuse_init_data(zmq_msg_t *message, void *data, size_t size, zmq_free_fn *ffn,
+                            void *hint) {
+  (void)message, (void)data, (void)size, (void)ffn, (void)hint;
+  errno = ENOMEM;
+  return -1;
+}
+
+static int refuse_init_size(zmq_msg_t *message, size_t size) {
+  (void)message, (void)size;
+  errno = ENOMEM;
+  return -1;
+}
+
+/* A reply that cannot be made leaves no half of it: the next one comes as it should. */
+static void test_a_reply_without_memory(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1, .grace_ms = 1000});
+  zmoe_zmq_api real = zmoe_zmq;
+  zmoe_fault fault;
+  uint8_t frame[FRAME_BYTES], sent[FRAME_BYTES];
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 5, 0, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, sent, FRAME_BYTES, RIG_PATIENCE_MS), FRAME_BYTES);
+  /* An answer out of a slot, then one of a header alone: it did no layer 4. */
+  for (uint32_t alone = 0; alone < 2; alone++) {
+    zmoe_header request = rig_header(1, 5 - alone, 0);
+    request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+    size_t bytes = rig_frame(&request, 0, frame), got = alone ? ZMOE_HEADER_BYTES : FRAME_BYTES;
+    uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+    zmoe_exchange_stats before, after;
+    zmoe_exchange_stats_get(nodes[0].ex, &before);
+    zmoe_zmq.msg_init_data = refuse_init_data;
+    zmoe_zmq.msg_init_size = refuse_init_size;
+    collect_for(&nodes[0], &sum, 2000, &fault); /* until an answer is not too early */
+    for (int i = 0; i < 3; i++)
+      rig_send(nodes[1].dealers[0], frame, bytes, 0);
+    do {
+      CHECK(rig_now_us() < until_us);
+      CHECK_EQUAL(zmoe_exchange_service(nodes[0].ex, &fault), ZMOE_OK);
+      zmoe_exchange_stats_get(nodes[0].ex, &after);
+    } while (after.frames_received < before.frames_received + 3);
+    zmoe_zmq = real;
+    int count;
+    do {
+      CHECK(rig_now_us() < until_us);
+      rig_send(nodes[1].dealers[0], frame, bytes, 0);
+      CHECK_EQUAL(zmoe_exchange_service(nodes[0].ex, &fault), ZMOE_OK);
+    } while ((count = rig_receive(nodes[1].dealers[0], sent, sizeof sent, 1)) < 0);
+    CHECK_EQUAL(count, got);
+    while (rig_receive(nodes[1].dealers[0], sent, sizeof sent, 20) >= 0)
+      ;
+  }
   rig_close(nodes, 2);
 }
 
@@ -303,6 +360,7 @@ static void test_elsewhere(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"a lost frame is asked for", test_asks_for_a_lost_frame},
+      {"a reply without memory", test_a_reply_without_memory},
       {"and answered out of held slots", test_answers_out_of_held_slots},
       {"needless requests are not answered", test_needless_requests},
       {"also when the next one came already", test_lost_behind_the_next_one},
