@@ -217,8 +217,10 @@ static int await_rows(zmoe_exchange *ex, uint32_t step, uint32_t layer) {
   const zmoe_round *open = open_round(ex);
   zmoe_round made = {.partial = NULL};
   int rc = zmoe_round_header(ex, &call, &made.header);
-  if (rc != ZMOE_OK || ex->role != ZMOE_WORKER)
-    return ZMOE_EINVAL;
+  if (rc == ZMOE_OK && ex->role != ZMOE_WORKER)
+    rc = ZMOE_EINVAL;
+  if (rc != ZMOE_OK)
+    return rc;
   if (open != NULL) {
     int same = zmoe_key_compare(zmoe_key_of(&open->header), zmoe_key_of(&made.header)) == 0;
     return same && open->missing != 0 ? ZMOE_OK : ZMOE_EINVAL;
@@ -269,8 +271,10 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
                          zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   zmoe_round *round = open_round(ex), made = {.partial = NULL};
   int rc = zmoe_round_header(ex, call, &made.header);
-  if (rc != ZMOE_OK || !is_due(ex, round, &made.header))
-    return ZMOE_EINVAL;
+  if (rc == ZMOE_OK && !is_due(ex, round, &made.header))
+    rc = ZMOE_EINVAL;
+  if (rc != ZMOE_OK)
+    return rc;
   rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, lost);
   if (rc != ZMOE_OK) {
     zmoe_slot_drop(&made.partial);

@@ -35,6 +35,7 @@
 
 #include "exchange_internal.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #include "payload.h"
@@ -45,6 +46,20 @@ enum {
   SMALL_SLOTS = 16, /* cheap: a peer that is slow to read may leave some more with libzmq */
   SLOT_ALIGNMENT = 64,
 };
+
+/* ---- forks -------------------------------------------------------------------- */
+
+unsigned zmoe_forks;
+static pthread_once_t watch_once = PTHREAD_ONCE_INIT;
+static int watch_error;
+
+static void count_fork(void) {
+  zmoe_forks++;
+}
+
+static void watch_forks(void) {
+  watch_error = pthread_atfork(NULL, NULL, count_fork);
+}
 
 /* ---- creation ------------------------------------------------------------- */
 
@@ -134,7 +149,8 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   *out = NULL;
   if (!config_is_valid(config))
     return ZMOE_EINVAL;
-  zmoe_exchange *ex = calloc(1, sizeof *ex);
+  pthread_once(&watch_once, watch_forks);
+  zmoe_exchange *ex = watch_error == 0 ? calloc(1, sizeof *ex) : NULL;
   if (ex == NULL)
     return ZMOE_ENOMEM;
   ex->rank = config->rank;
@@ -142,6 +158,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->session = config->session;
   ex->max_payload_bytes = config->max_payload_bytes;
   ex->scatter = config->scatter;
+  ex->forks = zmoe_forks;
   ex->spin_us = config->spin_us;
   ex->resend_ms = config->resend_ms;
   ex->grace_ms = config->grace_ms;
@@ -163,7 +180,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
 }
 
 void zmoe_exchange_destroy(zmoe_exchange *ex) {
-  if (ex == NULL)
+  if (ex == NULL || zmoe_is_forked(ex))
     return;
   for (uint32_t r = 0; r < ex->nodes; r++)
     for (int i = 0; i < ZMOE_WINDOW; i++) {
@@ -180,6 +197,8 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
 }
 
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
   if (epoch < ex->epoch || (epoch == ex->epoch && ex->published > 0))
     return ZMOE_EINVAL;
   for (uint32_t r = 0; r < ex->nodes; r++) {
@@ -222,9 +241,12 @@ void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fa
 }
 
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
-  zmoe_wait_drain(ex);
   uint64_t lost = 0;
-  int rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
+  int rc = ZMOE_EFORK;
+  if (!zmoe_is_forked(ex)) {
+    zmoe_wait_drain(ex);
+    rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
+  }
   if (rc != ZMOE_OK)
     zmoe_fault_set(ex, lost, fault);
   return rc;

@@ -75,6 +75,7 @@ struct zmoe_exchange {
   uint64_t session, everyone; /* bit mask of the peers */
   size_t max_payload_bytes;
   int scatter; /* there are slots for it */
+  unsigned forks; /* zmoe_forks of the process that it belongs to */
   uint32_t spin_us, resend_ms, grace_ms;
   uint32_t spin_misses, spin_skip; /* spins in vain, and how many to leave out */
   zmoe_isa isa;
@@ -117,6 +118,14 @@ static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
   if (a.part != b.part)
     return a.part < b.part ? -1 : 1;
   return 0;
+}
+
+/* How often this process was forked from another that had an exchange. */
+extern unsigned zmoe_forks;
+
+/* A forked child has neither libzmq's threads nor a right to its sockets. */
+static inline int zmoe_is_forked(const zmoe_exchange *ex) {
+  return ex->forks != zmoe_forks;
 }
 
 static inline uint64_t zmoe_bit(uint32_t rank) {

@@ -57,6 +57,8 @@ int zmoe_links_subscriptions(zmoe_exchange *ex) {
 }
 
 uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
+  if (zmoe_is_forked(ex))
+    return 0;
   uint64_t subscribed = 0;
   zmoe_links_subscriptions(ex);
   for (uint32_t r = 0; r < ex->nodes; r++)
@@ -226,6 +228,8 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
 }
 
 uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
+  if (zmoe_is_forked(ex))
+    return 0;
   for (uint32_t r = 0; r < ex->nodes; r++)
     if (r != ex->rank)
       zmoe_links_events(ex, r);

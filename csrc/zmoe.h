@@ -37,6 +37,7 @@ typedef enum zmoe_status {
   ZMOE_EPOOL = -6,     /* no slot became free before the deadline */
   ZMOE_EZMQ = -7,      /* libzmq failed; fault.zmq_errno says how */
   ZMOE_ENOMEM = -8,    /* no memory, in a *_create call */
+  ZMOE_EFORK = -9,     /* the exchange belongs to the process that forked this one */
 } zmoe_status;
 
 typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
@@ -218,7 +219,8 @@ typedef struct zmoe_exchange_stats {
 /* Subscribes `sub` to the session, allocates all that the exchange ever needs. */
 int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out);
 /* Never blocks.  Slots still with libzmq are freed by its last release.  Close
- * the sockets after it, not before. */
+ * the sockets after it, not before.  In a forked child, which has a copy of the
+ * parent's exchange, this frees nothing, and all else fails with ZMOE_EFORK. */
 void zmoe_exchange_destroy(zmoe_exchange *ex);
 
 /* Bit r: rank r has subscribed to our frames.  Reads pending subscriptions. */

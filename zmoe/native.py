@@ -40,6 +40,7 @@ class Status(IntEnum):
     POOL = -6
     ZMQ = -7
     MEMORY = -8
+    FORKED = -9
 
 
 class Dtype(IntEnum):

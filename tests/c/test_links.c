@@ -5,6 +5,8 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "rig.h"
 
@@ -116,6 +118,48 @@ static void test_a_reply_without_memory(void) {
     while (rig_receive(nodes[1].dealers[0], sent, sizeof sent, 20) >= 0)
       ;
   }
+  rig_close(nodes, 2);
+}
+
+/* ---- when the process is forked ---------------------------------------------------- */
+
+static void use_in_child(void) {
+  zmoe_exchange *ex = nodes[0].ex;
+  zmoe_call call = rig_call(0, 1, 1, 4, ZMOE_F32);
+  zmoe_received received = {.x = NULL};
+  zmoe_routed routed = {.x = NULL};
+  zmoe_slot *slot = NULL;
+  zmoe_fault fault;
+  float data[4] = {0};
+  CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, &call, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_slot(ex, 16, UINT64_MAX, &slot), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_receive(ex, &received, 0, 1, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_service(ex, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(ex, 1), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_links(ex), 0);
+  CHECK_EQUAL(zmoe_exchange_subscribers(ex), 0);
+  zmoe_exchange_destroy(ex);
+}
+
+static void test_a_forked_child(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    use_in_child();
+    _exit(0);
+  }
+  int status;
+  CHECK_EQUAL(waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  zmoe_fault fault;
+  float sum;
+  rig_publish(&nodes[1], 0, 0, 2); /* the parent's goes on */
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
   rig_close(nodes, 2);
 }
 
@@ -361,6 +405,7 @@ int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"a lost frame is asked for", test_asks_for_a_lost_frame},
       {"a reply without memory", test_a_reply_without_memory},
+      {"a forked child", test_a_forked_child},
       {"and answered out of held slots", test_answers_out_of_held_slots},
       {"needless requests are not answered", test_needless_requests},
       {"also when the next one came already", test_lost_behind_the_next_one},
