@@ -94,7 +94,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   held->header.payload_bytes = (uint32_t)bytes;
   held->frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   fill(ex, routed, call, rank, pairs, zmoe_slot_payload(held->slot));
-  zmoe_wire_encode(&held->header, held->frame);
+  zmoe_held_encode(ex, held);
   return ZMOE_OK;
 }
 
@@ -285,7 +285,7 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
   if (ex->role == ZMOE_LEADER)
     return ZMOE_OK;
   zmoe_held answer = zmoe_round_whole(round);
-  zmoe_wire_encode(&answer.header, answer.frame);
+  zmoe_held_encode(ex, &answer);
   round->sent_at_us = zmoe_now_us();
   zmoe_round_end(ex);
   int error = zmoe_links_send_to(ex, 0, &answer);

@@ -47,6 +47,23 @@ enum {
   SLOT_ALIGNMENT = 64,
 };
 
+/* ---- payload checksums ------------------------------------------------------ */
+
+static uint32_t checksum_of(const zmoe_exchange *ex, const void *frame, uint32_t payload_bytes) {
+  return ex->no_payload_checksum
+             ? 0
+             : zmoe_crc32c((const uint8_t *)frame + ZMOE_HEADER_BYTES, payload_bytes, ex->isa);
+}
+
+void zmoe_held_encode(const zmoe_exchange *ex, zmoe_held *held) {
+  held->header.payload_checksum = checksum_of(ex, held->frame, held->header.payload_bytes);
+  zmoe_wire_encode(&held->header, held->frame);
+}
+
+int zmoe_payload_is_intact(const zmoe_exchange *ex, const void *frame, const zmoe_header *header) {
+  return header->payload_checksum == checksum_of(ex, frame, header->payload_bytes);
+}
+
 /* ---- forks -------------------------------------------------------------------- */
 
 unsigned zmoe_forks;
@@ -158,6 +175,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->session = config->session;
   ex->max_payload_bytes = config->max_payload_bytes;
   ex->scatter = config->scatter;
+  ex->no_payload_checksum = config->no_payload_checksum;
   ex->forks = zmoe_forks;
   ex->spin_us = config->spin_us;
   ex->resend_ms = config->resend_ms;

@@ -63,7 +63,7 @@ static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
   if (round->header.chunks > 0)
     return zmoe_scatter_send(ex, round);
   zmoe_held held = zmoe_round_whole(round);
-  zmoe_wire_encode(&held.header, held.frame);
+  zmoe_held_encode(ex, &held);
   return zmoe_links_send(ex, ex->xpub, &held);
 }
 

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ZMOE_WIRE_VERSION 2
+#define ZMOE_WIRE_VERSION 3
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
@@ -89,6 +89,10 @@ int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint3
 /* 64-bit digest of `bytes` bytes (not cryptographic): the routing digest. */
 uint64_t zmoe_digest(const void *data, size_t bytes);
 
+/* CRC-32C (Castagnoli; RFC 3720, appendix B.4): 0 for no bytes.  The same value with
+ * every instruction set. */
+uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa);
+
 /* ---- pool: pinned slots, refcounted across threads ---------------------- */
 
 typedef struct zmoe_pool zmoe_pool;
@@ -148,6 +152,8 @@ typedef struct zmoe_header {
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
   uint64_t digest;        /* of the routing that led here */
+  /* CRC-32C of the payload; 0 where the exchange has no_payload_checksum. */
+  uint32_t payload_checksum;
 } zmoe_header;
 
 typedef enum zmoe_wire_error {
@@ -164,7 +170,8 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
 /* How rank `rank` of a run names itself: its subscription to every XPUB, and
  * its routing id (ZMQ_ROUTING_ID) with every ROUTER. */
 void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESENCE_BYTES]);
-/* Validates all `frame_bytes` bytes of a frame; touches only the header. */
+/* Validates a frame of `frame_bytes` bytes but for its payload's checksum: touches only
+ * the header. */
 zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
                                  zmoe_header *out);
 
@@ -195,6 +202,9 @@ typedef struct zmoe_exchange_config {
   uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
+  /* 1: payloads carry no checksum, since the links themselves find damage.  The same on
+   * every rank. */
+  int no_payload_checksum;
 } zmoe_exchange_config;
 
 typedef struct zmoe_fault {
@@ -210,6 +220,7 @@ typedef struct zmoe_fault {
 typedef struct zmoe_exchange_stats {
   uint64_t exchanges, frames_sent, frames_received, bytes_sent, bytes_received;
   uint64_t bad_short, bad_magic, bad_version, bad_checksum, bad_field, bad_oversized;
+  uint64_t bad_payload;  /* damaged: the checksum of the header is right, the payload's is not */
   uint64_t bad_stranger; /* another session, an unknown rank, a wrong link */
   uint64_t bad_stale;    /* an old epoch or step, or a duplicate */
   uint64_t resend_asked, resend_served, resend_unknown;

@@ -65,6 +65,63 @@ static void test_asks_for_a_lost_frame(void) {
   rig_close(nodes, 2);
 }
 
+/* A frame with a flipped bit counts as lost: it is asked for until a sound one comes. */
+static void test_asks_for_a_damaged_frame(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 5, .grace_ms = 1000});
+  zmoe_fault fault;
+  zmoe_header request, header = rig_header(1, 0, 0);
+  uint8_t frame[FRAME_BYTES];
+  float sum;
+  uint64_t damaged = 0;
+  for (uint32_t early = 0; early < 2; early++) {
+    header.layer = early;
+    if (!early)
+      CHECK_EQUAL(rig_node_publish(&nodes[0], 0, header.layer, 1), ZMOE_OK);
+    for (uint32_t bit = 0; bit < 8 * 16; bit += 1 + 8 * early) {
+      rig_frame(&header, 2, frame);
+      frame[ZMOE_HEADER_BYTES + bit / 8] ^= (uint8_t)(1u << bit % 8);
+      rig_send(nodes[1].xpub, frame, FRAME_BYTES, 0);
+      damaged++;
+    }
+    RIG_UNTIL(&nodes[0], bad_payload, damaged);
+    if (early)
+      CHECK_EQUAL(rig_node_publish(&nodes[0], 0, header.layer, 1), ZMOE_OK);
+    CHECK_EQUAL(collect_for(&nodes[0], &sum, 20000, &fault), ZMOE_ETIMEOUT);
+    take_request(&nodes[1], &request);
+    CHECK_EQUAL(request.layer, header.layer);
+    reply(&nodes[1], &header, 2);
+    CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+    CHECK(sum == 3);
+    while (rig_receive(nodes[1].router, frame, sizeof frame, 1) >= 0)
+      ; /* requests that it made meanwhile */
+  }
+  rig_close(nodes, 2);
+}
+
+/* Where the links see to it, no payload is looked at: all checksums are 0. */
+static void test_without_payload_checksums(void) {
+  rig_open(
+      nodes,
+      (rig_options){
+          .nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000, .no_payload_checksum = 1});
+  uint8_t frame[FRAME_BYTES];
+  zmoe_header header = rig_header(1, 0, 0), ours;
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, RIG_PATIENCE_MS), FRAME_BYTES);
+  CHECK_EQUAL(zmoe_wire_decode(frame, FRAME_BYTES, 16, &ours), ZMOE_WIRE_OK);
+  CHECK_EQUAL(ours.payload_checksum, 0);
+  rig_publish(&nodes[1], 0, 0, 2); /* with a checksum, and so from another kind of run */
+  RIG_UNTIL(&nodes[0], bad_payload, 1);
+  rig_frame(&header, 2, frame);
+  zmoe_wire_encode(&header, frame);
+  rig_send(nodes[1].xpub, frame, FRAME_BYTES, 0);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
 /* ---- when libzmq has no memory ----------------------------------------------------- */
 
 static int refuse_init_data(zmq_msg_t *message, void *data, size_t size, zmq_free_fn *ffn,
@@ -344,8 +401,7 @@ static void expect_divergence(const zmoe_header *theirs) {
 static void with_header(zmoe_header theirs, int early) {
   uint8_t frame[FRAME_BYTES + 16] = {0};
   rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
-  zmoe_wire_encode(&theirs, frame);
-  size_t bytes = ZMOE_HEADER_BYTES + theirs.payload_bytes;
+  size_t bytes = rig_encode(&theirs, frame);
   if (early) {
     rig_send(nodes[1].xpub, frame, bytes, 0);
     RIG_UNTIL(&nodes[0], frames_received, 1);
@@ -404,6 +460,8 @@ static void test_elsewhere(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"a lost frame is asked for", test_asks_for_a_lost_frame},
+      {"and for a damaged one", test_asks_for_a_damaged_frame},
+      {"without payload checksums", test_without_payload_checksums},
       {"a reply without memory", test_a_reply_without_memory},
       {"a forked child", test_a_forked_child},
       {"and answered out of held slots", test_answers_out_of_held_slots},

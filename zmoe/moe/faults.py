@@ -22,7 +22,7 @@ def error_of(
         return PeerError(fault.missing[0], layer, step, reason)
     if status == Status.DIVERGED:
         return _divergence(fault, rank)
-    if status == Status.FORKED:
+    if status == Status.FORK:
         return ZmoeError(
             "this process was forked from the one that opened the exchange, and cannot use it"
         )
