@@ -86,6 +86,12 @@ def arguments() -> argparse.Namespace:
         default=["f32"],
         help=f"of zmoe and zmoe-c, a row each: {','.join(WIRE_DTYPES[1:])}; default f32",
     )
+    made.add_argument(
+        "--checksum",
+        type=list_of(one_of(("on", "off"))),
+        default=["on"],
+        help="of the payloads of zmoe and zmoe-c, a row each: on,off; default on",
+    )
     return made.parse_args()
 
 
@@ -97,8 +103,8 @@ def spread(options: argparse.Namespace) -> list[Transport]:
         if mode is None:
             found.append(transport)
             continue
-        ways = itertools.product(options.algorithm, options.wire_dtype)
-        found += [ours(mode, algorithm, wire_dtype) for algorithm, wire_dtype in ways]
+        ways = itertools.product(options.algorithm, options.wire_dtype, options.checksum)
+        found += [ours(mode, *way) for way in ways]
     return found
 
 

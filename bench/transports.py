@@ -80,14 +80,18 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def ours(mode: str, algorithm: str = "auto", wire_dtype: str = "f32") -> Transport:
+def ours(
+    mode: str, algorithm: str = "auto", wire_dtype: str = "f32", checksum: str = "on"
+) -> Transport:
     """Our exchange, timed in C ("c") or from MLX array to MLX array ("mlx")."""
     name = "zmoe-c" if mode == "c" else "zmoe"
     if algorithm != "auto":
         name += f"-{algorithm}"
     if wire_dtype != "f32":
         name += f"-{wire_dtype}"
-    return _python(name, "zmoe.native", "ours.py", mode, algorithm, wire_dtype)
+    if checksum != "on":
+        name += "-unchecked"
+    return _python(name, "zmoe.native", "ours.py", mode, algorithm, wire_dtype, checksum)
 
 
 def _ring() -> Transport:

@@ -94,7 +94,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   held->header.payload_bytes = (uint32_t)bytes;
   held->frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   fill(ex, routed, call, rank, pairs, zmoe_slot_payload(held->slot));
-  zmoe_wire_encode(&held->header, held->frame);
+  zmoe_held_encode(ex, held);
   return ZMOE_OK;
 }
 
@@ -155,31 +155,23 @@ static int pairs_are_valid(const zmoe_received *got) {
   return 1;
 }
 
-/* What a frame holds; 0 when it cannot be trusted. */
+/* What a frame holds; 0 when it cannot be trusted, or has no room. */
 static int take_rows(zmoe_frame *frame, zmoe_received *out) {
   const zmoe_header *header = &frame->header;
   const uint8_t *at = zmoe_frame_body(frame);
-  *out = (zmoe_received){out->x,
-                         out->pair_rows,
-                         out->pair_experts,
-                         out->pair_weights,
-                         out->x_bytes,
-                         out->max_pairs,
-                         out->experts,
-                         out->local,
-                         header->rows,
-                         header->width,
-                         0,
-                         header->busiest,
-                         (zmoe_dtype)header->dtype,
-                         header->digest};
+  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
+  /* No more than the payload, as decoding has found. */
+  size_t x_bytes = at != NULL ? zmoe_payload_bytes(dtype, header->rows, header->width) : 0;
+  size_t pairs = (header->payload_bytes - x_bytes) / ZMOE_PAIR_BYTES, each = pairs * 4;
+  if (zmoe_dtype_bytes(dtype) == 0 || x_bytes > out->x_bytes || pairs > out->max_pairs)
+    return 0;
+  out->rows = header->rows;
+  out->pairs = (uint32_t)pairs;
+  out->busiest = header->busiest;
+  out->dtype = dtype;
+  out->digest = header->digest;
   if (at == NULL)
     return 1;
-  size_t x_bytes = zmoe_payload_bytes(out->dtype, out->rows, out->width);
-  size_t pairs = (header->payload_bytes - x_bytes) / ZMOE_PAIR_BYTES, each = pairs * 4;
-  if (zmoe_dtype_bytes(out->dtype) == 0 || x_bytes > out->x_bytes || pairs > out->max_pairs)
-    return 0;
-  out->pairs = (uint32_t)pairs;
   memcpy(out->pair_rows, at, each);
   memcpy(out->pair_experts, at + each, each);
   memcpy(out->pair_weights, at + 2 * each, each);
@@ -205,8 +197,14 @@ static int wait_for_rows(zmoe_exchange *ex, zmoe_received *out, uint64_t deadlin
   for (;;) {
     uint64_t now_us = zmoe_now_us();
     int rc = zmoe_wait_for_all(ex, until_us > now_us ? until_us - now_us : 0, lost);
-    if (rc != ZMOE_OK || take_rows(frame, out))
+    if (rc != ZMOE_OK)
       return rc;
+    if (frame->header.width != out->width || frame->header.rows > ex->dispatch_rows) {
+      zmoe_set_diverged(ex, &frame->header);
+      return ZMOE_EDIVERGED;
+    }
+    if (take_rows(frame, out))
+      return ZMOE_OK;
     ex->stats.bad_field++;
     zmoe_frame_drop(frame);
     open_round(ex)->missing = zmoe_bit(0);
@@ -219,8 +217,10 @@ static int await_rows(zmoe_exchange *ex, uint32_t step, uint32_t layer) {
   const zmoe_round *open = open_round(ex);
   zmoe_round made = {.partial = NULL};
   int rc = zmoe_round_header(ex, &call, &made.header);
-  if (rc != ZMOE_OK || ex->role != ZMOE_WORKER)
-    return ZMOE_EINVAL;
+  if (rc == ZMOE_OK && ex->role != ZMOE_WORKER)
+    rc = ZMOE_EINVAL;
+  if (rc != ZMOE_OK)
+    return rc;
   if (open != NULL) {
     int same = zmoe_key_compare(zmoe_key_of(&open->header), zmoe_key_of(&made.header)) == 0;
     return same && open->missing != 0 ? ZMOE_OK : ZMOE_EINVAL;
@@ -271,8 +271,10 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
                          zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   zmoe_round *round = open_round(ex), made = {.partial = NULL};
   int rc = zmoe_round_header(ex, call, &made.header);
-  if (rc != ZMOE_OK || !is_due(ex, round, &made.header))
-    return ZMOE_EINVAL;
+  if (rc == ZMOE_OK && !is_due(ex, round, &made.header))
+    rc = ZMOE_EINVAL;
+  if (rc != ZMOE_OK)
+    return rc;
   rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, lost);
   if (rc != ZMOE_OK) {
     zmoe_slot_drop(&made.partial);
@@ -283,7 +285,7 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
   if (ex->role == ZMOE_LEADER)
     return ZMOE_OK;
   zmoe_held answer = zmoe_round_whole(round);
-  zmoe_wire_encode(&answer.header, answer.frame);
+  zmoe_held_encode(ex, &answer);
   round->sent_at_us = zmoe_now_us();
   zmoe_round_end(ex);
   int error = zmoe_links_send_to(ex, 0, &answer);

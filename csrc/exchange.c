@@ -35,6 +35,7 @@
 
 #include "exchange_internal.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #include "payload.h"
@@ -45,6 +46,37 @@ enum {
   SMALL_SLOTS = 16, /* cheap: a peer that is slow to read may leave some more with libzmq */
   SLOT_ALIGNMENT = 64,
 };
+
+/* ---- payload checksums ------------------------------------------------------ */
+
+static uint32_t checksum_of(const zmoe_exchange *ex, const void *frame, uint32_t payload_bytes) {
+  return ex->no_payload_checksum
+             ? 0
+             : zmoe_crc32c((const uint8_t *)frame + ZMOE_HEADER_BYTES, payload_bytes, ex->isa);
+}
+
+void zmoe_held_encode(const zmoe_exchange *ex, zmoe_held *held) {
+  held->header.payload_checksum = checksum_of(ex, held->frame, held->header.payload_bytes);
+  zmoe_wire_encode(&held->header, held->frame);
+}
+
+int zmoe_payload_is_intact(const zmoe_exchange *ex, const void *frame, const zmoe_header *header) {
+  return header->payload_checksum == checksum_of(ex, frame, header->payload_bytes);
+}
+
+/* ---- forks -------------------------------------------------------------------- */
+
+unsigned zmoe_forks;
+static pthread_once_t watch_once = PTHREAD_ONCE_INIT;
+static int watch_error;
+
+static void count_fork(void) {
+  zmoe_forks++;
+}
+
+static void watch_forks(void) {
+  watch_error = pthread_atfork(NULL, NULL, count_fork);
+}
 
 /* ---- creation ------------------------------------------------------------- */
 
@@ -134,7 +166,8 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   *out = NULL;
   if (!config_is_valid(config))
     return ZMOE_EINVAL;
-  zmoe_exchange *ex = calloc(1, sizeof *ex);
+  pthread_once(&watch_once, watch_forks);
+  zmoe_exchange *ex = watch_error == 0 ? calloc(1, sizeof *ex) : NULL;
   if (ex == NULL)
     return ZMOE_ENOMEM;
   ex->rank = config->rank;
@@ -142,6 +175,8 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->session = config->session;
   ex->max_payload_bytes = config->max_payload_bytes;
   ex->scatter = config->scatter;
+  ex->no_payload_checksum = config->no_payload_checksum;
+  ex->forks = zmoe_forks;
   ex->spin_us = config->spin_us;
   ex->resend_ms = config->resend_ms;
   ex->grace_ms = config->grace_ms;
@@ -163,7 +198,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
 }
 
 void zmoe_exchange_destroy(zmoe_exchange *ex) {
-  if (ex == NULL)
+  if (ex == NULL || zmoe_is_forked(ex))
     return;
   for (uint32_t r = 0; r < ex->nodes; r++)
     for (int i = 0; i < ZMOE_WINDOW; i++) {
@@ -180,6 +215,8 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
 }
 
 int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
   if (epoch < ex->epoch || (epoch == ex->epoch && ex->published > 0))
     return ZMOE_EINVAL;
   for (uint32_t r = 0; r < ex->nodes; r++) {
@@ -222,9 +259,12 @@ void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fa
 }
 
 int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault) {
-  zmoe_wait_drain(ex);
   uint64_t lost = 0;
-  int rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
+  int rc = ZMOE_EFORK;
+  if (!zmoe_is_forked(ex)) {
+    zmoe_wait_drain(ex);
+    rc = zmoe_wait_trouble(ex, zmoe_now_us(), UINT64_MAX, &lost);
+  }
   if (rc != ZMOE_OK)
     zmoe_fault_set(ex, lost, fault);
   return rc;

@@ -75,6 +75,8 @@ struct zmoe_exchange {
   uint64_t session, everyone; /* bit mask of the peers */
   size_t max_payload_bytes;
   int scatter; /* there are slots for it */
+  int no_payload_checksum;
+  unsigned forks; /* zmoe_forks of the process that it belongs to */
   uint32_t spin_us, resend_ms, grace_ms;
   uint32_t spin_misses, spin_skip; /* spins in vain, and how many to leave out */
   zmoe_isa isa;
@@ -119,6 +121,14 @@ static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
   return 0;
 }
 
+/* How often this process was forked from another that had an exchange. */
+extern unsigned zmoe_forks;
+
+/* A forked child has neither libzmq's threads nor a right to its sockets. */
+static inline int zmoe_is_forked(const zmoe_exchange *ex) {
+  return ex->forks != zmoe_forks;
+}
+
 static inline uint64_t zmoe_bit(uint32_t rank) {
   return UINT64_C(1) << rank;
 }
@@ -144,6 +154,11 @@ static inline int zmoe_awaits_chunks(const zmoe_exchange *ex) {
 }
 
 /* ---- exchange.c ------------------------------------------------------------ */
+
+/* Encodes the header of a frame whose payload is in its place. */
+void zmoe_held_encode(const zmoe_exchange *ex, zmoe_held *held);
+/* Whether a valid frame has the payload that its sender gave it. */
+int zmoe_payload_is_intact(const zmoe_exchange *ex, const void *frame, const zmoe_header *header);
 
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault);
 /* The same after publishing gave `rc`. */

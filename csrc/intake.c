@@ -1,7 +1,7 @@
 /* From a received message to an accepted frame.
  *
  * Nothing here trusts a sender: a frame is looked at only after its length,
- * magic, version, checksum and fields have been validated, and whatever does
+ * magic, version, checksums and fields have been validated, and whatever does
  * not belong is counted by kind and dropped.  Each call reads a bounded number
  * of messages, so that a flood on one socket cannot starve the others. */
 #include "platform.h"
@@ -81,6 +81,10 @@ int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out) 
     return 0;
   if (out->session != ex->session || out->source >= ex->nodes || out->source == ex->rank) {
     ex->stats.bad_stranger++;
+    return 0;
+  }
+  if (!zmoe_payload_is_intact(ex, zmoe_zmq.msg_data(message), out)) {
+    ex->stats.bad_payload++; /* as if it had been lost: it is asked for again */
     return 0;
   }
   return 1;

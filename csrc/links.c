@@ -57,6 +57,8 @@ int zmoe_links_subscriptions(zmoe_exchange *ex) {
 }
 
 uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
+  if (zmoe_is_forked(ex))
+    return 0;
   uint64_t subscribed = 0;
   zmoe_links_subscriptions(ex);
   for (uint32_t r = 0; r < ex->nodes; r++)
@@ -80,26 +82,43 @@ static void release_slot(void *data, void *slot) {
   zmoe_slot_release(slot);
 }
 
-int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
-  size_t bytes = ZMOE_HEADER_BYTES + (size_t)held->header.payload_bytes;
-  zmq_msg_t message;
+static size_t bytes_of(const zmoe_held *held) {
+  return ZMOE_HEADER_BYTES + (size_t)held->header.payload_bytes;
+}
+
+/* A message of a held frame, whose slot gains a reference; 0, or the errno. */
+static int make_message(zmq_msg_t *message, const zmoe_held *held) {
   zmoe_slot_retain(held->slot);
-  if (zmoe_zmq.msg_init_data(&message, held->frame, bytes, release_slot, held->slot) < 0) {
-    zmoe_slot_release(held->slot);
-    return zmoe_zmq.get_errno();
-  }
+  if (zmoe_zmq.msg_init_data(message, held->frame, bytes_of(held), release_slot, held->slot) == 0)
+    return 0;
+  int error = zmoe_zmq.get_errno();
+  zmoe_slot_release(held->slot);
+  return error;
+}
+
+/* Sends a message, or closes it; 0, or the errno. */
+static int send_message(void *socket, zmq_msg_t *message) {
   int rc;
   do
-    rc = zmoe_zmq.msg_send(&message, socket, ZMQ_DONTWAIT);
+    rc = zmoe_zmq.msg_send(message, socket, ZMQ_DONTWAIT);
   while (rc < 0 && zmoe_zmq.get_errno() == EINTR);
-  if (rc < 0) {
-    int error = zmoe_zmq.get_errno();
-    zmoe_zmq.msg_close(&message);
-    return error;
-  }
-  ex->stats.frames_sent++;
-  ex->stats.bytes_sent += bytes;
-  return 0;
+  if (rc >= 0)
+    return 0;
+  int error = zmoe_zmq.get_errno();
+  zmoe_zmq.msg_close(message);
+  return error;
+}
+
+static int count_sent(zmoe_exchange *ex, const zmoe_held *held, int error) {
+  ex->stats.frames_sent += error == 0;
+  ex->stats.bytes_sent += error == 0 ? bytes_of(held) : 0;
+  return error;
+}
+
+int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
+  zmq_msg_t message;
+  int error = make_message(&message, held);
+  return error != 0 ? error : count_sent(ex, held, send_message(socket, &message));
 }
 
 int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
@@ -107,13 +126,23 @@ int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) 
   return error == EAGAIN ? 0 : error;
 }
 
-static int address(zmoe_exchange *ex, uint32_t rank) {
-  return send_bytes(ex->router, ex->peers[rank].presence, ZMOE_PRESENCE_BYTES,
-                    ZMQ_DONTWAIT | ZMQ_SNDMORE);
+/* Sends a message by the ROUTER, or closes it; 0, or the errno.  It is made before the
+ * address is sent: failing afterwards would leave the ROUTER within a message, and the
+ * next one would become part of it. */
+static int send_to_address(zmoe_exchange *ex, uint32_t rank, zmq_msg_t *message) {
+  const uint8_t *presence = ex->peers[rank].presence;
+  int flags = ZMQ_DONTWAIT | ZMQ_SNDMORE;
+  if (send_bytes(ex->router, presence, ZMOE_PRESENCE_BYTES, flags) >= 0)
+    return send_message(ex->router, message);
+  int error = zmoe_zmq.get_errno();
+  zmoe_zmq.msg_close(message);
+  return error;
 }
 
 int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
-  return address(ex, rank) >= 0 ? zmoe_links_send(ex, ex->router, held) : zmoe_zmq.get_errno();
+  zmq_msg_t message;
+  int error = make_message(&message, held);
+  return error != 0 ? error : count_sent(ex, held, send_to_address(ex, rank, &message));
 }
 
 int zmoe_links_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
@@ -123,9 +152,11 @@ int zmoe_links_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *he
 }
 
 int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
-  uint8_t frame[ZMOE_HEADER_BYTES];
-  zmoe_wire_encode(header, frame);
-  return address(ex, rank) >= 0 && send_bytes(ex->router, frame, sizeof frame, ZMQ_DONTWAIT) >= 0;
+  zmq_msg_t message;
+  if (zmoe_zmq.msg_init_size(&message, ZMOE_HEADER_BYTES) < 0)
+    return 0;
+  zmoe_wire_encode(header, zmoe_zmq.msg_data(&message));
+  return send_to_address(ex, rank, &message) == 0;
 }
 
 /* One message on the ROUTER: the routing id of the sender, then its frame. */
@@ -197,6 +228,8 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
 }
 
 uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
+  if (zmoe_is_forked(ex))
+    return 0;
   for (uint32_t r = 0; r < ex->nodes; r++)
     if (r != ex->rank)
       zmoe_links_events(ex, r);

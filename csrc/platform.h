@@ -8,6 +8,11 @@
 #endif
 #define _DARWIN_C_SOURCE
 
+#if __SIZEOF_POINTER__ != 8 || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error                                                                                             \
+    "zmoe needs a little-endian 64-bit platform: frames and weights are used as they lie in memory"
+#endif
+
 #include <stdint.h>
 #include <time.h>
 

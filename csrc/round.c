@@ -63,7 +63,7 @@ static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
   if (round->header.chunks > 0)
     return zmoe_scatter_send(ex, round);
   zmoe_held held = zmoe_round_whole(round);
-  zmoe_wire_encode(&held.header, held.frame);
+  zmoe_held_encode(ex, &held);
   return zmoe_links_send(ex, ex->xpub, &held);
 }
 
@@ -98,6 +98,8 @@ static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zm
 }
 
 int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
   if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX ||
       call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
@@ -123,8 +125,9 @@ int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_heade
 /* The header of an exchange that begins with being published. */
 static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
   int rc = zmoe_round_header(ex, call, out);
-  int is_next = rc == ZMOE_OK && ex->role == ZMOE_PEER && zmoe_round_may_begin(ex, out);
-  return is_next ? ZMOE_OK : ZMOE_EINVAL;
+  if (rc == ZMOE_OK && (ex->role != ZMOE_PEER || !zmoe_round_may_begin(ex, out)))
+    rc = ZMOE_EINVAL;
+  return rc;
 }
 
 static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
@@ -178,6 +181,8 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
 int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
                        zmoe_slot **out) {
   *out = NULL;
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
   if (payload_bytes > ex->max_payload_bytes)
     return ZMOE_EINVAL;
   return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
@@ -228,8 +233,11 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
   uint64_t lost = 0, index = ex->collected;
   int is_ours = zmoe_is_open(ex) && ex->role != ZMOE_WORKER &&
                 zmoe_round_at(ex, index)->partial != NULL; /* as always but to a leader */
-  int rc = is_ours && zmoe_dtype_bytes(out_dtype) != 0 ? zmoe_wait_for_all(ex, deadline_us, &lost)
-                                                       : ZMOE_EINVAL;
+  int rc = ZMOE_EINVAL;
+  if (zmoe_is_forked(ex))
+    rc = ZMOE_EFORK;
+  else if (is_ours && zmoe_dtype_bytes(out_dtype) != 0)
+    rc = zmoe_wait_for_all(ex, deadline_us, &lost);
   if (rc != ZMOE_OK) {
     zmoe_fault_set(ex, lost, fault);
     return rc;

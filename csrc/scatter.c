@@ -49,15 +49,16 @@ int zmoe_scatter_encode(zmoe_exchange *ex, zmoe_round *round, const void *src,
   size_t item = zmoe_dtype_bytes(src_dtype);
   for (uint32_t c = 0; c < ex->nodes; c++) {
     zmoe_held held = zmoe_scatter_partial(round, c);
-    zmoe_wire_encode(&held.header, held.frame);
-    if (src == NULL)
-      continue;
-    zmoe_range range = range_of(header, c);
-    const void *part = (const uint8_t *)src + range.element * item;
-    int rc = zmoe_reduce_range(held.frame + ZMOE_HEADER_BYTES, (zmoe_dtype)header->dtype, &part, 1,
-                               src_dtype, header->width, &range, ex->isa);
-    if (rc != ZMOE_OK)
-      return rc;
+    if (src != NULL) {
+      zmoe_range range = range_of(header, c);
+      const void *part = (const uint8_t *)src + range.element * item;
+      int rc = zmoe_reduce_range(held.frame + ZMOE_HEADER_BYTES, (zmoe_dtype)header->dtype, &part,
+                                 1, src_dtype, header->width, &range, ex->isa);
+      if (rc != ZMOE_OK)
+        return rc;
+    }
+    if (c != ex->rank) /* our own chunk stays here */
+      zmoe_held_encode(ex, &held);
   }
   return ZMOE_OK;
 }
@@ -99,7 +100,7 @@ void zmoe_scatter_sum(zmoe_exchange *ex, uint64_t index) {
   for (uint32_t r = 0; r < ex->nodes; r++)
     zmoe_frame_drop(&ex->peers[r].partials[index % ZMOE_WINDOW]);
   zmoe_held sum = zmoe_scatter_own_sum(ex, round);
-  zmoe_wire_encode(&sum.header, sum.frame);
+  zmoe_held_encode(ex, &sum);
   round->sent_at_us = zmoe_now_us();
   int error = zmoe_links_send(ex, ex->xpub, &sum);
   if (error != 0)

@@ -2,12 +2,9 @@
  * they flush subnormals, which the other variants keep. */
 #include <immintrin.h>
 
-#define AVX512_FEATURES "avx512f,avx512dq,avx512bw,avx512vl"
-#ifdef __clang__ /* does not know the wish for wide vectors, nor the whole list then */
-#define TARGET __attribute__((target(AVX512_FEATURES)))
-#else
-#define TARGET __attribute__((target(AVX512_FEATURES ",prefer-vector-width=512")))
-#endif
+#include "avx512_target.h"
+
+#define TARGET AVX512_WIDE
 #define KERNEL static inline __attribute__((always_inline)) TARGET
 #define VEC __m512
 #define LANES 16

@@ -5,13 +5,17 @@
  *   5 zero, 3 bytes      24 layer      40 payload_bytes
  *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, busiest: 1 byte each
  *                        32 width      48 digest, 8 bytes
- *                                      56 checksum of 0..55, 8 bytes
+ *                                      56 checksum of the payload
+ *                                      60 checksum of 0..59
  *
- * Little-endian throughout.  The first 16 bytes are what a rank subscribes to:
+ * Little-endian throughout; numbers of 4 bytes where nothing is said.  Both checksums
+ * are CRC-32C.  The first 16 bytes are what a rank subscribes to:
  * whatever is published in its own session. */
 #include "payload.h"
 
 #include <string.h>
+
+enum { CHECKSUM_AT = ZMOE_HEADER_BYTES - 4 };
 
 static const uint8_t MAGIC[4] = {'Z', 'M', 'O', 'E'};
 
@@ -42,6 +46,10 @@ static uint64_t get64(const uint8_t *at) {
   return get32(at) | (uint64_t)get32(at + 4) << 32;
 }
 
+static uint32_t checksum_of(const uint8_t *header) {
+  return zmoe_crc32c(header, CHECKSUM_AT, zmoe_isa_best());
+}
+
 void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES]) {
   memset(out, 0, ZMOE_HEADER_BYTES);
   memcpy(out, MAGIC, sizeof MAGIC);
@@ -61,7 +69,8 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   out[46] = header->chunk;
   out[47] = header->busiest;
   put64(out + 48, header->digest);
-  put64(out + 56, zmoe_digest(out, 56));
+  put32(out + CHECKSUM_AT - 4, header->payload_checksum);
+  put32(out + CHECKSUM_AT, checksum_of(out));
 }
 
 void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESENCE_BYTES]) {
@@ -82,7 +91,7 @@ static int chunk_is_valid(const zmoe_header *header) {
 
 static int sizes_agree(const zmoe_header *header) {
   if (header->payload_bytes == 0)
-    return header->kind != ZMOE_KIND_ROWS || header->rows == 0;
+    return header->payload_checksum == 0 && (header->kind != ZMOE_KIND_ROWS || header->rows == 0);
   zmoe_dtype dtype = (zmoe_dtype)header->dtype;
   uint64_t bytes = zmoe_payload_bytes(dtype, header->rows, header->width);
   if (bytes == UINT64_MAX)
@@ -114,7 +123,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
     return ZMOE_WIRE_MAGIC;
   if (at[4] != ZMOE_WIRE_VERSION)
     return ZMOE_WIRE_VERSION_MISMATCH;
-  if (get64(at + 56) != zmoe_digest(at, 56))
+  if (get32(at + CHECKSUM_AT) != checksum_of(at))
     return ZMOE_WIRE_CHECKSUM;
   zmoe_header header = {
       .kind = at[39],
@@ -132,6 +141,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .chunk = at[46],
       .busiest = at[47],
       .digest = get64(at + 48),
+      .payload_checksum = get32(at + CHECKSUM_AT - 4),
   };
   if (!fields_are_valid(at, &header))
     return ZMOE_WIRE_FIELD;

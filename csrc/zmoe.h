@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ZMOE_WIRE_VERSION 2
+#define ZMOE_WIRE_VERSION 3
 #define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
@@ -37,6 +37,7 @@ typedef enum zmoe_status {
   ZMOE_EPOOL = -6,     /* no slot became free before the deadline */
   ZMOE_EZMQ = -7,      /* libzmq failed; fault.zmq_errno says how */
   ZMOE_ENOMEM = -8,    /* no memory, in a *_create call */
+  ZMOE_EFORK = -9,     /* the exchange belongs to the process that forked this one */
 } zmoe_status;
 
 typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
@@ -87,6 +88,10 @@ int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint3
 
 /* 64-bit digest of `bytes` bytes (not cryptographic): the routing digest. */
 uint64_t zmoe_digest(const void *data, size_t bytes);
+
+/* CRC-32C (Castagnoli; RFC 3720, appendix B.4): 0 for no bytes.  The same value with
+ * every instruction set. */
+uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa);
 
 /* ---- pool: pinned slots, refcounted across threads ---------------------- */
 
@@ -147,6 +152,8 @@ typedef struct zmoe_header {
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
   uint64_t digest;        /* of the routing that led here */
+  /* CRC-32C of the payload; 0 where the exchange has no_payload_checksum. */
+  uint32_t payload_checksum;
 } zmoe_header;
 
 typedef enum zmoe_wire_error {
@@ -163,7 +170,8 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
 /* How rank `rank` of a run names itself: its subscription to every XPUB, and
  * its routing id (ZMQ_ROUTING_ID) with every ROUTER. */
 void zmoe_wire_presence(uint64_t session, uint32_t rank, uint8_t out[ZMOE_PRESENCE_BYTES]);
-/* Validates all `frame_bytes` bytes of a frame; touches only the header. */
+/* Validates a frame of `frame_bytes` bytes but for its payload's checksum: touches only
+ * the header. */
 zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t max_payload_bytes,
                                  zmoe_header *out);
 
@@ -194,6 +202,9 @@ typedef struct zmoe_exchange_config {
   uint32_t spin_us;   /* look for frames this long before sleeping; less when in vain */
   uint32_t resend_ms; /* ask for a missing frame after this long, then back off */
   uint32_t grace_ms;  /* a closed link may come back this long before it is lost */
+  /* 1: payloads carry no checksum, since the links themselves find damage.  The same on
+   * every rank. */
+  int no_payload_checksum;
 } zmoe_exchange_config;
 
 typedef struct zmoe_fault {
@@ -209,6 +220,7 @@ typedef struct zmoe_fault {
 typedef struct zmoe_exchange_stats {
   uint64_t exchanges, frames_sent, frames_received, bytes_sent, bytes_received;
   uint64_t bad_short, bad_magic, bad_version, bad_checksum, bad_field, bad_oversized;
+  uint64_t bad_payload;  /* damaged: the checksum of the header is right, the payload's is not */
   uint64_t bad_stranger; /* another session, an unknown rank, a wrong link */
   uint64_t bad_stale;    /* an old epoch or step, or a duplicate */
   uint64_t resend_asked, resend_served, resend_unknown;
@@ -218,7 +230,8 @@ typedef struct zmoe_exchange_stats {
 /* Subscribes `sub` to the session, allocates all that the exchange ever needs. */
 int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out);
 /* Never blocks.  Slots still with libzmq are freed by its last release.  Close
- * the sockets after it, not before. */
+ * the sockets after it, not before.  In a forked child, which has a copy of the
+ * parent's exchange, this frees nothing, and all else fails with ZMOE_EFORK. */
 void zmoe_exchange_destroy(zmoe_exchange *ex);
 
 /* Bit r: rank r has subscribed to our frames.  Reads pending subscriptions. */
@@ -289,21 +302,24 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
 
 /* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
 typedef struct zmoe_received {
-  /* Room, and this rank's number of each expert, -1 for another's. */
+  /* Room, this rank's number of each expert (-1 for another's), and how wide the
+   * rows of this layer are. */
   void *x;
   int32_t *pair_rows, *pair_experts;
   float *pair_weights;
   size_t x_bytes;
   uint32_t max_pairs, experts;
   const int32_t *local; /* (experts) */
+  uint32_t width;
   /* What came; pair_experts in this rank's numbers. */
-  uint32_t rows, width, pairs, busiest;
+  uint32_t rows, pairs, busiest;
   zmoe_dtype dtype;
   uint64_t digest; /* to be published with */
 } zmoe_received;
 
 /* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
- * for a pair whose expert is another rank's. */
+ * for a pair whose expert is another rank's, for rows of another width and for more
+ * rows than dispatch_rows.  What does not fit the room is dropped, as a bad frame. */
 int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
                           uint64_t deadline_us, zmoe_fault *fault);
 

@@ -21,6 +21,7 @@ static const struct {
   size_t offset;
 } SYMBOLS[] = {
     {"zmq_msg_init", offsetof(zmoe_zmq_api, msg_init)},
+    {"zmq_msg_init_size", offsetof(zmoe_zmq_api, msg_init_size)},
     {"zmq_msg_init_data", offsetof(zmoe_zmq_api, msg_init_data)},
     {"zmq_msg_close", offsetof(zmoe_zmq_api, msg_close)},
     {"zmq_msg_move", offsetof(zmoe_zmq_api, msg_move)},

@@ -29,6 +29,7 @@ enum {
 
 typedef struct zmoe_zmq_api {
   int (*msg_init)(zmq_msg_t *msg);
+  int (*msg_init_size)(zmq_msg_t *msg, size_t size);
   int (*msg_init_data)(zmq_msg_t *msg, void *data, size_t size, zmq_free_fn *ffn, void *hint);
   int (*msg_close)(zmq_msg_t *msg);
   int (*msg_move)(zmq_msg_t *dest, zmq_msg_t *src);

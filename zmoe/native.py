@@ -40,6 +40,7 @@ class Status(IntEnum):
     POOL = -6
     ZMQ = -7
     MEMORY = -8
+    FORK = -9
 
 
 class Dtype(IntEnum):
@@ -140,6 +141,7 @@ class Header:
     chunk: int = 0
     busiest: int = 0
     digest: int = 0
+    payload_checksum: int = 0
 
 
 def header_of(raw: CData) -> Header:
@@ -221,11 +223,17 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_frame(frame: bytes, max_payload_bytes: int) -> Header | int:
-    """Validate a whole frame: its header, or a positive zmoe_wire_error."""
+    """Validate all but the payload's checksum: the header, or a positive zmoe_wire_error."""
     raw = ffi.new("zmoe_header *")
     view = ffi.from_buffer("uint8_t[]", frame)
     error = lib.zmoe_wire_decode(view, len(frame), max_payload_bytes, raw)
     return error if error else header_of(raw)
+
+
+def crc32c(data: Any, isa: Isa | None = None) -> int:
+    """CRC-32C of a buffer's bytes, the same with every instruction set."""
+    view = ffi.from_buffer("uint8_t[]", data)
+    return lib.zmoe_crc32c(view, memoryview(data).nbytes, best_isa() if isa is None else isa)
 
 
 def presence(session: int, rank: int) -> bytes:

@@ -1,6 +1,6 @@
 """zmoe-c and zmoe: our exchange timed in C, and from MLX array to MLX array.
 
-usage: ours.py CONTROL RANK NODES LARGEST c|mlx ALGORITHM WIRE_DTYPE
+usage: ours.py CONTROL RANK NODES LARGEST c|mlx ALGORITHM WIRE_DTYPE on|off
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMALL = 64 * 1024  # payloads that come every token
 
 worker = Worker()
 largest = int(sys.argv[4])
-mode, algorithm, wire_dtype = sys.argv[5:8]
+mode, algorithm, wire_dtype, checksum = sys.argv[5:9]
 wire = Dtype[wire_dtype.upper()]
 worker.tolerance = 0.02 if wire is Dtype.Q8 else 0.0
 exchange = Exchange(
@@ -31,6 +31,7 @@ exchange = Exchange(
     small_payload_bytes=min(SMALL, largest),
     wire_dtype=wire_dtype,
     algorithm=algorithm,
+    payload_checksum=checksum == "on",
 )
 mine = exchange.endpoint
 addresses = worker.meet(f"{mine.host}:{mine.data_port}:{mine.control_port}")

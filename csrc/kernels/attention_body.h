@@ -5,7 +5,7 @@
 
 KERNEL void fetch_ahead(const zmoe_head_rows *rows, uint32_t j, size_t row_bytes) {
   if (rows->ahead != 0)
-    zmoe_prefetch(rows->ahead + j * row_bytes, row_bytes);
+    zmoe_prefetch_range(rows->ahead + j * row_bytes, row_bytes);
 }
 
 /* ---- scores -------------------------------------------------------------------------- */

@@ -40,7 +40,7 @@ static void pack(const zmoe_attend *job, const zmoe_part *part, uint32_t key, ui
   size_t row_bytes = rows.dim * zmoe_dtype_bytes(rows.dtype);
   for (uint32_t first = 0; first < count; first += ZMOE_PANEL) {
     uint32_t last = zmoe_panel_end(first, count);
-    zmoe_prefetch((uintptr_t)values.data + first * row_bytes, (last - first) * row_bytes);
+    zmoe_prefetch_range((uintptr_t)values.data + first * row_bytes, (last - first) * row_bytes);
     job->kernels->pack(&keys, first, last, 0, rows.dim, panels + (size_t)first * rows.dim);
   }
   values.ahead = zmoe_attend_next(job, part, key + count);

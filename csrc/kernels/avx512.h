@@ -4,11 +4,11 @@
 
 #include <immintrin.h>
 
+#include "../avx512_target.h"
 #include "../reduce_scalar.h"
 #include "kernels.h"
 #include "weight.h"
 
-#define AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
 #define AVX512 __attribute__((target(AVX512_FEATURES)))
 #define AVX512_INLINE static inline __attribute__((always_inline, target(AVX512_FEATURES)))
 

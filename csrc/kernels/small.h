@@ -31,7 +31,7 @@ typedef struct zmoe_head_rows {
 } zmoe_head_rows;
 
 /* A head's rows are too few for the processor to guess what comes after them. */
-static inline void zmoe_prefetch(uintptr_t address, size_t bytes) {
+static inline void zmoe_prefetch_range(uintptr_t address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64)
     __builtin_prefetch((const void *)(address + i));
 }

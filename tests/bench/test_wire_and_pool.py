@@ -1,4 +1,4 @@
-"""What a frame costs beside its payload: its header, and the slot it is written into."""
+"""What a frame costs: its header, its payload's checksum, and the slot it is written into."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def test_refuse(benchmark: BenchmarkFixture) -> None:
     frame[20] ^= 1
     view, raw = ffi.from_buffer("uint8_t[]", frame), ffi.new("zmoe_header *")
     assert benchmark(lib.zmoe_wire_decode, view, len(frame), PAYLOAD, raw) != 0
+
+
+@pytest.mark.parametrize("isa", [isa for isa in native.Isa if isa.supported])
+@pytest.mark.parametrize("size", [PAYLOAD, 128 * PAYLOAD], ids=["decode", "prefill"])
+def test_checksum(benchmark: BenchmarkFixture, isa: native.Isa, size: int) -> None:
+    data = bytes(range(256)) * (size // 256)
+    view = ffi.from_buffer("uint8_t[]", data)
+    assert benchmark(lib.zmoe_crc32c, view, size, isa) == native.crc32c(data, native.Isa.GENERIC)
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ static struct room {
   float pair_weights[PAIRS];
 } rooms[8];
 
+static uint32_t row_width = WIDTH; /* of what a worker expects */
+
 static zmoe_received received(uint32_t rank, uint64_t others) {
   struct room *room = &rooms[rank];
   memset(room, 0xee, sizeof *room);
@@ -51,7 +53,8 @@ static zmoe_received received(uint32_t rank, uint64_t others) {
                          .x_bytes = sizeof room->x,
                          .max_pairs = PAIRS,
                          .experts = EXPERTS,
-                         .local = room->local};
+                         .local = room->local,
+                         .width = row_width};
 }
 
 static int receive_for(uint32_t rank, zmoe_received *out, uint32_t step, uint32_t layer,

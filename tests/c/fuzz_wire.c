@@ -53,9 +53,9 @@ static uint64_t next_random(void) {
 static void repair(uint8_t *data, size_t bytes) {
   if (bytes < ZMOE_HEADER_BYTES || next_random() % 2)
     return;
-  uint64_t checksum = zmoe_digest(data, 56);
-  for (int i = 0; i < 8; i++)
-    data[56 + i] = (uint8_t)(checksum >> (8 * i));
+  uint32_t checksum = zmoe_crc32c(data, ZMOE_HEADER_BYTES - 4, ZMOE_ISA_GENERIC);
+  for (int i = 0; i < 4; i++)
+    data[ZMOE_HEADER_BYTES - 4 + i] = (uint8_t)(checksum >> (8 * i));
 }
 
 #ifdef LIBFUZZER

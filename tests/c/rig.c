@@ -160,6 +160,7 @@ static void create(rig_node *node, const rig_options *options) {
       .spin_us = options->spin_us,
       .resend_ms = options->resend_ms,
       .grace_ms = options->grace_ms,
+      .no_payload_checksum = options->no_payload_checksum,
   };
   CHECK_EQUAL(zmoe_exchange_create(&config, &node->ex), ZMOE_OK);
 }
@@ -269,11 +270,18 @@ zmoe_header rig_header(uint32_t rank, uint32_t step, uint32_t layer) {
   };
 }
 
+size_t rig_encode(const zmoe_header *header, uint8_t *frame) {
+  zmoe_header sealed = *header;
+  sealed.payload_checksum =
+      zmoe_crc32c(frame + ZMOE_HEADER_BYTES, header->payload_bytes, ZMOE_ISA_GENERIC);
+  zmoe_wire_encode(&sealed, frame);
+  return ZMOE_HEADER_BYTES + header->payload_bytes;
+}
+
 size_t rig_frame(const zmoe_header *header, float value, uint8_t *out) {
   float payload[4] = {value, value, value, value};
-  zmoe_wire_encode(header, out);
   memcpy(out + ZMOE_HEADER_BYTES, payload, sizeof payload);
-  return ZMOE_HEADER_BYTES + header->payload_bytes;
+  return rig_encode(header, out);
 }
 
 void rig_publish(rig_node *puppet, uint32_t step, uint32_t layer, float value) {

@@ -32,6 +32,7 @@ typedef struct rig_options {
   uint64_t puppets;
   uint32_t spin_us, resend_ms, grace_ms;
   uint32_t dispatch_rows; /* 0: decentralised */
+  int no_payload_checksum;
 } rig_options;
 
 /* An exchange of whole partials, digest 0. */
@@ -55,6 +56,9 @@ void rig_send(void *socket, const void *data, size_t bytes, int more);
 /* Receives one part; -1 when nothing comes within `wait_ms`. */
 int rig_receive(void *socket, void *data, size_t bytes, int wait_ms);
 
+/* Encodes the header of a frame whose payload is in its place, with the checksum of it;
+ * returns the frame's length. */
+size_t rig_encode(const zmoe_header *header, uint8_t *frame);
 /* A header of `rank` for f32 (1, 4) of step and layer, and the frame of it with
  * the payload {v, v, v, v}; returns its length. */
 zmoe_header rig_header(uint32_t rank, uint32_t step, uint32_t layer);

@@ -168,6 +168,7 @@ static void test_what_a_worker_is_sent(void) {
   zmoe_fault fault;
   CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, 0, &fault), ZMOE_OK);
   zmoe_received got = received(1, 0);
+  got.width = 2;
   CHECK_EQUAL(receive(1, &got, 4, 2), ZMOE_OK);
   CHECK(got.rows == 2 && got.width == 2 && got.dtype == ZMOE_BF16 && got.pairs == 3);
   CHECK(got.digest == call.digest);
@@ -177,6 +178,7 @@ static void test_what_a_worker_is_sent(void) {
   CHECK(memcmp(got.pair_weights, (float[3]){0.1f, 0.5f, 0.6f}, 12) == 0);
   CHECK(rooms[1].x[8] == 0xee && rooms[1].pair_rows[3] != 0);
   got = received(2, 0);
+  got.width = 2;
   CHECK_EQUAL(receive(2, &got, 4, 2), ZMOE_OK);
   CHECK(got.rows == 0 && got.pairs == 0 && got.width == 2);
   CHECK(rooms[2].x[0] == 0xee);
@@ -385,6 +387,21 @@ static void test_a_wrong_answer(void) {
   }
 }
 
+static void test_a_damaged_answer(void) {
+  leader_with(1000, 1000);
+  CHECK_EQUAL(dispatch(0, 0), ZMOE_OK);
+  uint8_t frame[ANSWER_BYTES];
+  zmoe_header header = rig_header(1, 0, 0);
+  size_t bytes = rig_frame(&header, 2, frame);
+  frame[ZMOE_HEADER_BYTES] ^= 1;
+  rig_send(nodes[1].dealers[0], frame, bytes, 0);
+  RIG_UNTIL(&nodes[0], bad_payload, 1);
+  puppet_answers(1, 0, 0, 2);
+  puppet_answers(2, 0, 0, 4);
+  expect_sum(3, 5);
+  rig_close(nodes, NODES);
+}
+
 /* By another way, of another kind, twice, of a stranger. */
 static void test_what_does_not_belong_to_the_leader(void) {
   leader_with(1000, 1000);
@@ -476,6 +493,7 @@ int main(int argc, char **argv) {
       {"a dead worker is named", test_a_dead_worker_is_named},
       {"a silent worker is named", test_a_silent_worker_is_named},
       {"an answer to something else", test_a_wrong_answer},
+      {"a damaged answer", test_a_damaged_answer},
       {"what does not belong to the leader", test_what_does_not_belong_to_the_leader},
       {"mistakes are refused", test_mistakes_of_a_leader},
   };

@@ -3,7 +3,10 @@
 
 #include "check.h"
 
+#include <errno.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "rig.h"
 
@@ -57,6 +60,161 @@ static void test_asks_for_a_lost_frame(void) {
   CHECK_EQUAL(request.step, 6);
   CHECK_EQUAL(request.layer, 2);
   reply(&nodes[1], &header, 2);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
+/* A frame with a flipped bit counts as lost: it is asked for until a sound one comes. */
+static void test_asks_for_a_damaged_frame(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 5, .grace_ms = 1000});
+  zmoe_fault fault;
+  zmoe_header request, header = rig_header(1, 0, 0);
+  uint8_t frame[FRAME_BYTES];
+  float sum;
+  uint64_t damaged = 0;
+  for (uint32_t early = 0; early < 2; early++) {
+    header.layer = early;
+    if (!early)
+      CHECK_EQUAL(rig_node_publish(&nodes[0], 0, header.layer, 1), ZMOE_OK);
+    for (uint32_t bit = 0; bit < 8 * 16; bit += 1 + 8 * early) {
+      rig_frame(&header, 2, frame);
+      frame[ZMOE_HEADER_BYTES + bit / 8] ^= (uint8_t)(1u << bit % 8);
+      rig_send(nodes[1].xpub, frame, FRAME_BYTES, 0);
+      damaged++;
+    }
+    RIG_UNTIL(&nodes[0], bad_payload, damaged);
+    if (early)
+      CHECK_EQUAL(rig_node_publish(&nodes[0], 0, header.layer, 1), ZMOE_OK);
+    CHECK_EQUAL(collect_for(&nodes[0], &sum, 20000, &fault), ZMOE_ETIMEOUT);
+    take_request(&nodes[1], &request);
+    CHECK_EQUAL(request.layer, header.layer);
+    reply(&nodes[1], &header, 2);
+    CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+    CHECK(sum == 3);
+    while (rig_receive(nodes[1].router, frame, sizeof frame, 1) >= 0)
+      ; /* requests that it made meanwhile */
+  }
+  rig_close(nodes, 2);
+}
+
+/* Where the links see to it, no payload is looked at: all checksums are 0. */
+static void test_without_payload_checksums(void) {
+  rig_open(
+      nodes,
+      (rig_options){
+          .nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000, .no_payload_checksum = 1});
+  uint8_t frame[FRAME_BYTES];
+  zmoe_header header = rig_header(1, 0, 0), ours;
+  zmoe_fault fault;
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, frame, sizeof frame, RIG_PATIENCE_MS), FRAME_BYTES);
+  CHECK_EQUAL(zmoe_wire_decode(frame, FRAME_BYTES, 16, &ours), ZMOE_WIRE_OK);
+  CHECK_EQUAL(ours.payload_checksum, 0);
+  rig_publish(&nodes[1], 0, 0, 2); /* with a checksum, and so from another kind of run */
+  RIG_UNTIL(&nodes[0], bad_payload, 1);
+  rig_frame(&header, 2, frame);
+  zmoe_wire_encode(&header, frame);
+  rig_send(nodes[1].xpub, frame, FRAME_BYTES, 0);
+  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
+  CHECK(sum == 3);
+  rig_close(nodes, 2);
+}
+
+/* ---- when libzmq has no memory ----------------------------------------------------- */
+
+static int refuse_init_data(zmq_msg_t *message, void *data, size_t size, zmq_free_fn *ffn,
+                            void *hint) {
+  (void)message, (void)data, (void)size, (void)ffn, (void)hint;
+  errno = ENOMEM;
+  return -1;
+}
+
+static int refuse_init_size(zmq_msg_t *message, size_t size) {
+  (void)message, (void)size;
+  errno = ENOMEM;
+  return -1;
+}
+
+/* A reply that cannot be made leaves no half of it: the next one comes as it should. */
+static void test_a_reply_without_memory(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1, .grace_ms = 1000});
+  zmoe_zmq_api real = zmoe_zmq;
+  zmoe_fault fault;
+  uint8_t frame[FRAME_BYTES], sent[FRAME_BYTES];
+  float sum;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 5, 0, 1), ZMOE_OK);
+  CHECK_EQUAL(rig_receive(nodes[1].sub, sent, FRAME_BYTES, RIG_PATIENCE_MS), FRAME_BYTES);
+  /* An answer out of a slot, then one of a header alone: it did no layer 4. */
+  for (uint32_t alone = 0; alone < 2; alone++) {
+    zmoe_header request = rig_header(1, 5 - alone, 0);
+    request.kind = ZMOE_KIND_RESEND, request.payload_bytes = 0;
+    size_t bytes = rig_frame(&request, 0, frame), got = alone ? ZMOE_HEADER_BYTES : FRAME_BYTES;
+    uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+    zmoe_exchange_stats before, after;
+    zmoe_exchange_stats_get(nodes[0].ex, &before);
+    zmoe_zmq.msg_init_data = refuse_init_data;
+    zmoe_zmq.msg_init_size = refuse_init_size;
+    collect_for(&nodes[0], &sum, 2000, &fault); /* until an answer is not too early */
+    for (int i = 0; i < 3; i++)
+      rig_send(nodes[1].dealers[0], frame, bytes, 0);
+    do {
+      CHECK(rig_now_us() < until_us);
+      CHECK_EQUAL(zmoe_exchange_service(nodes[0].ex, &fault), ZMOE_OK);
+      zmoe_exchange_stats_get(nodes[0].ex, &after);
+    } while (after.frames_received < before.frames_received + 3);
+    zmoe_zmq = real;
+    int count;
+    do {
+      CHECK(rig_now_us() < until_us);
+      rig_send(nodes[1].dealers[0], frame, bytes, 0);
+      CHECK_EQUAL(zmoe_exchange_service(nodes[0].ex, &fault), ZMOE_OK);
+    } while ((count = rig_receive(nodes[1].dealers[0], sent, sizeof sent, 1)) < 0);
+    CHECK_EQUAL(count, got);
+    while (rig_receive(nodes[1].dealers[0], sent, sizeof sent, 20) >= 0)
+      ;
+  }
+  rig_close(nodes, 2);
+}
+
+/* ---- when the process is forked ---------------------------------------------------- */
+
+static void use_in_child(void) {
+  zmoe_exchange *ex = nodes[0].ex;
+  zmoe_call call = rig_call(0, 1, 1, 4, ZMOE_F32);
+  zmoe_received received = {.x = NULL};
+  zmoe_routed routed = {.x = NULL};
+  zmoe_slot *slot = NULL;
+  zmoe_fault fault;
+  float data[4] = {0};
+  CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_publish(ex, &call, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_slot(ex, 16, UINT64_MAX, &slot), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_receive(ex, &received, 0, 1, UINT64_MAX, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_service(ex, &fault), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_begin_epoch(ex, 1), ZMOE_EFORK);
+  CHECK_EQUAL(zmoe_exchange_links(ex), 0);
+  CHECK_EQUAL(zmoe_exchange_subscribers(ex), 0);
+  zmoe_exchange_destroy(ex);
+}
+
+static void test_a_forked_child(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    use_in_child();
+    _exit(0);
+  }
+  int status;
+  CHECK_EQUAL(waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  zmoe_fault fault;
+  float sum;
+  rig_publish(&nodes[1], 0, 0, 2); /* the parent's goes on */
   CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
   CHECK(sum == 3);
   rig_close(nodes, 2);
@@ -243,8 +401,7 @@ static void expect_divergence(const zmoe_header *theirs) {
 static void with_header(zmoe_header theirs, int early) {
   uint8_t frame[FRAME_BYTES + 16] = {0};
   rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 1000});
-  zmoe_wire_encode(&theirs, frame);
-  size_t bytes = ZMOE_HEADER_BYTES + theirs.payload_bytes;
+  size_t bytes = rig_encode(&theirs, frame);
   if (early) {
     rig_send(nodes[1].xpub, frame, bytes, 0);
     RIG_UNTIL(&nodes[0], frames_received, 1);
@@ -303,6 +460,10 @@ static void test_elsewhere(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"a lost frame is asked for", test_asks_for_a_lost_frame},
+      {"and for a damaged one", test_asks_for_a_damaged_frame},
+      {"without payload checksums", test_without_payload_checksums},
+      {"a reply without memory", test_a_reply_without_memory},
+      {"a forked child", test_a_forked_child},
       {"and answered out of held slots", test_answers_out_of_held_slots},
       {"needless requests are not answered", test_needless_requests},
       {"also when the next one came already", test_lost_behind_the_next_one},

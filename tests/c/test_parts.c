@@ -131,8 +131,7 @@ static void test_parts_are_held(void) {
     CHECK_EQUAL(rig_node_send(&nodes[0], &call, data), ZMOE_OK);
     CHECK_EQUAL(rig_receive(nodes[1].sub, sent[i], FRAME_BYTES, 5000), FRAME_BYTES);
     zmoe_header theirs = header_of(ZMOE_KIND_PARTIAL, i);
-    zmoe_wire_encode(&theirs, frame);
-    rig_send(nodes[1].xpub, frame, FRAME_BYTES, 0);
+    rig_send(nodes[1].xpub, frame, rig_encode(&theirs, frame), 0);
     for (uint32_t held = 0; held <= i; held++)
       ask_until_served(held, sent[held]);
     for (int part = 0; part < 2 && i % 2 == 1; part++)

@@ -31,9 +31,8 @@ static size_t frame_of(const zmoe_header *header, float value, uint8_t *out) {
   float payload[CHUNK];
   for (int i = 0; i < CHUNK; i++)
     payload[i] = value;
-  zmoe_wire_encode(header, out);
   memcpy(out + ZMOE_HEADER_BYTES, payload, sizeof payload);
-  return ZMOE_HEADER_BYTES + header->payload_bytes;
+  return rig_encode(header, out);
 }
 
 /* A puppet's chunk for rank 0, and its chunk of the sum for all. */
@@ -47,6 +46,16 @@ static void send_sum(uint32_t rank, uint32_t layer, float value) {
   uint8_t frame[FRAME_BYTES];
   zmoe_header header = header_of(ZMOE_KIND_SUM, rank, rank, layer);
   rig_send(nodes[rank].xpub, frame, frame_of(&header, value, frame), 0);
+}
+
+/* The same with a flipped bit. */
+static void send_damaged(uint32_t rank, zmoe_kind kind) {
+  uint8_t frame[FRAME_BYTES];
+  int sum = kind == ZMOE_KIND_SUM;
+  zmoe_header header = header_of(kind, rank, sum ? rank : 0, 0);
+  size_t bytes = frame_of(&header, 5, frame);
+  frame[bytes - 1] ^= 0x80;
+  rig_send(sum ? nodes[rank].xpub : nodes[rank].dealers[0], frame, bytes, 0);
 }
 
 /* Rank 0 publishes 1 everywhere. */
@@ -242,9 +251,7 @@ static void diverges(zmoe_header header, int to_all) {
     open_with(1000, 1000);
     if (!early)
       begin(0);
-    zmoe_wire_encode(&header, frame);
-    rig_send(to_all ? nodes[1].xpub : nodes[1].dealers[0], frame,
-             ZMOE_HEADER_BYTES + header.payload_bytes, 0);
+    rig_send(to_all ? nodes[1].xpub : nodes[1].dealers[0], frame, rig_encode(&header, frame), 0);
     RIG_UNTIL(&nodes[0], frames_received, 1);
     if (early)
       begin(0);
@@ -378,6 +385,23 @@ static void test_a_sum_goes_before_the_next_part(void) {
   rig_close(nodes, NODES);
 }
 
+static void test_damaged_chunks(void) {
+  open_with(5, 1000);
+  begin(0);
+  send_chunk(2, 0, 4);
+  send_damaged(1, ZMOE_KIND_PARTIAL);
+  RIG_UNTIL(&nodes[0], bad_payload, 1);
+  expect_request(1, 0);
+  send_chunk(1, 0, 2);
+  send_sum(2, 0, 30);
+  send_damaged(1, ZMOE_KIND_SUM);
+  RIG_UNTIL(&nodes[0], bad_payload, 2);
+  expect_request(1, 1);
+  send_sum(1, 0, 20);
+  finish(7, 20, 30);
+  rig_close(nodes, NODES);
+}
+
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"lost chunks and lost sums are asked for", test_asks_in_both_phases},
@@ -389,6 +413,7 @@ int main(int argc, char **argv) {
       {"misplaced frames, duplicates and replays", test_misplaced_frames},
       {"a link that is down takes no chunk", test_a_link_that_is_down},
       {"a sum goes before the next part", test_a_sum_goes_before_the_next_part},
+      {"damaged chunks are asked for again", test_damaged_chunks},
   };
   rig_start(argc, argv);
   RUN(tests);

@@ -20,6 +20,7 @@ static const zmoe_header SAMPLE = {
     .payload_bytes = 20,
     .part = 1,
     .digest = 0xfedcba9876543210u,
+    .payload_checksum = 0x0badcafe,
 };
 
 static zmoe_wire_error decode(const zmoe_header *header, size_t frame_bytes, zmoe_header *out) {
@@ -35,22 +36,24 @@ static void test_round_trip(void) {
   CHECK(out.session == SAMPLE.session && out.epoch == SAMPLE.epoch && out.step == SAMPLE.step);
   CHECK(out.layer == SAMPLE.layer && out.rows == SAMPLE.rows && out.width == SAMPLE.width);
   CHECK(out.payload_bytes == SAMPLE.payload_bytes && out.digest == SAMPLE.digest);
+  CHECK(out.payload_checksum == SAMPLE.payload_checksum);
   CHECK(out.part == SAMPLE.part && out.chunks == 0 && out.chunk == 0);
 }
 
 /* The bytes on the wire are a promise between machines: fixed for a version. */
 static void test_golden_bytes(void) {
-  static const uint8_t golden[56] = {
-      'Z', 'M', 'O', 'E', 2,  0, 0, 0, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 7, 0, 0, 0,
-      4,   3,   2,   1,   39, 0, 0, 0, 2,    0,    0,    0,    5,    0,    0,    0,    3, 0, 2, 1,
-      20,  0,   0,   0,   1,  0, 0, 0, 0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe,
+  static const uint8_t golden[60] = {
+      'Z',  'M', 'O', 'E',  3,    0,    0,    0,    0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22,
+      0x11, 7,   0,   0,    0,    4,    3,    2,    1,    39,   0,    0,    0,    2,    0,
+      0,    0,   5,   0,    0,    0,    3,    0,    2,    1,    20,   0,    0,    0,    1,
+      0,    0,   0,   0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, 0xfe, 0xca, 0xad, 0x0b,
   };
   uint8_t frame[ZMOE_HEADER_BYTES];
   zmoe_wire_encode(&SAMPLE, frame);
   CHECK(memcmp(frame, golden, sizeof golden) == 0);
-  uint64_t checksum = zmoe_digest(golden, sizeof golden);
-  for (int i = 0; i < 8; i++)
-    CHECK_EQUAL(frame[56 + i], (checksum >> (8 * i)) & 0xff);
+  uint32_t checksum = zmoe_crc32c(golden, sizeof golden, ZMOE_ISA_GENERIC);
+  for (int i = 0; i < 4; i++)
+    CHECK_EQUAL(frame[60 + i], (checksum >> (8 * i)) & 0xff);
 }
 
 static void test_lengths(void) {
@@ -63,6 +66,8 @@ static void test_lengths(void) {
   CHECK_EQUAL(decode(&big, ZMOE_HEADER_BYTES + 2 * MAX_PAYLOAD, &out), ZMOE_WIRE_OVERSIZED);
   zmoe_header zeros = SAMPLE;
   zeros.payload_bytes = 0; /* all zeros: the shape stays */
+  CHECK_EQUAL(decode(&zeros, ZMOE_HEADER_BYTES, &out), ZMOE_WIRE_FIELD);
+  zeros.payload_checksum = 0;
   CHECK_EQUAL(decode(&zeros, ZMOE_HEADER_BYTES, &out), ZMOE_WIRE_OK);
   CHECK_EQUAL(out.rows, 2);
 }
@@ -147,9 +152,9 @@ static void test_reserved_bytes(void) {
     uint8_t frame[ZMOE_HEADER_BYTES + 20] = {0};
     zmoe_wire_encode(&SAMPLE, frame);
     frame[reserved[i]] = 1;
-    uint64_t checksum = zmoe_digest(frame, 56);
-    for (int b = 0; b < 8; b++)
-      frame[56 + b] = (uint8_t)(checksum >> (8 * b));
+    uint32_t checksum = zmoe_crc32c(frame, 60, ZMOE_ISA_GENERIC);
+    for (int b = 0; b < 4; b++)
+      frame[60 + b] = (uint8_t)(checksum >> (8 * b));
     CHECK_EQUAL(zmoe_wire_decode(frame, sizeof frame, MAX_PAYLOAD, &out), ZMOE_WIRE_FIELD);
   }
 }
@@ -168,7 +173,7 @@ static void test_presence(void) {
 int main(void) {
   static const test_case tests[] = {
       {"a header survives encoding and decoding", test_round_trip},
-      {"the bytes of version 2 are fixed", test_golden_bytes},
+      {"the bytes of version 3 are fixed", test_golden_bytes},
       {"too short and too long frames", test_lengths},
       {"every flipped bit is noticed", test_every_flipped_bit_is_noticed},
       {"unknown kinds and dtypes, contradicting sizes", test_fields},

@@ -6,6 +6,7 @@
 
 /* Rank 1 is real. */
 static void worker_with(uint32_t resend_ms, uint32_t grace_ms) {
+  row_width = 4;
   open_nodes(NODES, 5, resend_ms, grace_ms);
 }
 
@@ -40,13 +41,12 @@ static void send_to_worker(const void *frame, size_t bytes) {
 enum { ROWS_BYTES = ZMOE_HEADER_BYTES + 3 * ZMOE_PAIR_BYTES + 32 };
 
 static size_t encode_rows(const rows_frame *frame, uint8_t *out) {
-  zmoe_wire_encode(&frame->header, out);
-  out += ZMOE_HEADER_BYTES;
-  memcpy(out, frame->pair_rows, 12);
-  memcpy(out + 12, frame->pair_experts, 12);
-  memcpy(out + 24, frame->pair_weights, 12);
-  memcpy(out + 36, frame->x, 32);
-  return ZMOE_HEADER_BYTES + frame->header.payload_bytes;
+  uint8_t *payload = out + ZMOE_HEADER_BYTES;
+  memcpy(payload, frame->pair_rows, 12);
+  memcpy(payload + 12, frame->pair_experts, 12);
+  memcpy(payload + 24, frame->pair_weights, 12);
+  memcpy(payload + 36, frame->x, 32);
+  return rig_encode(&frame->header, out);
 }
 
 static void send_rows(const rows_frame *frame) {
@@ -62,7 +62,7 @@ static void expect_rows(const zmoe_received *got) {
 
 /* Frames that cannot be used are dropped; the worker goes on waiting for a good one. */
 static void test_hostile_rows(void) {
-  for (int which = 0; which < 9; which++) {
+  for (int which = 0; which < 10; which++) {
     worker_with(1000, 1000);
     rows_frame frame = rows_of(0, 0);
     if (which == 0)
@@ -81,6 +81,8 @@ static void test_hostile_rows(void) {
       frame.pair_experts[1] = INT32_MIN;
     else if (which == 7)
       frame.header.dtype = ZMOE_Q8, frame.header.payload_bytes = 2 * 34 + ZMOE_PAIR_BYTES;
+    else if (which == 9) /* of no rows, in what rows cannot have */
+      frame.header.dtype = ZMOE_Q8, frame.header.rows = frame.header.payload_bytes = 0;
     send_rows(&frame);
     zmoe_received got = received(1, 0);
     zmoe_fault fault;
@@ -99,6 +101,32 @@ static void test_hostile_rows(void) {
     got = received(1, 0);
     CHECK_EQUAL(receive(1, &got, 0, 0), ZMOE_OK);
     expect_rows(&got);
+    rig_close(nodes, NODES);
+  }
+}
+
+/* Rows of another width, or more of them than there may be, would write past what the
+ * caller has made for them: they are no layer of this worker. */
+static void test_rows_of_another_shape(void) {
+  for (int which = 0; which < 5; which++) {
+    worker_with(1000, 1000);
+    rows_frame frame = rows_of(0, 0);
+    zmoe_received got = received(1, 0);
+    zmoe_fault fault;
+    if (which == 0)
+      frame.header.rows = 8, frame.header.width = 1;
+    else if (which == 1)
+      frame.header.rows = 4, frame.header.width = 2;
+    else if (which == 2) /* no data, yet a shape */
+      frame.header.rows = 0, frame.header.width = UINT32_MAX, frame.header.payload_bytes = 0;
+    else if (which == 3) /* all its data are pairs */
+      frame.header.rows = 1000, frame.header.width = 0, frame.header.payload_bytes = 36;
+    else
+      frame.header.rows = ROWS + 1, frame.header.payload_bytes = (ROWS + 1) * 16 + 36;
+    uint8_t bytes[ZMOE_HEADER_BYTES + (ROWS + 1) * 16 + 36] = {0};
+    send_to_worker(bytes, encode_rows(&frame, bytes));
+    CHECK_EQUAL(receive_for(1, &got, 0, 0, RIG_PATIENCE_US, &fault), ZMOE_EDIVERGED);
+    CHECK(fault.diverged == 1 && fault.theirs.rows == frame.header.rows);
     rig_close(nodes, NODES);
   }
 }
@@ -138,6 +166,7 @@ static void test_contradicting_sizes(void) {
   rig_close(nodes, NODES);
 }
 
+/* A sender's mistakes, not the wire's: the checksums are right. */
 static void test_random_damage(void) {
   worker_with(1000, 1000);
   zmoe_received got = received(1, 0);
@@ -149,6 +178,7 @@ static void test_random_damage(void) {
     size_t n = encode_rows(&frame, bytes);
     for (uint32_t damages = 1 + draw(3); damages > 0; damages--)
       bytes[ZMOE_HEADER_BYTES + draw(24)] ^= (uint8_t)(1u << draw(8)); /* rows and experts */
+    rig_encode(&frame.header, bytes);
     send_to_worker(bytes, draw(16) == 0 ? draw((uint32_t)n) : n);
     int rc = receive_for(1, &got, 0, layer, 1000, &fault);
     CHECK(rc == ZMOE_OK || rc == ZMOE_ETIMEOUT);
@@ -162,6 +192,31 @@ static void test_random_damage(void) {
   zmoe_exchange_stats stats;
   zmoe_exchange_stats_get(nodes[1].ex, &stats);
   CHECK(layer > 0 && stats.bad_field > 0 && stats.bad_short > 0);
+  rig_close(nodes, NODES);
+}
+
+/* Rows of which a bit was flipped on the way are asked for again. */
+static void test_damaged_rows(void) {
+  worker_with(5, 1000);
+  uint8_t bytes[ROWS_BYTES], identity[64], request[256];
+  rows_frame frame = rows_of(0, 0);
+  zmoe_received got = received(1, 0);
+  zmoe_fault fault;
+  zmoe_exchange_stats stats = {0};
+  encode_rows(&frame, bytes);
+  bytes[ZMOE_HEADER_BYTES + 3 * ZMOE_PAIR_BYTES] ^= 1; /* in the first number of a row */
+  send_to_worker(bytes, ROWS_BYTES);
+  for (uint64_t until_us = rig_now_us() + RIG_PATIENCE_US; stats.bad_payload == 0;) {
+    CHECK(rig_now_us() < until_us);
+    CHECK_EQUAL(receive_for(1, &got, 0, 0, 1000, &fault), ZMOE_ETIMEOUT);
+    zmoe_exchange_stats_get(nodes[1].ex, &stats);
+  }
+  while (rig_receive(nodes[0].router, identity, sizeof identity, 1) < 0)
+    CHECK_EQUAL(receive_for(1, &got, 0, 0, 1000, &fault), ZMOE_ETIMEOUT);
+  CHECK_EQUAL(rig_receive(nodes[0].router, request, sizeof request, 5000), ZMOE_HEADER_BYTES);
+  send_rows(&frame);
+  CHECK_EQUAL(receive(1, &got, 0, 0), ZMOE_OK);
+  expect_rows(&got);
   rig_close(nodes, NODES);
 }
 
@@ -371,8 +426,10 @@ static void test_mistakes_of_a_worker(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"pairs that cannot be trusted", test_hostile_rows},
+      {"rows of another shape", test_rows_of_another_shape},
       {"contradicting sizes", test_contradicting_sizes},
-      {"random damage", test_random_damage},
+      {"random pairs", test_random_damage},
+      {"damaged rows", test_damaged_rows},
       {"what does not belong to a worker", test_what_does_not_belong_to_a_worker},
       {"rows of another place, or for another's experts", test_rows_of_another_place},
       {"a worker asks for lost rows", test_a_worker_asks_for_lost_rows},

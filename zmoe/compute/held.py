@@ -23,13 +23,15 @@ _MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
 class HeldExperts:
     """One layer's own experts: from received rows and pairs to partial sums.
 
-    `local` maps expert ids to this node's numbering; `dtype` is that of the sums.
+    `local` maps expert ids to this node's numbering; `width` is that of the rows, `dtype`
+    that of the sums.
     """
 
     def __init__(
         self,
         experts: int,
         owned: Sequence[int],
+        width: int,
         switch: Any,
         native: NativeExperts | None,
         hook: Callable[[mx.array], mx.array] | None,
@@ -39,7 +41,7 @@ class HeldExperts:
         """`native` are those of `switch` on the kernels; None: MLX computes."""
         self.local: Ints = np.full(experts, -1, np.int32)
         self.local[list(owned)] = np.arange(len(owned))
-        self.dtype = dtype
+        self.width, self.dtype = width, dtype
         self._native = native if native is not None and native.is_fused and hook is None else None
         self._experts: Experts = native or MlxExperts(switch)
         self._hook = hook

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from zmoe.compute.held import HeldExperts
 from zmoe.compute.team import Team
+from zmoe.models.discover import projections
 from zmoe.models.loading import (
     DTYPES,
     native_experts,
@@ -47,18 +48,20 @@ def load_experts(
     share = take_share(
         info, owned, team, progress, dense=False, kept_slice=slice_of(placement, reducer.rank)
     )
+    widths = [int(projections(site.switch)[0].input_dims) for site in share.sites]
     experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(
         HeldExperts(
             info.experts,
             ids,
+            width,
             site.switch,
             experts.get(site.path),
             bound_hook(site.adapter, site.switch),
             reducer.sum_dtype(DTYPES[info.dtype]),
             policy,
         )
-        for site, ids in zip(share.sites, owned, strict=True)
+        for site, ids, width in zip(share.sites, owned, widths, strict=True)
     )
     return LoadedExperts(layers, share.bytes_read, sum(sizes), max(sizes, default=0), share.notices)

@@ -40,7 +40,8 @@ class Exchange(Rounds):
     link may take to come back. `wire_dtype` is how partials travel ("f32",
     "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
     `algorithm` "direct" or "scatter", `parts` other than 0 fix what `calibrate`
-    otherwise finds out. `max_rows` are CentralExchange's. All ranks give the same.
+    otherwise finds out. `max_rows` are CentralExchange's. Without `payload_checksum` a
+    payload that was damaged on its way is not noticed. All ranks give the same.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Exchange(Rounds):
         wire_dtype: str = "auto",
         algorithm: str = "auto",
         parts: int = 0,
+        payload_checksum: bool = True,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
@@ -70,7 +72,7 @@ class Exchange(Rounds):
         super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
         self.nodes, self.wire = nodes, wire_of(wire_dtype)
         self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
-        self._max_rows = max_rows
+        self._max_rows, self._payload_checksum = max_rows, payload_checksum
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._received = ReceiveBuffers(max_payload_bytes, self.wire)
@@ -120,6 +122,7 @@ class Exchange(Rounds):
             dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
             monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
             max_rows=self._max_rows,
+            payload_checksum=self._payload_checksum,
             spin_us=self._spin_us,
             resend_ms=RESEND_MS,
             grace_ms=int(self._grace_s * 1000),

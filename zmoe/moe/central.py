@@ -60,6 +60,7 @@ class Held(Protocol):
     """One layer's experts on a worker; `dtype` is that of the sums on the wire."""
 
     local: Ints  # by expert id: its number on this node, or -1
+    width: int  # of the rows that the experts see
     dtype: mx.Dtype
 
     def partial(self, received: Received) -> Any:
@@ -129,15 +130,16 @@ class CentralExchange(Exchange):
 
     # ---- workers -----------------------------------------------------------------
 
-    def receive(self, layer: int, local: Ints) -> Received:
+    def receive(self, layer: int, width: int, local: Ints) -> Received:
         """The leader's rows for this rank in `layer`, valid until the next call.
 
-        Their experts are numbered by `local`; one that has none there is a
-        DivergenceError, as a step or layer that is not ours.
+        Their experts are numbered by `local`. An expert that has no number there is a
+        DivergenceError, and so are rows of another width, step or layer than ours.
         """
         assert self._rows is not None
         received = self._rows
-        self._wait(lambda s: self.native.receive(received, self.step, layer, local, s), layer)
+        due = (self.step, layer, width, local)
+        self._wait(lambda s: self.native.receive(received, *due, s), layer)
         return received
 
     def reply(self, layer: int, received: Received, partial: Any, dtype: mx.Dtype) -> None:
@@ -154,7 +156,7 @@ def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) 
     """A worker's part of one step: the rows of each layer in turn."""
     for layer, held in enumerate(layers):
         with spans.span("exchange"):
-            received = exchange.receive(layer, held.local)
+            received = exchange.receive(layer, held.width, held.local)
         partial = None
         with spans.span("experts"):
             if received.rows:

@@ -22,6 +22,10 @@ def error_of(
         return PeerError(fault.missing[0], layer, step, reason)
     if status == Status.DIVERGED:
         return _divergence(fault, rank)
+    if status == Status.FORK:
+        return ZmoeError(
+            "this process was forked from the one that opened the exchange, and cannot use it"
+        )
     where = "between layers" if layer is None else f"at layer {layer}, step {step}"
     if status == Status.POOL and fault.missing:
         reason = f"has not taken our frames for {deadline_s:g} s"

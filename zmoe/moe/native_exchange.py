@@ -79,6 +79,7 @@ class NativeExchange:
         resend_ms: int,
         grace_ms: int,
         max_rows: int = 0,
+        payload_checksum: bool = True,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
         monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
@@ -91,7 +92,7 @@ class NativeExchange:
         config.router = ffi.cast("void *", router)
         config.dealers, config.monitors = dealer_array, monitor_array
         config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
-        config.dispatch_rows = max_rows
+        config.dispatch_rows, config.no_payload_checksum = max_rows, not payload_checksum
         out = ffi.new("zmoe_exchange **")
         status = Status(lib.zmoe_exchange_create(config, out))
         if status is not Status.OK:
@@ -190,10 +191,13 @@ class NativeExchange:
             self._exchange, call, routed, _microseconds(deadline_s), self._fault
         )
 
-    def receive(self, out: Received, step: int, layer: int, local: Ints, deadline_s: float) -> int:
-        """Wait for the leader's rows; `local` numbers the experts of this rank, else -1."""
+    def receive(
+        self, out: Received, step: int, layer: int, width: int, local: Ints, deadline_s: float
+    ) -> int:
+        """Wait for the leader's rows of `width`; `local` numbers this rank's experts, else -1."""
         numbers = ffi.from_buffer("int32_t[]", local)
         out.raw.local, out.raw.experts = numbers, len(numbers)
+        out.raw.width = width
         return lib.zmoe_exchange_receive(
             self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
         )

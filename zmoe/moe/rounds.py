@@ -43,8 +43,11 @@ class Rounds:
 
     def begin_epoch(self, epoch: int) -> None:
         """Start afresh: frames of earlier epochs are stale from now on."""
-        if self.native.begin_epoch(epoch) is not Status.OK:
+        status = self.native.begin_epoch(epoch)
+        if status is Status.INVALID:
             raise ZmoeError(f"epoch {epoch} is not later than the one before")
+        if status is not Status.OK:
+            self._fail(status, None)
 
     def service(self) -> None:
         """Answer peers and look at the links, without waiting. Raises PeerError."""

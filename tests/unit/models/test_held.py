@@ -159,7 +159,7 @@ def test_what_each_output_goes_through_is_applied(tmp_path: Path) -> None:
     switch = load_experts(info, placement, rank_1()).layers[0]._experts._switch
     x = np.random.default_rng(3).standard_normal((4, WIDTH)).astype(np.float32)
     owned = placement.owned[0][1]
-    make = lambda hook: HeldExperts(EXPERTS, owned, switch, None, hook, mx.float32)  # noqa: E731
+    make = lambda hook: HeldExperts(EXPERTS, owned, WIDTH, switch, None, hook, mx.float32)  # noqa: E731
     squared = np.array(make(mx.square).partial(received(x, PAIRS)))
     want = np.zeros_like(x)
     for row, e, weight in PAIRS:

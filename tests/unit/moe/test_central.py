@@ -59,7 +59,7 @@ class NumpyExperts:
     def __init__(self, layer: int, rank: int, owned: Sequence[int]) -> None:
         self.local = np.full(EXPERTS, -1, np.int32)
         self.local[list(owned)] = np.arange(len(owned))
-        self.dtype = mx.float32
+        self.width, self.dtype = WIDTH, mx.float32
         self._layer, self._rank, self._owned = layer, rank, owned
 
     def run_idle(self, received: Received) -> None:
@@ -214,7 +214,7 @@ def test_mlx_arrays_go_out_as_they_are(groups: Callable[..., list[CentralExchang
         return one.all_reduce(0, mx.ones((2, 3)), (2, 3), mx.bfloat16, 7)
 
     def follow() -> None:
-        received = two.receive(0, numbers)
+        received = two.receive(0, 3, numbers)
         assert received.dtype is Dtype.BF16
         rows = mx.array(received.x.reshape(2, 3)).view(mx.bfloat16)
         pairs, scale = received.pairs()
@@ -325,14 +325,14 @@ def test_a_lost_or_silent_leader(groups: Callable[..., list[CentralExchange]]) -
     local = np.zeros(EXPERTS, np.int32)
     group[1].step = 5
     with pytest.raises(PeerError, match="rank 0 sent nothing within 0.2 s") as silent:
-        group[1].receive(2, local)
+        group[1].receive(2, WIDTH, local)
     assert (silent.value.layer, silent.value.step) == (2, 5)
     group[0].close()
     time.sleep(0.3)
     with pytest.raises(PeerError, match="rank 0 was lost at layer 2, step 5"):
         for _ in range(1000):
             try:
-                group[1].receive(2, local)
+                group[1].receive(2, WIDTH, local)
             except PeerError as problem:
                 if "was lost" in str(problem):
                     raise
@@ -343,7 +343,14 @@ def test_an_expert_of_another_rank(groups: Callable[..., list[CentralExchange]])
     dispatch(group[0])
     nothing = np.full(EXPERTS, -1, np.int32)
     with pytest.raises(DivergenceError, match="rank 0 has another routing"):
-        group[1].receive(0, nothing)
+        group[1].receive(0, WIDTH, nothing)
+
+
+def test_rows_of_another_width(groups: Callable[..., list[CentralExchange]]) -> None:
+    group = groups(2, ALL_ON_1)
+    dispatch(group[0])
+    with pytest.raises(DivergenceError, match="rank 0 has another routing, shape"):
+        group[1].receive(0, WIDTH + 1, np.zeros(EXPERTS, np.int32))
 
 
 def test_a_caller_out_of_turn(groups: Callable[..., list[CentralExchange]]) -> None:

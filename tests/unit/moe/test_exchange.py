@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -304,6 +305,20 @@ def test_a_single_node_needs_nobody() -> None:
     out = alone.all_reduce(0, mx.ones((2, 3)), (2, 3), mx.bfloat16, 0)
     assert out.dtype == mx.bfloat16 and out.shape == (2, 3)
     assert mx.array_equal(alone.all_reduce(0, None, (2, 3), mx.float16, 0), mx.zeros((2, 3)))
+
+
+def test_a_forked_child_is_refused(group: list[Exchange]) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            group[0].all_reduce_numpy(np.ones(4, np.float32))
+        except ZmoeError as problem:
+            code = 0 if "this process was forked" in str(problem) else 2
+        group[0].close()
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    group[0].service()  # the parent's goes on
 
 
 # ---- no buffer is free ----------------------------------------------------------------

@@ -1,0 +1,69 @@
+/* CRC-32C: against published values, and against its definition bit by bit. */
+#include "check.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#include "zmoe.h"
+
+static const zmoe_isa ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
+                                ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON, ZMOE_ISA_NEON_DOT,
+                                ZMOE_ISA_NEON_BF16};
+
+static void expect(const void *data, size_t bytes, uint32_t crc) {
+  for (size_t i = 0; i < sizeof ISAS / sizeof *ISAS; i++)
+    if (zmoe_isa_supported(ISAS[i]))
+      CHECK_EQUAL(zmoe_crc32c(data, bytes, ISAS[i]), crc);
+}
+
+/* RFC 3720, appendix B.4, and the check value of the CRC catalogues. */
+static void test_published(void) {
+  uint8_t data[32];
+  expect("", 0, 0);
+  expect("123456789", 9, 0xe3069283);
+  memset(data, 0, sizeof data);
+  expect(data, sizeof data, 0x8a9136aa);
+  memset(data, 0xff, sizeof data);
+  expect(data, sizeof data, 0x62a8ab43);
+  for (uint8_t i = 0; i < sizeof data; i++)
+    data[i] = i;
+  expect(data, sizeof data, 0x46dd794e);
+  for (uint8_t i = 0; i < sizeof data; i++)
+    data[i] = (uint8_t)(31 - i);
+  expect(data, sizeof data, 0x113fdb5c);
+}
+
+static uint32_t by_definition(const uint8_t *data, size_t bytes) {
+  uint32_t crc = UINT32_MAX;
+  for (size_t bit = 0; bit < 8 * bytes; bit++) {
+    uint32_t odd = (crc ^ data[bit / 8] >> bit % 8) & 1;
+    crc = crc >> 1 ^ (odd ? 0x82f63b78 : 0);
+  }
+  return ~crc;
+}
+
+/* Lengths about those of the streams, from every offset. */
+static void test_lengths(void) {
+  static uint8_t data[8192 + 8];
+  uint32_t state = 2463534242u;
+  for (size_t i = 0; i < sizeof data; i++) {
+    state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+    data[i] = (uint8_t)state;
+  }
+  for (size_t bytes = 0; bytes < 64; bytes++)
+    for (size_t offset = 0; offset < 8; offset++)
+      expect(data + offset, bytes, by_definition(data + offset, bytes));
+  for (size_t whole = 1536; whole <= 4608; whole += 1536)
+    for (size_t bytes = whole - 9; bytes <= whole + 9; bytes++)
+      expect(data + bytes % 8, bytes, by_definition(data + bytes % 8, bytes));
+  expect(data, 8192, by_definition(data, 8192));
+}
+
+int main(void) {
+  static const test_case tests[] = {
+      {"published values", test_published},
+      {"every length and offset", test_lengths},
+  };
+  RUN(tests);
+  return 0;
+}
