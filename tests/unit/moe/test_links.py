@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import subprocess
 import sys
 import threading
@@ -38,7 +39,12 @@ class Pair:
     """Two ranks with a relay in each of their four links."""
 
     def __init__(self, make: Callable[..., Any], grace_s: float, **options: Any) -> None:
-        common = {"session": 5, "small_payload_bytes": 256, "grace_s": grace_s, **options}
+        common = {
+            "session": random.getrandbits(64),
+            "small_payload_bytes": 256,
+            "grace_s": grace_s,
+            **options,
+        }
         self.ranks = [make(rank, 2, **common) for rank in (0, 1)]
         self.relays: list[Relay] = []
         self.control: list[Relay] = []  # of the DEALER of each rank
