@@ -260,6 +260,8 @@ int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *
 
 /* Sets when to ask for what is missing of a round that begins. */
 void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_round *round);
+/* The link to a rank has come back, and may have lost what is missing: asks at once. */
+void zmoe_resend_renew(zmoe_exchange *ex, uint32_t rank);
 /* Asks the ranks of whom something is missing, and whose time has come, for it. */
 void zmoe_resend_ask(zmoe_exchange *ex, uint64_t now_us);
 void zmoe_resend_answer(zmoe_exchange *ex, const zmoe_header *request);

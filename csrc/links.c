@@ -214,7 +214,10 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
       memcpy(&event, zmoe_zmq.msg_data(&part), sizeof event);
     zmoe_intake_skip(peer->monitor, &part); /* the address */
     if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) {
-      ex->stats.link_returns += peer->down_since_us != 0;
+      if (peer->down_since_us != 0) {
+        ex->stats.link_returns++;
+        zmoe_resend_renew(ex, rank);
+      }
       ex->linked |= zmoe_bit(rank);
       peer->down_since_us = 0;
     } else if (event == ZMQ_EVENT_DISCONNECTED && (ex->linked & zmoe_bit(rank))) {

@@ -4,7 +4,9 @@
 #include "exchange_internal.h"
 
 enum {
-  ASK_EVERY_MAX_US = 500000, /* upper end of the back-off, for what is small */
+  /* Upper end of the back-off, for what is small.  A peer that computes for a minute
+   * must not find so many requests that they stop its ROUTER, and heartbeats with it. */
+  ASK_EVERY_MAX_US = 8000000,
   SLOWEST_BYTES_PER_US = 10, /* of a link: what takes longer is asked for in vain */
 };
 
@@ -117,6 +119,11 @@ void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_round *round) {
     ex->peers[r].ask_at_us = round->sent_at_us + span_us;
     ex->peers[r].ask_every_us = 2 * span_us;
   }
+}
+
+void zmoe_resend_renew(zmoe_exchange *ex, uint32_t rank) {
+  ex->peers[rank].ask_at_us = 0;
+  ex->peers[rank].ask_every_us = 2 * patience_us(ex, zmoe_round_at(ex, ex->collected));
 }
 
 void zmoe_resend_ask(zmoe_exchange *ex, uint64_t now_us) {

@@ -367,6 +367,28 @@ static void test_a_link_returns(void) {
   rig_close(nodes, 2);
 }
 
+/* What it lost is asked for at once, however long the patience is. */
+static void test_a_link_that_returned_is_asked(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 60000, .grace_ms = 60000});
+  zmoe_fault fault;
+  zmoe_exchange_stats stats;
+  zmoe_header request;
+  float sum;
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US / 2;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_kill(&nodes[1]);
+  while (zmoe_exchange_links(nodes[0].ex) != 0)
+    CHECK(rig_now_us() < until_us);
+  rig_revive(&nodes[1], nodes);
+  do {
+    CHECK_EQUAL(collect_for(&nodes[0], &sum, 5000, &fault), ZMOE_ETIMEOUT);
+    zmoe_exchange_stats_get(nodes[0].ex, &stats);
+    CHECK(rig_now_us() < until_us);
+  } while (stats.resend_asked == 0);
+  take_request(&nodes[1], &request);
+  rig_close(nodes, 2);
+}
+
 /* A link that was down once is not held against it when another one breaks. */
 static void test_only_the_lost_are_named(void) {
   rig_open(nodes, (rig_options){.nodes = 3, .puppets = 6, .resend_ms = 1000, .grace_ms = 20});
@@ -471,6 +493,7 @@ int main(int argc, char **argv) {
       {"a dead peer is named after the grace", test_a_dead_peer},
       {"also between exchanges", test_a_dead_peer_between_exchanges},
       {"a link that returns in time", test_a_link_returns},
+      {"which is asked at once", test_a_link_that_returned_is_asked},
       {"only the lost are named", test_only_the_lost_are_named},
       {"another routing, dtype, shape or layer", test_disagreement},
       {"two nodes at different exchanges", test_elsewhere},

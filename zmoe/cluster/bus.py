@@ -16,9 +16,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zmoe.cluster.messages import MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.moe.sockets import heartbeat
 
-HEARTBEAT_MS = 500
-HEARTBEAT_TIMEOUT_MS = 5000
 _MOST_BAD = 1000  # messages dropped in a row: a flood of them must not hold us up
 _IDENTITY = re.compile(rb"zmoe-([0-9]{1,3})")
 
@@ -28,9 +27,6 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.SNDHWM, 1000)
     socket.setsockopt(zmq.RCVHWM, 1000)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
 
 
 class LeaderBus:
@@ -90,6 +86,7 @@ class WorkerBus:
         self.step = 0  # the last one begun, for error messages
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         _configure(self.socket)
+        heartbeat(self.socket, MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.ROUTING_ID, b"zmoe-%d" % rank)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED

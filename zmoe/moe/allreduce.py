@@ -79,7 +79,7 @@ class Exchange(Rounds):
         self._own_context = context is None
         self._context = Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
-        self._sockets = Sockets(self._context, rank, session, frame_bytes)
+        self._sockets = Sockets(self._context, rank, nodes, session, frame_bytes)
         try:
             self.endpoint = self._sockets.bind(bind_host, data_port, control_port)
         except InputError:

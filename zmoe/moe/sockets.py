@@ -17,6 +17,10 @@ from zmoe import native
 from zmoe.errors import InputError
 
 _SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
+HEARTBEAT_MS = 500
+HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
+SLOWEST_BYTES_PER_MS = 10_000  # of a link, as for the patience with late frames (csrc/resend.c)
+_LONGEST_TTL_MS = 65_000  # libzmq has 16 bits for it
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -30,18 +34,32 @@ class Endpoint:
 
 
 def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: int) -> None:
-    """Options common to all: bounds, no linger, heartbeats answered by I/O threads."""
+    """Options common to all: bounds, no linger, quick reconnection."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, send)
     socket.setsockopt(zmq.RCVHWM, receive)
     socket.setsockopt(zmq.MAXMSGSIZE, message_bytes)
     socket.setsockopt(zmq.IPV6, 0)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 500)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 5000)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+
+
+def heartbeat(socket: zmq.Socket[bytes], queued_bytes: int) -> None:
+    """Let a socket that connects, and its peer, notice each other's death.
+
+    I/O threads send and answer the heartbeats, also while Python computes. An answer
+    waits behind the frames that are under way, `queued_bytes` at most, and only
+    whole messages count as signs of life: so the link may be silent for
+    HEARTBEAT_TIMEOUT_MS and for as long as these bytes take. The peer learns the
+    limit from each heartbeat. It must send none itself: when its high-water mark
+    has stopped a connection that then breaks, the next heartbeat on it would abort
+    the process (libzmq's assertion "!_io_error"), and strangers could bring that about.
+    """
+    limit_ms = HEARTBEAT_TIMEOUT_MS + queued_bytes // SLOWEST_BYTES_PER_MS
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, limit_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, limit_ms if limit_ms <= _LONGEST_TTL_MS else 0)
 
 
 class Context(zmq.Context["zmq.Socket[bytes]"]):
@@ -59,7 +77,12 @@ class Sockets:
     """All sockets of one rank; `connect` adds those that lead to the peers."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], rank: int, session: int, frame_bytes: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        rank: int,
+        nodes: int,
+        session: int,
+        frame_bytes: int,
     ) -> None:
         self._context, self._rank, self._session = context, rank, session
         self._frame_bytes = frame_bytes
@@ -74,6 +97,7 @@ class Sockets:
         self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
         self.sub = context.socket(zmq.SUB)
         _limit(self.sub, 64, 64, frame_bytes)
+        heartbeat(self.sub, nodes * frame_bytes)
         self.router = context.socket(zmq.ROUTER)
         _limit(self.router, 8, 16, frame_bytes)
         # A peer that reconnects takes over from its own dead connection.
@@ -95,6 +119,7 @@ class Sockets:
             dealer = self._context.socket(zmq.DEALER)
             self.dealers.append(dealer)
             _limit(dealer, 1024, 8, self._frame_bytes)
+            heartbeat(dealer, len(endpoints) * self._frame_bytes)
             dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
             dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))

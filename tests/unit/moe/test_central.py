@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -77,9 +78,14 @@ class NumpyExperts:
 
 
 def central_group(
-    nodes: int, placed: Placement | None = None, deadline_s: float = 30.0, **options: Any
+    nodes: int,
+    placed: Placement | None = None,
+    deadline_s: float = 30.0,
+    grace_s: float = 60.0,
+    **options: Any,
 ) -> list[CentralExchange]:
     made: list[CentralExchange] = []
+    session = random.getrandbits(64)  # other test processes use the same ports, one after the other
     for rank in range(nodes):
         made.append(
             CentralExchange(
@@ -87,11 +93,11 @@ def central_group(
                 nodes,
                 max_rows=64,
                 max_pairs=64 * TOP_K,
-                session=99,
+                session=session,
                 max_payload_bytes=1 << 15,
                 small_payload_bytes=256,
                 deadline_s=deadline_s,
-                grace_s=0.2,
+                grace_s=grace_s,
                 **options,
             )
         )
@@ -123,10 +129,10 @@ Routed = tuple[Array, npt.NDArray[np.int32], Array]
 
 def routed(rows: int, seed: int) -> Routed:
     """x, ids, weights; some ids are no experts."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((rows, WIDTH)).astype(np.float32)
-    ids = np.array([random.permutation(EXPERTS + 2)[:TOP_K] - 1 for _ in range(rows)], np.int32)
-    return x, ids.reshape(rows, TOP_K), random.random((rows, TOP_K)).astype(np.float32)
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((rows, WIDTH)).astype(np.float32)
+    ids = np.array([draw.permutation(EXPERTS + 2)[:TOP_K] - 1 for _ in range(rows)], np.int32)
+    return x, ids.reshape(rows, TOP_K), draw.random((rows, TOP_K)).astype(np.float32)
 
 
 def partial_of(nodes: int, layer: int, rank: int, given: Routed) -> Array | None:
@@ -306,7 +312,7 @@ def dispatch(exchange: CentralExchange, layer: int = 0, rows: int = 1) -> None:
 
 
 def test_a_lost_or_silent_worker(groups: Callable[..., list[CentralExchange]]) -> None:
-    group = groups(3, deadline_s=0.1)
+    group = groups(3, deadline_s=0.1, grace_s=0.2)
     group[0].step = 12
     dispatch(group[0], 4 % LAYERS)
     with pytest.raises(PeerError, match="rank 1 sent nothing within 0.1 s .nor did 2."):
@@ -321,7 +327,7 @@ def test_a_lost_or_silent_worker(groups: Callable[..., list[CentralExchange]]) -
 
 
 def test_a_lost_or_silent_leader(groups: Callable[..., list[CentralExchange]]) -> None:
-    group = groups(3, deadline_s=0.1)
+    group = groups(3, deadline_s=0.1, grace_s=0.2)
     local = np.zeros(EXPERTS, np.int32)
     group[1].step = 5
     with pytest.raises(PeerError, match="rank 0 sent nothing within 0.2 s") as silent:

@@ -42,6 +42,7 @@ def together(jobs: Sequence[Callable[[], object]]) -> list[object]:
             results[i] = jobs[i]()
         except ZmoeError as problem:
             results[i] = problem
+            print(f"rank {i} ended:", problem)  # in order: the first one is the cause
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(1, len(jobs))]
     for thread in threads:
