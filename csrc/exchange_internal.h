@@ -94,7 +94,8 @@ struct zmoe_exchange {
   uint64_t diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
 
-  uint64_t linked;
+  uint64_t linked;   /* our DEALER to that rank stands */
+  uint64_t routable; /* our ROUTER has heard that rank, and can send to it */
   int32_t zmq_errno; /* of the first failure that waiting cannot mend */
   int unread;        /* a socket holds messages that its descriptor won't tell of */
   int drained;       /* in this collect, all of them were found empty */

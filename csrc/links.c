@@ -159,7 +159,9 @@ int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *
   return send_to_address(ex, rank, &message) == 0;
 }
 
-/* One message on the ROUTER: the routing id of the sender, then its frame. */
+/* One message on the ROUTER: the routing id of the sender, then its frame.  An empty
+ * one is what libzmq sends for a peer when it connects (ZMQ_PROBE_ROUTER): from then
+ * on the ROUTER knows the peer's address, without which it drops what is for it. */
 static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
   zmoe_header header;
   int rank = rank_of_presence(ex, zmoe_zmq.msg_data(part), zmoe_zmq.msg_size(part));
@@ -168,6 +170,8 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
   if (zmoe_zmq.msg_more(part)) {
     ex->stats.bad_field++;
     zmoe_intake_skip(ex->router, part);
+  } else if (rank >= 0 && zmoe_zmq.msg_size(part) == 0) {
+    ex->routable |= zmoe_bit((uint32_t)rank);
   } else if (zmoe_intake_header(ex, part, &header)) {
     if (rank != header.source)
       ex->stats.bad_stranger++;
@@ -233,10 +237,8 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
 uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
   if (zmoe_is_forked(ex))
     return 0;
-  for (uint32_t r = 0; r < ex->nodes; r++)
-    if (r != ex->rank)
-      zmoe_links_events(ex, r);
-  return ex->linked;
+  zmoe_wait_drain(ex); /* also the DEALERs: a new connection takes effect, and probes, only then */
+  return ex->linked & ex->routable;
 }
 
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us) {

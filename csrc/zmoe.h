@@ -191,7 +191,7 @@ typedef struct zmoe_exchange_config {
   int scatter;                /* 1 when ZMOE_SCATTER may be asked for, which takes more slots */
   /* Sockets, created, bound and connected by the caller, used from here on by
    * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this
-   * session is sent anything.  dealers[r] (routing id: our presence) and
+   * session is sent anything.  dealers[r] (routing id: our presence; ZMQ_PROBE_ROUTER set) and
    * monitors[r] (PAIR, the events HANDSHAKE_SUCCEEDED and DISCONNECTED of
    * dealers[r]) are NULL at r == rank. */
   void *xpub, *sub, *router;
@@ -236,7 +236,8 @@ void zmoe_exchange_destroy(zmoe_exchange *ex);
 
 /* Bit r: rank r has subscribed to our frames.  Reads pending subscriptions. */
 uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex);
-/* Bit r: our control link to rank r stands.  Reads pending monitor events. */
+/* Bit r: our control link to rank r stands, and theirs has reached our ROUTER, which
+ * can answer it.  Reads pending events and messages. */
 uint64_t zmoe_exchange_links(zmoe_exchange *ex);
 
 /* Forget every frame held; what comes from older epochs is stale from now on. */

@@ -12,6 +12,8 @@ enum {
   ZMQ_LINGER = 17,
   ZMQ_LAST_ENDPOINT = 32,
   ZMQ_RECONNECT_IVL = 18,
+  ZMQ_EVENTS = 15,
+  ZMQ_PROBE_ROUTER = 51,
   ZMQ_IMMEDIATE = 39,
   ZMQ_XPUB_MANUAL = 71,
   ZMQ_ROUTER_HANDOVER = 56,
@@ -130,6 +132,7 @@ static void connect_to(rig_node *node, const rig_node *nodes) {
     char monitor[64];
     zmoe_wire_presence(RIG_SESSION, node->rank, presence);
     node->dealers[r] = open_socket(ZMQ_DEALER);
+    set(node->dealers[r], ZMQ_PROBE_ROUTER, 1);
     CHECK_EQUAL(zmoe_zmq.setsockopt(node->dealers[r], ZMQ_ROUTING_ID, presence, sizeof presence),
                 0);
     set(node->dealers[r], ZMQ_IMMEDIATE, 1);
@@ -195,6 +198,47 @@ static void wait_subscribed(rig_node *puppet, const rig_node *nodes) {
   }
 }
 
+static int is_ready(rig_node *node) {
+  uint64_t everyone = (node->nodes == 64 ? 0 : UINT64_C(1) << node->nodes) - 1;
+  everyone &= ~(UINT64_C(1) << node->rank);
+  return zmoe_exchange_subscribers(node->ex) == everyone &&
+         zmoe_exchange_links(node->ex) == everyone;
+}
+
+/* Lets a puppet's DEALERs take up their connections, which needs a call on each. */
+static void take_up_connections(const rig_node *puppet) {
+  for (uint32_t r = 0; r < puppet->nodes; r++) {
+    int events;
+    size_t bytes = sizeof events;
+    if (puppet->dealers[r] != NULL)
+      zmoe_zmq.getsockopt(puppet->dealers[r], ZMQ_EVENTS, &events, &bytes);
+  }
+}
+
+/* All of them in turns: a node becomes ready only while its peers act, too. */
+static void wait_all_ready(rig_node *nodes, uint32_t count) {
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  for (int ready = 0; !ready;) {
+    ready = 1;
+    for (uint32_t r = 0; r < count; r++)
+      if (nodes[r].ex == NULL)
+        take_up_connections(&nodes[r]);
+      else
+        ready &= is_ready(&nodes[r]);
+    CHECK(rig_now_us() < until_us);
+  }
+}
+
+/* Each peer's address and an empty message: see ZMQ_PROBE_ROUTER. */
+static void take_probes(const rig_node *puppet) {
+  uint8_t message[ZMOE_PRESENCE_BYTES];
+  for (uint32_t r = 1; r < puppet->nodes; r++) {
+    CHECK_EQUAL(rig_receive(puppet->router, message, sizeof message, RIG_PATIENCE_MS),
+                ZMOE_PRESENCE_BYTES);
+    CHECK_EQUAL(rig_receive(puppet->router, message, sizeof message, RIG_PATIENCE_MS), 0);
+  }
+}
+
 void rig_open(rig_node *nodes, rig_options options) {
   for (uint32_t r = 0; r < options.nodes; r++) {
     nodes[r] = (rig_node){.rank = r, .nodes = options.nodes};
@@ -207,19 +251,17 @@ void rig_open(rig_node *nodes, rig_options options) {
     else
       create(&nodes[r], &options);
   }
+  wait_all_ready(nodes, options.nodes);
   for (uint32_t r = 0; r < options.nodes; r++)
-    if (nodes[r].ex != NULL)
-      rig_wait_ready(&nodes[r]);
-    else
+    if (nodes[r].ex == NULL) {
       wait_subscribed(&nodes[r], nodes);
+      take_probes(&nodes[r]);
+    }
 }
 
 void rig_wait_ready(rig_node *node) {
-  uint64_t everyone = (node->nodes == 64 ? 0 : UINT64_C(1) << node->nodes) - 1;
   uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
-  everyone &= ~(UINT64_C(1) << node->rank);
-  while (zmoe_exchange_subscribers(node->ex) != everyone ||
-         zmoe_exchange_links(node->ex) != everyone)
+  while (!is_ready(node))
     CHECK(rig_now_us() < until_us);
 }
 

@@ -160,13 +160,27 @@ def local_group(
                     parts=parts,
                 )
             )
-        endpoints = [exchange.endpoint for exchange in group]
-        for exchange in group:
-            exchange.start_connect(endpoints)
-        for exchange in group:
-            exchange.finish_connect(endpoints, deadline_s)
+        connect_group(group, [[exchange.endpoint for exchange in group]] * nodes, deadline_s)
     except ZmoeError:
         for exchange in group:
             exchange.close()
         raise
     return group
+
+
+def connect_group(
+    group: Sequence[Exchange], endpoints: Sequence[Sequence[Endpoint]], deadline_s: float
+) -> None:
+    """Connect exchanges that one thread has made: `endpoints[rank]` is how `rank` sees all ranks.
+
+    Raises LaunchError, as Exchange.connect does.
+    """
+    for exchange, seen in zip(group, endpoints):
+        exchange.start_connect(seen)
+
+    def let_all_proceed() -> None:
+        for exchange in group:
+            exchange.native.links()
+
+    for exchange, seen in zip(group, endpoints):
+        exchange.finish_connect(seen, deadline_s, let_all_proceed)

@@ -121,6 +121,8 @@ class Sockets:
             _limit(dealer, 1024, 8, self._frame_bytes)
             heartbeat(dealer, len(endpoints) * self._frame_bytes)
             dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
+            # Tells the peer's ROUTER of us: until then it drops what it has for us.
+            dealer.setsockopt(zmq.PROBE_ROUTER, 1)
             dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
             for socket, port in ((self.sub, peer.data_port), (dealer, peer.control_port)):

@@ -23,7 +23,7 @@ from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.models import inspect_model, load_experts, load_shard
 from zmoe.models.discover import ADAPTERS
 from zmoe.moe.central import CentralExchange, Held, Sharing, serve_step
-from zmoe.moe.exchange import Exchange, local_group
+from zmoe.moe.exchange import Exchange, connect_group, local_group
 from zmoe.moe.received import Received
 from zmoe.native import Dtype
 from zmoe.obs import Spans
@@ -104,9 +104,7 @@ def central_group(
     endpoints = [exchange.endpoint for exchange in made]
     for exchange in made:
         exchange.place(placed or placement(nodes))
-        exchange.start_connect(endpoints)
-    for exchange in made:
-        exchange.finish_connect(endpoints, 20)
+    connect_group(made, [endpoints] * nodes, 20)
     return made
 
 

@@ -266,6 +266,13 @@ def test_another_session_is_not_joined() -> None:
         assert one.stats["bad_stranger"] > 0
 
 
+def test_a_rank_has_joined_once_it_can_be_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a ROUTER has heard a peer, it drops what it has for it."""
+    monkeypatch.setattr(zmq, "PROBE_ROUTER", zmq.IMMEDIATE)  # it says nothing
+    with pytest.raises(LaunchError, match="rank 1"):
+        local_group(2, deadline_s=1.0)
+
+
 def test_close_is_final_and_idempotent(group: list[Exchange]) -> None:
     together([lambda r=r: group[r].all_reduce_numpy(np.ones(2, np.float32)) for r in range(2)])
     group[0].close()

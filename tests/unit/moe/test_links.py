@@ -22,7 +22,7 @@ from tests.unit.moe.test_exchange import together
 from zmoe.errors import PeerError
 from zmoe.moe import sockets
 from zmoe.moe.central import CentralExchange
-from zmoe.moe.exchange import Endpoint, Exchange
+from zmoe.moe.exchange import Endpoint, Exchange, connect_group
 
 PATIENCE_S = 60.0
 FAULTS: dict[str, Callable[[Relay], None]] = {
@@ -57,10 +57,7 @@ class Pair:
             view = [self.ranks[rank].endpoint] * 2
             view[peer] = Endpoint("127.0.0.1", data.port, control.port)
             views.append(view)
-        for exchange, view in zip(self.ranks, views):
-            exchange.start_connect(view)
-        for exchange, view in zip(self.ranks, views):
-            exchange.finish_connect(view, PATIENCE_S)
+        connect_group(self.ranks, views, PATIENCE_S)
 
     def run(self, jobs: list[Callable[[], Any]]) -> list[Any]:
         """The jobs' results, by rank; who is done serves the other until it is done too."""
