@@ -224,7 +224,7 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
-    from zmoe.placement.usage import add_usage, check_usage_file
+    from zmoe.placement.usage import check_usage_file
 
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
@@ -245,8 +245,12 @@ def _generate(options: argparse.Namespace) -> None:
             chat_template_config=template,
         )
         _show(generation, quiet=options.json)
+        if generation.context_full:
+            how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
+            length = cluster.info.context_length
+            print(f"{PROG}: the model's context of {length} tokens is full{how}", file=sys.stderr)
         if options.record_usage is not None:
-            add_usage(options.record_usage, cluster.take_usage(), cluster.info)
+            cluster.save_usage(options.record_usage)
         if options.stats or options.json:
             summary = report.summarize(cluster, generation)
             if options.json:

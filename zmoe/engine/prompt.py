@@ -9,7 +9,8 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from zmoe.errors import InputError, ModelError
+from zmoe.config import is_int
+from zmoe.errors import InputError, ModelError, SettingError
 
 
 def open_tokenizer(folder: Path) -> TokenizerWrapper:
@@ -37,10 +38,12 @@ def encode_prompt(
     """
     if not prompt:
         raise InputError("the prompt is empty")
+    _check_text("the prompt", prompt)
+    _check_text("the system prompt", system_prompt or "")
     if ignore_chat_template or not tokenizer.has_chat_template:
         if system_prompt is not None or chat_template_config:
-            flag = "--system-prompt" if system_prompt is not None else "--chat-template-config"
-            raise InputError(f"{flag} needs a chat template, and none is in use")
+            setting = "system_prompt" if system_prompt is not None else "chat_template_config"
+            raise SettingError(setting, "needs a chat template, and none is in use")
         bos = tokenizer.bos_token
         ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     else:
@@ -55,15 +58,29 @@ def encode_prompt(
     return list(ids)
 
 
+def _check_text(what: str, text: str) -> None:
+    """Raise InputError for text that came from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not UTF-8 at character {error.start + 1}") from None
+
+
 def check_ids(ids: Iterable[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """`ids` as plain numbers; InputError for none, or for one that is no token."""
-    checked = [int(token) for token in ids]
+    """`ids` (a list, or an array of numpy or MLX) as plain numbers.
+
+    Raises InputError for what is no list of ids, for none, and for one that is no token.
+    """
+    found: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(found, (bytes, bytearray)) or not isinstance(found, Iterable):
+        raise InputError(f"the prompt is {type(ids).__name__}: expected text, or token ids")
+    checked = list(found)
     if not checked:
         raise InputError("the prompt is empty")
     highest = max(tokenizer.get_vocab().values())
     for token in checked:
-        if not 0 <= token <= highest:
-            raise InputError(f"the prompt holds {token}: expected token ids from 0 to {highest}")
+        if not is_int(token, 0, highest):
+            raise InputError(f"the prompt holds {token!r}: expected token ids from 0 to {highest}")
     return checked
 
 
