@@ -14,12 +14,15 @@ from zmoe.errors import InputError, ModelError, SettingError
 
 
 def open_tokenizer(folder: Path) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint; ModelError names the folder when there is none."""
+    """The tokenizer of a checkpoint; ModelError names the folder, and what it lacks."""
     try:
         tokenizer: TokenizerWrapper = load_tokenizer(folder)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error
+    # By the model's type alone transformers makes one that knows nothing else.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ModelError(f"{folder} holds no tokenizer: expected tokenizer.json in it")
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -203,4 +204,7 @@ def test_prefill_is_told_apart_from_sampling(
 def test_a_folder_without_tokenizer_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("bare")
     with pytest.raises(ModelError, match=str(folder)):
+        open_tokenizer(folder)
+    shutil.copy(resolve_model("zmoe-tiny") / "config.json", folder)
+    with pytest.raises(ModelError, match=f"{folder} holds no tokenizer: expected tokenizer.json"):
         open_tokenizer(folder)
