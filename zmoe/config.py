@@ -132,4 +132,4 @@ class EngineConfig:
             value = getattr(self, name)
             check(value in known, name, value, " or ".join(known))
         if self.compute == "mlx" and self.activations != "exact":
-            raise SettingError("activations", "is 'int8': expected exact where MLX computes")
+            raise SettingError("activations", "is int8: expected exact where MLX computes")

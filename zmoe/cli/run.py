@@ -63,7 +63,11 @@ def _add_generation(parser: Parser) -> None:
     add("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
     add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
     add("--prefill-step-size", type=int, default=512, help="prompt tokens per step")
-    add("--max-kv-size", type=int, help="keep the attention of that many tokens only")
+    add(
+        "--max-kv-size",
+        type=int,
+        help="attend to the first 4 and the latest tokens, that many in all, without end",
+    )
 
 
 def _add_compute(parser: Parser) -> None:

@@ -43,7 +43,7 @@ class Member:
         if config.wire_dtype == "f16" and info.dtype != "float16":
             raise SettingError(
                 "wire_dtype",
-                f"is 'f16': {info.path} computes in {info.dtype}, whose range f16 lacks "
+                f"is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
                 "(65504 is its largest): expected bf16, f32 or q8",
             )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
@@ -165,7 +165,7 @@ class Member:
             self._team = make_team(self._config, self._isa)
         elif self._config.activations != "exact":
             raise SettingError(
-                "activations", "is 'int8': expected exact, as MLX computes on this node"
+                "activations", "is int8: expected exact, as MLX computes on this node"
             )
 
     def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
