@@ -34,9 +34,8 @@ class Cluster:
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
-    before. Entering raises
-    InputError and its kin for what is wrong beforehand; afterwards a lost peer
-    raises PeerError, which ends the cluster.
+    before. Construction and entering raise InputError and its kin for what is wrong
+    beforehand; afterwards a lost peer raises PeerError, which ends the cluster.
 
     A cluster is entered once, and holds sockets, processes and weights only until it
     is closed. One generation runs at a time. Any thread may call any method: calls
@@ -82,7 +81,7 @@ class Cluster:
         self._holder: int | None = None  # the thread that has the lock
         self._process = os.getpid()
         self._failed = ""  # why no step can follow
-        self._closed = False
+        self._closing = self._closed = False
         self._step = 0
         self._generations = 0
         self._vocabulary = 0
@@ -93,8 +92,8 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         with self._alone():
-            if self._entered:
-                raise ZmoeError("this cluster was entered before: make another one")
+            if self._entered or self._closed:
+                raise ZmoeError("this cluster was entered or closed before: make another one")
             self._entered = True
             try:
                 self._start()
@@ -128,6 +127,8 @@ class Cluster:
         """
         if os.getpid() != self._process:
             return
+        self._check_caller()
+        self._closing = True  # no step begins from here on
         member = self._member
         if self._holder is not None and member is not None and member.exchange is not None:
             member.exchange.cancel()
@@ -143,9 +144,8 @@ class Cluster:
         elif self._member is not None:
             self._member.close()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other threads out; ZmoeError where nobody may come in at all."""
+    def _check_caller(self) -> None:
+        """Raise ZmoeError in a forked child, and within another call of the same thread."""
         if os.getpid() != self._process:
             raise ZmoeError(
                 f"this cluster belongs to process {self._process}, and this is {os.getpid()}: "
@@ -153,6 +153,11 @@ class Cluster:
             )
         if self._holder == threading.get_ident():
             raise ZmoeError("this cluster is in the middle of another call of this thread")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out."""
+        self._check_caller()
         with self._lock:
             self._holder = threading.get_ident()
             try:
@@ -164,7 +169,7 @@ class Cluster:
     def _running(self) -> Iterator[Member]:
         """As _alone(), of a cluster that was entered and has not ended."""
         with self._alone():
-            if self._closed or self._failed:
+            if self._closing or self._failed:
                 raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
             if self._member is None:
                 raise ZmoeError("this cluster is not running yet: enter it with `with` first")
@@ -289,7 +294,7 @@ class Cluster:
         """Take the usage, and add it to the profile in the file `path`, or begin one.
 
         PlacementRequest(usage=path) of a later run reads it. Raises InputError naming
-        the file, of which nothing is lost then, nor of the usage.
+        the file, which is then as it was.
         """
         check_usage_file(Path(path), self.info)
         add_usage(Path(path), self.take_usage(), self.info)

@@ -79,11 +79,13 @@ def test_a_cluster_holds_no_socket_before_it_is_entered() -> None:
     with pytest.raises(ZmoeError, match="not running yet: enter it"):
         waiting.generate("x")
     waiting.close()
+    with pytest.raises(ZmoeError, match="entered or closed before"):
+        waiting.__enter__()
 
 
 def test_entering_twice_leaves_the_running_cluster_alone(pair: Cluster) -> None:
     want = tokens(pair)
-    with pytest.raises(ZmoeError, match="entered before"):
+    with pytest.raises(ZmoeError, match="entered or closed before"):
         pair.__enter__()
     assert tokens(pair) == want
 
