@@ -15,27 +15,49 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.hosts import Host, HostList
+    from zmoe.cluster.launch import RemoteOptions
     from zmoe.cluster.leader import ClusterSpec
     from zmoe.cluster.placing import PlacementRequest
     from zmoe.config import EngineConfig, Sampling, Timing
     from zmoe.engine.generate import Generation, Token
-    from zmoe.errors import InputError, ModelError, PeerError, ZmoeError
+    from zmoe.errors import (
+        DivergenceError,
+        InputError,
+        LaunchError,
+        MismatchError,
+        ModelError,
+        PeerError,
+        PlacementError,
+        SettingError,
+        ZmoeError,
+    )
     from zmoe.moe.exchange import Exchange, join
+    from zmoe.placement.usage import Usage
 
 # Imported on first use: a command that only refuses a flag need not load MLX.
 _HOMES = {
     "Cluster": "zmoe.cluster.cluster",
     "ClusterSpec": "zmoe.cluster.leader",
+    "DivergenceError": "zmoe.errors",
     "EngineConfig": "zmoe.config",
     "Exchange": "zmoe.moe.exchange",
     "Generation": "zmoe.engine.generate",
+    "Host": "zmoe.cluster.hosts",
+    "HostList": "zmoe.cluster.hosts",
     "InputError": "zmoe.errors",
+    "LaunchError": "zmoe.errors",
+    "MismatchError": "zmoe.errors",
     "ModelError": "zmoe.errors",
     "PeerError": "zmoe.errors",
+    "PlacementError": "zmoe.errors",
     "PlacementRequest": "zmoe.cluster.placing",
+    "RemoteOptions": "zmoe.cluster.launch",
     "Sampling": "zmoe.config",
+    "SettingError": "zmoe.errors",
     "Timing": "zmoe.config",
     "Token": "zmoe.engine.generate",
+    "Usage": "zmoe.placement.usage",
     "ZmoeError": "zmoe.errors",
     "join": "zmoe.moe.exchange",
 }
@@ -43,16 +65,25 @@ _HOMES = {
 __all__ = [
     "Cluster",
     "ClusterSpec",
+    "DivergenceError",
     "EngineConfig",
     "Exchange",
     "Generation",
+    "Host",
+    "HostList",
     "InputError",
+    "LaunchError",
+    "MismatchError",
     "ModelError",
     "PeerError",
+    "PlacementError",
     "PlacementRequest",
+    "RemoteOptions",
     "Sampling",
+    "SettingError",
     "Timing",
     "Token",
+    "Usage",
     "ZmoeError",
     "__version__",
     "join",

@@ -1,11 +1,11 @@
-"""Settings of a run, validated where they enter; every error names the flag."""
+"""Settings of a run, validated where they enter; every error names the setting."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from zmoe.errors import InputError
+from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
 PROTOCOL_VERSION = 3
@@ -23,9 +23,22 @@ QUANTIZATIONS = {
 }
 
 
-def _check(ok: bool, flag: str, value: object, expected: str) -> None:
+def check_setting(ok: bool, setting: str, value: object, expected: str) -> None:
+    """Raise SettingError unless `ok`."""
     if not ok:
-        raise InputError(f"{flag} is {value}: expected {expected}")
+        raise SettingError(setting, f"is {value!r}: expected {expected}")
+
+
+def is_int(value: object, least: float, most: float = math.inf) -> bool:
+    """Whether `value` is an int (no bool) from `least` to `most`."""
+    return type(value) is int and least <= value <= most
+
+
+def is_number(value: object, least: float, most: float = math.inf) -> bool:
+    """Whether `value` is a finite int or float (no bool) from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and least <= value <= most
 
 
 @dataclass(frozen=True)
@@ -45,18 +58,15 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens > 0, "--max-tokens", self.max_tokens, "a positive number")
-        _check(
-            math.isfinite(self.temp) and self.temp >= 0,
-            "--temp",
-            self.temp,
-            "a number of 0 or more",
-        )
-        _check(0 < self.top_p <= 1, "--top-p", self.top_p, "a number in (0, 1]")
-        _check(self.top_k >= 0, "--top-k", self.top_k, "0 or a positive number")
-        _check(0 <= self.min_p <= 1, "--min-p", self.min_p, "a number in [0, 1]")
-        seed_fits = self.seed is None or 0 <= self.seed < 2**64
-        _check(seed_fits, "--seed", self.seed, "a number from 0 to 2^64-1")
+        check = check_setting
+        check(is_int(self.max_tokens, 1), "max_tokens", self.max_tokens, "a positive whole number")
+        check(is_number(self.temp, 0), "temp", self.temp, "a number of 0 or more")
+        top_p_fits = is_number(self.top_p, 0, 1) and self.top_p > 0
+        check(top_p_fits, "top_p", self.top_p, "a number in (0, 1]")
+        check(is_int(self.top_k, 0), "top_k", self.top_k, "0 or a positive whole number")
+        check(is_number(self.min_p, 0, 1), "min_p", self.min_p, "a number in [0, 1]")
+        seed_fits = self.seed is None or is_int(self.seed, 0, 2**64 - 1)
+        check(seed_fits, "seed", self.seed, "a whole number from 0 to 2^64-1")
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,8 @@ class Timing:
     def __post_init__(self) -> None:
         for name in ("join", "load", "peer", "grace"):
             value = getattr(self, name)
-            ok = math.isfinite(value) and value > 0
-            _check(ok, f"--{name}-timeout", value, "a positive number of seconds")
+            fits = is_number(value, 0) and value > 0
+            check_setting(fits, name, value, "a positive number of seconds")
 
 
 @dataclass(frozen=True)
@@ -107,32 +117,19 @@ class EngineConfig:
     policy: str = "selected"
 
     def __post_init__(self) -> None:
-        _check(
-            1 <= self.prefill_chunk <= 8192,
-            "--prefill-step-size",
-            self.prefill_chunk,
-            "a number from 1 to 8192",
-        )
-        kv_fits = self.max_kv_size is None or self.max_kv_size > 8
-        _check(kv_fits, "--max-kv-size", self.max_kv_size, "more than 8")
-        _check(self.compute in COMPUTES, "--compute", self.compute, " or ".join(COMPUTES))
-        _check(self.policy in POLICIES, "--policy", self.policy, " or ".join(POLICIES))
-        _check(
-            self.activations in ACTIVATIONS,
-            "--activations",
-            self.activations,
-            " or ".join(ACTIVATIONS),
-        )
-        _check(
-            self.wire_dtype in WIRE_DTYPES,
-            "--wire-dtype",
-            self.wire_dtype,
-            " or ".join(WIRE_DTYPES),
-        )
-        _check(
-            self.compute != "mlx" or self.activations == "exact",
-            "--activations",
-            self.activations,
-            "exact with --compute mlx",
-        )
-        _check(self.schedule in SCHEDULES, "--schedule", self.schedule, " or ".join(SCHEDULES))
+        check = check_setting
+        chunk, window = self.prefill_chunk, self.max_kv_size
+        check(is_int(chunk, 1, 8192), "prefill_chunk", chunk, "a whole number from 1 to 8192")
+        window_fits = window is None or is_int(window, 9)
+        check(window_fits, "max_kv_size", window, "a whole number above 8")
+        for name, known in (
+            ("compute", COMPUTES),
+            ("policy", POLICIES),
+            ("activations", ACTIVATIONS),
+            ("wire_dtype", WIRE_DTYPES),
+            ("schedule", SCHEDULES),
+        ):
+            value = getattr(self, name)
+            check(value in known, name, value, " or ".join(known))
+        if self.compute == "mlx" and self.activations != "exact":
+            raise SettingError("activations", "is int8: expected exact where MLX computes")

@@ -20,6 +20,18 @@ class InputError(ZmoeError):
     exit_code = 2
 
 
+class SettingError(InputError):
+    """A setting out of range: "nodes is 0: expected a number from 1 to 64".
+
+    Attributes: `setting`, the argument or field as the library names it, and `problem`,
+    the rest of the message. A command says its flag in the place of `setting`.
+    """
+
+    def __init__(self, setting: str, problem: str) -> None:
+        self.setting, self.problem = setting, problem
+        super().__init__(f"{setting} {problem}")
+
+
 class ModelError(InputError):
     """A model folder that is missing, damaged, unknown or not a Mixture of Experts."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import PATIENCE_S, Commands
+from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
@@ -191,11 +191,16 @@ class TestAWorkerStartedByHand:
         commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1)
         yield ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
 
-    def test_serves_several_runs(self, spec: ClusterSpec) -> None:
+    def test_serves_several_runs(self, commands: Commands, spec: ClusterSpec) -> None:
+        """And lets go of the model after each."""
+        (node,) = commands.started
+        maps = Path(f"/proc/{node.pid}/maps")
         texts = []
         for _ in range(3):
             with Cluster(TINY, spec=spec) as cluster:
                 texts.append("".join(t.text for t in cluster.generate("ROMEO:", max_tokens=8)))
+                assert str(TINY) in maps.read_text()
+            wait_until(lambda: str(TINY) not in maps.read_text(), PATIENCE_S, "nothing is mapped")
         assert len(set(texts)) == 1
 
     def test_one_cluster_serves_several_prompts(self, spec: ClusterSpec) -> None:

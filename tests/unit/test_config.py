@@ -1,39 +1,65 @@
-"""Settings out of range are refused by the name of their flag."""
+"""Settings out of range are refused by their name, in a command by that of their flag."""
 
 from __future__ import annotations
 
+import re
+import signal
 from typing import Any
 
 import pytest
 
+from zmoe.cli.common import run_command
+from zmoe.cluster.leader import ClusterSpec
 from zmoe.config import EngineConfig, Sampling, Timing
-from zmoe.errors import InputError
+from zmoe.errors import SettingError
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "value", "flag"),
+    ("kind", "field", "value"),
     [
-        (Sampling, "max_tokens", 0, "--max-tokens"),
-        (Sampling, "max_tokens", -3, "--max-tokens"),
-        (Sampling, "temp", -0.1, "--temp"),
-        (Sampling, "temp", float("nan"), "--temp"),
-        (Sampling, "temp", float("inf"), "--temp"),
-        (Sampling, "top_p", 0.0, "--top-p"),
-        (Sampling, "top_p", 1.1, "--top-p"),
-        (Sampling, "top_k", -1, "--top-k"),
-        (Sampling, "min_p", 2.0, "--min-p"),
-        (Sampling, "seed", -1, "--seed"),
-        (Timing, "peer", 0.0, "--peer-timeout"),
-        (Timing, "join", float("nan"), "--join-timeout"),
-        (EngineConfig, "prefill_chunk", 0, "--prefill-step-size"),
-        (EngineConfig, "max_kv_size", 2, "--max-kv-size"),
-        (EngineConfig, "wire_dtype", "int4", "--wire-dtype"),
-        (EngineConfig, "schedule", "federal", "--schedule"),
+        (Sampling, "max_tokens", 0),
+        (Sampling, "max_tokens", -3),
+        (Sampling, "temp", -0.1),
+        (Sampling, "temp", float("nan")),
+        (Sampling, "temp", float("inf")),
+        (Sampling, "max_tokens", 2.5),
+        (Sampling, "max_tokens", True),
+        (Sampling, "temp", "1"),
+        (Sampling, "top_p", 0.0),
+        (Sampling, "top_p", 1.1),
+        (Sampling, "top_k", -1),
+        (Sampling, "min_p", 2.0),
+        (Sampling, "seed", -1),
+        (ClusterSpec, "nodes", 0),
+        (ClusterSpec, "nodes", "2"),
+        (ClusterSpec, "nodes", True),
+        (Timing, "peer", 0.0),
+        (Timing, "join", float("nan")),
+        (EngineConfig, "prefill_chunk", 0),
+        (EngineConfig, "max_kv_size", 2),
+        (EngineConfig, "wire_dtype", "int4"),
+        (EngineConfig, "schedule", "federal"),
     ],
 )
-def test_out_of_range(kind: Any, field: str, value: object, flag: str) -> None:
-    with pytest.raises(InputError, match=f"^{flag} is "):
+def test_out_of_range(kind: Any, field: str, value: object) -> None:
+    with pytest.raises(SettingError, match=f"^{field} is {re.escape(repr(value))}: expected "):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "flag"),
+    [("max_tokens", "--max-tokens"), ("prefill_chunk", "--prefill-step-size")],
+)
+def test_a_command_names_its_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], field: str, flag: str
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def refuse() -> None:
+        raise SettingError(field, "is 0: expected more")
+
+    assert run_command("zmoe-run", False, refuse) == 2
+    assert f"{flag} is 0: expected more" in capsys.readouterr().err
 
 
 def test_defaults_are_greedy() -> None:

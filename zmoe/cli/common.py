@@ -11,9 +11,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from zmoe.errors import InputError, ZmoeError
+from zmoe.errors import InputError, SettingError, ZmoeError
 
 MOST_GIB = 1 << 20
+# Flags that are not called as the library calls the setting.
+_FLAGS = {
+    "prefill_chunk": "--prefill-step-size",
+    "join": "--join-timeout",
+    "load": "--load-timeout",
+    "peer": "--peer-timeout",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +37,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _words(error: ZmoeError) -> str:
+    """What `error` says, on one line, in the words of a command: a setting is its flag."""
+    text = str(error)
+    if isinstance(error, SettingError):
+        usual = "--" + error.setting.replace("_", "-")
+        text = f"{_FLAGS.get(error.setting, usual)} {error.problem}"
+    return " ".join(text.split())
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -52,8 +68,7 @@ def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
     except ZmoeError as error:
         if debug:
             traceback.print_exc()
-        one_line = " ".join(str(error).split())
-        print(f"{prog}: {type(error).__name__}: {one_line}", file=sys.stderr)
+        print(f"{prog}: {type(error).__name__}: {_words(error)}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if debug:

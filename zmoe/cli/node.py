@@ -65,7 +65,7 @@ def _serve(options: Any) -> None:
         threading.Thread(target=_end_with_input, daemon=True).start()
     from zmoe.cluster.hosts import check_address
 
-    check_address(options.bind, "--bind")
+    check_address(options.bind, "bind")
     warn_unencrypted(f"{PROG}[{options.rank}]", options.bind)
     from zmoe.cluster.worker import Worker, WorkerSpec
     from zmoe.config import Timing

@@ -32,12 +32,15 @@ def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
 def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any]) -> None:
     """`summary` and some more as a table on standard error."""
     parts: dict[str, float] = summary["breakdown"]
-    first_token = generation.timings.first_token
-    overhead = generation.timings.overhead_us(cluster.info.layers)
+    timings = generation.timings
+    first_token, prefill = timings.first_token, timings.prefill
+    overhead = timings.overhead_us(cluster.info.layers)
     locked, buffers = cluster.locked_buffers()
     table = Table(show_header=False)
     table.add_row("load", f"{summary['load_seconds']:.2f} s")
     table.add_row("time to first token", f"{1e3 * first_token:.1f} ms")
+    table.add_row("  prefill", f"{1e3 * prefill:.1f} ms")
+    table.add_row("  sampling", f"{1e3 * (first_token - prefill):.1f} ms")
     table.add_row("prefill", f"{summary['prompt_tps']:.1f} tokens/s")
     table.add_row("decode", f"{summary['generation_tps']:.1f} tokens/s")
     table.add_row("milliseconds per token", f"{sum(parts.values()):.2f}")

@@ -63,7 +63,11 @@ def _add_generation(parser: Parser) -> None:
     add("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
     add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
     add("--prefill-step-size", type=int, default=512, help="prompt tokens per step")
-    add("--max-kv-size", type=int, help="keep the attention of that many tokens only")
+    add(
+        "--max-kv-size",
+        type=int,
+        help="attend to the first 4 and the latest tokens, that many in all, without end",
+    )
 
 
 def _add_compute(parser: Parser) -> None:
@@ -224,7 +228,7 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
-    from zmoe.placement.usage import add_usage, check_usage_file
+    from zmoe.placement.usage import check_usage_file
 
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
@@ -245,8 +249,12 @@ def _generate(options: argparse.Namespace) -> None:
             chat_template_config=template,
         )
         _show(generation, quiet=options.json)
+        if generation.context_full:
+            how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
+            length = cluster.info.context_length
+            print(f"{PROG}: the model's context of {length} tokens is full{how}", file=sys.stderr)
         if options.record_usage is not None:
-            add_usage(options.record_usage, cluster.take_usage(), cluster.info)
+            cluster.save_usage(options.record_usage)
         if options.stats or options.json:
             summary = report.summarize(cluster, generation)
             if options.json:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +21,10 @@ from zmoe.cluster.resources import offer_of
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
-from zmoe.errors import InputError, ZmoeError
+from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
-from zmoe.placement.usage import Usage, UsageRecorder
+from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 from zmoe.types import ModelInfo
 
 
@@ -29,10 +34,17 @@ class Cluster:
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
-    before. Entering raises
-    InputError and its kin for what is wrong beforehand; afterwards a lost peer
-    raises PeerError, which ends the cluster. One generation at a time.
+    before. Construction and entering raise InputError and its kin for what is wrong
+    beforehand; afterwards a lost peer raises PeerError, which ends the cluster.
+
+    A cluster is entered once, and holds sockets, processes and weights only until it
+    is closed. One generation runs at a time. Any thread may call any method: calls
+    wait for the step that another thread is running, and close() ends the generation
+    of another thread, which then raises ZmoeError. A forked child cannot use the
+    cluster of its parent.
     """
+
+    _entered = False  # also of an object whose construction failed
 
     def __init__(
         self,
@@ -43,41 +55,52 @@ class Cluster:
         progress: Progress | None = None,
         on_placement: OnChoice | None = None,
     ) -> None:
+        if spec is not None and not isinstance(spec, ClusterSpec):
+            raise SettingError("spec", f"is {spec!r}: expected a ClusterSpec")
+        if spec is not None and nodes not in (1, spec.nodes):
+            raise SettingError("nodes", f"is {nodes!r}, and spec.nodes {spec.nodes}: give one")
+        if not isinstance(model, (str, Path)):
+            raise SettingError("model", f"is {model!r}: expected a folder or a name")
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
         self.info: ModelInfo = inspect_model(folder)
-        name = str(model) if _is_name(str(model)) else str(folder)
+        window = self.spec.engine.max_kv_size
+        if window is not None and self.info.has_own_cache:
+            raise SettingError(
+                "max_kv_size",
+                f"is {window}: {self.info.model_type} has a cache of its own, which is no window",
+            )
+        self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
-        self._leader: Leader | None = None
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
         self._placing = Placing(request, self.info, count, engine, on_placement)
-        if self.spec.nodes > 1:
-            self._leader = Leader(self.info, name, self.spec, self._placing, self._progress)
-            self._member = self._leader.member
-        else:
-            self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)
         self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
-        self._member.recorder = self._recorder
-        self._failed: BaseException | None = None
-        self._closed = False
+        self._leader: Leader | None = None
+        self._member: Member | None = None
+        self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread that has the lock
+        self._process = os.getpid()
+        self._failed = ""  # why no step can follow
+        self._closing = self._closed = False
         self._step = 0
         self._generations = 0
+        self._vocabulary = 0
         self.notices: tuple[str, ...] = ()
         self.load_seconds = 0.0
 
     # ---- life -----------------------------------------------------------------
 
     def __enter__(self) -> Cluster:
-        try:
-            if self._leader is not None:
-                self._leader.launch()
-            self.tokenizer = open_tokenizer(Path(self.info.path))
-            self._load()
-            self._warm_up()
-        except BaseException as error:
-            self._failed = error
-            self.close()
-            raise
+        with self._alone():
+            if self._entered or self._closed:
+                raise ZmoeError("this cluster was entered or closed before: make another one")
+            self._entered = True
+            try:
+                self._start()
+            except BaseException as error:
+                self._failed = _reason(error)
+                self._end()
+                raise
         return self
 
     def __exit__(
@@ -86,33 +109,99 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._failed = self._failed or error
+        if error is not None:
+            self._failed = self._failed or _reason(error)
         self.close()
 
+    def __del__(self) -> None:
+        if self._entered and not self._closed and not sys.is_finalizing():
+            if os.getpid() == self._process:
+                warnings.warn(f"{self!r} was not closed", ResourceWarning, 2, source=self)
+            self.close()
+
     def close(self) -> None:
-        """End every process of the cluster; harmless when done twice."""
+        """End every process of the cluster and free its memory; harmless when done twice.
+
+        A step that another thread is running is waited for, or given up where it waits
+        for a peer. In a forked child of the process that made the cluster, nothing happens.
+        """
+        if os.getpid() != self._process:
+            return
+        self._check_caller()
+        self._closing = True  # no step begins from here on
+        member = self._member
+        if self._holder is not None and member is not None and member.exchange is not None:
+            member.exchange.cancel()
+        with self._alone():
+            self._end()
+
+    def _end(self) -> None:
         if self._closed:
             return
         self._closed = True
         if self._leader is not None:
-            self._leader.close(_reason(self._failed))
-        else:
+            self._leader.close(self._failed)
+        elif self._member is not None:
             self._member.close()
-        self._failed = self._failed or ZmoeError("it was closed")
 
-    def _load(self) -> None:
+    def _check_caller(self) -> None:
+        """Raise ZmoeError in a forked child, and within another call of the same thread."""
+        if os.getpid() != self._process:
+            raise ZmoeError(
+                f"this cluster belongs to process {self._process}, and this is {os.getpid()}: "
+                "a forked child has to make its own"
+            )
+        if self._holder == threading.get_ident():
+            raise ZmoeError("this cluster is in the middle of another call of this thread")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out."""
+        self._check_caller()
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    @contextmanager
+    def _running(self) -> Iterator[Member]:
+        """As _alone(), of a cluster that was entered and has not ended."""
+        with self._alone():
+            if self._closing or self._failed:
+                raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
+            if self._member is None:
+                raise ZmoeError("this cluster is not running yet: enter it with `with` first")
+            yield self._member
+
+    def _start(self) -> None:
+        spec = self.spec
+        if spec.nodes > 1:
+            self._leader = Leader(self.info, self._name, spec, self._placing, self._progress)
+            self._member = self._leader.member
+        else:
+            self._member = Member(self.info, 0, 1, 0, spec.engine, spec.timing)
+        self._member.recorder = self._recorder
+        if self._leader is not None:
+            self._leader.launch()
+        self.tokenizer = open_tokenizer(Path(self.info.path))
+        self._load(self._member)
+        self._warm_up(self._member)
+
+    def _load(self, member: Member) -> None:
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
         else:
             own = offer_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
-            self._member.place(self._placing.choose([own]))
-            shard, self.load_seconds = self._member.load(lambda d, t: self._progress(0, d, t))
+            member.place(self._placing.choose([own]))
+            shard, self.load_seconds = member.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, member: Member) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
-        mx.eval(self._forward([0], True))
-        self._member.spans.take()
+        self._vocabulary = self._forward(member, [0], True).size
+        member.spans.take()
         if self._recorder is not None:
             self._recorder.take()
 
@@ -132,8 +221,20 @@ class Cluster:
 
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
-        TypeError for unknown options.
+        TypeError for unknown options. The model's context bounds prompt and text,
+        unless `max_kv_size` of the spec's engine lets the attention go on in a window.
         """
+        if sampling is not None and options:
+            raise InputError(f"give sampling or {sorted(options)[0]}, not both")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
+        sampling = sampling or Sampling(**options)
+        with self._running() as member:
+            spans, vocabulary = member.spans, self._vocabulary
+        if sampling.top_k >= vocabulary:
+            raise SettingError(
+                "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
+            )
         if isinstance(prompt, str):
             ids = encode_prompt(
                 self.tokenizer,
@@ -144,31 +245,34 @@ class Cluster:
             )
         else:
             ids = check_ids(prompt, self.tokenizer)
-        check_length(len(ids), self.info.context_length)
-        if sampling is not None and options:
-            raise InputError(f"give sampling or {sorted(options)[0]}, not both")
+        engine = self.spec.engine
+        context = self.info.context_length if engine.max_kv_size is None else None
+        check_length(len(ids), context)
         return Generation(
             self.begin(),
             self.tokenizer,
             ids,
-            sampling or Sampling(**options),
-            prefill_chunk=self.spec.engine.prefill_chunk,
-            context=self.info.context_length,
-            spans=self._member.spans,
+            sampling,
+            prefill_chunk=engine.prefill_chunk,
+            context=context,
+            spans=spans,
         )
 
     def begin(self) -> StepFunction:
         """Steps for a new generation; those of the one before are refused from now on.
 
-        For who brings all tokens: the logits are not picked from.
+        For who brings all tokens: the logits (vocabulary,) are not picked from. They are
+        the caller's to keep.
         """
-        self._generations += 1
-        mine = self._generations
+        with self._running():
+            self._generations += 1
+            mine = self._generations
 
         def step(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-            if mine != self._generations:
-                raise ZmoeError("another generation has begun on this cluster")
-            return self._forward(tokens, reset, logits)
+            with self._running() as member:
+                if mine != self._generations:
+                    raise ZmoeError("another generation has begun on this cluster")
+                return self._forward(member, tokens, reset, logits)
 
         return step
 
@@ -176,49 +280,56 @@ class Cluster:
         """Seconds of this rank's steps by what they went to (zmoe.obs), since the last call or
         generated token.
         """
-        return self._member.spans.take()
+        with self._running() as member:
+            return member.spans.take()
 
     def take_usage(self) -> Usage:
         """Which experts were selected since the last call; for a spec that records it."""
         if self._recorder is None:
             raise ZmoeError("this cluster does not record which experts are selected")
-        return self._recorder.take()
+        with self._alone():
+            return self._recorder.take()
+
+    def save_usage(self, path: str | Path) -> None:
+        """Take the usage, and add it to the profile in the file `path`, or begin one.
+
+        PlacementRequest(usage=path) of a later run reads it. Raises InputError naming
+        the file, which is then as it was.
+        """
+        check_usage_file(Path(path), self.info)
+        add_usage(Path(path), self.take_usage(), self.info)
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node so far, by rank."""
-        return self._leader.peak_memory() if self._leader is not None else [peak_memory()]
+        with self._running():
+            return self._leader.peak_memory() if self._leader is not None else [peak_memory()]
 
     def locked_buffers(self) -> tuple[int, int]:
         """Bytes of this rank's exchange buffers that are locked in memory, and of all of them."""
-        exchange = self._member.exchange
-        pool = exchange.pool_stats if exchange is not None else {}
-        return pool.get("locked_bytes", 0), pool.get("total_bytes", 0)
+        with self._running() as member:
+            pool = member.exchange.pool_stats if member.exchange is not None else {}
+            return pool.get("locked_bytes", 0), pool.get("total_bytes", 0)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that were started on this machine (or of their ssh)."""
         return self._leader.worker_pids() if self._leader is not None else []
 
-    def _forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
-        if self._failed is not None:
-            raise ZmoeError(f"this cluster has ended: {_reason(self._failed)}")
-        run: Callable[[Sequence[int], bool, bool], mx.array]
-        run = self._leader.forward if self._leader is not None else self._forward_alone
+    def _forward(
+        self, member: Member, tokens: Sequence[int], reset: bool, logits: bool = True
+    ) -> mx.array:
         try:
-            return run(tokens, reset, logits)
+            if self._leader is not None:
+                return self._leader.forward(tokens, reset, logits)
+            self._step += 1
+            return member.forward(self._step, tokens, reset, logits)
         except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
-            self._failed = error
+            self._failed = _reason(error)
             raise
-
-    def _forward_alone(self, tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-        self._step += 1
-        return self._member.forward(self._step, tokens, reset, logits)
 
 
 def _is_name(model: str) -> bool:
     return not Path(model).expanduser().is_dir()
 
 
-def _reason(error: BaseException | None) -> str:
-    if error is None:
-        return ""
+def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zmoe.errors import InputError
+from zmoe.errors import InputError, SettingError
 
 _HOST_KEYS = {"ssh", "ips", "rdma"}
 _FILE_KEYS = {"backend", "envs", "hosts"}
@@ -63,14 +63,15 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def check_address(address: str, source: str) -> str:
+def check_address(address: str, setting: str) -> str:
     """`address` if it is an IPv4 address that peers can be told to connect to."""
     try:
         parsed = ipaddress.IPv4Address(address)
     except ValueError as error:
-        raise InputError(f"{source} {address}: expected an IPv4 address") from error
+        raise SettingError(setting, f"is {address}: expected an IPv4 address") from error
     if parsed.is_unspecified:
-        raise InputError(f"{source} {address}: give the address by which the other nodes reach it")
+        problem = f"is {address}: expected the address by which the other nodes reach it"
+        raise SettingError(setting, problem)
     return address
 
 

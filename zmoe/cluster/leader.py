@@ -42,8 +42,15 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.cluster.resources import offer_of
 from zmoe.compute.team import common_isa
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
-from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing, check_setting, is_int
+from zmoe.errors import (
+    InputError,
+    LaunchError,
+    MismatchError,
+    PeerError,
+    SettingError,
+    ZmoeError,
+)
 from zmoe.models import LoadedShard
 from zmoe.moe.exchange import Endpoint
 from zmoe.moe.sockets import Context
@@ -76,16 +83,16 @@ class ClusterSpec:
     record_usage: bool = False
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.nodes > 64:
-            raise InputError(f"--nodes is {self.nodes}: expected a number from 1 to 64")
+        check_setting(is_int(self.nodes, 1, 64), "nodes", self.nodes, "a whole number from 1 to 64")
         if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
             raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
-        address = check_address(self.address, "--bind")
+        address = check_address(self.address, "bind")
         for host in self.hosts.hosts if self.hosts is not None else ():
             if is_loopback(address) and not is_loopback(host.address):
-                raise InputError(
-                    f"{host.ssh} cannot reach this machine at {address}: "
-                    "give --bind the address by which it can"
+                raise SettingError(
+                    "bind",
+                    f"is {address}, where {host.ssh} cannot reach this machine: "
+                    "expected the address by which it can",
                 )
 
     @property

@@ -19,7 +19,7 @@ from zmoe.cluster.placing import check
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
-from zmoe.errors import InputError, MismatchError, PlacementError
+from zmoe.errors import MismatchError, PlacementError, SettingError
 from zmoe.models import LoadedShard, load_experts, load_shard
 from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
@@ -41,9 +41,10 @@ class Member:
         timing: Timing,
     ) -> None:
         if config.wire_dtype == "f16" and info.dtype != "float16":
-            raise InputError(
-                f"--wire-dtype is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
-                "(65504 is its largest): take bf16, f32 or q8"
+            raise SettingError(
+                "wire_dtype",
+                f"is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
+                "(65504 is its largest): expected bf16, f32 or q8",
             )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
@@ -148,7 +149,6 @@ class Member:
             spans=self.spans,
             progress=progress,
             team=self._team,
-            fuse=self._config.max_kv_size is None,
             policy=self._config.policy,
             recorder=self.recorder,
         )
@@ -164,7 +164,9 @@ class Member:
         if is_native(self._config):
             self._team = make_team(self._config, self._isa)
         elif self._config.activations != "exact":
-            raise InputError("--activations int8 needs --compute native on this node")
+            raise SettingError(
+                "activations", "is int8: expected exact, as MLX computes on this node"
+            )
 
     def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
         """A worker's part of one step: the same without logits, or its experts only."""
@@ -178,7 +180,7 @@ class Member:
     def forward(
         self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
     ) -> mx.array:
-        """Run one step; lazy logits (vocabulary,), which mean nothing unless wanted."""
+        """Run one step; logits (vocabulary,), which mean nothing unless wanted."""
         assert self._engine is not None
         if reset:
             self._engine.reset()
@@ -190,14 +192,17 @@ class Member:
         return out
 
     def close(self) -> None:
+        """Leave the run: let go of sockets, threads and the model, whoever has this object."""
         if self.exchange is not None:
             self.exchange.close()
+        self._engine = self._held = None
         if self._team is not None:
             self._team.close()
             self._team = None
         if self._affinity is not None:
             _set_affinity(self._affinity)
             self._affinity = None
+        mx.clear_cache()  # MLX would keep the weights' memory for later use
 
 
 def _set_affinity(cores: Iterable[int]) -> None:

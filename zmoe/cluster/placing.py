@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zmoe.compute.team import is_native
 from zmoe.config import EngineConfig
-from zmoe.errors import InputError, PlacementError
+from zmoe.errors import PlacementError, SettingError
 from zmoe.placement.build import place_evenly, place_slices
 from zmoe.placement.check import check_placement
 from zmoe.placement.file import read_placement
@@ -35,7 +35,7 @@ class PlacementRequest:
 
     def __post_init__(self) -> None:
         if self.usage is not None and self.way not in ("auto", "replicas"):
-            raise InputError(f"--usage has no use with --placement {self.way}: it is for replicas")
+            raise SettingError("usage", f"has no use with placement {self.way}: it is for replicas")
 
 
 class Placing:
@@ -78,7 +78,8 @@ def check(placement: Placement, info: ModelInfo) -> None:
 
 def _from_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
     if not path.exists():
-        raise InputError(f"--placement {path}: expected {', '.join(WAYS)}, or a file that is there")
+        expected = f"{', '.join(WAYS)}, or a file that is there"
+        raise SettingError("placement", f"is {path}: expected {expected}")
     placement = read_placement(path, len(info.moe_layers))
     if placement.nodes != nodes:
         raise PlacementError(

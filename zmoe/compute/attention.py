@@ -123,9 +123,11 @@ class NativeAttention:
         raw.dtype = int(DTYPES[dtype])
         self._raw = raw
 
-    def make_cache(self) -> NativeCache:
-        """An empty cache of this layer."""
-        return NativeCache(*self._shape, self._dtype)
+    def make_cache(self, max_size: int | None) -> NativeCache:
+        """An empty cache of this layer, a window of `max_size` keys if that is given."""
+        if max_size is not None:
+            self._raw.window = max_size
+        return NativeCache(*self._shape, self._dtype, max_size)
 
     def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:
         """Of h (rows, width) f32, in place; appends the rows to the cache."""

@@ -244,9 +244,9 @@ class NativeLayer(Module):
         self.layer = layer
         self._attention, self._feed_forward, self._stream = attention, feed_forward, stream
 
-    def make_cache(self) -> NativeCache:
-        """An empty cache of this layer."""
-        return self._attention.make_cache()
+    def make_cache(self, max_size: int | None) -> NativeCache:
+        """An empty cache of this layer, a window of `max_size` keys if that is given."""
+        return self._attention.make_cache(max_size)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
         """Of x (1, rows, width): the stream, whose memory the next step overwrites."""

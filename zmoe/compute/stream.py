@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zmoe.native import CData
 
 _FIRST_KEYS = 256
+_KEPT = 4  # first keys that a window keeps
 _POSITIONS_AHEAD = 256  # so that a token rarely waits for MLX to turn vectors
 
 
@@ -98,16 +99,25 @@ class Rotations:
 
 
 class NativeCache:
-    """Keys and values of one layer, as mlx-lm's models see a cache: they only ask its length."""
+    """Keys and values of one layer, as mlx-lm's models see a cache: they only ask its length.
 
-    def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
-        self._shape, self._dtype = (kv_heads, head_dim), dtype
+    With `max_size` it is a window, as mlx-lm's RotatingKVCache(max_size, keep=4) is: of the
+    keys before a row, the first 4 and the latest stay, `max_size` in all with its own.
+    """
+
+    def __init__(
+        self, kv_heads: int, head_dim: int, dtype: mx.Dtype, max_size: int | None = None
+    ) -> None:
+        self._shape, self._dtype, self._max_size = (kv_heads, head_dim), dtype, max_size
         self.raw = ffi.new("zmoe_kv_cache *")
         self._memory: list[Buffer] = []
+        self._dropped = 0
+        self._oldest = _KEPT  # where the oldest key of the window lies
 
     @property
     def offset(self) -> int:
-        return int(self.raw.length)
+        """The position of the next row."""
+        return self._dropped + int(self.raw.length)
 
     @property
     def state(self) -> list[mx.array]:
@@ -120,10 +130,13 @@ class NativeCache:
 
     def grow(self, rows: int) -> bool:
         """Make room for `rows` more; whether that took new memory."""
+        if self._max_size is not None and self.raw.length + rows > self._max_size:
+            self._drop(rows, self._max_size)
         length, capacity = int(self.raw.length), int(self.raw.capacity)
         if length + rows <= capacity:
             return False
-        capacity = max(_FIRST_KEYS, 2 * capacity, length + rows)
+        capacity = max(_FIRST_KEYS, 2 * capacity)
+        capacity = max(min(capacity, self._max_size or capacity), length + rows)
         heads, head_dim = self._shape
         grown = [empty((heads, capacity, head_dim), self._dtype) for _ in range(2)]
         for new, old in zip(grown, self._memory):
@@ -132,3 +145,24 @@ class NativeCache:
         self.raw.keys, self.raw.values = (writable(memory) for memory in grown)
         self.raw.capacity = capacity
         return True
+
+    def _drop(self, rows: int, max_size: int) -> None:
+        """Leave at most `max_size` - 1 keys, which `rows` new ones then follow."""
+        length, last = int(self.raw.length), max_size - 1
+        if length <= last:
+            return
+        if rows == 1 and length == max_size:
+            # One row sees all that is left, in whatever order: the latest takes the oldest's place.
+            for memory in self._memory:
+                memory[:, self._oldest] = memory[:, last]
+            self._oldest = _KEPT + (self._oldest - _KEPT + 1) % (last - _KEPT)
+            dropped = 1
+        else:
+            dropped = length - last
+            by_age = np.r_[:_KEPT, self._oldest : last, _KEPT : self._oldest, last:length]
+            left = np.delete(by_age, slice(_KEPT, _KEPT + dropped))
+            for memory in self._memory:
+                memory[:, : len(left)] = memory[:, left]
+            self._oldest = _KEPT
+        self._dropped += dropped
+        self.raw.length = length - dropped

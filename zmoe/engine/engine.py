@@ -43,17 +43,18 @@ class Engine:
         layers: Any = getattr(self._model, "layers", ())
         for index, layer in enumerate(layers):
             if hasattr(layer, "make_cache"):
-                self._cache[index] = layer.make_cache()
+                self._cache[index] = layer.make_cache(self._config.max_kv_size)
 
     def forward(self, step: int, tokens: Sequence[int], logits: bool = True) -> mx.array:
-        """Append `tokens` to the sequence; the lazy logits (vocabulary,) after the last.
+        """Append `tokens` to the sequence; the logits (vocabulary,) after the last.
 
-        On return the cache is evaluated. Without `logits` lm_head is never
-        computed, and what is returned means nothing: for followers, and for
-        all but the last pass over a prompt.
+        All is evaluated on return: what is lazy would read buffers of the exchange that
+        the next steps rewrite. Without `logits` lm_head is never computed, and what is
+        returned means nothing: for followers, and for all but the last pass over a prompt.
         """
         self._reducer.step = step
         self._head.wanted = logits
         out = self._model(mx.array([tokens]), cache=self._cache)
-        mx.eval([c.state for c in self._cache])
-        return out[0, -1]
+        last = out[0, -1]
+        mx.eval([c.state for c in self._cache], last if logits else [])
+        return last

@@ -36,11 +36,14 @@ class Token:
 class Timings:
     """Seconds of a generation, filled in as it goes.
 
+    `prefill` is the forward passes over the prompt, and `first_token` the time until the
+    first token is picked: `prefill`, and sampling, which MLX compiles when it is first used.
     `decode` counts the steps after the first token, and `spans` what they
     spent in `experts` and `exchange`.
     """
 
     prompt_tokens: int = 0
+    prefill: float = 0.0
     first_token: float = 0.0
     decode: float = 0.0
     decode_steps: int = 0
@@ -48,7 +51,7 @@ class Timings:
 
     @property
     def prompt_tps(self) -> float:
-        return self.prompt_tokens / self.first_token if self.first_token else 0.0
+        return self.prompt_tokens / self.prefill if self.prefill else 0.0
 
     @property
     def generation_tps(self) -> float:
@@ -76,6 +79,8 @@ class Timings:
 class Generation(Iterator[Token]):
     """Iterates over a generation's tokens; afterwards `tokens`, `text`, `timings`, `finish_reason`.
 
+    `context_full`: whether the "length" that it ended with is the model's context, with
+    fewer tokens than `max_tokens`.
     Stopping early is fine: a step is never left half done between two tokens.
     """
 
@@ -94,8 +99,9 @@ class Generation(Iterator[Token]):
         self._chunk, self._spans = prefill_chunk, spans
         self._eos = set() if sampling.ignore_eos else set(tokenizer.eos_token_ids)
         self._detokenizer = tokenizer.detokenizer
-        room = None if context is None else context - len(prompt)
-        self._limit = sampling.max_tokens if room is None else min(sampling.max_tokens, room)
+        self._limit = sampling.max_tokens
+        if context is not None:
+            self._limit = min(self._limit, context - len(prompt))
         self._sample = make_sampler(
             temp=sampling.temp,
             top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
@@ -105,6 +111,7 @@ class Generation(Iterator[Token]):
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
+        self.context_full = False
         self.timings = Timings(prompt_tokens=len(self._prompt))
         self._loop = self._run()
 
@@ -133,13 +140,16 @@ class Generation(Iterator[Token]):
 
     def _run(self) -> Generator[Token, None, None]:
         start = time.perf_counter()
-        token = self._pick(self._prefill())
+        logits = self._prefill()
+        self.timings.prefill = time.perf_counter() - start
+        token = self._pick(logits)
         self.timings.first_token = time.perf_counter() - start
         self._spans.take()
         while token not in self._eos:
             self.tokens.append(token)
             self._detokenizer.add_token(token)
             if len(self.tokens) >= self._limit:
+                self.context_full = self._limit < self._sampling.max_tokens
                 yield self._finish(token, "length")
                 return
             yield self._emit(token)

@@ -9,16 +9,20 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from zmoe.errors import InputError, ModelError
+from zmoe.config import is_int
+from zmoe.errors import InputError, ModelError, SettingError
 
 
 def open_tokenizer(folder: Path) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint; ModelError names the folder when there is none."""
+    """The tokenizer of a checkpoint; ModelError names the folder, and what it lacks."""
     try:
         tokenizer: TokenizerWrapper = load_tokenizer(folder)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error
+    # By the model's type alone transformers makes one that knows nothing else.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ModelError(f"{folder} holds no tokenizer: expected tokenizer.json in it")
     return tokenizer
 
 
@@ -37,10 +41,12 @@ def encode_prompt(
     """
     if not prompt:
         raise InputError("the prompt is empty")
+    _check_text("the prompt", prompt)
+    _check_text("the system prompt", system_prompt or "")
     if ignore_chat_template or not tokenizer.has_chat_template:
         if system_prompt is not None or chat_template_config:
-            flag = "--system-prompt" if system_prompt is not None else "--chat-template-config"
-            raise InputError(f"{flag} needs a chat template, and none is in use")
+            setting = "system_prompt" if system_prompt is not None else "chat_template_config"
+            raise SettingError(setting, "needs a chat template, and none is in use")
         bos = tokenizer.bos_token
         ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     else:
@@ -55,15 +61,29 @@ def encode_prompt(
     return list(ids)
 
 
+def _check_text(what: str, text: str) -> None:
+    """Raise InputError for text that came from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not UTF-8 at character {error.start + 1}") from None
+
+
 def check_ids(ids: Iterable[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """`ids` as plain numbers; InputError for none, or for one that is no token."""
-    checked = [int(token) for token in ids]
+    """`ids` (a list, or an array of numpy or MLX) as plain numbers.
+
+    Raises InputError for what is no list of ids, for none, and for one that is no token.
+    """
+    found: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(found, (bytes, bytearray)) or not isinstance(found, Iterable):
+        raise InputError(f"the prompt is {type(ids).__name__}: expected text, or token ids")
+    checked = list(found)
     if not checked:
         raise InputError("the prompt is empty")
     highest = max(tokenizer.get_vocab().values())
     for token in checked:
-        if not 0 <= token <= highest:
-            raise InputError(f"the prompt holds {token}: expected token ids from 0 to {highest}")
+        if not is_int(token, 0, highest):
+            raise InputError(f"the prompt holds {token!r}: expected token ids from 0 to {highest}")
     return checked
 
 

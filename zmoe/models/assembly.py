@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ def assemble(
     if it had `count` experts instead of `experts`, its routers excepted.
     Raises ModelError for a config, names or shapes that do not fit together.
     """
+    feeds = [feed]  # emptied below: the class lives for as long as the garbage collector likes
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         base, args = model_classes(config)
-        return _fed(path, base, feed, shrink), args
+        return _fed(path, base, feeds, shrink), args
 
     try:
         model, config = load_model(path, lazy=True, get_model_classes=classes)
@@ -41,11 +42,15 @@ def assemble(
         raise
     except Exception as error:  # mlx-lm and MLX raise whatever a bad checkpoint makes them
         raise ModelError(f"{path} cannot be loaded: {_reason(error)}") from error
+    finally:
+        feeds.clear()
     return model, config
 
 
-def _fed(path: Path, base: Any, feed: Feed, shrink: tuple[int, int] | None) -> type[Module]:
-    """The model class `base`, which ignores the weights it is offered for those of `feed`."""
+def _fed(
+    path: Path, base: Any, feeds: Sequence[Feed], shrink: tuple[int, int] | None
+) -> type[Module]:
+    """The model class `base`, which ignores the weights it is offered for those of `feeds[0]`."""
 
     class Fed(base):  # type: ignore[misc]
         def __init__(self, args: Any) -> None:
@@ -59,7 +64,7 @@ def _fed(path: Path, base: Any, feed: Feed, shrink: tuple[int, int] | None) -> t
             rename = super().sanitize if hasattr(base, "sanitize") else dict
             try:
                 with expert_count(self, *(shrink or (0, 0))):
-                    weights = feed(rename, offered)
+                    weights = feeds[0](rename, offered)
             except KeyError as error:
                 raise ModelError(
                     f"{path} cannot be loaded: tensor {error.args[0]} is missing"

@@ -14,7 +14,7 @@ _PATTERNS = [
 ]
 
 
-def resolve_model(name: str, argument: str = "--model") -> Path:
+def resolve_model(name: str, argument: str = "model") -> Path:
     """The checkpoint folder of `name`: the embedded model, a folder, or a Hugging Face repo.
 
     A repo is taken from, or downloaded into, the hub's cache (HF_HOME and

@@ -69,9 +69,15 @@ def inspect_model(path: Path) -> ModelInfo:
     hidden = _integer(config, _WIDTHS)
     if hidden is None:
         raise ModelError(f"{path / 'config.json'} names no hidden size")
-    top_k = _integer(config, _TOP_KS)
-    if top_k is None:
+    found = _field(config, _TOP_KS)
+    if found is None:
         raise ModelError(f"{path / 'config.json'} names no number of experts per token")
+    (name, top_k), experts = found, counts.pop()
+    if not 1 <= top_k <= experts:
+        raise ModelError(
+            f"{path / 'config.json'}: {name} is {top_k}: expected 1 to {experts}, "
+            "the number of experts"
+        )
     return ModelInfo(
         path=str(path),
         model_type=config["model_type"],
@@ -80,12 +86,13 @@ def inspect_model(path: Path) -> ModelInfo:
         quantization=_quantization(config),
         layers=len(model.layers),
         moe_layers=tuple(site.layer for site in sites),
-        experts=counts.pop(),
+        experts=experts,
         top_k=top_k,
         hidden_size=hidden,
         **_sizes(model, sites, can_be_sliced(sites, places_of(model, untouched, False, True))),
         exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
+        has_own_cache=hasattr(model, "make_cache"),
     )
 
 
@@ -132,6 +139,12 @@ def _experts_width(site: Site) -> int:
 
 def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     """The first of `names` that the config, or a part of it, gives a number for."""
+    found = _field(config, names)
+    return None if found is None else found[1]
+
+
+def _field(config: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, int] | None:
+    """The name and the number that _integer finds."""
     nested = [config.get(part) for part in ("text_config", "ffn_config")]
     for part in (config, *(part for part in nested if isinstance(part, Mapping))):
         for name in names:
@@ -139,7 +152,7 @@ def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
             if isinstance(value, list) and value:
                 value = max(value)  # hunyuan: one number per layer
             if type(value) is int:
-                return value
+                return name, value
     return None
 
 

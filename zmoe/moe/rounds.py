@@ -33,6 +33,7 @@ class Rounds:
         self.wire: Dtype | None = None
         self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
         self._native: NativeExchange | None = None
+        self._cancelled = False
 
     @property
     def native(self) -> NativeExchange:
@@ -48,6 +49,10 @@ class Rounds:
             raise ZmoeError(f"epoch {epoch} is not later than the one before")
         if status is not Status.OK:
             self._fail(status, None)
+
+    def cancel(self) -> None:
+        """From any thread: waits for a peer, also those to come, end with a ZmoeError."""
+        self._cancelled = True
 
     def service(self) -> None:
         """Answer peers and look at the links, without waiting. Raises PeerError."""
@@ -156,11 +161,13 @@ class Rounds:
             self._fail(status, layer)
 
     def _again(self, call: Callable[[float], int]) -> int:
-        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
+        """Returns to Python now and then (INTERRUPTED), for Ctrl-C and cancel()."""
         status = call(self._deadline_s)
         if status == Status.INTERRUPTED:
             until = time.monotonic() + self._deadline_s
             while status == Status.INTERRUPTED:
+                if self._cancelled:
+                    raise ZmoeError(f"step {self.step} was given up: the exchange is being closed")
                 status = call(until - time.monotonic())
         return status
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+import zmoe
+from tests.families import build
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.launch import divide_cores
 from zmoe.cluster.leader import ClusterSpec
-from zmoe.config import Sampling
-from zmoe.errors import InputError, ZmoeError
+from zmoe.config import EngineConfig, Sampling
+from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.placement.usage import read_usage
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +28,16 @@ def cluster() -> Iterator[Cluster]:
         yield alone
 
 
-@pytest.mark.parametrize("ids", [[], [999999], [-1]])
-def test_token_ids_that_are_none(cluster: Cluster, ids: list[int]) -> None:
-    with pytest.raises(InputError, match="prompt"):
+@pytest.mark.parametrize("ids", [[], [999999], [-1], [1.5], [True], [[5, 6]], b"ROMEO:", 5])
+def test_token_ids_that_are_none(cluster: Cluster, ids: Any) -> None:
+    with pytest.raises(InputError, match="the prompt (is|holds)"):
         cluster.generate(ids)
 
 
-def test_token_ids_of_numpy_are_fine(cluster: Cluster) -> None:
-    ids = np.array([5, 6, 7])
+def test_token_ids_in_arrays_are_fine(cluster: Cluster) -> None:
     wanted = [token.id for token in cluster.generate([5, 6, 7], max_tokens=4)]
-    assert [token.id for token in cluster.generate(ids, max_tokens=4)] == wanted
+    for array in (np.array, mx.array):
+        assert [t.id for t in cluster.generate(array([5, 6, 7]), max_tokens=4)] == wanted
 
 
 def test_options_come_once(cluster: Cluster) -> None:
@@ -39,6 +45,63 @@ def test_options_come_once(cluster: Cluster) -> None:
         cluster.generate("x", Sampling(), temp=1.0)
     with pytest.raises(TypeError, match="heat"):
         cluster.generate("x", heat=1.0)
+
+
+def test_arguments_of_other_kinds(cluster: Cluster) -> None:
+    other: Any = {}
+    with pytest.raises(SettingError, match="^spec is {}: expected a ClusterSpec"):
+        Cluster("zmoe-tiny", spec=other)
+    with pytest.raises(SettingError, match="^nodes is 3, and spec.nodes 2: give one"):
+        Cluster("zmoe-tiny", 3, spec=ClusterSpec(nodes=2))
+    with pytest.raises(SettingError, match="^model is 3: expected a folder or a name"):
+        Cluster(3)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="^sampling is {}: expected a Sampling"):
+        cluster.generate("x", other)
+
+
+def test_top_k_above_the_vocabulary(cluster: Cluster) -> None:
+    with pytest.raises(SettingError, match="^top_k is 1024: expected less than the model's 1024"):
+        cluster.generate("x", top_k=1024, temp=1.0)
+    assert len(list(cluster.generate("x", top_k=1023, temp=1.0, max_tokens=2))) == 2
+
+
+def test_a_window_goes_on_past_the_context(cluster: Cluster) -> None:
+    context = cluster.info.context_length
+    assert context == 1024
+    more = {"max_tokens": 30, "ignore_eos": True}
+    prompt = [5 + at % 7 for at in range(context - 10)]
+    bounded = cluster.generate(prompt, **more)
+    assert len(list(bounded)) == 10 and bounded.context_full
+    windowed = ClusterSpec(engine=EngineConfig(max_kv_size=256))
+    with Cluster("zmoe-tiny", spec=windowed) as window:
+        free = window.generate(prompt + prompt, **more)
+        assert len(list(free)) == 30 and not free.context_full
+
+
+def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path)
+    with pytest.raises(SettingError, match="^max_kv_size is 64: gpt_oss has a cache of its own"):
+        Cluster(folder, spec=ClusterSpec(engine=EngineConfig(max_kv_size=64)))
+
+
+def test_the_usage_is_saved(tmp_path: Path) -> None:
+    file = tmp_path / "usage.json"
+    with Cluster("zmoe-tiny", spec=ClusterSpec(record_usage=True)) as recording:
+        for rows in (3, 5):  # the second time it is added
+            list(recording.generate([5] * rows, max_tokens=1))
+            recording.save_usage(file)
+        with pytest.raises(InputError, match="nowhere"):
+            recording.save_usage(tmp_path / "nowhere" / "usage.json")
+        info = recording.info
+    (first, *_) = read_usage(file, info).counts
+    assert sum(first) == (3 + 5) * info.top_k
+
+
+def test_all_that_is_public_is_there() -> None:
+    for name in zmoe.__all__:
+        assert getattr(zmoe, name) is not None
+    for name in ("DivergenceError", "HostList", "LaunchError", "PlacementError", "RemoteOptions"):
+        assert name in zmoe.__all__
 
 
 def test_a_newer_generation_ends_the_older(cluster: Cluster) -> None:
@@ -53,10 +116,10 @@ def test_a_newer_generation_ends_the_older(cluster: Cluster) -> None:
 
 def test_addresses_that_others_cannot_reach() -> None:
     hosts = HostList((Host("a", "127.0.1.1"), Host("b", "10.1.2.3")))
-    with pytest.raises(InputError, match="b cannot reach this machine at 127"):
+    with pytest.raises(InputError, match="^bind is 127.0.1.1, where b cannot reach this machine"):
         ClusterSpec(nodes=2, hosts=hosts)
     for address in ("0.0.0.0", "no address", "::1"):
-        with pytest.raises(InputError, match=f"--bind {address}"):
+        with pytest.raises(InputError, match=f"^bind is {address}"):
             ClusterSpec(nodes=2, bind=address)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build
@@ -19,6 +20,7 @@ from zmoe.config import EngineConfig
 from zmoe.engine.engine import Engine
 from zmoe.models import inspect_model, load_shard
 from zmoe.models.decoders import LAYERS, ROUTERS
+from zmoe.models.discover import model_classes
 from zmoe.models.loading import LoadedShard
 from zmoe.obs import Spans
 from zmoe.types import Placement
@@ -53,6 +55,23 @@ def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
     assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
     for got, want in zip(logits(shard, reducer), plain):
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
+    """Token by token, filled in one step or in several, and with further rows after it turned."""
+    folder, size = build(family, tmp_path), 12
+    model, _ = load_model(folder, get_model_classes=model_classes)
+    shard = load(folder, alone(), fuse=True)
+    assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    for lengths in ([7, 1, 1, 1, 1, 1, 1, 1], [*[1] * 30, 3, 1, 1], [30, 1, 1, 5, 12, *[1] * 20]):
+        cache = make_prompt_cache(model, size)
+        engine = Engine(shard.model, alone(), EngineConfig(max_kv_size=size), shard.head)
+        for step, rows in enumerate(lengths):
+            tokens = [(3 * step + 5 * row + 1) % 96 for row in range(rows)]
+            want = np.array(model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32))
+            got = np.array(engine.forward(step, tokens).astype(mx.float32))
+            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max(), (lengths, step)
 
 
 def test_the_tables_name_families_that_the_tests_have() -> None:

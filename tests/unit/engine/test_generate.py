@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -136,6 +138,11 @@ def test_the_context_bounds_the_text(tokenizer: TokenizerWrapper) -> None:
     )
     assert len(list(run)) == 2
     assert run.finish_reason == "length"
+    assert run.context_full
+    script = Script([5], len(tokenizer.get_vocab()))
+    run = generation(tokenizer, script, [9] * 6, Sampling(max_tokens=2, ignore_eos=True), context=8)
+    assert len(list(run)) == 2
+    assert not run.context_full
 
 
 def test_seeds_make_samples_repeat(tokenizer: TokenizerWrapper) -> None:
@@ -157,8 +164,10 @@ def test_seeds_make_samples_repeat(tokenizer: TokenizerWrapper) -> None:
 def test_prompts_that_cannot_be(tokenizer: TokenizerWrapper) -> None:
     with pytest.raises(InputError, match="empty"):
         encode_prompt(tokenizer, "")
-    with pytest.raises(InputError, match="--system-prompt needs a chat template"):
+    with pytest.raises(InputError, match="^system_prompt needs a chat template"):
         encode_prompt(tokenizer, "hi", system_prompt="be brief")
+    with pytest.raises(InputError, match="the prompt is not UTF-8 at character 3"):
+        encode_prompt(tokenizer, "hi\udcff", ignore_chat_template=True)
     with pytest.raises(InputError, match="8 tokens.*context 8.*at most 7"):
         check_length(8, 8)
     check_length(7, 8)
@@ -181,7 +190,21 @@ def test_chat_templates_are_used_unless_ignored(tokenizer: TokenizerWrapper) -> 
     assert chatty.decode(raw) == "Speak."
 
 
+def test_prefill_is_told_apart_from_sampling(
+    tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    script = Script([5], len(tokenizer.get_vocab()))
+    run = generation(tokenizer, script, [9, 9, 9], Sampling(max_tokens=1, ignore_eos=True))
+    list(run)
+    assert (run.timings.prefill, run.timings.first_token, run.timings.prompt_tps) == (1, 2, 3)
+
+
 def test_a_folder_without_tokenizer_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("bare")
     with pytest.raises(ModelError, match=str(folder)):
+        open_tokenizer(folder)
+    shutil.copy(resolve_model("zmoe-tiny") / "config.json", folder)
+    with pytest.raises(ModelError, match=f"{folder} holds no tokenizer: expected tokenizer.json"):
         open_tokenizer(folder)

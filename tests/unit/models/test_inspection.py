@@ -48,6 +48,18 @@ def test_every_family_can_be_described(family: str, tmp_path: Path) -> None:
     assert info.dense_bytes + experts == sum(array.nbytes for _, array in held)
 
 
+def test_more_experts_per_token_than_there_are(tmp_path: Path) -> None:
+    folder = build("mixtral", tmp_path)
+    config = folder / "config.json"
+    for count in (0, EXPERTS + 1):
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": count})
+        )
+        said = f"{config}: num_experts_per_tok is {count}: expected 1 to {EXPERTS}"
+        with pytest.raises(ModelError, match=said):
+            inspect_model(folder)
+
+
 def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
     for mode, bits, group, scales in (
         ("affine", 4, 32, 64),  # bits of scale and bias for each group, as float32 here
