@@ -199,9 +199,27 @@ def _prompt(options: argparse.Namespace) -> str:
     prompt = options.prompt
     if prompt is None:
         raise InputError("no prompt: give one, or - to read standard input")
-    text: str = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else _unicode("the prompt", prompt)
     if not text:
         raise InputError("the prompt is empty")
+    return text
+
+
+def _standard_input() -> str:
+    try:
+        return _unicode("standard input", sys.stdin.read())
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not {error.encoding} text: {error.reason}") from None
+
+
+def _unicode(name: str, text: str) -> str:
+    """`text`, unless it holds bytes that were no text; `name` says whose it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not UTF-8 text") from None
     return text
 
 
@@ -219,6 +237,7 @@ def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _generate(options: argparse.Namespace) -> None:
     sampling, prompt, template = _sampling(options), _prompt(options), _template_config(options)
+    _unicode("--system-prompt", options.system_prompt or "")
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
     warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
