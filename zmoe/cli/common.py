@@ -8,9 +8,11 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
@@ -118,9 +120,9 @@ def _prepare_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, flags), True)
     # Python has None for a stream that was closed; nobody is left to read standard error.
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -131,6 +133,16 @@ def _tolerate_low_file_limit() -> None:
     """
     if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[1] < _MLX_LM_FILES:
         resource.setrlimit = lambda *_: None
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise InputError where the file `path` of `flag` could not be written in the end."""
+    if not path.parent.is_dir():
+        raise InputError(f"{flag} {path}: no such folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()  # files are written beside, then renamed
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 def memory_limit(gib: float | None) -> int | None:

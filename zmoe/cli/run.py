@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
-from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, check_writable, memory_limit, run_command, warn_unencrypted
 from zmoe.config import (
     ACTIVATIONS,
     COMPUTES,
@@ -238,6 +238,8 @@ def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
 def _generate(options: argparse.Namespace) -> None:
     sampling, prompt, template = _sampling(options), _prompt(options), _template_config(options)
     _unicode("--system-prompt", options.system_prompt or "")
+    if options.record_usage is not None:
+        check_writable("--record-usage", options.record_usage)
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
     warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
