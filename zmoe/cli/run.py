@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from zmoe.errors import InputError
 if TYPE_CHECKING:
     from zmoe.cli.progress import Bars
     from zmoe.cluster.leader import ClusterSpec
-    from zmoe.engine.generate import Generation
+    from zmoe.engine.generate import Token
     from zmoe.planner.choice import Choice
 
 PROG = "zmoe-run"
@@ -258,14 +260,17 @@ def _generate(options: argparse.Namespace) -> None:
             stack.enter_context(cluster)
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
-        generation = cluster.generate(
-            prompt,
-            sampling,
-            system_prompt=options.system_prompt,
-            ignore_chat_template=options.ignore_chat_template,
-            chat_template_config=template,
-        )
-        _show(generation, quiet=options.json)
+        with Bars(["reading the prompt, tokens"], counted=True) as prefill:
+            generation = cluster.generate(
+                prompt,
+                sampling,
+                system_prompt=options.system_prompt,
+                ignore_chat_template=options.ignore_chat_template,
+                chat_template_config=template,
+                on_prefill=partial(prefill, 0),
+            )
+            first = next(generation)
+        _show(chain([first], generation), quiet=options.json)
         if options.record_usage is not None:
             add_usage(options.record_usage, cluster.take_usage(), cluster.info)
         if options.stats or options.json:
@@ -282,9 +287,9 @@ def _explain(progress: Bars, choice: Choice) -> None:
     progress.print(explanation(choice))
 
 
-def _show(generation: Generation, quiet: bool) -> None:
-    """Run the generation to its end, its text as it comes unless `quiet`."""
-    for token in generation:
+def _show(tokens: Iterable[Token], quiet: bool) -> None:
+    """Generate to the end, the text as it comes unless `quiet`."""
+    for token in tokens:
         if not quiet:
             print(token.text, end="", flush=True)
     if not quiet:

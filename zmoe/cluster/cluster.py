@@ -126,10 +126,12 @@ class Cluster:
         system_prompt: str | None = None,
         ignore_chat_template: bool = False,
         chat_template_config: dict[str, Any] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generation:
         """Iterate over the tokens that follow `prompt` (text, or token ids as they are).
 
+        `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
         TypeError for unknown options.
@@ -155,6 +157,7 @@ class Cluster:
             prefill_chunk=self.spec.engine.prefill_chunk,
             context=self.info.context_length,
             spans=self._member.spans,
+            on_prefill=on_prefill,
         )
 
     def begin(self) -> StepFunction:
