@@ -21,4 +21,9 @@ class ParallelBuild(build_ext):
         super().build_extensions()
 
 
-setup(cmdclass={"build_ext": ParallelBuild}, cffi_modules=["tools/build_native.py:builder"])
+setup(
+    cmdclass={"build_ext": ParallelBuild},
+    cffi_modules=["tools/build_native.py:builder"],
+    # cffi builds for the limited API: one wheel serves every Python from the oldest one on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -39,7 +39,8 @@ from common import (
 from decode import BREAKDOWN
 from engines import script
 
-from zmoe.calibration.products import Products
+from zmoe.calibration.products import FILE_BYTES, Products
+from zmoe.calibration.scratch import scratch
 from zmoe.calibration.weights import FORMATS
 from zmoe.cli.plan_model import find_model
 from zmoe.config import POLICIES, SCHEDULES
@@ -184,7 +185,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         todo = configurations(options, profile)
     except ZmoeError as error:
         raise BenchError(str(error)) from None
-    with Products() if options.beside else nullcontext() as products:
+    with ExitStack() as stack:
+        products = None
+        if options.beside:
+            products = stack.enter_context(Products(stack.enter_context(scratch(FILE_BYTES))))
         for turn, each in product(range(options.runs), todo):
             name = f"{short_name(each.model)}, {each.nodes} nodes, {each.schedule}, {each.policy}"
             print(f"run {turn + 1}, {name}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -13,10 +14,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def check_wheel(wheel: Path) -> None:
-    """It holds the model, the types and the compiled module, and no more."""
+    """It is for every Python from the oldest on; it holds the model, the types and the compiled
+    module, and no more.
+    """
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = requires.removeprefix(">=").replace(".", "")
+    assert wheel.name.split("-")[2:4] == [f"cp{oldest}", "abi3"]
     names = zipfile.ZipFile(wheel).namelist()
     assert "zmoe/py.typed" in names
-    assert any(n.startswith("zmoe/_native.") and n.endswith(".so") for n in names)
+    assert "zmoe/_native.abi3.so" in names
     assert "zmoe/data/zmoe-tiny/model.safetensors" in names
     assert not [n for n in names if n.startswith(("tests", "bench", "tools", "csrc"))]
     assert wheel.stat().st_size < 12 << 20

@@ -104,4 +104,4 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, two_hosts: tuple[str, st
     ip("-n", two_hosts[1], "link", "set", "zmoe0", "down")
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, errors
-    assert re.search(r"PeerError: rank 1 .*step \d+", errors)
+    assert re.search(r"zmoe-run: rank 1 .*step \d+", errors)

@@ -46,8 +46,8 @@ def test_the_default_explained(commands: Commands, alone: str) -> None:
     assert found == alone
     lines = said.splitlines()
     assert lines[0] == "placement: experts (no other is predicted to be 3% faster)"
-    assert lines[1].startswith("  node 0: 8 experts a layer (each layer: 0-7); 0.00293 GiB")
-    assert lines[2].startswith("  node 1: 8 experts a layer (each layer: 8-15); 0.00293 GiB")
+    assert lines[1].startswith("  node 0: 8 experts a layer (each layer: 0-7); 3 MiB")
+    assert lines[2].startswith("  node 1: 8 experts a layer (each layer: 8-15); 3 MiB")
     labels = [line.split("  ")[1] for line in lines[4:]]
     assert labels == ["experts", "experts by speed", "replicas", "slices"]
 

@@ -80,23 +80,13 @@ def test_bad_input(commands: Commands, tmp_path: Path, store: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     for arguments, words in [
-        ((), "MODEL"),
-        (("zmoe-tiny",), "no OUT"),
-        (("nowhere/at/all", out), "MODEL nowhere/at/all: no such folder"),
         (("some-org/some-model", out), "MODEL some-org/some-model: not in the local"),
         ((tmp_path / "no", out), "MODEL"),
         ((dense, out), "no weights"),
         (("zmoe-tiny", file), f"{file} is a file"),
         (("zmoe-tiny", dense), f"{dense} is not empty"),
         (("zmoe-tiny", store, "--bits", 4), f"{store} holds the store of another model"),
-        (("zmoe-tiny", out, "--bits", 7), "--bits is 7: expected 1 or 2 or 3"),
-        (("zmoe-tiny", out, "--bits", "four"), "--bits"),
-        (("zmoe-tiny", out, "--bits", 8, "--mode", "mxfp4"), "--bits is 8: expected 4 in mode"),
         (("zmoe-tiny", out, "--mode", "nvfp4", "--group-size", 64), "--group-size is 64"),
-        (("zmoe-tiny", out, "--group-size", 0), "--group-size is 0"),
-        (("zmoe-tiny", out, "--mode", "q4_0"), "--mode"),
-        (("zmoe-tiny", out, "--what"), "--what"),
-        (("--verify", "zmoe-tiny"), "is no store"),
         (("--verify", tmp_path / "no"), "MODEL"),
         (("--verify", store, "--bits", 4), "no OUT"),
     ]:

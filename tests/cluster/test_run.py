@@ -94,7 +94,7 @@ def test_stats_go_to_standard_error(commands: Commands, alone: str) -> None:
 def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "zmoe.cli.run", "-n", "2", "-m", "2", PROMPT],
+        [sys.executable, "-m", "zmoe.cli.run", "-n", "2", "-m", "2", 200 * PROMPT],
         env={**commands.env, "TERM": "xterm"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -110,6 +110,8 @@ def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:
     assert process.returncode == 0
     assert b"loading node 0" in shown
     assert b"loading node 1" in shown
+    assert re.search(rb"reading the prompt, tokens .*\d+/400", shown)
+    assert b"\x1b[?25l" not in shown  # whoever is interrupted cannot bring back a hidden cursor
 
 
 def test_a_seed_repeats_a_sample(commands: Commands) -> None:

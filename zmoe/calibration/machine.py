@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from zmoe import __version__
 from zmoe.calibration.products import MOST_NODES, Products, Progress
+from zmoe.calibration.scratch import scratch
 from zmoe.calibration.steps import Steps
 from zmoe.compute.team import is_native, usable_cores
 from zmoe.config import POLICIES, EngineConfig
@@ -25,6 +26,7 @@ EVALS = 300  # of a small graph, likewise
 WIDTH = 8192  # of the matrix that a GPU reads: beyond its caches
 PRODUCT = 2048  # rows, columns and depth of the product whose rate is taken
 OPERATIONS = 25  # of one layer's graph, roughly
+SCRATCH_BYTES = 2_000_000_000  # more than what Products and Steps write
 REFERENCE = "bf16"  # whose rates stand for formats that are not measured
 
 
@@ -43,7 +45,9 @@ def measure_machine(progress: Progress) -> Machine:
 
 
 def _of_kernels(made: Machine, progress: Progress) -> Machine:
-    with Products() as products, Steps() as steps:
+    progress(f"this takes some minutes, and up to {SCRATCH_BYTES / 1e9:.0f} GB of temporary space")
+    with scratch(SCRATCH_BYTES) as folder, Products(folder) as products:
+        steps = Steps(folder)
         for nodes in range(1, MOST_NODES + 1):
             progress(f"products, round {nodes} of {MOST_NODES}")
             products.measure()

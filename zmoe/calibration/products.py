@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,13 +51,13 @@ class Products:
     memory gives changes from minute to minute. A context manager.
     """
 
-    def __init__(self) -> None:
-        self._stack = ExitStack()
+    def __init__(self, folder: Path) -> None:
+        """`folder` is where a file of FILE_BYTES is written."""
+        self._folder, self._stack = folder, ExitStack()
 
     def __enter__(self) -> Products:
         with self._stack as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zmoe"))
-            path = Path(folder) / "weights"
+            path = self._folder / "weights"
             write_weights(path, FILE_BYTES)
             self._groups = [stack.enter_context(_group(cores, path)) for cores in core_sharings()]
             self._stack = stack.pop_all()
@@ -131,7 +131,8 @@ def _group(cores: Sequence[Cores], path: Path) -> Iterator[_Group]:
             pipes.append(ours)
             given = (own, (rank, nodes), path, barrier, theirs)
             process = context.Process(target=_serve, args=given, daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             processes.append(process)
             theirs.close()
         yield _Group(len(cores[0]), pipes)
@@ -139,8 +140,18 @@ def _group(cores: Sequence[Cores], path: Path) -> Iterator[_Group]:
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            process.join(1.0)
             process.kill()
+            process.join()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started meanwhile; ours comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(

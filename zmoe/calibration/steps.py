@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,17 +65,13 @@ def cases(nodes: int) -> Iterator[Case]:
 
 
 class Steps:
-    """The measured times of steps, by case; from them what is no product. A context manager."""
+    """The measured times of steps, by case; from them what is no product."""
 
-    def __enter__(self) -> Steps:
-        self._folder = tempfile.TemporaryDirectory(prefix="zmoe")
-        self._models = [make_model(Path(self._folder.name) / str(n), n) for n in (FEW, MANY)]
+    def __init__(self, folder: Path) -> None:
+        """`folder` is where the models are written."""
+        self._models = [make_model(folder / str(n), n) for n in (FEW, MANY)]
         self._found: dict[tuple[Case, Path], tuple[float, float]] = {}
         self._far: dict[int, float] = {}  # by nodes: how much longer a step takes at FAR
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._folder.cleanup()
 
     def measure(self, nodes: int, progress: Progress, policies: Sequence[str] = POLICIES) -> None:
         """All cases of so many nodes. Of what was measured before the faster counts: noise,
@@ -161,10 +156,10 @@ def make_model(folder: Path, layers: int) -> Path:
                 for m in ("w1", "v1", "w2")
             },
         }
-    tensors = {
-        name: (mx.random.normal(shape) * WIDTH**-0.5).astype(mx.bfloat16)
-        for name, shape in shapes.items()
-    }
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = (mx.random.normal(shape) * WIDTH**-0.5).astype(mx.bfloat16)
+        mx.eval(tensors[name])  # one by one, or Ctrl-C would wait for all of them
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     return folder
 

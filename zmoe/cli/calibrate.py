@@ -10,7 +10,7 @@ from pathlib import Path
 from zmoe import __version__
 from zmoe.calibration.link import Hosts, measure_link
 from zmoe.calibration.machine import measure_machine
-from zmoe.cli.common import warn_unencrypted
+from zmoe.cli.common import check_writable, warn_unencrypted
 from zmoe.cluster.hosts import hosts_from_file, hosts_from_names
 from zmoe.cluster.launch import RemoteOptions
 from zmoe.cluster.leader import ClusterSpec
@@ -46,8 +46,7 @@ def calibrate(path: Path, hosts: Hosts, *, as_json: bool) -> None:
     """
     if path.exists() and not is_profile(path):
         read_profile(path)  # says what it is; of what is there only a profile may be replaced
-    elif not path.parent.is_dir():
-        raise InputError(f"--calibrate {path}: no such folder {path.parent}")
+    check_writable("--calibrate", path)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores / 2:
         _say(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import resource
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from zmoe.errors import InputError, SettingError, ZmoeError
 
@@ -21,6 +26,9 @@ _FLAGS = {
     "load": "--load-timeout",
     "peer": "--peer-timeout",
 }
+_MLX_LM_FILES = 4096
+
+Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,43 +48,125 @@ class Parser(argparse.ArgumentParser):
 
 
 def _words(error: ZmoeError) -> str:
-    """What `error` says, on one line, in the words of a command: a setting is its flag."""
-    text = str(error)
-    if isinstance(error, SettingError):
-        usual = "--" + error.setting.replace("_", "-")
-        text = f"{_FLAGS.get(error.setting, usual)} {error.problem}"
-    return " ".join(text.split())
+    """What `error` says, in the words of a command: a setting is its flag."""
+    if not isinstance(error, SettingError):
+        return str(error)
+    flag = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
+    return f"{flag} {error.problem}"
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(143)
 
 
+class _OutputError(ZmoeError):
+    """What went wrong with standard output, and with no other file."""
+
+
+class _Output:
+    """Standard output, with errors of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Raises _OutputError."""
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        """Raises _OutputError."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Result]) -> Result:
+        try:
+            return action()
+        except OSError as error:
+            # Python would try again to write what is left, and complain, when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise _OutputError(f"cannot write to standard output: {error.strerror}") from error
+
+
 def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
     """Run `body`; its exit code. An error is one line on stderr, and a traceback with `debug`."""
     signal.signal(signal.SIGTERM, _on_terminate)
+    _prepare_streams()
+    _tolerate_low_file_limit()
     try:
-        body()
-        sys.stdout.flush()
-    except BrokenPipeError:  # our reader has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+            body()
+            sys.stdout.flush()
     except KeyboardInterrupt:
         # Not `return`: where Ctrl-C met an exec() of some import, CPython remembers it
         # as unhandled and ends by the signal, whatever we return.
         os._exit(130)
-    except ZmoeError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"{prog}: {type(error).__name__}: {_words(error)}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()
-        one_line = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{prog}: internal error: {one_line} (--debug shows where)", file=sys.stderr)
-        return 1
+        return _report(prog, error)
     return 0
+
+
+def _report(prog: str, error: Exception) -> int:
+    """Say in one line on stderr what ended the command; returns its exit code."""
+    if isinstance(error.__cause__, BrokenPipeError) and isinstance(error, _OutputError):
+        return error.exit_code  # our reader has gone: nobody is left to tell
+    if isinstance(error, ZmoeError):
+        line, code = _words(error), error.exit_code
+    elif isinstance(error, OSError) and error.filename is not None:
+        line, code = f"{error.filename}: {error.strerror}", 1
+    else:
+        line, code = f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1
+    with suppress(OSError):  # standard error may be full, too
+        print(f"{prog}: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _prepare_streams() -> None:
+    """Open the standard streams that our caller has closed, or the next file that is opened
+    would become one of them; what is written to or read from such a stream fails as before.
+    Characters that the output's encoding lacks are written as escapes.
+    """
+    for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, flags), True)
+    # Python has None for a stream that was closed; nobody is left to read standard error.
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _tolerate_low_file_limit() -> None:
+    """Let mlx-lm be imported where the limit of open files is low: on import it sets that
+    limit, which fails where the hard limit is lower, and which zmoe does not need.
+    """
+    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[1] < _MLX_LM_FILES:
+        resource.setrlimit = lambda *_: None
+
+
+def size_text(nbytes: float) -> str:
+    """Such as "2.53 GiB" or "3 MiB": three digits in a unit that makes them readable."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} TiB"
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise InputError where the file `path` of `flag` could not be written in the end."""
+    if not path.parent.is_dir():
+        raise InputError(f"{flag} {path}: no such folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()  # files are written beside, then renamed
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 def memory_limit(gib: float | None) -> int | None:

@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
     from zmoe.models import inspect_model
     from zmoe.models.hub import resolve_model
     from zmoe.models.prestack import prestack
-    from zmoe.models.verification import verify
+    from zmoe.models.verification import changed_files, verify
 
     store = resolve_model(options.model, "MODEL")
     if options.out is not None:
@@ -80,6 +80,12 @@ def _run(options: argparse.Namespace) -> None:
         with Bars(["comparing"]) as bars:
             manifest = verify(store, lambda *sizes: bars(0, *sizes))
     _say(manifest, "every checksum matches" if options.verify else "complete")
+    if options.verify and changed_files(manifest):
+        print(
+            f"{PROG}: warning: {manifest.folder} cannot be written, so this is not recorded, and "
+            "every run goes on to compare its share; verify the store once where it can be written",
+            file=sys.stderr,
+        )
 
 
 def _say(manifest: Manifest, what: str) -> None:

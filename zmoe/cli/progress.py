@@ -6,17 +6,40 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+)
+
+
+class _Console(Console):
+    """One that leaves the cursor alone: no end of the command, however early or hard, can then
+    leave it hidden.
+    """
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
 
 
 class Bars:
-    """A bar of bytes for each of `labels` while it lasts; silent without a terminal."""
+    """A bar for each of `labels` while it lasts, of bytes or, with `counted`, of what the
+    label says; silent without a terminal.
+    """
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    def __init__(self, labels: Sequence[str], *, counted: bool = False) -> None:
+        console = _Console(stderr=True)
+        amount = MofNCompleteColumn() if counted else DownloadColumn()
         self._bars = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            TextColumn("{task.description}"),
+            BarColumn(),
+            amount,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self._tasks: list[TaskID] = [self._bars.add_task(label, total=None) for label in labels]
 

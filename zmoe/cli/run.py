@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
-from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, check_writable, memory_limit, run_command, warn_unencrypted
 from zmoe.config import (
     ACTIVATIONS,
     COMPUTES,
@@ -29,7 +31,7 @@ from zmoe.errors import InputError
 if TYPE_CHECKING:
     from zmoe.cli.progress import Bars
     from zmoe.cluster.leader import ClusterSpec
-    from zmoe.engine.generate import Generation
+    from zmoe.engine.generate import Token
     from zmoe.planner.choice import Choice
 
 PROG = "zmoe-run"
@@ -203,9 +205,27 @@ def _prompt(options: argparse.Namespace) -> str:
     prompt = options.prompt
     if prompt is None:
         raise InputError("no prompt: give one, or - to read standard input")
-    text: str = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else _unicode("the prompt", prompt)
     if not text:
         raise InputError("the prompt is empty")
+    return text
+
+
+def _standard_input() -> str:
+    try:
+        return _unicode("standard input", sys.stdin.read())
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not {error.encoding} text: {error.reason}") from None
+
+
+def _unicode(name: str, text: str) -> str:
+    """`text`, unless it holds bytes that were no text; `name` says whose it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not UTF-8 text") from None
     return text
 
 
@@ -223,6 +243,9 @@ def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _generate(options: argparse.Namespace) -> None:
     sampling, prompt, template = _sampling(options), _prompt(options), _template_config(options)
+    _unicode("--system-prompt", options.system_prompt or "")
+    if options.record_usage is not None:
+        check_writable("--record-usage", options.record_usage)
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
     warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
@@ -241,14 +264,17 @@ def _generate(options: argparse.Namespace) -> None:
             stack.enter_context(cluster)
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
-        generation = cluster.generate(
-            prompt,
-            sampling,
-            system_prompt=options.system_prompt,
-            ignore_chat_template=options.ignore_chat_template,
-            chat_template_config=template,
-        )
-        _show(generation, quiet=options.json)
+        with Bars(["reading the prompt, tokens"], counted=True) as prefill:
+            generation = cluster.generate(
+                prompt,
+                sampling,
+                system_prompt=options.system_prompt,
+                ignore_chat_template=options.ignore_chat_template,
+                chat_template_config=template,
+                on_prefill=partial(prefill, 0),
+            )
+            first = next(generation)
+        _show(chain([first], generation), quiet=options.json)
         if generation.context_full:
             how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
             length = cluster.info.context_length
@@ -269,9 +295,9 @@ def _explain(progress: Bars, choice: Choice) -> None:
     progress.print(explanation(choice))
 
 
-def _show(generation: Generation, quiet: bool) -> None:
-    """Run the generation to its end, its text as it comes unless `quiet`."""
-    for token in generation:
+def _show(tokens: Iterable[Token], quiet: bool) -> None:
+    """Generate to the end, the text as it comes unless `quiet`."""
+    for token in tokens:
         if not quiet:
             print(token.text, end="", flush=True)
     if not quiet:

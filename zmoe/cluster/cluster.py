@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -215,10 +215,12 @@ class Cluster:
         system_prompt: str | None = None,
         ignore_chat_template: bool = False,
         chat_template_config: dict[str, Any] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generation:
         """Iterate over the tokens that follow `prompt` (text, or token ids as they are).
 
+        `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
         TypeError for unknown options. The model's context bounds prompt and text,
@@ -256,6 +258,7 @@ class Cluster:
             prefill_chunk=engine.prefill_chunk,
             context=context,
             spans=spans,
+            on_prefill=on_prefill,
         )
 
     def begin(self) -> StepFunction:

@@ -94,9 +94,11 @@ class Generation(Iterator[Token]):
         prefill_chunk: int,
         context: int | None,
         spans: Spans,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self._step, self._prompt, self._sampling = step, list(prompt), sampling
         self._chunk, self._spans = prefill_chunk, spans
+        self._on_prefill = on_prefill or (lambda done, total: None)
         self._eos = set() if sampling.ignore_eos else set(tokenizer.eos_token_ids)
         self._detokenizer = tokenizer.detokenizer
         self._limit = sampling.max_tokens
@@ -129,6 +131,7 @@ class Generation(Iterator[Token]):
         body, last = self._prompt[:-1], self._prompt[-1:]
         for start in range(0, len(body), self._chunk):
             self._step(body[start : start + self._chunk], start == 0, False)
+            self._on_prefill(min(start + self._chunk, len(body)), len(self._prompt))
         return self._step(last, not body, True)
 
     def _pick(self, logits: mx.array) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,9 +25,15 @@ def resolve_model(name: str, argument: str = "model") -> Path:
     if name == DEFAULT_MODEL:
         return Path(str(files("zmoe") / "data" / DEFAULT_MODEL))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise ModelError(f"{argument} {name}: cannot be read: {error.strerror}") from None
+    if is_folder:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ModelError(f"{argument} {name}: cannot be read: Permission denied")
         return folder.resolve()
-    if folder.exists():
+    if exists:
         raise ModelError(f"{argument} {name}: is a file; expected a folder with config.json")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{argument} {name}: no such folder, nor a Hugging Face name (org/model)")

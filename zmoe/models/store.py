@@ -139,7 +139,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         version = body["version"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is corrupt: {type(error).__name__}") from None
     if version != VERSION:
         raise ModelError(f"{path} is of version {version}; this zmoe knows version {VERSION}")

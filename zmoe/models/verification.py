@@ -66,11 +66,10 @@ def check_share(
     manifest = read_manifest(folder)
     if manifest is None:
         return ()
-    written = (folder / MANIFEST).stat().st_ctime_ns
     wanted = [
         (file, part)
-        for file in manifest.files
-        if (dense or file.layer is not None) and (folder / file.name).stat().st_ctime_ns >= written
+        for file in changed_files(manifest)
+        if dense or file.layer is not None
         for part in file.ranges
         if part.expert is None or (file.layer is not None and part.expert in owned[file.layer])
     ]
@@ -81,14 +80,24 @@ def check_share(
     if not wanted:
         return ()
     size = sum(part.nbytes for _, part in wanted) / 1e9
+    writable = os.access(folder / MANIFEST, os.W_OK)
+    where = "" if writable else ", done where the store can be written,"
     return (
         f"{folder} changed since it was written, so {size:.1f} GB were compared with their "
-        "checksums; zmoe-prestack --verify spares that",
+        f"checksums; zmoe-prestack --verify{where} spares that",
     )
 
 
+def changed_files(manifest: Manifest) -> list[DataFile]:
+    """Those that changed after the manifest was written, or last verified."""
+    folder = manifest.folder
+    written = (folder / MANIFEST).stat().st_ctime_ns
+    return [f for f in manifest.files if (folder / f.name).stat().st_ctime_ns >= written]
+
+
 def verify(folder: Path, progress: Callable[[int, int], None]) -> Manifest:
-    """Compare all of a store with its checksums; `progress` gets bytes done and in all.
+    """Compare all of a store with its checksums; `progress` gets bytes done and in all. Where
+    the store can be written, its manifest's time records that.
 
     Raises ModelError naming the first range that differs, and how many others do.
     """

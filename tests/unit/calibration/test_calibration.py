@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 from zmoe.calibration import products, steps, weights
 from zmoe.calibration.products import core_sharings, line_of_experts
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
-from zmoe.compute.team import Team
+from zmoe.compute.team import Team, usable_cores
 from zmoe.native import ffi
 from zmoe.planner.hardware import Machine
 from zmoe.planner.links import Link
@@ -116,7 +119,7 @@ def test_cores_are_shared_as_by_nodes() -> None:
     assert found == {(1, 4), (1, 2), (2, 2), (1, 1), (3, 1), (4, 1)}
 
 
-def test_steps_are_found_again_from_their_times() -> None:
+def test_steps_are_found_again_from_their_times(tmp_path: Path) -> None:
     """Times as the planner has them, with products slower by a tenth than it thinks."""
     rates = tuple(
         ProductRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e12)
@@ -124,8 +127,8 @@ def test_steps_are_found_again_from_their_times() -> None:
         for nodes, threads in ((1, 2), (2, 1))
     )
     machine = Machine("m", 2**40, 1e10, 1e12, "a test", sync_s=0.0, cores=2, rates=rates[:2])
-    found = steps.Steps()
-    with patch.object(steps, "make_model", lambda path, layers: _config_only(path, layers)), found:
+    with patch.object(steps, "make_model", lambda path, layers: _config_only(path, layers)):
+        found = steps.Steps(tmp_path)
         truth = {
             case: (20e-6 * case.nodes + 5e-6 * (case.policy != "selected"), 1e-4 * case.nodes)
             for nodes in (1, 2)
@@ -169,7 +172,7 @@ def test_the_leader_computes_as_much_as_all_where_all_compute_alike(tmp_path: Pa
 
 def _config_only(path: Path, layers: int) -> Path:
     """make_model's configuration; its weights are not needed."""
-    with patch.object(steps.mx, "save_safetensors"):
+    with patch.object(steps.mx, "save_safetensors"), patch.object(steps.mx, "eval"):
         return REAL(path, layers)
 
 
@@ -185,3 +188,16 @@ def test_the_model_runs(tmp_path: Path) -> None:
     machine = Machine("m", 2**40, 1e10, 1e12, "a test")
     setup = Setup(steps._shape(model), (machine,), link, Workload(context=10))
     assert predict(setup, 1).fits
+
+
+def test_ctrl_c_is_for_the_command_alone(tmp_path: Path) -> None:
+    """A terminal sends it to the processes that measure, too; each would print a traceback."""
+    path = tmp_path / "weights"
+    write_weights(path, 8 * expert_bytes("f32", LARGE))
+    with products._group([(min(usable_cores()),)], path) as group:
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        group.measure("f32")
+        assert group.rate("f32", 0).dense > 0
+    assert not multiprocessing.active_children()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import pytest
@@ -51,6 +51,7 @@ def generation(
     sampling: Sampling,
     context: int | None = None,
     chunk: int = 4,
+    on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generation:
     script.prompt_tokens = len(prompt)
     return Generation(
@@ -61,6 +62,7 @@ def generation(
         prefill_chunk=chunk,
         context=context,
         spans=Spans(),
+        on_prefill=on_prefill,
     )
 
 
@@ -99,8 +101,16 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: TokenizerWrapper) 
 def test_the_prompt_goes_in_chunks_then_alone(tokenizer: TokenizerWrapper) -> None:
     script = Script([5, 6, 7], len(tokenizer.get_vocab()))
     prompt = list(range(10, 20))
-    run = generation(tokenizer, script, prompt, Sampling(max_tokens=3, ignore_eos=True))
+    told: list[tuple[int, int, int]] = []
+    run = generation(
+        tokenizer,
+        script,
+        prompt,
+        Sampling(max_tokens=3, ignore_eos=True),
+        on_prefill=lambda done, total: told.append((done, total, len(script.steps))),
+    )
     assert [token.id for token in run] == [5, 6, 7]
+    assert told == [(4, 10, 1), (8, 10, 2), (9, 10, 3)]
     assert script.steps == [
         ([10, 11, 12, 13], True),
         ([14, 15, 16, 17], False),

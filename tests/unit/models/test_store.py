@@ -13,6 +13,7 @@ import pytest
 from tests.families import build
 from tests.unit.models.stores import EXPERTS_1, flip, quietly, store_of
 from tests.unit.models.test_layouts import OWNED, shard
+from zmoe.cli import prestack
 from zmoe.errors import ModelError
 from zmoe.models import inspect_model, verification
 from zmoe.models.prestack import Quantization
@@ -127,9 +128,16 @@ def test_other_files_are_verified_too(tmp_path: Path) -> None:
 
 
 def test_what_did_not_change_is_not_hashed(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A copy is, with a notice, until it has been verified."""
+    """A copy is, with a notice, until it has been verified, which a read-only one cannot record."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(30, "Read-only file system", str(path))
+
     hashed: list[str] = []
 
     def noted(path: Path, start: int, nbytes: int) -> str:
@@ -145,6 +153,16 @@ def test_what_did_not_change_is_not_hashed(
     hashed.clear()
     assert "zmoe-prestack --verify spares that" in shard(copy).notices[0]
     assert hashed.count(EXPERTS_1) == 1 + len(OWNED[0])
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        read_only.setattr(os, "utime", refuse)
+        assert "--verify, done where the store can be written, spares" in shard(copy).notices[0]
+        assert prestack.main(["--verify", str(copy)]) == 0
+        captured = capsys.readouterr()
+        assert captured.out.endswith("every checksum matches\n")
+        assert f"{copy} cannot be written, so this is not recorded" in captured.err
+    assert prestack.main(["--verify", str(copy)]) == 0
+    assert capsys.readouterr().err == ""
     verify(copy, quietly)
     hashed.clear()
     assert shard(copy).notices == ()
