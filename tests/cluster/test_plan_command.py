@@ -138,6 +138,42 @@ def test_models_by_folder_and_from_the_hubs_cache(commands: Commands, tmp_path: 
     assert hub["results"] == named["results"]
 
 
+def test_one_node_needs_no_link(commands: Commands) -> None:
+    report = answer(commands, "--model", "olmoe", "--hardware", "epyc", "--nodes", 1)
+    assert report["environment"]["link"] is None
+    (row,) = report["results"]
+    tokens, seconds = report["environment"]["workload"]["prompt"], row["first_token_seconds"]
+    assert row["prompt_tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
+def test_the_default_is_as_many_nodes_as_there_are_experts(
+    commands: Commands, tmp_path: Path
+) -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    config["ffn_config"]["moe_num_experts"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    few = ("--model", tmp_path, "--hardware", "epyc", "--link", "1gbe")
+    assert [row["nodes"] for row in answer(commands, *few)["results"]] == [1, 2, 3, 4, 5]
+    assert "6 nodes are more than the 5 experts" in refused(commands, *few, "--nodes", "1-6")
+    config["ffn_config"]["moe_num_experts"] = config["ffn_config"]["moe_top_k"] - 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "field moe_top_k is 4: more experts per token than the 3" in refused(commands, *few)
+
+
+def test_a_hub_out_of_reach_is_told_at_once(commands: Commands, tmp_path: Path) -> None:
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    rest = ("--model", "org/some-moe", "--hardware", "epyc", "--nodes", 1)
+    line = refused(commands, *rest, HF_HOME=str(tmp_path), **nowhere)
+    assert "--model org/some-moe" in line and "the hub is out of reach" in line
+
+
+def test_the_table_fits_a_terminal(commands: Commands) -> None:
+    lines = plan(commands, *DBRX, COLUMNS="80").stdout.splitlines()
+    heads = "nodes tok/s load compute latency transfer overhead comm. TTFT GiB kUSD"
+    assert heads.split() in [line.split() for line in lines]
+    assert not any("…" in line for line in lines)
+
+
 def test_the_table_and_plain_sentences(commands: Commands) -> None:
     done = plan(commands, *DBRX, "--nodes", "1,2", "--target", 5)
     assert done.returncode == 0 and done.stderr == ""
@@ -159,7 +195,13 @@ def test_a_plot(commands: Commands, tmp_path: Path) -> None:
         path = tmp_path / name
         assert plan(commands, *DBRX, "--plot", path).returncode == 0
         assert path.read_bytes().startswith(magic)
-    assert plan(commands, *DBRX, "--nodes", 1, "--plot", tmp_path / "none.png").returncode == 0
+    none = tmp_path / "none.png"
+    done = plan(commands, *DBRX, "--nodes", 1, "--plot", none)
+    assert (
+        done.returncode == 0
+        and done.stderr == f"--plot {none}: nothing fits, so nothing is drawn\n"
+    )
+    assert not none.exists()
 
 
 def test_a_plot_without_matplotlib(commands: Commands, tmp_path: Path) -> None:
@@ -185,6 +227,8 @@ def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
     for arguments, words in (
         ((), "--model and --hardware are needed"),
         (DBRX[:4], "no --link"),
+        ((*DBRX[:4], "--nodes", "1,2"), "no --link"),
+        ((*DBRX[:4], "--nodes", "1", "--target", "3"), "no --link"),
         ((*DBRX, "--nodes", "4-2"), "--nodes 4-2"),
         ((*DBRX, "--nodes", "two"), "--nodes two"),
         ((*DBRX, "--nodes", "0"), "--nodes 0"),
