@@ -318,8 +318,8 @@ def test_a_calibrated_profile_plans(
 ) -> None:
     """All kinds of measurements, of 1 and 2 nodes only and with few repetitions."""
     monkeypatch.setattr(machine, "MOST_NODES", 2)
-    monkeypatch.setattr(products, "FILE_BYTES", 128 << 20)
-    for name, value in {"STEPS": 16, "FAR": 300}.items():
+    monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
+    for name, value in {"STEPS": 16, "FAR": 300, "FEW": 2, "MANY": 4}.items():
         monkeypatch.setattr(steps, name, value)
     path = tmp_path / "here.json"
     done = plan("--calibrate", path)
