@@ -1,4 +1,9 @@
-"""Every family of models on 1 to 4 real nodes against mlx-lm in one process."""
+"""Families of models on 1 to 4 real nodes against mlx-lm in one process.
+
+All of them run on threads with MLX's products (tests/unit/models/test_families.py), and
+here on one node with the kernels' products; on real nodes runs one for each kind of block
+and router.
+"""
 
 from __future__ import annotations
 
@@ -112,11 +117,19 @@ def run(
             leader.close()
 
 
+# By what is peculiar to their blocks: groups of experts, biases and sinks, a gate of the
+# shared expert, weights that scale the input, experts that do nothing, MLPs without a gate.
+# DBRX, Mixtral and Qwen3-MoE run on real nodes below, quantised and in half precision.
+ON_NODES = {"deepseek_v3", "gpt_oss", "qwen2_moe", "llama4", "longcat_flash", "nemotron_h"}
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
-    runs = [(nodes, "decentralized") for nodes in (1, 2, 3, 4)] + [(3, "centralized")]
+    runs = [(1, "decentralized")]
+    if name in ON_NODES:
+        runs += [(2, "decentralized"), (4, "decentralized"), (3, "centralized")]
     for nodes, schedule in runs:
         found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
@@ -124,32 +137,41 @@ def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> Non
         assert difference <= 1e-4, f"{nodes} nodes, {schedule}: logits differ by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name", ["dbrx", "deepseek_v3", "gpt_oss", "llama4", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
 def test_mlx_alone_may_compute(name: str, ports: Ports, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
-    for nodes, schedule in ((1, "decentralized"), (2, "decentralized"), (2, "centralized")):
+    for nodes, schedule in ((2, "decentralized"), (2, "centralized")):
         found_tokens, found_logits = run(folder, nodes, ports, "mlx", schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
 
-@pytest.mark.parametrize("quantize", [("affine", 4, 32), ("affine", 8, 32), ("mxfp4", 4, 32)])
-@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [
+        ("dbrx", ("affine", 4, 32)),
+        ("mixtral", ("affine", 8, 32)),
+        ("qwen3_moe", ("mxfp4", 4, 32)),
+    ],
+    ids=str,
+)
 def test_quantised_models_agree_with_mlx_lm(
     name: str, quantize: tuple[str, int, int], ports: Ports, tmp_path: Path
 ) -> None:
     """The activations are float32 and the products the same: so is the bound."""
     folder = build(name, tmp_path / name, quantize=quantize)
     tokens, logits = reference(folder)
-    for nodes, schedule in [(n, "decentralized") for n in (1, 2, 4)] + [(2, "centralized")]:
+    for nodes, schedule in ((1, "decentralized"), (3, "decentralized"), (2, "centralized")):
         found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [("float16", 11), ("bfloat16", 8)])
-@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "digits"),
+    [("dbrx", "bfloat16", 8), ("mixtral", "float16", 11), ("qwen3_moe", "bfloat16", 8)],
+)
 def test_halves_agree_with_float32(
     name: str, dtype: str, digits: int, ports: Ports, tmp_path: Path
 ) -> None:
@@ -162,7 +184,7 @@ def test_halves_agree_with_float32(
     folder = build(name, tmp_path / name, dtype=dtype)
     tokens, _ = run(folder, 1, ports)
     _, logits = reference(folder, tokens)
-    for nodes, schedule in [(n, "decentralized") for n in (1, 2, 4)] + [(4, "centralized")]:
+    for nodes, schedule in ((1, "decentralized"), (2, "decentralized"), (4, "centralized")):
         found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
         same = next((i for i, (a, b) in enumerate(zip(found_tokens, tokens)) if a != b), TOKENS)
         assert same > 0

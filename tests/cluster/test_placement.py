@@ -46,8 +46,8 @@ def test_the_default_explained(commands: Commands, alone: str) -> None:
     assert found == alone
     lines = said.splitlines()
     assert lines[0] == "placement: experts (no other is predicted to be 3% faster)"
-    assert lines[1].startswith("  node 0: 8 experts a layer (each layer: 0-7); 3 MiB")
-    assert lines[2].startswith("  node 1: 8 experts a layer (each layer: 8-15); 3 MiB")
+    assert lines[1].startswith("  node 0: 8 experts a layer (each layer: 0-7); 3 MiB of")
+    assert lines[2].startswith("  node 1: 8 experts a layer (each layer: 8-15); 3 MiB of")
     labels = [line.split("  ")[1] for line in lines[4:]]
     assert labels == ["experts", "experts by speed", "replicas", "slices"]
 
@@ -101,7 +101,7 @@ def test_files_that_are_refused(
 
 def test_what_does_not_fit(commands: Commands, tmp_path: Path) -> None:
     line = commands.refused("-n", 2, "--memory-limit", 0.25, "x")
-    assert "zmoe-tiny does not fit 2 nodes" in line and "GiB are missing per node" in line
+    assert "zmoe-tiny does not fit 2 nodes" in line and "MiB are missing per node" in line
     file = tmp_path / "greedy.json"
     file.write_text(json.dumps({**GOOD, "owned": [[*range(16)], [0]]}))
     limit = (256 * 2**20 + TINY.dense_bytes + 40.5 * TINY.expert_bytes) / 2**30

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.conftest import Commands
+from zmoe.calibration import machine, products, steps
+from zmoe.cli.plan import main
 from zmoe.models.hub import resolve_model
 from zmoe.planner.hardware import MACHINES, Machine
 from zmoe.planner.links import LINKS
@@ -22,9 +25,42 @@ DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
 TINY = resolve_model("zmoe-tiny")
 
 
-def plan(
+@dataclass(frozen=True)
+class Done:
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Plan:
+    """Runs zmoe-plan in this process: planning starts no other."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._patch = capsys, patch
+
+    def __call__(self, *arguments: object, columns: int = 100) -> Done:
+        self._patch.setenv("COLUMNS", str(columns))
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Done(code, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    return Plan(capsys, monkeypatch)
+
+
+def on_its_own(
     commands: Commands, *arguments: object, patience: float = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, where what is imported depends on the environment."""
     return subprocess.run(
         [sys.executable, "-m", "zmoe.cli.plan", *map(str, arguments)],
         env={**commands.env, **env},
@@ -36,8 +72,8 @@ def plan(
     )
 
 
-def answer(commands: Commands, *arguments: object, **env: str) -> dict[str, Any]:
-    done = plan(commands, *arguments, "--json", **env)
+def reported(done: Done | subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The object that --json printed."""
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) == {"environment", "results"}
@@ -45,16 +81,24 @@ def answer(commands: Commands, *arguments: object, **env: str) -> dict[str, Any]
     return report
 
 
-def refused(commands: Commands, *arguments: object, **env: str) -> str:
-    done = plan(commands, *arguments, **env)
+def answer(plan: Plan, *arguments: object) -> dict[str, Any]:
+    return reported(plan(*arguments, "--json"))
+
+
+def refusal(done: Done | subprocess.CompletedProcess[str]) -> str:
+    """The one line that a command says which does nothing else."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line
 
 
-def test_json_has_a_row_for_each_number_of_nodes(commands: Commands) -> None:
-    report = answer(commands, *DBRX, "--nodes", "1-4")
+def refused(plan: Plan, *arguments: object) -> str:
+    return refusal(plan(*arguments))
+
+
+def test_json_has_a_row_for_each_number_of_nodes(plan: Plan) -> None:
+    report = answer(plan, *DBRX, "--nodes", "1-4")
     rows = report["results"]
     assert [row["nodes"] for row in rows] == [1, 2, 3, 4]
     assert [row["fits"] for row in rows] == [False, True, True, True]
@@ -81,17 +125,17 @@ def test_json_has_a_row_for_each_number_of_nodes(commands: Commands) -> None:
     assert environment["link"]["source"]
 
 
-def test_nodes_take_a_number_a_list_or_a_range(commands: Commands) -> None:
+def test_nodes_take_a_number_a_list_or_a_range(plan: Plan) -> None:
     for text, expected in (("3", [3]), ("4,2", [2, 4]), ("1-2,5", [1, 2, 5])):
-        rows = answer(commands, *DBRX, "--nodes", text)["results"]
+        rows = answer(plan, *DBRX, "--nodes", text)["results"]
         assert [row["nodes"] for row in rows] == expected
 
 
-def test_flags_reach_the_model(commands: Commands) -> None:
-    base = answer(commands, *DBRX, "--nodes", 2)["results"][0]
+def test_flags_reach_the_model(plan: Plan) -> None:
+    base = answer(plan, *DBRX, "--nodes", 2)["results"][0]
 
     def changed(*flags: object) -> dict[str, Any]:
-        row = answer(commands, *DBRX, "--nodes", 2, *flags)["results"][0]
+        row = answer(plan, *DBRX, "--nodes", 2, *flags)["results"][0]
         assert isinstance(row, dict)
         return row
 
@@ -113,33 +157,71 @@ def test_flags_reach_the_model(commands: Commands) -> None:
     assert changed("--prompt", 512)["prompt_tokens_per_second"] > base["prompt_tokens_per_second"]
 
 
-def test_unequal_nodes_and_profiles(commands: Commands, tmp_path: Path) -> None:
+def test_unequal_nodes_and_profiles(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     write_profile(path, Profile(MACHINES["epyc"], LINKS["25gbe"]))
-    mixed = answer(commands, "--model", "olmoe", "--hardware", f"m4-max,{path}", "--nodes", 3)
+    mixed = answer(plan, "--model", "olmoe", "--hardware", f"m4-max,{path}", "--nodes", 3)
     assert mixed["results"][0]["machines"] == ["m4-max", "epyc", "m4-max"]
     assert mixed["environment"]["link"]["name"] == "25gbe"
-    both = answer(commands, "--model", "olmoe", "--hardware", path, "--link", path, "--one-machine")
+    both = answer(plan, "--model", "olmoe", "--hardware", path, "--link", path, "--one-machine")
     prices = {row["price_usd"] for row in both["results"]}
     assert max(prices) == pytest.approx(MACHINES["epyc"].price_usd)
 
 
-def test_models_by_folder_and_from_the_hubs_cache(commands: Commands, tmp_path: Path) -> None:
+def test_models_by_folder_and_from_the_hubs_cache(
+    plan: Plan, commands: Commands, tmp_path: Path
+) -> None:
     rest = ("--hardware", "epyc", "--link", "1gbe", "--nodes", 2)
-    named = answer(commands, "--model", "zmoe-tiny", *rest)
+    named = answer(plan, "--model", "zmoe-tiny", *rest)
     assert named["environment"]["model"]["experts"] == 16
-    assert answer(commands, "--model", TINY, *rest)["results"] == named["results"]
+    assert answer(plan, "--model", TINY, *rest)["results"] == named["results"]
     cached = tmp_path / "hub" / "models--org--some-moe"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
     (cached / "snapshots" / "abc").mkdir(parents=True)
     (cached / "snapshots" / "abc" / "config.json").write_text((TINY / "config.json").read_text())
-    hub = answer(commands, "--model", "org/some-moe", *rest, HF_HOME=str(tmp_path))
+    named_there = ("--model", "org/some-moe", *rest, "--json")
+    hub = reported(on_its_own(commands, *named_there, HF_HOME=str(tmp_path)))
     assert hub["results"] == named["results"]
 
 
-def test_the_table_and_plain_sentences(commands: Commands) -> None:
-    done = plan(commands, *DBRX, "--nodes", "1,2", "--target", 5)
+def test_one_node_needs_no_link(plan: Plan) -> None:
+    report = answer(plan, "--model", "olmoe", "--hardware", "epyc", "--nodes", 1)
+    assert report["environment"]["link"] is None
+    (row,) = report["results"]
+    tokens, seconds = report["environment"]["workload"]["prompt"], row["first_token_seconds"]
+    assert row["prompt_tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
+def test_the_default_is_as_many_nodes_as_there_are_experts(plan: Plan, tmp_path: Path) -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    config["ffn_config"]["moe_num_experts"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    few = ("--model", tmp_path, "--hardware", "epyc", "--link", "1gbe")
+    assert [row["nodes"] for row in answer(plan, *few)["results"]] == [1, 2, 3, 4, 5]
+    assert "6 nodes are more than the 5 experts" in refused(plan, *few, "--nodes", "1-6")
+    config["ffn_config"]["moe_num_experts"] = config["ffn_config"]["moe_top_k"] - 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "field moe_top_k is 4: more experts per token than the 3" in refused(plan, *few)
+
+
+def test_a_hub_out_of_reach_is_told_at_once(commands: Commands, tmp_path: Path) -> None:
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    rest = ("--model", "org/some-moe", "--hardware", "epyc", "--nodes", 1)
+    for env in ({}, nowhere):  # it may not be asked, or does not answer
+        line = refusal(on_its_own(commands, *rest, HF_HOME=str(tmp_path), **env))
+        assert "--model org/some-moe" in line and "the hub is out of reach" in line
+
+
+def test_the_table_fits_a_terminal(plan: Plan) -> None:
+    lines = plan(*DBRX, columns=80).stdout.splitlines()
+    heads = "nodes tok/s load compute latency transfer overhead comm. TTFT GiB kUSD"
+    assert heads.split() in [line.split() for line in lines]
+    assert not any("…" in line for line in lines)
+
+
+def test_the_table_and_plain_sentences(plan: Plan) -> None:
+    done = plan(*DBRX, "--nodes", "1,2", "--target", 5)
     assert done.returncode == 0 and done.stderr == ""
     assert "no fit" in done.stdout
     words = " ".join(done.stdout.split())
@@ -148,43 +230,52 @@ def test_the_table_and_plain_sentences(commands: Commands) -> None:
     assert "Cheapest for 5 tokens/s over 10gbe: " in words
 
 
-def test_more_nodes_that_are_slower(commands: Commands) -> None:
-    done = plan(commands, "--model", "qwen3-30b-a3b", "--hardware", "m3-ultra", "--link", "1gbe")
+def test_more_nodes_that_are_slower(plan: Plan) -> None:
+    done = plan("--model", "qwen3-30b-a3b", "--hardware", "m3-ultra", "--link", "1gbe")
     assert "More nodes are slower: " in done.stdout
 
 
-def test_a_plot(commands: Commands, tmp_path: Path) -> None:
+def test_a_plot(plan: Plan, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, magic in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")):
         path = tmp_path / name
-        assert plan(commands, *DBRX, "--plot", path).returncode == 0
+        assert plan(*DBRX, "--plot", path).returncode == 0
         assert path.read_bytes().startswith(magic)
-    assert plan(commands, *DBRX, "--nodes", 1, "--plot", tmp_path / "none.png").returncode == 0
+    none = tmp_path / "none.png"
+    done = plan(*DBRX, "--nodes", 1, "--plot", none)
+    assert (
+        done.returncode == 0
+        and done.stderr == f"--plot {none}: nothing fits, so nothing is drawn\n"
+    )
+    assert not none.exists()
 
 
 def test_a_plot_without_matplotlib(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "matplotlib").mkdir()
     (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError")
-    line = refused(commands, *DBRX, "--plot", tmp_path / "x.png", PYTHONPATH=str(tmp_path))
+    plot = (*DBRX, "--plot", tmp_path / "x.png")
+    line = refusal(on_its_own(commands, *plot, PYTHONPATH=str(tmp_path)))
     assert "pip install 'zmoe[plot]'" in line
     assert not (tmp_path / "x.png").exists()
 
 
-def test_unknown_names_list_the_known_ones(commands: Commands) -> None:
+def test_unknown_names_list_the_known_ones(plan: Plan) -> None:
     for flag, close, known in (
         ("--model", "dbxr", MODELS),
         ("--hardware", "m2ultra", MACHINES),
         ("--link", "10gb", LINKS),
     ):
-        line = refused(commands, *DBRX, flag, close)
+        line = refused(plan, *DBRX, flag, close)
         assert f'{flag} "{close}" is unknown; did you mean ' in line
         assert all(name in line for name in known)
 
 
-def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
+def test_bad_flags(plan: Plan, tmp_path: Path) -> None:
     for arguments, words in (
         ((), "--model and --hardware are needed"),
         (DBRX[:4], "no --link"),
+        ((*DBRX[:4], "--nodes", "1,2"), "no --link"),
+        ((*DBRX[:4], "--nodes", "1", "--target", "3"), "no --link"),
         ((*DBRX, "--nodes", "4-2"), "--nodes 4-2"),
         ((*DBRX, "--nodes", "two"), "--nodes two"),
         ((*DBRX, "--nodes", "0"), "--nodes 0"),
@@ -203,7 +294,6 @@ def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
         ((*DBRX, "--plot", tmp_path / "no" / "x.png"), "no such folder"),
         ((*DBRX, "--model", tmp_path), "holds no config.json"),
         ((*DBRX, "--model", tmp_path / "nowhere"), "no such folder"),
-        ((*DBRX, "--model", "some-org/some-model"), "some-org/some-model"),
         ((*DBRX, "--hardware", tmp_path / "absent.json"), "absent.json cannot be read"),
         (("--calibrate", tmp_path / "no" / "p.json"), "no such folder"),
         (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1"), "at least two"),
@@ -212,55 +302,61 @@ def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
         (("--calibrate", tmp_path / "p.json", "--hostfile", tmp_path / "no.json"), "no.json"),
         ((*DBRX, "--hosts", "a,b"), "--hosts is for --calibrate"),
     ):
-        assert words in refused(commands, *arguments), arguments
+        assert words in refused(plan, *arguments), arguments
 
 
-def test_only_a_profile_is_overwritten(commands: Commands, tmp_path: Path) -> None:
+def test_only_a_profile_is_overwritten(plan: Plan, tmp_path: Path) -> None:
     precious = tmp_path / "precious.json"
     precious.write_text('{"mine": 1}')
-    assert "unknown field mine" in refused(commands, "--calibrate", precious)
+    assert "unknown field mine" in refused(plan, "--calibrate", precious)
     assert precious.read_text() == '{"mine": 1}'
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(960)  # three minutes on an idle machine
-def test_a_calibrated_profile_plans(commands: Commands, tmp_path: Path) -> None:
+def test_a_calibrated_profile_plans(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kinds of measurements, of 1 and 2 nodes only and with few repetitions."""
+    monkeypatch.setattr(machine, "MOST_NODES", 2)
+    monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
+    for name, value in {"STEPS": 16, "FAR": 300, "FEW": 2, "MANY": 4}.items():
+        monkeypatch.setattr(steps, name, value)
     path = tmp_path / "here.json"
-    done = plan(commands, "--calibrate", path, patience=900)
+    done = plan("--calibrate", path)
     assert done.returncode == 0, done.stderr
     assert "GB/s" in done.stdout and str(path) in done.stdout
     record = json.loads(path.read_text())
     assert set(record["machine"]) == {field.name for field in fields(Machine)}
     assert "measured" in record["machine"]["source"]
     assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
-    report = answer(commands, "--model", "zmoe-tiny", "--hardware", path, "--one-machine")
+    report = answer(plan, "--model", "zmoe-tiny", "--hardware", path, "--one-machine")
     assert report["environment"]["link"]["name"] == "loopback"
-    machine = record["machine"]
-    assert {rate["format"] for rate in machine["rates"]} >= {"bf16", "affine-4-g64", "cache"}
-    assert {step["nodes"] for step in machine["steps"]} == {1, 2, 3, 4}
+    formats = {rate["format"] for rate in record["machine"]["rates"]}
+    assert formats >= {"bf16", "affine-4-g64", "cache"}
+    assert {step["nodes"] for step in record["machine"]["steps"]} == {1, 2}
     assert "steps: 2 nodes, centralized, busy-full" in done.stderr
     assert all(row["tokens_per_second"] > 0 for row in report["results"])
 
 
-def test_help_stands_alone(commands: Commands) -> None:
-    done = plan(commands, "--help")
+def test_help_stands_alone(plan: Plan) -> None:
+    done = plan("--help")
     assert done.returncode == 0
     for flag in ("--model", "--hardware", "--link", "--nodes", "--calibrate", "--target"):
         assert flag in done.stdout
 
 
-def test_placement_files(commands: Commands, tmp_path: Path) -> None:
+def test_placement_files(plan: Plan, tmp_path: Path) -> None:
     """A file that has all on both nodes is --placement replicas; others are as they say."""
     file = tmp_path / "mine.json"
     mixtral = ("--model", "mixtral-8x7b", "--hardware", "m2-ultra", "--link", "10gbe")
     everything = {"experts": 8, "nodes": 2, "owned": [list(range(8))] * 2}
     file.write_text(json.dumps(everything))
-    (row,) = answer(commands, *mixtral, "--placement", file)["results"]
+    (row,) = answer(plan, *mixtral, "--placement", file)["results"]
     assert row["placement"] == str(file)
-    (same,) = answer(commands, *mixtral, "--placement", "replicas", "--nodes", 2)["results"]
+    (same,) = answer(plan, *mixtral, "--placement", "replicas", "--nodes", 2)["results"]
     assert {**row, "placement": "replicas"} == same
     file.write_text(json.dumps({**everything, "slices": [[0, 3584], [3584, 14336]]}))
-    (row,) = answer(commands, *mixtral, "--placement", file)["results"]
+    (row,) = answer(plan, *mixtral, "--placement", file)["results"]
     assert row["executed_experts_per_node"] == pytest.approx(0.75 * 2)
     for arguments, words in (
         (("--placement", file, "--nodes", "1-2"), f"{file} is for 2 nodes, not for 1"),
@@ -268,7 +364,7 @@ def test_placement_files(commands: Commands, tmp_path: Path) -> None:
         (("--placement", "copies"), 'placement "copies" is unknown (known: experts, replicas'),
         (("--placement", tmp_path / "no.json"), "no.json cannot be read"),
     ):
-        assert words in refused(commands, *mixtral, *arguments)
+        assert words in refused(plan, *mixtral, *arguments)
     file.write_text(json.dumps({**everything, "owned": [[0, 1, 2], [3, 4, 5, 7]]}))
-    line = refused(commands, *mixtral, "--placement", file)
+    line = refused(plan, *mixtral, "--placement", file)
     assert f"placement {file}: layer 0: no node owns expert 6" in line

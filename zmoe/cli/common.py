@@ -150,15 +150,6 @@ def _tolerate_low_file_limit() -> None:
         resource.setrlimit = lambda *_: None
 
 
-def size_text(nbytes: float) -> str:
-    """Such as "2.53 GiB" or "3 MiB": three digits in a unit that makes them readable."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
-
-
 def check_writable(flag: str, path: Path) -> None:
     """Raise InputError where the file `path` of `flag` could not be written in the end."""
     if not path.parent.is_dir():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zmoe.cli.common import size_text
 from zmoe.planner.choice import Alternative, Choice
+from zmoe.planner.units import in_bytes
 from zmoe.types import Placement
 
 
@@ -19,8 +19,8 @@ def _lines(choice: Choice) -> Iterator[str]:
     total = sum(choice.held)
     for node, held in enumerate(choice.held):
         yield (
-            f"  node {node}: {_owned(choice.placement, node)}; {size_text(held)} of experts "
-            f"({held / total:.0%}), room for {size_text(choice.room[node])}; "
+            f"  node {node}: {_owned(choice.placement, node)}; {in_bytes(held)} of experts "
+            f"({held / total:.0%}), room for {in_bytes(choice.room[node])}; "
             f"reads {choice.speeds[node]} GB/s"
         )
     yield f"  predicted by the cost model, {choice.assumed}:"

@@ -25,7 +25,7 @@ from zmoe.planner.shape import ModelShape
 
 PROG = "zmoe-plan"
 MOST_NODES = 64
-NODES = "1-8"
+NODES = range(1, 9)  # unless --nodes says so, as many of them as the model has experts for
 
 
 def _parser() -> Parser:
@@ -54,8 +54,8 @@ def _add_question(parser: Parser) -> None:
     models, machines, links = (", ".join(table) for table in (MODELS, MACHINES, LINKS))
     add("--model", metavar="M", help=f"{models}, a folder, or a Hugging Face name")
     add("--hardware", metavar="H", help=f"{machines}, or a profile; a,b for unequal nodes in turn")
-    add("--link", metavar="L", help=f"{links}, or a profile; without it, that of --hardware")
-    add("--nodes", metavar="N", help=f"a number, a list 2,4 or a range (default: {NODES})")
+    add("--link", metavar="L", help=f"{links}, or a profile; default: the one of --hardware")
+    add("--nodes", metavar="N", help="a number, a list 2,4 or a range (default: 1-8)")
     add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
     add("--group-size", type=int, default=64, metavar="G", help="weights that share a scale")
     add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
@@ -142,10 +142,8 @@ def _machines(text: str) -> tuple[list[Machine], Link | None]:
     return machines, link
 
 
-def _link(name: str | None, measured: Link | None) -> Link:
+def _link(name: str | None, measured: Link | None) -> Link | None:
     if name is None:
-        if measured is None:
-            raise InputError(f"no --link: give one of {', '.join(LINKS)}, or a profile")
         return measured
     if _is_file(name):
         return read_profile(Path(name)).link
@@ -178,7 +176,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
         machines = [replace(m, bandwidth_efficiency=options.efficiency) for m in machines]
     if options.wiring is not None:
         machines = [replace(m, wiring=options.wiring * 1e9) for m in machines]
-    if options.latency_us is not None:
+    if options.latency_us is not None and link is not None:
         link = replace(link, latency_s=options.latency_us * 1e-6)
     from zmoe.cli.plan_model import find_model
 
@@ -223,6 +221,15 @@ def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
     return placed
 
 
+def _counts(nodes: str | None, setup: Setup) -> list[int]:
+    """The numbers of nodes that --nodes asks for, or those that suit a `setup` without it."""
+    if nodes is not None:
+        return parse_nodes(nodes)
+    if setup.given is not None:
+        return [len(setup.given.held)]
+    return [count for count in NODES if count <= setup.shape.experts]
+
+
 def _plan(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         from zmoe.cli.calibrate import calibrate, hosts_of
@@ -233,10 +240,10 @@ def _plan(options: argparse.Namespace) -> None:
     for flag in ("hosts", "hostfile", "python"):
         if getattr(options, flag) is not None:
             raise InputError(f"--{flag} is for --calibrate")
-    counts = parse_nodes(options.nodes or NODES)
     setup = setup_of(options)
-    if setup.given is not None and options.nodes is None:
-        counts = [len(setup.given.held)]
+    counts = _counts(options.nodes, setup)
+    if setup.link is None and (counts != [1] or options.target is not None):
+        raise InputError(f"no --link: give one of {', '.join(LINKS)}, or a profile")
     from zmoe.cli import plan_report
 
     if options.plot is not None:

@@ -15,6 +15,7 @@ from zmoe.planner.shape import Format, ModelShape, affine
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 GROUPS = (32, 64, 128)
+_HUB_S = 10.0  # to answer
 
 
 def find_model(name: str, bits: int | None, group_size: int) -> ModelShape:
@@ -55,11 +56,18 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _download(repo: str) -> Path:
     # Only here: importing the hub's client takes a noticeable part of a second.
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, "config.json"))
+        reached = True
+        try:  # hf_hub_download would try six times, and say so each time
+            get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_HUB_S)
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception:  # which errors mean "no connection" depends on the hub's HTTP client
+            reached = False
+        return Path(hf_hub_download(repo, "config.json", local_files_only=not reached))
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"--model {repo}: its config.json is not in the local Hugging Face cache, and the hub "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -36,7 +37,7 @@ def report_of(
             "active_parameters": shape.active_parameters,
         },
         "hardware": [asdict(machine) for machine in setup.machines],
-        "link": asdict(setup.link),
+        "link": asdict(setup.link) if setup.link is not None else None,
         "workload": asdict(setup.workload),
         "schedule": setup.schedule,
         "policy": setup.policy,
@@ -57,12 +58,16 @@ def show(setup: Setup, predictions: Sequence[Prediction], said: Sequence[str]) -
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=_title(setup), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("nodes", "tok/s", *TERMS, "comm.", "GiB", "kUSD"):
+    table = Table(title=_title(setup), box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    unit, bytes_per_unit = ("GiB", GIB) if _most_memory(predictions) >= GIB else ("MiB", 1 << 20)
+    for name in ("nodes", "tok/s", *TERMS, "comm.", "TTFT", unit, "kUSD"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.caption = "load to overhead: milliseconds a step; GiB: of the fullest node"
+    table.caption = (
+        f"load to overhead: milliseconds per decode step; TTFT: milliseconds from a prompt of "
+        f"{setup.workload.prompt} tokens to the first token; {unit}: of the fullest node"
+    )
     for prediction in predictions:
-        table.add_row(*_cells(prediction))
+        table.add_row(*_cells(prediction, bytes_per_unit))
     console = Console()
     console.print(table)
     for sentence in said:
@@ -73,28 +78,43 @@ def _title(setup: Setup) -> str:
     shape = setup.shape
     machines = ", ".join(machine.name for machine in setup.machines)
     bits = f"{shape.expert_format.bits_per_weight:g} bits"
-    return f"{shape.name}, {bits}, on {machines} over {setup.link.name}"
+    over = f" over {setup.link.name}" if setup.link is not None else ""
+    return f"{shape.name}, {bits}, on {machines}{over}"
 
 
-def _cells(prediction: Prediction) -> list[str]:
+def _most_memory(predictions: Sequence[Prediction]) -> int:
+    return max(max(prediction.memory) for prediction in predictions)
+
+
+def _cells(prediction: Prediction, bytes_per_unit: int) -> list[str]:
     price = prediction.price_usd
-    memory = f"{max(prediction.memory) / GIB:.1f}"
+    memory = f"{max(prediction.memory) / bytes_per_unit:.1f}"
     money = "?" if price is None else f"{price / 1000:.1f}"
     if not prediction.fits:
-        return [str(prediction.nodes), "no fit", *["-"] * (len(TERMS) + 1), memory, money]
+        return [str(prediction.nodes), "no fit", *["-"] * (len(TERMS) + 2), memory, money]
     time = prediction.decode
     return [
         str(prediction.nodes),
-        f"{prediction.tokens_per_second:.3g}",
+        _short(prediction.tokens_per_second),
         *(f"{1e3 * getattr(time, term):.1f}" for term in TERMS),
         f"{time.communication_share:.0%}",
+        _short(1e3 * prediction.prefill.total),
         memory,
         money,
     ]
 
 
+def _short(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def plotter(path: Path) -> Callable[[Sequence[Prediction]], None]:
-    """What draws predictions into `path`. Raises InputError when nothing can."""
+    """A function that draws predictions into `path`. Raises InputError when drawing is impossible.
+
+    Where no prediction fits there is nothing to draw: then it writes no file, and says so
+    on standard error.
+    """
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {path}: expected a name that ends in .png or .svg")
     if not path.parent.is_dir():
@@ -103,12 +123,19 @@ def plotter(path: Path) -> Callable[[Sequence[Prediction]], None]:
         figures = import_module("matplotlib.figure")
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install 'zmoe[plot]'") from None
-    return lambda predictions: _draw(figures.Figure(figsize=(9, 4)), predictions, path)
+
+    def plot(predictions: Sequence[Prediction]) -> None:
+        fitting = [p for p in predictions if p.fits]
+        if fitting:
+            _draw(figures.Figure(figsize=(9, 4)), fitting, path)
+        else:
+            print(f"--plot {path}: nothing fits, so nothing is drawn", file=sys.stderr)
+
+    return plot
 
 
-def _draw(figure: Any, predictions: Sequence[Prediction], path: Path) -> None:
-    """Milliseconds a step by cause, and tokens/s, over the numbers of nodes that fit."""
-    fitting = [p for p in predictions if p.fits]
+def _draw(figure: Any, fitting: Sequence[Prediction], path: Path) -> None:
+    """Milliseconds per decode step by cause, and tokens/s, over the numbers of nodes."""
     names = [str(p.nodes) for p in fitting]
     times, speeds = figure.subplots(1, 2)
     below = [0.0] * len(fitting)
@@ -117,13 +144,12 @@ def _draw(figure: Any, predictions: Sequence[Prediction], path: Path) -> None:
         times.bar(names, heights, bottom=below, label=term)
         below = [b + h for b, h in zip(below, heights)]
     times.set(xlabel="nodes", ylabel="milliseconds a step")
-    times.set_ylim(0, 1.35 * max(below, default=1.0))  # room for the legend
+    times.set_ylim(0, 1.35 * max(below))  # room for the legend
     times.legend(ncols=3, loc="upper center", fontsize="small")
     speeds.plot(names, [p.tokens_per_second for p in fitting], marker="o")
     speeds.set(xlabel="nodes", ylabel="tokens/s")
-    speeds.set_ylim(0, 1.1 * max((p.tokens_per_second for p in fitting), default=1.0))
-    if predictions:
-        figure.suptitle(_title(predictions[0].setup))
+    speeds.set_ylim(0, 1.1 * max(p.tokens_per_second for p in fitting))
+    figure.suptitle(_title(fitting[0].setup))
     figure.tight_layout()
     try:
         figure.savefig(path)

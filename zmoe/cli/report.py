@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zmoe.cli.common import size_text
 from zmoe.cluster.cluster import Cluster
 from zmoe.engine.generate import Generation
+from zmoe.planner.units import in_bytes
 
 
 def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any
     if overhead is not None:
         table.add_row("neither product nor exchange", f"{overhead:.0f} us per layer")
     for rank, memory in enumerate(summary["peak_memory"]):
-        table.add_row(f"peak memory, node {rank}", size_text(memory))
+        table.add_row(f"peak memory, node {rank}", in_bytes(memory))
     if buffers:
-        table.add_row("buffers locked", f"{size_text(locked)} of {size_text(buffers)}")
+        table.add_row("buffers locked", f"{in_bytes(locked)} of {in_bytes(buffers)}")
     Console(stderr=True).print(table)

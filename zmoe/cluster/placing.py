@@ -62,8 +62,14 @@ class Placing:
 
     def choose(self, offers: Sequence[Offer]) -> Placement:
         """The placement on nodes that bring `offers`. Raises PlacementError."""
-        mapped = is_native(self._config)
-        chooser = Chooser(self._info, offers, mapped=mapped, usage=self._usage)
+        chooser = Chooser(
+            self._info,
+            offers,
+            mapped=is_native(self._config),
+            schedule=self._config.schedule,
+            policy=self._config.policy,
+            usage=self._usage,
+        )
         choice = chooser.choose(self._way, self._given)
         if self._on_choice is not None:
             self._on_choice(choice)

@@ -17,7 +17,7 @@ import numpy as np
 from zmoe.compute.weight import Stored
 from zmoe.errors import ModelError
 from zmoe.models.assembly import Sanitize, Weights
-from zmoe.models.share import MLX_DTYPES, Piece
+from zmoe.models.share import MLX_DTYPES, Piece, Reader
 from zmoe.models.slices import Cut
 from zmoe.native import ffi
 
@@ -120,19 +120,15 @@ class Mapping:
     def stored(
         self, place: Place, progress: Callable[[int], None], cut: Cut | None = None
     ) -> Stored:
-        """The tensor where it lies, paged in, or what `cut` keeps of each of its matrices.
+        """The tensor where it lies, paged in, or a copy of what `cut` keeps of its matrices.
 
-        Kept columns are copied. `progress` gets bytes now and then.
+        `progress` gets bytes now and then.
         """
-        runs = [self._run(piece) for piece in place.pieces]
-        shape, dtype = list(place.shape), MLX_DTYPES[place.pieces[0].source.dtype]
-        assert math.prod(shape) * dtype.size == sum(size for _, _, size in runs)
-        if cut is not None and cut.of_columns:
-            return self._columns(runs, shape, dtype, cut, progress)
+        dtype = MLX_DTYPES[place.pieces[0].source.dtype]
         if cut is not None:
-            shape[-2] = cut.of(shape[-2])
-            ends = [cut.edges(size) for _, _, size in runs]
-            runs = [(f, at + first, end - first) for (f, at, _), (first, end) in zip(runs, ends)]
+            return self._kept(place, dtype, cut, progress)
+        runs = [self._run(piece) for piece in place.pieces]
+        assert math.prod(place.shape) * dtype.size == sum(size for _, _, size in runs)
         pointers = []
         for file, start, nbytes in runs:
             memory, base = self._file(file)
@@ -143,31 +139,38 @@ class Mapping:
                 progress(size)
             pointers.append(base + start)
         bases = [self._file(file)[1] for file, _, _ in runs]
-        return Stored(bases, tuple(pointers), dtype, tuple(shape))
+        return Stored(bases, tuple(pointers), dtype, place.shape)
 
-    def _columns(
-        self,
-        runs: Sequence[tuple[Path, int, int]],
-        shape: list[int],
-        dtype: mx.Dtype,
-        cut: Cut,
-        progress: Callable[[int], None],
+    def _kept(
+        self, place: Place, dtype: mx.Dtype, cut: Cut, progress: Callable[[int], None]
     ) -> Stored:
-        """Copied matrix by matrix, so that no more than one of them is paged in."""
-        count, rows, columns = shape
-        first, end = (edge * dtype.size for edge in cut.edges(columns))
-        array = mx.zeros((count, rows, cut.of(columns)), dtype)
-        mx.eval(array)
-        view: Any = array
-        kept = np.frombuffer(memoryview(view).cast("B"), np.uint8).reshape(count, rows, -1)
-        for index, (file, start, nbytes) in enumerate(runs):
-            memory, _ = self._file(file)
-            whole = np.frombuffer(memory, np.uint8, nbytes, start).reshape(rows, -1)
-            kept[index] = whole[:, first:end]
-            _page_out(memory, start, nbytes)
-            self.bytes_read += kept[index].nbytes
-            progress(kept[index].nbytes)
-        return Stored.of(array)
+        """A copy of what `cut` keeps of each matrix, read one matrix at a time.
+
+        Kept rows could stay in the file, as one run of bytes per matrix. But a system that
+        pages in such a run takes much of what lies around it too, and takes it again
+        whenever memory was short.
+        """
+        count, rows, columns = place.shape
+        (top, bottom), (left, right) = (0, rows), (0, columns * dtype.size)
+        if cut.of_columns:
+            left, right = (edge * dtype.size for edge in cut.edges(columns))
+        else:
+            top, bottom = cut.edges(rows)
+        row_bytes = columns * dtype.size
+        memory = _anonymous(count * (bottom - top) * (right - left))
+        kept: Any = np.frombuffer(memory, np.uint8).reshape(count, bottom - top, right - left)
+        read: Any = np.empty((bottom - top, row_bytes), np.uint8)
+        with Reader() as reader:
+            for matrix, piece in zip(kept, place.pieces, strict=True):
+                _, start, _ = self._run(piece)
+                into = read if cut.of_columns else matrix
+                reader.read_range(piece.source, memoryview(into).cast("B"), start + top * row_bytes)
+                if cut.of_columns:
+                    matrix[:] = read[:, left:right]
+                self.bytes_read += matrix.nbytes
+                progress(matrix.nbytes)
+        base = ffi.from_buffer("uint8_t[]", memory)
+        return Stored(base, (base,), dtype, (count, bottom - top, (right - left) // dtype.size))
 
     def _run(self, piece: Piece) -> tuple[Path, int, int]:
         """The file of a piece, where it begins there, and its bytes."""
@@ -188,11 +191,12 @@ class Mapping:
         return self._files[path]
 
 
-def _page_out(memory: mmap.mmap, start: int, size: int) -> None:
-    """Of this process; other nodes may be about to read the same."""
-    begin = start // _PAGE_BYTES * _PAGE_BYTES
-    with suppress(OSError, ValueError, AttributeError):  # not every system knows it
-        memory.madvise(mmap.MADV_DONTNEED, begin, min(start + size, len(memory)) - begin)
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory for `nbytes` in large pages, where the system has them: experts are read at random."""
+    memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _page_in(memory: mmap.mmap, start: int, size: int) -> None:

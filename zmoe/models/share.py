@@ -209,10 +209,11 @@ class Reader:
     def _fill(self, piece: Piece, view: memoryview) -> None:
         done = 0
         for start, size in piece.runs():
-            self._read_range(piece.source, view[done : done + size], start)
+            self.read_range(piece.source, view[done : done + size], start)
             done += size
 
-    def _read_range(self, source: Tensor, part: memoryview, start: int) -> None:
+    def read_range(self, source: Tensor, part: memoryview, start: int) -> None:
+        """Fill `part` from byte `start` of the file of `source`. Raises ModelError as read does."""
         try:
             if source.file not in self._files:
                 self._files[source.file] = os.open(source.file, os.O_RDONLY)

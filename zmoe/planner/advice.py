@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from zmoe.planner.hardware import GIB, Machine
+from zmoe.planner.hardware import Machine
 from zmoe.planner.plan import Prediction, Setup, predict
 from zmoe.planner.shape import affine
+from zmoe.planner.units import in_bytes
 
 MOST_NODES = 8  # that advice on what to buy looks at
 MOST_NODES_TO_FIT = 64
@@ -59,7 +60,7 @@ def _slower(predictions: Sequence[Prediction]) -> Iterator[str]:
 def does_not_fit(prediction: Prediction) -> str:
     """What is missing, and what would do."""
     setup, nodes = prediction.setup, prediction.nodes
-    lacking = f"{prediction.missing / GIB:.1f} GiB are missing per node"
+    lacking = f"{in_bytes(prediction.missing)} are missing per node"
     return f"{setup.shape.name} does not fit {_nodes(nodes)}: {lacking}; {remedy(setup, nodes)}."
 
 
@@ -130,6 +131,7 @@ def purchases(setup: Setup, target: float, machines: Mapping[str, Machine]) -> l
 
 
 def what_to_buy(setup: Setup, target: float, found: Sequence[Purchase]) -> list[str]:
+    assert setup.link is not None, "several nodes are looked at"
     link = setup.link.name
     if not found:
         return [
@@ -151,7 +153,7 @@ def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
     said = []
     for name in dict.fromkeys(m.name for m in setup.machines if not m.supported):
         said.append(f"{name} stands here for comparison: zmoe does not run like that.")
-    if not setup.link.supported:
+    if setup.link is not None and not setup.link.supported:
         said.append(
             f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do."
         )

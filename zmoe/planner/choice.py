@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -18,13 +19,15 @@ from zmoe.placement.build import (
 from zmoe.placement.usage import Usage
 from zmoe.planner.advice import remedy
 from zmoe.planner.given import Offer, cluster_of, on_one_machine, placed_of, shape_of, speeds_of
-from zmoe.planner.hardware import GIB
 from zmoe.planner.memory import PROGRAM_BYTES
 from zmoe.planner.plan import Prediction, Setup, Workload, evaluate
+from zmoe.planner.units import in_bytes
 from zmoe.types import ModelInfo, Placement
 
 MARGIN = 0.03  # by how much a prediction must beat whole experts spread evenly
 ALIKE = 0.01  # of predictions that differ by less, the one that holds less wins
+# Slices are copies, which no system takes back when others need memory, unlike mapped experts.
+MOST_COPIED = 0.5  # of a machine's memory, unless a limit says what the nodes may take
 OVERRIDE = "(--memory-limit sets what a node may take)"
 
 
@@ -63,7 +66,8 @@ class Chooser:
     """Chooses for a model on the nodes that `offers` describe.
 
     `mapped`: the nodes compute, on the kernels, with what they map of the
-    checkpoint. `usage`: how often experts are chosen, for replicas.
+    checkpoint. `schedule` and `policy`: those of the run. `usage`: how often
+    experts are chosen, for replicas.
     """
 
     def __init__(
@@ -73,14 +77,15 @@ class Chooser:
         *,
         mapped: bool,
         schedule: str = "decentralized",
+        policy: str = "selected",
         usage: Usage | None = None,
     ) -> None:
         self._info, self._offers, self._mapped = info, tuple(offers), mapped
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
-        self._cluster, self._room = cluster_of(info, offers, mapped, schedule)
+        self._cluster, self._room = cluster_of(info, offers, mapped, schedule, policy)
         machines, link = self._cluster.machines, self._cluster.link
-        self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule)
+        self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule, policy)
         self._places = [max(0, room // info.expert_bytes) for room in self._room]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
@@ -138,7 +143,11 @@ class Chooser:
             return Alternative(label, remark=str(error))
         missing = self._missing(placement)
         if missing > 0:
-            return Alternative(label, remark=f"{missing / GIB:.3g} GiB are missing on a node")
+            return Alternative(label, remark=f"{in_bytes(missing)} are missing on a node")
+        if label == "slices" and self._copies_too_much(placement):
+            return Alternative(
+                label, remark="copies of them would take more than half of a machine's memory"
+            )
         for other in before:
             if other.placement == placement:
                 return Alternative(label, remark=f"the same as {other.label}")
@@ -172,6 +181,15 @@ class Chooser:
         """Bytes that the node which lacks most lacks; none or less: it fits."""
         return max(need - room for need, room in zip(self._bytes(placement), self._room))
 
+    def _copies_too_much(self, slices: Placement) -> bool:
+        """Whether slices would take more than MOST_COPIED of a machine that sets no limit."""
+        taken, memory = Counter[str](), dict[str, int]()
+        for offer, copied in zip(self._offers, self._bytes(slices)):
+            if offer.limit is None:
+                taken[offer.machine] += copied
+                memory[offer.machine] = max(offer.memory, memory.get(offer.machine, 0))
+        return any(taken[name] > MOST_COPIED * memory[name] for name in taken)
+
     def _check_room(self, way: str, placement: Placement) -> None:
         """Name the first expert of a file's placement that its node has no room for."""
         parts = placement.slices or ((0, self._info.expert_hidden),) * placement.nodes
@@ -185,14 +203,14 @@ class Chooser:
                         need = self._bytes(placement)[node]
                         raise PlacementError(
                             f"placement {way}: node {node} has no room for expert {expert} of "
-                            f"layer {layer}: {need / GIB:.3g} GiB of experts, "
-                            f"and room for {room / GIB:.3g} {OVERRIDE}"
+                            f"layer {layer}: {in_bytes(need)} of experts, "
+                            f"and room for {in_bytes(room)} {OVERRIDE}"
                         )
 
     def _does_not_fit(self, missing: int) -> str:
         """What is missing on each node, and what would do."""
         name, nodes = Path(self._info.path).name, len(self._offers)
-        lacking = f"{missing / GIB:.3g} GiB are missing per node"
+        lacking = f"{in_bytes(missing)} are missing per node"
         if not on_one_machine(self._offers) or any(o.limit is not None for o in self._offers):
             many = f"{nodes} node{'s' if nodes > 1 else ''}"
             return f"{name} does not fit {many}: {lacking}; {remedy(self._setup, nodes)} {OVERRIDE}"
@@ -204,13 +222,14 @@ class Chooser:
         return f"{name} does not fit this machine: {lacking}; {would} {OVERRIDE}"
 
     def _choice(self, chosen: Alternative, why: str, considered: tuple[Alternative, ...]) -> Choice:
-        assert chosen.placement is not None
+        link = self._cluster.link
+        assert chosen.placement is not None and link is not None
         return Choice(
             chosen.placement,
             chosen.label,
             why,
             considered or (chosen,),
-            f"{1e6 * self._cluster.link.latency_s:.0f} us an exchange",
+            f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange",
             self._speeds,
             tuple(self._room),
             self._bytes(chosen.placement),

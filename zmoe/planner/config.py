@@ -94,7 +94,10 @@ class _Config:
         hidden, layers = self.integer(_HIDDEN), self.integer(_LAYERS)
         expert_hidden, top_k = self.integer(_EXPERT_HIDDEN), self.integer(_TOP_K)
         if top_k > experts:
-            raise ModelError(f"{self.where}: {top_k} experts per token of only {experts}")
+            raise ModelError(
+                f"{self.where}: field {self.get(_TOP_K)[0]} is {top_k}: more experts per token "
+                f"than the {experts} that a layer has"
+            )
         dense_layers = self._dense_layers(layers)
         return ModelShape(
             name=name,

@@ -64,11 +64,12 @@ class StepTime:
 class Cluster:
     """Machines in rank order, the leader first, and how they work together.
 
-    `one_machine`: they are equal parts of one, whose cores the nodes take in turn.
+    `link` None: there is one. `one_machine`: they are equal parts of one, whose
+    cores the nodes take in turn.
     """
 
     machines: tuple[Machine, ...]
-    link: Link
+    link: Link | None
     schedule: str = "decentralized"
     policy: str = "selected"
     wire_bytes: float = 2.0  # an element of an exchanged partial sum
@@ -200,7 +201,13 @@ def sliced_node(
 def step_time(
     shape: ModelShape, cluster: Cluster, step: Step, experts: Owners | Slices
 ) -> tuple[StepTime, Busiest]:
-    """The step's time, and the busiest node of a MoE layer."""
+    """The step's time in seconds, by cause, and the busiest node of a MoE layer: the experts
+    that it computes, and the seconds that it takes for them.
+
+    `experts` say which node computes what of a layer's E experts: Owners of whole experts, or
+    the share of each node in all of them (Slices, which add up to 1). All nodes' machines are
+    in bytes/s and operations/s; `step` is in rows (tokens).
+    """
     central, places = cluster.is_central, cluster.places
     dense = places[:1] if central else places
     attention = [attention_cost(shape, place, step, central) for place in dense]
@@ -251,6 +258,9 @@ def step_messages(
     """What of one layer's messages remains to wait for beside the shared expert, and the
     latency of what comes once a step.
     """
+    if cluster.nodes == 1:
+        return Messages(), 0.0
+    assert cluster.link is not None
     central = cluster.is_central
     payload = step.rows * shape.hidden * cluster.wire_bytes
     exchange = scatter_gather if central else all_reduce

@@ -115,7 +115,7 @@ def shape_of(info: ModelInfo) -> ModelShape:
 
 
 def cluster_of(
-    info: ModelInfo, offers: Sequence[Offer], mapped: bool, schedule: str
+    info: ModelInfo, offers: Sequence[Offer], mapped: bool, schedule: str, policy: str
 ) -> tuple[Cluster, list[int]]:
     """The nodes with as much memory as leaves each its room for experts, and that room."""
     central = schedule == "centralized"
@@ -137,7 +137,7 @@ def cluster_of(
         for node, speed in enumerate(speeds_of(offers))
     ]
     link = LOOPBACK if on_one_machine(offers) else NETWORK
-    return Cluster(tuple(machines), link, schedule), room
+    return Cluster(tuple(machines), link, schedule, policy), room
 
 
 def on_one_machine(offers: Sequence[Offer]) -> bool:

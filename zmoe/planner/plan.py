@@ -34,12 +34,13 @@ class Setup:
     """A question: which model, on nodes taken from `machines` in turn, doing what.
 
     `one_machine`: the nodes are processes that share the first machine evenly.
-    `given`: the placement, whatever `placement` says.
+    `given`: the placement, whatever `placement` says. `link` None: nothing joins
+    the machines, so that one node alone can be asked about.
     """
 
     shape: ModelShape
     machines: tuple[Machine, ...]
-    link: Link
+    link: Link | None
     workload: Workload = field(default_factory=Workload)
     schedule: str = "decentralized"
     policy: str = "selected"
@@ -124,6 +125,7 @@ class Prediction:
             "prompt_tokens_per_second": (
                 work.batch * work.prompt / self.prefill.total if self.fits else None
             ),
+            "first_token_seconds": self.prefill.total if self.fits else None,
             "prompt_breakdown": _milliseconds(self.prefill, self.fits),
             "price_usd": price,
             "tokens_per_second_per_usd": speed / price if speed and price else None,

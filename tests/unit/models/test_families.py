@@ -1,4 +1,4 @@
-"""Every family, spread over 1 to 4 nodes, says what mlx-lm says in one process."""
+"""Every family, on one node and spread over several, says what mlx-lm says in one process."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_number_of_nodes_agrees_with_one_process(family: str, tmp_path: Pa
     assert len(set(tokens)) > 3
     assert info.experts == EXPERTS
 
-    for nodes in (3,) if family in REUSED else (1, 2, 3, 4):
+    for nodes in (3,) if family in REUSED else (1, 4):  # 4 do not divide the experts
 
         def work(reducer: ThreadReducer) -> tuple[list[int], np.ndarray, np.ndarray, set[int]]:
             shard = load(info, reducer)

@@ -29,8 +29,9 @@ def rank_1() -> ThreadReducer:
     return ThreadReducer(1, Meeting(2))
 
 
-CASES = [(name, "mlx") for name in sorted(FAMILIES)]
-CASES += [(name, "hf") for name, family in sorted(FAMILIES.items()) if family.to_hf is not None]
+# mlx-lm's layout is alike for all families; the published ones are not.
+CASES = [("mixtral", "mlx"), ("dbrx", "mlx")]
+CASES += [(name, "hf" if FAMILIES[name].to_hf else "mlx") for name in sorted(FAMILIES)]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

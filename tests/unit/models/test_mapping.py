@@ -109,3 +109,29 @@ def test_only_what_is_renamed_or_stacked_has_a_place(tmp_path: Path) -> None:
         "stacked": ["b", "c"],
     }
     assert [place.stacked for place in places.values()] == [False, True]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
+def test_slices_take_no_page_of_the_experts_in_the_checkpoint(tmp_path: Path) -> None:
+    """They are copies, of which a node holds exactly as much as its placement says."""
+    folder = build("mixtral", tmp_path, **SIZE)
+    info = inspect_model(folder)
+    everything = tuple(range(EXPERTS))
+    layers = ((everything, everything),) * len(info.moe_layers)
+    placement = Placement(2, EXPERTS, layers, ((0, 256), (256, 512)))
+    shard = load_shard(info, placement, ThreadReducer(1, Meeting(2)), spans=Spans(), team=Team())
+    experts = len(info.moe_layers) * EXPERTS * EXPERT
+    assert resident(folder) < info.dense_bytes + (1 << 20) < experts / 4
+    assert shard.share_bytes == pytest.approx(info.dense_bytes + experts / 2, rel=0.01)
+
+
+def resident(folder: Path) -> int:
+    """Bytes of the files in `folder` that are resident in this process's maps of them."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            ours = words[-1].startswith(str(folder))
+        elif ours and words[0] == "Rss:":
+            total += int(words[1]) << 10
+    return total

@@ -101,6 +101,16 @@ def test_slices_even_out_the_nodes_of_one_machine() -> None:
     assert even.seconds and slices.seconds and slices.seconds < (1 - MARGIN) * even.seconds
 
 
+def test_slices_leave_a_machine_half_of_its_memory() -> None:
+    """They are copies: the system cannot take them back, as it can what is mapped."""
+    choice = choose(MEDIUM, here(2, 6))
+    assert choice.label == "experts"
+    assert "more than half of a machine's memory" in choice.considered[-1].remark
+    limited = [replace(offer, limit=3 * GIB) for offer in here(2, 6)]  # as the user says
+    assert choose(MEDIUM, limited).label == "slices"
+    assert choose(MEDIUM, here(2, 6), "slices").label == "slices"
+
+
 def test_without_the_kernels_slices_are_not_tried() -> None:
     choice = choose(MEDIUM, here(2), mapped=False)
     assert choice.label == "experts"
@@ -148,7 +158,7 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
     try:
         choice = choose(info, offers, way, mapped=mapped)
     except PlacementError as error:
-        assert "GiB are missing per node" in str(error) or "slices" in str(error)
+        assert "are missing per node" in str(error) or "slices" in str(error)
         return
     assert choose(info, offers, way, mapped=mapped).placement == choice.placement
     check_placement(choice.placement, 8, 3, info.expert_hidden, info.granule)
@@ -200,12 +210,12 @@ def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(PlacementError) as caught:
         choose(MEDIUM, apart((25, 2), (25, 2)), "auto")
     assert str(caught.value) == (
-        "model does not fit 2 nodes: 0.328 GiB are missing per node; 3 nodes or 3 bits on 2 nodes "
+        "model does not fit 2 nodes: 336 MiB are missing per node; 3 nodes or 3 bits on 2 nodes "
         "would do (--memory-limit sets what a node may take)"
     )
     with pytest.raises(PlacementError, match="does not fit this machine: .* 2 machines or 3 bits"):
         choose(MEDIUM, here(2, 3.5))
-    with pytest.raises(PlacementError, match="0.328 GiB are missing per node"):
+    with pytest.raises(PlacementError, match="336 MiB are missing per node"):
         choose(MEDIUM, apart((25, 2), (25, 9)), "experts")
     choose(MEDIUM, apart((25, 2), (25, 9)), "auto")
 

@@ -158,7 +158,10 @@ def test_formats(config_file: Path) -> None:
         ({"n_layers": 0}, "field n_layers is 0"),
         ({"d_model": True}, "field d_model is true"),
         ({"ffn_config": {}}, "names no experts"),
-        ({"ffn_config": {**DBRX["ffn_config"], "moe_top_k": 17}}, "17 experts per token of only"),
+        (
+            {"ffn_config": {**DBRX["ffn_config"], "moe_top_k": 17}},
+            "field moe_top_k is 17: more experts per token than the 16",
+        ),
         ({"ffn_config": {**DBRX["ffn_config"], "moe_num_experts": 2000}}, "at most 1024"),
         ({"mlp_only_layers": 3}, "field mlp_only_layers"),
         ({"mlp_only_layers": list(range(40))}, "no layer has experts"),

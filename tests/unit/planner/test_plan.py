@@ -135,7 +135,7 @@ def test_more_nodes_than_experts() -> None:
 def test_what_does_not_fit_says_what_would() -> None:
     (single,) = predict_all(setup(), [1])
     (sentence,) = conclusions([single])
-    assert f"{single.missing / GIB:.1f} GiB are missing per node" in sentence
+    assert f"{single.missing / GIB:.0f} GiB are missing per node" in sentence
     assert "2 nodes or 8 bits on 1 node would do" in sentence
     assert nodes_that_fit(setup()) == 2 and not predict(setup(), 1).fits
     assert bits_that_fit(setup(), 1) == 8

@@ -1,0 +1,42 @@
+"""From what the user asks of the placement to the one that a run takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.placement.conftest import described
+from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.config import EngineConfig
+from zmoe.errors import PlacementError
+from zmoe.planner.choice import Choice
+from zmoe.planner.given import Offer
+from zmoe.planner.memory import PROGRAM_BYTES
+
+MODEL = described(dense_bytes=400 << 20)
+EXPERTS = 16 * 4 * MODEL.expert_bytes
+LEADER = Offer("a", 1 << 40, None, 25)
+WORKER = Offer("b", 1 << 40, PROGRAM_BYTES + EXPERTS, 25)  # for all experts, and nothing else
+
+
+def test_the_schedule_and_the_policy_reach_the_choice() -> None:
+    """A centralised run's workers load no dense weights, so that the experts alone must fit."""
+    chosen: list[Choice] = []
+
+    def choose(**engine: str) -> None:
+        config = EngineConfig(**engine)  # type: ignore[arg-type]
+        Placing(PlacementRequest(), MODEL, 2, config, chosen.append).choose([LEADER, WORKER])
+
+    with pytest.raises(PlacementError, match="does not fit 2 nodes"):
+        choose()
+    choose(schedule="centralized")
+    choose(schedule="centralized", policy="busy-full")
+    assert all(choice.assumed.startswith("centralized, ") for choice in chosen)
+    counts = [choice.considered[0].prediction for choice in chosen]
+    assert counts[0] and counts[0].busiest.count < 4
+    assert counts[1] and counts[1].busiest.count == 8  # all that a node has
+
+
+def test_what_is_wrong_whatever_the_nodes_have() -> None:
+    for way, words in (("slices", "slices at most"), ("experts", "use at most 16")):
+        with pytest.raises(PlacementError, match=words):
+            Placing(PlacementRequest(way), MODEL, 17, EngineConfig())
