@@ -72,8 +72,10 @@ def is_native(config: EngineConfig) -> bool:
 
 
 def make_team(config: EngineConfig, isa: str) -> Team:
-    """The team of this process, on all of its cores."""
+    """The team of this process, on all of its cores. Raises InputError."""
     precision = Precision.INT8 if config.activations == "int8" else Precision.EXACT
+    if precision is Precision.INT8 and Isa[isa] is Isa.GENERIC:
+        raise InputError("--activations int8 needs AVX2 or NEON on every node")
     return Team(team_cores(), precision, Isa[isa])
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from zmoe.compute.arrays import pointer
 from zmoe.compute.linear import Head, make_native
-from zmoe.compute.team import Team, common_isa
+from zmoe.compute.team import Team, common_isa, make_team
 from zmoe.compute.weight import Quantization, Stored, matrices
+from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ModelError
 from zmoe.native import Isa, Precision
 
@@ -109,6 +110,11 @@ def test_int8_activations_round_x_to_a_127th(mode: tuple[str, int, int], isa: Is
     error = np.abs(y - as_float64(x) @ weight.T)
     assert (error <= bound + 1e-5).all()
     assert np.median(error) > 1e-4  # what is exact is off by 1e-6
+
+
+def test_int8_activations_are_refused_where_no_kernel_rounds_to_them() -> None:
+    with pytest.raises(InputError, match="--activations int8"):
+        make_team(EngineConfig(activations="int8"), Isa.GENERIC.name)
 
 
 def test_a_bias_and_strided_inputs() -> None:
