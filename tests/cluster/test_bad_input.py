@@ -152,6 +152,7 @@ def test_zmoe_node_flags(commands: Commands) -> None:
         (("--leader", "a b:9", "--rank", 1), "--leader a b:9"),
         (("--leader", "127.0.0.1:9", "--rank", 0), "--rank is 0"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "a"), "--cores a"),
+        (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "0-9999"), "--cores 0-9999"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--what"), "--what"),
     ]:
         process = commands.start("node", *arguments)
