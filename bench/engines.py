@@ -10,6 +10,8 @@ from pathlib import Path
 
 from common import BENCH, Absent, BenchError, ChildError, run_json
 
+from zmoe.topology import cores as topology
+
 ABOUT_SECONDS = 60.0
 ABSENT_STATUS = 3  # as bench/peers/process.py has it
 SLOW_BYTES = 2 * 10**9  # a checkpoint of more takes mlx-lm minutes a token on a CPU
@@ -44,9 +46,7 @@ class Engine:
 
 def usable_cores() -> list[int] | None:
     """The cores that this process may use; None where the system can't pin."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    return sorted(os.sched_getaffinity(0))
+    return topology.usable_cores() if hasattr(os, "sched_getaffinity") else None
 
 
 def layout(text: str) -> Layout:

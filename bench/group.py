@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import BenchError, Children
 
-from zmoe.cluster.launch import divide_cores
+from zmoe.topology.cores import divide_cores
 
 START_SECONDS = 60.0
 RUN_SECONDS = 150.0  # above the workers' own limit

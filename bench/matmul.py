@@ -25,6 +25,8 @@ from common import (
 )
 from peers.products import MODES
 
+from zmoe.topology.cores import usable_cores
+
 FORMATS = ["f32", "bf16", "affine-4-g64", "affine-8-g64", "mxfp4"]
 KEYS = ("cores", "rows", "format", "by")
 # Settings of the machine's owner that keep numpy from its best kernels.
@@ -48,7 +50,7 @@ def arguments() -> argparse.Namespace:
         made.error(f"unknown format {unknown[0]}: expected {', '.join(MODES)}")
     if unknown := [name for name in options.peers if name not in ("mlx", "numpy")]:
         made.error(f"unknown peer {unknown[0]}: expected mlx, numpy")
-    usable = len(os.sched_getaffinity(0))
+    usable = len(usable_cores())
     if max(options.cores) > usable:
         made.error(f"--cores {max(options.cores)}: only {usable} are usable")
     return options
@@ -57,7 +59,7 @@ def arguments() -> argparse.Namespace:
 def one_round(options: argparse.Namespace, cores: int) -> Iterator[dict[str, Any]]:
     """The rows of one process on the first `cores` cores."""
     given = {
-        "cores": sorted(os.sched_getaffinity(0))[:cores],
+        "cores": usable_cores()[:cores],
         "rows": options.rows,
         "formats": options.formats,
         "ins": options.ins,

@@ -20,7 +20,8 @@
 #define ZMOE_ROW_BLOCK 128      /* rows of x that are worked on at a time */
 
 /* ---- team: the threads of a node, the caller being the first ---------------
- * One caller at a time.  Helpers spin for `spin_us` after a call, then sleep. */
+ * One caller at a time.  A thread that waits, for the next call or within one,
+ * spins for `spin_us`, then sleeps. */
 
 typedef struct zmoe_team zmoe_team;
 

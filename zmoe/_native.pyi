@@ -32,6 +32,7 @@ class _Lib:
     ZMOE_MAX_NODES: int
     ZMOE_PAIR_BYTES: int
     ZMOE_PRESENCE_BYTES: int
+    ZMOE_MAX_THREADS: int
     ZMOE_ROW_BLOCK: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...

@@ -28,7 +28,6 @@ from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
 from zmoe_cluster import flags, measure
 
-from zmoe.cluster.launch import divide_cores
 from zmoe.compute.arrays import DTYPES
 from zmoe.compute.team import best_isa_name, is_native, make_team
 from zmoe.config import EngineConfig, Sampling
@@ -42,6 +41,7 @@ from zmoe.moe.exchange import SingleNode
 from zmoe.moe.router import LocalPairs
 from zmoe.native import Dtype
 from zmoe.placement.build import place_evenly
+from zmoe.topology.cores import divide_cores
 from zmoe.types import Partial, nothing
 
 DEADLINE_S = 300.0  # for loading, and for one answer

@@ -162,7 +162,9 @@ AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32
 
 AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
                             uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  if (layout == ZMOE_LAYOUT_CODES8)
+  if (zmoe_layout_is_integer(layout)) /* without VNNI, AVX2 is as good */
+    zmoe_kernels_avx2.dot(w, layout, xs, rows, first, last, ys);
+  else if (layout == ZMOE_LAYOUT_CODES8)
     ZMOE_BY_ROWS(dot_codes8, w);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->group == 32)
     ZMOE_BY_ROWS(dot_codes4, w, 4);
@@ -175,11 +177,11 @@ AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
-  (void)x_dtype, (void)precision;
+  (void)x_dtype;
   if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
-    return ZMOE_LAYOUT_CODES4;
+    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4;
   if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
-    return ZMOE_LAYOUT_CODES8;
+    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CODES8;
   return ZMOE_LAYOUT_PLAIN;
 }
 

@@ -281,10 +281,6 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
   zmoe_layout layout = zmoe_kernels_avx512.layout(w, x_dtype, precision);
   int bf16 = x_dtype == ZMOE_BF16;
-  if (layout == ZMOE_LAYOUT_CODES4 && precision == ZMOE_INT8)
-    return ZMOE_LAYOUT_CODES4_INT8;
-  if (layout == ZMOE_LAYOUT_CODES8 && precision == ZMOE_INT8)
-    return ZMOE_LAYOUT_CODES8_INT8;
   if (layout == ZMOE_LAYOUT_CODES4 && bf16)
     return ZMOE_LAYOUT_CODES4_BF16;
   if (layout == ZMOE_LAYOUT_CODES8 && bf16)

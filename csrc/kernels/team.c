@@ -1,8 +1,8 @@
 /* A node's threads.
  *
- * A decode step makes hundreds of calls of a few microseconds each, so helpers
- * spin for a while after each before they sleep on a condition variable; the
- * caller wakes them only when some sleep. */
+ * A decode step makes hundreds of calls of a few microseconds each, so threads
+ * spin for a while before they sleep on a condition variable, and whoever has
+ * what they wait for wakes them only when some sleep. */
 #include "../platform.h"
 
 #include "team.h"
@@ -22,7 +22,7 @@
 
 enum {
   ALIGNMENT = 64,
-  SPINS_BEFORE_YIELD = 2000, /* some 20 us: then whoever we wait for may need our core */
+  YIELD_US = 20,
   SPINS_PER_CLOCK = 64,
 };
 
@@ -53,43 +53,56 @@ struct helper {
   int32_t core;
 };
 
-/* ---- waiting --------------------------------------------------------------- */
+/* ---- waiting ---------------------------------------------------------------
+ * A wait spins for `spin_us` and then sleeps, be it for the next call, at a
+ * barrier or for a call's end: whoever it waits for may be long, or without a core. */
 
-static void relax(uint32_t spins) {
-  if (spins % SPINS_BEFORE_YIELD == SPINS_BEFORE_YIELD - 1)
-    sched_yield();
-  else
+/* Whether `word` became `wanted` within the time to spin. */
+static int spin_until(const zmoe_team *team, const _Atomic uint32_t *word, uint32_t wanted) {
+  uint64_t sleep_us = 0, yield_us = 0;
+  for (uint32_t spins = 1; atomic_load_explicit(word, memory_order_acquire) != wanted; spins++) {
     RELAX();
+    if (spins % SPINS_PER_CLOCK != 0)
+      continue;
+    uint64_t now_us = zmoe_now_us();
+    if (sleep_us == 0) {
+      sleep_us = zmoe_later_us(now_us, team->spin_us);
+      yield_us = now_us + YIELD_US;
+    } else if (now_us >= yield_us) { /* whoever we wait for may need our core */
+      sched_yield();
+      yield_us = zmoe_now_us() + YIELD_US;
+    }
+    if (now_us >= sleep_us)
+      return 0;
+  }
+  return 1;
 }
 
-static void sleep_until_call(zmoe_team *team, uint32_t last) {
+/* Every word counts up or down to `wanted` and stays there while anyone waits. */
+static void wait_until(zmoe_team *team, const _Atomic uint32_t *word, uint32_t wanted) {
+  if (spin_until(team, word, wanted))
+    return;
   pthread_mutex_lock(&team->mutex);
   atomic_fetch_add(&team->sleepers, 1);
-  while (atomic_load(&team->call) == last)
+  while (atomic_load(word) != wanted)
     pthread_cond_wait(&team->wake, &team->mutex);
   atomic_fetch_sub(&team->sleepers, 1);
   pthread_mutex_unlock(&team->mutex);
 }
 
-static void wait_for_call(zmoe_team *team, uint32_t last) {
-  uint64_t until = zmoe_later_us(zmoe_now_us(), team->spin_us);
-  for (uint32_t spins = 0; atomic_load_explicit(&team->call, memory_order_acquire) == last;
-       spins++) {
-    if (spins % SPINS_PER_CLOCK == 0 && zmoe_now_us() >= until) {
-      sleep_until_call(team, last);
-      return;
-    }
-    relax(spins);
-  }
-}
-
-static void publish_call(zmoe_team *team) {
-  atomic_fetch_add(&team->call, 1);
+/* After a change of a word.  Both that change and a sleeper's count of itself come
+ * before a look at the other, all sequentially consistent: one of the two is seen. */
+static void wake_sleepers(zmoe_team *team) {
   if (atomic_load(&team->sleepers) == 0)
     return;
   pthread_mutex_lock(&team->mutex);
   pthread_cond_broadcast(&team->wake);
   pthread_mutex_unlock(&team->mutex);
+}
+
+static void publish_call(zmoe_team *team) {
+  atomic_fetch_add(&team->call, 1);
+  wake_sleepers(team);
 }
 
 void zmoe_team_barrier(zmoe_team *team) {
@@ -98,12 +111,11 @@ void zmoe_team_barrier(zmoe_team *team) {
   uint32_t phase = atomic_load_explicit(&team->phase, memory_order_acquire);
   if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == team->threads - 1) {
     atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&team->phase, phase + 1, memory_order_release);
+    atomic_store(&team->phase, phase + 1);
+    wake_sleepers(team);
     return;
   }
-  for (uint32_t spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase;
-       spins++)
-    relax(spins);
+  wait_until(team, &team->phase, phase + 1);
 }
 
 /* ---- working --------------------------------------------------------------- */
@@ -126,11 +138,12 @@ static void *help(void *start) {
   zmoe_team *team = self->team;
   stay_on(self->core);
   for (uint32_t last = 0;; last++) {
-    wait_for_call(team, last);
+    wait_until(team, &team->call, last + 1);
     if (team->ended)
       return NULL;
     team->fn(team, team->job, self->thread);
-    atomic_fetch_sub_explicit(&team->running, 1, memory_order_release);
+    if (atomic_fetch_sub(&team->running, 1) == 1)
+      wake_sleepers(team);
   }
 }
 
@@ -144,8 +157,7 @@ void zmoe_team_run(zmoe_team *team, zmoe_team_fn *fn, void *job) {
   atomic_store(&team->running, team->threads - 1);
   publish_call(team);
   fn(team, job, 0);
-  for (uint32_t spins = 0; atomic_load_explicit(&team->running, memory_order_acquire) != 0; spins++)
-    relax(spins);
+  wait_until(team, &team->running, 0);
 }
 
 void zmoe_team_multiply(zmoe_team *team, zmoe_team_fn *fn, void *job) {

@@ -1,8 +1,17 @@
 /* A node's threads: work is done once by each, whether they spin or sleep.  The
  * Makefile also runs this under ThreadSanitizer. */
+#include "platform.h"
+
 #include "kernel_rig.h"
 
 #include "kernels/team.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#endif
 
 enum { MOST_THREADS = 5, CALLS = 3000, PHASES = 7, TASKS = 40 };
 
@@ -63,6 +72,57 @@ static void test_calls(void) {
   check_calls(3, 0, CALLS / 10);
   check_calls(MOST_THREADS, 10, CALLS / 30); /* more than there are cores */
 }
+
+#if defined(__linux__)
+/* Where the threads of `test_sleep` wait for each other. */
+typedef struct meeting {
+  _Atomic pid_t ids[2];
+  int sleeper; /* the thread that is to fall asleep; the other looks on */
+  int at_barrier;
+} meeting;
+
+/* Whether the system has put that thread of ours to sleep. */
+static int is_asleep(pid_t id) {
+  char path[64], line[512] = "";
+  (void)snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)id);
+  FILE *file = fopen(path, "r");
+  CHECK(file != NULL);
+  CHECK(fgets(line, sizeof line, file) != NULL);
+  (void)fclose(file);
+  const char *end = strrchr(line, ')'); /* of the name, which may hold anything */
+  return end != NULL && end[2] == 'S';
+}
+
+static void wait_asleep(const _Atomic pid_t *id) {
+  for (time_t end = time(NULL) + 60; time(NULL) < end; sched_yield())
+    if (atomic_load(id) != 0 && is_asleep(atomic_load(id)))
+      return;
+  CHECK(!"asleep within a minute");
+}
+
+static void meet(zmoe_team *team, void *argument, uint32_t thread) {
+  meeting *m = argument;
+  atomic_store(&m->ids[thread], (pid_t)syscall(SYS_gettid));
+  if ((int)thread != m->sleeper)
+    wait_asleep(&m->ids[m->sleeper]);
+  if (m->at_barrier)
+    zmoe_team_barrier(team);
+}
+
+/* A thread that waits at a barrier, or for the end of a call, leaves its core to others. */
+static void test_sleep(void) {
+  zmoe_team *team = team_of(2, 100);
+  for (int sleeper = 0; sleeper < 2; sleeper++) {
+    meeting m = {.sleeper = sleeper, .at_barrier = 1};
+    zmoe_team_run(team, meet, &m);
+  }
+  meeting end = {.sleeper = 0};
+  zmoe_team_run(team, meet, &end);
+  zmoe_team_destroy(team);
+}
+#else
+static void test_sleep(void) {}
+#endif
 
 static void nothing(zmoe_team *team, void *argument, uint32_t thread) {
   (void)team, (void)argument, (void)thread;
@@ -147,6 +207,7 @@ static void test_products(void) {
 int main(void) {
   static const test_case tests[] = {
       {"many calls, spinning and sleeping", test_calls},
+      {"whoever waits for long sleeps", test_sleep},
       {"a team may end at any time", test_destroy},
       {"cores", test_pinning},
       {"unusable arguments are refused", test_refusals},

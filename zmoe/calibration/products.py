@@ -19,10 +19,10 @@ from random import Random
 from typing import Any
 
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
-from zmoe.cluster.launch import divide_cores
-from zmoe.compute.team import Team, usable_cores
+from zmoe.compute.team import Team
 from zmoe.errors import ZmoeError
 from zmoe.planner.measured import ProductRate
+from zmoe.topology.cores import divide_cores, usable_cores
 
 FILE_BYTES = 1 << 30  # beyond caches, also those of page tables
 TURN_S = 0.1  # of a figure in a round

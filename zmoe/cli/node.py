@@ -6,10 +6,12 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
 from zmoe.errors import InputError, ZmoeError
+from zmoe.topology.cores import parse_cpus
 
 PROG = "zmoe-node"
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
@@ -29,7 +31,7 @@ def _parser() -> Parser:
     add(
         "--memory-limit", type=float, metavar="GB", help="GiB to take (default: as the leader says)"
     )
-    add("--cores", help="comma separated cores to stay on (Linux)")
+    add("--cores", metavar="CPUS", help="CPUs to stay on, such as 0-3,8 (Linux)")
     add("--tied", action="store_true", help="end when standard input closes")
     add("--once", action="store_true", help="end after one run, or after a minute without leader")
     return parser
@@ -42,10 +44,16 @@ def _check_leader(leader: str) -> None:
 
 
 def _pin(cores: str) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError(f"--cores {cores}: this system cannot keep a process on some CPUs")
     try:
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    except (ValueError, OSError, AttributeError) as error:
-        raise InputError(f"--cores {cores}: cannot be set: {error}") from error
+        wanted = parse_cpus(cores)
+    except InputError as error:
+        raise InputError(f"--cores {cores}: {error}") from None
+    with suppress(OSError):  # it has none of them
+        os.sched_setaffinity(0, wanted)
+    if beyond := set(wanted) - os.sched_getaffinity(0):
+        raise InputError(f"--cores {cores}: this process may not run on CPU {min(beyond)}")
 
 
 def _end_with_input() -> None:

@@ -152,17 +152,3 @@ def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> li
     if options.cwd:
         remote = f"cd {shlex.quote(options.cwd)} && {remote}"
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host.ssh, remote]
-
-
-def divide_cores(nodes: int) -> list[list[int]] | None:
-    """This process's cores, dealt to `nodes` local nodes; None where the system can't pin.
-
-    With fewer cores than nodes, several nodes share one.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    cores = sorted(os.sched_getaffinity(0))
-    if nodes >= len(cores):
-        return [[cores[rank % len(cores)]] for rank in range(nodes)]
-    per_node = len(cores) // nodes
-    return [cores[rank * per_node : (rank + 1) * per_node] for rank in range(nodes)]

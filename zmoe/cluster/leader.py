@@ -18,7 +18,6 @@ from zmoe.cluster.hosts import Host, HostList, check_address, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
     RemoteOptions,
-    divide_cores,
     end_all,
     start_local,
     start_over_ssh,
@@ -55,6 +54,7 @@ from zmoe.models import LoadedShard
 from zmoe.moe.exchange import Endpoint
 from zmoe.moe.sockets import Context
 from zmoe.planner.given import Offer
+from zmoe.topology.cores import divide_cores
 from zmoe.types import ModelInfo
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share

@@ -12,13 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from zmoe.compute.team import Team, is_native, usable_cores
+from zmoe.compute.team import Team, is_native
 from zmoe.config import EngineConfig
 from zmoe.planner.given import Offer
+from zmoe.topology.cgroups import memory_limit
+from zmoe.topology.cores import team_cores
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = Path("/proc/meminfo")
-_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _READ_BYTES = 64 << 20  # more than most caches hold
 _READ_S = 0.02
 _STEP = 1.1  # speeds are rounded to powers of it, so that like machines are equal
@@ -53,7 +54,7 @@ def machine_memory(mapped: bool) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not mapped:
         memory = min(memory, _available() or memory)
-    return min([memory, *_cgroup_limits()])
+    return min(memory, memory_limit() or memory)
 
 
 def _available() -> int | None:
@@ -64,15 +65,6 @@ def _available() -> int | None:
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     kilobytes = fields.get("MemAvailable", "").split()
     return int(kilobytes[0]) << 10 if kilobytes else None
-
-
-def _cgroup_limits() -> list[int]:
-    """What this process's control group (version 2, as containers have it) allows."""
-    try:
-        line = _CGROUP.read_text().splitlines()[-1]
-        return [int((_CGROUPS / line.partition("::/")[2] / "memory.max").read_text())]
-    except (OSError, ValueError, IndexError):  # another version, or "max"
-        return []
 
 
 def read_speed(config: EngineConfig) -> int:
@@ -86,7 +78,7 @@ def _speeds(config: EngineConfig) -> list[float]:
     if is_native(config):
         data = np.empty(_READ_BYTES, np.uint8)
         data.fill(1)  # memory that nobody has written is not there
-        team = Team(usable_cores())
+        team = Team(team_cores())
         try:
             return _passes(lambda: team.read(data))
         finally:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -13,20 +10,21 @@ import mlx.core as mx
 from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ZmoeError
 from zmoe.native import Isa, Precision, Status, best_isa, ffi, lib
+from zmoe.topology.cores import team_cores
 
 if TYPE_CHECKING:
     from zmoe.native import CData
 
-SPIN_US = 200  # a helper looks for work this long before it sleeps
-_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+SPIN_US = 200  # a thread that waits spins this long before it sleeps
 
 
 class Team:
     """The threads that share a node's products, the caller being the first.
 
-    `cores` are where they stay, one thread each; the caller itself is never
-    pinned. `precision` is that of quantised products. Used by one thread at a
-    time; ends its threads with close(), or when it is collected.
+    `cores` are where they stay, one thread each, or how many threads there are;
+    of more than C's most (ZMOE_MAX_THREADS) the first are taken. The caller
+    itself is never pinned. `precision` is that of quantised products. Used by one
+    thread at a time; ends its threads with close(), or when it is collected.
     """
 
     def __init__(
@@ -35,11 +33,11 @@ class Team:
         precision: Precision = Precision.EXACT,
         isa: Isa | None = None,
     ) -> None:
-        threads = cores if isinstance(cores, int) else len(cores)
+        threads = min(cores if isinstance(cores, int) else len(cores), lib.ZMOE_MAX_THREADS)
         self.isa = best_isa() if isa is None else isa
         self.precision = precision
         self.threads = threads
-        pinned = ffi.NULL if isinstance(cores, int) else ffi.new("int32_t[]", list(cores))
+        pinned = ffi.NULL if isinstance(cores, int) else ffi.new("int32_t[]", list(cores)[:threads])
         out = ffi.new("zmoe_team **")
         status = lib.zmoe_team_create(threads, pinned, SPIN_US, self.isa, out)
         if status != Status.OK:
@@ -74,9 +72,11 @@ def is_native(config: EngineConfig) -> bool:
 
 
 def make_team(config: EngineConfig, isa: str) -> Team:
-    """The team of this process, on all of its cores."""
+    """The team of this process, on all of its cores. Raises InputError."""
     precision = Precision.INT8 if config.activations == "int8" else Precision.EXACT
-    return Team(usable_cores(), precision, Isa[isa])
+    if precision is Precision.INT8 and Isa[isa] is Isa.GENERIC:
+        raise InputError("--activations int8 needs AVX2 or NEON on every node")
+    return Team(team_cores(), precision, Isa[isa])
 
 
 def best_isa_name() -> str:
@@ -96,27 +96,3 @@ def common_isa(names: Sequence[str]) -> str:
     if unknown:
         raise InputError(f"instruction set {unknown[0]!r} is not known")
     return Isa.GENERIC.name
-
-
-def usable_cores() -> list[int]:
-    """The cores that this process may use, one of each that share an execution unit."""
-    if not hasattr(os, "sched_getaffinity"):
-        return list(range(os.cpu_count() or 1))
-    allowed = os.sched_getaffinity(0)
-    chosen: list[int] = []
-    taken: set[int] = set()
-    for core in sorted(allowed):
-        if core not in taken:
-            chosen.append(core)
-            taken |= _siblings(core)
-    return chosen
-
-
-def _siblings(core: int) -> set[int]:
-    """The logical cores that share one physical core with `core`, itself included."""
-    found = {core}
-    with suppress(OSError, ValueError):
-        for part in Path(_SIBLINGS.format(core)).read_text().strip().split(","):
-            first, _, last = part.partition("-")
-            found.update(range(int(first), int(last or first) + 1))
-    return found

@@ -147,7 +147,8 @@ def take_share(
             cut_biases(site, kept_slice)
             if team is None:
                 put_back(site, mapped)
-    return Share(model, config, sites, mapped, reader.bytes_read + mapping.bytes_read, checked)
+    bytes_read = reader.bytes_read + mapping.bytes_read
+    return Share(model, config, sites, mapped, bytes_read, (*checked, *_far_away(mapping)))
 
 
 def slice_of(placement: Placement, rank: int) -> tuple[int, int] | None:
@@ -219,6 +220,13 @@ def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -
     else:
         switch = ExpertParallelSwitch(site.switch, layer, experts)
         replace_module(site.block, site.switch_path, switch)
+
+
+def _far_away(mapping: Mapping) -> tuple[str, ...]:
+    if not mapping.far_bytes:
+        return ()
+    far, read = mapping.far_bytes / 2**30, mapping.bytes_read / 2**30
+    return (f"{far:.2f} of {read:.2f} GiB of the weights lie in the memory of other sockets",)
 
 
 def _notices(sites: list[Site]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from zmoe.models.assembly import Sanitize, Weights
 from zmoe.models.share import MLX_DTYPES, Piece, Reader
 from zmoe.models.slices import Cut
 from zmoe.native import ffi
+from zmoe.topology.memory import move_near, near_numa_nodes
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -111,10 +112,15 @@ def _noted_stacks() -> Iterator[dict[int, tuple[mx.array, list[mx.array]]]]:
 
 
 class Mapping:
-    """Read-only maps of a checkpoint's files; `bytes_read` counts what was paged in."""
+    """Read-only maps of a checkpoint's files, near the CPUs that this process may use.
+
+    `bytes_read` counts what was paged in, `far_bytes` what of it lies in the memory of NUMA
+    nodes that have none of these CPUs: another process maps it, too, or has filled the near ones.
+    """
 
     def __init__(self) -> None:
-        self.bytes_read = 0
+        self.bytes_read = self.far_bytes = 0
+        self._near = near_numa_nodes()
         self._files: dict[Path, tuple[mmap.mmap, CData]] = {}
 
     def stored(
@@ -135,6 +141,9 @@ class Mapping:
             for at in range(0, nbytes, _CHUNK_BYTES):
                 size = min(_CHUNK_BYTES, nbytes - at)
                 _page_in(memory, start + at, size)
+                if self._near:
+                    address = int(ffi.cast("uintptr_t", base + start + at))
+                    self.far_bytes += move_near(self._near, address, size)
                 self.bytes_read += size
                 progress(size)
             pointers.append(base + start)

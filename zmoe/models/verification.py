@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from zmoe.compute.team import usable_cores
 from zmoe.errors import ModelError
 from zmoe.models.header import read_metadata
 from zmoe.models.store import (
@@ -21,6 +20,7 @@ from zmoe.models.store import (
     is_unfinished,
     read_manifest,
 )
+from zmoe.topology.cores import usable_cores
 
 
 def open_store(folder: Path) -> Manifest | None:

@@ -67,6 +67,7 @@ CALLS: list[tuple[str, tuple[str, ...], str]] = [
     ("node", (*LEADER, "--rank", "0"), "--rank is 0"),
     ("node", (*LEADER, "--rank", "one"), "--rank"),
     ("node", (*LEADER, "--rank", "1", "--cores", "a"), "--cores a"),
+    ("node", ("--leader", "127.0.0.1:9", "--rank", "1", "--cores", "0-9999"), "--cores 0-9999"),
     ("node", (*LEADER, "--rank", "1", "--memory-limit", "-1"), "--memory-limit is -1"),
     ("node", (*LEADER, "--rank", "1", "--what"), "--what"),
     ("node", (*LEADER, "--rank", "1", "extra"), "extra"),

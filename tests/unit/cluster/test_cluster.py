@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import zmoe
 from tests.families import build
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
-from zmoe.cluster.launch import divide_cores
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.config import EngineConfig, Sampling
 from zmoe.errors import InputError, SettingError, ZmoeError
@@ -121,11 +119,3 @@ def test_addresses_that_others_cannot_reach() -> None:
     for address in ("0.0.0.0", "no address", "::1"):
         with pytest.raises(InputError, match=f"^bind is {address}"):
             ClusterSpec(nodes=2, bind=address)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot pin")
-def test_cores_are_divided_among_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2, 10)))
-    assert divide_cores(1) == [list(range(2, 10))]
-    assert divide_cores(3) == [[2, 3], [4, 5], [6, 7]]
-    assert divide_cores(9)[-2:] == [[9], [2]]

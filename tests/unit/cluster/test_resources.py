@@ -40,8 +40,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 GiB whose files under /proc and /sys are in a folder."""
     (tmp_path / "meminfo").write_text("MemTotal:  1 kB\nMemAvailable:   31457280 kB\n")
     monkeypatch.setattr(resources, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(resources, "_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(resources, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(resources, "memory_limit", lambda: None)
     monkeypatch.setattr(mx, "device_info", lambda: {})
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": PHYSICAL >> 12}.get)
     return tmp_path
@@ -50,11 +49,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_memory(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_memory(mapped=True) == PHYSICAL
     assert machine_memory(mapped=False) == 30 << 30
-    (system / "cgroup").write_text("4:memory:/old\n0::/box/inner\n")
-    (system / "box" / "inner").mkdir(parents=True)
-    (system / "box" / "inner" / "memory.max").write_text("max\n")
-    assert machine_memory(mapped=True) == PHYSICAL
-    (system / "box" / "inner" / "memory.max").write_text(f"{8 << 30}\n")
+    monkeypatch.setattr(resources, "memory_limit", lambda: 8 << 30)
     assert machine_memory(mapped=True) == machine_memory(mapped=False) == 8 << 30
     (system / "meminfo").unlink()
     assert machine_memory(mapped=False) == 8 << 30

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from tests.families import EXPERTS, build
 from tests.ranks import Meeting, ThreadReducer, on_ranks
 from zmoe.compute.team import Team
-from zmoe.models import LoadedShard, inspect_model, load_shard
+from zmoe.models import LoadedShard, inspect_model, load_shard, mapping
 from zmoe.models.checkpoint import read_tensors
 from zmoe.models.mapping import trace
 from zmoe.models.share import whole
@@ -41,6 +43,20 @@ def held_by_mlx(folder: Path, team: Team | None) -> tuple[int, int]:
     loaded = load(info, ThreadReducer(0, Meeting(2)), team)
     assert loaded.bytes_read == loaded.share_bytes
     return mx.get_peak_memory() - before, loaded.share_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say where pages lie")
+def test_weights_in_the_memory_of_other_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CPUs of a NUMA node that there is none of, all that is mapped lies far away."""
+    info = inspect_model(build("mixtral", tmp_path, **SIZE))
+    assert load(info, ThreadReducer(0, Meeting(2)), Team()).notices == ()
+    monkeypatch.setattr(mapping, "near_numa_nodes", lambda: frozenset({63}))
+    (notice,) = load(info, ThreadReducer(0, Meeting(2)), Team()).notices
+    assert re.fullmatch(
+        r"(0\.0[1-9]) of \1 GiB of the weights lie in the memory of other sockets", notice
+    )
 
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])

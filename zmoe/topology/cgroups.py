@@ -1,0 +1,70 @@
+"""What control groups allow this process, by version 1 or 2 and by every ancestor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+_VERSION_2 = ""  # the name of its only hierarchy in /proc/self/cgroup
+
+
+def cpu_limit(root: Path = ROOT) -> float | None:
+    """How many CPUs' time this process may take; None without a quota."""
+    limits = []
+    for folder in _folders(root, "cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError):  # the other version's, or "max"
+                words = " ".join((folder / name).read_text() for name in names).split()
+                quota, period = map(int, words)
+                if quota > 0 and period > 0:
+                    limits.append(quota / period)
+    return min(limits, default=None)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """The bytes that this process may take; None without a limit."""
+    limits = []
+    for folder in _folders(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return min(limits, default=None)
+
+
+def _folders(root: Path, controller: str) -> Iterator[Path]:
+    """The control groups that `controller` puts this process in, and their ancestors, as far as
+    they are mounted.
+    """
+    paths = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, names, path = line.split(":", 2)
+        paths.update(dict.fromkeys(names.split(","), path))
+    for line in _lines(root / "proc/self/mountinfo"):
+        where, _, what = line.partition(" - ")
+        if not what.startswith("cgroup"):
+            continue
+        mounted, point = where.split()[3:5]
+        kind, *_, options = what.split()
+        name = _VERSION_2 if kind == "cgroup2" else controller
+        if name in paths and (kind == "cgroup2" or name in options.split(",")):
+            top = root / point.lstrip("/")
+            folder = top / _within(PurePosixPath(paths[name]), mounted)
+            yield from (top, *(each for each in (folder, *folder.parents) if top in each.parents))
+
+
+def _within(path: PurePosixPath, mounted: str) -> PurePosixPath:
+    """`path` as seen from what is mounted, which it is outside of where a container shows its own
+    group only.
+    """
+    if path.is_relative_to(mounted) and ".." not in path.parts:
+        return path.relative_to(mounted)
+    return PurePosixPath()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
