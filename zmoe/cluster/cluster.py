@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmoe.cluster.leader import ClusterSpec, Leader, Progress
+from zmoe.cluster.leader import ClusterSpec, Leader, OnManual, Progress
 from zmoe.cluster.member import Member, peak_memory
 from zmoe.cluster.placing import OnChoice, Placing
 from zmoe.cluster.resources import offer_of
@@ -29,7 +29,8 @@ class Cluster:
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
-    before. Entering raises
+    before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
+    the nodes are to be started with. Entering raises
     InputError and its kin for what is wrong beforehand; afterwards a lost peer
     raises PeerError, which ends the cluster. One generation at a time.
     """
@@ -42,6 +43,7 @@ class Cluster:
         spec: ClusterSpec | None = None,
         progress: Progress | None = None,
         on_placement: OnChoice | None = None,
+        on_manual: OnManual | None = None,
     ) -> None:
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
@@ -52,7 +54,10 @@ class Cluster:
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
         self._placing = Placing(request, self.info, count, engine, on_placement)
         if self.spec.nodes > 1:
-            self._leader = Leader(self.info, name, self.spec, self._placing, self._progress)
+            on_manual = on_manual or (lambda commands: None)
+            self._leader = Leader(
+                self.info, name, self.spec, self._placing, self._progress, on_manual
+            )
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, self.spec.engine, self.spec.timing)

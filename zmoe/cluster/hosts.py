@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ class Host:
 
     ssh: str
     address: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its node is started here, without ssh."""
+        return self.ssh in ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,47 @@ def check_address(address: str, source: str) -> str:
     return address
 
 
+def check_own(address: str, source: str) -> str:
+    """`address` if this machine has it. Raises InputError."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            reason = f"this machine does not have the address {address}"
+            raise InputError(f"{source}: {reason}") from error
+    return address
+
+
+def check_listener(bind: str | None, hosts: HostList | None) -> None:
+    """Raise InputError unless the leader can listen where it is told, and the hosts reach it.
+
+    It listens at `bind`, or if that is None at the address of the first of `hosts`.
+    """
+    if bind is not None:
+        address, told = check_own(bind, "--bind"), "--bind names"
+    elif hosts is not None:
+        first = hosts.hosts[0]
+        address, told = first.address, f"the first host, {first.ssh}, is"
+        check_own(address, f"the first host, {first.ssh}, has to be this machine")
+    else:
+        return
+    for host in hosts.hosts if hosts is not None else ():
+        if is_loopback(address) and not is_loopback(host.address):
+            raise InputError(
+                f"{told} this machine at {address}, where {host.ssh} cannot reach it: "
+                "give the address by which it can"
+            )
+
+
+def check_leader(leader: str, source: str) -> str:
+    """`leader` if it is HOST:PORT, with a host that has an IPv4 address."""
+    host, _, port = leader.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise InputError(f"{source} {leader}: expected HOST:PORT")
+    _resolve(host, f"{source} {leader}")
+    return leader
+
+
 def check_env(setting: object, source: str) -> str:
     """`setting` if it has the form K=V."""
     if not isinstance(setting, str) or not setting.partition("=")[0].isidentifier():
@@ -99,9 +146,19 @@ def _host_from_entry(entry: object, source: str) -> Host:
 def _host(name: str, ips: list[str], source: str) -> Host:
     if not name or name.startswith("-"):
         raise InputError(f"{source}: {name!r} is no host name")
-    target = ips[0] if ips else name.rpartition("@")[2]
+    return Host(name, _resolve(ips[0] if ips else name.rpartition("@")[2], source))
+
+
+def _resolve(name: str, source: str) -> str:
+    """The first IPv4 address of `name`, which may be an address. Raises InputError."""
+    if ":" in name:
+        raise InputError(f"{source}: {name} is not an IPv4 address; zmoe does not speak IPv6")
     try:
-        found = socket.getaddrinfo(target, None, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"{source}: cannot resolve {target!r}: {error}") from error
-    return Host(name, str(found[0][4][0]))
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{source}: cannot resolve {name!r}: {reason}") from error
+    for family, *_, address in found:
+        if family == socket.AF_INET:
+            return str(address[0])
+    raise InputError(f"{source}: {name!r} has no IPv4 address; zmoe does not speak IPv6")

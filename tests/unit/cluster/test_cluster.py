@@ -53,11 +53,23 @@ def test_a_newer_generation_ends_the_older(cluster: Cluster) -> None:
 
 def test_addresses_that_others_cannot_reach() -> None:
     hosts = HostList((Host("a", "127.0.1.1"), Host("b", "10.1.2.3")))
-    with pytest.raises(InputError, match="b cannot reach this machine at 127"):
+    words = "the first host, a, is this machine at 127.0.1.1, where b cannot reach it"
+    with pytest.raises(InputError, match=words):
         ClusterSpec(nodes=2, hosts=hosts)
     for address in ("0.0.0.0", "no address", "::1"):
         with pytest.raises(InputError, match=f"--bind {address}"):
             ClusterSpec(nodes=2, bind=address)
+
+
+def test_addresses_of_other_machines() -> None:
+    """192.0.2.1 is kept for documentation: no machine has it."""
+    elsewhere = Host("a", "192.0.2.1")
+    words = "the first host, a, has to be this machine: .* does not have the address 192.0.2.1"
+    with pytest.raises(InputError, match=words):
+        ClusterSpec(nodes=2, hosts=HostList((elsewhere, Host("b", "192.0.2.2"))))
+    with pytest.raises(InputError, match="--bind: .* does not have the address 192.0.2.1"):
+        ClusterSpec(nodes=2, bind="192.0.2.1")
+    ClusterSpec(nodes=1, hosts=HostList((elsewhere,)))  # where nobody listens
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot pin")
