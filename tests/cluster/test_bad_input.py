@@ -43,6 +43,12 @@ def test_options_out_of_range(commands: Commands) -> None:
         (("--wire-dtype", "int4", "x"), "--wire-dtype"),
         (("--schedule", "federal", "x"), "--schedule"),
         (("--wire-dtype", "f16", "--nodes", "2", "x"), "--wire-dtype is f16"),
+        (("--prompt", "one", "two"), "--prompt"),
+        (("--model", "", "x"), "--model is empty"),
+        (("--manual", "x"), "--manual is for several nodes"),
+        (("--env", "A=1", "-n", "2", "x"), "--env is for nodes on other hosts"),
+        (("--cwd", "/", "--hosts", "127.0.0.1,localhost", "x"), "--cwd is for nodes on other"),
+        (("--python", "p", "--manual", "--hosts", "127.0.0.1,127.0.0.2", "x"), "--python is for"),
     ]:
         assert words in commands.refused(*arguments)
 
@@ -136,12 +142,24 @@ def test_a_port_in_use(commands: Commands) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in commands.refused("-n", 2, "-p", port, "x")
+        assert f"127.0.0.1:{port}" in commands.refused("-n", 2, "--starting-port", port, "x")
 
 
-def test_nodes_that_do_not_come(commands: Commands) -> None:
-    line = commands.refused("-n", 3, "--manual", "--join-timeout", 0.5, "x")
+def test_nodes_that_do_not_come(commands: Commands, free_port: int) -> None:
+    """The user is told how to start them."""
+    manual = ("--manual", "--starting-port", free_port, "--join-timeout", 0.5)
+    done = commands.run("-n", 3, *manual, "x")
+    assert done.returncode == 2
+    *wanted, line = done.stderr.splitlines()
+    start = f"zmoe-node --leader 127.0.0.1:{free_port} --bind 127.0.0.1 --rank"
+    assert wanted[1:] == [f"{start} 1", f"{start} 2"]
     assert "node 1, 2 has not joined" in line
+
+
+def test_loading_that_takes_too_long(commands: Commands) -> None:
+    """The leader's own loading counts as everybody's does."""
+    line = commands.refused("-n", 2, "--model", TINY, "--load-timeout", 0.0001, "x")
+    assert "node 0 has not loaded its share within 0.0001 s" in line
 
 
 def test_zmoe_node_flags(commands: Commands) -> None:
@@ -153,6 +171,8 @@ def test_zmoe_node_flags(commands: Commands) -> None:
         (("--leader", "127.0.0.1:9", "--rank", 0), "--rank is 0"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--cores", "a"), "--cores a"),
         (("--leader", "127.0.0.1:9", "--rank", 1, "--what"), "--what"),
+        (("--leader", "no-such-host.invalid:9", "--rank", 1), "cannot resolve"),
+        (("--leader", "127.0.0.1:9", "--rank", 1, "--bind", "192.0.2.1"), "--bind: this machine"),
     ]:
         process = commands.start("node", *arguments)
         _, errors = process.communicate(timeout=PATIENCE_S)
