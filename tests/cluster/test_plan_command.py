@@ -210,7 +210,7 @@ def test_bad_flags(commands: Commands, tmp_path: Path) -> None:
         (("--calibrate", tmp_path / "no" / "p.json"), "no such folder"),
         (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1"), "at least two"),
         (("--calibrate", tmp_path / "p.json", "--python", "x"), "--python is for --hosts"),
-        (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1,192.0.2.1"), "--bind"),
+        (("--calibrate", tmp_path / "p.json", "--hosts", "127.0.0.1,192.0.2.1"), "the first host"),
         (("--calibrate", tmp_path / "p.json", "--hostfile", tmp_path / "no.json"), "no.json"),
         ((*DBRX, "--hosts", "a,b"), "--hosts is for --calibrate"),
     ):
