@@ -125,7 +125,7 @@ def configurations(options: argparse.Namespace, profile: Profile) -> list[Config
     """All combinations that differ: a node alone exchanges nothing, and pads nothing."""
     found = []
     for model in options.models:
-        shape = find_model(str(resolve_model(model)), None, 64)
+        shape = find_model(str(resolve_model(model)), None, None)
         for nodes, schedule, policy in product(options.nodes, options.schedules, options.policies):
             if nodes == 1 and (schedule != options.schedules[0] or policy == "router-aided"):
                 continue

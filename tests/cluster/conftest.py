@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -71,15 +70,18 @@ def processes_with(mark: str) -> list[int]:
 class Commands:
     """Starts the commands with a mark in their environment, to find what they leave behind."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="zmoe-test-"))  # where they run
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # where they run
         self.mark = uuid.uuid4().hex
         self.env = {**os.environ, MARK: self.mark, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, module: str, *arguments: object) -> subprocess.Popen[str]:
+        return self.python("-m", f"zmoe.cli.{module}", *arguments)
+
+    def python(self, *arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"zmoe.cli.{module}", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             env=self.env,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -118,8 +120,8 @@ class Commands:
 
 
 @pytest.fixture
-def commands() -> Iterator[Commands]:
-    runner = Commands()
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    runner = Commands(tmp_path_factory.mktemp("commands"))
     yield runner
     for process in runner.started:
         if process.poll() is None:
@@ -129,7 +131,6 @@ def commands() -> Iterator[Commands]:
             process.communicate(timeout=PATIENCE_S)
         wait_until(lambda: not processes_with(runner.mark), PATIENCE_S, "all processes ended")
         assert not list(runner.folder.iterdir())
-        runner.folder.rmdir()
     finally:
         for pid in processes_with(runner.mark):
             os.kill(pid, signal.SIGKILL)

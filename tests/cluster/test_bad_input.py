@@ -113,9 +113,21 @@ def test_a_port_in_use(commands: Commands) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in commands.refused("-n", 2, "-p", port, "x")
+        assert f"127.0.0.1:{port}" in commands.refused("-n", 2, "--starting-port", port, "x")
 
 
-def test_nodes_that_do_not_come(commands: Commands) -> None:
-    line = commands.refused("-n", 3, "--manual", "--join-timeout", 0.5, "x")
+def test_nodes_that_do_not_come(commands: Commands, free_port: int) -> None:
+    """The user is told how to start them."""
+    manual = ("--manual", "--starting-port", free_port, "--join-timeout", 0.5)
+    done = commands.run("-n", 3, *manual, "x")
+    assert done.returncode == 2
+    *wanted, line = done.stderr.splitlines()
+    start = f"zmoe-node --leader 127.0.0.1:{free_port} --bind 127.0.0.1 --rank"
+    assert wanted[1:] == [f"{start} 1", f"{start} 2"]
     assert "node 1, 2 has not joined" in line
+
+
+def test_loading_that_takes_too_long(commands: Commands) -> None:
+    """The leader's own loading counts as everybody's does."""
+    line = commands.refused("-n", 2, "--model", TINY, "--load-timeout", 0.0001, "x")
+    assert "node 0 has not loaded its share within 0.0001 s" in line

@@ -53,7 +53,7 @@ def test_workers_hold_nothing_dense(compute: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_everybody_names_a_lost_worker(commands: Commands, free_port: int, how: int) -> None:
     leader = commands.start(
-        "run", "-n", 3, "--manual", "-p", free_port, *CENTRAL, *ENDLESS, "ROMEO:"
+        "run", "-n", 3, "--manual", "--starting-port", free_port, *CENTRAL, *ENDLESS, "ROMEO:"
     )
     workers = [
         commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", rank, "--once")

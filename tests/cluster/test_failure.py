@@ -21,7 +21,9 @@ LOST = r"rank 1 .*(layer \d+, |between layers, )step \d+"
 
 def manual_cluster(commands: Commands, nodes: int, port: int) -> list[subprocess.Popen[str]]:
     """A leader and workers started by hand, so that each one's words can be read."""
-    leader = commands.start("run", "-n", nodes, "--manual", "-p", port, *ENDLESS, "ROMEO:")
+    leader = commands.start(
+        "run", "-n", nodes, "--manual", "--starting-port", port, *ENDLESS, "ROMEO:"
+    )
     return [leader] + [
         commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank, "--once")
         for rank in range(1, nodes)
@@ -98,7 +100,9 @@ def test_a_peer_lost_between_two_prompts_is_named() -> None:
         os.kill(cluster.worker_pids()[0], signal.SIGKILL)
         with pytest.raises(zmoe.PeerError) as caught:
             list(cluster.generate("ROMEO:", max_tokens=100000, ignore_eos=True))
+        words = f"on this machine (pid {cluster.worker_pids()[0]}) was killed by SIGKILL"
     assert caught.value.rank == 1
+    assert words in str(caught.value)
 
 
 def test_a_peer_lost_inside_a_prompt_is_named() -> None:
@@ -126,10 +130,12 @@ def test_a_peer_lost_inside_a_prompt_is_named() -> None:
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
     wait_until(lambda: commands.others(leader.pid), PATIENCE_S, "worker started")
-    os.kill(commands.others(leader.pid)[0], signal.SIGKILL)
+    (worker,) = commands.others(leader.pid)
+    os.kill(worker, signal.SIGKILL)
     _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode in (1, 2)
-    assert re.search(r"node 1|rank 1", errors.strip().splitlines()[-1])
+    words = rf"(node|rank) 1 on this machine \(pid {worker}\) was killed by SIGKILL"
+    assert re.search(words, errors.strip().splitlines()[-1])
 
 
 # Python runs this first where it finds it as sitecustomize.py: a node that never ends loading.
@@ -152,7 +158,9 @@ def test_everybody_names_a_peer_lost_while_loading(
     commands.env["PYTHONPATH"] = str(tmp_path)
     victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
     del commands.env["PYTHONPATH"]
-    leader = commands.start("run", "-n", 3, "--manual", "-p", free_port, *ENDLESS, "ROMEO:")
+    leader = commands.start(
+        "run", "-n", 3, "--manual", "--starting-port", free_port, *ENDLESS, "ROMEO:"
+    )
     third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
     wait_until(marker.exists, PATIENCE_S, "node 1 loads")
     victim.send_signal(how)

@@ -64,8 +64,8 @@ class Ports:
 
 
 @pytest.fixture(scope="module")
-def ports() -> Iterator[Ports]:
-    commands = Commands()
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
+    commands = Commands(tmp_path_factory.mktemp("commands"))
     yield Ports(commands)
     for process in commands.started:
         process.terminate()

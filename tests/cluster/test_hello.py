@@ -167,7 +167,9 @@ def test_a_worker_with_another_checkpoint_says_so_and_waits_on(
     node = commands.start(
         "node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--model", other
     )
-    line = commands.refused("-n", 2, "--manual", "-p", free_port, "x")
+    done = commands.run("-n", 2, "--manual", "--starting-port", free_port, "x")
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
     assert "node 1" in line
     assert "another model" in line
     assert node.poll() is None

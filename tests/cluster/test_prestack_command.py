@@ -37,16 +37,17 @@ def refused(commands: Commands, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stores") / "tiny"
-    code, out, errors = prestack(Commands(), "zmoe-tiny", folder)
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    code, out, errors = prestack(commands, "zmoe-tiny", folder)
     assert (code, errors) == (0, "")
     assert out == f"{folder}: 0.01 GB in 5 files, 92 ranges: complete\n"
     return folder
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the model itself writes."""
-    return Commands().run(*GREEDY, PROMPT).stdout
+    return Commands(tmp_path_factory.mktemp("commands")).run(*GREEDY, PROMPT).stdout
 
 
 @pytest.mark.parametrize("compute", ["native", "mlx"])

@@ -127,6 +127,8 @@ def test_a_seed_repeats_a_sample(commands: Commands) -> None:
 
 def test_the_prompt_can_come_from_standard_input(commands: Commands, alone: str) -> None:
     assert commands.run(*GREEDY, "-", stdin=PROMPT).stdout == alone
+    assert commands.run("-p", "-", *GREEDY, stdin=PROMPT).stdout == alone
+    assert commands.run("--prompt", PROMPT, *GREEDY).stdout == alone
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(commands: Commands) -> None:

@@ -85,14 +85,13 @@ def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
     def check() -> None:
         for process in processes:
             if process.exit_code() is not None:
-                words = process.last_words() or f"exit code {process.exit_code()}"
-                raise LaunchError(f"node {process.rank} on {process.name} ended: {words}")
+                raise LaunchError(f"node {process.rank} {process.ending()}")
 
     try:
         for rank, host in enumerate(hosts[1:], 1):
             words = ["-c", _RANK, str(rank), *addresses]
-            here = host.ssh in ("127.0.0.1", "localhost")
-            command = [sys.executable, *words] if here else over_ssh(words, host, remote)
+            local = [sys.executable, *words]
+            command = local if host.is_local else over_ssh(words, host, remote)
             processes.append(NodeProcess(rank, host.ssh, command, dict(os.environ)))
         return _take_part(0, addresses, check)
     except ZmoeError:

@@ -31,6 +31,16 @@ _MLX_LM_FILES = 4096
 Result = TypeVar("Result")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" where there is one, and the help has not said it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_plain = action.default is None or action.default is False or action.default == []
+        if is_plain or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line per error, no abbreviations, exit code 2."""
 
@@ -39,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         self.add_argument("--debug", action="store_true", help="show a traceback on errors")
 

@@ -7,13 +7,18 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
+from zmoe.config import Timing
 from zmoe.errors import InputError, ZmoeError
 from zmoe.topology.cores import parse_cpus
 
+if TYPE_CHECKING:
+    from zmoe.cluster.messages import Setup
+
 PROG = "zmoe-node"
+LONGEST_LINE = 1000  # characters
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
@@ -33,14 +38,14 @@ def _parser() -> Parser:
     )
     add("--cores", metavar="CPUS", help="CPUs to stay on, such as 0-3,8 (Linux)")
     add("--tied", action="store_true", help="end when standard input closes")
-    add("--once", action="store_true", help="end after one run, or after a minute without leader")
+    add("--once", action="store_true", help="end after one run")
+    add(
+        "--join-timeout",
+        type=float,
+        metavar="S",
+        help=f"with --once: seconds to wait for a leader (default: {Timing().join:g})",
+    )
     return parser
-
-
-def _check_leader(leader: str) -> None:
-    host, _, port = leader.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"--leader {leader}: expected HOST:PORT")
 
 
 def _pin(cores: str) -> None:
@@ -63,43 +68,88 @@ def _end_with_input() -> None:
     os._exit(1)
 
 
+class _Notices:
+    """What a worker that was started by hand tells its user: one line per change.
+
+    What a leader sent is quoted there: it is shortened, and controls no terminal.
+    """
+
+    def __init__(self, prog: str, quiet: bool) -> None:
+        self._prog, self._quiet, self._last = prog, quiet, ""
+
+    def say(self, text: str) -> None:
+        """Print `text` in one line, unless it was the last thing said."""
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+        if len(line) > LONGEST_LINE:
+            line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+        if line == self._last or self._quiet:
+            return
+        self._last = line
+        with suppress(OSError, ValueError):  # nobody reads any more, which ends no worker
+            print(f"{self._prog}: {line}", file=sys.stderr, flush=True)
+
+    def begun(self, setup: Setup) -> None:
+        """Say that a run has begun."""
+        self.say(f"began a run of {setup.model} on {setup.nodes} nodes")
+
+
+def _join_timeout(options: Any) -> float | None:
+    """Seconds to wait for a leader; None is for ever. Raises InputError."""
+    if not options.once:
+        if options.join_timeout is not None:
+            raise InputError("--join-timeout is for --once")
+        return None
+    return Timing().join if options.join_timeout is None else Timing(options.join_timeout).join
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ZmoeError):
+        return str(error)
+    return f"internal error: {type(error).__name__}: {error}"
+
+
 def _serve(options: Any) -> None:
-    _check_leader(options.leader)
     if not 1 <= options.rank < 64:
         raise InputError(f"--rank is {options.rank}: expected a number from 1 to 63")
+    join_timeout, limit = _join_timeout(options), memory_limit(options.memory_limit)
     if options.cores is not None:
         _pin(options.cores)
     if options.tied:
         threading.Thread(target=_end_with_input, daemon=True).start()
-    from zmoe.cluster.hosts import check_address
+    from zmoe.cluster.hosts import check_bind, check_leader
 
-    check_address(options.bind, "bind")
-    warn_unencrypted(f"{PROG}[{options.rank}]", options.bind)
+    prog = f"{PROG}[{options.rank}]"
+    check_leader(options.leader, "--leader")
+    check_bind(options.bind)
+    warn_unencrypted(prog, options.bind)
+    notices = _Notices(prog, quiet=options.tied)
+    waiting = f"waiting for a leader at {options.leader}"
+    notices.say(waiting)
     from zmoe.cluster.worker import Worker, WorkerSpec
-    from zmoe.config import Timing
     from zmoe.moe.sockets import Context
 
-    join_timeout = Timing().join if options.once else None
     spec = WorkerSpec(
         options.leader,
         options.rank,
         options.bind,
         options.model,
-        memory_limit(options.memory_limit),
+        limit,
         join_timeout,
     )
     context = Context()
     while True:
-        worker = Worker(spec, context)
+        pause = 0.0
         try:
-            worker.run()
-        except (ZmoeError, ValueError, TypeError) as error:  # a leader's fault is not our end
+            Worker(spec, context, notices.begun).run()
+            notices.say(f"the run is over; {waiting}")
+        except Exception as error:  # whatever a leader caused is not our end
             if options.once:
                 raise
-            print(f"{PROG}[{options.rank}]: {type(error).__name__}: {error}", file=sys.stderr)
-            time.sleep(PAUSE_S)
+            notices.say(f"{_in_words(error)}; {waiting}")
+            pause = PAUSE_S
         if options.once:
             return
+        time.sleep(pause)
 
 
 def main(argv: list[str] | None = None) -> int:

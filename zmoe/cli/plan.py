@@ -57,7 +57,12 @@ def _add_question(parser: Parser) -> None:
     add("--link", metavar="L", help=f"{links}, or a profile; default: the one of --hardware")
     add("--nodes", metavar="N", help="a number, a list 2,4 or a range (default: 1-8)")
     add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
-    add("--group-size", type=int, default=64, metavar="G", help="weights that share a scale")
+    add(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="with --bits: weights that share a scale; 64 if not given",
+    )
     add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
     add("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
     add(

@@ -18,7 +18,7 @@ GROUPS = (32, 64, 128)
 _HUB_S = 10.0  # to answer
 
 
-def find_model(name: str, bits: int | None, group_size: int) -> ModelShape:
+def find_model(name: str, bits: int | None, group_size: int | None) -> ModelShape:
     """The shape of `name`: in the table, a folder, or a Hugging Face repo.
 
     Of a repo only config.json is downloaded (HF_HOME and HF_HUB_OFFLINE are
@@ -26,6 +26,8 @@ def find_model(name: str, bits: int | None, group_size: int) -> ModelShape:
     file or repo.
     """
     weights = _format(bits, group_size)
+    if not name:
+        raise ModelError("--model is empty: expected a model")
     if name == DEFAULT_MODEL:
         return read_shape(Path(str(files("zmoe") / "data" / name / "config.json")), name, weights)
     folder = Path(name).expanduser()
@@ -40,14 +42,16 @@ def find_model(name: str, bits: int | None, group_size: int) -> ModelShape:
     return shape if weights is None else shape.with_format(weights)
 
 
-def _format(bits: int | None, group_size: int) -> Format | None:
-    if group_size not in GROUPS:
+def _format(bits: int | None, group_size: int | None) -> Format | None:
+    if group_size is not None and (bits is None or bits >= 16):
+        raise InputError("--group-size has no use without --bits of 8 or fewer")
+    if group_size not in (None, *GROUPS):
         raise InputError(f"--group-size is {group_size}: expected one of {_listed(GROUPS)}")
     if bits is None:
         return None
     if bits not in BITS:
         raise InputError(f"--bits is {bits}: expected one of {_listed(BITS)}")
-    return affine(bits, group_size)
+    return affine(bits) if group_size is None else affine(bits, group_size)
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

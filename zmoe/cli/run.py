@@ -29,7 +29,10 @@ from zmoe.config import (
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zmoe.cli.progress import Bars
+    from zmoe.cluster.hosts import HostList
     from zmoe.cluster.leader import ClusterSpec
     from zmoe.engine.generate import Token
     from zmoe.planner.choice import Choice
@@ -40,7 +43,13 @@ PROG = "zmoe-run"
 def _parser() -> Parser:
     parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin"
+    )
+    text.add_argument(
+        "-p", "--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as a flag"
+    )
     add("--version", action="version", version=f"zmoe {__version__}")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
     _add_generation(parser)
@@ -132,7 +141,7 @@ def _add_cluster(parser: Parser) -> None:
     )
     add("--manual", action="store_true", help="start no node: zmoe-node is started by hand")
     add("--bind", metavar="ADDRESS", help="address to listen on (default: loopback, or the host's)")
-    add("-p", "--starting-port", type=int, default=0, help="port of the leader; 0 is any")
+    add("--starting-port", type=int, default=0, help="port of the leader; 0 is any")
     add("--python", help="interpreter on the other hosts (default: the path of this one)")
     add("--cwd", help="working directory on the other hosts")
     add("--env", action="append", default=[], metavar="K=V", help="set on the other hosts")
@@ -166,6 +175,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
     if not 0 <= options.starting_port < 65536:
         raise InputError(f"--starting-port is {options.starting_port}: expected 0 to 65535")
     env = tuple(check_env(setting, "--env") for setting in options.env)
+    _refuse_what_does_not_apply(options, hosts, nodes)
     return ClusterSpec(
         nodes=nodes,
         hosts=hosts,
@@ -190,6 +200,19 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
     )
 
 
+def _refuse_what_does_not_apply(
+    options: argparse.Namespace, hosts: HostList | None, nodes: int
+) -> None:
+    """Raise InputError for flags that would change nothing."""
+    if options.manual and nodes == 1:
+        raise InputError("--manual is for several nodes: give --nodes, --hosts or --hostfile")
+    if not options.manual and hosts is not None and not all(h.is_local for h in hosts.hosts[1:]):
+        return
+    for flag in ("python", "cwd", "env"):
+        if getattr(options, flag):
+            raise InputError(f"--{flag} is for nodes on other hosts, started over ssh")
+
+
 def _sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(
         max_tokens=options.max_tokens,
@@ -202,7 +225,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    prompt = options.prompt
+    prompt = options.prompt if options.prompt_option is None else options.prompt_option
     if prompt is None:
         raise InputError("no prompt: give one, or - to read standard input")
     text = _standard_input() if prompt == "-" else _unicode("the prompt", prompt)
@@ -247,7 +270,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
-    warn_unencrypted(PROG, spec.address)
+    if spec.nodes > 1:
+        warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
@@ -257,7 +281,11 @@ def _generate(options: argparse.Namespace) -> None:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
             on_placement = partial(_explain, progress) if options.explain else None
             cluster = Cluster(
-                options.model, spec=spec, progress=progress, on_placement=on_placement
+                options.model,
+                spec=spec,
+                progress=progress,
+                on_placement=on_placement,
+                on_manual=partial(_ask_for_nodes, progress),
             )
             if options.record_usage is not None:
                 check_usage_file(options.record_usage, cluster.info)
@@ -293,6 +321,10 @@ def _explain(progress: Bars, choice: Choice) -> None:
     from zmoe.cli.explain import explanation
 
     progress.print(explanation(choice))
+
+
+def _ask_for_nodes(progress: Bars, commands: Sequence[str]) -> None:
+    progress.print("\n".join((f"{PROG}: waiting for nodes; start each on its machine:", *commands)))
 
 
 def _show(tokens: Iterable[Token], quiet: bool) -> None:

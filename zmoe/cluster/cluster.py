@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmoe.cluster.leader import ClusterSpec, Leader, Progress
+from zmoe.cluster.leader import ClusterSpec, Leader, OnManual, Progress
 from zmoe.cluster.member import Member, peak_memory
 from zmoe.cluster.placing import OnChoice, Placing
 from zmoe.cluster.resources import offer_of
@@ -34,8 +34,10 @@ class Cluster:
     `model` is a folder, a Hugging Face name or "zmoe-tiny". The nodes are
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
-    before. Construction and entering raise InputError and its kin for what is wrong
-    beforehand; afterwards a lost peer raises PeerError, which ends the cluster.
+    before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
+    the nodes are to be started with. Construction and entering raise InputError and its
+    kin for what is wrong beforehand; afterwards a lost peer raises PeerError, which ends
+    the cluster.
 
     A cluster is entered once, and holds sockets, processes and weights only until it
     is closed. One generation runs at a time. Any thread may call any method: calls
@@ -54,6 +56,7 @@ class Cluster:
         spec: ClusterSpec | None = None,
         progress: Progress | None = None,
         on_placement: OnChoice | None = None,
+        on_manual: OnManual | None = None,
     ) -> None:
         if spec is not None and not isinstance(spec, ClusterSpec):
             raise SettingError("spec", f"is {spec!r}: expected a ClusterSpec")
@@ -72,6 +75,7 @@ class Cluster:
             )
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
+        self._on_manual: OnManual = on_manual or (lambda commands: None)
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
         self._placing = Placing(request, self.info, count, engine, on_placement)
         self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
@@ -178,7 +182,9 @@ class Cluster:
     def _start(self) -> None:
         spec = self.spec
         if spec.nodes > 1:
-            self._leader = Leader(self.info, self._name, spec, self._placing, self._progress)
+            self._leader = Leader(
+                self.info, self._name, spec, self._placing, self._progress, self._on_manual
+            )
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, spec.engine, spec.timing)

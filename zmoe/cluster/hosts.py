@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ class Host:
 
     ssh: str
     address: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its node is started here, without ssh."""
+        return self.ssh in ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,62 @@ def check_address(address: str, setting: str) -> str:
     return address
 
 
+def check_bind(address: str) -> None:
+    """Raise SettingError unless `address` is an IPv4 address of this machine."""
+    check_address(address, "bind")
+    if not _is_own(address):
+        raise SettingError("bind", f"is {address}: this machine does not have that address")
+
+
+def _is_own(address: str) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def check_listener(bind: str | None, hosts: HostList | None) -> None:
+    """Raise InputError unless the leader can listen where it is told, and the hosts reach it.
+
+    It listens at `bind`, or if that is None at the address of the first of `hosts`.
+    """
+    others = hosts.hosts if hosts is not None else ()
+    if bind is not None:
+        check_bind(bind)
+        if beyond := _cannot_reach(bind, others):
+            problem = f"is {bind}, where {beyond} cannot reach this machine"
+            raise SettingError("bind", f"{problem}: expected the address by which it can")
+    elif others:
+        first = others[0]
+        if not _is_own(first.address):
+            raise InputError(
+                f"the first host, {first.ssh}, has to be this machine, which does not have the "
+                f"address {first.address}"
+            )
+        if beyond := _cannot_reach(first.address, others):
+            raise InputError(
+                f"the first host, {first.ssh}, is this machine at {first.address}, where {beyond} "
+                "cannot reach it: give the address by which it can"
+            )
+
+
+def _cannot_reach(address: str, hosts: Sequence[Host]) -> str | None:
+    """The first of `hosts` for which `address` would be itself."""
+    beyond = (host.ssh for host in hosts if not is_loopback(host.address))
+    return next(beyond, None) if is_loopback(address) else None
+
+
+def check_leader(leader: str, source: str) -> str:
+    """`leader` if it is HOST:PORT, with a host that has an IPv4 address."""
+    host, _, port = leader.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise InputError(f"{source} {leader}: expected HOST:PORT")
+    _resolve(host, f"{source} {leader}")
+    return leader
+
+
 def check_env(setting: object, source: str) -> str:
     """`setting` if it has the form K=V."""
     if not isinstance(setting, str) or not setting.partition("=")[0].isidentifier():
@@ -100,9 +162,19 @@ def _host_from_entry(entry: object, source: str) -> Host:
 def _host(name: str, ips: list[str], source: str) -> Host:
     if not name or name.startswith("-"):
         raise InputError(f"{source}: {name!r} is no host name")
-    target = ips[0] if ips else name.rpartition("@")[2]
+    return Host(name, _resolve(ips[0] if ips else name.rpartition("@")[2], source))
+
+
+def _resolve(name: str, source: str) -> str:
+    """The first IPv4 address of `name`, which may be an address. Raises InputError."""
+    if ":" in name:
+        raise InputError(f"{source}: {name} is not an IPv4 address; zmoe does not speak IPv6")
     try:
-        found = socket.getaddrinfo(target, None, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"{source}: cannot resolve {target!r}: {error}") from error
-    return Host(name, str(found[0][4][0]))
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{source}: cannot resolve {name!r}: {reason}") from error
+    for family, *_, address in found:
+        if family == socket.AF_INET:
+            return str(address[0])
+    raise InputError(f"{source}: {name!r} has no IPv4 address; zmoe does not speak IPv6")

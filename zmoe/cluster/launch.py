@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -15,13 +17,18 @@ from dataclasses import dataclass
 from zmoe.cluster.hosts import Host
 from zmoe.errors import LaunchError
 
-END_GRACE_S = 2.0
+END_GRACE_S = 2.0  # between TERM and KILL
+KILL_GRACE_S = 5.0  # after KILL: a process in an uninterruptible sleep outlives even that
+# A worker waits for its leader a little longer than the leader for it, which began to wait
+# later and can say who is missing.
+JOIN_SLACK_S = 30.0
 # Like `python -m zmoe.cli.node`, but for the installed package: a checkout in the
 # working directory would otherwise hide it.
 _NODE = (
     "import sys; sys.path = [p for p in sys.path if p]; "
     "from zmoe.cli.node import main; sys.exit(main())"
 )
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,14 @@ class NodeProcess:
                 f"cannot start node {rank} on {name}: {command[0]}: {error.strerror}"
             ) from error
         self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except BaseException as error:  # no more threads, or Ctrl-C: nobody would know of it
+            self._process.kill()
+            self._process.wait(KILL_GRACE_S)
+            if isinstance(error, RuntimeError):
+                raise LaunchError(f"cannot start node {rank} on {name}: {error}") from error
+            raise
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -72,10 +86,16 @@ class NodeProcess:
         """None while it runs."""
         return self._process.poll()
 
-    def last_words(self) -> str:
-        """The last line that it wrote on standard error; call after it ended."""
+    def ending(self) -> str:
+        """Where it ran, how it ended and what it said last; call after it ended."""
+        code = self._process.returncode
+        assert code is not None
         self._reader.join(timeout=1.0)
-        return self._tail[-1] if self._tail else ""
+        words = self._tail[-1] if self._tail else ""
+        if code < 0:
+            killed = f"on {self.name} (pid {self.pid}) was killed by {_signal_name(-code)}"
+            return f"{killed}, having said: {words}" if words else killed
+        return f"on {self.name} ended: {words or f'exit code {code}'}"
 
     def kill(self) -> None:
         if self._process.poll() is None:
@@ -85,60 +105,91 @@ class NodeProcess:
         if self._process.poll() is None:
             self._process.terminate()
 
-    def wait(self, deadline: float) -> None:
-        """Until it has ended, at the latest until `deadline` (monotonic), then kill it."""
+    def wait(self, deadline: float) -> bool:
+        """Whether it has ended, at the latest at `deadline` (monotonic)."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close its standard input, and stop listening to it; call after it ended."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._reader.join(timeout=1.0)
 
 
-def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
-    """End every process: let them go by themselves for `patience` s, then TERM, then KILL."""
-    deadline = time.monotonic() + patience
+def _signal_name(number: int) -> str:
     try:
-        while time.monotonic() < deadline and any(p.exit_code() is None for p in processes):
-            time.sleep(0.01)
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
+    """End every process: let them go by themselves for `patience` s, then TERM, then KILL.
+
+    What outlives that by KILL_GRACE_S is named in a warning of this module's logger.
+    """
+    try:
+        _wait(processes, patience)
         for process in processes:
             process.terminate()
-        deadline = time.monotonic() + END_GRACE_S
-        for process in processes:
-            process.wait(deadline)
+        _wait(processes, END_GRACE_S)
     finally:  # a second Ctrl-C: no more patience
         for process in processes:
             process.kill()
+    for process in _wait(processes, KILL_GRACE_S):
+        _LOG.warning(
+            "zmoe: node %d on %s (pid %d) has not ended within %g s of SIGKILL",
+            process.rank,
+            process.name,
+            process.pid,
+            KILL_GRACE_S,
+        )
+    for process in processes:
+        process.close()
 
 
-def _node_arguments(leader: str, rank: int, bind: str) -> list[str]:
-    return [
-        "-c",
-        _NODE,
-        "--once",
-        "--tied",
-        "--leader",
-        leader,
-        "--rank",
-        str(rank),
-        "--bind",
-        bind,
-    ]
+def _wait(processes: Sequence[NodeProcess], timeout: float) -> list[NodeProcess]:
+    """Those of `processes` that have not ended within `timeout` s."""
+    deadline = time.monotonic() + timeout
+    return [process for process in processes if not process.wait(deadline)]
 
 
-def start_local(leader: str, rank: int, bind: str, cores: Sequence[int] | None) -> NodeProcess:
-    """A worker on this machine, on the given cores when the system can pin."""
-    command = [sys.executable, *_node_arguments(leader, rank, bind)]
+def _node_arguments(leader: str, rank: int, bind: str, join_timeout: float) -> list[str]:
+    arguments = ["--once", "--tied", "--join-timeout", f"{join_timeout + JOIN_SLACK_S:g}"]
+    return ["-c", _NODE, *arguments, *_place_arguments(leader, rank, bind)]
+
+
+def _place_arguments(leader: str, rank: int, bind: str) -> list[str]:
+    return ["--leader", leader, "--bind", bind, "--rank", str(rank)]
+
+
+def command_by_hand(leader: str, rank: int, bind: str) -> str:
+    """What a user types to start node `rank`, which listens at `bind`."""
+    return shlex.join(["zmoe-node", *_place_arguments(leader, rank, bind)])
+
+
+def start_local(
+    leader: str, rank: int, bind: str, cores: Sequence[int] | None, join_timeout: float
+) -> NodeProcess:
+    """A worker on this machine, on the given cores when the system can pin.
+
+    `join_timeout`: seconds that the leader at `leader` waits for it.
+    """
+    command = [sys.executable, *_node_arguments(leader, rank, bind, join_timeout)]
     if cores is not None:
         command += ["--cores", ",".join(map(str, cores))]
     return NodeProcess(rank, "this machine", command, dict(os.environ))
 
 
-def start_over_ssh(leader: str, rank: int, host: Host, options: RemoteOptions) -> NodeProcess:
-    """A worker on `host`."""
-    command = over_ssh(_node_arguments(leader, rank, host.address), host, options)
+def start_over_ssh(
+    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float
+) -> NodeProcess:
+    """A worker on `host`; `join_timeout` as in start_local."""
+    command = over_ssh(_node_arguments(leader, rank, host.address, join_timeout), host, options)
     return NodeProcess(rank, host.ssh, command, dict(os.environ))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import defaultdict
@@ -14,10 +15,11 @@ import mlx.core as mx
 
 from zmoe import __version__
 from zmoe.cluster.bus import LeaderBus
-from zmoe.cluster.hosts import Host, HostList, check_address, is_loopback
+from zmoe.cluster.hosts import Host, HostList, check_address, check_listener, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
     RemoteOptions,
+    command_by_hand,
     end_all,
     start_local,
     start_over_ssh,
@@ -47,7 +49,6 @@ from zmoe.errors import (
     LaunchError,
     MismatchError,
     PeerError,
-    SettingError,
     ZmoeError,
 )
 from zmoe.models import LoadedShard
@@ -58,7 +59,9 @@ from zmoe.topology.cores import divide_cores
 from zmoe.types import ModelInfo
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
+OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order
 M = TypeVar("M", bound=Message)
+ENDING_S = 0.5  # a process closes its sockets a moment before it can be waited for
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,9 @@ class ClusterSpec:
         check_setting(is_int(self.nodes, 1, 64), "nodes", self.nodes, "a whole number from 1 to 64")
         if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
             raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
-        address = check_address(self.address, "bind")
-        for host in self.hosts.hosts if self.hosts is not None else ():
-            if is_loopback(address) and not is_loopback(host.address):
-                raise SettingError(
-                    "bind",
-                    f"is {address}, where {host.ssh} cannot reach this machine: "
-                    "expected the address by which it can",
-                )
+        check_address(self.address, "bind")
+        if self.nodes > 1:
+            check_listener(self.bind, self.hosts)
 
     @property
     def address(self) -> str:
@@ -113,16 +111,19 @@ class Leader:
         spec: ClusterSpec,
         placing: Placing,
         progress: Progress,
+        on_manual: OnManual,
     ) -> None:
         self.info, self.spec = info, spec
         self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
         self._model_name, self._placing, self._progress = model_name, placing, progress
+        self._on_manual = on_manual
         self._context = Context()
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         self._joined: set[int] = set()
+        self._load_deadline = math.inf
         self._bus = LeaderBus(self._context, spec.address, spec.port)
 
     # ---- coming up ----------------------------------------------------------
@@ -152,8 +153,9 @@ class Leader:
         member.use_isa(isa)
         self._broadcast(Mesh(isa, list(hosts), list(data), list(control)))
         member.connect(endpoints, self._listen)
+        self._load_deadline = time.monotonic() + timing.load
         shard, seconds = member.load(self._own_progress)
-        ready = self._collect(Ready, "has not loaded its share", timing.load)
+        ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
         for rank, message in ready.items():
             if message.placement != digest:
                 raise MismatchError(
@@ -170,10 +172,13 @@ class Leader:
         return placement.digest
 
     def launch(self) -> None:
-        """Start the workers, unless they are started by hand."""
+        """Start the workers, or say how to start them by hand."""
+        address, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
+            places = [self._address_of(rank) for rank in self._workers]
+            lines = [command_by_hand(address, r, p) for r, p in zip(self._workers, places)]
+            self._on_manual(lines)
             return
-        address = f"{self.spec.address}:{self._bus.port}"
         if self.spec.hosts is not None:
             for rank in self._workers:
                 host = self.spec.hosts.hosts[rank]
@@ -184,13 +189,20 @@ class Leader:
             self.member.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
-            process = start_local(address, rank, self.spec.address, mine)
+            process = start_local(address, rank, self.spec.address, mine, patience)
             self._processes.append(process)
 
+    def _address_of(self, rank: int) -> str:
+        """Where a worker that is started by hand listens, as far as we know."""
+        if self.spec.hosts is not None:
+            return self.spec.hosts.hosts[rank].address
+        return self.spec.address if is_loopback(self.spec.address) else "ITS_ADDRESS"
+
     def _start_on(self, host: Host, leader: str, rank: int) -> NodeProcess:
-        if host.ssh in ("127.0.0.1", "localhost"):
-            return start_local(leader, rank, host.address, None)
-        return start_over_ssh(leader, rank, host, self.spec.remote)
+        patience = self.spec.timing.join
+        if host.is_local:
+            return start_local(leader, rank, host.address, None, patience)
+        return start_over_ssh(leader, rank, host, self.spec.remote, patience)
 
     def _setup(self) -> Setup:
         timing, engine = self.spec.timing, self.spec.engine
@@ -220,6 +232,9 @@ class Leader:
             )
 
     def _own_progress(self, done: int, total: int) -> None:
+        if time.monotonic() > self._load_deadline:
+            patience = self.spec.timing.load
+            raise LaunchError(f"node 0 has not loaded its share within {patience:g} s")
         self._progress(0, done, total)
         self._listen()
 
@@ -254,10 +269,15 @@ class Leader:
         while self._receive(0):
             pass
 
-    def _collect(self, kind: type[M], missing: str, timeout: float) -> dict[int, M]:
-        """One message of `kind` from every worker, by rank, before `timeout` seconds are over."""
+    def _collect(
+        self, kind: type[M], missing: str, timeout: float, deadline: float | None = None
+    ) -> dict[int, M]:
+        """One message of `kind` from every worker, by rank, within `timeout` seconds from now,
+        or until the `deadline` (monotonic) that they gave.
+        """
         found: dict[int, M] = self._inbox[kind]
-        deadline = time.monotonic() + timeout
+        if deadline is None:
+            deadline = time.monotonic() + timeout
         while len(found) < len(self._workers):
             self._listen()
             if (
@@ -271,15 +291,13 @@ class Leader:
 
     def _check_processes(self) -> None:
         for process in self._processes:
-            code = process.exit_code()
-            if code is None:
+            if process.exit_code() is None:
                 continue
-            words = process.last_words() or f"exit code {code}"
             while self._receive(0):  # its own words, if it sent them, say more
                 pass
             if self._step > 0:
-                raise PeerError(process.rank, None, self._step, f"({process.name}) ended: {words}")
-            raise LaunchError(f"node {process.rank} on {process.name} ended: {words}")
+                raise PeerError(process.rank, None, self._step, process.ending())
+            raise LaunchError(f"node {process.rank} {process.ending()}")
 
     def _broadcast(self, message: Message) -> None:
         for rank in self._workers:
@@ -306,6 +324,9 @@ class Leader:
         except PeerError as told:
             if told.rank not in (0, lost.rank):
                 raise
+        for process in self._processes:
+            if process.rank == lost.rank and process.wait(time.monotonic() + ENDING_S):
+                raise PeerError(lost.rank, lost.layer, lost.step, process.ending()) from lost
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node, by rank."""
@@ -319,10 +340,10 @@ class Leader:
 
     def close(self, error: str = "") -> None:
         """End every node: politely when all is well, at once after an `error`."""
-        for rank in self._workers:
-            with suppress(PeerError):  # it is gone already
-                self._bus.send(rank, Stop(error))
         try:
+            for rank in self._workers:
+                with suppress(PeerError):  # it is gone already
+                    self._bus.send(rank, Stop(error))
             self.member.close()
         finally:
             end_all(self._processes, patience=0.0 if error else 2.0)

@@ -19,7 +19,7 @@ from zmoe.cluster.placing import check
 from zmoe.compute.team import Team, best_isa_name, is_native, make_team
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.engine.engine import Engine
-from zmoe.errors import MismatchError, PlacementError, SettingError
+from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.models import LoadedShard, load_experts, load_shard
 from zmoe.moe.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.moe.exchange import Endpoint, Exchange, SingleNode, payload_bytes
@@ -169,7 +169,13 @@ class Member:
             )
 
     def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
-        """A worker's part of one step: the same without logits, or its experts only."""
+        """A worker's part of one step: the same without logits, or its experts only.
+
+        Raises ZmoeError for more tokens than fit a step.
+        """
+        if not 1 <= len(tokens) <= self._config.prefill_chunk:
+            most = self._config.prefill_chunk
+            raise ZmoeError(f"a step of {len(tokens)} tokens: expected 1 to {most}")
         if self._held is None:
             self.forward(step, tokens, reset, logits=False)
             return

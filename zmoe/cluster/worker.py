@@ -66,15 +66,21 @@ class WorkerSpec:
 class Worker:
     """One session with one leader."""
 
-    def __init__(self, spec: WorkerSpec, context: zmq.Context[Any]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, context: zmq.Context[Any], on_setup: Callable[[Setup], None]
+    ) -> None:
+        """`on_setup` is called when the session begins."""
         self.spec = spec
+        self._on_setup = on_setup
         self._bus = WorkerBus(context, spec.leader, spec.rank, Timing().grace)
         self._member: Member | None = None
 
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
         try:
-            self._serve(self._come_up(self._join()))
+            setup = self._join()
+            self._on_setup(setup)
+            self._serve(self._come_up(setup))
         except Exception as error:
             self._report(error)
             raise

@@ -24,6 +24,8 @@ def resolve_model(name: str, argument: str = "model") -> Path:
     """
     if name == DEFAULT_MODEL:
         return Path(str(files("zmoe") / "data" / DEFAULT_MODEL))
+    if not name:
+        raise ModelError(f"{argument} is empty: expected a folder or a Hugging Face name")
     folder = Path(name).expanduser()
     try:
         is_folder, exists = folder.is_dir(), folder.exists()

@@ -114,8 +114,25 @@ def test_a_newer_generation_ends_the_older(cluster: Cluster) -> None:
 
 def test_addresses_that_others_cannot_reach() -> None:
     hosts = HostList((Host("a", "127.0.1.1"), Host("b", "10.1.2.3")))
-    with pytest.raises(InputError, match="^bind is 127.0.1.1, where b cannot reach this machine"):
+    words = "the first host, a, is this machine at 127.0.1.1, where b cannot reach it"
+    with pytest.raises(InputError, match=words):
         ClusterSpec(nodes=2, hosts=hosts)
     for address in ("0.0.0.0", "no address", "::1"):
         with pytest.raises(InputError, match=f"^bind is {address}"):
             ClusterSpec(nodes=2, bind=address)
+
+
+def test_addresses_of_other_machines() -> None:
+    """192.0.2.1 is kept for documentation: no machine has it."""
+    elsewhere = Host("a", "192.0.2.1")
+    words = "the first host, a, has to be this machine, which does not have the address 192.0.2.1"
+    with pytest.raises(InputError, match=words):
+        ClusterSpec(nodes=2, hosts=HostList((elsewhere, Host("b", "192.0.2.2"))))
+    with pytest.raises(InputError, match="^bind is 192.0.2.1: this machine does not have"):
+        ClusterSpec(nodes=2, bind="192.0.2.1")
+    hosts = HostList((elsewhere, Host("b", "10.1.2.3")))
+    with pytest.raises(InputError, match="^bind is 127.0.0.1, where b cannot reach this machine"):
+        ClusterSpec(
+            nodes=2, hosts=HostList((Host("a", "127.0.0.1"), hosts.hosts[1])), bind="127.0.0.1"
+        )
+    ClusterSpec(nodes=1, hosts=HostList((elsewhere,)))  # where nobody listens

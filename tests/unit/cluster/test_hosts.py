@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from zmoe.cluster.hosts import Host, hosts_from_file, hosts_from_names
+from zmoe.cluster.hosts import Host, check_leader, hosts_from_file, hosts_from_names
 from zmoe.errors import InputError
 
 
@@ -62,3 +63,32 @@ def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
 def test_bad_names_are_refused(names: str) -> None:
     with pytest.raises(InputError, match="--hosts"):
         hosts_from_names(names)
+
+
+def test_ipv6_is_not_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--hosts: ::1 is not an IPv4 address; .* IPv6"):
+        hosts_from_names("::1,127.0.0.1")
+    found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(InputError, match="--hosts: 'modern' has no IPv4 address; .* IPv6"):
+        hosts_from_names("modern")
+
+
+@pytest.mark.parametrize(
+    ("leader", "words"),
+    [
+        ("10.0.0.1", "expected HOST:PORT"),
+        (":9700", "expected HOST:PORT"),
+        ("10.0.0.1:0", "expected HOST:PORT"),
+        ("10.0.0.1:99999", "expected HOST:PORT"),
+        ("10.0.0.1:x", "expected HOST:PORT"),
+        ("[::1]:9700", "IPv6"),
+        ("no-such-host.invalid:9700", "cannot resolve 'no-such-host.invalid'"),
+        ("a b:9700", "cannot resolve 'a b'"),
+        (f"{'a' * 80}.b:9700", "cannot resolve"),
+    ],
+)
+def test_leaders_that_cannot_be_found(leader: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        check_leader(leader, "--leader")
+    assert str(caught.value).startswith(f"--leader {leader}: ")

@@ -1,0 +1,95 @@
+"""A worker that serves run after run outlives whatever its leaders do."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import PATIENCE_S, Commands
+from zmoe.cluster import bus
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.messages import Mesh, Message, Place, Setup, Step
+from zmoe.config import Timing
+from zmoe.errors import ZmoeError
+from zmoe.models.hub import resolve_model
+
+TINY = resolve_model("zmoe-tiny")
+SERVE = "import zmoe.cli.node as node; node.PAUSE_S = 0.0; node.main({arguments!r})"
+WARM_UP = Step(1, True, [0])  # which a cluster does by itself
+Instead = dict[str, Any] | Message | bytes
+# The message that is changed, how, and what the worker says of it.
+BAD: list[tuple[type[Message], Instead, str]] = [
+    (Setup, {"model": "x" * 300}, "File name too long"),
+    (Setup, {"model": "\0"}, "no such folder"),
+    (Setup, {"memory_limit": -1}, "MessageError"),
+    (Setup, {"grace_timeout": 1e300}, "OverflowError"),
+    (Setup, {"peer_timeout": float("nan")}, "peer-timeout is nan"),
+    (Setup, {"compute": "cuda"}, "compute is cuda"),
+    (Setup, Step(2, True, [1]), "unexpected Step"),
+    (Setup, b"\xc1", "bad control data"),
+    (Place, {"owned": []}, "does not fit"),
+    (Place, Step(2, True, [1]), "unexpected Step"),
+    (Mesh, {"isa": "NOPE"}, "KeyError"),
+    (Mesh, {"hosts": []}, "0 endpoints for 2 nodes"),
+    (Mesh, {"hosts": ["a b"] * 2}, "cannot connect to rank 0"),
+    (Step, {"tokens": [2**63]}, "RuntimeError"),
+    (Step, {"tokens": [-1]}, "no embedding"),
+    (Step, {"tokens": []}, "a step of 0 tokens"),
+    (Step, {"tokens": [1] * 1000}, "a step of 1000 tokens"),
+    (Step, b"", "bad control data"),
+]
+
+
+class Hostile:
+    """Puts something else in the place of one kind of message of the leaders here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind: type[Message] | None = None
+        self.instead: Instead = {}
+        self._encode = bus.encode
+        monkeypatch.setattr(bus, "encode", self)
+
+    def __call__(self, message: Message) -> bytes:
+        if type(message) is not self.kind or message == WARM_UP:
+            return self._encode(message)
+        if isinstance(self.instead, bytes):
+            return self.instead
+        if isinstance(self.instead, dict):
+            return self._encode(dataclasses.replace(message, **self.instead))
+        return self._encode(self.instead)
+
+
+def generated(cluster: Cluster) -> str:
+    return "".join(token.text for token in cluster.generate("ROMEO:", max_tokens=8))
+
+
+def test_no_leader_ends_a_serving_worker(
+    commands: Commands, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cluster(TINY) as alone:
+        text = generated(alone)
+    arguments = ["--leader", f"127.0.0.1:{free_port}", "--rank", "1"]
+    node = commands.python("-c", SERVE.format(arguments=arguments))
+    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
+    hostile = Hostile(monkeypatch)
+    for hostile.kind, hostile.instead, words in BAD:
+        with pytest.raises(ZmoeError, match=words), Cluster(TINY, spec=spec) as cluster:
+            leader = cluster._leader
+            assert leader is not None
+            leader._broadcast(Step(9, True, [0]))
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                leader._listen()  # raises what the worker says
+        assert node.poll() is None
+    hostile.kind = None
+    with Cluster(TINY, spec=spec) as cluster:
+        assert generated(cluster) == text
+    node.kill()
+    _, said = node.communicate(timeout=PATIENCE_S)
+    for _, _, words in BAD:
+        assert words in said
+    assert "Traceback" not in said
