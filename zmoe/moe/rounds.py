@@ -23,7 +23,8 @@ Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and what its element
 class Rounds:
     """What an exchange does once it is connected; `native` is set by then.
 
-    `wire`: how all partials travel; None: as each call says.
+    `wire`: how all partials travel; None: as each call says. `tick` is called
+    every 0.1 s of a wait for peers, and may raise to give up.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Rounds:
     ) -> None:
         self.rank, self.step, self.choice = rank, 0, choice
         self.wire: Dtype | None = None
+        self.tick: Callable[[], None] = nothing
         self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
         self._native: NativeExchange | None = None
 
@@ -156,11 +158,12 @@ class Rounds:
             self._fail(status, layer)
 
     def _again(self, call: Callable[[float], int]) -> int:
-        """Returns to Python now and then (INTERRUPTED), so that Ctrl-C surfaces at once."""
+        """Returns to Python now and then (INTERRUPTED): Ctrl-C surfaces at once, `tick` runs."""
         status = call(self._deadline_s)
         if status == Status.INTERRUPTED:
             until = time.monotonic() + self._deadline_s
             while status == Status.INTERRUPTED:
+                self.tick()
                 status = call(until - time.monotonic())
         return status
 
