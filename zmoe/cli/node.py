@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
 from zmoe.errors import InputError, ZmoeError
 
 PROG = "zmoe-node"
+TOKEN_S, LONGEST_TOKEN = 60.0, 200
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
@@ -30,7 +32,12 @@ def _parser() -> Parser:
         "--memory-limit", type=float, metavar="GB", help="GiB to take (default: as the leader says)"
     )
     add("--cores", help="comma separated cores to stay on (Linux)")
-    add("--tied", action="store_true", help="end when standard input closes")
+    add(
+        "--tied",
+        action="store_true",
+        help="read a token, by which the leader knows us, from the first line of standard input; "
+        "end when it closes",
+    )
     add("--once", action="store_true", help="end after one run, or after a minute without leader")
     return parser
 
@@ -48,6 +55,18 @@ def _pin(cores: str) -> None:
         raise InputError(f"--cores {cores}: cannot be set: {error}") from error
 
 
+def _read_token() -> str:
+    """The first line of standard input. What follows is left there."""
+    token, deadline = b"", time.monotonic() + TOKEN_S
+    while not token.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        byte = os.read(0, 1) if select.select([0], [], [], max(0.0, left))[0] else b""
+        if not byte or len(token) > LONGEST_TOKEN:
+            raise InputError("--tied: no line with a token came on standard input")
+        token += byte
+    return token.decode("ascii", "replace").strip()
+
+
 def _end_with_input() -> None:
     """Whoever started us holds our standard input open for as long as it lives."""
     while os.read(0, 4096):
@@ -61,7 +80,9 @@ def _serve(options: Any) -> None:
         raise InputError(f"--rank is {options.rank}: expected a number from 1 to 63")
     if options.cores is not None:
         _pin(options.cores)
+    token = ""
     if options.tied:
+        token = _read_token()
         threading.Thread(target=_end_with_input, daemon=True).start()
     from zmoe.cluster.hosts import check_address
 
@@ -78,6 +99,7 @@ def _serve(options: Any) -> None:
         options.bind,
         options.model,
         memory_limit(options.memory_limit),
+        token,
         join_timeout,
     )
     context = Context()

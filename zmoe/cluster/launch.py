@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from zmoe.cluster.hosts import Host
@@ -36,7 +37,15 @@ class RemoteOptions:
 class NodeProcess:
     """One worker process; keeps the last lines of its standard error."""
 
-    def __init__(self, rank: int, name: str, command: Sequence[str], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        name: str,
+        command: Sequence[str],
+        env: dict[str, str],
+        token: str | None = None,
+    ) -> None:
+        """Start `command`; `token` is the first line of its standard input."""
         self.rank, self.name = rank, name
         self._tail: deque[str] = deque(maxlen=20)
         try:
@@ -57,6 +66,10 @@ class NodeProcess:
             ) from error
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        if token is not None:
+            assert self._process.stdin is not None
+            with suppress(OSError):  # it has ended, which is noticed elsewhere
+                os.write(self._process.stdin.fileno(), token.encode() + b"\n")
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -128,18 +141,22 @@ def _node_arguments(leader: str, rank: int, bind: str) -> list[str]:
     ]
 
 
-def start_local(leader: str, rank: int, bind: str, cores: Sequence[int] | None) -> NodeProcess:
+def start_local(
+    leader: str, rank: int, bind: str, cores: Sequence[int] | None, token: str
+) -> NodeProcess:
     """A worker on this machine, on the given cores when the system can pin."""
     command = [sys.executable, *_node_arguments(leader, rank, bind)]
     if cores is not None:
         command += ["--cores", ",".join(map(str, cores))]
-    return NodeProcess(rank, "this machine", command, dict(os.environ))
+    return NodeProcess(rank, "this machine", command, dict(os.environ), token)
 
 
-def start_over_ssh(leader: str, rank: int, host: Host, options: RemoteOptions) -> NodeProcess:
+def start_over_ssh(
+    leader: str, rank: int, host: Host, options: RemoteOptions, token: str
+) -> NodeProcess:
     """A worker on `host`."""
     command = over_ssh(_node_arguments(leader, rank, host.address), host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ))
+    return NodeProcess(rank, host.ssh, command, dict(os.environ), token)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:
