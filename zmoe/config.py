@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")

@@ -15,10 +15,11 @@ from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.member import Member, hello_of
+from zmoe.cluster.member import Member, check_hello, hello_of
 from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
 from zmoe.cluster.placing import PlacementRequest
-from zmoe.config import PROTOCOL_VERSION, Timing
+from zmoe.compute.arithmetic import arithmetic_of
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.models import inspect_model
 from zmoe.models.hub import resolve_model
@@ -45,17 +46,19 @@ class Impostor(threading.Thread):
 
     def run(self) -> None:
         context = Context()
-        bus = WorkerBus(context, f"127.0.0.1:{self._port}", 1, 5.0)
-        join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost")
-        bus.send(dataclasses.replace(join, **self._join_changes))
+        join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost", "")
+        join = dataclasses.replace(join, **self._join_changes)
+        bus = WorkerBus(context, f"127.0.0.1:{self._port}", join, 5.0)
         answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Setup):
             info = inspect_model(TINY)
-            hello: Hello = hello_of(info, Offer("m", GIB), Endpoint("127.0.0.1", 1, 2))
+            here = Endpoint("127.0.0.1", 1, 2)
+            hello = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
             bus.send(dataclasses.replace(hello, **self._hello_changes))
             answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Place):
-            assert isinstance(bus.receive(PATIENCE_S), Mesh)
+            answer = bus.receive(PATIENCE_S)
+        if isinstance(answer, Mesh):
             bus.send(Ready(0.1, self._digest))
             answer = bus.receive(PATIENCE_S)
         self.answer = answer
@@ -73,9 +76,19 @@ class Impostor(threading.Thread):
         ),
         (
             {},
-            {"protocol": 99},
-            f"node 1 .otherhost. has protocol 99, the leader {PROTOCOL_VERSION}",
+            {"device": "metal applegpu_g13s"},
+            "node 1 .otherhost. computes on metal applegpu_g13s, the leader cpu .*: nodes that",
         ),
+        ({}, {"mlx": "0.1"}, "node 1 .otherhost. runs mlx 0.1, the leader .*centralized"),
+        ({}, {"mlx_lm": "0.2"}, "node 1 .otherhost. runs mlx-lm 0.2, the leader"),
+        ({}, {"compute": "mlx"}, "multiplies matrices with --compute mlx, the leader native"),
+        (
+            {},
+            {"device": "cpu sparc", "arithmetic": "beef"},
+            "node 1 .otherhost. rounds otherwise on cpu sparc: digest beef, the leader",
+        ),
+        ({}, {"data_port": 0}, "node 1 .otherhost. sent bad control data: Hello.data_port is 0"),
+        ({}, {"isa": "SSE9"}, "instruction set 'SSE9' is not known"),
         ({}, {"fingerprint": "beef"}, "node 1 .otherhost. has another model: fingerprint beef"),
         ({}, {"dtype": "bfloat16"}, "has dtype bfloat16, the leader float32"),
         ({}, {"quantization": "affine-4bit-g64"}, "quantisation affine-4bit-g64, the leader none"),
@@ -87,12 +100,43 @@ def test_what_differs_is_named_on_both_sides(
     impostor = Impostor(free_port, join, hello)
     impostor.start()
     spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
-    with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
+    with pytest.raises(ZmoeError, match=words), Cluster(TINY, spec=spec):
         pass
     impostor.join(PATIENCE_S)
     assert not impostor.is_alive()
     assert isinstance(impostor.answer, Stop)
     assert impostor.answer.error
+
+
+@pytest.mark.parametrize("field", ["device", "compute", "mlx", "mlx_lm", "arithmetic"])
+def test_workers_that_do_not_route_may_round_differently(field: str) -> None:
+    info, here = inspect_model(TINY), Endpoint("127.0.0.1", 1, 2)
+    mine = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
+    theirs = dataclasses.replace(mine, **{field: "another"})
+    check_hello(mine, theirs, "node 1", "centralized")
+    with pytest.raises(MismatchError, match="node 1 .*another"):
+        check_hello(mine, theirs, "node 1", "decentralized")
+
+
+def test_a_stranger_that_comes_first_takes_no_workers_place(free_port: int) -> None:
+    """The token that tells the two apart is in no argument and no environment."""
+    context = Context()
+    join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost", "")
+    stranger = WorkerBus(context, f"127.0.0.1:{free_port}", join, 5.0)
+    answers: list[Message | None] = []
+    waiting = threading.Thread(target=lambda: answers.append(stranger.receive(PATIENCE_S)))
+    waiting.start()
+    with Cluster(TINY, spec=ClusterSpec(nodes=2, port=free_port)) as cluster:
+        assert len(list(cluster.generate("ROMEO:", max_tokens=4))) == 4
+        assert cluster._leader is not None
+        token = cluster._leader._tokens[1].encode()
+        (pid,) = cluster.worker_pids()
+        for file in ("cmdline", "environ"):
+            assert token not in Path(f"/proc/{pid}/{file}").read_bytes()
+    waiting.join()
+    assert answers == [Stop("rank 1 of this run is a worker that its leader starts")]
+    stranger.close()
+    context.term()
 
 
 def test_another_placement_is_named_on_both_sides(
@@ -132,22 +176,23 @@ def test_a_worker_refuses_what_is_no_placement(
 ) -> None:
     """Nothing of it is used, and the leader is told."""
     context = Context()
-    bus = LeaderBus(context, "127.0.0.1", 0)
+    bus = LeaderBus(context, "127.0.0.1", 0, nodes=2, grace=PATIENCE_S)
     node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
 
     def answer() -> Message:
-        got = bus.receive(PATIENCE_S)
-        assert got is not None
-        return got[1]
+        heard: list[tuple[int, Message]] = []
+        wait_until(lambda: heard.extend(bus.hear()) or heard, PATIENCE_S, "an answer")
+        ((_, message),) = heard
+        return message
 
     assert isinstance(answer(), Join)
     timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
     engine = ("auto", "exact", "auto", "decentralized", "selected")
-    bus.send(1, Setup(7, 2, str(TINY), 512, None, *engine, None, **timing))
+    bus.broadcast(Setup(2, str(TINY), 512, None, *engine, None, **timing))
     assert isinstance(answer(), Hello)
     place = Place.of(place_evenly(inspect_model(TINY), 2))
-    bus.send(1, dataclasses.replace(place, **changes))
-    bus.send(1, Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
+    bus.broadcast(dataclasses.replace(place, **changes))
+    bus.broadcast(Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
     failed = answer()
     assert isinstance(failed, Failed) and failed.input_error
     assert words in failed.error

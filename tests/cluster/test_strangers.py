@@ -15,6 +15,7 @@ import zmq
 from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import Failed, Join, Step, encode
+from zmoe.config import PROTOCOL_VERSION
 
 TOKENS = 40
 
@@ -53,7 +54,8 @@ class Strangers(threading.Thread):
                 for frame in (
                     os.urandom(80),
                     b"",
-                    encode(Join(1, 9, "0", "stranger")),
+                    encode(Join(PROTOCOL_VERSION, 9, "0", "stranger", "")),
+                    encode(Join(PROTOCOL_VERSION, 1, "0", "stranger", "guess")),
                     encode(Failed("stranger", True, None, None, 0)),
                     encode(Step(1, True, [1])),
                 ):

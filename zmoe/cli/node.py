@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PROG = "zmoe-node"
 LONGEST_LINE = 1000  # characters
+TOKEN_S, LONGEST_TOKEN = 60.0, 200
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
@@ -37,7 +39,12 @@ def _parser() -> Parser:
         "--memory-limit", type=float, metavar="GB", help="GiB to take (default: as the leader says)"
     )
     add("--cores", metavar="CPUS", help="CPUs to stay on, such as 0-3,8 (Linux)")
-    add("--tied", action="store_true", help="end when standard input closes")
+    add(
+        "--tied",
+        action="store_true",
+        help="read a token, by which the leader knows us, from the first line of standard input; "
+        "end when it closes",
+    )
     add("--once", action="store_true", help="end after one run")
     add(
         "--join-timeout",
@@ -59,6 +66,18 @@ def _pin(cores: str) -> None:
         os.sched_setaffinity(0, wanted)
     if beyond := set(wanted) - os.sched_getaffinity(0):
         raise InputError(f"--cores {cores}: this process may not run on CPU {min(beyond)}")
+
+
+def _read_token() -> str:
+    """The first line of standard input. What follows is left there."""
+    token, deadline = b"", time.monotonic() + TOKEN_S
+    while not token.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        byte = os.read(0, 1) if select.select([0], [], [], max(0.0, left))[0] else b""
+        if not byte or len(token) > LONGEST_TOKEN:
+            raise InputError("--tied: no line with a token came on standard input")
+        token += byte
+    return token.decode("ascii", "replace").strip()
 
 
 def _end_with_input() -> None:
@@ -114,7 +133,9 @@ def _serve(options: Any) -> None:
     join_timeout, limit = _join_timeout(options), memory_limit(options.memory_limit)
     if options.cores is not None:
         _pin(options.cores)
+    token = ""
     if options.tied:
+        token = _read_token()
         threading.Thread(target=_end_with_input, daemon=True).start()
     from zmoe.cluster.hosts import check_bind, check_leader
 
@@ -134,6 +155,7 @@ def _serve(options: Any) -> None:
         options.bind,
         options.model,
         limit,
+        token,
         join_timeout,
     )
     context = Context()
@@ -141,7 +163,7 @@ def _serve(options: Any) -> None:
         pause = 0.0
         try:
             Worker(spec, context, notices.begun).run()
-            notices.say(f"the run is over; {waiting}")
+            notices.say("the run is over" if options.once else f"the run is over; {waiting}")
         except Exception as error:  # whatever a leader caused is not our end
             if options.once:
                 raise

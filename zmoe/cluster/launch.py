@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from zmoe.cluster.hosts import Host
@@ -43,7 +44,15 @@ class RemoteOptions:
 class NodeProcess:
     """One worker process; keeps the last lines of its standard error."""
 
-    def __init__(self, rank: int, name: str, command: Sequence[str], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        name: str,
+        command: Sequence[str],
+        env: dict[str, str],
+        token: str | None = None,
+    ) -> None:
+        """Start `command`; `token` is the first line of its standard input."""
         self.rank, self.name = rank, name
         self._tail: deque[str] = deque(maxlen=20)
         try:
@@ -71,6 +80,10 @@ class NodeProcess:
             if isinstance(error, RuntimeError):
                 raise LaunchError(f"cannot start node {rank} on {name}: {error}") from error
             raise
+        if token is not None:
+            assert self._process.stdin is not None
+            with suppress(OSError):  # it has ended, which is noticed elsewhere
+                os.write(self._process.stdin.fileno(), token.encode() + b"\n")
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -173,24 +186,30 @@ def command_by_hand(leader: str, rank: int, bind: str) -> str:
 
 
 def start_local(
-    leader: str, rank: int, bind: str, cores: Sequence[int] | None, join_timeout: float
+    leader: str,
+    rank: int,
+    bind: str,
+    cores: Sequence[int] | None,
+    join_timeout: float,
+    token: str,
 ) -> NodeProcess:
     """A worker on this machine, on the given cores when the system can pin.
 
-    `join_timeout`: seconds that the leader at `leader` waits for it.
+    `join_timeout`: seconds that the leader at `leader` waits for it. `token`: by which
+    the leader knows it.
     """
     command = [sys.executable, *_node_arguments(leader, rank, bind, join_timeout)]
     if cores is not None:
         command += ["--cores", ",".join(map(str, cores))]
-    return NodeProcess(rank, "this machine", command, dict(os.environ))
+    return NodeProcess(rank, "this machine", command, dict(os.environ), token)
 
 
 def start_over_ssh(
-    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float
+    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float, token: str
 ) -> NodeProcess:
-    """A worker on `host`; `join_timeout` as in start_local."""
+    """A worker on `host`; `join_timeout` and `token` as in start_local."""
     command = over_ssh(_node_arguments(leader, rank, host.address, join_timeout), host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ))
+    return NodeProcess(rank, host.ssh, command, dict(os.environ), token)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from zmoe import __version__
-from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.bus import FAREWELL_S, LeaderBus
 from zmoe.cluster.hosts import Host, HostList, check_address, check_listener, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
@@ -39,9 +39,11 @@ from zmoe.cluster.messages import (
     Setup,
     Step,
     Stop,
+    one_line,
 )
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.cluster.resources import offer_of
+from zmoe.compute.arithmetic import arithmetic_of
 from zmoe.compute.team import common_isa
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing, check_setting, is_int
 from zmoe.errors import (
@@ -114,7 +116,6 @@ class Leader:
         on_manual: OnManual,
     ) -> None:
         self.info, self.spec = info, spec
-        self.member = Member(info, 0, spec.nodes, secrets.randbits(63), spec.engine, spec.timing)
         self._model_name, self._placing, self._progress = model_name, placing, progress
         self._on_manual = on_manual
         self._context = Context()
@@ -122,9 +123,20 @@ class Leader:
         self._workers = range(1, spec.nodes)
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
-        self._joined: set[int] = set()
         self._load_deadline = math.inf
-        self._bus = LeaderBus(self._context, spec.address, spec.port)
+        # By these the workers that we start are told from strangers.
+        started = () if spec.manual else self._workers
+        self._tokens = {rank: secrets.token_hex(16) for rank in started}
+        self._bus = LeaderBus(
+            self._context,
+            spec.address,
+            spec.port,
+            nodes=spec.nodes,
+            grace=spec.timing.grace,
+            tokens=self._tokens,
+        )
+        session = self._bus.session
+        self.member = Member(info, 0, spec.nodes, session, spec.engine, spec.timing)
 
     # ---- coming up ----------------------------------------------------------
 
@@ -135,23 +147,28 @@ class Leader:
         names the node; the caller then closes.
         """
         timing, member = self.spec.timing, self.member
-        offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)  # while others start
+        # While the others start:
+        offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)
+        arithmetic = arithmetic_of(self.spec.engine)
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():
             self._check_protocol(rank, join)
-        self._broadcast(self._setup())
+        self._bus.broadcast(self._setup())
         own = member.open_exchange(self.spec.address)
+        assert member.exchange is not None
+        member.exchange.tick = self._hear
         patience = hello_patience(self._model_name, timing)
         hellos = self._collect(Hello, "has not said hello", patience)
-        mine = hello_of(member.info, offer, own)
+        mine = hello_of(member.info, arithmetic, offer, own)
         for rank, hello in hellos.items():
-            check_hello(mine, hello, f"node {rank} ({joins[rank].host})")
+            name = f"node {rank} ({joins[rank].host})"
+            check_hello(mine, hello, name, self.spec.engine.schedule)
         digest = self._place([offer, *map(offer_in, hellos.values())])
         endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
         hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
         isa = common_isa([mine.isa, *(hello.isa for hello in hellos.values())])
         member.use_isa(isa)
-        self._broadcast(Mesh(isa, list(hosts), list(data), list(control)))
+        self._bus.broadcast(Mesh(isa, list(hosts), list(data), list(control)))
         member.connect(endpoints, self._listen)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = member.load(self._own_progress)
@@ -168,7 +185,7 @@ class Leader:
         """Choose the placement and tell every node; its digest."""
         placement = self._placing.choose(offers)
         self.member.place(placement)
-        self._broadcast(Place.of(placement))
+        self._bus.broadcast(Place.of(placement))
         return placement.digest
 
     def launch(self) -> None:
@@ -189,7 +206,8 @@ class Leader:
             self.member.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
-            process = start_local(address, rank, self.spec.address, mine, patience)
+            token = self._tokens[rank]
+            process = start_local(address, rank, self.spec.address, mine, patience, token)
             self._processes.append(process)
 
     def _address_of(self, rank: int) -> str:
@@ -199,15 +217,14 @@ class Leader:
         return self.spec.address if is_loopback(self.spec.address) else "ITS_ADDRESS"
 
     def _start_on(self, host: Host, leader: str, rank: int) -> NodeProcess:
-        patience = self.spec.timing.join
+        patience, token = self.spec.timing.join, self._tokens[rank]
         if host.is_local:
-            return start_local(leader, rank, host.address, None, patience)
-        return start_over_ssh(leader, rank, host, self.spec.remote, patience)
+            return start_local(leader, rank, host.address, None, patience, token)
+        return start_over_ssh(leader, rank, host, self.spec.remote, patience, token)
 
     def _setup(self) -> Setup:
         timing, engine = self.spec.timing, self.spec.engine
         return Setup(
-            session=self.member.session,
             nodes=self.spec.nodes,
             model=self._model_name,
             prefill_chunk=engine.prefill_chunk,
@@ -240,34 +257,23 @@ class Leader:
 
     # ---- control messages ---------------------------------------------------
 
-    def _receive(self, timeout: float) -> bool:
-        """Handle one message; what somebody will wait for goes to the inbox."""
-        got = self._bus.receive(timeout)
-        if got is None:
-            return False
-        rank, message = got
-        if rank not in self._workers:
-            with suppress(PeerError):  # a stranger need not listen
-                error = f"rank {rank} is none of the workers 1 to {self.spec.nodes - 1} of this run"
-                self._bus.send(rank, Stop(error))
-        elif isinstance(message, Failed):
-            if rank in self._joined:  # else it is a stranger
+    def _hear(self) -> None:
+        """Handle what has come; what somebody will wait for goes to the inbox."""
+        for rank, message in self._bus.hear():
+            if isinstance(message, Failed):
                 raise _error_of(rank, message)
-        elif isinstance(message, Loading):
-            self._progress(rank, message.done, message.total)
-        elif isinstance(message, (Join, Hello, Ready, Memory)):
-            self._joined.add(rank)
-            self._inbox[type(message)][rank] = message
-        else:
-            raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
-        return True
+            if isinstance(message, Loading):
+                self._progress(rank, message.done, message.total)
+            elif isinstance(message, (Join, Hello, Ready, Memory)):
+                self._inbox[type(message)][rank] = message
+            else:
+                raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
 
     def _listen(self) -> None:
         """While busy with something else: handle what workers say, notice those that ended."""
         self._check_processes()
         self.member.service()
-        while self._receive(0):
-            pass
+        self._hear()
 
     def _collect(
         self, kind: type[M], missing: str, timeout: float, deadline: float | None = None
@@ -280,28 +286,22 @@ class Leader:
             deadline = time.monotonic() + timeout
         while len(found) < len(self._workers):
             self._listen()
-            if (
-                len(found) < len(self._workers)
-                and not self._receive(0.05)
-                and time.monotonic() > deadline
-            ):
+            if len(found) == len(self._workers):
+                break
+            if time.monotonic() > deadline:
                 ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
                 raise LaunchError(f"node {ranks} {missing} within {timeout:g} s")
+            self._bus.wait(0.05)
         return dict(sorted(self._inbox.pop(kind).items()))
 
     def _check_processes(self) -> None:
         for process in self._processes:
             if process.exit_code() is None:
                 continue
-            while self._receive(0):  # its own words, if it sent them, say more
-                pass
+            self._hear()  # its own words, if it sent them, say more
             if self._step > 0:
                 raise PeerError(process.rank, None, self._step, process.ending())
             raise LaunchError(f"node {process.rank} {process.ending()}")
-
-    def _broadcast(self, message: Message) -> None:
-        for rank in self._workers:
-            self._bus.send(rank, message)
 
     # ---- running --------------------------------------------------------------
 
@@ -310,7 +310,8 @@ class Leader:
         self._step += 1
         self._bus.step = self._step
         try:
-            self._broadcast(Step(self._step, reset, list(tokens)))
+            self._bus.broadcast(Step(self._step, reset, list(tokens)))
+            self._hear()
             return self.member.forward(self._step, tokens, reset, logits)
         except PeerError as own:
             self._look_for_cause(own)
@@ -319,10 +320,9 @@ class Leader:
     def _look_for_cause(self, lost: PeerError) -> None:
         """Raise what a worker said of its own end, if that is why it is `lost`."""
         try:
-            while self._receive(0):
-                pass
+            self._hear()
         except PeerError as told:
-            if told.rank not in (0, lost.rank):
+            if told.rank != lost.rank:
                 raise
         for process in self._processes:
             if process.rank == lost.rank and process.wait(time.monotonic() + ENDING_S):
@@ -330,7 +330,7 @@ class Leader:
 
     def peak_memory(self) -> list[int]:
         """Peak resident bytes of every node, by rank."""
-        self._broadcast(AskMemory())
+        self._bus.broadcast(AskMemory())
         answers = self._collect(Memory, "did not tell its memory", self.spec.timing.join)
         return [peak_memory(), *(m.peak_memory for m in answers.values())]
 
@@ -341,18 +341,26 @@ class Leader:
     def close(self, error: str = "") -> None:
         """End every node: politely when all is well, at once after an `error`."""
         try:
-            for rank in self._workers:
-                with suppress(PeerError):  # it is gone already
-                    self._bus.send(rank, Stop(error))
+            with suppress(ZmoeError):  # who is gone already need not be told
+                self._bus.broadcast(Stop(one_line(error)))
+                if not error:  # a worker that sees our links go first takes us for lost
+                    self._bus.finish(FAREWELL_S)
+        finally:
+            self._end(0.0 if error else 2.0)
+
+    def _end(self, patience: float) -> None:
+        try:
             self.member.close()
         finally:
-            end_all(self._processes, patience=0.0 if error else 2.0)
+            end_all(self._processes, patience)
             self._bus.close()
             self._context.term()
 
 
 def _error_of(rank: int, failed: Failed) -> ZmoeError:
     """What worker `rank` told, as an error of ours."""
+    if failed.lost == 0:
+        return PeerError(rank, failed.layer, failed.step, f"lost its leader: it {failed.error}")
     if failed.lost is not None:
         return PeerError(failed.lost, failed.layer, failed.step, failed.error)
     kind = InputError if failed.input_error else ZmoeError

@@ -16,8 +16,9 @@ import mlx.core as mx
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.placing import check
-from zmoe.compute.team import Team, best_isa_name, is_native, make_team
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.compute.arithmetic import Arithmetic
+from zmoe.compute.team import Team, best_isa_name, check_isa, is_native, make_team
+from zmoe.config import EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.models import LoadedShard, load_experts, load_shard
@@ -65,8 +66,11 @@ class Member:
         _set_affinity(cores)
 
     def use_isa(self, isa: str) -> None:
-        """Use these instructions in the kernels, as every node of the run does."""
-        self._isa = isa
+        """Use these instructions in the kernels, as every node of the run does.
+
+        Raises InputError for what this CPU does not have.
+        """
+        self._isa = check_isa(isa)
 
     def place(self, placement: Placement) -> None:
         """Take the part that `placement` gives this rank. Raises PlacementError."""
@@ -225,14 +229,18 @@ def peak_memory() -> int:
     return max(resident, mx.get_peak_memory())
 
 
-def hello_of(info: ModelInfo, offer: Offer, endpoint: Endpoint) -> Hello:
+def hello_of(info: ModelInfo, arithmetic: Arithmetic, offer: Offer, endpoint: Endpoint) -> Hello:
     """What a node tells of itself."""
     return Hello(
-        protocol=PROTOCOL_VERSION,
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         quantization=info.quantization,
         isa=best_isa_name(),
+        compute=arithmetic.compute,
+        device=arithmetic.device,
+        mlx=arithmetic.mlx,
+        mlx_lm=arithmetic.mlx_lm,
+        arithmetic=arithmetic.probe,
         machine=offer.machine,
         memory=offer.memory,
         memory_limit=offer.limit,
@@ -253,10 +261,9 @@ def offer_in(hello: Hello) -> Offer:
     return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
 
 
-def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
+def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
     """Raise MismatchError, naming both sides, for the first thing that differs."""
     for field, what in (
-        ("protocol", "protocol"),
         ("dtype", "dtype"),
         ("quantization", "quantisation"),
         ("fingerprint", "another model: fingerprint"),
@@ -264,8 +271,33 @@ def check_hello(mine: Hello, theirs: Hello, name: str) -> None:
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:
             raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
+    if schedule == "decentralized":
+        _check_rounding(mine, theirs, name)
     if is_loopback(theirs.host) and not is_loopback(mine.host):
         raise MismatchError(
             f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
             "start that zmoe-node with --bind ADDRESS"
         )
+
+
+def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
+    """Nodes that each route for themselves must round alike, or part in mid-text.
+
+    Instruction sets may differ: the kernels round alike on the best that all have.
+    Two CPUs are compared by what they compute, since MLX is the same code on both.
+    """
+    both_cpus = mine.device.startswith("cpu") and theirs.device.startswith("cpu")
+    device = [] if both_cpus else [("device", "computes on {}")]
+    for field, what in (
+        *device,
+        ("compute", "multiplies matrices with --compute {}"),
+        ("mlx", "runs mlx {}"),
+        ("mlx_lm", "runs mlx-lm {}"),
+        ("arithmetic", f"rounds otherwise on {theirs.device}: digest {{}}"),
+    ):
+        ours, other = getattr(mine, field), getattr(theirs, field)
+        if ours != other:
+            raise MismatchError(
+                f"{name} {what.format(other)}, the leader {ours}: nodes that round differently "
+                "cannot share a run, unless with --schedule centralized"
+            )

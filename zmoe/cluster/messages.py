@@ -1,8 +1,9 @@
 """Control messages between leader and workers: msgpack arrays, strictly typed.
 
 A message is `[name, field, ...]` in the order of the dataclass. What does not
-fit (an unknown name, a missing or extra field, a wrong type) is a
-`MessageError`; nothing of it is used.
+fit (an unknown name, a missing or extra field, a wrong type, a value out of
+range) is a `MessageError`; nothing of it is used. The annotations below say
+what each field may hold.
 """
 
 from __future__ import annotations
@@ -10,28 +11,94 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Annotated, Any, Union
 
 import msgpack
 
+from zmoe.cluster.hosts import check_address
+from zmoe.config import PROTOCOL_VERSION
+from zmoe.errors import InputError
 from zmoe.types import Placement
 
-MAX_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
+MAX_REPORT_BYTES = 64 << 10  # from a worker
+LONGEST_TEXT = 4000
 
 
 class MessageError(ValueError):
     """Bytes that are no message of this protocol."""
 
 
+# ---- what fields may hold -------------------------------------------------------
+
+Check = Callable[[Any], str]  # what is wrong with a value, or ""
+
+
+def _between(least: float, most: float) -> Check:
+    # The negation also catches NaN.
+    return lambda value: "" if least <= value <= most else f"is {value}: not in {least} to {most}"
+
+
+def _items(least: int, most: int) -> Check:
+    return lambda value: (
+        "" if least <= len(value) <= most else f"has {len(value)} items: not {least} to {most}"
+    )
+
+
+def _text(most: int) -> Check:
+    def check(value: str) -> str:
+        if len(value) > most:
+            return f"has {len(value)} characters: more than {most}"
+        return "" if value.isprintable() else "has characters that cannot be printed"
+
+    return check
+
+
+def _address(value: str) -> str:
+    try:
+        check_address(value, "")
+    except InputError:
+        return f"is {value[:40]!r}: not an IPv4 address"
+    return ""
+
+
+Size = Annotated[int, _between(0, 2**60)]  # bytes
+Whole = Annotated[int, _between(-(2**31), 2**31 - 1)]  # checked further by who uses it
+Counter = Annotated[int, _between(0, 2**32 - 1)]
+Rank = Annotated[int, _between(0, 63)]
+Port = Annotated[int, _between(1, 65535)]
+Seconds = Annotated[float, _between(0, 1e9)]
+Word = Annotated[str, _text(200)]
+Text = Annotated[str, _text(LONGEST_TEXT)]
+Address = Annotated[str, _address]
+PerNode = _items(2, 64)
+
+
+def one_line(text: str) -> str:
+    """`text` as a Text may hold it: printable, in one line, not too long."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split())[:LONGEST_TEXT]
+
+
+# ---- the messages ------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Join:
-    """Worker to leader: I am here. First message, understood by every version."""
+    """Worker to leader: I am here. It is sent before there is a session.
 
-    protocol: int
-    rank: int
-    version: str
-    host: str
+    Of a Join of another protocol only the first four fields are read, so that the
+    leader can name both versions. `token` is what the leader wrote to the
+    worker's standard input, empty for a worker that was started by hand.
+    """
+
+    protocol: Counter
+    rank: Rank
+    version: Word
+    host: Word
+    token: Word
 
 
 @dataclass(frozen=True)
@@ -41,65 +108,56 @@ class Setup:
     `memory_limit`: bytes that a node may take whose own flags don't say.
     """
 
-    session: int
-    nodes: int
-    model: str
-    prefill_chunk: int
-    max_kv_size: int | None
-    compute: str
-    activations: str
-    wire_dtype: str
-    schedule: str
-    policy: str
-    memory_limit: int | None
-    peer_timeout: float
-    grace_timeout: float
-    load_timeout: float
-    join_timeout: float
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.nodes <= 64 or not 0 <= self.session < 2**64:
-            raise MessageError(f"Setup for {self.nodes} nodes, session {self.session}")
+    nodes: Annotated[int, _between(2, 64)]
+    model: Text
+    prefill_chunk: Whole
+    max_kv_size: Whole | None
+    compute: Word
+    activations: Word
+    wire_dtype: Word
+    schedule: Word
+    policy: Word
+    memory_limit: Size | None
+    peer_timeout: Seconds
+    grace_timeout: Seconds
+    load_timeout: Seconds
+    join_timeout: Seconds
 
 
 @dataclass(frozen=True)
 class Hello:
     """Worker to leader: what I am and have, and where my data sockets listen.
 
-    `machine` to `speed` are those of zmoe.planner.given.Offer.
+    `compute` to `arithmetic` are those of zmoe.compute.arithmetic.Arithmetic,
+    `machine` to `speed` those of zmoe.planner.given.Offer.
     """
 
-    protocol: int
-    fingerprint: str
-    dtype: str
-    quantization: str
-    isa: str
-    machine: str
-    memory: int
-    memory_limit: int | None
-    speed: int
-    host: str
-    data_port: int
-    control_port: int
-
-    def __post_init__(self) -> None:
-        sizes = (self.memory, self.memory_limit or 0)
-        if not all(0 <= size < 2**60 for size in sizes) or not 0 <= self.speed < 2**20:
-            raise MessageError(f"Hello with memory {sizes} and speed {self.speed}")
+    fingerprint: Word
+    dtype: Word
+    quantization: Word
+    isa: Word
+    compute: Word
+    device: Word
+    mlx: Word
+    mlx_lm: Word
+    arithmetic: Word
+    machine: Word
+    memory: Size
+    memory_limit: Size | None
+    speed: Annotated[int, _between(0, 2**20)]
+    host: Address
+    data_port: Port
+    control_port: Port
 
 
 @dataclass(frozen=True)
 class Place:
     """Leader to worker: who owns what; the fields are those of zmoe.types.Placement."""
 
-    experts: int
-    owned: list[list[list[int]]]
-    slices: list[list[int]]
-    speeds: list[int]
-
-    def __post_init__(self) -> None:
-        if any(len(part) != 2 for part in self.slices):
-            raise MessageError("Place with slices that have no two ends")
+    experts: Whole
+    owned: list[list[list[Whole]]]
+    slices: list[Annotated[list[Whole], _items(2, 2)]]
+    speeds: list[Whole]
 
     @classmethod
     def of(cls, placement: Placement) -> Place:
@@ -129,35 +187,39 @@ class Mesh:
     of them round alike.
     """
 
-    isa: str
-    hosts: list[str]
-    data_ports: list[int]
-    control_ports: list[int]
+    isa: Word
+    hosts: Annotated[list[Address], PerNode]
+    data_ports: Annotated[list[Port], PerNode]
+    control_ports: Annotated[list[Port], PerNode]
+
+    def __post_init__(self) -> None:
+        if not len(self.hosts) == len(self.data_ports) == len(self.control_ports):
+            raise MessageError("Mesh has lists of unequal lengths")
 
 
 @dataclass(frozen=True)
 class Loading:
     """Worker to leader: bytes of my share read so far."""
 
-    done: int
-    total: int
+    done: Size
+    total: Size
 
 
 @dataclass(frozen=True)
 class Ready:
     """Worker to leader: my share of the placement with this digest is loaded, after `seconds`."""
 
-    seconds: float
-    placement: str
+    seconds: Seconds
+    placement: Word
 
 
 @dataclass(frozen=True)
 class Step:
     """Leader to worker: one forward pass over `tokens`; `reset` starts a new sequence."""
 
-    step: int
+    step: Annotated[int, _between(1, 2**32 - 1)]
     reset: bool
-    tokens: list[int]
+    tokens: Annotated[list[Annotated[int, _between(0, 2**31 - 1)]], _items(1, 8192)]
 
 
 @dataclass(frozen=True)
@@ -169,14 +231,17 @@ class AskMemory:
 class Memory:
     """Worker to leader: peak resident bytes so far."""
 
-    peak_memory: int
+    peak_memory: Size
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Leader to worker: the run is over. `error` is empty when all is well."""
+    """Leader to worker: the run is over. `error` is empty when all is well.
 
-    error: str
+    Outside of a session it is the answer to a Join that is refused.
+    """
+
+    error: Text
 
 
 @dataclass(frozen=True)
@@ -187,11 +252,11 @@ class Failed:
     reason, noticed at `layer` (None: between layers) and `step`.
     """
 
-    error: str
+    error: Text
     input_error: bool
-    lost: int | None
-    layer: int | None
-    step: int
+    lost: Rank | None
+    layer: Counter | None
+    step: Counter
 
 
 Message = (
@@ -209,7 +274,7 @@ Message = (
     | Failed
 )
 _TYPES: dict[str, type[Any]] = {t.__name__: t for t in typing.get_args(Message)}
-_HINTS = {name: typing.get_type_hints(t) for name, t in _TYPES.items()}
+_JOIN_FIELDS_OF_ALL_VERSIONS = 4
 
 
 def encode(message: Message) -> bytes:
@@ -231,27 +296,53 @@ def decode(frame: bytes) -> Message:
     name, values = parts[0], parts[1:]
     if name not in _TYPES:
         raise MessageError(f"unknown message {name[:40]!r}")
-    fields = dataclasses.fields(_TYPES[name])
-    if len(values) != len(fields):
-        raise MessageError(f"{name} has {len(values)} fields instead of {len(fields)}")
-    for field, value in zip(fields, values):
-        if not _fits(value, _HINTS[name][field.name]):
-            raise MessageError(f"{name}.{field.name} has the wrong type")
+    if name == "Join" and len(values) >= _JOIN_FIELDS_OF_ALL_VERSIONS and _is_foreign(values[0]):
+        values = [*values[:_JOIN_FIELDS_OF_ALL_VERSIONS], ""]
+    checks = _CHECKS[name]
+    if len(values) != len(checks):
+        raise MessageError(f"{name} has {len(values)} fields instead of {len(checks)}")
+    for (field, check), value in zip(checks, values):
+        if fault := check(value):
+            raise MessageError(f"{name}.{field} {fault}")
     message: Message = _TYPES[name](*values)
     return message
 
 
-def _fits(value: object, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+def _is_foreign(protocol: object) -> bool:
+    return isinstance(protocol, int) and protocol != PROTOCOL_VERSION
+
+
+def _check_of(hint: Any) -> Check:
+    """The check that a field with this annotation has to pass."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        kind, further = _check_of(arguments[0]), arguments[1]
+        return lambda value: kind(value) or further(value)
     if origin is types.UnionType or origin is Union:
-        return any(_fits(value, choice) for choice in typing.get_args(hint))
+        choices = [_check_of(choice) for choice in arguments]
+
+        def check_choices(value: object) -> str:
+            faults = [check(value) for check in choices]
+            return "" if "" in faults else faults[0]
+
+        return check_choices
     if origin is list:
-        (item,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_fits(v, item) for v in value)
-    if hint is Any:
-        return True
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+        check_item = _check_of(arguments[0])
+
+        def check_list(value: object) -> str:
+            if not isinstance(value, list):
+                return "has the wrong type"
+            return next(filter(None, map(check_item, value)), "")
+
+        return check_list
+    allowed = (int, float) if hint is float else (hint,)  # bool, say, is no int here
+    return lambda value: "" if type(value) in allowed else "has the wrong type"
+
+
+_CHECKS = {
+    name: [
+        (field, _check_of(hint))
+        for field, hint in typing.get_type_hints(kind, include_extras=True).items()
+    ]
+    for name, kind in _TYPES.items()
+}

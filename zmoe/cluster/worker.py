@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import time
@@ -14,13 +13,12 @@ from typing import Any, TypeVar
 import zmq
 
 from zmoe import __version__
-from zmoe.cluster.bus import WorkerBus
+from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.member import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
-    Hello,
     Join,
     Loading,
     Memory,
@@ -31,8 +29,10 @@ from zmoe.cluster.messages import (
     Setup,
     Step,
     Stop,
+    one_line,
 )
 from zmoe.cluster.resources import offer_of
+from zmoe.compute.arithmetic import arithmetic_of
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.models import inspect_model
@@ -60,6 +60,7 @@ class WorkerSpec:
     bind: str = "127.0.0.1"
     model: str | None = None
     memory_limit: int | None = None
+    token: str = ""  # what the leader that started us wrote to our standard input
     join_timeout: float | None = None  # None: wait for a leader for as long as it takes
 
 
@@ -72,7 +73,9 @@ class Worker:
         """`on_setup` is called when the session begins."""
         self.spec = spec
         self._on_setup = on_setup
-        self._bus = WorkerBus(context, spec.leader, spec.rank, Timing().grace)
+        host = one_line(socket.gethostname())[:200]
+        join = Join(PROTOCOL_VERSION, spec.rank, __version__, host, spec.token)
+        self._bus = WorkerBus(context, spec.leader, join, Timing().grace)
         self._member: Member | None = None
 
     def run(self) -> None:
@@ -90,14 +93,9 @@ class Worker:
             self._bus.close()
 
     def _join(self) -> Setup:
-        here = Join(PROTOCOL_VERSION, self.spec.rank, __version__, socket.gethostname())
         patience = self.spec.join_timeout
         deadline = None if patience is None else time.monotonic() + patience
-        joined = 0
         while deadline is None or time.monotonic() < deadline:
-            if self._bus.handshakes > joined:  # a leader may end before it reads our first
-                joined = self._bus.handshakes
-                self._bus.send(here)
             setup = self._expect(Setup, JOIN_SLICE_S)
             if setup is not None:
                 return setup
@@ -124,6 +122,7 @@ class Worker:
         timing = Timing(
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
+        self._bus.grace = timing.grace
         info = inspect_model(resolve_model(self.spec.model or setup.model))
         config = EngineConfig(
             setup.prefill_chunk,
@@ -134,13 +133,13 @@ class Worker:
             setup.schedule,
             setup.policy,
         )
-        member = Member(info, self.spec.rank, setup.nodes, setup.session, config, timing)
+        member = Member(info, self.spec.rank, setup.nodes, self._bus.session, config, timing)
         self._member = member
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
         offer = offer_of(config, limit, measure=not is_loopback(self.spec.bind))
-        hello: Hello = hello_of(info, offer, member.open_exchange(self.spec.bind))
-        self._bus.send(hello)
+        endpoint = member.open_exchange(self.spec.bind)
+        self._bus.send(hello_of(info, arithmetic_of(config), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
         place, mesh = self._expect(Place, patience), self._expect(Mesh, timing.join)
         if place is None or mesh is None:
@@ -200,15 +199,16 @@ class Worker:
             raise self._stopped(message.error) from lost
 
     def _report(self, error: Exception) -> None:
-        if isinstance(error, StoppedError):
+        if isinstance(error, StoppedError) or not self._bus.has_session:
             return
-        failed = Failed(str(error), isinstance(error, InputError), None, None, self._bus.step)
+        words = str(error) if isinstance(error, ZmoeError) else f"internal error: {error!r}"
+        failed = Failed(one_line(words), isinstance(error, InputError), None, None, self._bus.step)
         if isinstance(error, PeerError):
-            failed = Failed(error.reason, False, error.rank, error.layer, error.step)
-        elif not isinstance(error, ZmoeError):
-            failed = dataclasses.replace(failed, error=f"internal error: {error!r}")
+            reason = one_line(error.reason)
+            failed = Failed(reason, False, error.rank, error.layer, error.step)
         with suppress(PeerError):  # the error itself goes on to our own standard error
             self._bus.send(failed)
+            self._bus.finish(FAREWELL_S)
 
 
 class _Throttled:
@@ -221,5 +221,5 @@ class _Throttled:
         now = time.monotonic()
         if now >= self._next or done == total:
             self._next = now + PROGRESS_INTERVAL_S
-            self._bus.send(Loading(done, total))
+            self._bus.note(Loading(done, total))
             self._listen()

@@ -79,6 +79,13 @@ def make_team(config: EngineConfig, isa: str) -> Team:
     return Team(team_cores(), precision, Isa[isa])
 
 
+def check_isa(name: str) -> str:
+    """`name` if it is an instruction set that this CPU has; InputError if not."""
+    if name not in Isa.__members__ or not Isa[name].supported:
+        raise InputError(f"instruction set {name!r} is not one that this CPU has")
+    return name
+
+
 def best_isa_name() -> str:
     """The instruction set that this machine's kernels would use."""
     return best_isa().name

@@ -23,7 +23,8 @@ Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and what its element
 class Rounds:
     """What an exchange does once it is connected; `native` is set by then.
 
-    `wire`: how all partials travel; None: as each call says.
+    `wire`: how all partials travel; None: as each call says. `tick` is called
+    every 0.1 s of a wait for peers, and may raise to give up.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Rounds:
     ) -> None:
         self.rank, self.step, self.choice = rank, 0, choice
         self.wire: Dtype | None = None
+        self.tick: Callable[[], None] = nothing
         self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
         self._native: NativeExchange | None = None
         self._cancelled = False
@@ -161,13 +163,14 @@ class Rounds:
             self._fail(status, layer)
 
     def _again(self, call: Callable[[float], int]) -> int:
-        """Returns to Python now and then (INTERRUPTED), for Ctrl-C and cancel()."""
+        """Returns to Python now and then (INTERRUPTED), for Ctrl-C, cancel() and `tick`."""
         status = call(self._deadline_s)
         if status == Status.INTERRUPTED:
             until = time.monotonic() + self._deadline_s
             while status == Status.INTERRUPTED:
                 if self._cancelled:
                     raise ZmoeError(f"step {self.step} was given up: the exchange is being closed")
+                self.tick()
                 status = call(until - time.monotonic())
         return status
 

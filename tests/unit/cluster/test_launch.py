@@ -95,10 +95,11 @@ def test_a_worker_waits_longer_for_its_leader_than_the_leader_for_it(
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(
-        launch, "NodeProcess", lambda rank, name, command, env: commands.append(command)
+        launch, "NodeProcess", lambda rank, name, command, env, token: commands.append(command)
     )
-    launch.start_local("127.0.0.1:1", 1, "127.0.0.1", None, 900.0)
-    launch.start_over_ssh("10.0.0.1:1", 1, Host("b", "10.0.0.2"), RemoteOptions("python3"), 900.0)
+    launch.start_local("127.0.0.1:1", 1, "127.0.0.1", None, 900.0, "t")
+    remote = RemoteOptions("python3")
+    launch.start_over_ssh("10.0.0.1:1", 1, Host("b", "10.0.0.2"), remote, 900.0, "t")
     local, ssh = (" ".join(command) for command in commands)
     assert "--join-timeout 930 " in local
     assert "--join-timeout 930 " in ssh
