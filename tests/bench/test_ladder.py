@@ -130,7 +130,7 @@ def test_what_zmoe_does_not_have_is_absent(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert [row["rung"] for row in report["results"]] == ["naive"]
     ((name, reason),) = report["absent"].items()
-    assert name == "int8, 2 nodes" and "--activations is int8" in reason
+    assert name == "int8, 2 nodes" and "activations is 'int8'" in reason
 
 
 def test_nothing_kept_is_one_line() -> None:

@@ -96,7 +96,7 @@ def run(
             timing=Timing(join=PATIENCE_S),
         )
         placing = Placing(PlacementRequest("experts"), info, nodes, engine)
-        leader = Leader(info, str(folder), spec, placing, lambda rank, done, total: None)
+        leader = Leader(info, str(folder), spec, placing, lambda *_: None, lambda _: None)
     try:
         if leader is not None:
             leader.start()

@@ -114,7 +114,10 @@ def test_flags_that_are_refused(commands: Commands, tmp_path: Path) -> None:
     counts = [[1] * 16] * 4
     profile.write_text(json.dumps({"zmoe_usage": 1, "fingerprint": "beef", "counts": counts}))
     for arguments, words in (
-        (("--placement", "copies"), "--placement copies: expected auto, experts, replicas, slices"),
+        (
+            ("--placement", "copies"),
+            "--placement is copies: expected auto, experts, replicas, slices",
+        ),
         (("--placement", "slices"), "zmoe-tiny cannot be sliced: their widths"),
         (("--usage", profile), f"usage profile {profile} is of another model"),
         (("--usage", profile, "--placement", "experts"), "--usage has no use"),
