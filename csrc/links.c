@@ -172,6 +172,7 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
     zmoe_intake_skip(ex->router, part);
   } else if (rank >= 0 && zmoe_zmq.msg_size(part) == 0) {
     ex->routable |= zmoe_bit((uint32_t)rank);
+    zmoe_resend_renew(ex, (uint32_t)rank); /* what came by its old connection may be lost */
   } else if (zmoe_intake_header(ex, part, &header)) {
     if (rank != header.source)
       ex->stats.bad_stranger++;

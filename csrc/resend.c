@@ -4,9 +4,10 @@
 #include "exchange_internal.h"
 
 enum {
-  /* Upper end of the back-off, for what is small.  A peer that computes for a minute
-   * must not find so many requests that they stop its ROUTER, and heartbeats with it. */
-  ASK_EVERY_MAX_US = 8000000,
+  /* Upper end of the back-off, for what is small.  A peer that computes for minutes
+   * must not find so many requests that they stop its ROUTER, and heartbeats with it: in
+   * 2 minutes there are 80, and the ROUTER takes 128 (zmoe/moe/sockets.py). */
+  ASK_EVERY_MAX_US = 2000000,
   SLOWEST_BYTES_PER_US = 10, /* of a link: what takes longer is asked for in vain */
 };
 

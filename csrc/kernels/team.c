@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #define RELAX() __builtin_ia32_pause()
@@ -28,6 +29,7 @@ enum {
 
 struct zmoe_team {
   uint32_t threads, spin_us;
+  pid_t owner; /* a forked child has none of its threads */
   zmoe_isa isa;
   pthread_t *helpers;
   struct helper *starts;
@@ -215,7 +217,7 @@ int zmoe_team_create(uint32_t threads, const int32_t *cores, uint32_t spin_us, z
   zmoe_team *team = aligned_alloc(ALIGNMENT, zmoe_round_up(sizeof *team, ALIGNMENT));
   if (team == NULL)
     return ZMOE_ENOMEM;
-  *team = (zmoe_team){.threads = threads, .spin_us = spin_us, .isa = isa};
+  *team = (zmoe_team){.threads = threads, .spin_us = spin_us, .owner = getpid(), .isa = isa};
   pthread_mutex_init(&team->mutex, NULL);
   pthread_cond_init(&team->wake, NULL);
   team->helpers = calloc(threads, sizeof *team->helpers);
@@ -232,7 +234,7 @@ int zmoe_team_create(uint32_t threads, const int32_t *cores, uint32_t spin_us, z
 }
 
 void zmoe_team_destroy(zmoe_team *team) {
-  if (team == NULL)
+  if (team == NULL || team->owner != getpid())
     return;
   end_helpers(team, team->threads - 1);
   free_team(team);

@@ -230,12 +230,19 @@ static void wait_all_ready(rig_node *nodes, uint32_t count) {
 }
 
 /* Each peer's address and an empty message: see ZMQ_PROBE_ROUTER. */
-static void take_probes(const rig_node *puppet) {
+static void take_probes(const rig_node *puppet, const rig_node *nodes) {
   uint8_t message[ZMOE_PRESENCE_BYTES];
-  for (uint32_t r = 1; r < puppet->nodes; r++) {
-    CHECK_EQUAL(rig_receive(puppet->router, message, sizeof message, RIG_PATIENCE_MS),
-                ZMOE_PRESENCE_BYTES);
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  for (uint32_t found = 0; found < puppet->nodes - 1;) {
+    for (uint32_t r = 0; r < puppet->nodes; r++)
+      if (nodes[r].ex == NULL)
+        take_up_connections(&nodes[r]);
+    if (rig_receive(puppet->router, message, sizeof message, 1) < 0) {
+      CHECK(rig_now_us() < until_us);
+      continue;
+    }
     CHECK_EQUAL(rig_receive(puppet->router, message, sizeof message, RIG_PATIENCE_MS), 0);
+    found++;
   }
 }
 
@@ -255,7 +262,7 @@ void rig_open(rig_node *nodes, rig_options options) {
   for (uint32_t r = 0; r < options.nodes; r++)
     if (nodes[r].ex == NULL) {
       wait_subscribed(&nodes[r], nodes);
-      take_probes(&nodes[r]);
+      take_probes(&nodes[r], nodes);
     }
 }
 

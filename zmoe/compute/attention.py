@@ -121,12 +121,11 @@ class NativeAttention:
             self._keep.append(sinks)
             raw.sinks = ffi.from_buffer("float[]", sinks)
         raw.dtype = int(DTYPES[dtype])
-        self._raw = raw
+        self._raw, self._window = raw, parts.window
 
     def make_cache(self, max_size: int | None) -> NativeCache:
         """An empty cache of this layer, a window of `max_size` keys if that is given."""
-        if max_size is not None:
-            self._raw.window = max_size
+        self._raw.window = self._window if max_size is None else max_size
         return NativeCache(*self._shape, self._dtype, max_size)
 
     def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:

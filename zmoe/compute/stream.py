@@ -149,7 +149,7 @@ class NativeCache:
     def _drop(self, rows: int, max_size: int) -> None:
         """Leave at most `max_size` - 1 keys, which `rows` new ones then follow."""
         length, last = int(self.raw.length), max_size - 1
-        if length <= last:
+        if length <= last and (rows == 1 or self._oldest == _KEPT):
             return
         if rows == 1 and length == max_size:
             # One row sees all that is left, in whatever order: the latest takes the oldest's place.

@@ -54,7 +54,8 @@ def heartbeat(socket: zmq.Socket[bytes], queued_bytes: int) -> None:
     HEARTBEAT_TIMEOUT_MS and for as long as these bytes take. The peer learns the
     limit from each heartbeat. It must send none itself: when its high-water mark
     has stopped a connection that then breaks, the next heartbeat on it would abort
-    the process (libzmq's assertion "!_io_error"), and strangers could bring that about.
+    the process (libzmq's assertion "!_io_error"). A stranger who ends its flood with a
+    heartbeat of its own can still bring that about, until links are authenticated.
     """
     limit_ms = HEARTBEAT_TIMEOUT_MS + queued_bytes // SLOWEST_BYTES_PER_MS
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -99,7 +100,7 @@ class Sockets:
         _limit(self.sub, 64, 64, frame_bytes)
         heartbeat(self.sub, nodes * frame_bytes)
         self.router = context.socket(zmq.ROUTER)
-        _limit(self.router, 8, 16, frame_bytes)
+        _limit(self.router, 8, 128, frame_bytes)  # requests of 2 minutes (csrc/resend.c)
         # A peer that reconnects takes over from its own dead connection.
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
 

@@ -30,7 +30,8 @@ def memory_limit(root: Path = ROOT) -> int | None:
         for name in ("memory.max", "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):
                 limits.append(int((folder / name).read_text()))
-    return min(limits, default=None)
+    # Without a limit version 1 has the largest number of pages.
+    return min((limit for limit in limits if limit < 1 << 62), default=None)
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
