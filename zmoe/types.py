@@ -61,6 +61,7 @@ class ModelInfo:
     dense_bytes: int  # of everything but the routed experts
     exchange_width: int  # most elements that one row takes on the wire in any layer
     context_length: int | None
+    vocabulary: int  # token ids lie below it
     has_own_cache: bool = False  # not one of keys and values alone, so it can be no window
 
 

@@ -13,6 +13,7 @@ import pytest
 import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.relay import Relay
+from zmoe.cluster import leader
 from zmoe.cluster.bus import LeaderBus
 from zmoe.moe.sockets import Context
 
@@ -48,7 +49,9 @@ def run(commands: Commands, free_port: int) -> Iterator[Run]:
         yield Run(commands, free_port, stack)
 
 
-def test_a_link_that_is_disturbed_changes_no_token(run: Run) -> None:
+def test_a_link_that_is_disturbed_changes_no_token(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All in one run, one after the other; then the worker ends as after any other run."""
     relay = run.relay
 
@@ -74,6 +77,7 @@ def test_a_link_that_is_disturbed_changes_no_token(run: Run) -> None:
     assert run.ids({10: lambda: relay.delay(0.01), 40: relay.restore}) == calm
     assert run.ids({10: lambda: relay.throttle(20_000), 40: relay.restore}) == calm
     assert relay.accepted >= 6
+    monkeypatch.setattr(leader, "FAREWELL_S", PATIENCE_S)  # the machine may be busy
     relay.cut()
     run.cluster.close()  # waits until its Stop has arrived
     _, errors = run.worker.communicate(timeout=PATIENCE_S)
@@ -97,7 +101,7 @@ def test_a_link_that_stays_half_open_names_the_worker(commands: Commands, free_p
 
 def test_another_run_on_the_leaders_port_is_named(commands: Commands, free_port: int) -> None:
     context = Context()
-    other = LeaderBus(context, "127.0.0.1", 0, nodes=2, grace=1.0)
+    other = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=1.0)
     with pytest.raises(zmoe.PeerError) as caught, ExitStack() as stack:
         run = Run(commands, free_port, stack, grace=1.0)
 

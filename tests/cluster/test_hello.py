@@ -76,8 +76,8 @@ class Impostor(threading.Thread):
         ),
         (
             {},
-            {"device": "metal applegpu_g13s"},
-            "node 1 .otherhost. computes on metal applegpu_g13s, the leader cpu .*: nodes that",
+            {"device": "metal {applegpu_g13s"},
+            "node 1 .otherhost. computes on metal .applegpu_g13s, the leader cpu .*: nodes that",
         ),
         ({}, {"mlx": "0.1"}, "node 1 .otherhost. runs mlx 0.1, the leader .*centralized"),
         ({}, {"mlx_lm": "0.2"}, "node 1 .otherhost. runs mlx-lm 0.2, the leader"),
@@ -176,7 +176,7 @@ def test_a_worker_refuses_what_is_no_placement(
 ) -> None:
     """Nothing of it is used, and the leader is told."""
     context = Context()
-    bus = LeaderBus(context, "127.0.0.1", 0, nodes=2, grace=PATIENCE_S)
+    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=PATIENCE_S)
     node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
 
     def answer() -> Message:

@@ -36,6 +36,7 @@ BAD: list[tuple[type[Message], Instead, str]] = [
     (Mesh, {"isa": "NOPE"}, "instruction set 'NOPE'"),
     (Mesh, {"hosts": ["a b"] * 2}, "Mesh.hosts is 'a b'"),
     (Step, {"tokens": [2**63]}, "Step.tokens is 9223372036854775808"),
+    (Step, {"tokens": [2**31 - 1]}, "a token outside of 0 to"),
     (Step, {"tokens": [-1]}, "Step.tokens is -1"),
     (Step, {"tokens": []}, "Step.tokens has 0 items"),
     (Step, {"tokens": [1] * 1000}, "a step of 1000 tokens"),

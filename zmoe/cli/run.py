@@ -48,7 +48,7 @@ def _parser() -> Parser:
         "prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin"
     )
     text.add_argument(
-        "-p", "--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as a flag"
+        "-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, as a flag"
     )
     add("--version", action="version", version=f"zmoe {__version__}")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
@@ -120,7 +120,7 @@ def _add_placement(parser: Parser) -> None:
         "--usage",
         type=Path,
         metavar="FILE",
-        help="copy those experts most that it has most",
+        help="replicate the experts that this profile shows as hottest",
     )
     add("--record-usage", type=Path, metavar="FILE", help="add the run's choices to this profile")
     add("--memory-limit", type=float, metavar="GB", help="GiB that each node may take")

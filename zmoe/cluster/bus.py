@@ -7,8 +7,9 @@ is busy.
 
 What strangers can do: each connection holds at most RCVHWM messages of one part of
 at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages, though,
-and it has no limit on a message's parts nor on the number of connections: memory
-is bounded for strangers only once links are authenticated.
+and it has no limit on a message's parts nor on the number of connections. So memory
+is bounded for strangers only once links are authenticated, and until then they can
+also end the process, by the assertion that zmoe.moe.sockets tells of.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -84,6 +86,7 @@ class LeaderBus:
         host: str,
         port: int,
         *,
+        session: int,
         nodes: int,
         grace: float,
         tokens: Mapping[int, str] = MappingProxyType({}),
@@ -94,7 +97,7 @@ class LeaderBus:
         without one there is a worker that is started by hand. `grace`: seconds that
         a broken link may take to come back.
         """
-        self.session = secrets.randbits(63)
+        self.session = session
         self.dropped = 0
         self.step = 0  # the last one begun, for error messages
         self._nodes, self._tokens, self._grace = nodes, tokens, grace
@@ -151,15 +154,16 @@ class LeaderBus:
                 continue
             if got is not None:
                 heard.append(got)
-        if not heard:  # else it may say why its link is gone
-            self._check_links()
+        if not any(isinstance(message, Failed) for _, message in heard):
+            self._check_links()  # else it may say why its link is gone
         return heard
 
     def finish(self, timeout: float) -> list[int]:
         """Wait until all that was sent is acknowledged; the ranks that did not in `timeout` s."""
         deadline = time.monotonic() + timeout
         while True:
-            self.hear()
+            with suppress(ZmoeError):  # of one that is lost: the others may still answer
+                self.hear()
             missing = [rank for rank, p in self._peers.items() if p.channel.unacknowledged]
             left = deadline - time.monotonic()
             if not missing or left <= 0:

@@ -102,14 +102,15 @@ def check_listener(bind: str | None, hosts: HostList | None) -> None:
 
     It listens at `bind`, or if that is None at the address of the first of `hosts`.
     """
-    others = hosts.hosts if hosts is not None else ()
+    every = hosts.hosts if hosts is not None else ()
+    others = every[1:]
     if bind is not None:
         check_bind(bind)
         if beyond := _cannot_reach(bind, others):
             problem = f"is {bind}, where {beyond} cannot reach this machine"
             raise SettingError("bind", f"{problem}: expected the address by which it can")
-    elif others:
-        first = others[0]
+    elif every:
+        first = every[0]
         if not _is_own(first.address):
             raise InputError(
                 f"the first host, {first.ssh}, has to be this machine, which does not have the "

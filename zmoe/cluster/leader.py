@@ -127,16 +127,21 @@ class Leader:
         # By these the workers that we start are told from strangers.
         started = () if spec.manual else self._workers
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
-        self._bus = LeaderBus(
-            self._context,
-            spec.address,
-            spec.port,
-            nodes=spec.nodes,
-            grace=spec.timing.grace,
-            tokens=self._tokens,
-        )
-        session = self._bus.session
+        session = secrets.randbits(63)
         self.member = Member(info, 0, spec.nodes, session, spec.engine, spec.timing)
+        try:
+            self._bus = LeaderBus(
+                self._context,
+                spec.address,
+                spec.port,
+                session=session,
+                nodes=spec.nodes,
+                grace=spec.timing.grace,
+                tokens=self._tokens,
+            )
+        except InputError:
+            self._context.term()
+            raise
 
     # ---- coming up ----------------------------------------------------------
 
@@ -343,8 +348,8 @@ class Leader:
         try:
             with suppress(ZmoeError):  # who is gone already need not be told
                 self._bus.broadcast(Stop(one_line(error)))
-                if not error:  # a worker that sees our links go first takes us for lost
-                    self._bus.finish(FAREWELL_S)
+            if not error:  # a worker that sees our links go first takes us for lost
+                self._bus.finish(FAREWELL_S)
         finally:
             self._end(0.0 if error else 2.0)
 
@@ -360,7 +365,7 @@ class Leader:
 def _error_of(rank: int, failed: Failed) -> ZmoeError:
     """What worker `rank` told, as an error of ours."""
     if failed.lost == 0:
-        return PeerError(rank, failed.layer, failed.step, f"lost its leader: it {failed.error}")
+        return PeerError(rank, failed.layer, failed.step, f"lost its leader: {failed.error}")
     if failed.lost is not None:
         return PeerError(failed.lost, failed.layer, failed.step, failed.error)
     kind = InputError if failed.input_error else ZmoeError

@@ -190,8 +190,14 @@ class Member:
     def forward(
         self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
     ) -> mx.array:
-        """Run one step; logits (vocabulary,), which mean nothing unless wanted."""
+        """Run one step; logits (vocabulary,), which mean nothing unless wanted.
+
+        Raises ZmoeError for what is no token: MLX would read beyond the embedding.
+        """
         assert self._engine is not None
+        vocabulary = self.info.vocabulary
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ZmoeError(f"a step with a token outside of 0 to {vocabulary - 1}")
         if reset:
             self._engine.reset()
         team = self._team
@@ -287,17 +293,17 @@ def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
     Two CPUs are compared by what they compute, since MLX is the same code on both.
     """
     both_cpus = mine.device.startswith("cpu") and theirs.device.startswith("cpu")
-    device = [] if both_cpus else [("device", "computes on {}")]
+    device = [] if both_cpus else [("device", "computes on")]
     for field, what in (
         *device,
-        ("compute", "multiplies matrices with --compute {}"),
-        ("mlx", "runs mlx {}"),
-        ("mlx_lm", "runs mlx-lm {}"),
-        ("arithmetic", f"rounds otherwise on {theirs.device}: digest {{}}"),
+        ("compute", "multiplies matrices with --compute"),
+        ("mlx", "runs mlx"),
+        ("mlx_lm", "runs mlx-lm"),
+        ("arithmetic", f"rounds otherwise on {theirs.device}: digest"),
     ):
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:
             raise MismatchError(
-                f"{name} {what.format(other)}, the leader {ours}: nodes that round differently "
+                f"{name} {what} {other}, the leader {ours}: nodes that round differently "
                 "cannot share a run, unless with --schedule centralized"
             )

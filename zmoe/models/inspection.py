@@ -29,6 +29,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDINGS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embeddings", "embed")
 )
+_OTHER_SENSES = re.compile("visi|visual|audio")
 _NORM = re.compile(r"norm[^.]*\.weight$")
 _GATED_NORM = re.compile(r"linear_attn\.|mamba\.|mixer\.")  # these put out their input's dtype
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "model_dim")
@@ -92,6 +93,7 @@ def inspect_model(path: Path) -> ModelInfo:
         **_sizes(model, sites, can_be_sliced(sites, places_of(model, untouched, False, True))),
         exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
+        vocabulary=max(tensors[name].shape[0] for name in _embeddings(path, tensors)),
         has_own_cache=hasattr(model, "make_cache"),
     )
 
@@ -156,15 +158,21 @@ def _field(config: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, int]
     return None
 
 
+def _embeddings(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of what may be the token embedding, the likeliest first."""
+    names = [n for n in tensors if n.endswith(_EMBEDDINGS) and not _OTHER_SENSES.search(n)]
+    if not names:
+        raise ModelError(f"{path} holds no token embedding")
+    return names
+
+
 def _dtype(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """What the activations are: as wide as the embedding's output and the norms.
 
     MLX's norms promote to the wider of their input and their weights.
     """
-    language = {n: t for n, t in tensors.items() if not re.search("visi|visual|audio", n)}
-    embedding = next((name for name in language if name.endswith(_EMBEDDINGS)), None)
-    if embedding is None:
-        raise ModelError(f"{path} holds no token embedding")
+    language = {n: t for n, t in tensors.items() if not _OTHER_SENSES.search(n)}
+    embedding = _embeddings(path, tensors)[0]
     found = {language[embedding].dtype}
     if not found & _DTYPES.keys():
         scales = language.get(f"{embedding.removesuffix('weight')}scales")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import threading
 import warnings
 import weakref
@@ -18,7 +19,7 @@ from tests.cluster.conftest import PATIENCE_S, wait_until
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.config import EngineConfig
-from zmoe.errors import ZmoeError
+from zmoe.errors import InputError, ZmoeError
 
 PROMPT = list(range(40, 52))
 
@@ -81,6 +82,20 @@ def test_a_cluster_holds_no_socket_before_it_is_entered() -> None:
     waiting.close()
     with pytest.raises(ZmoeError, match="entered or closed before"):
         waiting.__enter__()
+
+
+def test_a_cluster_that_cannot_start_leaves_nothing_open(free_port: int) -> None:
+    taken = ClusterSpec(nodes=2, port=free_port)
+    wide = ClusterSpec(nodes=2, engine=EngineConfig(wire_dtype="f16"))
+
+    def fail() -> int:
+        with socket.create_server(("127.0.0.1", free_port)):
+            for spec, words in ((wide, "wire_dtype is"), (taken, "cannot listen")):
+                with pytest.raises(InputError, match=words), Cluster(spec=spec):
+                    pass
+        return len(os.listdir("/proc/self/fd"))
+
+    assert fail() == fail()  # what is opened once and kept, apart
 
 
 def test_entering_twice_leaves_the_running_cluster_alone(pair: Cluster) -> None:

@@ -31,7 +31,7 @@ def flood_and_reset(port: int, kind: bytes, message: bytes) -> None:
 if __name__ == "__main__":
     sockets.HEARTBEAT_MS = 50
     exchange = Exchange(0, 2, session=1, max_payload_bytes=1000, small_payload_bytes=100)
-    bus = LeaderBus(zmq.Context(), "127.0.0.1", 0, nodes=2, grace=60.0)
+    bus = LeaderBus(zmq.Context(), "127.0.0.1", 0, session=1, nodes=2, grace=60.0)
     flood_and_reset(exchange.endpoint.control_port, b"DEALER", b"a")
     flood_and_reset(exchange.endpoint.data_port, b"SUB", b"\1a")
     flood_and_reset(bus.port, b"DEALER", b"a")

@@ -376,7 +376,7 @@ from zmoe.moe.sockets import Context
 
 def abandon():
     context = Context()
-    bus = LeaderBus(context, "127.0.0.1", 0, nodes=2, grace=1.0)
+    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=1.0)
     exchange = Exchange(0, 2, session=1, max_payload_bytes=64, small_payload_bytes=64)
     for one in (bus, exchange):
         one.others = (context, bus, exchange)

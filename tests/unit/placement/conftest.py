@@ -29,6 +29,7 @@ def described(
         expert_hidden=hidden,
         granule=granule,
         exchange_width=128,
+        vocabulary=64,
         context_length=None,
         **sizes,
     )
