@@ -1,7 +1,9 @@
-"""Real processes: run the commands as a user does, and see that none is left behind."""
+"""Run the commands as a user does, and see that no process is left behind."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import select
 import signal
@@ -11,9 +13,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from zmoe.cli import node, prestack, run
+
+COMMANDS = {"run": run, "node": node, "prestack": prestack}
 MARK = "ZMOE_TEST_MARK"
 PATIENCE_S = 60  # longer than anything takes that does work, on a busy machine too
 
@@ -104,10 +110,39 @@ class Commands:
             timeout=120,
         )
 
-    def refused(self, *arguments: object, code: int = 2) -> str:
-        """Run what must fail: the one line that it says; nothing is printed or written."""
-        done = self.run(*arguments)
-        assert done.returncode == code, (done.returncode, done.stderr)
+    def call(
+        self, command: str, *arguments: object, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Call a command's main() in this process, which spares a process its imports.
+
+        The environment and the working directory are as those of a process of its own. What
+        the command starts is a real process.
+        """
+        out, errors = io.StringIO(), io.StringIO()
+        given, on_terminate = [str(each) for each in arguments], signal.getsignal(signal.SIGTERM)
+        with (
+            mock.patch.dict(os.environ, self.env, clear=True),
+            mock.patch("sys.stdin", io.StringIO(stdin)),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+        ):
+            try:
+                code = COMMANDS[command].main(given)
+            except SystemExit as end:  # argparse
+                assert isinstance(end.code, int)
+                code = end.code
+            finally:
+                signal.signal(signal.SIGTERM, on_terminate)
+        return subprocess.CompletedProcess(given, code, out.getvalue(), errors.getvalue())
+
+    def refused(self, *arguments: object) -> str:
+        """The one line with which zmoe-run, called in this process, refuses `arguments`."""
+        return self.refusal(self.call("run", *arguments))
+
+    def refusal(self, done: subprocess.CompletedProcess[str]) -> str:
+        """The one line that a command that must fail has said; it printed and wrote nothing."""
+        assert done.returncode == 2, (done.returncode, done.stderr)
         assert done.stdout == ""
         assert not list(self.folder.iterdir())
         lines = [line for line in done.stderr.splitlines() if "warning:" not in line]
@@ -119,14 +154,15 @@ class Commands:
         return [pid for pid in processes_with(self.mark) if pid not in known]
 
 
-@pytest.fixture
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    runner = Commands(tmp_path_factory.mktemp("commands"))
-    yield runner
-    for process in runner.started:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+@contextlib.contextmanager
+def commands_in(folder: Path) -> Iterator[Commands]:
+    """Commands that run in the empty `folder`; at the end their processes are ended."""
+    runner = Commands(folder)
     try:
+        yield runner
+        for process in runner.started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
         for process in runner.started:  # others may hold its output open, even stopped ones
             process.communicate(timeout=PATIENCE_S)
         wait_until(lambda: not processes_with(runner.mark), PATIENCE_S, "all processes ended")
@@ -134,3 +170,9 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     finally:
         for pid in processes_with(runner.mark):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    with commands_in(tmp_path_factory.mktemp("commands")) as runner:
+        yield runner

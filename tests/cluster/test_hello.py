@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
+from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, wait_until
+from tests.conftest import unused_port
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
@@ -177,26 +178,33 @@ def test_a_worker_refuses_what_is_no_placement(
     """Nothing of it is used, and the leader is told."""
     context = Context()
     bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=PATIENCE_S)
-    node = commands.start("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
+    answers: list[Message] = []
 
-    def answer() -> Message:
+    def answer() -> None:
         heard: list[tuple[int, Message]] = []
         wait_until(lambda: heard.extend(bus.hear()) or heard, PATIENCE_S, "an answer")
-        ((_, message),) = heard
-        return message
+        answers.extend(message for _, message in heard)
 
-    assert isinstance(answer(), Join)
-    timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
-    engine = ("auto", "exact", "auto", "decentralized", "selected")
-    bus.broadcast(Setup(2, str(TINY), 512, None, *engine, None, **timing))
-    assert isinstance(answer(), Hello)
-    place = Place.of(place_evenly(inspect_model(TINY), 2))
-    bus.broadcast(dataclasses.replace(place, **changes))
-    bus.broadcast(Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
-    failed = answer()
+    def lead() -> None:
+        answer()
+        timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
+        engine = ("auto", "exact", "auto", "decentralized", "selected")
+        bus.broadcast(Setup(2, str(TINY), 512, None, *engine, None, **timing))
+        answer()
+        place = Place.of(place_evenly(inspect_model(TINY), 2))
+        bus.broadcast(dataclasses.replace(place, **changes))
+        bus.broadcast(Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
+        answer()
+
+    leading = threading.Thread(target=lead, daemon=True)
+    leading.start()
+    node = ("node", "--leader", f"127.0.0.1:{bus.port}", "--rank", 1, "--once")
+    assert commands.call(*node).returncode == 2
+    leading.join(PATIENCE_S)
+    join, hello, failed = answers
+    assert isinstance(join, Join) and isinstance(hello, Hello)
     assert isinstance(failed, Failed) and failed.input_error
     assert words in failed.error
-    assert node.wait(PATIENCE_S) == 2
     bus.close()
     context.term()
 
@@ -230,20 +238,27 @@ def test_a_worker_says_why_its_leader_stopped(commands: Commands, free_port: int
     assert f"leader 127.0.0.1:{free_port} stopped: out of ideas" in errors
 
 
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+    """A worker that serves run after run: its process id, and the port where it seeks leaders."""
+    port = unused_port()
+    with commands_in(tmp_path_factory.mktemp("commands")) as commands:
+        worker = commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", 1)
+        yield worker.pid, port
+
+
 class TestAWorkerStartedByHand:
     """It serves one run after the other."""
 
     @pytest.fixture
-    def spec(self, commands: Commands, free_port: int) -> Iterator[ClusterSpec]:
-        commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1)
-        yield ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
+    def spec(self, serving: tuple[int, int]) -> ClusterSpec:
+        return ClusterSpec(2, manual=True, port=serving[1], timing=Timing(join=PATIENCE_S))
 
-    def test_serves_several_runs(self, commands: Commands, spec: ClusterSpec) -> None:
+    def test_serves_several_runs(self, serving: tuple[int, int], spec: ClusterSpec) -> None:
         """And lets go of the model after each."""
-        (node,) = commands.started
-        maps = Path(f"/proc/{node.pid}/maps")
+        maps = Path(f"/proc/{serving[0]}/maps")
         texts = []
-        for _ in range(3):
+        for _ in range(2):
             with Cluster(TINY, spec=spec) as cluster:
                 texts.append("".join(t.text for t in cluster.generate("ROMEO:", max_tokens=8)))
                 assert str(TINY) in maps.read_text()

@@ -23,7 +23,7 @@ def ssh(commands: Commands, tmp_path: Path) -> Path:
 
 
 def test_hosts_over_ssh_write_the_same_text(commands: Commands, ssh: Path, tmp_path: Path) -> None:
-    alone = commands.run(*GREEDY).stdout
+    alone = commands.call("run", *GREEDY).stdout
     done = commands.run("--hosts", "127.0.0.1,127.0.0.2,127.0.0.3", *GREEDY)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone

@@ -18,7 +18,7 @@ RUN = ("--temp", 0, "-m", 24, "ROMEO:")
 
 def text(commands: Commands, *arguments: object) -> tuple[str, str]:
     """What a run prints on standard output, and on standard error."""
-    done = commands.run(*arguments, *RUN)
+    done = commands.call("run", *arguments, *RUN)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -29,7 +29,6 @@ def alone(commands: Commands) -> str:
 
 
 def test_whoever_owns_what(commands: Commands, alone: str, tmp_path: Path) -> None:
-    assert text(commands, "-n", 3, "--placement", "replicas")[0] == alone
     file = tmp_path / "mine.json"
     layers = [[[*range(10)], [], [8, 9, *range(10, 16)]], [[*range(16)], [3], [4, 5, 15]]]
     record = {"experts": 16, "nodes": 3, "owned": layers * 2, "speeds": [1, 5, 3]}
@@ -52,7 +51,9 @@ def test_the_default_explained(commands: Commands, alone: str) -> None:
     assert labels == ["experts", "experts by speed", "replicas", "slices"]
 
 
-def test_usage_is_recorded_added_up_and_taken(commands: Commands, tmp_path: Path) -> None:
+def test_usage_is_recorded_added_up_and_taken(
+    commands: Commands, alone: str, tmp_path: Path
+) -> None:
     file = tmp_path / "usage.json"
     counts, rows = [], 0
     for nodes in (1, 2):
@@ -69,7 +70,8 @@ def test_usage_is_recorded_added_up_and_taken(commands: Commands, tmp_path: Path
     # Room for 11 of the 16 experts of each layer: 256 MiB for the program, 1.8 for the rest.
     limit = (256 * 2**20 + TINY.dense_bytes + 44.5 * TINY.expert_bytes) / 2**30
     arguments = ("-n", 2, "--placement", "replicas", "--memory-limit", limit, "--explain")
-    _, said = text(commands, *arguments, "--usage", file)
+    found, said = text(commands, *arguments, "--usage", file)
+    assert found == alone
     owned = [line.partition("the first layer: ")[2] for line in said.splitlines()[1:3]]
     for ids in owned:
         ranges = ids.partition(")")[0].split(", ")

@@ -118,7 +118,6 @@ class Leader:
         self.info, self.spec = info, spec
         self._model_name, self._placing, self._progress = model_name, placing, progress
         self._on_manual = on_manual
-        self._context = Context()
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
@@ -129,6 +128,7 @@ class Leader:
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         session = secrets.randbits(63)
         self.member = Member(info, 0, spec.nodes, session, spec.engine, spec.timing)
+        self._context = Context()
         try:
             self._bus = LeaderBus(
                 self._context,
