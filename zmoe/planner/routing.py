@@ -31,9 +31,7 @@ def distinct_experts(experts: int, top_k: int, rows: int) -> tuple[float, ...]:
     total = comb(experts, top_k)
     counts = min(experts, top_k * (rows - 1)) + 1  # of experts seen before any row: 0 and up
     brings = [
-        np.array(
-            [comb(experts - u, new) * comb(u, top_k - new) / total for u in range(counts)]
-        )
+        np.array([comb(experts - u, new) * comb(u, top_k - new) / total for u in range(counts)])
         for new in range(top_k + 1)
     ]
     for _ in range(rows):
