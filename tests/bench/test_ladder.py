@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
 
-from tests.bench.programs import BENCH, make_model, report_of, run
+from tests.bench.programs import BENCH, call, make_model, report_of, run
 
 PROMPT = "ROMEO:\nBut soft, "
 TINY = BENCH.parent / "zmoe" / "data" / "zmoe-tiny"
@@ -39,25 +40,23 @@ def greedy(folder: Path, prompt: str, count: int) -> list[int]:
     return [int(token) for token, _ in generate_step(ids, model, max_tokens=count)]
 
 
-@pytest.mark.parametrize("nodes", ["2", "3"])
-def test_naive_writes_what_mlx_lm_writes(nodes: str) -> None:
-    words = ("--nodes", nodes, "--prompt", PROMPT, "-n", "16", "-r", "1", "--no-warm-up")
+def test_naive_writes_what_mlx_lm_writes() -> None:
+    words = ("--nodes", "3", "--prompt", PROMPT, "-n", "16", "-r", "1", "--no-warm-up")
     done = run("peers/naive.py", str(TINY), *words)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["tokens"] == greedy(TINY, PROMPT, 16)
-    assert len(told["peak_memory"]) == int(nodes)
+    assert len(told["peak_memory"]) == 3
 
 
-def test_every_rung_has_a_row(
+def test_every_rung_that_can_run_has_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot = tmp_path / "ladder.svg"
-    report = report_of("ladder.py", "zmoe-tiny", "--nodes", "2", *FEW, "--plot", str(plot))
+    few = ("--nodes", "2", "--rungs", "naive,P,D,slices,int8", *FEW, "--plot", str(plot))
+    report = report_of("ladder.py", "zmoe-tiny", *few)
     rows: dict[str, dict[str, Any]] = {row["rung"]: row for row in report["results"]}
-    names = ["naive", "P", "P+L_B", "P+L_R", "P+L_R+D", "D", "replicas", "slices", "int8"]
-    names.remove("slices")  # its experts do not lie apart
-    assert list(rows) == names
+    assert list(rows) == ["naive", "P", "D", "int8"]  # experts of slices do not lie apart
     assert list(report["absent"]) == ["slices, 2 nodes"]
     assert "cannot be sliced" in report["absent"]["slices, 2 nodes"]
     for row in rows.values():
@@ -119,21 +118,27 @@ def test_executed_experts_are_the_papers(rungs: ModuleType, tmp_path: Path) -> N
     assert rungs.RUNGS["replicas"].executed(info, 2) is None
 
 
-def test_what_zmoe_does_not_have_is_absent(tmp_path: Path) -> None:
-    """A zmoe without int8 activations, to which exact ones are all there is."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import zmoe.config\nzmoe.config.ACTIVATIONS = ('exact',)\n"
-    )
-    few = ("zmoe-tiny", "--nodes", "2", "--rungs", "naive,int8", *FEW, "--json")
-    done = run("ladder.py", *few, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert [row["rung"] for row in report["results"]] == ["naive"]
-    ((name, reason),) = report["absent"].items()
-    assert name == "int8, 2 nodes" and "activations is 'int8'" in reason
+def told_to(peer: ModuleType, rung: Any, patch: pytest.MonkeyPatch) -> Any:
+    """What bench/peers/zmoe_cluster.py makes of the flags of `rung`."""
+    flags = ["zmoe-tiny", "--nodes", "2", "--about", *rung.flags()]
+    patch.setattr(sys, "argv", ["zmoe_cluster.py", *flags])
+    return peer.program()
+
+
+def test_zmoe_has_every_rung_and_refuses_what_it_does_not_have(
+    rungs: ModuleType, recording: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, process = (importlib.import_module(name) for name in ("zmoe_cluster", "process"))
+    for rung in rungs.RUNGS.values():
+        if rung.settings:
+            assert "zmoe" in told_to(peer, rung, monkeypatch)["build"]
+    monkeypatch.setattr("zmoe.config.ACTIVATIONS", ("exact",))
+    with pytest.raises(process.PeerFailure, match="activations is 'int8'") as failure:
+        told_to(peer, rungs.RUNGS["int8"], monkeypatch)
+    assert failure.value.status in importlib.import_module("ladder").REFUSED
 
 
 def test_nothing_kept_is_one_line() -> None:
-    done = run("ladder.py", "never-measured", "--kept")
+    done = call("ladder.py", "never-measured", "--kept")
     assert done.returncode == 1
     assert "never-measured" in done.stderr and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import subprocess
@@ -16,7 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from tests.bench.programs import BENCH, DEADLINE_S, make_model, run
+from tests.bench.programs import BENCH, DEADLINE_S, call, make_model, run
 
 
 def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -47,15 +48,18 @@ def config(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_checkpoints_are_what_mlx_lm_converts_to(
-    tmp_path: Path, family: str, ours: Sequence[str], theirs: Sequence[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
 ) -> None:
     flags = ("--family", family, "--dtype", "bfloat16")
     plain = make_model(tmp_path / "plain", *flags)
     made = make_model(tmp_path / "made", *flags, *ours)
-    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(plain), *theirs]
-    subprocess.run(
-        [*command, "--mlx-path", str(tmp_path / "converted")], check=True, timeout=DEADLINE_S
-    )
+    words = ["--hf-path", str(plain), *theirs, "--mlx-path", str(tmp_path / "converted")]
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.convert", *words])
+    importlib.import_module("mlx_lm.convert").main()
     assert header(made) == header(tmp_path / "converted")
     assert config(made) == config(tmp_path / "converted")
 
@@ -102,7 +106,9 @@ def test_random_routers_go_on_to_use_all_experts(tmp_path: Path) -> None:
 
 def test_a_shape_is_a_preset_that_flags_change(tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    done = run("make_model.py", str(folder), "--shape", "medium", "--layers", "1", "--experts", "8")
+    done = call(
+        "make_model.py", str(folder), "--shape", "medium", "--layers", "1", "--experts", "8"
+    )
     assert done.returncode == 0, done.stderr
     read = config(folder)
     assert read["model_type"] == "qwen3_moe" and read["torch_dtype"] == "bfloat16"
@@ -169,13 +175,13 @@ def test_a_conversion_that_fails_leaves_no_file(tmp_path: Path) -> None:
 def test_what_cannot_be_made_is_one_line_and_no_folder(
     tmp_path: Path, flags: Sequence[str], culprit: str
 ) -> None:
-    done = run("make_model.py", str(tmp_path / "made"), *flags)
+    done = call("make_model.py", str(tmp_path / "made"), *flags)
     assert done.returncode == 2
     assert culprit in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "made").exists()
 
 
 def test_no_folder_is_overwritten(tmp_path: Path) -> None:
-    done = run("make_model.py", str(tmp_path))
+    done = call("make_model.py", str(tmp_path))
     assert done.returncode == 2
     assert "exists already" in done.stderr

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from zmoe.cli.plan import main
 from zmoe.models.hub import resolve_model
 from zmoe.planner.hardware import MACHINES, Machine
 from zmoe.planner.links import LINKS
+from zmoe.planner.measured import ProductRate
 from zmoe.planner.models import MODELS
 from zmoe.planner.profile import Profile, write_profile
 
 DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
 TINY = resolve_model("zmoe-tiny")
+FEW_FORMATS = ("bf16", "affine-4-g64")
 
 
 @dataclass(frozen=True)
@@ -314,14 +317,41 @@ def test_only_a_profile_is_overwritten(plan: Plan, tmp_path: Path) -> None:
     assert precious.read_text() == '{"mine": 1}'
 
 
+class FewProducts(products.Products):
+    """In the first round a plain format, in the second a quantised one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._turns = iter(FEW_FORMATS)
+
+    def measure(self, formats: Iterable[str] = ()) -> None:
+        super().measure([next(self._turns)])
+
+    def rates(
+        self, formats: Iterable[str] = FEW_FORMATS, rounds: int = 0
+    ) -> tuple[ProductRate, ...]:
+        return super().rates(formats, rounds)
+
+
+def few_cases(nodes: int) -> Iterator[steps.Case]:
+    """The default schedule and policy, and of two nodes another of each."""
+    yield steps.Case(nodes)
+    if nodes > 1:
+        yield steps.Case(nodes, "centralized", "busy-full")
+
+
 @pytest.mark.slow
 def test_a_calibrated_profile_plans(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All kinds of measurements, of 1 and 2 nodes only and with few repetitions."""
+    """All kinds of measurements, few of each, with few repetitions, of 1 and 2 nodes only."""
     monkeypatch.setattr(machine, "MOST_NODES", 2)
+    monkeypatch.setattr(machine, "Products", FewProducts)
+    alone, *_, together = products.core_sharings(2)
+    monkeypatch.setattr(products, "core_sharings", lambda: [alone, together])
     monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
-    for name, value in {"STEPS": 16, "FAR": 300, "FEW": 2, "MANY": 4}.items():
+    few = {"STEPS": 16, "FAR": 300, "FEW": 1, "MANY": 2, "HIDDEN": 128, "cases": few_cases}
+    for name, value in few.items():
         monkeypatch.setattr(steps, name, value)
     path = tmp_path / "here.json"
     done = plan("--calibrate", path)
@@ -334,7 +364,8 @@ def test_a_calibrated_profile_plans(
     report = answer(plan, "--model", "zmoe-tiny", "--hardware", path, "--one-machine")
     assert report["environment"]["link"]["name"] == "loopback"
     formats = {rate["format"] for rate in record["machine"]["rates"]}
-    assert formats >= {"bf16", "affine-4-g64", "cache"}
+    assert formats == {*FEW_FORMATS, "cache"}
+    assert {rate["nodes"] for rate in record["machine"]["rates"]} >= {1, 2}
     assert {step["nodes"] for step in record["machine"]["steps"]} == {1, 2}
     assert "steps: 2 nodes, centralized, busy-full" in done.stderr
     assert all(row["tokens_per_second"] > 0 for row in report["results"])

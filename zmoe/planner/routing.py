@@ -29,16 +29,16 @@ def distinct_experts(experts: int, top_k: int, rows: int) -> tuple[float, ...]:
     seen = np.zeros(experts + 1)
     seen[0] = 1.0
     total = comb(experts, top_k)
+    counts = min(experts, top_k * (rows - 1)) + 1  # of experts seen before any row: 0 and up
     brings = [
-        np.array(
-            [comb(experts - u, new) * comb(u, top_k - new) / total for u in range(experts + 1)]
-        )
+        np.array([comb(experts - u, new) * comb(u, top_k - new) / total for u in range(counts)])
         for new in range(top_k + 1)
     ]
     for _ in range(rows):
         after = np.zeros_like(seen)
         for new, chance in enumerate(brings):
-            after[new:] += (seen * chance)[: experts + 1 - new]
+            more = (seen[:counts] * chance)[: experts + 1 - new]
+            after[new : new + len(more)] += more
         seen = after
         if seen[experts] > 1 - NEGLIGIBLE:
             break
