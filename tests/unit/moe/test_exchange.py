@@ -211,18 +211,28 @@ def test_a_lost_frame_is_recovered() -> None:
         two.start_connect(endpoints)
         assert two.native.publish(None, Dtype.F32, 0, 0, 1, 1, Dtype.F32, 0, 1.0) == Status.OK
         one.start_connect(endpoints)
+        ended = threading.Event()  # the one that has its sum serves the other until then
+
+        def reduce_and_go_idle() -> float:
+            total = one.all_reduce(0, mx.array([[2.0]]), (1, 1), mx.float32, 0).item()
+            while not ended.wait(0.001):
+                one.service()
+            return float(total)
 
         def collect_and_go_idle() -> float:
             out = np.empty(1, np.float32)
-            two._collect(Receive(out), Dtype.F32, 0)
-            until = time.monotonic() + 20
-            while two.stats["resend_served"] == 0 and time.monotonic() < until:
-                two.service()
+            try:
+                two._collect(Receive(out), Dtype.F32, 0)
+                until = time.monotonic() + 20
+                while two.stats["resend_served"] == 0 and time.monotonic() < until:
+                    two.service()
+            finally:
+                ended.set()
             return float(out[0])
 
         sums = together(
             [
-                lambda: one.all_reduce(0, mx.array([[2.0]]), (1, 1), mx.float32, 0).item(),
+                reduce_and_go_idle,
                 collect_and_go_idle,
             ]
         )
