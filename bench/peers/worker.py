@@ -16,9 +16,11 @@ sum is known.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -40,7 +42,17 @@ class Worker:
         link = socket.socket(socket.AF_UNIX)
         link.connect(path)
         self._link = link.makefile("rw", encoding="ascii")
+        self._running = False
+        threading.Thread(target=self._end_with_parent, args=(link,), daemon=True).start()
         self.tolerance = 0.0  # of a sum, relative
+
+    def _end_with_parent(self, link: socket.socket) -> None:
+        """End a run whose parent is gone: a rank may wait there for one that has ended."""
+        poller = select.poll()
+        poller.register(link, 0)  # a hang-up is always reported
+        poller.poll()
+        if self._running:
+            os._exit(1)
 
     def meet(self, address: str) -> list[str]:
         """Tell the others `address`; returns the addresses of all ranks."""
@@ -75,7 +87,10 @@ class Worker:
                 return
             signal.alarm(RUN_DEADLINE_S)
             size, iterations, warmup = map(int, words[1:])
-            print("done", *run(size, iterations, warmup), file=self._link, flush=True)
+            self._running = True
+            times = run(size, iterations, warmup)
+            self._running = False
+            print("done", *times, file=self._link, flush=True)
 
     def payload(self, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """What this rank gives: `size` bytes."""

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 BENCH = Path(__file__).parents[2] / "bench"
 DEADLINE_S = 120
-END_S = 150  # for processes whose parent was killed: those in a run end by its deadline
+END_S = 30  # for processes whose parent was killed
 
 
 def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
