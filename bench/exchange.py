@@ -129,7 +129,7 @@ class Run:
         self.options, self.workdir = options, workdir
         self.samples: Samples = {}
         self.absent: dict[str, str] = {}
-        self.failed = False
+        self.failures: list[str] = []
 
     def measure(self) -> None:
         transports = available(spread(self.options), self.workdir, self.absent)
@@ -159,7 +159,7 @@ class Run:
     def _fail(self, name: str, error: BenchError) -> None:
         print(f"exchange.py: {error}", file=sys.stderr)
         self.absent[name] = f"failed: {error}"
-        self.failed = True
+        self.failures.append(str(error))
 
     def _rounds(self, groups: list[Group], size: int) -> None:
         """Let `groups` take turns; one that fails leaves the list."""
@@ -241,7 +241,9 @@ def benchmark() -> int:
         {"environment": block, "results": rows(run.samples), "absent": run.absent},
         show,
     )
-    return 1 if run.failed else 0
+    if run.failures:  # said again at the end, where whoever started this looks for it
+        raise BenchError("; ".join(run.failures))
+    return 0
 
 
 if __name__ == "__main__":

@@ -242,6 +242,8 @@ const void *zmoe_frame_body(zmoe_frame *frame);
 int zmoe_links_subscriptions(zmoe_exchange *ex);
 int zmoe_links_routed(zmoe_exchange *ex, int flags); /* see zmoe_intake_partials */
 int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
+/* Lets a socket take up its new connections, which libzmq does only within a call on it. */
+void zmoe_links_take_up(void *socket);
 /* Bit r: the link to r has been down for longer than grace allows. */
 uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
 /* Sends a held frame to one socket; 0, or the errno.  The slot gains a reference

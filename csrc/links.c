@@ -204,6 +204,12 @@ int zmoe_links_routed(zmoe_exchange *ex, int flags) {
 
 /* ---- link events ---------------------------------------------------------- */
 
+void zmoe_links_take_up(void *socket) {
+  int events;
+  size_t bytes = sizeof events;
+  zmoe_zmq.getsockopt(socket, ZMQ_EVENTS, &events, &bytes);
+}
+
 int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
   zmoe_peer *peer = &ex->peers[rank];
   zmq_msg_t part;
@@ -225,6 +231,8 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
       }
       ex->linked |= zmoe_bit(rank);
       peer->down_since_us = 0;
+      /* The peer waits for the probe, and we may be idle from now on. */
+      zmoe_links_take_up(peer->dealer);
     } else if (event == ZMQ_EVENT_DISCONNECTED && (ex->linked & zmoe_bit(rank))) {
       ex->stats.link_drops++;
       ex->linked &= ~zmoe_bit(rank);
@@ -238,7 +246,7 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
 uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
   if (zmoe_is_forked(ex))
     return 0;
-  zmoe_wait_drain(ex); /* also the DEALERs: a new connection takes effect, and probes, only then */
+  zmoe_wait_drain(ex);
   return ex->linked & ex->routable;
 }
 

@@ -20,6 +20,7 @@ typedef void zmq_free_fn(void *data, void *hint);
 enum {
   ZMQ_SUBSCRIBE = 6,
   ZMQ_FD = 14,
+  ZMQ_EVENTS = 15,
   ZMQ_RCVTIMEO = 27,
   ZMQ_DONTWAIT = 1,
   ZMQ_SNDMORE = 2,

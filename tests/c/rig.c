@@ -6,13 +6,13 @@
 #include <string.h>
 
 #include "check.h"
+#include "exchange_internal.h"
 
 enum {
   ZMQ_ROUTING_ID = 5,
   ZMQ_LINGER = 17,
   ZMQ_LAST_ENDPOINT = 32,
   ZMQ_RECONNECT_IVL = 18,
-  ZMQ_EVENTS = 15,
   ZMQ_PROBE_ROUTER = 51,
   ZMQ_IMMEDIATE = 39,
   ZMQ_XPUB_MANUAL = 71,
@@ -208,10 +208,8 @@ static int is_ready(rig_node *node) {
 /* Lets a puppet's DEALERs take up their connections, which needs a call on each. */
 static void take_up_connections(const rig_node *puppet) {
   for (uint32_t r = 0; r < puppet->nodes; r++) {
-    int events;
-    size_t bytes = sizeof events;
     if (puppet->dealers[r] != NULL)
-      zmoe_zmq.getsockopt(puppet->dealers[r], ZMQ_EVENTS, &events, &bytes);
+      zmoe_links_take_up(puppet->dealers[r]);
   }
 }
 
@@ -291,10 +289,14 @@ void rig_kill(rig_node *node) {
   }
 }
 
-void rig_revive(rig_node *node, rig_node *nodes) {
+void rig_return(rig_node *node, const rig_node *nodes) {
   listen_on(node, 1);
   connect_to(node, nodes);
   subscribe_puppet(node);
+}
+
+void rig_revive(rig_node *node, const rig_node *nodes) {
+  rig_return(node, nodes);
   wait_subscribed(node, nodes);
 }
 

@@ -44,7 +44,9 @@ void rig_close(rig_node *nodes, uint32_t n);
 /* Close the sockets of one node, as when its process dies; may be opened again
  * as a puppet at the same addresses. */
 void rig_kill(rig_node *node);
-void rig_revive(rig_node *node, rig_node *nodes);
+void rig_return(rig_node *node, const rig_node *nodes);
+/* The same, and waits until the others' exchanges, which it serves, subscribed again. */
+void rig_revive(rig_node *node, const rig_node *nodes);
 /* Until every other node is subscribed to `node` and linked. */
 void rig_wait_ready(rig_node *node);
 

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "exchange_internal.h"
 #include "rig.h"
 
 enum { FRAME_BYTES = ZMOE_HEADER_BYTES + 16 };
@@ -372,6 +373,23 @@ static void test_a_link_returns(void) {
   rig_close(nodes, 2);
 }
 
+/* A peer waits for the probe of a node that knows the link to stand and does nothing more. */
+static void test_a_new_link_is_probed_at_once(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 60000});
+  uint64_t until_us = rig_now_us() + RIG_PATIENCE_US;
+  uint8_t identity[64];
+  rig_kill(&nodes[1]);
+  while (zmoe_exchange_links(nodes[0].ex) != 0)
+    CHECK(rig_now_us() < until_us);
+  rig_return(&nodes[1], nodes);
+  while (!(nodes[0].ex->linked & 2)) {
+    CHECK(rig_now_us() < until_us);
+    zmoe_links_events(nodes[0].ex, 1);
+  }
+  CHECK(rig_receive(nodes[1].router, identity, sizeof identity, RIG_PATIENCE_MS) > 0);
+  rig_close(nodes, 2);
+}
+
 /* What it lost is asked for at once, however long the patience is. */
 static void test_a_link_that_returned_is_asked(void) {
   rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 60000, .grace_ms = 60000});
@@ -499,6 +517,7 @@ int main(int argc, char **argv) {
       {"also between exchanges", test_a_dead_peer_between_exchanges},
       {"a link that returns in time", test_a_link_returns},
       {"which is asked at once", test_a_link_that_returned_is_asked},
+      {"a new link is probed at once", test_a_new_link_is_probed_at_once},
       {"only the lost are named", test_only_the_lost_are_named},
       {"another routing, dtype, shape or layer", test_disagreement},
       {"two nodes at different exchanges", test_elsewhere},

@@ -33,12 +33,15 @@ OVERRIDE = "(--memory-limit sets what a node may take)"
 
 @dataclass(frozen=True)
 class Alternative:
-    """A placement that was considered. `remark`: why there is none, or no prediction."""
+    """A placement that was considered. `remark`: why there is none, or no prediction;
+    `missing`: the bytes that its most crowded node lacks.
+    """
 
     label: str
     placement: Placement | None = None
     prediction: Prediction | None = None
     remark: str = ""
+    missing: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -97,9 +100,11 @@ class Chooser:
         if given is not None:
             self._check_room(way, given)
             return self._choice(self._predicted(way, given), "as the file says", ())
-        everything = self._info.expert_bytes * self._info.experts * len(self._info.moe_layers)
-        lacking = ceil((everything - sum(self._room)) / len(self._room))
-        if (missing := max(lacking, -min(self._room))) > 0:
+        whole = self._info.experts * len(self._info.moe_layers)
+        lacking = whole * self._info.expert_bytes - sum(self._room)
+        if way == "replicas":  # of whole experts
+            lacking = max(lacking, (whole - sum(self._places)) * self._info.expert_bytes)
+        if (missing := max(ceil(lacking / len(self._room)), -min(self._room))) > 0:
             raise PlacementError(self._does_not_fit(missing))
         ways = self._ways()
         if way != "auto":
@@ -115,7 +120,8 @@ class Chooser:
             considered.append(self._considered(label, make, considered))
         best, why = fastest(considered)
         if best.placement is None:
-            raise PlacementError(best.remark)
+            short = [each.missing for each in considered if each.missing]
+            raise PlacementError(self._does_not_fit(min(short)) if short else best.remark)
         return self._choice(best, why, tuple(considered))
 
     def _ways(self) -> dict[str, Callable[[], Placement]]:
@@ -143,7 +149,8 @@ class Chooser:
             return Alternative(label, remark=str(error))
         missing = self._missing(placement)
         if missing > 0:
-            return Alternative(label, remark=f"{in_bytes(missing)} are missing on a node")
+            remark = f"{in_bytes(missing)} are missing on a node"
+            return Alternative(label, remark=remark, missing=missing)
         if label == "slices" and self._copies_too_much(placement):
             return Alternative(
                 label, remark="copies of them would take more than half of a machine's memory"

@@ -218,6 +218,11 @@ def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(PlacementError, match="336 MiB are missing per node"):
         choose(MEDIUM, apart((25, 2), (25, 9)), "experts")
     choose(MEDIUM, apart((25, 2), (25, 9)), "auto")
+    # All nodes together have room, but whole experts and what they share come out uneven.
+    info = described(8, 3, top_k=2, expert_bytes=100 << 20)
+    crowded = [Offer("a", 1792 << 20, None, 1)] * 3 + [Offer("b", 1728 << 20, None, 1)]
+    with pytest.raises(PlacementError, match="does not fit 4 nodes: 269 MiB are missing per node"):
+        choose(info, crowded, "auto", mapped=False)
 
 
 # ---- what the planner can say of a placement -----------------------------------------
