@@ -179,8 +179,9 @@ static int setsockopt_(void *socket, int option, const void *value, size_t size)
 
 static int getsockopt_(void *socket, int option, void *value, size_t *size) {
   (void)socket;
-  CHECK(option == ZMQ_FD && *size == sizeof readable);
-  memcpy(value, &readable, sizeof readable);
+  int events = 0, *answer = option == ZMQ_FD ? &readable : &events;
+  CHECK((option == ZMQ_FD || option == ZMQ_EVENTS) && *size == sizeof *answer);
+  memcpy(value, answer, sizeof *answer);
   return 0;
 }
 
