@@ -25,7 +25,7 @@ from group import Group
 from transports import TRANSPORTS, Transport, ours
 
 from zmoe.config import WIRE_DTYPES
-from zmoe.moe.choice import ALGORITHMS
+from zmoe.exchange.algorithm import ALGORITHMS
 
 TRIAL = 20  # steps that tell how many fit the budget
 ROUND_SECONDS = 0.5  # most that one transport's turn may take

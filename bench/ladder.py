@@ -38,9 +38,9 @@ from ladder_report import exchange_ratios, markdown, plot, show
 from limits import exchange_us, read_gb_per_s
 from rungs import RUNGS, Bytes, Rung, model_bytes
 
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.errors import ZmoeError
-from zmoe.models.hub import resolve_model
-from zmoe.types import ModelInfo
+from zmoe.placement.types import ModelInfo
 
 REFUSED = (2, 3)  # exit statuses: bad input and absent, as bench/peers/process.py has them
 WIRE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

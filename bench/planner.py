@@ -42,12 +42,12 @@ from engines import script
 from zmoe.calibration.products import FILE_BYTES, Products
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.weights import FORMATS
-from zmoe.cli.plan_model import find_model
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.cli.plan.model import find_model
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.errors import ZmoeError
-from zmoe.models.hub import resolve_model
-from zmoe.planner.plan import Prediction, Setup, Workload, predict
-from zmoe.planner.profile import Profile, read_profile
+from zmoe.perf.profile import Profile, read_profile
+from zmoe.placement.predict import Prediction, Setup, Workload, predict
 
 PLACEMENT = "experts"
 CALIBRATION_S = 600.0
@@ -170,7 +170,14 @@ def calibrated() -> Profile:
     """A profile of this machine, measured now."""
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         path = Path(folder) / "profile.json"
-        command = [sys.executable, "-m", "zmoe.cli.plan", "--json", "--calibrate", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "zmoe.cli.plan.command",
+            "--json",
+            "--calibrate",
+            str(path),
+        ]
         run_json(command, CALIBRATION_S)
         return read_profile(path)
 

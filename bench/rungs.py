@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zmoe.models import inspect_model
-from zmoe.models.checkpoint import read_tensors
-from zmoe.models.share import of_experts
-from zmoe.planner.routing import distinct_experts, even_split, expected_largest
-from zmoe.types import ModelInfo
+from zmoe.checkpoint.folder import read_tensors
+from zmoe.checkpoint.select import of_experts
+from zmoe.loading import inspect_model
+from zmoe.perf.routing import distinct_experts, even_split, expected_largest
+from zmoe.placement.types import ModelInfo
 
 EMBEDDINGS = ("embed_tokens", "wte")
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from zmoe.moe.ownership import Ownership
-from zmoe.types import Partial, Placement, nothing
+from zmoe.exchange.base import Partial, nothing
+from zmoe.placement.assignment import Ownership
+from zmoe.placement.types import Placement
 
 T = TypeVar("T")
 DEADLINE_S = 60.0

@@ -12,7 +12,13 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("zmoe.h", "assign.h", "compute.h", "decoder.h", "bench_loop.h")
+HEADERS = (
+    "zmoe.h",
+    "exchange/assign.h",
+    "kernels/compute.h",
+    "kernels/decoder.h",
+    "exchange/bench_loop.h",
+)
 
 
 def declarations(header: str) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         SettingError,
         ZmoeError,
     )
-    from zmoe.moe.exchange import Exchange, join
+    from zmoe.exchange.local import Exchange, join
     from zmoe.placement.usage import Usage
 
 # Imported on first use: a command that only refuses a flag need not load MLX.
@@ -41,7 +41,7 @@ _HOMES = {
     "ClusterSpec": "zmoe.cluster.leader",
     "DivergenceError": "zmoe.errors",
     "EngineConfig": "zmoe.config",
-    "Exchange": "zmoe.moe.exchange",
+    "Exchange": "zmoe.exchange.local",
     "Generation": "zmoe.engine.generate",
     "Host": "zmoe.cluster.hosts",
     "HostList": "zmoe.cluster.hosts",
@@ -59,7 +59,7 @@ _HOMES = {
     "Token": "zmoe.engine.generate",
     "Usage": "zmoe.placement.usage",
     "ZmoeError": "zmoe.errors",
-    "join": "zmoe.moe.exchange",
+    "join": "zmoe.exchange.local",
 }
 
 __all__ = [

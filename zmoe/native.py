@@ -92,7 +92,7 @@ class Isa(IntEnum):
 
 
 class Format(IntEnum):
-    """How a weight is stored; zmoe_format of csrc/compute.h."""
+    """How a weight is stored; zmoe_format of csrc/kernels/compute.h."""
 
     F32 = 0
     F16 = 1
@@ -104,14 +104,14 @@ class Format(IntEnum):
 
 
 class Precision(IntEnum):
-    """What becomes of x in quantised products; zmoe_precision of csrc/compute.h."""
+    """What becomes of x in quantised products; zmoe_precision of csrc/kernels/compute.h."""
 
     EXACT = 0
     INT8 = 1
 
 
 class Activation(IntEnum):
-    """Between an expert's products; zmoe_activation of csrc/compute.h."""
+    """Between an expert's products; zmoe_activation of csrc/kernels/compute.h."""
 
     SILU = 0
     GELU = 1
@@ -247,7 +247,7 @@ def presence(session: int, rank: int) -> bytes:
 
 
 class Owners:
-    """Who holds the experts of a layer, and so who computes which; see csrc/assign.h.
+    """Who holds the experts of a layer, and so who computes which; see csrc/exchange/assign.h.
 
     `slices[rank]` names the slice that a rank holds of each of its experts: 0 to
     the number of distinct ones. `speeds[rank]`: relative, positive.
@@ -304,7 +304,7 @@ class _Timed(Protocol):
 
 
 class HasNative(Protocol):
-    """What rests on an exchange in C: zmoe.moe.exchange.Exchange."""
+    """What rests on an exchange in C: zmoe.exchange.local.Exchange."""
 
     @property
     def native(self) -> _Timed:

@@ -5,7 +5,7 @@
  *
  * "cold" goes through the caches of 24 layers in turn, as a decode step does;
  * "warm" stays with one. */
-#include "../../csrc/platform.h"
+#include "common/platform.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -9,7 +9,7 @@ import numpy as np
 from process import cores, main, pin
 from products import READ_BYTES, seconds
 
-from zmoe.compute.team import Team
+from zmoe.kernels.threads import Team
 
 BUDGET_S = 0.5
 

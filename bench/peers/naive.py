@@ -28,21 +28,21 @@ from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
 from zmoe_cluster import flags, measure
 
-from zmoe.compute.arrays import DTYPES
-from zmoe.compute.team import best_isa_name, is_native, make_team
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import EngineConfig, Sampling
 from zmoe.engine.engine import Engine
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import encode_prompt, open_tokenizer
 from zmoe.errors import ZmoeError
-from zmoe.models import inspect_model, load_experts, load_shard
-from zmoe.models.hub import resolve_model
-from zmoe.moe.exchange import SingleNode
-from zmoe.moe.router import LocalPairs
+from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.local import SingleNode
+from zmoe.kernels.arrays import DTYPES
+from zmoe.kernels.threads import best_isa_name, is_native, make_team
+from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.placement.build import place_evenly
+from zmoe.placement.pairs import LocalPairs
 from zmoe.topology.cores import divide_cores
-from zmoe.types import Partial, nothing
 
 DEADLINE_S = 300.0  # for loading, and for one answer
 POLL_MS = 500
@@ -168,7 +168,7 @@ class Workers:
 
 
 class NaiveReducer:
-    """A zmoe.types.Reducer: rows go out expert by expert, outputs come back so."""
+    """A zmoe.exchange.base.Reducer: rows go out expert by expert, outputs come back so."""
 
     rank, step = 0, 0
 
@@ -197,7 +197,7 @@ class NaiveReducer:
         dtype: mx.Dtype,
         digest: int,
     ) -> None:
-        """See zmoe.types.Reducer."""
+        """See zmoe.exchange.base.Reducer."""
         with self._spans.span("exchange"):
             x = to_host(x)
             for expert in np.unique(ids).tolist():
@@ -217,7 +217,7 @@ class NaiveReducer:
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
-        """See zmoe.types.Reducer."""
+        """See zmoe.exchange.base.Reducer."""
         spent = [0.0] * self.nodes
         mine = partial(0, len(out)) if callable(partial) else partial
         with self._spans.span("exchange"):
@@ -239,7 +239,7 @@ class NaiveReducer:
         digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
-        """See zmoe.types.Reducer."""
+        """See zmoe.exchange.base.Reducer."""
         out = np.empty(shape, np.float32)
         mine = partial(0, shape[0]) if callable(partial) else partial
         own = None if mine is None else np.array(mine.astype(mx.float32))

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from worker import RUN_DEADLINE_S, Worker, timed
 
-from zmoe.moe.exchange import Endpoint, Exchange
+from zmoe.exchange.local import Endpoint, Exchange
 from zmoe.native import Dtype, time_exchanges
 
 SMALL = 64 * 1024  # payloads that come every token

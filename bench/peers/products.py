@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from zmoe.compute.linear import Head, make_native
-from zmoe.compute.team import Team
+from zmoe.kernels.linear import Head, make_native
+from zmoe.kernels.threads import Team
 from zmoe.native import Precision
 
 READ_BYTES = 512 << 20

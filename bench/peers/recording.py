@@ -24,7 +24,8 @@ import numpy.typing as npt
 from process import PeerFailure
 
 from zmoe.cli.node import main
-from zmoe.cluster import launch, member
+from zmoe.cluster import launch
+from zmoe.cluster import node as member
 from zmoe.obs import Spans
 
 Seconds = npt.NDArray[np.float64]

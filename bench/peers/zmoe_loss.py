@@ -16,12 +16,12 @@ import mlx.core as mx
 from process import BAD_INPUT, PeerFailure, count, main
 from zmoe_cluster import add_settings, engine_config
 
-from zmoe.cluster.member import Member
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.cluster.node import Member
 from zmoe.config import Timing
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import ZmoeError
-from zmoe.models import inspect_model
-from zmoe.models.hub import resolve_model
+from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly
 
 Logits = Callable[[Sequence[int]], mx.array]  # of a window: (tokens,) -> (tokens, vocabulary)

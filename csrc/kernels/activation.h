@@ -2,7 +2,7 @@
 #ifndef ZMOE_ACTIVATION_H
 #define ZMOE_ACTIVATION_H
 
-#include "../compute.h"
+#include "compute.h"
 
 /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
 void zmoe_activate(zmoe_isa isa, const zmoe_expert_layer *layer, const float *gate, const float *up,

@@ -1,7 +1,7 @@
 /* How x is arranged for the kernels that have a layout of their own. */
 #include <string.h>
 
-#include "../reduce_scalar.h"
+#include "common/reduce_scalar.h"
 #include "kernels.h"
 #include "team.h"
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "../decoder.h"
+#include "decoder.h"
 
 /* The memory of a call, for up to ZMOE_ROW_BLOCK rows at a time. */
 struct memory {

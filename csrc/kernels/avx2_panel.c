@@ -1,7 +1,7 @@
 /* Many rows, AVX2 with FMA. */
 #if defined(__x86_64__)
 #define VEC_AVX2
-#include "../vec.h"
+#include "common/vec.h"
 
 #include "avx2.h"
 #include "weight.h"

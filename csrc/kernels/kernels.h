@@ -11,7 +11,7 @@
 #ifndef ZMOE_KERNELS_H
 #define ZMOE_KERNELS_H
 
-#include "../compute.h"
+#include "compute.h"
 
 enum {
   ZMOE_PANEL = 32,     /* outputs in a panel, and in one task */

@@ -2,7 +2,7 @@
 #ifndef ZMOE_LAYER_H
 #define ZMOE_LAYER_H
 
-#include "../decoder.h"
+#include "decoder.h"
 #include "small.h"
 #include "team.h"
 

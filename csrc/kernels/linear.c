@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "../compute.h"
+#include "compute.h"
 #include "weight.h"
 
 /* x arranged in one way, which several weights may share. */

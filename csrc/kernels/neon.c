@@ -1,7 +1,7 @@
 /* Few rows, NEON as every 64-bit Arm CPU has it. */
 #if defined(__aarch64__)
 #define TABLE zmoe_kernels_neon
-#include "../vec.h"
+#include "common/vec.h"
 
 #include "neon_few.h"
 #endif

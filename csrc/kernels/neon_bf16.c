@@ -11,7 +11,7 @@
  * subnormals taken and given as zero.  Each error may be twice that of f32's
  * rounding, but there are half as many, and they have no direction either. */
 #if defined(__aarch64__)
-#include "../vec.h"
+#include "common/vec.h"
 
 #include "kernels.h"
 

@@ -1,7 +1,7 @@
 /* Few rows, NEON with dotprod. */
 #if defined(__aarch64__)
 #define TABLE zmoe_kernels_neon_dot
-#include "../vec.h"
+#include "common/vec.h"
 
 /* Before 16, clang has the intrinsic only where the whole file may use it; without
  * it the table is slower, not wrong. */

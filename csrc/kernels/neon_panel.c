@@ -1,6 +1,6 @@
 /* Many rows, NEON. */
 #if defined(__aarch64__)
-#include "../vec.h"
+#include "common/vec.h"
 
 #include "neon.h"
 #include "weight.h"

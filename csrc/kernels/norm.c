@@ -1,7 +1,7 @@
 /* Norms of rows, and what the calls of decoder.h share. */
 #include "layer.h"
 
-#include "../decoder.h"
+#include "decoder.h"
 
 struct norm_rows {
   const zmoe_small *small;

@@ -1,5 +1,5 @@
 /* Of a routing, the pairs that are this node's to compute. */
-#include "../decoder.h"
+#include "decoder.h"
 
 #include <string.h>
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "../reduce_scalar.h"
+#include "common/reduce_scalar.h"
 #include "weight.h"
 
 const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "../decoder.h"
+#include "decoder.h"
 
 struct route {
   const zmoe_router *router;

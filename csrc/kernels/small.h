@@ -8,7 +8,7 @@
 
 #include <float.h>
 
-#include "../decoder.h"
+#include "decoder.h"
 
 enum { ZMOE_SUM_LANES = 16, ZMOE_QUERIES = 4 };
 

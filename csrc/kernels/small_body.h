@@ -2,7 +2,7 @@
  * SMALL, the name of the table.  Loops without VEC are the compiler's to vectorise. */
 #include "small.h"
 
-#include "../vec.h"
+#include "common/vec.h"
 #include "exp_of.h"
 
 enum { PARTS = ZMOE_SUM_LANES / LANES };

@@ -3,7 +3,7 @@
  * A decode step makes hundreds of calls of a few microseconds each, so threads
  * spin for a while before they sleep on a condition variable, and whoever has
  * what they wait for wakes them only when some sleep. */
-#include "../platform.h"
+#include "common/platform.h"
 
 #include "team.h"
 

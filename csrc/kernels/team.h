@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../compute.h"
+#include "compute.h"
 
 /* Work that every thread of a team runs once, `thread` counting from 0. */
 typedef void zmoe_team_fn(zmoe_team *team, void *job, uint32_t thread);

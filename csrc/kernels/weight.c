@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "../reduce_scalar.h"
+#include "common/reduce_scalar.h"
 
 const float zmoe_fp4_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};

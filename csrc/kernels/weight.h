@@ -2,7 +2,7 @@
 #ifndef ZMOE_WEIGHT_H
 #define ZMOE_WEIGHT_H
 
-#include "../compute.h"
+#include "compute.h"
 
 static inline int zmoe_is_float(const zmoe_weight *w) {
   return w->format <= ZMOE_FORMAT_BF16;

@@ -9,7 +9,7 @@
  *
  * With libFuzzer: clang -fsanitize=fuzzer -DLIBFUZZER.  Without, main() below makes the
  * inputs by chance: fuzz_exchange SECONDS */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 
@@ -17,8 +17,8 @@
 #include <fcntl.h>
 #include <string.h>
 
+#include "exchange/zmq_api.h"
 #include "zmoe.h"
-#include "zmq_api.h"
 
 enum {
   SESSION = 0x5eed,

@@ -1,5 +1,5 @@
 /* Weights for the tests of the kernels; see kernel_rig.h. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "kernel_rig.h"
 

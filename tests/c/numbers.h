@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "decoder.h"
+#include "kernels/decoder.h"
 
 static uint32_t random_state = 12345;
 

@@ -1,4 +1,4 @@
-#include "platform.h"
+#include "common/platform.h"
 
 #include "rig.h"
 
@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "check.h"
-#include "exchange_internal.h"
+#include "exchange/exchange_internal.h"
 
 enum {
   ZMQ_ROUTING_ID = 5,

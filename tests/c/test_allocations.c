@@ -4,13 +4,13 @@
  * counters below. libzmq's own calls are not among them: it allocates a block
  * for each message that is longer than what it stores in place, and no option
  * of its changes that. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 
 #include <sys/mman.h>
 
-#include "compute.h"
+#include "kernels/compute.h"
 #include "rig.h"
 
 static int calls;

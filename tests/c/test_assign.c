@@ -1,8 +1,8 @@
 /* Assignments of random routings: everything once, at an owner, and never outside the buffers. */
 #include <string.h>
 
-#include "assign.h"
 #include "check.h"
+#include "exchange/assign.h"
 #include "numbers.h"
 
 enum { MOST_EXPERTS = 40, MOST_SLICES = 3 };

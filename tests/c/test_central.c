@@ -1,6 +1,6 @@
 /* The centralised schedule: what workers are sent, what becomes of their answers, and
  * what is lost, dead or does not belong on the leader's side. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "central_rig.h"
 

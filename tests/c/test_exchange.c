@@ -1,5 +1,5 @@
 /* The all-reduce as it goes well, and how a caller's mistakes are answered. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 

@@ -1,5 +1,5 @@
 /* What does not belong is counted by kind and dropped, and harms nothing. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 

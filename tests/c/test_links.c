@@ -1,5 +1,5 @@
 /* Lost frames, lost peers, and peers that are elsewhere. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 
@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "exchange_internal.h"
+#include "exchange/exchange_internal.h"
 #include "rig.h"
 
 enum { FRAME_BYTES = ZMOE_HEADER_BYTES + 16 };

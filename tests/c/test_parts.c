@@ -1,5 +1,5 @@
 /* Layers whose rows come in parts, two of which may be open at once. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 

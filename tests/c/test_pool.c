@@ -1,5 +1,5 @@
 /* The slot pool: classes, alignment, waiting, threads. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 
@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "pool.h"
+#include "exchange/pool.h"
 
 static void test_classes(void) {
   zmoe_pool_class classes[] = {{100, 2}, {5000, 1}};

@@ -1,5 +1,5 @@
 /* The sum in chunks: what is lost, who is dead, what does not belong, in either phase. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "check.h"
 

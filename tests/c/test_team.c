@@ -1,6 +1,6 @@
 /* A node's threads: work is done once by each, whether they spin or sleep.  The
  * Makefile also runs this under ThreadSanitizer. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "kernel_rig.h"
 

@@ -1,6 +1,6 @@
 /* A worker of the centralised schedule: rows that are lost, late, wrong or hostile, and
  * a leader that is gone. */
-#include "platform.h"
+#include "common/platform.h"
 
 #include "central_rig.h"
 

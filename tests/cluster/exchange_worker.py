@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe.errors import PeerError
-from zmoe.moe.exchange import Endpoint, Exchange
+from zmoe.exchange.local import Endpoint, Exchange
 
 WIDTH = 96
 

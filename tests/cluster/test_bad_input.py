@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Commands
-from zmoe.models.hub import resolve_model
+from zmoe.checkpoint.hub import resolve_model
 
 TINY = resolve_model("zmoe-tiny")
 

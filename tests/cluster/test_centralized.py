@@ -15,7 +15,7 @@ from tests.families import build
 from zmoe.cluster.leader import ClusterSpec, Leader
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.config import EngineConfig
-from zmoe.models import inspect_model
+from zmoe.loading import inspect_model
 
 CENTRAL = ("--schedule", "centralized")
 

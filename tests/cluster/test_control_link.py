@@ -15,7 +15,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.relay import Relay
 from zmoe.cluster import leader
 from zmoe.cluster.bus import LeaderBus
-from zmoe.moe.sockets import Context
+from zmoe.exchange.sockets import Context
 
 TOKENS = 60
 

@@ -1,6 +1,6 @@
 """Families of models on 1 to 4 real nodes against mlx-lm in one process.
 
-All of them run on threads with MLX's products (tests/unit/models/test_families.py), and
+All of them run on threads with MLX's products (tests/unit/families/test_families.py), and
 here on one node with the kernels' products; on real nodes runs one for each kind of block
 and router.
 """
@@ -20,10 +20,10 @@ from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import ClusterSpec, Leader
-from zmoe.cluster.member import Member
+from zmoe.cluster.node import Member
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.config import EngineConfig, Timing
-from zmoe.models import inspect_model
+from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly
 
 Run = tuple[list[int], list[np.ndarray]]

@@ -13,21 +13,21 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, wait_until
 from tests.conftest import unused_port
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.member import Member, check_hello, hello_of
 from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
+from zmoe.cluster.node import Member, check_hello, hello_of
 from zmoe.cluster.placing import PlacementRequest
-from zmoe.compute.arithmetic import arithmetic_of
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import MismatchError, ZmoeError
-from zmoe.models import inspect_model
-from zmoe.models.hub import resolve_model
-from zmoe.moe.exchange import Endpoint
-from zmoe.moe.sockets import Context
+from zmoe.exchange.local import Endpoint
+from zmoe.exchange.sockets import Context
+from zmoe.kernels.arithmetic import arithmetic_of
+from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly
-from zmoe.planner.given import Offer
+from zmoe.placement.estimate import Offer
 
 GIB = 1 << 30
 TINY = resolve_model("zmoe-tiny")

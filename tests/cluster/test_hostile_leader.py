@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster import bus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.messages import Mesh, Message, Place, Setup, Step
 from zmoe.config import Timing
 from zmoe.errors import ZmoeError
-from zmoe.models.hub import resolve_model
 
 TINY = resolve_model("zmoe-tiny")
 SERVE = "import zmoe.cli.node as node; node.PAUSE_S = 0.0; node.main({arguments!r})"

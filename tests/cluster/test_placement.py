@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import Commands
-from zmoe.models import inspect_model
-from zmoe.models.hub import resolve_model
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.loading import inspect_model
 
 TINY = inspect_model(resolve_model("zmoe-tiny"))
 RUN = ("--temp", 0, "-m", 24, "ROMEO:")

@@ -15,13 +15,13 @@ import pytest
 
 from tests.cluster.conftest import Commands
 from zmoe.calibration import machine, products, steps
-from zmoe.cli.plan import main
-from zmoe.models.hub import resolve_model
-from zmoe.planner.hardware import MACHINES, Machine
-from zmoe.planner.links import LINKS
-from zmoe.planner.measured import ProductRate
-from zmoe.planner.models import MODELS
-from zmoe.planner.profile import Profile, write_profile
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.cli.plan.command import main
+from zmoe.cli.plan.table import MODELS
+from zmoe.perf.hardware import MACHINES, Machine
+from zmoe.perf.links import LINKS
+from zmoe.perf.measured import ProductRate
+from zmoe.perf.profile import Profile, write_profile
 
 DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
 TINY = resolve_model("zmoe-tiny")
@@ -65,7 +65,7 @@ def on_its_own(
 ) -> subprocess.CompletedProcess[str]:
     """In a process of its own, where what is imported depends on the environment."""
     return subprocess.run(
-        [sys.executable, "-m", "zmoe.cli.plan", *map(str, arguments)],
+        [sys.executable, "-m", "zmoe.cli.plan.command", *map(str, arguments)],
         env={**commands.env, **env},
         cwd=commands.folder,
         stdin=subprocess.DEVNULL,

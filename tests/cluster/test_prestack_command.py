@@ -109,7 +109,7 @@ def test_a_model_without_experts(commands: Commands, tmp_path: Path) -> None:
     from mlx_lm.models import llama
 
     from tests.families import save
-    from tests.unit.models.test_inspection import DENSE
+    from tests.unit.loading.test_inspect import DENSE
 
     model = llama.Model(llama.ModelArgs.from_dict(DENSE))
     folder = save(tmp_path / "llama", DENSE, dict(tree_flatten(model.parameters())))
@@ -145,7 +145,7 @@ def test_damage_is_named(commands: Commands, store: Path, tmp_path: Path) -> Non
 # Python runs this first where it finds it as sitecustomize.py.
 HOLD = """
 import time
-from zmoe.models.journal import Journal
+from zmoe.store.journal import Journal
 add = Journal.add
 def add_and_hold(self, file, part, checksum):
     add(self, file, part, checksum)

@@ -16,8 +16,8 @@ import pytest
 
 from tests.cluster.conftest import Commands
 from zmoe import __version__
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.cluster import Cluster
-from zmoe.models.hub import resolve_model
 
 PROMPT = "ROMEO:"
 GREEDY = ("--temp", 0, "-m", 48)

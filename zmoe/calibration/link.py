@@ -22,8 +22,8 @@ from zmoe.calibration.products import Progress
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.launch import NodeProcess, RemoteOptions, end_all, over_ssh
 from zmoe.errors import LaunchError, ZmoeError
-from zmoe.moe.exchange import join
-from zmoe.planner.links import PER_PEER_S, Link
+from zmoe.exchange.local import join
+from zmoe.perf.links import PER_PEER_S, Link
 
 EXCHANGES, WARM_UP = 300, 20
 SIZES = (4 << 10, 1 << 20)  # bytes: of a decode step, and of a prompt

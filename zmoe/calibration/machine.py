@@ -16,10 +16,10 @@ from zmoe import __version__
 from zmoe.calibration.products import MOST_NODES, Products, Progress
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.steps import Steps
-from zmoe.compute.team import is_native
 from zmoe.config import POLICIES, EngineConfig
-from zmoe.planner.hardware import Machine
-from zmoe.planner.measured import ProductRate
+from zmoe.kernels.threads import is_native
+from zmoe.perf.hardware import Machine
+from zmoe.perf.measured import ProductRate
 from zmoe.topology.cores import usable_cores
 
 REPEATS = 9  # of a product; the fastest counts, as noise only slows

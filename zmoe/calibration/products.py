@@ -19,9 +19,9 @@ from random import Random
 from typing import Any
 
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
-from zmoe.compute.team import Team
 from zmoe.errors import ZmoeError
-from zmoe.planner.measured import ProductRate
+from zmoe.kernels.threads import Team
+from zmoe.perf.measured import ProductRate
 from zmoe.topology.cores import divide_cores, usable_cores
 
 FILE_BYTES = 1 << 30  # beyond caches, also those of page tables

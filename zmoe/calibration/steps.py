@@ -24,18 +24,18 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe.calibration.products import Progress
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.placing import PlacementRequest
 from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
-from zmoe.models.hub import resolve_model
-from zmoe.planner.config import read_shape
-from zmoe.planner.cost import Step, attention_cost, dense_product, experts_cost
-from zmoe.planner.hardware import Machine
-from zmoe.planner.links import Link
-from zmoe.planner.measured import ProductRate, StepRate
-from zmoe.planner.plan import Prediction, Setup, Workload, predict
-from zmoe.planner.shape import CACHE, CACHE_BYTES, ModelShape
+from zmoe.perf.cost import Step, attention_cost, dense_product, experts_cost
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
+from zmoe.perf.measured import ProductRate, StepRate
+from zmoe.perf.model_config import read_shape
+from zmoe.perf.shape import CACHE, CACHE_BYTES, ModelShape
+from zmoe.placement.predict import Prediction, Setup, Workload, predict
 
 FEW, MANY = 4, 12  # layers
 WIDTH, HEADS, HIDDEN = 512, 4, 1024

@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from zmoe.compute.experts import NativeExperts
-from zmoe.compute.linear import Parts, Product
-from zmoe.compute.team import Team
-from zmoe.compute.weight import Quantization, Stored, matrices
-from zmoe.moe.router import LocalPairs
+from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.linear import Parts, Product
+from zmoe.kernels.threads import Team
+from zmoe.kernels.weights import Quantization, Stored, matrices
 from zmoe.native import ffi
+from zmoe.placement.pairs import LocalPairs
 
 if TYPE_CHECKING:
     from zmoe.native import CData

@@ -15,7 +15,7 @@ from zmoe.cluster.hosts import hosts_from_file, hosts_from_names
 from zmoe.cluster.launch import RemoteOptions
 from zmoe.cluster.leader import ClusterSpec
 from zmoe.errors import InputError
-from zmoe.planner.profile import Profile, is_profile, read_profile, write_profile
+from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 
 
 def hosts_of(names: str | None, file: Path | None, python: str | None) -> Hosts:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zmoe.planner.choice import Alternative, Choice
-from zmoe.planner.units import in_bytes
-from zmoe.types import Placement
+from zmoe.perf.units import in_bytes
+from zmoe.placement.choose import Alternative, Choice
+from zmoe.placement.types import Placement
 
 
 def explanation(choice: Choice) -> str:

@@ -147,7 +147,7 @@ def _serve(options: Any) -> None:
     waiting = f"waiting for a leader at {options.leader}"
     notices.say(waiting)
     from zmoe.cluster.worker import Worker, WorkerSpec
-    from zmoe.moe.sockets import Context
+    from zmoe.exchange.sockets import Context
 
     spec = WorkerSpec(
         options.leader,

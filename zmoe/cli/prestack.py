@@ -13,8 +13,8 @@ from zmoe.config import QUANTIZATIONS
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
-    from zmoe.models.prestack import Quantization
-    from zmoe.models.store import Manifest
+    from zmoe.checkpoint.manifest import Manifest
+    from zmoe.store.writer import Quantization
 
 PROG = "zmoe-prestack"
 _DEFAULTS = {"affine": (4, 64)}  # as mlx_lm.convert; other modes have one format
@@ -56,7 +56,7 @@ def quantization_of(options: argparse.Namespace) -> Quantization | None:
         if value not in known:
             expected = " or ".join(map(str, known))
             raise InputError(f"{flag} is {value}: expected {expected} in mode {mode}")
-    from zmoe.models.prestack import Quantization
+    from zmoe.store.writer import Quantization
 
     return Quantization(mode, bits, group)
 
@@ -65,11 +65,11 @@ def _run(options: argparse.Namespace) -> None:
     quantization = quantization_of(options)
     if options.out is None and (quantization is not None or not options.verify):
         raise InputError(f"no OUT: name the folder to write (see {PROG} --help)")
+    from zmoe.checkpoint.hub import resolve_model
+    from zmoe.checkpoint.verify import changed_files, verify
     from zmoe.cli.progress import Bars
-    from zmoe.models import inspect_model
-    from zmoe.models.hub import resolve_model
-    from zmoe.models.prestack import prestack
-    from zmoe.models.verification import changed_files, verify
+    from zmoe.loading import inspect_model
+    from zmoe.store.writer import prestack
 
     store = resolve_model(options.model, "MODEL")
     if options.out is not None:

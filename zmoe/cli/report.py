@@ -9,7 +9,7 @@ from rich.table import Table
 
 from zmoe.cluster.cluster import Cluster
 from zmoe.engine.generate import Generation
-from zmoe.planner.units import in_bytes
+from zmoe.perf.units import in_bytes
 
 
 def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:

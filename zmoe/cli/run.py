@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from zmoe.cluster.hosts import HostList
     from zmoe.cluster.leader import ClusterSpec
     from zmoe.engine.generate import Token
-    from zmoe.planner.choice import Choice
+    from zmoe.placement.choose import Choice
 
 PROG = "zmoe-run"
 

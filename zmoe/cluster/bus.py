@@ -9,7 +9,7 @@ What strangers can do: each connection holds at most RCVHWM messages of one part
 at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages, though,
 and it has no limit on a message's parts nor on the number of connections. So memory
 is bounded for strangers only once links are authenticated, and until then they can
-also end the process, by the assertion that zmoe.moe.sockets tells of.
+also end the process, by the assertion that zmoe.exchange.sockets tells of.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from zmoe.cluster.messages import (
 )
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.moe.sockets import heartbeat
+from zmoe.exchange.sockets import heartbeat
 
 HANDSHAKE_MS = 5000
 FAREWELL_S = 3.0  # how long an end waits for the other to acknowledge its last words

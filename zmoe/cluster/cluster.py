@@ -14,18 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import ClusterSpec, Leader, OnManual, Progress
-from zmoe.cluster.member import Member, peak_memory
+from zmoe.cluster.node import Member, peak_memory
 from zmoe.cluster.placing import OnChoice, Placing
 from zmoe.cluster.resources import offer_of
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
 from zmoe.errors import InputError, SettingError, ZmoeError
-from zmoe.models import inspect_model
-from zmoe.models.hub import resolve_model
+from zmoe.loading import inspect_model
+from zmoe.placement.types import ModelInfo
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
-from zmoe.types import ModelInfo
 
 
 class Cluster:

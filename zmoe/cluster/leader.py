@@ -24,7 +24,6 @@ from zmoe.cluster.launch import (
     start_local,
     start_over_ssh,
 )
-from zmoe.cluster.member import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
@@ -41,24 +40,19 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
+from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.cluster.resources import offer_of
-from zmoe.compute.arithmetic import arithmetic_of
-from zmoe.compute.team import common_isa
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing, check_setting, is_int
-from zmoe.errors import (
-    InputError,
-    LaunchError,
-    MismatchError,
-    PeerError,
-    ZmoeError,
-)
-from zmoe.models import LoadedShard
-from zmoe.moe.exchange import Endpoint
-from zmoe.moe.sockets import Context
-from zmoe.planner.given import Offer
+from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.exchange.local import Endpoint
+from zmoe.exchange.sockets import Context
+from zmoe.kernels.arithmetic import arithmetic_of
+from zmoe.kernels.threads import common_isa
+from zmoe.loading import LoadedShard
+from zmoe.placement.estimate import Offer
+from zmoe.placement.types import ModelInfo
 from zmoe.topology.cores import divide_cores
-from zmoe.types import ModelInfo
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
 OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order

@@ -20,7 +20,7 @@ import msgpack
 from zmoe.cluster.hosts import check_address
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
 
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
 MAX_REPORT_BYTES = 64 << 10  # from a worker
@@ -128,8 +128,8 @@ class Setup:
 class Hello:
     """Worker to leader: what I am and have, and where my data sockets listen.
 
-    `compute` to `arithmetic` are those of zmoe.compute.arithmetic.Arithmetic,
-    `machine` to `speed` those of zmoe.planner.given.Offer.
+    `compute` to `arithmetic` are those of zmoe.kernels.arithmetic.Arithmetic,
+    `machine` to `speed` those of zmoe.placement.estimate.Offer.
     """
 
     fingerprint: Word
@@ -152,7 +152,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Place:
-    """Leader to worker: who owns what; the fields are those of zmoe.types.Placement."""
+    """Leader to worker: who owns what; the fields are those of zmoe.placement.types.Placement."""
 
     experts: Whole
     owned: list[list[list[Whole]]]

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zmoe.compute.team import is_native
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
+from zmoe.kernels.threads import is_native
 from zmoe.placement.build import place_evenly, place_slices
 from zmoe.placement.check import check_placement
+from zmoe.placement.choose import Choice, Chooser
+from zmoe.placement.estimate import Offer
 from zmoe.placement.file import read_placement
+from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import read_usage
-from zmoe.planner.choice import Choice, Chooser
-from zmoe.planner.given import Offer
-from zmoe.types import ModelInfo, Placement
 
 WAYS = ("auto", "experts", "replicas", "slices")
 OnChoice = Callable[[Choice], None]

@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from zmoe.compute.team import Team, is_native
 from zmoe.config import EngineConfig
-from zmoe.planner.given import Offer
+from zmoe.kernels.threads import Team, is_native
+from zmoe.placement.estimate import Offer
 from zmoe.topology.cgroups import memory_limit
 from zmoe.topology.cores import team_cores
 

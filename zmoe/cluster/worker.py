@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import zmq
 
 from zmoe import __version__
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
-from zmoe.cluster.member import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.messages import (
     AskMemory,
     Failed,
@@ -31,13 +31,13 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
+from zmoe.cluster.node import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import offer_of
-from zmoe.compute.arithmetic import arithmetic_of
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.models import inspect_model
-from zmoe.models.hub import resolve_model
-from zmoe.moe.exchange import Endpoint
+from zmoe.exchange.local import Endpoint
+from zmoe.kernels.arithmetic import arithmetic_of
+from zmoe.loading import inspect_model
 
 IDLE_SLICE_S = 1.0
 # After a step the next one is near: a core that sleeps meanwhile takes long to wake.

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
+from zmoe.exchange.base import Reducer
 from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import Experts, MlxExperts, combine
-from zmoe.moe.ownership import Ownership
-from zmoe.moe.router import Floats, Ints, LocalPairs, no_experts, routing_digest
 from zmoe.obs import Spans
-from zmoe.types import Reducer
+from zmoe.placement.assignment import Ownership
+from zmoe.placement.pairs import Floats, Ints, LocalPairs, no_experts, routing_digest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from zmoe.moe.router import Floats, Ints, LocalPairs
+from zmoe.placement.pairs import Floats, Ints, LocalPairs
 
 Switch = Any  # SwitchGLU, SwitchMLP, or a subclass
 

@@ -1,7 +1,16 @@
 """Who owns which experts: pure functions, and the files that steer them.
 
-spread     experts dealt out to nodes, as plain numbers
-build      the same as a Placement, for every layer of a model
-file       a placement as a JSON file
-usage      how often each expert was chosen, as a JSON file
+types       a placement, and the model that is placed
+spread      experts dealt out to nodes, as plain numbers
+build       the same as a Placement, for every layer of a model
+check       whether a placement is one of a model
+file        a placement as a JSON file
+usage       how often each expert was chosen, as a JSON file
+candidates  ways to spread experts over nodes, as the performance model sees them
+predict     predictions over numbers of nodes
+estimate    what the nodes of a run offer, as the performance model takes it
+choose      the placement of a run: asked for, or the fastest by prediction
+advice      what would make a model fit
+assignment  which owner computes an expert in a step
+pairs       a step's tokens and the experts that they chose, sorted by expert
 """

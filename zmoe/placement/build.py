@@ -15,7 +15,7 @@ from math import gcd
 from zmoe.errors import PlacementError
 from zmoe.placement.check import NOT_SLICED
 from zmoe.placement.spread import over_layers, proportional, runs, spread_replicas
-from zmoe.types import ModelInfo, Placement
+from zmoe.placement.types import ModelInfo, Placement
 
 
 def place_evenly(info: ModelInfo, nodes: int) -> Placement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zmoe.errors import PlacementError
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
 
 MOST_SPEED = 1 << 20
 

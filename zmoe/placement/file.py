@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zmoe.errors import PlacementError
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
 
 MOST_NODES = 64
 _REQUIRED = ("experts", "nodes", "owned")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zmoe.errors import InputError
-from zmoe.types import ModelInfo
+from zmoe.placement.types import ModelInfo
 
 VERSION = 1
 _FIELDS = {"zmoe_usage", "fingerprint", "counts"}

@@ -18,13 +18,13 @@ import pytest
 from zmoe.calibration import products, steps, weights
 from zmoe.calibration.products import core_sharings, line_of_experts
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
-from zmoe.compute.team import Team
+from zmoe.kernels.threads import Team
 from zmoe.native import ffi
-from zmoe.planner.hardware import Machine
-from zmoe.planner.links import Link
-from zmoe.planner.measured import ProductRate
-from zmoe.planner.plan import Setup, Workload, predict
-from zmoe.planner.shape import BF16, F32, MXFP4, affine
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
+from zmoe.perf.measured import ProductRate
+from zmoe.perf.shape import BF16, F32, MXFP4, affine
+from zmoe.placement.predict import Setup, Workload, predict
 from zmoe.topology.cores import usable_cores
 
 PLANNED = {"f32": F32, "bf16": BF16, "mxfp4": MXFP4, "affine-4-g64": affine(4)}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zmoe.cli import node, plan, prestack, run
+from zmoe.cli import node, prestack, run
+from zmoe.cli.plan import command as plan
 
 COMMANDS = {"run": run, "node": node, "plan": plan, "prestack": prestack}
 LEADER = ("--leader", "127.0.0.1:9")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from zmoe.cluster import messages
 from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
 from zmoe.config import PROTOCOL_VERSION
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
 
 HELLO = messages.Hello(
     fingerprint="ab",

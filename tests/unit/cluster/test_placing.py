@@ -8,9 +8,9 @@ from tests.unit.placement.conftest import described
 from zmoe.cluster.placing import PlacementRequest, Placing
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError
-from zmoe.planner.choice import Choice
-from zmoe.planner.given import Offer
-from zmoe.planner.memory import PROGRAM_BYTES
+from zmoe.perf.memory import PROGRAM_BYTES
+from zmoe.placement.choose import Choice
+from zmoe.placement.estimate import Offer
 
 MODEL = described(dense_bytes=400 << 20)
 EXPERTS = 16 * 4 * MODEL.expert_bytes

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import Sampling
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer
 from zmoe.errors import InputError, ModelError
-from zmoe.models.hub import resolve_model
 from zmoe.obs import Spans
 
 

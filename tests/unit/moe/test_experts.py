@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from tests.ranks import owning
 from zmoe.moe.experts import MlxExperts, combine, expert_outputs, gathered, grouped
-from zmoe.moe.router import LocalPairs
+from zmoe.placement.pairs import LocalPairs
 
 EXPERTS, DIM, HIDDEN = 5, 64, 128
 EPSILON = {mx.float32: 2**-24, mx.float16: 2**-11, mx.bfloat16: 2**-8}  # unit roundoff

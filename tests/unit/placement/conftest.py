@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zmoe.types import ModelInfo
+from zmoe.placement.types import ModelInfo
 
 
 def described(

@@ -8,15 +8,9 @@ from hypothesis import strategies as st
 
 from tests.unit.placement.conftest import described
 from zmoe.errors import PlacementError
-from zmoe.placement.build import (
-    held,
-    place_by_speed,
-    place_evenly,
-    place_replicas,
-    place_slices,
-)
+from zmoe.placement.build import held, place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.check import check_placement
-from zmoe.types import ModelInfo, Placement
+from zmoe.placement.types import ModelInfo, Placement
 
 SPEEDS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from zmoe.errors import PlacementError
 from zmoe.placement.check import check_placement
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
 
 ONE = ((0, 1), (2,))
 

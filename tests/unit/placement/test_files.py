@@ -12,14 +12,8 @@ import pytest
 from tests.unit.placement.conftest import described
 from zmoe.errors import InputError, PlacementError
 from zmoe.placement.file import read_placement
-from zmoe.placement.usage import (
-    Usage,
-    UsageRecorder,
-    add_usage,
-    check_usage_file,
-    read_usage,
-)
-from zmoe.types import Placement
+from zmoe.placement.types import Placement
+from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file, read_usage
 
 GOOD = {"experts": 3, "nodes": 2, "owned": [[1, 0], [2]]}
 

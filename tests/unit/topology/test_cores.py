@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zmoe.compute.team import Team
 from zmoe.errors import InputError
+from zmoe.kernels.threads import Team
 from zmoe.native import lib
 from zmoe.topology import cores
 from zmoe.topology.cores import (

@@ -1,0 +1,254 @@
+/* One exchange of ours after the other: publish, collect. */
+#include "common/platform.h"
+
+#include "exchange_internal.h"
+
+#include <assert.h>
+
+#include "payload.h"
+
+/* ---- whose slots are held --------------------------------------------------- */
+
+void zmoe_slot_drop(zmoe_slot **slot) {
+  if (*slot != NULL)
+    zmoe_slot_release(*slot);
+  *slot = NULL;
+}
+
+static void hold_from(zmoe_exchange *ex, uint64_t index) {
+  for (; ex->held < index; ex->held++) {
+    zmoe_round *round = zmoe_round_at(ex, ex->held);
+    zmoe_slot_drop(&round->partial);
+    zmoe_slot_drop(&round->sum);
+  }
+}
+
+void zmoe_rounds_clear(zmoe_exchange *ex) {
+  hold_from(ex, ex->published);
+  zmoe_central_release(ex);
+  ex->published = ex->collected = ex->held = 0;
+}
+
+zmoe_held zmoe_round_whole(const zmoe_round *round) {
+  if (round->partial == NULL)
+    return (zmoe_held){.slot = NULL};
+  return (zmoe_held){round->partial, round->header,
+                     (uint8_t *)zmoe_slot_payload(round->partial) - ZMOE_HEADER_BYTES};
+}
+
+/* ---- publish ---------------------------------------------------------------- */
+
+/* A first part needs all before it collected; a further one belongs to the exchange
+ * before, of which at most one part may be open. */
+int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
+  uint64_t open = ex->published - ex->collected;
+  if (ex->published == 0)
+    return header->part == 0;
+  const zmoe_header *last = &zmoe_round_at(ex, ex->published - 1)->header;
+  if (header->part == 0)
+    return open == 0 && zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(last)) > 0;
+  return open < ZMOE_WINDOW && header->step == last->step && header->layer == last->layer &&
+         header->part == last->part + 1;
+}
+
+/* What a peer may still ask for; see exchange.c. */
+static uint64_t first_wanted(zmoe_exchange *ex) {
+  if (ex->collected == 0)
+    return 0;
+  const zmoe_header *last = &zmoe_round_at(ex, ex->collected - 1)->header;
+  return ex->collected - (last->part > 0 ? ZMOE_WINDOW : 1);
+}
+
+static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
+  if (round->header.chunks > 0)
+    return zmoe_scatter_send(ex, round);
+  zmoe_held held = zmoe_round_whole(round);
+  zmoe_held_encode(ex, &held);
+  return zmoe_links_send(ex, ex->xpub, &held);
+}
+
+zmoe_round *zmoe_round_begin(zmoe_exchange *ex, const zmoe_round *made) {
+  hold_from(ex, first_wanted(ex));
+  zmoe_round *round = zmoe_round_at(ex, ex->published++);
+  *round = *made;
+  round->missing = ex->everyone;
+  round->missing_sums = made->header.chunks > 0 ? ex->everyone : 0;
+  round->sent_at_us = zmoe_now_us();
+  zmoe_resend_begin(ex, round);
+  return round;
+}
+
+static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
+  if (zmoe_is_open(ex))
+    zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
+  const zmoe_round *round = zmoe_round_begin(ex, made);
+  int error = send_round(ex, round);
+  if (error != 0)
+    ex->zmq_errno = error;
+  zmoe_intake_promote(ex);
+  zmoe_fault_set(ex, 0, fault);
+  return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
+}
+
+static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zmoe_fault *fault) {
+  zmoe_slot_drop(&made->partial);
+  zmoe_slot_drop(&made->sum);
+  zmoe_fault_publish(ex, rc, lost, fault);
+  return rc;
+}
+
+int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
+  uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
+  if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX ||
+      call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
+    return ZMOE_EINVAL;
+  *out = (zmoe_header){
+      .kind = ZMOE_KIND_PARTIAL,
+      .dtype = (uint8_t)call->wire_dtype,
+      .source = (uint16_t)ex->rank,
+      .session = ex->session,
+      .epoch = ex->epoch,
+      .step = call->step,
+      .layer = call->layer,
+      .rows = call->rows,
+      .width = call->width,
+      .payload_bytes = (uint32_t)bytes,
+      .part = (uint8_t)call->part,
+      .chunks = (uint8_t)(call->algorithm == ZMOE_SCATTER ? ex->nodes : 0),
+      .digest = call->digest,
+  };
+  return ZMOE_OK;
+}
+
+/* The header of an exchange that begins with being published. */
+static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+  int rc = zmoe_round_header(ex, call, out);
+  if (rc == ZMOE_OK && (ex->role != ZMOE_PEER || !zmoe_round_may_begin(ex, out)))
+    rc = ZMOE_EINVAL;
+  return rc;
+}
+
+static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
+  const zmoe_header *header = &made->header;
+  if (header->chunks == 0)
+    return zmoe_wait_slot(ex, header->payload_bytes, deadline_us, &made->partial, lost);
+  zmoe_range own =
+      zmoe_chunk((zmoe_dtype)header->dtype, header->rows, header->width, header->chunks, ex->rank);
+  size_t bytes = zmoe_scatter_slot_bytes(header->payload_bytes, header->chunks);
+  int rc = zmoe_wait_slot(ex, bytes, deadline_us, &made->partial, lost);
+  return rc == ZMOE_OK ? zmoe_wait_slot(ex, own.bytes, deadline_us, &made->sum, lost) : rc;
+}
+
+static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype) {
+  const zmoe_header *header = &made->header;
+  if (zmoe_dtype_bytes(src_dtype) == 0)
+    return ZMOE_EINVAL;
+  if (header->chunks > 0)
+    return zmoe_scatter_encode(ex, made, src, src_dtype);
+  if (src == NULL)
+    return ZMOE_OK;
+  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
+  zmoe_range all = zmoe_chunk(dtype, header->rows, header->width, 1, 0);
+  return zmoe_reduce_range(zmoe_slot_payload(made->partial), dtype, &src, 1, src_dtype,
+                           header->width, &all, ex->isa);
+}
+
+int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
+                      uint64_t deadline_us, uint64_t *lost) {
+  if (src == NULL)
+    made->header.payload_bytes = 0;
+  int rc = acquire(ex, deadline_us, made, lost);
+  return rc == ZMOE_OK ? encode(ex, made, src, src_dtype) : rc;
+}
+
+int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
+                          zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault) {
+  uint64_t lost = 0;
+  if (ex->role != ZMOE_PEER) {
+    int status = zmoe_central_publish(ex, call, src, src_dtype, deadline_us, &lost);
+    zmoe_fault_publish(ex, status, lost, fault);
+    return status;
+  }
+  zmoe_round made = {.partial = NULL};
+  int rc = make_header(ex, call, &made.header);
+  if (rc == ZMOE_OK)
+    rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, &lost);
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
+}
+
+int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
+                       zmoe_slot **out) {
+  *out = NULL;
+  if (zmoe_is_forked(ex))
+    return ZMOE_EFORK;
+  if (payload_bytes > ex->max_payload_bytes)
+    return ZMOE_EINVAL;
+  return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
+}
+
+int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
+                               zmoe_fault *fault) {
+  zmoe_round made = {.partial = slot};
+  int rc = make_header(ex, call, &made.header);
+  if (rc == ZMOE_OK &&
+      (made.header.chunks > 0 || made.header.payload_bytes > zmoe_slot_capacity(slot)))
+    rc = ZMOE_EINVAL;
+  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, 0, fault);
+}
+
+/* ---- collect ---------------------------------------------------------------- */
+
+static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype) {
+  const zmoe_round *round = zmoe_round_at(ex, index);
+  const zmoe_header *ours = &round->header;
+  const void *parts[ZMOE_MAX_NODES];
+  for (uint32_t r = 0; r < ex->nodes; r++)
+    parts[r] = zmoe_frame_body(&ex->peers[r].partials[index % ZMOE_WINDOW]);
+  parts[ex->rank] = ours->payload_bytes > 0 ? zmoe_slot_payload(round->partial) : NULL;
+  zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
+  zmoe_range all = zmoe_chunk(dtype, ours->rows, ours->width, 1, 0);
+  return zmoe_reduce_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
+}
+
+/* Of chunks, nobody can lack one any more: whoever did could not have added up its
+ * part of the sum.  The leader's own partial was for nobody. */
+void zmoe_round_end(zmoe_exchange *ex) {
+  uint64_t index = ex->collected++;
+  for (uint32_t r = 0; r < ex->nodes; r++) {
+    zmoe_frame_drop(&ex->peers[r].partials[index % ZMOE_WINDOW]);
+    zmoe_frame_drop(&ex->peers[r].sums[index % ZMOE_WINDOW]);
+  }
+  zmoe_round *round = zmoe_round_at(ex, index);
+  if (round->header.chunks > 0 || ex->role == ZMOE_LEADER)
+    zmoe_slot_drop(&round->partial);
+  if (ex->role == ZMOE_LEADER)
+    zmoe_central_release(ex);
+  ex->stats.exchanges++;
+}
+
+int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
+                          zmoe_fault *fault) {
+  uint64_t lost = 0, index = ex->collected;
+  int is_ours = zmoe_is_open(ex) && ex->role != ZMOE_WORKER &&
+                zmoe_round_at(ex, index)->partial != NULL; /* as always but to a leader */
+  int rc = ZMOE_EINVAL;
+  if (zmoe_is_forked(ex))
+    rc = ZMOE_EFORK;
+  else if (is_ours && zmoe_dtype_bytes(out_dtype) != 0)
+    rc = zmoe_wait_for_all(ex, deadline_us, &lost);
+  if (rc != ZMOE_OK) {
+    zmoe_fault_set(ex, lost, fault);
+    return rc;
+  }
+  if (ex->role == ZMOE_LEADER)
+    rc = zmoe_central_sum(ex, out, out_dtype);
+  else if (zmoe_round_at(ex, index)->header.chunks > 0)
+    rc = zmoe_scatter_gather(ex, index, out, out_dtype);
+  else
+    rc = add_whole(ex, index, out, out_dtype);
+  assert(rc == ZMOE_OK);
+  zmoe_round_end(ex);
+  return rc;
+}

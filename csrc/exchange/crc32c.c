@@ -1,0 +1,125 @@
+/* CRC-32C: what finds a payload that was damaged on its way.
+ *
+ * x86-64 and Arm have an instruction for 8 bytes of it.  Each needs the result of the
+ * one before, which takes three cycles, but one may begin in every cycle: so long data
+ * goes through in three streams, and their results are put together by tables that say
+ * what as many zero bytes as a stream has would make of a CRC.  AVX2 stands for SSE4.2
+ * here, and Arm's dotprod for its crc: whichever CPU has the one has the other. */
+#include "common/platform.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "common/reduce_variants.h"
+#include "zmoe.h"
+
+enum { STREAM_BYTES = 512, TABLES = 8 };
+
+static const uint32_t POLYNOMIAL = 0x82f63b78; /* reflected */
+
+/* tables[k][b]: byte b and then k zero bytes; skips[k][b]: byte k of a CRC, which is b,
+ * and then STREAM_BYTES zero bytes. */
+static uint32_t tables[TABLES][256], skips[4][256];
+static pthread_once_t filled = PTHREAD_ONCE_INIT;
+
+static void fill_tables(void) {
+  for (uint32_t b = 0; b < 256; b++) {
+    uint32_t crc = b;
+    for (int bit = 0; bit < 8; bit++)
+      crc = crc & 1 ? crc >> 1 ^ POLYNOMIAL : crc >> 1;
+    tables[0][b] = crc;
+  }
+  for (int k = 1; k < TABLES; k++)
+    for (uint32_t b = 0; b < 256; b++)
+      tables[k][b] = tables[0][tables[k - 1][b] & 0xff] ^ tables[k - 1][b] >> 8;
+  for (int k = 0; k < 4; k++)
+    for (uint32_t b = 0; b < 256; b++) {
+      uint32_t crc = b << 8 * k;
+      for (int i = 0; i < STREAM_BYTES; i++)
+        crc = tables[0][crc & 0xff] ^ crc >> 8;
+      skips[k][b] = crc;
+    }
+}
+
+static uint64_t word_at(const uint8_t *at) {
+  uint64_t word;
+  memcpy(&word, at, sizeof word);
+  return word;
+}
+
+/* Eight bytes at a time: the first k of them are followed by 7 - k more. */
+static uint32_t by_tables(uint32_t crc, const uint8_t *at, size_t bytes) {
+  pthread_once(&filled, fill_tables);
+  for (; bytes >= TABLES; bytes -= TABLES, at += TABLES) {
+    uint64_t word = word_at(at) ^ crc;
+    crc = 0;
+    for (int k = 0; k < TABLES; k++)
+      crc ^= tables[TABLES - 1 - k][word >> 8 * k & 0xff];
+  }
+  for (; bytes > 0; bytes--, at++)
+    crc = tables[0][(crc ^ *at) & 0xff] ^ crc >> 8;
+  return crc;
+}
+
+/* In assembly, since compilers differ in what they call these instructions, and in
+ * which features must be asked for. */
+#if defined(ZMOE_X86)
+#define HAS_INSTRUCTION
+
+static inline uint32_t take_8(uint32_t crc, uint64_t word) {
+  __asm__("crc32q %1, %q0" : "+r"(crc) : "rm"(word));
+  return crc;
+}
+
+static inline uint32_t take_1(uint32_t crc, uint8_t byte) {
+  __asm__("crc32b %1, %0" : "+r"(crc) : "rm"(byte));
+  return crc;
+}
+#elif defined(ZMOE_ARM64)
+#define HAS_INSTRUCTION
+
+static inline uint32_t take_8(uint32_t crc, uint64_t word) {
+  __asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(crc) : "r"(word));
+  return crc;
+}
+
+static inline uint32_t take_1(uint32_t crc, uint8_t byte) {
+  __asm__(".arch_extension crc\n\tcrc32cb %w0, %w0, %w1" : "+r"(crc) : "r"((uint32_t)byte));
+  return crc;
+}
+#endif
+
+#ifdef HAS_INSTRUCTION
+static inline uint32_t skip_stream(uint32_t crc) {
+  return skips[0][crc & 0xff] ^ skips[1][crc >> 8 & 0xff] ^ skips[2][crc >> 16 & 0xff] ^
+         skips[3][crc >> 24];
+}
+
+static uint32_t by_instruction(uint32_t crc, const uint8_t *at, size_t bytes) {
+  if (bytes >= 3 * STREAM_BYTES)
+    pthread_once(&filled, fill_tables);
+  for (; bytes >= 3 * STREAM_BYTES; bytes -= 3 * STREAM_BYTES, at += 3 * STREAM_BYTES) {
+    uint32_t second = 0, third = 0;
+    for (size_t i = 0; i < STREAM_BYTES; i += 8) {
+      crc = take_8(crc, word_at(at + i));
+      second = take_8(second, word_at(at + STREAM_BYTES + i));
+      third = take_8(third, word_at(at + 2 * STREAM_BYTES + i));
+    }
+    crc = skip_stream(skip_stream(crc) ^ second) ^ third;
+  }
+  for (; bytes >= 8; bytes -= 8, at += 8)
+    crc = take_8(crc, word_at(at));
+  for (; bytes > 0; bytes--, at++)
+    crc = take_1(crc, *at);
+  return crc;
+}
+#endif
+
+uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa) {
+#ifdef HAS_INSTRUCTION
+  if (isa != ZMOE_ISA_GENERIC && isa != ZMOE_ISA_NEON)
+    return ~by_instruction(~UINT32_C(0), data, bytes);
+#endif
+  (void)isa;
+  return ~by_tables(~UINT32_C(0), data, bytes);
+}

@@ -1,0 +1,163 @@
+"""Whole layers on the kernels against the same model layer by layer in MLX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from tests.families import EXPERTS, FAMILIES, build
+from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
+from zmoe.config import EngineConfig
+from zmoe.engine.engine import Engine
+from zmoe.families.decoders import LAYERS, ROUTERS
+from zmoe.families.sites import model_classes
+from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
+from zmoe.kernels.threads import Team
+from zmoe.loading import inspect_model, load_shard
+from zmoe.loading.load import LoadedShard
+from zmoe.obs import Spans
+from zmoe.placement.types import Placement
+
+FUSED = ["dbrx", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
+
+
+def load(folder: Path, reducer: Any, fuse: bool, threads: int = 1) -> LoadedShard:
+    info = inspect_model(folder)
+    placement = round_robin(reducer.nodes, EXPERTS, len(info.moe_layers))
+    team = Team(threads)
+    return load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=fuse)
+
+
+def logits(shard: LoadedShard, reducer: Any) -> list[np.ndarray]:
+    engine = Engine(shard.model, reducer, EngineConfig(), shard.head)
+    rows = [engine.forward(step, tokens) for step, tokens in enumerate(STEPS)]
+    return [np.array(row.astype(mx.float32)) for row in rows]
+
+
+def alone() -> ThreadReducer:
+    return ThreadReducer(0, Meeting(1))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
+    folder = build(family, tmp_path)
+    reducer = alone()
+    plain = logits(load(folder, reducer, fuse=False), reducer)
+    shard = load(folder, reducer, fuse=True)
+    assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    for got, want in zip(logits(shard, reducer), plain):
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
+    """Token by token, filled in one step or in several, and with further rows after it turned."""
+    folder, size = build(family, tmp_path), 12
+    model, _ = load_model(folder, get_model_classes=model_classes)
+    shard = load(folder, alone(), fuse=True)
+    assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    for lengths in ([7, 1, 1, 1, 1, 1, 1, 1], [*[1] * 30, 3, 1, 1], [30, 1, 1, 5, 12, *[1] * 20]):
+        cache = make_prompt_cache(model, size)
+        engine = Engine(shard.model, alone(), EngineConfig(max_kv_size=size), shard.head)
+        for step, rows in enumerate(lengths):
+            tokens = [(3 * step + 5 * row + 1) % 96 for row in range(rows)]
+            want = np.array(model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32))
+            got = np.array(engine.forward(step, tokens).astype(mx.float32))
+            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max(), (lengths, step)
+
+
+def test_the_tables_name_families_that_the_tests_have() -> None:
+    assert {name.partition(".")[0] for name in LAYERS} == set(FUSED) <= FAMILIES.keys()
+    assert {name.partition(".")[0] for name in ROUTERS} < set(FUSED)
+
+
+def test_layers_of_other_families_stay_with_mlx(tmp_path: Path) -> None:
+    shard = load(build("deepseek_v3", tmp_path), alone(), fuse=True)
+    assert not any(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "dbrx"])
+def test_ranks_agree_to_the_bit_and_with_one_node(family: str, tmp_path: Path) -> None:
+    folder = build(family, tmp_path)
+    reducer = alone()
+    want = logits(load(folder, reducer, fuse=True), reducer)
+
+    def work(reducer: ThreadReducer) -> list[np.ndarray]:
+        return logits(load(folder, reducer, fuse=True, threads=1 + reducer.rank), reducer)
+
+    results = on_ranks(3, work)
+    for rows in results:
+        for got, first, single in zip(rows, results[0], want):
+            assert (got == first).all()
+            assert np.abs(got - single).max() <= 1e-5 * np.abs(single).max()
+
+
+def test_a_dense_layer_and_an_unknown_router_are_mlx_within_a_fused_layer(tmp_path: Path) -> None:
+    shard = load(build("glm4_moe", tmp_path), alone(), fuse=True)
+    kinds = [type(layer._feed_forward) for layer in shard.model.layers]
+    assert set(kinds) == {MlxFeedForward}
+    shard = load(build("mixtral", tmp_path / "m"), alone(), fuse=True)
+    assert {type(layer._feed_forward) for layer in shard.model.layers} == {NativeMoE}
+
+
+@pytest.mark.parametrize("quantize", [None, ("affine", 4, 32), ("mxfp4", 4, 32)], ids=str)
+def test_what_the_file_has_as_the_kernels_want_it_is_mapped(
+    quantize: tuple[str, int, int] | None, tmp_path: Path
+) -> None:
+    folder = build("qwen3_moe", tmp_path, quantize=quantize)
+    before = mx.get_active_memory()
+    shard = load(folder, alone(), fuse=True)
+    kinds = (MappedLinear, MappedQuantizedLinear)
+    attention = shard.model.layers[0].layer.self_attn
+    assert isinstance(attention.q_proj, kinds)
+    assert shard.bytes_read == shard.share_bytes
+    kept = mx.get_active_memory() - before
+    assert kept < shard.share_bytes / 4  # of the weights MLX holds the embedding alone
+    model, _ = load_model(folder)
+    want = model.layers[0].self_attn.q_proj.weight
+    assert mx.array_equal(attention.q_proj.weight, want)  # a copy for whoever asks
+
+
+def test_experts_apart_in_the_file_are_stacked_once(tmp_path: Path) -> None:
+    folder = build("qwen3_moe", tmp_path, layout="hf")
+    reducer = alone()
+    shard = load(folder, reducer, fuse=True)
+    want = np.array(load_model(folder)[0](mx.array([STEPS[0]])))[0, -1]
+    assert np.abs(logits(shard, reducer)[0] - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_a_node_without_experts_of_a_layer(tmp_path: Path) -> None:
+    folder = build("mixtral", tmp_path)
+    info = inspect_model(folder)
+    placement = Placement(2, EXPERTS, (((), tuple(range(EXPERTS))),) * len(info.moe_layers))
+    want = np.array(load_model(folder)[0](mx.array([STEPS[0]])))[0, -1]
+
+    def work(reducer: ThreadReducer) -> list[np.ndarray]:
+        team = Team()
+        shard = load_shard(info, placement, reducer, spans=Spans(), team=team)
+        return logits(shard, reducer)
+
+    for rows in on_ranks(2, work):
+        assert np.abs(rows[0] - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_the_cache_grows_past_its_first_size(tmp_path: Path) -> None:
+    folder = build("mixtral", tmp_path)
+    reducer = alone()
+    tokens = [(7 * i) % 60 for i in range(300)]
+    rows = []
+    for fuse in (False, True):
+        shard = load(folder, reducer, fuse=fuse)
+        engine = Engine(shard.model, reducer, EngineConfig(), shard.head)
+        for start in range(0, 300, 50):
+            row = engine.forward(start, tokens[start : start + 50])
+        rows.append(np.array(row))
+    assert np.abs(rows[0] - rows[1]).max() <= 1e-5 * np.abs(rows[0]).max()

@@ -1,0 +1,1 @@
+"""Reading a checkpoint: config, headers, byte ranges of tensors, prestacked manifests."""

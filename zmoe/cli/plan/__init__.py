@@ -1,0 +1,1 @@
+"""zmoe-plan: the command, what it advises and reports, and its table of models."""

@@ -1,0 +1,157 @@
+"""What zmoe-plan shows: the JSON object, the table, the plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from zmoe import __version__
+from zmoe.errors import InputError
+from zmoe.perf.hardware import GIB, MACHINES
+from zmoe.placement.advice import best, caveats, conclusions, purchases, what_to_buy
+from zmoe.placement.predict import Prediction, Setup
+
+TERMS = ("load", "compute", "latency", "transfer", "overhead")
+
+
+def report_of(
+    setup: Setup, predictions: Sequence[Prediction], target: float | None
+) -> dict[str, Any]:
+    """The object that `--json` prints: every parameter with its source, and a row a node count."""
+    said = conclusions(predictions)
+    bought: list[dict[str, Any]] | None = None
+    if target is not None:
+        found = purchases(setup, target, MACHINES)
+        bought = [asdict(purchase) for purchase in found]
+        said += what_to_buy(setup, target, found)
+    shape, fastest = setup.shape, best(predictions)
+    environment = {
+        "zmoe": __version__,
+        "model": {
+            **asdict(shape),
+            "parameters": shape.parameters,
+            "active_parameters": shape.active_parameters,
+        },
+        "hardware": [asdict(machine) for machine in setup.machines],
+        "link": asdict(setup.link) if setup.link is not None else None,
+        "workload": asdict(setup.workload),
+        "schedule": setup.schedule,
+        "policy": setup.policy,
+        "placement": setup.placement,
+        "wire_bytes": setup.wire_bytes,
+        "one_machine": setup.one_machine,
+        "best_nodes": fastest.nodes if fastest else None,
+        "target_tokens_per_second": target,
+        "purchases": bought,
+        "conclusions": said + caveats(setup, predictions),
+    }
+    return {"environment": environment, "results": [p.row() for p in predictions]}
+
+
+def show(setup: Setup, predictions: Sequence[Prediction], said: Sequence[str]) -> None:
+    """The table, and what follows from it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=_title(setup), box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    unit, bytes_per_unit = ("GiB", GIB) if _most_memory(predictions) >= GIB else ("MiB", 1 << 20)
+    for name in ("nodes", "tok/s", *TERMS, "comm.", "TTFT", unit, "kUSD"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.caption = (
+        f"load to overhead: milliseconds per decode step; TTFT: milliseconds from a prompt of "
+        f"{setup.workload.prompt} tokens to the first token; {unit}: of the fullest node"
+    )
+    for prediction in predictions:
+        table.add_row(*_cells(prediction, bytes_per_unit))
+    console = Console()
+    console.print(table)
+    for sentence in said:
+        console.print(sentence, highlight=False)
+
+
+def _title(setup: Setup) -> str:
+    shape = setup.shape
+    machines = ", ".join(machine.name for machine in setup.machines)
+    bits = f"{shape.expert_format.bits_per_weight:g} bits"
+    over = f" over {setup.link.name}" if setup.link is not None else ""
+    return f"{shape.name}, {bits}, on {machines}{over}"
+
+
+def _most_memory(predictions: Sequence[Prediction]) -> int:
+    return max(max(prediction.memory) for prediction in predictions)
+
+
+def _cells(prediction: Prediction, bytes_per_unit: int) -> list[str]:
+    price = prediction.price_usd
+    memory = f"{max(prediction.memory) / bytes_per_unit:.1f}"
+    money = "?" if price is None else f"{price / 1000:.1f}"
+    if not prediction.fits:
+        return [str(prediction.nodes), "no fit", *["-"] * (len(TERMS) + 2), memory, money]
+    time = prediction.decode
+    return [
+        str(prediction.nodes),
+        _short(prediction.tokens_per_second),
+        *(f"{1e3 * getattr(time, term):.1f}" for term in TERMS),
+        f"{time.communication_share:.0%}",
+        _short(1e3 * prediction.prefill.total),
+        memory,
+        money,
+    ]
+
+
+def _short(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def plotter(path: Path) -> Callable[[Sequence[Prediction]], None]:
+    """A function that draws predictions into `path`. Raises InputError when drawing is impossible.
+
+    Where no prediction fits there is nothing to draw: then it writes no file, and says so
+    on standard error.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {path}: expected a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise InputError(f"--plot {path}: no such folder {path.parent}")
+    try:
+        figures = import_module("matplotlib.figure")
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'zmoe[plot]'") from None
+
+    def plot(predictions: Sequence[Prediction]) -> None:
+        fitting = [p for p in predictions if p.fits]
+        if fitting:
+            _draw(figures.Figure(figsize=(9, 4)), fitting, path)
+        else:
+            print(f"--plot {path}: nothing fits, so nothing is drawn", file=sys.stderr)
+
+    return plot
+
+
+def _draw(figure: Any, fitting: Sequence[Prediction], path: Path) -> None:
+    """Milliseconds per decode step by cause, and tokens/s, over the numbers of nodes."""
+    names = [str(p.nodes) for p in fitting]
+    times, speeds = figure.subplots(1, 2)
+    below = [0.0] * len(fitting)
+    for term in TERMS:
+        heights = [1e3 * getattr(p.decode, term) for p in fitting]
+        times.bar(names, heights, bottom=below, label=term)
+        below = [b + h for b, h in zip(below, heights)]
+    times.set(xlabel="nodes", ylabel="milliseconds a step")
+    times.set_ylim(0, 1.35 * max(below))  # room for the legend
+    times.legend(ncols=3, loc="upper center", fontsize="small")
+    speeds.plot(names, [p.tokens_per_second for p in fitting], marker="o")
+    speeds.set(xlabel="nodes", ylabel="tokens/s")
+    speeds.set_ylim(0, 1.1 * max(p.tokens_per_second for p in fitting))
+    figure.suptitle(_title(fitting[0].setup))
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"--plot {path}: cannot be written: {error.strerror}") from None

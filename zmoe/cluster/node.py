@@ -1,0 +1,309 @@
+"""What every node does alike, leader or worker: exchange, share, steps."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import mlx.core as mx
+
+from zmoe.cluster.hosts import is_loopback
+from zmoe.cluster.messages import Hello
+from zmoe.cluster.placing import check
+from zmoe.config import EngineConfig, Timing
+from zmoe.engine.engine import Engine
+from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
+from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
+from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
+from zmoe.kernels.arithmetic import Arithmetic
+from zmoe.kernels.threads import Team, best_isa_name, check_isa, is_native, make_team
+from zmoe.loading import LoadedShard, load_experts, load_shard
+from zmoe.obs import Recorder, Spans
+from zmoe.placement.estimate import Offer
+from zmoe.placement.types import ModelInfo, Placement
+
+
+class Member:
+    """One node of a run, from its sockets to forward passes. A run may have a single node."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        rank: int,
+        nodes: int,
+        session: int,
+        config: EngineConfig,
+        timing: Timing,
+    ) -> None:
+        if config.wire_dtype == "f16" and info.dtype != "float16":
+            raise SettingError(
+                "wire_dtype",
+                f"is f16: {info.path} computes in {info.dtype}, whose range f16 lacks "
+                "(65504 is its largest): expected bf16, f32 or q8",
+            )
+        self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
+        self.placement: Placement | None = None
+        self.recorder: Recorder | None = None
+        self.spans = Spans()
+        self.exchange: Exchange | None = None
+        self._config, self._timing = config, timing
+        self._engine: Engine | None = None
+        self._held: Sequence[Held] | None = None
+        self._connected = False
+        self._affinity: set[int] | None = None
+        self._isa = best_isa_name()
+        self._team: Team | None = None
+
+    def pin(self, cores: Sequence[int]) -> None:
+        """Keep this process on `cores` until close()."""
+        self._affinity = os.sched_getaffinity(0)
+        _set_affinity(cores)
+
+    def use_isa(self, isa: str) -> None:
+        """Use these instructions in the kernels, as every node of the run does.
+
+        Raises InputError for what this CPU does not have.
+        """
+        self._isa = check_isa(isa)
+
+    def place(self, placement: Placement) -> None:
+        """Take the part that `placement` gives this rank. Raises PlacementError."""
+        if placement.nodes != self.nodes:
+            raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
+        check(placement, self.info)
+        self.placement = placement
+        if isinstance(self.exchange, CentralExchange):
+            self.exchange.place(placement)
+
+    def open_exchange(self, host: str) -> Endpoint:
+        """Bind the data sockets on `host`; where they listen."""
+        info, chunk = self.info, self._config.prefill_chunk
+        wire_dtype, width = self._config.wire_dtype, info.exchange_width
+        row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
+        make: Callable[..., Exchange] = Exchange
+        if self._is_central:
+            # Rows go out as the experts see them, in float32 at worst, with their pairs.
+            row_bytes = width * 4 + info.top_k * PAIR_BYTES
+            pairs = chunk * info.top_k  # and as many rows, where each pair has its own
+            make = partial(CentralExchange, max_rows=pairs, max_pairs=pairs)
+        self.exchange = make(
+            self.rank,
+            self.nodes,
+            session=self.session,
+            bind_host=host,
+            max_payload_bytes=row_bytes * chunk,
+            small_payload_bytes=row_bytes,
+            deadline_s=self._timing.peer,
+            grace_s=self._timing.grace,
+            spans=self.spans,
+            wire_dtype=wire_dtype,
+        )
+        return self.exchange.endpoint
+
+    @property
+    def _is_central(self) -> bool:
+        return self._config.schedule == "centralized"
+
+    def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
+        """Link up with every peer, calling `tick` now and then; measure what the links do."""
+        assert self.exchange is not None
+        self.exchange.connect(endpoints, self._timing.join, tick)
+        self.exchange.calibrate()
+        self._connected = True
+
+    def service(self) -> None:
+        """Between exchanges: serve peers, watch their links; PeerError when one is lost."""
+        if self.exchange is not None and self._connected:
+            self.exchange.service()
+
+    def load_follower(self, progress: Callable[[int, int], None]) -> float:
+        """A worker's `load`, which is of its experts only in a centralised run; the seconds."""
+        if not self._is_central:
+            return self.load(progress)[1]
+        start = time.perf_counter()
+        self._prepare()
+        assert self.exchange is not None and self.placement is not None
+        held = load_experts(
+            self.info,
+            self.placement,
+            self.exchange,
+            progress=progress,
+            team=self._team,
+            policy=self._config.policy,
+        )
+        self._held = held.layers
+        return time.perf_counter() - start
+
+    def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
+        """Read this rank's share of the placement; the shard and the seconds it took."""
+        assert self.placement is not None
+        start = time.perf_counter()
+        self._prepare()
+        reducer = self.exchange or SingleNode()
+        shard = load_shard(
+            self.info,
+            self.placement,
+            reducer,
+            spans=self.spans,
+            progress=progress,
+            team=self._team,
+            policy=self._config.policy,
+            recorder=self.recorder,
+        )
+        self._engine = Engine(shard.model, reducer, self._config, shard.head)
+        return shard, time.perf_counter() - start
+
+    def _prepare(self) -> None:
+        """What computes, before anything is loaded for it."""
+        if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
+            mx.disable_compile()  # there MLX compiles its fused operations with g++
+        if mx.metal.is_available():  # or idle weights are paged out, and in again when used
+            mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
+        if is_native(self._config):
+            self._team = make_team(self._config, self._isa)
+        elif self._config.activations != "exact":
+            raise SettingError(
+                "activations", "is int8: expected exact, as MLX computes on this node"
+            )
+
+    def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
+        """A worker's part of one step: the same without logits, or its experts only.
+
+        Raises ZmoeError for more tokens than fit a step.
+        """
+        if not 1 <= len(tokens) <= self._config.prefill_chunk:
+            most = self._config.prefill_chunk
+            raise ZmoeError(f"a step of {len(tokens)} tokens: expected 1 to {most}")
+        if self._held is None:
+            self.forward(step, tokens, reset, logits=False)
+            return
+        assert isinstance(self.exchange, CentralExchange)
+        self.exchange.step = step
+        serve_step(self.exchange, self._held, self.spans)
+
+    def forward(
+        self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
+    ) -> mx.array:
+        """Run one step; logits (vocabulary,), which mean nothing unless wanted.
+
+        Raises ZmoeError for what is no token: MLX would read beyond the embedding.
+        """
+        assert self._engine is not None
+        vocabulary = self.info.vocabulary
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ZmoeError(f"a step with a token outside of 0 to {vocabulary - 1}")
+        if reset:
+            self._engine.reset()
+        team = self._team
+        before = team.products_s if team is not None else 0.0
+        out = self._engine.forward(step, tokens, logits)
+        if team is not None:
+            self.spans.seconds["products"] += team.products_s - before
+        return out
+
+    def close(self) -> None:
+        """Leave the run: let go of sockets, threads and the model, whoever has this object."""
+        if self.exchange is not None:
+            self.exchange.close()
+        self._engine = self._held = None
+        if self._team is not None:
+            self._team.close()
+            self._team = None
+        if self._affinity is not None:
+            _set_affinity(self._affinity)
+            self._affinity = None
+        mx.clear_cache()  # MLX would keep the weights' memory for later use
+
+
+def _set_affinity(cores: Iterable[int]) -> None:
+    """For all threads of this process: those that MLX started would keep theirs."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cores)
+
+
+def peak_memory() -> int:
+    """This process's peak resident memory in bytes, MLX's peak where that is not resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = peak if sys.platform == "darwin" else peak * 1024
+    return max(resident, mx.get_peak_memory())
+
+
+def hello_of(info: ModelInfo, arithmetic: Arithmetic, offer: Offer, endpoint: Endpoint) -> Hello:
+    """What a node tells of itself."""
+    return Hello(
+        fingerprint=info.fingerprint,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        isa=best_isa_name(),
+        compute=arithmetic.compute,
+        device=arithmetic.device,
+        mlx=arithmetic.mlx,
+        mlx_lm=arithmetic.mlx_lm,
+        arithmetic=arithmetic.probe,
+        machine=offer.machine,
+        memory=offer.memory,
+        memory_limit=offer.limit,
+        speed=offer.speed,
+        host=endpoint.host,
+        data_port=endpoint.data_port,
+        control_port=endpoint.control_port,
+    )
+
+
+def hello_patience(model: str, timing: Timing) -> float:
+    """Seconds for all nodes to say hello: they may first have to download what is no folder."""
+    return timing.join if os.path.isabs(model) else timing.load
+
+
+def offer_in(hello: Hello) -> Offer:
+    """What the node that says `hello` brings."""
+    return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
+
+
+def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
+    """Raise MismatchError, naming both sides, for the first thing that differs."""
+    for field, what in (
+        ("dtype", "dtype"),
+        ("quantization", "quantisation"),
+        ("fingerprint", "another model: fingerprint"),
+    ):
+        ours, other = getattr(mine, field), getattr(theirs, field)
+        if ours != other:
+            raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
+    if schedule == "decentralized":
+        _check_rounding(mine, theirs, name)
+    if is_loopback(theirs.host) and not is_loopback(mine.host):
+        raise MismatchError(
+            f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
+            "start that zmoe-node with --bind ADDRESS"
+        )
+
+
+def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
+    """Nodes that each route for themselves must round alike, or part in mid-text.
+
+    Instruction sets may differ: the kernels round alike on the best that all have.
+    Two CPUs are compared by what they compute, since MLX is the same code on both.
+    """
+    both_cpus = mine.device.startswith("cpu") and theirs.device.startswith("cpu")
+    device = [] if both_cpus else [("device", "computes on")]
+    for field, what in (
+        *device,
+        ("compute", "multiplies matrices with --compute"),
+        ("mlx", "runs mlx"),
+        ("mlx_lm", "runs mlx-lm"),
+        ("arithmetic", f"rounds otherwise on {theirs.device}: digest"),
+    ):
+        ours, other = getattr(mine, field), getattr(theirs, field)
+        if ours != other:
+            raise MismatchError(
+                f"{name} {what} {other}, the leader {ours}: nodes that round differently "
+                "cannot share a run, unless with --schedule centralized"
+            )

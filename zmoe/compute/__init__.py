@@ -1,1 +1,0 @@
-"""A CPU node's large products, done by the C kernels of csrc/kernels instead of MLX."""

@@ -1,0 +1,1 @@
+"""The all-reduce of one layer's partial sums among all nodes."""

@@ -1,0 +1,275 @@
+"""The all-reduce among all ranks, from MLX array to MLX array (or numpy).
+
+The work is done in C (csrc/exchange/exchange.c), under deadlines and in parts by rounds.py.
+Here: the sockets' life, and the persistent buffers that results land in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from zmoe.errors import InputError, LaunchError
+from zmoe.exchange.algorithm import Choice
+from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.buffers import DTYPES, ReceiveBuffers, wire_of
+from zmoe.exchange.collective import Rounds, Source
+from zmoe.exchange.native import NativeExchange, Receive
+from zmoe.exchange.sockets import Context, Endpoint, Sockets
+from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
+from zmoe.obs import Spans
+
+RESEND_MS = 50  # a frame this late is asked for again
+SPIN_US = 100  # how long to look for a peer's frame before sleeping
+_NUMPY_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16}
+
+
+class Exchange(Rounds):
+    """All-reduce among `nodes` ranks that move in lock-step; one thread at a time.
+
+    Listens as soon as it is made (`endpoint` says where); `connect` joins the
+    others. `session` (64 bits) keeps runs apart: what others send is counted
+    and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
+    link may take to come back. `wire_dtype` is how partials travel ("f32",
+    "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
+    `algorithm` "direct" or "scatter", `parts` other than 0 fix what `calibrate`
+    otherwise finds out. `max_rows` are CentralExchange's. Without `payload_checksum` a
+    payload that was damaged on its way is not noticed. All ranks give the same.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        nodes: int,
+        *,
+        session: int,
+        max_payload_bytes: int,
+        small_payload_bytes: int,
+        bind_host: str = "127.0.0.1",
+        data_port: int = 0,
+        control_port: int = 0,
+        deadline_s: float = 30.0,
+        grace_s: float = 1.0,
+        max_rows: int = 0,
+        spin_us: int = SPIN_US,
+        spans: Spans | None = None,
+        wire_dtype: str = "auto",
+        algorithm: str = "auto",
+        parts: int = 0,
+        payload_checksum: bool = True,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
+            raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
+        choice = Choice(nodes, algorithm, parts)
+        super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
+        self.nodes, self.wire = nodes, wire_of(wire_dtype)
+        self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
+        self._max_rows, self._payload_checksum = max_rows, payload_checksum
+        self._small_bytes = min(small_payload_bytes, max_payload_bytes)
+        self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._received = ReceiveBuffers(max_payload_bytes, self.wire)
+        self._own_context = context is None
+        self._context = Context() if context is None else context
+        frame_bytes = HEADER_BYTES + max_payload_bytes
+        self._sockets = Sockets(self._context, rank, nodes, session, frame_bytes)
+        try:
+            self.endpoint = self._sockets.bind(bind_host, data_port, control_port)
+        except InputError:
+            self.close()
+            raise
+
+    # ---- joining ---------------------------------------------------------------
+
+    def connect(
+        self,
+        endpoints: Sequence[Endpoint],
+        deadline_s: float,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Join the ranks at `endpoints` (one a rank, own included).
+
+        Returns once all of them have subscribed to us and our links to them
+        stand; else raises LaunchError naming the ranks that are missing. `tick`
+        is called every 0.1 s at least, and may raise to give up.
+        """
+        self.start_connect(endpoints)
+        self.finish_connect(endpoints, deadline_s, tick)
+
+    def start_connect(self, endpoints: Sequence[Endpoint]) -> None:
+        """First half of `connect`: returns at once."""
+        if len(endpoints) != self.nodes:
+            raise InputError(f"{len(endpoints)} endpoints for {self.nodes} nodes")
+        self._sockets.connect(endpoints)
+        sockets = self._sockets
+        self._native = NativeExchange(
+            rank=self.rank,
+            nodes=self.nodes,
+            session=self._session,
+            max_payload_bytes=self._max_bytes,
+            small_payload_bytes=self._small_bytes,
+            scatter=self.choice.may_scatter,
+            xpub=sockets.xpub.underlying,
+            sub=sockets.sub.underlying,
+            router=sockets.router.underlying,
+            dealers=[s.underlying if s is not None else 0 for s in sockets.dealers],
+            monitors=[s.underlying if s is not None else 0 for s in sockets.monitors],
+            max_rows=self._max_rows,
+            payload_checksum=self._payload_checksum,
+            spin_us=self._spin_us,
+            resend_ms=RESEND_MS,
+            grace_ms=int(self._grace_s * 1000),
+        )
+
+    def finish_connect(
+        self,
+        endpoints: Sequence[Endpoint],
+        deadline_s: float,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Second half of `connect`: waits for every rank."""
+        poller = zmq.Poller()
+        for socket in self.poll_sockets():
+            poller.register(socket, zmq.POLLIN)
+        until = time.monotonic() + deadline_s
+        everyone = set(range(self.nodes)) - {self.rank}
+        while True:
+            present = set(self.native.subscribers()) & set(self.native.links())
+            if present == everyone:
+                return
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
+            tick()
+            poller.poll(int(min(left_s, 0.1) * 1000) + 1)
+        absent = ", ".join(
+            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
+            for r in sorted(everyone - present)
+        )
+        raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
+
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """What an idle wait must poll too; when one is readable, call `service`.
+
+        While a broken link's grace runs nothing becomes readable: poll with a
+        time-out of at most `grace_s`.
+        """
+        monitors = [socket for socket in self._sockets.monitors if socket is not None]
+        return [self._sockets.router, self._sockets.xpub, *monitors]
+
+    # ---- the all-reduce --------------------------------------------------------
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Any,
+        x_dtype: mx.Dtype,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+    ) -> None:
+        """Nothing: every rank has the rows, and routes them alike."""
+
+    def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """See zmoe.exchange.base.Reducer."""
+        return mx.float32 if self.wire is Dtype.F32 else dtype
+
+    def all_reduce(
+        self,
+        layer: int,
+        partial: Partial[mx.array],
+        shape: tuple[int, int],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> mx.array:
+        """See zmoe.exchange.base.Reducer; float32, float16 and bfloat16."""
+        width, received = shape[1], self._received
+
+        def source(start: int, stop: int) -> Source:
+            part = partial(start, stop) if callable(partial) else partial
+            elements = (stop - start) * width
+            if part is None or elements == 0:
+                return None, Dtype.F32
+            return received.source(part, elements)
+
+        out, own = received.next(dtype), DTYPES[dtype]
+        self._reduce(layer, shape, own, digest, source, out, own, overlap, callable(partial))
+        return received.view(dtype, *shape)
+
+    def all_reduce_host(
+        self,
+        layer: int,
+        partial: Partial[npt.NDArray[np.float32]],
+        out: npt.NDArray[np.float32],
+        dtype: mx.Dtype,
+        digest: int,
+        overlap: Callable[[], None] = nothing,
+    ) -> None:
+        """See zmoe.exchange.base.Reducer."""
+
+        def source(start: int, stop: int) -> Source:
+            return partial(start, stop) if callable(partial) else partial, Dtype.F32
+
+        wire, shape, into = DTYPES[dtype], (out.shape[0], out.shape[1]), Receive(out)
+        in_parts = callable(partial)
+        self._reduce(layer, shape, wire, digest, source, into, Dtype.F32, overlap, in_parts)
+
+    def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
+
+        Counts its own steps: don't mix it with `all_reduce` in one epoch.
+        """
+        dtype = _NUMPY_DTYPES.get(array.dtype)
+        if dtype is None or array.ndim not in (1, 2) or array.size == 0:
+            raise InputError(
+                f"cannot reduce a {array.dtype} array of shape {array.shape}: expected float32 "
+                "or float16, 1-D or 2-D, not empty"
+            )
+        shape = (array.shape[0], array.shape[1]) if array.ndim == 2 else (1, array.shape[0])
+        out = np.empty(array.shape, array.dtype)
+        source: Source = (np.ascontiguousarray(array), dtype)
+        self._reduce(0, shape, dtype, 0, lambda *_: source, Receive(out), dtype)
+        self.step += 1
+        return out
+
+    # ---- between exchanges ------------------------------------------------------
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters: exchanges, frames, bytes, bad frames by kind, resends, links."""
+        return self._native.stats() if self._native is not None else self._final[0]
+
+    @property
+    def pool_stats(self) -> dict[str, int]:
+        """Counters of the slot pool, and how much of it is locked in memory."""
+        return self._native.pool_stats() if self._native is not None else self._final[1]
+
+    def close(self) -> None:
+        """Leave; idempotent, never blocks, drops what is unsent."""
+        if self._native is not None:
+            self._final = (self.stats, self.pool_stats)
+            self._native.close()
+            self._native = None
+        self._sockets.close()
+        if self._own_context:
+            self._context.term()
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

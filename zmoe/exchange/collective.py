@@ -1,0 +1,178 @@
+"""Exchanges on the C side: under a deadline, in parts, with errors that name the peer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.errors import InputError, ZmoeError
+from zmoe.exchange.algorithm import Choice, Line, measure
+from zmoe.exchange.base import nothing
+from zmoe.exchange.faults import error_of
+from zmoe.exchange.native import NativeExchange, Receive
+from zmoe.native import WINDOW, Algorithm, Dtype, Status
+from zmoe.obs import Spans
+
+Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and what its elements are
+
+
+class Rounds:
+    """What an exchange does once it is connected; `native` is set by then.
+
+    `wire`: how all partials travel; None: as each call says. `tick` is called
+    every 0.1 s of a wait for peers, and may raise to give up.
+    """
+
+    def __init__(
+        self, rank: int, max_bytes: int, deadline_s: float, spans: Spans, choice: Choice
+    ) -> None:
+        self.rank, self.step, self.choice = rank, 0, choice
+        self.wire: Dtype | None = None
+        self.tick: Callable[[], None] = nothing
+        self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
+        self._native: NativeExchange | None = None
+        self._cancelled = False
+
+    @property
+    def native(self) -> NativeExchange:
+        """The exchange in C. Raises ZmoeError before `connect` and after `close`."""
+        if self._native is None:
+            raise ZmoeError("the exchange is not connected")
+        return self._native
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start afresh: frames of earlier epochs are stale from now on."""
+        status = self.native.begin_epoch(epoch)
+        if status is Status.INVALID:
+            raise ZmoeError(f"epoch {epoch} is not later than the one before")
+        if status is not Status.OK:
+            self._fail(status, None)
+
+    def cancel(self) -> None:
+        """From any thread: waits for a peer, also those to come, end with a ZmoeError."""
+        self._cancelled = True
+
+    def service(self) -> None:
+        """Answer peers and look at the links, without waiting. Raises PeerError."""
+        status = self.native.service()
+        if status != Status.OK:
+            self._fail(status, None)
+
+    def calibrate(self) -> None:
+        """Measure what the links do, and go by rank 0's figures from now on.
+
+        All ranks call it, before their first step, which is 1 then.
+        """
+        out = np.empty(max(4, self._max_bytes // 4), np.float32)
+        layers = iter(range(1 << 16))
+
+        def run(data: npt.NDArray[np.float32], kind: Algorithm, silent: bool = False) -> None:
+            layer = next(layers)
+            source = (None if silent else data, Dtype.F32)
+            self._publish(layer, 1, data.size, Dtype.F32, 0, source, kind)
+            self._collect(Receive(out), Dtype.F32, layer)
+
+        def exchange_us(size: int, kind: Algorithm) -> float:
+            data = np.ones(size // 4, np.float32)
+            start = time.perf_counter()
+            run(data, kind)
+            return 1e6 * (time.perf_counter() - start)
+
+        lines = measure(exchange_us, self._max_bytes, self.choice.may_scatter)
+        if lines is not None:
+            mine = np.array([[line.start, line.per_byte] for line in lines], np.float32)
+            run(mine.ravel(), Algorithm.DIRECT, silent=self.rank != 0)
+            agreed = out[:4].tolist()
+            self.choice.learn(Line(*agreed[:2]), Line(*agreed[2:]))
+        self.step = 1
+
+    def _reduce(
+        self,
+        layer: int,
+        shape: tuple[int, int],
+        wire: Dtype,
+        digest: int,
+        source: Callable[[int, int], Source],
+        out: Receive,
+        out_dtype: Dtype,
+        overlap: Callable[[], None] = nothing,
+        in_parts: bool = False,
+    ) -> None:
+        """Sum into `out` what `source(start, stop)` gives of those rows.
+
+        `in_parts`: it may be asked for some rows while others are under way.
+        """
+        rows, width = shape
+        wire = wire if self.wire is None else self.wire
+        size = wire.payload_bytes(rows, width)
+        algorithm = self.choice.algorithm(size)
+        bounds = self.choice.bounds(rows, size) if in_parts and rows > 1 else ()
+        if len(bounds) < 2:
+            data = source(0, rows)
+            with self._spans.span("exchange"):
+                self._publish(layer, rows, width, wire, digest, data, algorithm)
+                overlap()
+                self._collect(out, out_dtype, layer)
+            return
+        at = [start * width * out_dtype.itemsize for start, _ in bounds]
+        for part, (start, stop) in enumerate(bounds):
+            data = source(start, stop)
+            with self._spans.span("exchange"):
+                if part >= WINDOW:
+                    self._collect(out, out_dtype, layer, at[part - WINDOW])
+                self._publish(layer, stop - start, width, wire, digest, data, algorithm, part)
+        with self._spans.span("exchange"):
+            overlap()
+            for offset in at[-WINDOW:]:
+                self._collect(out, out_dtype, layer, offset)
+
+    def _publish(
+        self,
+        layer: int,
+        rows: int,
+        width: int,
+        wire: Dtype,
+        digest: int,
+        source: Source,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
+    ) -> None:
+        native, call = self.native, (*source, self.step, layer, rows, width, wire, digest)
+        status = self._again(lambda deadline_s: native.publish(*call, deadline_s, algorithm, part))
+        if status == Status.OK:
+            return
+        if wire.payload_bytes(rows, width) > self._max_bytes:
+            raise InputError(
+                f"a partial output of {rows} x {width} {wire.name} exceeds the exchange's "
+                f"{self._max_bytes} bytes"
+            )
+        if status == Status.INVALID:
+            raise ZmoeError(f"layer {layer}, step {self.step} does not come after the last one")
+        self._fail(status, layer)
+
+    def _collect(self, out: Receive, dtype: Dtype, layer: int, at: int = 0) -> None:
+        self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s, at), layer)
+
+    def _wait(self, call: Callable[[float], int], layer: int) -> None:
+        status = self._again(call)
+        if status != Status.OK:
+            self._fail(status, layer)
+
+    def _again(self, call: Callable[[float], int]) -> int:
+        """Returns to Python now and then (INTERRUPTED), for Ctrl-C, cancel() and `tick`."""
+        status = call(self._deadline_s)
+        if status == Status.INTERRUPTED:
+            until = time.monotonic() + self._deadline_s
+            while status == Status.INTERRUPTED:
+                if self._cancelled:
+                    raise ZmoeError(f"step {self.step} was given up: the exchange is being closed")
+                self.tick()
+                status = call(until - time.monotonic())
+        return status
+
+    def _fail(self, status: int, layer: int | None) -> NoReturn:
+        raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)

@@ -1,0 +1,80 @@
+"""What a worker of the centralised schedule is sent of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.native import Dtype, ffi
+from zmoe.placement.pairs import Floats, LocalPairs
+
+_RECEIVED = ("uint8_t[]", "int32_t[]", "int32_t[]", "float[]")
+_NUMPY: dict[Dtype, Any] = {Dtype.F32: np.float32, Dtype.F16: np.float16, Dtype.BF16: np.uint16}
+
+
+class Received:
+    """The rows and pairs (row, expert, weight) that a worker was sent for one layer.
+
+    Memory for `x_bytes` of rows and `max_pairs` pairs, written again for every
+    layer; `raw` is the zmoe_received that C fills.
+    """
+
+    def __init__(self, x_bytes: int, max_pairs: int) -> None:
+        self._x = np.empty(x_bytes, np.uint8)
+        self._rows, self._experts = (np.empty(max_pairs, np.int32) for _ in range(2))
+        self._weights = np.empty(max_pairs, np.float32)
+        self.raw = ffi.new("zmoe_received *")
+        memory = (self._x, self._rows, self._experts, self._weights)
+        self._keep = [
+            ffi.from_buffer(kind, m, require_writable=True) for kind, m in zip(_RECEIVED, memory)
+        ]
+        self.raw.x, self.raw.pair_rows, self.raw.pair_experts, self.raw.pair_weights = self._keep
+        self.raw.x_bytes, self.raw.max_pairs = x_bytes, max_pairs
+        self._sums: Floats = np.empty(0, np.float32)
+
+    @property
+    def rows(self) -> int:
+        return int(self.raw.rows)
+
+    @property
+    def width(self) -> int:
+        return int(self.raw.width)
+
+    @property
+    def busiest(self) -> int:
+        """How many experts the rank with most of them computes, at most 255."""
+        return int(self.raw.busiest)
+
+    @property
+    def dtype(self) -> Dtype:
+        return Dtype(self.raw.dtype)
+
+    @property
+    def digest(self) -> int:
+        """Of the routing, as the leader has it."""
+        return int(self.raw.digest)
+
+    @property
+    def x(self) -> npt.NDArray[Any]:
+        """The rows (rows * width,), in numpy's equivalent of `dtype` (bf16: uint16)."""
+        kind = _NUMPY[self.dtype]
+        return self._x[: self.rows * self.width * self.dtype.itemsize].view(kind)
+
+    def sums(self) -> Floats:
+        """Memory for their partial sums, (rows * width,), which the layers take in turn."""
+        size = self.rows * self.width
+        if self._sums.size < size:
+            self._sums = np.empty(size, np.float32)
+        return self._sums[:size]
+
+    def pairs(self) -> tuple[LocalPairs, Floats]:
+        """As a routing has them: the pairs, and weights by row and slot."""
+        count = int(self.raw.pairs)
+        rows = self._rows[:count]
+        per_row = np.bincount(rows, minlength=self.rows)
+        slots = np.arange(count) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        weights = np.zeros((self.rows, int(per_row.max(initial=0))), np.float32)
+        weights[rows, slots] = self._weights[:count]
+        return LocalPairs(rows, slots.astype(np.int32), self._experts[:count]), weights

@@ -1,0 +1,262 @@
+"""zmoe_exchange of csrc/zmoe.h as typed Python: thin, one method a function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.exchange.dispatched import Received
+from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
+from zmoe.placement.pairs import Floats, Ints
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an exchange ended early; ranks are ascending."""
+
+    missing: tuple[int, ...]
+    lost: tuple[int, ...]
+    diverged: tuple[int, ...]
+    zmq_errno: int
+    epoch: int
+    step: int
+    layer: int
+    theirs: Header
+
+
+_ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
+
+
+def _ranks(mask: int) -> tuple[int, ...]:
+    return tuple(rank for rank in range(MAX_NODES) if mask >> rank & 1)
+
+
+def _counters(raw: CData) -> dict[str, int]:
+    return {name: int(getattr(raw, name)) for name, _ in ffi.typeof(raw).item.fields}
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, min(int(seconds * 1e6), 2**63))
+
+
+class Receive:
+    """A pinned pointer into a writable buffer that `collect` fills."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.pointer = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
+
+
+class NativeExchange:
+    """zmoe_exchange of csrc/zmoe.h over sockets that the caller owns.
+
+    `xpub`, `sub`, `router`, `dealers`, `monitors` are `socket.underlying`
+    addresses; dealers and monitors are 0 at `rank`. Used by one thread at a
+    time. Raises ValueError for arguments that are out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        nodes: int,
+        session: int,
+        max_payload_bytes: int,
+        small_payload_bytes: int,
+        scatter: bool,
+        xpub: int,
+        sub: int,
+        router: int,
+        dealers: Sequence[int],
+        monitors: Sequence[int],
+        spin_us: int,
+        resend_ms: int,
+        grace_ms: int,
+        max_rows: int = 0,
+        payload_checksum: bool = True,
+    ) -> None:
+        dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
+        monitor_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in monitors])
+        config = ffi.new("zmoe_exchange_config *")
+        config.rank, config.nodes, config.session = rank, nodes, session
+        config.max_payload_bytes = max_payload_bytes
+        config.small_payload_bytes, config.scatter = small_payload_bytes, scatter
+        config.xpub = ffi.cast("void *", xpub)
+        config.sub = ffi.cast("void *", sub)
+        config.router = ffi.cast("void *", router)
+        config.dealers, config.monitors = dealer_array, monitor_array
+        config.spin_us, config.resend_ms, config.grace_ms = spin_us, resend_ms, grace_ms
+        config.dispatch_rows, config.no_payload_checksum = max_rows, not payload_checksum
+        out = ffi.new("zmoe_exchange **")
+        status = Status(lib.zmoe_exchange_create(config, out))
+        if status is not Status.OK:
+            raise ValueError(f"cannot create the exchange: {status.name}")
+        self._exchange: CData | None = out[0]
+        self._call = ffi.new("zmoe_call *")
+        self._fault = ffi.new("zmoe_fault *")
+        self._routed = ffi.new("zmoe_routed *")
+        self._null = ffi.NULL
+
+    def close(self) -> None:
+        """Free it; idempotent. The caller closes the sockets; other calls raise TypeError."""
+        if self._exchange is not None:
+            exchange, self._exchange = self._exchange, None
+            lib.zmoe_exchange_destroy(exchange)
+
+    def subscribers(self) -> tuple[int, ...]:
+        """Ranks that our frames reach."""
+        return _ranks(lib.zmoe_exchange_subscribers(self._exchange))
+
+    def links(self) -> tuple[int, ...]:
+        """Ranks to which our control link stands."""
+        return _ranks(lib.zmoe_exchange_links(self._exchange))
+
+    def begin_epoch(self, epoch: int) -> Status:
+        """Forget the frames held; INVALID unless `epoch` is later than a used one."""
+        return Status(lib.zmoe_exchange_begin_epoch(self._exchange, epoch))
+
+    def publish(
+        self,
+        source: Any | None,
+        source_dtype: Dtype,
+        step: int,
+        layer: int,
+        rows: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        deadline_s: float,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
+    ) -> int:
+        """Send `source` (rows*width elements; None: zeros), encoded in `wire_dtype`."""
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest, algorithm, part)
+        pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
+        return lib.zmoe_exchange_publish(
+            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
+        )
+
+    def _call_of(
+        self,
+        step: int,
+        layer: int,
+        rows: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        algorithm: Algorithm = Algorithm.DIRECT,
+        part: int = 0,
+    ) -> CData:
+        call = self._call
+        call.step, call.layer, call.part = step, layer, part
+        call.rows, call.width = rows, width
+        call.wire_dtype, call.algorithm, call.digest = wire_dtype, algorithm, digest
+        return call
+
+    def dispatch(
+        self,
+        x: Any,
+        x_dtype: Dtype,
+        ids: Ints,
+        weights: Floats,
+        ranks: npt.NDArray[np.uint64],
+        busiest: int,
+        step: int,
+        layer: int,
+        width: int,
+        wire_dtype: Dtype,
+        digest: int,
+        deadline_s: float,
+    ) -> int:
+        """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
+
+        `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
+        `busiest`: how many experts the rank with most of them computes.
+        """
+        routed = self._routed
+        keep = [
+            ffi.from_buffer(kind, data) for kind, data in zip(_ROUTED, (x, ids, weights, ranks))
+        ]
+        routed.x, routed.ids, routed.weights, routed.ranks = keep
+        rows, routed.top_k = ids.shape
+        routed.x_dtype, routed.busiest = x_dtype, busiest
+        call = self._call_of(step, layer, rows, width, wire_dtype, digest)
+        return lib.zmoe_exchange_dispatch(
+            self._exchange, call, routed, _microseconds(deadline_s), self._fault
+        )
+
+    def receive(
+        self, out: Received, step: int, layer: int, width: int, local: Ints, deadline_s: float
+    ) -> int:
+        """Wait for the leader's rows of `width`; `local` numbers this rank's experts, else -1."""
+        numbers = ffi.from_buffer("int32_t[]", local)
+        out.raw.local, out.raw.experts = numbers, len(numbers)
+        out.raw.width = width
+        return lib.zmoe_exchange_receive(
+            self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
+        )
+
+    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
+        """Wait for every peer and write the sum `at` bytes into `out`, which must have room."""
+        pointer = out.pointer + at if at else out.pointer
+        return lib.zmoe_exchange_collect(
+            self._exchange, pointer, out_dtype, _microseconds(deadline_s), self._fault
+        )
+
+    def service(self) -> int:
+        """Answer resend requests and watch the links; never blocks."""
+        return lib.zmoe_exchange_service(self._exchange, self._fault)
+
+    def fault(self) -> Fault:
+        """What the last call that failed had to say."""
+        raw = self._fault
+        return Fault(
+            _ranks(raw.missing),
+            _ranks(raw.lost),
+            _ranks(raw.diverged),
+            int(raw.zmq_errno),
+            int(raw.epoch),
+            int(raw.step),
+            int(raw.layer),
+            header_of(raw.theirs),
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Counters of zmoe_exchange_stats."""
+        raw = ffi.new("zmoe_exchange_stats *")
+        lib.zmoe_exchange_stats_get(self._exchange, raw)
+        return _counters(raw)
+
+    def pool_stats(self) -> dict[str, int]:
+        """Counters of zmoe_pool_stats."""
+        raw = ffi.new("zmoe_pool_stats *")
+        lib.zmoe_exchange_pool_stats(self._exchange, raw)
+        return _counters(raw)
+
+    def time_exchanges(
+        self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
+    ) -> npt.NDArray[np.float64]:
+        """Microseconds of each of `count` exchanges of f32, run and timed in C."""
+        call = self._call_of(0, 0, 1, elements, wire_dtype, 0, algorithm)
+        source = np.ones(elements, np.float32)
+        out, elapsed = np.empty_like(source), np.zeros(count)
+        status = lib.zmoe_bench_exchanges(
+            self._exchange,
+            call,
+            ffi.from_buffer("uint8_t[]", source),
+            ffi.from_buffer("uint8_t[]", out, require_writable=True),
+            Dtype.F32,
+            count,
+            30_000_000,
+            ffi.from_buffer("double[]", elapsed, require_writable=True),
+            self._fault,
+        )
+        if status != Status.OK:
+            raise RuntimeError(f"{Status(status).name} while timing exchanges: {self.fault()}")
+        return elapsed

@@ -1,0 +1,159 @@
+"""The ZeroMQ sockets under an exchange: created, bound and connected here, used in C.
+
+What is for all goes over XPUB and SUB; what is for one rank, such as requests for
+lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
+limits are explicit: what a stranger can make a socket hold is bounded by its
+high-water mark and message size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from zmoe import native
+from zmoe.errors import InputError
+
+_SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
+HEARTBEAT_MS = 500
+HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
+SLOWEST_BYTES_PER_MS = 10_000  # of a link, as in csrc/exchange/resend.c
+_LONGEST_TTL_MS = 65_000  # libzmq has 16 bits for it
+_LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a node listens: XPUB on `data_port`, ROUTER on `control_port`."""
+
+    host: str
+    data_port: int
+    control_port: int
+
+
+def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: int) -> None:
+    """Options common to all: bounds, no linger, quick reconnection."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, send)
+    socket.setsockopt(zmq.RCVHWM, receive)
+    socket.setsockopt(zmq.MAXMSGSIZE, message_bytes)
+    socket.setsockopt(zmq.IPV6, 0)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 20)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+
+
+def heartbeat(socket: zmq.Socket[bytes], queued_bytes: int) -> None:
+    """Let a socket that connects, and its peer, notice each other's death.
+
+    I/O threads send and answer the heartbeats, also while Python computes. An answer
+    waits behind the frames that are under way, `queued_bytes` at most, and only
+    whole messages count as signs of life: so the link may be silent for
+    HEARTBEAT_TIMEOUT_MS and for as long as these bytes take. The peer learns the
+    limit from each heartbeat. It must send none itself: when its high-water mark
+    has stopped a connection that then breaks, the next heartbeat on it would abort
+    the process (libzmq's assertion "!_io_error"). A stranger who ends its flood with a
+    heartbeat of its own can still bring that about, until links are authenticated.
+    """
+    limit_ms = HEARTBEAT_TIMEOUT_MS + queued_bytes // SLOWEST_BYTES_PER_MS
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, limit_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, limit_ms if limit_ms <= _LONGEST_TTL_MS else 0)
+
+
+class Context(zmq.Context["zmq.Socket[bytes]"]):
+    """A context that the garbage collector leaves alone; term() ends it.
+
+    pyzmq's ends itself there, and so waits for ever where its sockets are
+    garbage too, to be closed after it.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
+class Sockets:
+    """All sockets of one rank; `connect` adds those that lead to the peers."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        rank: int,
+        nodes: int,
+        session: int,
+        frame_bytes: int,
+    ) -> None:
+        self._context, self._rank, self._session = context, rank, session
+        self._frame_bytes = frame_bytes
+        self.dealers: list[zmq.Socket[bytes] | None] = []
+        self.monitors: list[zmq.Socket[bytes] | None] = []
+        # Lock-step and the pool's slots bound what is under way. The high-water
+        # marks are far above that, since libzmq learns only now and then what has
+        # been read: a low mark of XPUB drops frames, of a DEALER refuses them, of SUB
+        # costs extra wake-ups.
+        self.xpub = context.socket(zmq.XPUB)
+        _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES)
+        self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
+        self.sub = context.socket(zmq.SUB)
+        _limit(self.sub, 64, 64, frame_bytes)
+        heartbeat(self.sub, nodes * frame_bytes)
+        self.router = context.socket(zmq.ROUTER)
+        _limit(self.router, 8, 128, frame_bytes)  # requests of 2 minutes (csrc/exchange/resend.c)
+        # A peer that reconnects takes over from its own dead connection.
+        self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+
+    def bind(self, host: str, data_port: int, control_port: int) -> Endpoint:
+        """Listen; port 0 picks a free one. Raises InputError naming what is in use."""
+        return Endpoint(
+            host, _bind(self.xpub, host, data_port), _bind(self.router, host, control_port)
+        )
+
+    def connect(self, endpoints: Sequence[Endpoint]) -> None:
+        """Start connecting to every other rank; returns at once."""
+        for rank, peer in enumerate(endpoints):
+            if rank == self._rank:
+                self.dealers.append(None)
+                self.monitors.append(None)
+                continue
+            dealer = self._context.socket(zmq.DEALER)
+            self.dealers.append(dealer)
+            _limit(dealer, 1024, 8, self._frame_bytes)
+            heartbeat(dealer, len(endpoints) * self._frame_bytes)
+            dealer.setsockopt(zmq.ROUTING_ID, native.presence(self._session, self._rank))
+            # Tells the peer's ROUTER of us: until then it drops what it has for us.
+            dealer.setsockopt(zmq.PROBE_ROUTER, 1)
+            dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
+            self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
+            for socket, port in ((self.sub, peer.data_port), (dealer, peer.control_port)):
+                address = f"tcp://{peer.host}:{port}"
+                try:
+                    socket.connect(address)
+                except zmq.ZMQError as problem:
+                    raise InputError(
+                        f"cannot connect to rank {rank} at {address}: {problem.strerror}"
+                    ) from problem
+
+    def close(self) -> None:
+        """Close them all; idempotent, never blocks, drops what is unsent."""
+        for dealer in self.dealers:
+            if dealer is not None and not dealer.closed:
+                dealer.disable_monitor()
+        everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
+        for socket in everything:
+            if socket is not None:
+                socket.close(linger=0)
+
+
+def _bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
+    address = f"{host}:{port}"
+    try:
+        socket.bind(f"tcp://{host}:{port or '*'}")
+    except zmq.ZMQError as problem:
+        if problem.errno == zmq.EADDRINUSE:
+            raise InputError(f"port in use: {address} is taken by another process") from problem
+        raise InputError(f"cannot listen on {address}: {problem.strerror}") from problem
+    bound = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(bound, bytes)
+    return int(bound.rstrip(b"\0").rsplit(b":", 1)[1])

@@ -1,0 +1,147 @@
+"""Attention of the usual kind as one call of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from zmoe.errors import ZmoeError
+from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
+from zmoe.kernels.stream import NativeCache, Rotations
+from zmoe.kernels.threads import Team
+from zmoe.kernels.weights import Matrices
+from zmoe.native import Status, ffi, lib
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+_RMS, _LAYER = 1, 2
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """An attention module taken apart; `projections` are of queries, keys, values,
+    or of all three in one.
+    """
+
+    norm: Any
+    projections: Sequence[Any]
+    output: Any
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Any
+    query_norm: Any = None
+    key_norm: Any = None
+    clip: float = 0.0
+    sinks: mx.array | None = None
+    window: int = 0
+
+
+def fill_norm(raw: CData, norm: Any, keep: list[Any]) -> None:
+    """Describe an RMSNorm or LayerNorm (or None) to C; `keep` holds on to its weights."""
+    if norm is None:
+        return
+    raw.kind = _LAYER if type(norm).__name__ == "LayerNorm" else _RMS
+    raw.eps = norm.eps
+    for part in ("weight", "bias"):
+        if part in norm:
+            values = np.array(norm[part].astype(mx.float32))
+            keep.append(values)
+            raw.width = values.size
+            setattr(raw, part, ffi.from_buffer("float[]", values))
+
+
+def weights_of(modules: Sequence[Any]) -> CData:
+    """The weights of native linear layers side by side: a zmoe_weight[]."""
+    found: list[Matrices] = [module._product.weight for module in modules]
+    array = ffi.new("zmoe_weight[]", len(found))
+    for i, weight in enumerate(found):
+        array[i] = weight.array[0]
+    return array
+
+
+class NativeNorm(Module):
+    """Stands in for the norm after the last layer: of `dtype`, from float32."""
+
+    def __init__(self, norm: Module, team: Team, dtype: mx.Dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.norm = norm
+        self._team, self._dtype = team, dtype
+        self._keep: list[Any] = []
+        self._raw = ffi.new("zmoe_norm *")
+        fill_norm(self._raw, norm, self._keep)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32:
+            plain: mx.array = self.norm(x).astype(self._dtype)
+            return plain
+        out = empty((x.size // self._raw.width, self._raw.width), self._dtype)
+        status = lib.zmoe_norm_rows(
+            self._team.handle,
+            self._raw,
+            ffi.cast("float *", pointer(x)),
+            out.shape[0],
+            writable(out),
+            DTYPES[self._dtype],
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"a norm failed: {Status(status).name}")
+        return as_array(out, self._dtype, tuple(x.shape))
+
+
+class NativeAttention:
+    """h += attention(norm(h)), for layers whose linear parts are native already."""
+
+    def __init__(
+        self, parts: AttentionParts, rotations: Rotations, team: Team, dtype: mx.Dtype
+    ) -> None:
+        self._team, self._rotations, self._dtype = team, rotations, dtype
+        self._shape = (parts.kv_heads, parts.head_dim)
+        self._projections = weights_of(parts.projections)
+        self._output = weights_of([parts.output])
+        self._keep: list[Any] = [parts.projections, parts.output]
+        raw = ffi.new("zmoe_attention *")
+        fill_norm(raw.input, parts.norm, self._keep)
+        fill_norm(raw.query_norm, parts.query_norm, self._keep)
+        fill_norm(raw.key_norm, parts.key_norm, self._keep)
+        raw.projections, raw.n_projections = self._projections, len(parts.projections)
+        raw.output = self._output
+        raw.heads, raw.kv_heads, raw.head_dim = parts.heads, parts.kv_heads, parts.head_dim
+        raw.scale, raw.clip, raw.window = parts.scale, parts.clip, parts.window
+        raw.rope_dims, raw.rope_traditional = rotations.dims, rotations.traditional
+        if parts.sinks is not None:
+            sinks = np.array(parts.sinks.astype(mx.float32))
+            self._keep.append(sinks)
+            raw.sinks = ffi.from_buffer("float[]", sinks)
+        raw.dtype = int(DTYPES[dtype])
+        self._raw, self._window = raw, parts.window
+
+    def make_cache(self, max_size: int | None) -> NativeCache:
+        """An empty cache of this layer, a window of `max_size` keys if that is given."""
+        self._raw.window = self._window if max_size is None else max_size
+        return NativeCache(*self._shape, self._dtype, max_size)
+
+    def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:
+        """Of h (rows, width) f32, in place; appends the rows to the cache."""
+        cosines, sines = self._rotations.tables(cache.offset, rows)
+        if cache.grow(rows):
+            self._team.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
+        status = lib.zmoe_attention_step(
+            self._team.handle,
+            self._raw,
+            cache.raw,
+            cosines,
+            sines,
+            rows,
+            h,
+            self._team.precision,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"attention failed: {Status(status).name}")

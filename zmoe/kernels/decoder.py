@@ -1,0 +1,271 @@
+"""A whole decoder layer without MLX: attention, router, own experts, exchange.
+
+The plain way, layer by layer in MLX with native products, stays beside it and
+is what the tests compare it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from zmoe.errors import ZmoeError
+from zmoe.kernels.arrays import DTYPES, as_array, empty, writable
+from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
+from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.stream import NativeCache, Stream
+from zmoe.kernels.threads import Team
+from zmoe.moe.adapter import Adapter, Block, Routing
+from zmoe.moe.block import Layer
+from zmoe.native import Status, ffi, lib
+from zmoe.placement.pairs import Floats, Ints
+
+SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """A block's router taken apart: a native linear layer, and how k are chosen."""
+
+    gate: Any
+    kind: int
+    top_k: int
+    normalize: bool = False
+
+
+class NativeMoE:
+    """h += experts(router(norm(h))), summed over the nodes."""
+
+    def __init__(
+        self,
+        norm: Any,
+        router: RouterParts,
+        block: Block,
+        adapter: Adapter,
+        experts: NativeExperts,
+        layer: Layer,
+        team: Team,
+        buffers: BufferPool,
+    ) -> None:
+        self._block, self._adapter, self._layer = block, adapter, layer
+        self._experts, self._team, self._dtype = experts, team, buffers.dtype
+        self._top_k = router.top_k
+        self._keep: list[Any] = [router.gate, weights_of([router.gate])]
+        raw = ffi.new("zmoe_router *")
+        fill_norm(raw.input, norm, self._keep)
+        raw.gate = self._keep[1]
+        raw.kind, raw.top_k = router.kind, router.top_k
+        raw.normalize, raw.scale = router.normalize, 1.0
+        self._raw = raw
+        team.reserve(lib.zmoe_route_scratch(raw))
+        self._buffers = buffers
+
+    def __call__(self, h: Any, memory: Any, rows: int) -> None:
+        """Of h (rows, width) f32 in place, as C and as numpy see it."""
+        layer, at = self._layer, self._buffers.of(rows, memory.shape[1], self._top_k)
+        status = lib.zmoe_route(
+            self._team.handle,
+            self._raw,
+            h,
+            rows,
+            at.x_pointer,
+            DTYPES[self._dtype],
+            at.ids_pointer,
+            at.weights_pointer,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"routing failed: {Status(status).name}")
+        self._find_pairs(at, rows)
+        layer.reducer.dispatch(
+            layer.ordinal,
+            at.x[:rows],
+            self._dtype,
+            at.ids,
+            at.weights,
+            layer.dtype,
+            int(at.pairs.digest),
+        )
+        shared: list[mx.array] = []
+        layer.reducer.all_reduce_host(
+            layer.ordinal,
+            lambda start, stop: self._partial(at, start, stop),
+            at.routed,
+            layer.dtype,
+            int(at.pairs.digest),
+            lambda: self._compute_shared(at, shared),
+        )
+        memory += at.routed
+        for part in shared:
+            memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
+
+    def _find_pairs(self, at: Buffers, rows: int) -> None:
+        """What this node has to compute of the routing, and what it runs besides."""
+        own = self._layer.ownership
+        own.assign(at.ids)
+        lib.zmoe_own_pairs(
+            at.ids_pointer,
+            at.weights_pointer,
+            rows,
+            self._top_k,
+            own.local_pointer,
+            own.experts,
+            own.ranks_pointer,
+            own.rank,
+            at.sorted_pointer,
+            at.pairs,
+        )
+        at.pad(own.padding(at.ids, at.experts[: at.pairs.count]))
+
+    def _partial(self, at: Buffers, start: int, stop: int) -> Floats | None:
+        """The own experts' part of the rows [start, stop); None where they have none."""
+        part = at.between(start, stop)
+        if part.pairs.count:
+            with self._layer.spans.span("experts"):
+                self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
+        return part.out[: stop - start] if part.assigned else None
+
+    def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
+        if not self._adapter.has_shared:
+            return
+        x = as_array(at.x[:-1], self._dtype, (1, len(at.ids), at.x.shape[1]))
+        shape = (1, *at.ids.shape)
+        routing = Routing(x, mx.array(at.ids).reshape(shape), mx.array(at.weights).reshape(shape))
+        part = self._adapter.shared(self._block, x, routing)
+        if part is not None:
+            shared.append(part)
+            mx.eval(part)
+
+
+class Part(NamedTuple):
+    """Some rows of a routing as the experts take them: x, pairs and their sums.
+
+    `rows` and `out` have one more at the end where padding is run; `assigned`:
+    whether there is any other pair.
+    """
+
+    x: Any
+    rows: int
+    pairs: Any
+    out: Floats
+    assigned: bool
+
+
+class Buffers:
+    """What a layer's routing and sums of `rows` rows go into.
+
+    One row of x more, of zeros, and one of the partial sum are for up to
+    `padding` experts that are run on no row of the routing.
+    """
+
+    def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
+        self.rows = rows
+        self.x = empty((rows + 1, width), dtype)
+        self.x[rows] = 0
+        self.ids = np.empty((rows, top_k), np.int32)
+        self.weights = np.empty((rows, top_k), np.float32)
+        self.partial = np.empty((rows + 1, width), np.float32)
+        self.routed = np.empty((rows, width), np.float32)
+        self.x_pointer = writable(self.x)
+        self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
+        self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
+        count = rows * top_k + padding
+        self._pair_rows, self._some_rows = np.empty(count, np.int32), np.empty(count, np.int32)
+        self.experts, order = np.empty(count, np.int32), np.empty(count, np.int32)
+        self._pair_weights = np.empty(count, np.float32)
+        self.sorted_pointer = ffi.from_buffer("int32_t[]", order)
+        self.pairs, self._some_pairs = ffi.new("zmoe_pairs *"), ffi.new("zmoe_pairs *")
+        self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows)
+        self.pairs.experts = ffi.from_buffer("int32_t[]", self.experts)
+        self.pairs.weights = ffi.from_buffer("float[]", self._pair_weights)
+        self._some_pairs.rows = ffi.from_buffer("int32_t[]", self._some_rows)
+        self._padded = 0
+
+    def pad(self, experts: Ints) -> None:
+        """Add pairs of the row of zeros with each of `experts`."""
+        self._padded = len(experts)
+        if len(experts):
+            new = slice(self.pairs.count, self.pairs.count + len(experts))
+            self._pair_rows[new], self.experts[new] = self.rows, experts
+            self._pair_weights[new] = 0
+            self.pairs.count = new.stop
+
+    def between(self, start: int, stop: int) -> Part:
+        """The rows [start, stop), which count from 0 then; the last have the padding."""
+        padded = self._padded if stop == self.rows else 0
+        rows = stop - start + (padded > 0)
+        if stop - start == self.rows:
+            count = self.pairs.count
+            return Part(self.x_pointer, rows, self.pairs, self.partial[:rows], count > padded)
+        some, of = self._some_pairs, self._pair_rows[: self.pairs.count]
+        begin, end = (int(edge) for edge in np.searchsorted(of, (start, start + rows)))
+        np.subtract(of[begin:end], start, out=self._some_rows[: end - begin])
+        some.experts, some.weights = self.pairs.experts + begin, self.pairs.weights + begin
+        some.count = end - begin
+        x = self.x_pointer + start * (len(self.x_pointer) // len(self.x))
+        return Part(x, rows, some, self.partial[start : start + rows], end - begin > padded)
+
+
+class BufferPool:
+    """Buffers that the layers of a model take in turn: those of one row, and of the last other.
+
+    `padding`: the most experts that any layer runs on no row.
+    """
+
+    def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
+        self.dtype, self._padding = dtype, padding
+        self._known: dict[tuple[int, int, int], Buffers] = {}
+
+    def of(self, rows: int, width: int, top_k: int) -> Buffers:
+        """The buffers for `rows` rows."""
+        key = (rows, width, top_k)
+        found = self._known.get(key)
+        if found is None:
+            self._known = {k: kept for k, kept in self._known.items() if k[0] == 1}
+            found = self._known[key] = Buffers(rows, width, top_k, self._padding, self.dtype)
+        return found
+
+
+class NativeLayer(Module):
+    """Stands in for a decoder layer; `feed_forward` changes h in place."""
+
+    def __init__(
+        self,
+        layer: Module,
+        attention: NativeAttention,
+        feed_forward: Callable[[Any, Any, int], None],
+        stream: Stream,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        self._attention, self._feed_forward, self._stream = attention, feed_forward, stream
+
+    def make_cache(self, max_size: int | None) -> NativeCache:
+        """An empty cache of this layer, a window of `max_size` keys if that is given."""
+        return self._attention.make_cache(max_size)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
+        """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
+        assert cache is not None
+        array, h, memory = self._stream.take(x)
+        rows = memory.shape[0]
+        self._attention(h, rows, cache)
+        self._feed_forward(h, memory, rows)
+        return array
+
+
+class MlxFeedForward:
+    """h += module(norm(h)) by MLX: for dense layers, and for routers of another kind."""
+
+    def __init__(self, norm: Module, module: Module, dtype: mx.Dtype) -> None:
+        self._norm, self._module, self._dtype = norm, module, dtype
+
+    def __call__(self, h: Any, memory: Any, rows: int) -> None:
+        """Of h (rows, width) f32 in place, as C and as numpy see it."""
+        x = self._norm(mx.array(memory)[None]).astype(self._dtype)
+        y = self._module(x).astype(mx.float32)
+        memory += np.asarray(y).reshape(memory.shape)

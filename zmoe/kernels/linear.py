@@ -1,0 +1,207 @@
+"""Linear layers whose products the kernels compute.
+
+A layer of MLX becomes one of ours by a change of its class: it keeps its
+parameters, whose memory the kernels read, and its place in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
+
+from zmoe.errors import ZmoeError
+from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
+from zmoe.kernels.threads import Team
+from zmoe.kernels.weights import PARTS, Matrices, Quantization, Stored, matrices
+from zmoe.native import Status, ffi, lib
+
+
+class Product:
+    """y = x W^T + bias for one weight, from MLX array to MLX array."""
+
+    def __init__(self, team: Team, weight: Matrices) -> None:
+        self.weight, self._team = weight, team
+        self._weights = ffi.new("zmoe_weight *[]", [weight[0]])
+        self._strides = ffi.new("size_t[]", [weight.outs])
+        self._outs = ffi.new("void *[]", 1)
+        team.reserve(lib.zmoe_linear_scratch(weight.ins))
+
+    def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Of x (..., ins): (..., outs), of `dtype`, or of what MLX promotes to; evaluates x."""
+        if x.dtype not in DTYPES:
+            x = x.astype(mx.float32)
+        rows = x.size // self.weight.ins
+        if dtype is None:
+            dtype = mx.result_type(x.dtype, *self.weight.dtypes)
+        out = empty((rows, self.weight.outs), dtype)
+        self._outs[0] = writable(out)
+        status = lib.zmoe_linear(
+            self._team.handle,
+            self._weights,
+            1,
+            pointer(x),
+            DTYPES[x.dtype],
+            rows,
+            self._outs,
+            self._strides,
+            DTYPES[dtype],
+            self._team.precision,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"a product failed: {Status(status).name}")
+        return as_array(out, dtype, (*x.shape[:-1], self.weight.outs))
+
+
+@dataclass
+class Head:
+    """The model's last product, which only the leader needs, and of the last row alone.
+
+    Unless `wanted`, logits are zeros that were never computed.
+    """
+
+    dtype: mx.Dtype  # what x is rounded to
+    wanted: bool = True
+
+
+class _HeadProduct(Product):
+    """Of x (..., rows, ins) the last row's product in float32: (..., 1, outs)."""
+
+    def __init__(self, team: Team, weight: Matrices, head: Head) -> None:
+        super().__init__(team, weight)
+        self._head = head
+
+    def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        if not self._head.wanted:
+            return mx.zeros((*x.shape[:-2], 1, self.weight.outs))
+        if x.shape[-2] > 1:
+            x = x[..., -1:, :]
+        return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
+
+
+class _Native:
+    """What our layers have in common; `_product` lies in their instance's dict."""
+
+    _product: Product
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._product(x)
+
+
+class _Mapped(_Native):
+    """A layer whose weight is in a mapped file; few models ever ask for the array."""
+
+    def __getattr__(self, key: str) -> Any:
+        stored = self._product.weight.parts.get(key)
+        return super().__getattr__(key) if stored is None else stored.as_array()  # type: ignore[misc]
+
+
+class NativeLinear(_Native, Linear):
+    """nn.Linear on the kernels."""
+
+
+class NativeQuantizedLinear(_Native, QuantizedLinear):
+    """nn.QuantizedLinear on the kernels."""
+
+
+class MappedLinear(_Mapped, Linear):
+    """nn.Linear on the kernels, its weight in a file."""
+
+
+class MappedQuantizedLinear(_Mapped, QuantizedLinear):
+    """nn.QuantizedLinear on the kernels, its weight in a file."""
+
+
+class _Embedding:
+    """Rows by token, and the product of all of them as lm_head."""
+
+    _product: Product
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self._product.weight
+        ids = np.asarray(x).reshape(-1)
+        rows = np.empty((ids.size, weight.ins), np.float32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < weight.outs:
+            raise ZmoeError(f"no embedding for one of the tokens {ids.tolist()}")
+        # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16, as in MLX.
+        dtype = (*weight.dtypes, mx.bfloat16)[0]
+        for row, token in zip(rows, ids.tolist()):
+            lib.zmoe_weight_decode(weight.array, token, ffi.from_buffer("float[]", row))
+        return mx.array(rows.reshape(*x.shape, -1)).astype(dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._product(x)
+
+
+class NativeEmbedding(_Embedding, Embedding):
+    """nn.Embedding on the kernels."""
+
+
+class NativeQuantizedEmbedding(_Embedding, QuantizedEmbedding):
+    """nn.QuantizedEmbedding on the kernels."""
+
+
+# Only these very classes: a subclass may compute something else.
+_OURS: dict[type[Module], type[Module]] = {
+    Linear: NativeLinear,
+    QuantizedLinear: NativeQuantizedLinear,
+    Embedding: NativeEmbedding,
+    QuantizedEmbedding: NativeQuantizedEmbedding,
+}
+_MAPPED: dict[type[Module], type[Module]] = {
+    Linear: MappedLinear,
+    QuantizedLinear: MappedQuantizedLinear,
+}
+_EMBEDDINGS = (NativeEmbedding, NativeQuantizedEmbedding)
+Parts = dict[str, Stored]
+
+
+def may_be_mapped(module: Module) -> bool:
+    """Whether make_native takes this linear layer's weight from a file."""
+    return type(module) in _MAPPED
+
+
+def quantization_of(layer: Any) -> Quantization | None:
+    """The format of a layer's weight; None for floats."""
+    if not hasattr(layer, "mode"):
+        return None
+    return Quantization(layer.mode, layer.bits, layer.group_size)
+
+
+def take_parts(layer: Module, mapped: Parts | None) -> Parts:
+    """The parameters of a linear or switch layer that C needs.
+
+    Those that are `mapped` are taken out of the layer, which held no more than
+    placeholders for them.
+    """
+    parts = dict(mapped or {})
+    for part in parts:
+        layer.pop(part, None)
+    for part in PARTS:
+        if isinstance(layer.get(part), mx.array):
+            parts[part] = Stored.of(layer[part])
+    return parts
+
+
+def make_native(model: Module, team: Team, mapped: Mapping[str, Parts], head: Head) -> None:
+    """Give every large product of `model` outside its experts to the kernels.
+
+    `mapped` are the parameters, by path of their layer, that lie in files;
+    `head` will rule the product that makes the logits.
+    """
+    for path, module in model.named_modules():
+        classes = _MAPPED if path in mapped else _OURS
+        if type(module) in classes:
+            weight = matrices(path, take_parts(module, mapped.get(path)), quantization_of(module))
+            ours = classes[type(module)]
+            is_head = "lm_head" in path.split(".") or issubclass(ours, _EMBEDDINGS)
+            product = _HeadProduct(team, weight, head) if is_head else Product(team, weight)
+            object.__setattr__(module, "_product", product)
+            module.__class__ = ours

@@ -1,0 +1,61 @@
+"""Load a node's experts without the model around them: a worker of the centralised schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zmoe.exchange.base import Reducer
+from zmoe.families.sites import projections
+from zmoe.kernels.held import HeldExperts
+from zmoe.kernels.threads import Team
+from zmoe.loading.load import DTYPES, native_experts, owned_by, pairs_per_row, slice_of, take_share
+from zmoe.loading.plan import Progress
+from zmoe.moe.adapter import bound_hook
+from zmoe.placement.types import ModelInfo, Placement
+
+
+@dataclass(frozen=True)
+class LoadedExperts:
+    """A node's own experts of every MoE layer and nothing else; see LoadedShard."""
+
+    layers: tuple[HeldExperts, ...]
+    bytes_read: int
+    share_bytes: int
+    largest_tensor_bytes: int
+    notices: tuple[str, ...]
+
+
+def load_experts(
+    info: ModelInfo,
+    placement: Placement,
+    reducer: Reducer,
+    *,
+    progress: Progress | None = None,
+    team: Team | None = None,
+    policy: str = "selected",
+) -> LoadedExperts:
+    """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
+
+    The same as load_shard otherwise.
+    """
+    owned = owned_by(info, placement, reducer.rank)
+    share = take_share(
+        info, owned, team, progress, dense=False, kept_slice=slice_of(placement, reducer.rank)
+    )
+    widths = [int(projections(site.switch)[0].input_dims) for site in share.sites]
+    experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
+    sizes = share.sizes([site.switch for site in share.sites])
+    layers = tuple(
+        HeldExperts(
+            info.experts,
+            ids,
+            width,
+            site.switch,
+            experts.get(site.path),
+            bound_hook(site.adapter, site.switch),
+            reducer.sum_dtype(DTYPES[info.dtype]),
+            policy,
+        )
+        for site, ids, width in zip(share.sites, owned, widths, strict=True)
+    )
+    return LoadedExperts(layers, share.bytes_read, sum(sizes), max(sizes, default=0), share.notices)

@@ -1,0 +1,114 @@
+"""A loaded model put on the kernels: its products, and whole layers where they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from zmoe.families.decoders import ROUTERS, LayerParts, final_norm_of, parts_of
+from zmoe.families.sites import Site, key_of, replace_module
+from zmoe.kernels.attention import NativeAttention, NativeNorm
+from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.stream import Rotations, Stream
+from zmoe.kernels.threads import Team
+from zmoe.moe.block import ExpertParallelMoE, Layer
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the layers of one model have in common."""
+
+    team: Team
+    dtype: mx.Dtype
+    stream: Stream
+    buffers: BufferPool
+    rotations: list[Rotations]
+
+    def rotations_of(self, rope: Any, head_dim: int) -> Rotations:
+        """One for all layers that turn alike, so that tables are made once a step."""
+        for known in self.rotations:
+            if _same(known.rope, rope):
+                return known
+        self.rotations.append(Rotations(rope, head_dim))
+        return self.rotations[-1]
+
+
+def _same(a: Module, b: Module) -> bool:
+    """Whether two rotary embeddings have the same settings and frequencies."""
+    ours, theirs = vars(a) | dict(a), vars(b) | dict(b)
+    if type(a) is not type(b) or ours.keys() != theirs.keys():
+        return False
+    return all(
+        bool(mx.array_equal(value, theirs[name]).item())
+        if isinstance(value, mx.array)
+        else value == theirs[name]
+        for name, value in ours.items()
+    )
+
+
+def fuse_layers(
+    model: Any,
+    sites: Sequence[Site],
+    layers: Sequence[Layer],
+    experts: dict[str, NativeExperts],
+    team: Team,
+    dtype: mx.Dtype,
+) -> bool:
+    """Put NativeLayers in the place of all decoder layers, if each of them is known.
+
+    The model's linear layers are native and its MoE blocks expert-parallel by
+    now; `sites` and `layers` are those of the blocks.
+    """
+    parts = parts_of(model)
+    if parts is None:
+        return False
+    width = parts[0].attention.output._product.weight.outs
+    padding = max(layer.ownership.most_padding for layer in layers)
+    shared = _Shared(team, dtype, Stream(width), BufferPool(dtype, padding), [])
+    by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
+    paths = {id(module): path for path, module in model.named_modules()}
+    first, *_ = originals = list(model.layers)
+    for index, (layer, part) in enumerate(zip(originals, parts)):
+        rotations = shared.rotations_of(part.attention.rope, part.attention.head_dim)
+        attention = NativeAttention(part.attention, rotations, team, dtype)
+        feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
+        native = NativeLayer(layer, attention, feed_forward, shared.stream)
+        replace_module(model, paths[id(layer)], native)
+    holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
+    norm = final_norm_of(holder)
+    replace_module(model, paths[id(norm)], NativeNorm(norm, team, dtype))
+    return True
+
+
+def _feed_forward(
+    layer: Any,
+    part: LayerParts,
+    moe: tuple[Site, Layer] | None,
+    experts: dict[str, NativeExperts],
+    shared: _Shared,
+) -> NativeMoE | MlxFeedForward:
+    module = layer[part.feed_forward]
+    if moe is None or not isinstance(module, ExpertParallelMoE):
+        return MlxFeedForward(part.norm, module, shared.dtype)
+    site, place = moe
+    router = ROUTERS.get(key_of(site.block))
+    own = experts.get(site.path)
+    if own is None or not own.is_fused or router is None:
+        return MlxFeedForward(part.norm, module, shared.dtype)
+    if site.adapter is None or not site.adapter.only_adds:
+        return MlxFeedForward(part.norm, module, shared.dtype)
+    return NativeMoE(
+        part.norm,
+        router(site.block),
+        site.block,
+        site.adapter,
+        own,
+        place,
+        shared.team,
+        shared.buffers,
+    )

@@ -1,0 +1,238 @@
+"""Load a node's share of a checkpoint into a model that computes with its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from zmoe.checkpoint.select import Reader
+from zmoe.checkpoint.verify import check_share
+from zmoe.errors import PlacementError
+from zmoe.exchange.base import Reducer
+from zmoe.families.sites import Site, find_sites, projections, replace_module
+from zmoe.kernels.experts import NativeExperts, can_be_native, switch_layers
+from zmoe.kernels.linear import Head, Parts, make_native
+from zmoe.kernels.threads import Team
+from zmoe.loading.assembly import assemble
+from zmoe.loading.fuse import fuse_layers
+from zmoe.loading.mapping import Mapping
+from zmoe.loading.plan import Progress, make_plan, map_plan, reading
+from zmoe.loading.slices import cut_biases, put_back
+from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
+from zmoe.moe.experts import Experts
+from zmoe.native import lib
+from zmoe.obs import Recorder, Spans
+from zmoe.placement.assignment import Ownership
+from zmoe.placement.types import ModelInfo, Placement
+
+_CACHE_BYTES = 16 << 20
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedShard:
+    """A model with this node's experts, and what loading it took.
+
+    `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
+    largest of them, `bytes_read` what was read of the checkpoint for them.
+    `notices` are lines for the user. `head` says of each pass whether its
+    logits are wanted; what MLX computes is lazy anyway.
+    """
+
+    model: Module
+    config: dict[str, Any]
+    head: Head
+    bytes_read: int
+    share_bytes: int
+    largest_tensor_bytes: int
+    notices: tuple[str, ...]
+
+
+def load_shard(
+    info: ModelInfo,
+    placement: Placement,
+    reducer: Reducer,
+    *,
+    spans: Spans,
+    progress: Progress | None = None,
+    team: Team | None = None,
+    fuse: bool = True,
+    policy: str = "selected",
+    recorder: Recorder | None = None,
+) -> LoadedShard:
+    """Load the dense weights and the experts that `placement` gives `reducer.rank`.
+
+    Reads only these byte ranges, once all names and shapes are known to fit;
+    never holds more than they take and one more tensor. Layers may own
+    different numbers of experts, or none. The model runs in the thread that
+    loads it, its large products on `team` if there is one; then what lies in
+    the checkpoint as the kernels want it stays there, mapped, and with `fuse`
+    whole layers of known families are the kernels'. Raises ModelError naming
+    what is damaged or missing, PlacementError for a placement of another model.
+    """
+    owned = owned_by(info, placement, reducer.rank)
+    share = take_share(info, owned, team, progress, kept_slice=slice_of(placement, reducer.rank))
+    model, sites = share.model, share.sites
+    dtype = DTYPES[info.dtype]
+    head = Head(dtype)
+    summed = reducer.sum_dtype(dtype)
+    layers = [
+        Layer(m, Ownership(placement, m, reducer.rank, policy, recorder), summed, reducer, spans)
+        for m in range(len(owned))
+    ]
+    padding = max(layer.ownership.most_padding for layer in layers)
+    experts = native_experts(share, pairs_per_row(info, padding), team)
+    if team is not None:
+        make_native(model, team, share.mapped, head)
+    sizes = share.sizes([model])
+    for site, layer in zip(sites, layers, strict=True):
+        _install(model, site, layer, experts.get(site.path))
+    if team is not None and fuse:
+        fuse_layers(model, sites, layers, experts, team, dtype)
+    notices = (*share.notices, *_notices(sites))
+    return LoadedShard(model, share.config, head, share.bytes_read, sum(sizes), max(sizes), notices)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a node holds of a checkpoint, put together; what is not mapped is not computed yet."""
+
+    model: Module
+    config: dict[str, Any]
+    sites: list[Site]
+    mapped: dict[str, Parts]
+    bytes_read: int
+    notices: tuple[str, ...]
+
+    def sizes(self, used: Sequence[Module]) -> list[int]:
+        """The bytes of every array of the modules in use, computed now, and of what is mapped."""
+        sizes = [array.nbytes for array in _evaluate(used)]
+        return sizes + [part.nbytes for parts in self.mapped.values() for part in parts.values()]
+
+
+def take_share(
+    info: ModelInfo,
+    owned: list[tuple[int, ...]],
+    team: Team | None,
+    progress: Progress | None,
+    dense: bool = True,
+    kept_slice: tuple[int, int] | None = None,
+) -> Share:
+    """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
+
+    `kept_slice`: of its experts only this range of their inner width.
+    """
+    count = max(1, *(len(ids) for ids in owned))
+    plan = make_plan(info, owned, count, team is not None, dense, kept_slice)
+    report = progress or (lambda done, total: None)
+    path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
+    checked = check_share(path, own, lambda: report(0, plan.total), dense)
+    with Reader() as reader:
+        feed = reading(plan, reader, report)
+        model, config = assemble(path, feed, (info.experts, count))
+    sites = find_sites(model)
+    mapping = Mapping()
+    mapped = map_plan(
+        plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total)
+    )
+    for site, ids in zip(sites, owned, strict=True):
+        _trim(site, len(ids), count, mapped)
+        if kept_slice is not None:
+            cut_biases(site, kept_slice)
+            if team is None:
+                put_back(site, mapped)
+    bytes_read = reader.bytes_read + mapping.bytes_read
+    return Share(model, config, sites, mapped, bytes_read, (*checked, *_far_away(mapping)))
+
+
+def slice_of(placement: Placement, rank: int) -> tuple[int, int] | None:
+    """The range of its experts' inner width that `rank` holds; None: all of it."""
+    return placement.slices[rank] if placement.slices else None
+
+
+def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
+    """Expert ids of `rank` per MoE layer, once the placement fits the model."""
+    layers = len(info.moe_layers)
+    if placement.experts != info.experts or len(placement.owned) != layers:
+        raise PlacementError(
+            f"a placement of {placement.experts} experts in {len(placement.owned)} layers"
+            f" does not fit {info.path}: {info.experts} in {layers}"
+        )
+    return [layer[rank] for layer in placement.owned]
+
+
+def pairs_per_row(info: ModelInfo, padding: int) -> int:
+    """The most pairs of a row, up to `padding` of no row spread over a block of rows."""
+    return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
+
+
+def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[str, NativeExperts]:
+    """The experts that `team` can compute, by path of their block."""
+    experts = {}
+    for site in share.sites:
+        if team is not None and can_be_native(site.switch):
+            path = f"{site.path}.{site.switch_path}"
+            experts[site.path] = NativeExperts(path, site.switch, team, pairs_per_row, share.mapped)
+    return experts
+
+
+def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
+    """Drop the zeros that stood in for experts that this node does not have."""
+    if own == count:
+        return
+    for path, layer in zip(switch_layers(site.switch), projections(site.switch)):
+        there = mapped.get(f"{site.path}.{site.switch_path}.{path}", {})
+        for name, array in layer.parameters().items():
+            if name in there:
+                continue
+            layer[name] = mx.contiguous(array[:own])
+
+
+def _evaluate(used: Sequence[Module]) -> list[mx.array]:
+    """Compute every array, one by one so that few sources are held at once.
+
+    Private arrays too, such as rope frequencies: what is still lazy is bound
+    to the thread that made it.
+    """
+    leaves: Any = tree_flatten([module.parameters() for module in used])
+    arrays: list[mx.array] = [array for _, array in leaves]
+    modules = [module for each in used for module in each.modules()]
+    arrays += [a for m in modules for a in m.values() if isinstance(a, mx.array)]
+    arrays = list({id(array): array for array in arrays}.values())
+    for array in arrays:
+        mx.eval(array)
+        # MLX would keep all that the weights were stacked from for later use.
+        if mx.get_cache_memory() > _CACHE_BYTES:
+            mx.clear_cache()
+    return arrays
+
+
+def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -> None:
+    if site.adapter is not None:
+        block = ExpertParallelMoE(site.block, site.adapter, layer, experts)
+        replace_module(model, site.path, block)
+    else:
+        switch = ExpertParallelSwitch(site.switch, layer, experts)
+        replace_module(site.block, site.switch_path, switch)
+
+
+def _far_away(mapping: Mapping) -> tuple[str, ...]:
+    if not mapping.far_bytes:
+        return ()
+    far, read = mapping.far_bytes / 2**30, mapping.bytes_read / 2**30
+    return (f"{far:.2f} of {read:.2f} GiB of the weights lie in the memory of other sockets",)
+
+
+def _notices(sites: list[Site]) -> tuple[str, ...]:
+    names = sorted({type(site.block).__name__ for site in sites if site.adapter is None})
+    return tuple(
+        f"{name} has no adapter: exchanges carry every chosen expert's output apart"
+        for name in names
+    )

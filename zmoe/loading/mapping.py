@@ -1,0 +1,218 @@
+"""Weights that stay in their files: mapped, so that nodes of one machine share them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from zmoe.checkpoint.select import MLX_DTYPES, Piece, Reader
+from zmoe.errors import ModelError
+from zmoe.kernels.weights import Stored
+from zmoe.loading.assembly import Sanitize, Weights
+from zmoe.loading.slices import Cut
+from zmoe.native import ffi
+from zmoe.topology.memory import move_near, near_numa_nodes
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+_CHUNK_BYTES = 64 << 20
+_PAGE_BYTES = 4096
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14
+
+
+_tracing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the checkpoint's files, its padding apart.
+
+    In one piece, or `stacked` of one piece for each index of its first axis.
+    """
+
+    pieces: tuple[Piece, ...]
+    stacked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0]
+        if self.stacked:
+            return (len(self.pieces), *first.shape)
+        return (first.shape[0] - first.padding, *first.shape[1:]) if first.shape else ()
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether every piece is one run of bytes."""
+        runs = [list(piece.runs()) for piece in self.pieces]
+        return bool(runs) and all(len(run) == 1 and run[0][1] > 0 for run in runs)
+
+    def taken_apart(self) -> Place:
+        """The same tensor, stacked."""
+        if self.stacked:
+            return self
+        piece = self.pieces[0]
+        rows = (row for first, count in piece.rows for row in range(first, first + count))
+        shape = piece.shape[1:]
+        apart = (Piece(piece.name, piece.source, shape, ((row, 1),)) for row in rows)
+        return Place(tuple(apart), stacked=True)
+
+
+def trace(
+    sanitize: Sanitize, arrays: Weights, pieces: Sequence[Piece]
+) -> tuple[Weights, dict[str, Place]]:
+    """What `sanitize` makes of `arrays`, one for each piece, and where in the
+    checkpoint those of the results lie that it only renamed or stacked.
+    """
+    whose = {id(arrays[piece.name]): piece for piece in pieces}
+    with _noted_stacks() as stacks:
+        result = sanitize(dict(arrays))
+    places = {}
+    for name, array in result.items():
+        _, parts = stacks.get(id(array), (None, []))
+        if id(array) in whose:
+            places[name] = Place((whose[id(array)],))
+        elif parts and all(id(part) in whose for part in parts):
+            own = (whose[id(part)] for part in parts)
+            places[name] = Place(tuple(piece for piece in own if piece.nbytes), stacked=True)
+    return result, places
+
+
+@contextmanager
+def _noted_stacks() -> Iterator[dict[int, tuple[mx.array, list[mx.array]]]]:
+    """Meanwhile, every result of mx.stack along the first axis and its parts, by id.
+
+    MLX does not say what a lazy array is made of, and mlx-lm's families all
+    call this function by this name. A call that is missed costs a copy only.
+    """
+    noted: dict[int, tuple[mx.array, list[mx.array]]] = {}
+
+    def noting(arrays: list[mx.array], axis: int = 0, **more: Any) -> mx.array:
+        result: mx.array = stack(arrays, axis, **more)
+        if axis == 0:
+            noted[id(result)] = (result, list(arrays))
+        return result
+
+    with _tracing:
+        stack: Any = mx.stack
+        setattr(mx, "stack", noting)  # noqa: B010
+        try:
+            yield noted
+        finally:
+            setattr(mx, "stack", stack)  # noqa: B010
+
+
+class Mapping:
+    """Read-only maps of a checkpoint's files, near the CPUs that this process may use.
+
+    `bytes_read` counts what was paged in, `far_bytes` what of it lies in the memory of NUMA
+    nodes that have none of these CPUs: another process maps it, too, or has filled the near ones.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = self.far_bytes = 0
+        self._near = near_numa_nodes()
+        self._files: dict[Path, tuple[mmap.mmap, CData]] = {}
+
+    def stored(
+        self, place: Place, progress: Callable[[int], None], cut: Cut | None = None
+    ) -> Stored:
+        """The tensor where it lies, paged in, or a copy of what `cut` keeps of its matrices.
+
+        `progress` gets bytes now and then.
+        """
+        dtype = MLX_DTYPES[place.pieces[0].source.dtype]
+        if cut is not None:
+            return self._kept(place, dtype, cut, progress)
+        runs = [self._run(piece) for piece in place.pieces]
+        assert math.prod(place.shape) * dtype.size == sum(size for _, _, size in runs)
+        pointers = []
+        for file, start, nbytes in runs:
+            memory, base = self._file(file)
+            for at in range(0, nbytes, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, nbytes - at)
+                _page_in(memory, start + at, size)
+                if self._near:
+                    address = int(ffi.cast("uintptr_t", base + start + at))
+                    self.far_bytes += move_near(self._near, address, size)
+                self.bytes_read += size
+                progress(size)
+            pointers.append(base + start)
+        bases = [self._file(file)[1] for file, _, _ in runs]
+        return Stored(bases, tuple(pointers), dtype, place.shape)
+
+    def _kept(
+        self, place: Place, dtype: mx.Dtype, cut: Cut, progress: Callable[[int], None]
+    ) -> Stored:
+        """A copy of what `cut` keeps of each matrix, read one matrix at a time.
+
+        Kept rows could stay in the file, as one run of bytes per matrix. But a system that
+        pages in such a run takes much of what lies around it too, and takes it again
+        whenever memory was short.
+        """
+        count, rows, columns = place.shape
+        (top, bottom), (left, right) = (0, rows), (0, columns * dtype.size)
+        if cut.of_columns:
+            left, right = (edge * dtype.size for edge in cut.edges(columns))
+        else:
+            top, bottom = cut.edges(rows)
+        row_bytes = columns * dtype.size
+        memory = _anonymous(count * (bottom - top) * (right - left))
+        kept: Any = np.frombuffer(memory, np.uint8).reshape(count, bottom - top, right - left)
+        read: Any = np.empty((bottom - top, row_bytes), np.uint8)
+        with Reader() as reader:
+            for matrix, piece in zip(kept, place.pieces, strict=True):
+                _, start, _ = self._run(piece)
+                into = read if cut.of_columns else matrix
+                reader.read_range(piece.source, memoryview(into).cast("B"), start + top * row_bytes)
+                if cut.of_columns:
+                    matrix[:] = read[:, left:right]
+                self.bytes_read += matrix.nbytes
+                progress(matrix.nbytes)
+        base = ffi.from_buffer("uint8_t[]", memory)
+        return Stored(base, (base,), dtype, (count, bottom - top, (right - left) // dtype.size))
+
+    def _run(self, piece: Piece) -> tuple[Path, int, int]:
+        """The file of a piece, where it begins there, and its bytes."""
+        file = piece.source.file
+        ((start, nbytes),) = piece.runs()
+        if start + nbytes > len(self._file(file)[0]):
+            raise ModelError(f"{file} is truncated: tensor {piece.source.name} ends early")
+        return file, start, nbytes
+
+    def _file(self, path: Path) -> tuple[mmap.mmap, CData]:
+        if path not in self._files:
+            try:
+                with path.open("rb") as file:
+                    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{path} cannot be mapped: {error}") from None
+            self._files[path] = (memory, ffi.from_buffer("uint8_t[]", memory))
+        return self._files[path]
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory for `nbytes` in large pages, where the system has them: experts are read at random."""
+    memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _page_in(memory: mmap.mmap, start: int, size: int) -> None:
+    """So that the first token does not wait for the disk."""
+    begin = start // _PAGE_BYTES * _PAGE_BYTES
+    end = min(start + size, len(memory))
+    with suppress(OSError, ValueError):
+        memory.madvise(_POPULATE_READ, begin, end - begin)
+        return
+    sum(memory[begin:end:_PAGE_BYTES])  # the system is older: touch every page

@@ -1,0 +1,45 @@
+"""What each node must hold: weights, attention cache and the running program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zmoe.perf.cost import Cluster
+from zmoe.perf.shape import ModelShape
+
+# Interpreter, libraries, exchange buffers and the activations of one prefill
+# chunk: 168 and 172 MiB measured for two small models (README, "Measured"), more
+# for a wide one. An estimate.
+PROGRAM_BYTES = 256 << 20
+
+
+def dense_node_bytes(
+    shape: ModelShape, cluster: Cluster, sequences: int, context: int
+) -> list[float]:
+    """Each node's memory without experts: of the centralised schedule only the leader
+    holds dense weights and caches.
+    """
+    held = shape.dense_bytes + sequences * shape.cache_bytes(context)
+    holders = 1 if cluster.schedule == "centralized" else cluster.nodes
+    return [PROGRAM_BYTES + (held if node < holders else 0.0) for node in range(cluster.nodes)]
+
+
+def room_for_experts(
+    shape: ModelShape, cluster: Cluster, sequences: int, context: int
+) -> list[float]:
+    """How many experts per layer each node has room for, at most all."""
+    taken = dense_node_bytes(shape, cluster, sequences, context)
+    one = shape.expert_bytes * shape.moe_layers
+    return [
+        min(shape.experts, max(0.0, machine.usable_bytes - dense) / one)
+        for machine, dense in zip(cluster.machines, taken)
+    ]
+
+
+def node_bytes(
+    shape: ModelShape, cluster: Cluster, held: Sequence[float], sequences: int, context: int
+) -> tuple[int, ...]:
+    """Each node's memory with held[n] experts per layer on node n."""
+    dense = dense_node_bytes(shape, cluster, sequences, context)
+    one = shape.expert_bytes * shape.moe_layers
+    return tuple(round(other + experts * one) for other, experts in zip(dense, held))

@@ -1,0 +1,167 @@
+"""What to conclude from predictions, in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from zmoe.perf.hardware import Machine
+from zmoe.perf.shape import affine
+from zmoe.perf.units import in_bytes
+from zmoe.placement.predict import Prediction, Setup, predict
+
+MOST_NODES = 8  # that advice on what to buy looks at
+MOST_NODES_TO_FIT = 64
+BITS = (8, 6, 5, 4, 3, 2)
+
+
+def best(predictions: Sequence[Prediction]) -> Prediction | None:
+    """The fastest that fits; of equals the one with fewest nodes."""
+    fitting = [p for p in predictions if p.fits]
+    return max(fitting, key=lambda p: (p.tokens_per_second, -p.nodes), default=None)
+
+
+def conclusions(predictions: Sequence[Prediction]) -> list[str]:
+    """Which number of nodes is best, where more are slower, and what doesn't fit."""
+    said = [does_not_fit(p) for p in predictions if not p.fits][:1]
+    fastest = best(predictions)
+    if fastest is None:
+        return said
+    share = fastest.decode.communication_share
+    said.append(
+        f"Fastest: {_nodes(fastest.nodes)}, {fastest.tokens_per_second:.3g} tokens/s, "
+        f"{share:.0%} of the time for communication."
+    )
+    said += _slower(predictions)
+    priced = [(p.tokens_per_second / p.price_usd, p) for p in predictions if p.fits and p.price_usd]
+    if len(priced) > 1:
+        per_dollar, cheapest = max(priced, key=lambda pair: (pair[0], -pair[1].nodes))
+        said.append(
+            f"Most for the money: {_nodes(cheapest.nodes)}, {1000 * per_dollar:.3g} tokens/s "
+            "per 1000 USD."
+        )
+    return said
+
+
+def _slower(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """The first step up at which more nodes are slower, said plainly."""
+    fitting = sorted((p for p in predictions if p.fits), key=lambda p: p.nodes)
+    for fewer, more in pairwise(fitting):
+        if more.tokens_per_second < fewer.tokens_per_second:
+            lost = 1 - more.tokens_per_second / fewer.tokens_per_second
+            yield (
+                f"More nodes are slower: {_nodes(more.nodes)} give {more.tokens_per_second:.3g} "
+                f"tokens/s, {lost:.0%} less than {fewer.nodes}."
+            )
+            return
+
+
+def does_not_fit(prediction: Prediction) -> str:
+    """What is missing, and what would do."""
+    setup, nodes = prediction.setup, prediction.nodes
+    lacking = f"{in_bytes(prediction.missing)} are missing per node"
+    return f"{setup.shape.name} does not fit {_nodes(nodes)}: {lacking}; {remedy(setup, nodes)}."
+
+
+def remedy(setup: Setup, nodes: int, unit: str = "node") -> str:
+    """The fewest nodes, or the most bits on so many `nodes`, that would do."""
+    ways = []
+    enough = nodes_that_fit(setup)
+    if enough is not None:
+        ways.append(_nodes(enough, unit))
+    bits = bits_that_fit(setup, nodes)
+    if bits is not None:
+        ways.append(f"{bits} bits on {_nodes(nodes, unit)}")
+    return f"{' or '.join(ways)} would do" if ways else "neither more nodes nor fewer bits help"
+
+
+def nodes_that_fit(setup: Setup) -> int | None:
+    """The fewest nodes that hold the model, None when no number does."""
+    most = min(setup.shape.experts, MOST_NODES_TO_FIT)
+    return next((n for n in range(1, most + 1) if predict(_plain(setup), n).fits), None)
+
+
+def bits_that_fit(setup: Setup, nodes: int) -> int | None:
+    """The most bits per weight with which `nodes` nodes hold the model."""
+    now = setup.shape.expert_format.bits_per_weight
+    for bits in BITS:
+        weights = affine(bits)
+        smaller = replace(_plain(setup), shape=setup.shape.with_format(weights))
+        if weights.bits_per_weight < now and predict(smaller, nodes).fits:
+            return bits
+    return None
+
+
+def _plain(setup: Setup) -> Setup:
+    """The same without copies of experts: what fits, fits without."""
+    if setup.placement == "slices" and setup.given is None:
+        return setup
+    return replace(setup, placement="experts", given=None)
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """The cheapest nodes of one kind that reach a speed."""
+
+    machine: str
+    nodes: int
+    tokens_per_second: float
+    price_usd: float
+
+
+def purchases(setup: Setup, target: float, machines: Mapping[str, Machine]) -> list[Purchase]:
+    """Of each supported machine with a price the fewest nodes that reach `target` tokens/s.
+
+    Cheapest first; over the same link, up to MOST_NODES nodes, the network's
+    price not counted.
+    """
+    found = []
+    for name, machine in machines.items():
+        if machine.price_usd is None or not machine.supported:
+            continue
+        kind = replace(setup, machines=(machine,), one_machine=False)
+        for nodes in range(1, min(MOST_NODES, setup.shape.experts) + 1):
+            made = predict(kind, nodes)
+            if made.fits and made.tokens_per_second >= target:
+                speed, price = made.tokens_per_second, nodes * machine.price_usd
+                found.append(Purchase(name, nodes, speed, price))
+                break
+    return sorted(found, key=lambda purchase: purchase.price_usd)
+
+
+def what_to_buy(setup: Setup, target: float, found: Sequence[Purchase]) -> list[str]:
+    assert setup.link is not None, "several nodes are looked at"
+    link = setup.link.name
+    if not found:
+        return [
+            f"Nothing in the table reaches {target:g} tokens/s with up to {MOST_NODES} nodes "
+            f"over {link}: try fewer bits, another link or a smaller model."
+        ]
+    first = [
+        f"{_nodes(p.nodes)} of {p.machine} ({p.tokens_per_second:.3g} tokens/s, "
+        f"{p.price_usd:,.0f} USD)"
+        for p in found[:3]
+    ]
+    cheapest, *others = first
+    also = f" Next: {'; '.join(others)}." if others else ""
+    return [f"Cheapest for {target:g} tokens/s over {link}: {cheapest}.{also}"]
+
+
+def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
+    """What the reader must know of the figures."""
+    said = []
+    for name in dict.fromkeys(m.name for m in setup.machines if not m.supported):
+        said.append(f"{name} stands here for comparison: zmoe does not run like that.")
+    if setup.link is not None and not setup.link.supported:
+        said.append(
+            f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do."
+        )
+    samples = max(p.busiest.standard_error for p in predictions)
+    if samples:
+        said.append(f"Executed experts are sampled; standard error {samples:.1g}.")
+    return said
+
+
+def _nodes(count: int, unit: str = "node") -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

@@ -1,0 +1,271 @@
+"""Which placement a run takes: the one that was asked for, or the fastest by the cost model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+from zmoe.errors import PlacementError
+from zmoe.perf.memory import PROGRAM_BYTES
+from zmoe.perf.units import in_bytes
+from zmoe.placement.advice import remedy
+from zmoe.placement.build import held, place_by_speed, place_evenly, place_replicas, place_slices
+from zmoe.placement.estimate import (
+    Offer,
+    cluster_of,
+    on_one_machine,
+    placed_of,
+    shape_of,
+    speeds_of,
+)
+from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
+from zmoe.placement.types import ModelInfo, Placement
+from zmoe.placement.usage import Usage
+
+MARGIN = 0.03  # by how much a prediction must beat whole experts spread evenly
+ALIKE = 0.01  # of predictions that differ by less, the one that holds less wins
+# Slices are copies, which no system takes back when others need memory, unlike mapped experts.
+MOST_COPIED = 0.5  # of a machine's memory, unless a limit says what the nodes may take
+OVERRIDE = "(--memory-limit sets what a node may take)"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A placement that was considered. `remark`: why there is none, or no prediction;
+    `missing`: the bytes that its most crowded node lacks.
+    """
+
+    label: str
+    placement: Placement | None = None
+    prediction: Prediction | None = None
+    remark: str = ""
+    missing: int = 0
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one decoded token."""
+        return self.prediction.decode.total if self.prediction else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and why, and what predictions `assumed`. Bytes of experts by node:
+    `room` for them, and `held`.
+    """
+
+    placement: Placement
+    label: str
+    why: str
+    considered: tuple[Alternative, ...]
+    assumed: str
+    speeds: tuple[int, ...]
+    room: tuple[int, ...]
+    held: tuple[int, ...]
+
+
+class Chooser:
+    """Chooses for a model on the nodes that `offers` describe.
+
+    `mapped`: the nodes compute, on the kernels, with what they map of the
+    checkpoint. `schedule` and `policy`: those of the run. `usage`: how often
+    experts are chosen, for replicas.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        offers: Sequence[Offer],
+        *,
+        mapped: bool,
+        schedule: str = "decentralized",
+        policy: str = "selected",
+        usage: Usage | None = None,
+    ) -> None:
+        self._info, self._offers, self._mapped = info, tuple(offers), mapped
+        self._counts = usage.counts if usage is not None else None
+        self._speeds = speeds_of(offers)
+        self._cluster, self._room = cluster_of(info, offers, mapped, schedule, policy)
+        machines, link = self._cluster.machines, self._cluster.link
+        self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule, policy)
+        self._places = [max(0, room // info.expert_bytes) for room in self._room]
+
+    def choose(self, way: str, given: Placement | None = None) -> Choice:
+        """The placement by `way`: auto, experts, replicas, slices; or the one that is `given`
+        (in the file `way`).
+
+        Raises PlacementError when it is impossible, or does not fit the nodes' memory.
+        """
+        if given is not None:
+            self._check_room(way, given)
+            return self._choice(self._predicted(way, given), "as the file says", ())
+        whole = self._info.experts * len(self._info.moe_layers)
+        lacking = whole * self._info.expert_bytes - sum(self._room)
+        if way == "replicas":  # of whole experts
+            lacking = max(lacking, (whole - sum(self._places)) * self._info.expert_bytes)
+        if (missing := max(ceil(lacking / len(self._room)), -min(self._room))) > 0:
+            raise PlacementError(self._does_not_fit(missing))
+        ways = self._ways()
+        if way != "auto":
+            placement = ways[way]()
+            if (missing := self._missing(placement)) > 0:
+                raise PlacementError(self._does_not_fit(missing))
+            return self._choice(self._predicted(way, placement), "as was asked for", ())
+        if len(self._offers) == 1:
+            alone = self._predicted("experts", ways["experts"]())
+            return self._choice(alone, "there is one node", ())
+        considered: list[Alternative] = []
+        for label, make in ways.items():
+            considered.append(self._considered(label, make, considered))
+        best, why = fastest(considered)
+        if best.placement is None:
+            short = [each.missing for each in considered if each.missing]
+            raise PlacementError(self._does_not_fit(min(short)) if short else best.remark)
+        return self._choice(best, why, tuple(considered))
+
+    def _ways(self) -> dict[str, Callable[[], Placement]]:
+        info, speeds, places = self._info, self._speeds, self._places
+        dense = 0 if self._setup.schedule == "centralized" else info.dense_bytes
+        beside = dense / (info.layers * info.top_k * info.expert_bytes)
+        return {
+            "experts": lambda: place_evenly(info, len(speeds)),
+            "experts by speed": lambda: place_by_speed(info, speeds, places, beside),
+            "replicas": lambda: place_replicas(info, speeds, places, self._counts, beside),
+            "slices": lambda: place_slices(info, speeds, places, beside),
+        }
+
+    # ---- auto ----------------------------------------------------------------------
+
+    def _considered(
+        self, label: str, make: Callable[[], Placement], before: Sequence[Alternative]
+    ) -> Alternative:
+        remark = self._out_of_question(label)
+        if remark:
+            return Alternative(label, remark=remark)
+        try:
+            placement = make()
+        except PlacementError as error:
+            return Alternative(label, remark=str(error))
+        missing = self._missing(placement)
+        if missing > 0:
+            remark = f"{in_bytes(missing)} are missing on a node"
+            return Alternative(label, remark=remark, missing=missing)
+        if label == "slices" and self._copies_too_much(placement):
+            return Alternative(
+                label, remark="copies of them would take more than half of a machine's memory"
+            )
+        for other in before:
+            if other.placement == placement:
+                return Alternative(label, remark=f"the same as {other.label}")
+        return self._predicted(label, placement)
+
+    def _out_of_question(self, label: str) -> str:
+        """Why `auto` does not even look at a way, where it does not."""
+        if label == "replicas" and on_one_machine(self._offers):
+            return "the nodes share one machine's memory"
+        if label == "slices" and not self._mapped:
+            return "no figures for MLX's products on slices"
+        return ""
+
+    def _predicted(self, label: str, placement: Placement) -> Alternative:
+        placed = placed_of(placement, self._info.expert_hidden, label)
+        if placed is None:
+            return Alternative(label, placement, remark="slices with copies are not modelled")
+        try:
+            prediction = evaluate(self._setup, self._cluster, placed)
+        except PlacementError as error:  # replicas on more nodes than can be counted
+            return Alternative(label, placement, remark=str(error))
+        return Alternative(label, placement, prediction)
+
+    # ---- memory --------------------------------------------------------------------
+
+    def _bytes(self, placement: Placement) -> tuple[int, ...]:
+        shares = held(placement, self._info.expert_hidden)
+        return tuple(ceil(share * self._info.expert_bytes) for share in shares)
+
+    def _missing(self, placement: Placement) -> int:
+        """Bytes that the node which lacks most lacks; none or less: it fits."""
+        return max(need - room for need, room in zip(self._bytes(placement), self._room))
+
+    def _copies_too_much(self, slices: Placement) -> bool:
+        """Whether slices would take more than MOST_COPIED of a machine that sets no limit."""
+        taken, memory = Counter[str](), dict[str, int]()
+        for offer, copied in zip(self._offers, self._bytes(slices)):
+            if offer.limit is None:
+                taken[offer.machine] += copied
+                memory[offer.machine] = max(offer.memory, memory.get(offer.machine, 0))
+        return any(taken[name] > MOST_COPIED * memory[name] for name in taken)
+
+    def _check_room(self, way: str, placement: Placement) -> None:
+        """Name the first expert of a file's placement that its node has no room for."""
+        parts = placement.slices or ((0, self._info.expert_hidden),) * placement.nodes
+        for node, (room, (start, end)) in enumerate(zip(self._room, parts)):
+            each = self._info.expert_bytes * (end - start) / self._info.expert_hidden
+            taken = 0.0
+            for layer, owned in enumerate(placement.owned):
+                for expert in owned[node]:
+                    taken += each
+                    if taken > room:
+                        need = self._bytes(placement)[node]
+                        raise PlacementError(
+                            f"placement {way}: node {node} has no room for expert {expert} of "
+                            f"layer {layer}: {in_bytes(need)} of experts, "
+                            f"and room for {in_bytes(room)} {OVERRIDE}"
+                        )
+
+    def _does_not_fit(self, missing: int) -> str:
+        """What is missing on each node, and what would do."""
+        name, nodes = Path(self._info.path).name, len(self._offers)
+        lacking = f"{in_bytes(missing)} are missing per node"
+        if not on_one_machine(self._offers) or any(o.limit is not None for o in self._offers):
+            many = f"{nodes} node{'s' if nodes > 1 else ''}"
+            return f"{name} does not fit {many}: {lacking}; {remedy(self._setup, nodes)} {OVERRIDE}"
+        # More nodes would not add memory here, but more machines would.
+        memory = max(offer.memory for offer in self._offers) - (nodes - 1) * PROGRAM_BYTES
+        machine = replace(self._cluster.machines[0], memory_bytes=memory)
+        setup = replace(self._setup, machines=(machine,))
+        would = remedy(setup, 1, "machine")
+        return f"{name} does not fit this machine: {lacking}; {would} {OVERRIDE}"
+
+    def _choice(self, chosen: Alternative, why: str, considered: tuple[Alternative, ...]) -> Choice:
+        link = self._cluster.link
+        assert chosen.placement is not None and link is not None
+        return Choice(
+            chosen.placement,
+            chosen.label,
+            why,
+            considered or (chosen,),
+            f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange",
+            self._speeds,
+            tuple(self._room),
+            self._bytes(chosen.placement),
+        )
+
+
+def fastest(considered: Sequence[Alternative]) -> tuple[Alternative, str]:
+    """Of those that are possible the one with the best prediction, and why.
+
+    `considered` begins with whole experts spread evenly: another must beat
+    them by MARGIN, since a prediction is one.
+    """
+    even = considered[0]
+    timed = [(each.seconds, each) for each in considered if each.seconds is not None]
+    if not timed:
+        usable = [each for each in considered if each.placement is not None]
+        return (usable or [even])[0], "the only one that is possible"
+    least = min(seconds for seconds, _ in timed)
+    alike = [each for seconds, each in timed if seconds <= (1 + ALIKE) * least]
+    best = min(alike, key=_held)
+    if even.seconds is None:
+        return best, "the fastest by prediction that fits"
+    gain = 1 - least / even.seconds
+    if gain < MARGIN:
+        return even, f"no other is predicted to be {MARGIN:.0%} faster"
+    return best, f"predicted to be {gain:.0%} faster than whole experts spread evenly"
+
+
+def _held(each: Alternative) -> float:
+    assert each.prediction is not None
+    return sum(each.prediction.placed.held)

@@ -1,0 +1,186 @@
+"""Predictions: what a model would do on a number of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zmoe.errors import PlacementError
+from zmoe.perf.busiest import Busiest
+from zmoe.perf.cost import Cluster, Step, StepTime, step_time
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
+from zmoe.perf.memory import node_bytes
+from zmoe.perf.routing import distinct_experts
+from zmoe.perf.shape import ModelShape
+from zmoe.placement.candidates import Placed, candidates
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` sequences, each `context` tokens long while it goes on, after a prompt
+    of `prompt` tokens that is read in chunks of `chunk`.
+    """
+
+    batch: int = 1
+    context: int = 4096
+    prompt: int = 128
+    chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A question: which model, on nodes taken from `machines` in turn, doing what.
+
+    `one_machine`: the nodes are processes that share the first machine evenly.
+    `given`: the placement, whatever `placement` says. `link` None: nothing joins
+    the machines, so that one node alone can be asked about.
+    """
+
+    shape: ModelShape
+    machines: tuple[Machine, ...]
+    link: Link | None
+    workload: Workload = field(default_factory=Workload)
+    schedule: str = "decentralized"
+    policy: str = "selected"
+    placement: str = "experts"
+    wire_bytes: float = 2.0
+    one_machine: bool = False
+    given: Placed | None = None
+
+    def cluster(self, nodes: int) -> Cluster:
+        if self.one_machine:
+            machines = [self.machines[0].divided(nodes)] * nodes
+        else:
+            machines = [self.machines[node % len(self.machines)] for node in range(nodes)]
+        return Cluster(
+            tuple(machines),
+            self.link,
+            self.schedule,
+            self.policy,
+            self.wire_bytes,
+            self.one_machine,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`decode`: one step of all sequences; `prefill`: from the prompt to the first token.
+
+    `busiest`: the node that decoding waits for. `memory`: bytes on each node.
+    """
+
+    setup: Setup
+    cluster: Cluster
+    placed: Placed
+    decode: StepTime
+    prefill: StepTime
+    busiest: Busiest
+    memory: tuple[int, ...]
+
+    @property
+    def nodes(self) -> int:
+        return self.cluster.nodes
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the node which lacks most lacks; 0 when all fit."""
+        lacks = (need - m.usable_bytes for need, m in zip(self.memory, self.cluster.machines))
+        return max(0, round(max(lacks)))
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together."""
+        return self.setup.workload.batch / self.decode.total
+
+    @property
+    def price_usd(self) -> float | None:
+        """Of the machines, without network."""
+        prices = [machine.price_usd for machine in self.cluster.machines]
+        known = [price for price in prices if price is not None]
+        return sum(known) if len(known) == len(prices) else None
+
+    def row(self) -> dict[str, Any]:
+        """One row of zmoe-plan's JSON. Speeds are null where the model does not fit."""
+        work, price = self.setup.workload, self.price_usd
+        speed = self.tokens_per_second if self.fits else None
+        return {
+            "nodes": self.nodes,
+            "machines": [machine.name for machine in self.cluster.machines],
+            "placement": self.placed.label,
+            "fits": self.fits,
+            "missing_per_node_bytes": self.missing,
+            "memory_per_node_bytes": max(self.memory),
+            "memory_by_node_bytes": list(self.memory),
+            "executed_experts_per_node": self.busiest.count,
+            "executed_experts_standard_error": self.busiest.standard_error,
+            "tokens_per_second": speed,
+            "breakdown": _milliseconds(self.decode, self.fits),
+            "communication_share": self.decode.communication_share if self.fits else None,
+            "prompt_tokens_per_second": (
+                work.batch * work.prompt / self.prefill.total if self.fits else None
+            ),
+            "first_token_seconds": self.prefill.total if self.fits else None,
+            "prompt_breakdown": _milliseconds(self.prefill, self.fits),
+            "price_usd": price,
+            "tokens_per_second_per_usd": speed / price if speed and price else None,
+        }
+
+
+def _milliseconds(time: StepTime, known: bool) -> dict[str, float | None]:
+    terms = ("load", "compute", "latency", "transfer", "overhead")
+    return {f"{term}_ms": 1e3 * getattr(time, term) if known else None for term in terms}
+
+
+def predict(setup: Setup, nodes: int) -> Prediction:
+    """The prediction for `nodes` nodes; of several placements, the fastest that fits.
+
+    Raises PlacementError when there are more nodes than experts, or when the
+    placement that is given is for another number of nodes.
+    """
+    work, cluster = setup.workload, setup.cluster(nodes)
+    if setup.given is None:
+        found = candidates(setup.placement, setup.shape, cluster, work.batch, work.context)
+    elif len(setup.given.held) == nodes:
+        found = [setup.given]
+    else:
+        wanted = len(setup.given.held)
+        raise PlacementError(f"{setup.given.label} is for {wanted} nodes, not for {nodes}")
+    predictions = [evaluate(setup, cluster, placed) for placed in found]
+    return min(predictions, key=lambda p: (p.missing, p.decode.total))
+
+
+def predict_all(setup: Setup, counts: Sequence[int]) -> list[Prediction]:
+    return [predict(setup, nodes) for nodes in counts]
+
+
+def evaluate(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
+    """The prediction for `cluster` with its experts `placed`."""
+    shape, work = setup.shape, setup.workload
+    step = Step(rows=work.batch, sequences=work.batch, context=work.context, heads=work.batch)
+    decode, busiest = _timed(shape, cluster, placed, step)
+    prefill = StepTime()
+    for start in range(0, work.prompt, work.chunk):
+        length = min(work.chunk, work.prompt - start)
+        last = start + length == work.prompt
+        step = Step(
+            rows=work.batch * length,
+            sequences=work.batch,
+            context=start + (length + 1) / 2,  # a row looks back on half of its own chunk
+            heads=work.batch if last else 0,
+        )
+        prefill = prefill + _timed(shape, cluster, placed, step)[0]
+    memory = node_bytes(shape, cluster, placed.held, work.batch, work.context)
+    return Prediction(setup, cluster, placed, decode, prefill, busiest, memory)
+
+
+def _timed(
+    shape: ModelShape, cluster: Cluster, placed: Placed, step: Step
+) -> tuple[StepTime, Busiest]:
+    drawn = distinct_experts(shape.experts, shape.top_k, step.rows)
+    return step_time(shape, cluster, step, placed.selecting(drawn))

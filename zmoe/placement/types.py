@@ -1,0 +1,59 @@
+"""What is placed, a model's experts, and where: on the nodes' ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which rank owns which shards, for every MoE layer; identical on all nodes.
+
+    `owned[m][rank]` are the ascending expert ids of `rank` in the m-th MoE
+    layer (m is the ordinal that frames carry as `layer`); an expert on several
+    ranks is a replica. `slices[rank]` is the half-open range of the experts'
+    hidden dimension that `rank` holds of each expert it owns; empty: all hold
+    whole experts. The distinct ranges of an expert's owners tile [0, hidden),
+    owners of equal ranges are replicas of one another. `speeds[rank]`:
+    relative speed, a positive integer, for the assignment; empty: all equal.
+    """
+
+    nodes: int
+    experts: int
+    owned: tuple[tuple[tuple[int, ...], ...], ...]
+    slices: tuple[tuple[int, int], ...] = ()
+    speeds: tuple[int, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hex digest that the hello compares."""
+        parts = [self.nodes, self.experts, self.owned, self.slices, self.speeds]
+        text = json.dumps(parts, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model from its config and tensor headers alone."""
+
+    path: str
+    model_type: str
+    fingerprint: str  # hex; equal on two nodes iff they hold the same checkpoint
+    dtype: str  # of activations and routing: "float32", "float16" or "bfloat16"
+    quantization: str  # "none", or such as "affine-4bit-g64"
+    layers: int
+    moe_layers: tuple[int, ...]  # layer index of each MoE layer, in order of execution
+    experts: int
+    top_k: int
+    hidden_size: int
+    expert_hidden: int  # the inner width of an expert
+    granule: int  # slices of it begin and end at multiples; 0: it has none
+    expert_parameters: int  # of one expert
+    expert_bytes: int  # of one expert of one layer, in the mean
+    dense_bytes: int  # of everything but the routed experts
+    exchange_width: int  # most elements that one row takes on the wire in any layer
+    context_length: int | None
+    vocabulary: int  # token ids lie below it
+    has_own_cache: bool = False  # not one of keys and values alone, so it can be no window
