@@ -93,7 +93,8 @@ static void wait_until(zmoe_team *team, const _Atomic uint32_t *word, uint32_t w
 }
 
 /* After a change of a word.  Both that change and a sleeper's count of itself come
- * before a look at the other, all sequentially consistent: one of the two is seen. */
+ * before a look at the other, all sequentially consistent: one of the two is seen.  Both
+ * are read-modify-writes, because QEMU on x86 lets a plain store pass a later load. */
 static void wake_sleepers(zmoe_team *team) {
   if (atomic_load(&team->sleepers) == 0)
     return;
@@ -113,7 +114,7 @@ void zmoe_team_barrier(zmoe_team *team) {
   uint32_t phase = atomic_load_explicit(&team->phase, memory_order_acquire);
   if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == team->threads - 1) {
     atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-    atomic_store(&team->phase, phase + 1);
+    atomic_fetch_add(&team->phase, 1);
     wake_sleepers(team);
     return;
   }
