@@ -1,0 +1,191 @@
+"""A checkpoint's model without its weights, built once per node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from zmoe.checkpoint.folder import read_config, read_tensors
+from zmoe.checkpoint.safetensors import Tensor
+from zmoe.checkpoint.select import placeholder, whole
+from zmoe.errors import ModelError, ZmoeError
+from zmoe.families.sites import Site, expert_count, find_sites, model_classes, projections
+from zmoe.loading.places import Place, Sanitize, Weights, trace
+
+# Gets `sanitize` and all of the checkpoint's tensors, lazy; returns `sanitize` of those it chooses.
+Feed = Callable[[Sanitize, Weights], Weights]
+
+
+class Skeleton:
+    """The checkpoint in the folder `path` as mlx-lm's own model, with nothing read but headers.
+
+    Inspecting, planning and loading share one of these. Each property is built
+    when it is first used; all of them raise ModelError, in one line, for a
+    checkpoint that is damaged or does not make up the model. `fill` hands the
+    model over: afterwards the properties would be built again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint, by name."""
+        return read_tensors(self.path)
+
+    @property
+    def module(self) -> Module:
+        """The model, quantised as its checkpoint is; its parameters are lazy zeros."""
+        return self._built[0]
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where those parameters lie that the model takes from the checkpoint as they are."""
+        return self._built[1]
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The MoE blocks in order of their layers; at least one."""
+        return find_sites(self.module)
+
+    @cached_property
+    def parameters(self) -> Weights:
+        """The model's parameters by name, for their shapes and dtypes: never evaluated."""
+        return dict(tree_flatten(self.module.parameters()))
+
+    @contextmanager
+    def sanitizing(self, experts: int, count: int) -> Iterator[Sanitize]:
+        """The model's `sanitize`, for a checkpoint with `count` experts instead of `experts`.
+
+        Inside, whatever is raised by it becomes a ModelError.
+        """
+        module: Any = self.module
+        with _one_line(self.path), expert_count(module, experts, count), _missing(self.path):
+            yield _sanitize_of(module)
+
+    def resize(self, count: int) -> None:
+        """Make every switch layer as large as one of `count` experts."""
+        for site in self.sites:
+            for layer in projections(site.switch):
+                for name, array in layer.parameters().items():
+                    layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
+
+    def fill(
+        self, feed: Feed, experts: int, count: int
+    ) -> tuple[Module, list[Site], dict[str, Any]]:
+        """The model with what `feed` returns for weights, its MoE blocks, and its config.
+
+        Every layer has `count` experts then, instead of `experts`. Nothing is
+        evaluated. Raises ModelError for names or shapes that do not fit.
+        """
+        module, sites = self.module, self.sites
+        self.resize(count)
+
+        def sanitize(offered: Weights) -> Weights:
+            with self.sanitizing(experts, count) as own:
+                weights = feed(own, offered)
+            # Views would keep what they were cut from, and strides slow products.
+            return {name: mx.contiguous(array) for name, array in weights.items()}
+
+        stand_in = _StandIn(sanitize, module.load_weights)
+        config = self._load(lambda args: stand_in)[1]
+        for name in ("_built", "sites", "parameters", "tensors"):
+            vars(self).pop(name, None)
+        module.eval()
+        return module, sites, config
+
+    @cached_property
+    def _built(self) -> tuple[Module, dict[str, Place]]:
+        pieces = [whole(tensor) for tensor in self.tensors.values()]
+        places: dict[str, Place] = {}
+        base, _ = model_classes(self.config)
+
+        def make(args: Any) -> Module:
+            model = base(args)
+            if not find_sites(model):
+                raise ModelError(f"{self.path} holds no Mixture of Experts: type {args.model_type}")
+            own = _sanitize_of(model)
+
+            def sanitize(_: Weights) -> Weights:
+                with _missing(self.path):
+                    weights, found = trace(own, {p.name: placeholder(p) for p in pieces}, pieces)
+                places.update(found)
+                return weights
+
+            model.sanitize = sanitize  # hides the class's until the model is complete
+            return cast("Module", model)
+
+        model: Any = self._load(make)[0]
+        del model.sanitize
+        # What is still lazy is bound to this thread, and another one may load the model.
+        private = [v for m in model.modules() for k, v in m.items() if k.startswith("_")]
+        leaves: Any = tree_flatten(private)
+        mx.eval([array for _, array in leaves if isinstance(array, mx.array)])
+        return model, places
+
+    def _load(self, make: Callable[[Any], Module]) -> tuple[Module, dict[str, Any]]:
+        """mlx-lm's load_model, for which `make` constructs the model."""
+
+        def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+            return make, model_classes(config)[1]
+
+        with _one_line(self.path):
+            return load_model(self.path, lazy=True, get_model_classes=classes)
+
+
+class _StandIn(Module):
+    """Stands in load_model for a model that is built and quantised already."""
+
+    def __init__(self, sanitize: Sanitize, load_weights: Callable[..., Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sanitize, self._load_weights = sanitize, load_weights
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> Module:
+        return self._load_weights(file_or_weights, strict)
+
+
+def _sanitize_of(model: Any) -> Sanitize:
+    sanitize: Sanitize = getattr(model, "sanitize", dict)
+    return sanitize
+
+
+@contextmanager
+def _missing(path: Path) -> Iterator[None]:
+    """Around a model's `sanitize`, which looks tensors up by name."""
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"{path} cannot be loaded: tensor {error.args[0]} is missing") from error
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Make a ModelError of whatever a bad checkpoint makes mlx-lm and MLX raise."""
+    try:
+        yield
+    except ZmoeError:  # ours, or what a progress callback found
+        raise
+    except Exception as error:
+        raise ModelError(f"{path} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of what mlx-lm says; of a list of names, the first."""
+    text = str(error)
+    if match := re.match(
+        r"(Missing|Received) (\d+) parameters[^:]*:\s*(\S+?)[,.]?\s*$", text, re.M
+    ):
+        what = "is missing" if match[1] == "Missing" else "is unknown to the model"
+        more = f" (and {int(match[2]) - 1} more)" if int(match[2]) > 1 else ""
+        return f"tensor {match[3]} {what}{more}"
+    return f"{type(error).__name__}: {' '.join(text.split())}"
