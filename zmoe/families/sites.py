@@ -14,10 +14,9 @@ from mlx_lm.utils import _get_classes
 
 from zmoe.checkpoint.select import layer_of
 from zmoe.errors import ModelError
-from zmoe.families import dbrx, gated, inline, special
+from zmoe.families import dbrx
+from zmoe.families.table import ADAPTERS
 from zmoe.moe.adapter import Adapter
-
-ADAPTERS: dict[str, Adapter] = {**gated.ADAPTERS, **inline.ADAPTERS, **special.ADAPTERS}
 
 # How mlx-lm's families name the number of routed experts in their args.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
