@@ -141,7 +141,8 @@ def take_share(
     checked = check_share(path, own, lambda: report(0, plan.total), dense)
     with Reader() as reader:
         feed = reading(plan, reader, report)
-        model, sites, config = skeleton.fill(feed, info.experts, count)
+        config = skeleton.load(feed, info.experts, count)
+    model, sites = skeleton.take()
     mapping = Mapping()
     mapped = map_plan(
         plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total)

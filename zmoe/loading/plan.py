@@ -61,10 +61,17 @@ def make_plan(
     """
     own = dict(zip(info.moe_layers, owned, strict=True))
     pieces = select(skeleton.tensors, info.experts, own, count)
-    nothing = {piece.name: placeholder(piece) for piece in pieces}
-    with skeleton.sanitizing(info.experts, count) as sanitize:
-        unused = unused_names(sanitize, nothing)
-        _, untouched = trace(sanitize, nothing, pieces)
+    unused: set[str] = set()
+    untouched: dict[str, Place] = {}
+
+    def feed(sanitize: Sanitize, _: Weights) -> Weights:
+        nothing = {piece.name: placeholder(piece) for piece in pieces}
+        unused.update(unused_names(sanitize, nothing))
+        weights, places = trace(sanitize, nothing, pieces)
+        untouched.update(places)
+        return weights
+
+    skeleton.load(feed, info.experts, count)
     kept = [piece for piece in pieces if piece.name not in unused]
     kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
     shapes = []

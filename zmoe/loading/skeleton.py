@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,8 @@ class Skeleton:
 
     Inspecting, planning and loading share one of these. Each property is built
     when it is first used; all of them raise ModelError, in one line, for a
-    checkpoint that is damaged or does not make up the model. `fill` hands the
-    model over: afterwards the properties would be built again.
+    checkpoint that is damaged or does not make up the model. `take` hands the
+    model over: the properties would then be built again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,54 +63,39 @@ class Skeleton:
         """The model's parameters by name, for their shapes and dtypes: never evaluated."""
         return dict(tree_flatten(self.module.parameters()))
 
-    @contextmanager
-    def sanitizing(self, experts: int, count: int) -> Iterator[Sanitize]:
-        """The model's `sanitize`, for a checkpoint with `count` experts instead of `experts`.
+    def load(self, feed: Feed, experts: int, count: int) -> dict[str, Any]:
+        """Give the model what `feed` returns for weights; the config as mlx-lm completes it.
 
-        Inside, whatever is raised by it becomes a ModelError.
+        Every MoE layer has `count` experts from then on, instead of `experts`.
+        Nothing is evaluated, and another call may follow. Raises ModelError for
+        names or shapes that do not fit together.
         """
         module: Any = self.module
-        with _one_line(self.path), expert_count(module, experts, count), _missing(self.path):
-            yield _sanitize_of(module)
-
-    def resize(self, count: int) -> None:
-        """Make every switch layer as large as one of `count` experts."""
-        for site in self.sites:
-            for layer in projections(site.switch):
-                for name, array in layer.parameters().items():
-                    layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
-
-    def fill(
-        self, feed: Feed, experts: int, count: int
-    ) -> tuple[Module, list[Site], dict[str, Any]]:
-        """The model with what `feed` returns for weights, its MoE blocks, and its config.
-
-        Every layer has `count` experts then, instead of `experts`. Nothing is
-        evaluated. Raises ModelError for names or shapes that do not fit.
-        """
-        module, sites = self.module, self.sites
-        self.resize(count)
+        for layer in (layer for site in self.sites for layer in projections(site.switch)):
+            for name, array in layer.parameters().items():
+                layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
 
         def sanitize(offered: Weights) -> Weights:
-            with self.sanitizing(experts, count) as own:
-                weights = feed(own, offered)
+            with expert_count(module, experts, count), _missing(self.path):
+                weights = feed(_sanitize_of(module), offered)
             # Views would keep what they were cut from, and strides slow products.
             return {name: mx.contiguous(array) for name, array in weights.items()}
 
-        stand_in = _StandIn(sanitize, module.load_weights)
-        config = self._load(lambda args: stand_in)[1]
-        for name in ("_built", "sites", "parameters", "tensors"):
+        return self._load(lambda *_: _StandIn(sanitize, module.load_weights))[1]
+
+    def take(self) -> tuple[Module, list[Site]]:
+        """The model and its MoE blocks; the skeleton keeps nothing of them."""
+        taken = self.module, self.sites
+        for name in ("tensors", "sites", "parameters", "_built"):
             vars(self).pop(name, None)
-        module.eval()
-        return module, sites, config
+        return taken
 
     @cached_property
     def _built(self) -> tuple[Module, dict[str, Place]]:
         pieces = [whole(tensor) for tensor in self.tensors.values()]
         places: dict[str, Place] = {}
-        base, _ = model_classes(self.config)
 
-        def make(args: Any) -> Module:
+        def make(base: Any, args: Any) -> Module:
             model = base(args)
             if not find_sites(model):
                 raise ModelError(f"{self.path} holds no Mixture of Experts: type {args.model_type}")
@@ -133,11 +118,12 @@ class Skeleton:
         mx.eval([array for _, array in leaves if isinstance(array, mx.array)])
         return model, places
 
-    def _load(self, make: Callable[[Any], Module]) -> tuple[Module, dict[str, Any]]:
-        """mlx-lm's load_model, for which `make` constructs the model."""
+    def _load(self, make: Callable[[Any, Any], Module]) -> tuple[Module, dict[str, Any]]:
+        """mlx-lm's load_model, for which `make` constructs the model of its class and args."""
 
         def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-            return make, model_classes(config)[1]
+            model, args = model_classes(config)
+            return partial(make, model), args
 
         with _one_line(self.path):
             return load_model(self.path, lazy=True, get_model_classes=classes)

@@ -57,7 +57,8 @@ class Source:
             names.update(weights)
             return weights
 
-        self._model, sites, config = skeleton.fill(feed, info.experts, 1)
+        config = skeleton.load(feed, info.experts, 1)
+        self._model, sites = skeleton.take()
         if names != dict(tree_flatten(self._model.parameters())).keys():
             raise ModelError(
                 f"{info.path} cannot be prestacked: mlx-lm changes its {info.quantization} weights "
