@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zmoe.exchange.base import Reducer
-from zmoe.families.sites import projections
 from zmoe.kernels.held import HeldExperts
 from zmoe.kernels.threads import Team
 from zmoe.loading.load import DTYPES, native_experts, owned_by, pairs_per_row, slice_of, take_share
@@ -43,7 +42,7 @@ def load_experts(
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
     share = take_share(info, owned, team, progress, False, kept, skeleton)
-    widths = [int(projections(site.switch)[0].input_dims) for site in share.sites]
+    widths = [site.width for site in share.sites]  # the kernels take the weights that tell them
     experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(

@@ -13,7 +13,7 @@ from zmoe.checkpoint.manifest import read_manifest
 from zmoe.checkpoint.safetensors import Tensor
 from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
-from zmoe.families.sites import Site, projections
+from zmoe.families.sites import projections
 from zmoe.loading.plan import mappable
 from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import can_be_sliced
@@ -35,7 +35,7 @@ _TOP_KS = (
     "moe_top_k",
     "moe_k",
 )
-PLAIN_GRANULE = 64  # without quantisation: whole vectors and cache lines
+PLAIN_ALIGNMENT = 64  # of slices without quantisation: whole vectors and cache lines
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -89,7 +89,7 @@ def describe(skeleton: Skeleton) -> ModelInfo:
         top_k=top_k,
         hidden_size=hidden,
         **_sizes(skeleton, can_be_sliced(sites, mappable(skeleton, skeleton.places, False, True))),
-        exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
+        exchange_width=max(site.width * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
         vocabulary=max(tensors[name].shape[0] for name in _embeddings(path, tensors)),
         has_own_cache=hasattr(model, "make_cache"),
@@ -97,17 +97,19 @@ def describe(skeleton: Skeleton) -> ModelInfo:
 
 
 def _sizes(skeleton: Skeleton, sliceable: bool) -> dict[str, int]:
-    """The experts' inner width and how it may be cut, and bytes as MLX holds them."""
+    """The experts' moe_intermediate_size, the alignment of its slices, and bytes as MLX holds
+    them.
+    """
     sites = skeleton.sites
     layers = [projections(site.switch) for site in sites]
     widths = {int(down.input_dims) for *_, down in layers}
     groups = {layer.group_size for of_site in layers for layer in of_site if "scales" in layer}
-    inside = tuple(f"{site.path}.{site.switch_path}." for site in sites)
+    inside = tuple(f"{site.switch_name}." for site in sites)
     sizes = {name: array.nbytes for name, array in skeleton.parameters.items()}
     experts = sum(size for name, size in sizes.items() if name.startswith(inside))
     return {
         "expert_hidden": max(widths),
-        "granule": max(groups, default=PLAIN_GRANULE) if sliceable and len(widths) == 1 else 0,
+        "granule": max(groups, default=PLAIN_ALIGNMENT) if sliceable and len(widths) == 1 else 0,
         "expert_parameters": max(
             sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
             for of_site in layers
@@ -115,11 +117,6 @@ def _sizes(skeleton: Skeleton, sliceable: bool) -> dict[str, int]:
         "expert_bytes": math.ceil(experts / sum(site.experts for site in sites)),
         "dense_bytes": sum(sizes.values()) - experts,
     }
-
-
-def _experts_width(site: Site) -> int:
-    """How wide the rows are that the experts see and put out."""
-    return int(projections(site.switch)[0].input_dims)
 
 
 def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -15,8 +15,8 @@ from zmoe.checkpoint.select import Reader
 from zmoe.checkpoint.verify import check_share
 from zmoe.errors import PlacementError
 from zmoe.exchange.base import Reducer
-from zmoe.families.sites import Site, projections, replace_module
-from zmoe.kernels.experts import NativeExperts, can_be_native, switch_layers
+from zmoe.families.sites import Site, replace_module
+from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native
 from zmoe.kernels.threads import Team
 from zmoe.loading.fuse import fuse_layers
@@ -183,8 +183,9 @@ def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[
     experts = {}
     for site in share.sites:
         if team is not None and can_be_native(site.switch):
-            path = f"{site.path}.{site.switch_path}"
-            experts[site.path] = NativeExperts(path, site.switch, team, pairs_per_row, share.mapped)
+            experts[site.path] = NativeExperts(
+                site.switch_name, site.switch, team, pairs_per_row, share.mapped
+            )
     return experts
 
 
@@ -192,12 +193,10 @@ def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
     """Drop the zeros that stood in for experts that this node does not have."""
     if own == count:
         return
-    for path, layer in zip(switch_layers(site.switch), projections(site.switch)):
-        there = mapped.get(f"{site.path}.{site.switch_path}.{path}", {})
+    for path, layer in site.linears.items():
         for name, array in layer.parameters().items():
-            if name in there:
-                continue
-            layer[name] = mx.contiguous(array[:own])
+            if name not in mapped.get(path, {}):
+                layer[name] = mx.contiguous(array[:own])
 
 
 def _evaluate(used: Sequence[Module]) -> list[mx.array]:

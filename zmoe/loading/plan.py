@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zmoe.checkpoint.select import Piece, Reader, of_experts, placeholder, select
-from zmoe.kernels.experts import can_be_native, switch_layers
+from zmoe.kernels.experts import can_be_native
 from zmoe.kernels.linear import Parts, may_be_mapped
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.places import Place, Sanitize, Weights, trace
@@ -76,10 +76,10 @@ def make_plan(
     kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
     shapes = []
     if not dense:
-        held = _in_switches(skeleton, untouched)
-        held |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
-        shapes = [piece for piece in kept if piece.name not in held]
-        kept = [piece for piece in kept if piece.name in held]
+        needed = _in_switches(skeleton, untouched)
+        needed |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
+        shapes = [piece for piece in kept if piece.name not in needed]
+        kept = [piece for piece in kept if piece.name in needed]
     cuts: dict[str, Cut] = {}
     experts_too = native or kept_slice is not None
     mapped = mappable(skeleton, untouched, native and dense, experts_too)
@@ -91,7 +91,7 @@ def make_plan(
 
 def _in_switches(skeleton: Skeleton, untouched: dict[str, Place]) -> set[str]:
     """Names in the checkpoint of all that a switch layer has, be it no expert's own."""
-    paths = tuple(f"{site.path}.{site.switch_path}." for site in skeleton.sites)
+    paths = tuple(f"{site.switch_name}." for site in skeleton.sites)
     inside = [place for name, place in untouched.items() if name.startswith(paths)]
     return {piece.name for place in inside for piece in place.pieces}
 
@@ -106,8 +106,7 @@ def mappable(
     paths = {path: False for path, module in modules if may_be_mapped(module)}
     for site in skeleton.sites:
         if experts and can_be_native(site.switch):
-            prefix = f"{site.path}.{site.switch_path}"
-            paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
+            paths.update(dict.fromkeys(site.linears, True))
     found = {}
     for path, is_switch in paths.items():
         names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}

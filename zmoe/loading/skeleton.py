@@ -18,7 +18,7 @@ from zmoe.checkpoint.folder import read_config, read_tensors
 from zmoe.checkpoint.safetensors import Tensor
 from zmoe.checkpoint.select import placeholder, whole
 from zmoe.errors import ModelError, ZmoeError
-from zmoe.families.sites import Site, expert_count, find_sites, model_classes, projections
+from zmoe.families.sites import Site, expert_count, find_sites, model_classes
 from zmoe.loading.places import Place, Sanitize, Weights, trace
 
 # Gets `sanitize` and all of the checkpoint's tensors, lazy; returns `sanitize` of those it chooses.
@@ -71,7 +71,7 @@ class Skeleton:
         names or shapes that do not fit together.
         """
         module: Any = self.module
-        for layer in (layer for site in self.sites for layer in projections(site.switch)):
+        for layer in (layer for site in self.sites for layer in site.linears.values()):
             for name, array in layer.parameters().items():
                 layer[name] = mx.zeros((count, *array.shape[1:]), array.dtype)
 

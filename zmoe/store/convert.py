@@ -17,7 +17,6 @@ from mlx_lm.utils import quantize_model
 from zmoe.checkpoint.select import Reader, layer_of, of_experts, placeholder, select
 from zmoe.errors import InputError, ModelError
 from zmoe.families.sites import Site, expert_count
-from zmoe.kernels.experts import switch_layers
 from zmoe.kernels.weights import PARTS, Quantization
 from zmoe.loading.places import Sanitize, Weights
 from zmoe.loading.skeleton import Skeleton
@@ -160,11 +159,8 @@ def _names_of_experts(sites: Sequence[Site], shapes: Weights) -> dict[int, list[
     """By layer, the names of its switch layer's arrays: weight, scales, biases, bias of each."""
     found = {}
     for site in sites:
-        prefixes = [
-            f"{site.path}.{site.switch_path}.{name}." for name in switch_layers(site.switch)
-        ]
         parts = (*PARTS, "global_scale")
-        names = [prefix + part for prefix in prefixes for part in parts]
+        names = [f"{path}.{part}" for path in site.linears for part in parts]
         found[site.layer] = [name for name in names if name in shapes]
     return found
 
