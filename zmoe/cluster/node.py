@@ -23,7 +23,7 @@ from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import Team, best_isa_name, check_isa, is_native, make_team
-from zmoe.loading import LoadedShard, load_experts, load_shard
+from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.estimate import Offer
 from zmoe.placement.types import ModelInfo, Placement
@@ -50,6 +50,7 @@ class Member:
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
         self.recorder: Recorder | None = None
+        self.skeleton: Skeleton | None = None  # what `info` was learned from, until it is loaded
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
@@ -136,6 +137,7 @@ class Member:
             progress=progress,
             team=self._team,
             policy=self._config.policy,
+            skeleton=self.skeleton,
         )
         self._held = held.layers
         return time.perf_counter() - start
@@ -155,6 +157,7 @@ class Member:
             team=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
+            skeleton=self.skeleton,
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start

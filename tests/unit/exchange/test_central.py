@@ -23,7 +23,7 @@ from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.exchange.central import CentralExchange, Held, Sharing, serve_step
 from zmoe.exchange.dispatched import Received
 from zmoe.exchange.local import Exchange, connect_group, local_group
-from zmoe.families.sites import ADAPTERS
+from zmoe.families.table import ADAPTERS
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.obs import Spans

@@ -18,7 +18,7 @@ from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import whole
 from zmoe.kernels.threads import Team
 from zmoe.loading import LoadedShard, inspect_model, load_shard, mapping
-from zmoe.loading.mapping import trace
+from zmoe.loading.places import trace
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
 

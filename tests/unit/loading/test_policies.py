@@ -16,7 +16,7 @@ from tests.families import EXPERTS, FAMILIES, build, random_model, save
 from tests.ranks import ThreadReducer, on_ranks
 from zmoe.config import POLICIES, EngineConfig
 from zmoe.engine.engine import Engine
-from zmoe.families.sites import ADAPTERS
+from zmoe.families.table import ADAPTERS
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.threads import Team
 from zmoe.loading import inspect_model, load_shard

@@ -14,7 +14,8 @@ from mlx_lm.models import muse_spark
 from tests.families import EXPERTS, FAMILIES, random_model
 from tests.ranks import ThreadReducer, on_ranks, owning
 from zmoe.exchange.base import Partial, nothing
-from zmoe.families.sites import ADAPTERS, find_sites, projections
+from zmoe.families.sites import find_sites, projections
+from zmoe.families.table import ADAPTERS
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
 from zmoe.obs import Spans

@@ -29,7 +29,8 @@ from zmoe.checkpoint.manifest import read_manifest
 from zmoe.errors import InputError, ModelError
 from zmoe.kernels.threads import Team
 from zmoe.loading import inspect_model, load_shard
-from zmoe.loading.mapping import Mapping, Place
+from zmoe.loading.mapping import Mapping
+from zmoe.loading.places import Place
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.store.layout import PAGE_BYTES
