@@ -59,7 +59,7 @@ class Site:
 
     @property
     def width(self) -> int:
-        """The size of the vectors that the experts read and write; known while weights are there."""
+        """The size of the vectors that the experts read and write; known while it has weights."""
         return int(projections(self.switch)[0].input_dims)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from zmoe.errors import ZmoeError
+from zmoe.exchange.base import Call
 from zmoe.kernels.arrays import DTYPES, as_array, empty, writable
 from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
 from zmoe.kernels.experts import NativeExperts
@@ -81,22 +82,14 @@ class NativeMoE:
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
         self._find_pairs(at, rows)
-        layer.reducer.dispatch(
-            layer.ordinal,
-            at.x[:rows],
-            self._dtype,
-            at.ids,
-            at.weights,
-            layer.dtype,
-            int(at.pairs.digest),
-        )
+        width = memory.shape[1]
+        call = Call(layer.ordinal, rows, width, layer.dtype, int(at.pairs.digest))
+        layer.reducer.dispatch(call, at.x[:rows], self._dtype, at.ids, at.weights)
         shared: list[mx.array] = []
         layer.reducer.all_reduce_host(
-            layer.ordinal,
+            call,
             lambda start, stop: self._partial(at, start, stop),
             at.routed,
-            layer.dtype,
-            int(at.pairs.digest),
             lambda: self._compute_shared(at, shared),
         )
         memory += at.routed

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.exchange.base import Reducer
+from zmoe.exchange.base import Call, Reducer
 from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import Experts, MlxExperts, combine
 from zmoe.obs import Spans
@@ -78,9 +78,8 @@ class ExpertParallelMoE(Module):
         host_weights = np.asarray(weights)
         # The order within a row may differ between devices; the set may not.
         digest = routing_digest(np.sort(host_ids, axis=-1))
-        layer.reducer.dispatch(
-            layer.ordinal, rows, rows.dtype, host_ids, host_weights, layer.dtype, digest
-        )
+        call = Call(layer.ordinal, rows.shape[0], width, layer.dtype, digest)
+        layer.reducer.dispatch(call, rows, rows.dtype, host_ids, host_weights)
         shared: list[mx.array | None] = []
 
         def beside_the_exchange() -> None:
@@ -94,14 +93,7 @@ class ExpertParallelMoE(Module):
             own = pairs.within(start, stop)
             return self._partial(_between(rows, start, stop), own, host_weights[start:stop])
 
-        routed = layer.reducer.all_reduce(
-            layer.ordinal,
-            partial,
-            (rows.shape[0], width),
-            layer.dtype,
-            digest,
-            overlap=beside_the_exchange,
-        )
+        routed = layer.reducer.all_reduce(call, partial, overlap=beside_the_exchange)
         routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
         return adapter.finish(self.block, x, routed, shared[0])
 
@@ -142,21 +134,16 @@ class ExpertParallelSwitch(Module):
         host_ids = _on_host(ids)
         pairs, digest = layer.ownership.pairs(host_ids), routing_digest(host_ids)
         # Every chosen expert's output is a row of its own, of one expert at weight 1.
+        call = Call(layer.ordinal, rows.shape[0] * k, width, layer.dtype, digest)
         layer.reducer.dispatch(
-            layer.ordinal,
+            call,
             mx.repeat(rows, k, axis=0),
             rows.dtype,
             host_ids.reshape(-1, 1),
             np.ones((host_ids.size, 1), np.float32),
-            layer.dtype,
-            digest,
         )
         summed = layer.reducer.all_reduce(
-            layer.ordinal,
-            lambda start, stop: self._outputs(rows, pairs, k, start, stop),
-            (rows.shape[0] * k, width),
-            layer.dtype,
-            digest,
+            call, lambda start, stop: self._outputs(rows, pairs, k, start, stop)
         )
         return summed.reshape(*indices.shape, width).astype(x.dtype)
 
