@@ -1,6 +1,6 @@
 """A whole decoder layer without MLX: attention, router, own experts, exchange.
 
-The plain way, layer by layer in MLX with native products, stays beside it and
+The plain way, layer by layer in MLX with native matmuls, stays beside it and
 is what the tests compare it with.
 """
 
@@ -18,8 +18,8 @@ from zmoe.errors import ZmoeError
 from zmoe.kernels.arrays import DTYPES, as_array, empty, writable
 from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.stream import NativeCache, Stream
-from zmoe.kernels.threads import Team
+from zmoe.kernels.residual import NativeCache, ResidualBuffer
+from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer, Routed, forward
 from zmoe.native import Status, ffi, lib
@@ -52,11 +52,11 @@ class NativeMoE:
         adapter: Adapter,
         experts: NativeExperts,
         layer: Layer,
-        team: Team,
+        pool: ThreadPool,
         buffers: BufferPool,
     ) -> None:
         self._block, self._adapter, self._layer = block, adapter, layer
-        self._experts, self._team, self._dtype = experts, team, buffers.dtype
+        self._experts, self._pool, self._dtype = experts, pool, buffers.dtype
         self._top_k = router.top_k
         self._keep: list[Any] = [router.gate, weights_of([router.gate])]
         raw = ffi.new("zmoe_router *")
@@ -65,7 +65,7 @@ class NativeMoE:
         raw.kind, raw.top_k = router.kind, router.top_k
         raw.normalize, raw.scale = router.normalize, 1.0
         self._raw = raw
-        team.reserve(lib.zmoe_route_scratch(raw))
+        pool.reserve(lib.zmoe_route_scratch(raw))
         self._buffers = buffers
 
     def __call__(self, h: Any, memory: Any) -> None:
@@ -77,7 +77,7 @@ class NativeMoE:
         rows, width = memory.shape
         at = self._buffers.of(rows, width, self._top_k)
         status = lib.zmoe_route(
-            self._team.handle,
+            self._pool.handle,
             self._raw,
             h,
             rows,
@@ -242,11 +242,11 @@ class NativeLayer(Module):
         layer: Module,
         attention: NativeAttention,
         feed_forward: Callable[[Any, Any], None],
-        stream: Stream,
+        residual: ResidualBuffer,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
-        self._attention, self._feed_forward, self._stream = attention, feed_forward, stream
+        self._attention, self._feed_forward, self._residual = attention, feed_forward, residual
 
     def make_cache(self, max_size: int | None) -> NativeCache:
         """An empty cache of this layer, a window of `max_size` keys if that is given."""
@@ -255,7 +255,7 @@ class NativeLayer(Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
         """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
         assert cache is not None
-        array, h, memory = self._stream.take(x)
+        array, h, memory = self._residual.take(x)
         self._attention(h, len(memory), cache)
         self._feed_forward(h, memory)
         return array
