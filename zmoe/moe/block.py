@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.exchange.base import Reducer
+from zmoe.exchange.base import Call, Reducer
 from zmoe.moe.adapter import Adapter, Block, Routing, bound_hook
 from zmoe.moe.experts import Experts, MlxExperts, weighted_sum
 from zmoe.obs import Spans
@@ -88,10 +88,9 @@ def forward(backend: Backend, layer: Layer, *given: Any) -> Any:
     Raises PeerError, DivergenceError.
     """
     routed = backend.route(*given)
-    reducer, digest = layer.reducer, routed.digest
-    reducer.dispatch(
-        layer.ordinal, routed.x, routed.x_dtype, routed.ids, routed.weights, layer.dtype, digest
-    )
+    reducer, (tokens, width) = layer.reducer, routed.x.shape
+    call = Call(layer.ordinal, tokens, width, layer.dtype, routed.digest)
+    reducer.dispatch(call, routed.x, routed.x_dtype, routed.ids, routed.weights)
     shared = None
 
     def partial(start: int, stop: int) -> Any:
@@ -101,16 +100,11 @@ def forward(backend: Backend, layer: Layer, *given: Any) -> Any:
         nonlocal shared
         shared = backend.shared(routed)
 
-    if routed.out is None:
-        shape = (routed.x.shape[0], routed.x.shape[1])
-        total: Any = reducer.all_reduce(
-            layer.ordinal, partial, shape, layer.dtype, digest, beside_the_exchange
-        )
+    total: Any = routed.out
+    if total is None:
+        total = reducer.all_reduce(call, partial, beside_the_exchange)
     else:
-        total = routed.out
-        reducer.all_reduce_host(
-            layer.ordinal, partial, total, layer.dtype, digest, beside_the_exchange
-        )
+        reducer.all_reduce_host(call, partial, total, beside_the_exchange)
     return backend.finish(routed, total, shared)
 
 
