@@ -37,7 +37,7 @@ from zmoe.errors import ZmoeError
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.local import SingleNode
 from zmoe.kernels.arrays import DTYPES
-from zmoe.kernels.threads import best_isa_name, is_native, make_team
+from zmoe.kernels.threads import best_isa_name, is_native, make_thread_pool
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.placement.build import place_evenly
@@ -89,7 +89,7 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what the leader asks for until it says that this was all."""
     info = inspect_model(resolve_model(options.model))
     config = EngineConfig()
-    team = make_team(config, best_isa_name()) if is_native(config) else None
+    team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
     placement = place_evenly(info, options.nodes)
     worker = Worker()
     worker.rank = options.rank
@@ -251,7 +251,7 @@ class Naive:
         self.tokenizer = open_tokenizer(folder)
         self._spans, self._workers = Recorder(), workers
         self._reducer = NaiveReducer(workers, placement, self._spans)
-        team = make_team(config, best_isa_name()) if is_native(config) else None
+        team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
         shard = load_shard(self.info, placement, self._reducer, spans=self._spans, team=team)
         self._engine = Engine(shard.model, self._reducer, config, shard.head)
         self._chunk = config.prefill_chunk

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zmoe.exchange.base import Reducer
 from zmoe.kernels.held import HeldExperts
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.load import DTYPES, native_experts, owned_by, pairs_per_row, slice_of, take_share
 from zmoe.loading.plan import Progress
 from zmoe.loading.skeleton import Skeleton
@@ -31,7 +31,7 @@ def load_experts(
     reducer: Reducer,
     *,
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: ThreadPool | None = None,
     policy: str = "selected",
     skeleton: Skeleton | None = None,
 ) -> LoadedExperts:

@@ -18,7 +18,7 @@ from zmoe.exchange.base import Reducer
 from zmoe.families.sites import Site, replace_module
 from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
@@ -62,7 +62,7 @@ def load_shard(
     *,
     spans: Spans,
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: ThreadPool | None = None,
     fuse: bool = True,
     policy: str = "selected",
     recorder: Recorder | None = None,
@@ -123,7 +123,7 @@ class Share:
 def take_share(
     info: ModelInfo,
     owned: list[tuple[int, ...]],
-    team: Team | None,
+    team: ThreadPool | None,
     progress: Progress | None,
     dense: bool = True,
     kept_slice: tuple[int, int] | None = None,
@@ -178,7 +178,9 @@ def pairs_per_row(info: ModelInfo, padding: int) -> int:
     return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
 
 
-def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[str, NativeExperts]:
+def native_experts(
+    share: Share, pairs_per_row: int, team: ThreadPool | None
+) -> dict[str, NativeExperts]:
     """The experts that `team` can compute, by path of their block."""
     experts = {}
     for site in share.sites:
