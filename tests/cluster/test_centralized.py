@@ -12,8 +12,9 @@ import pytest
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
-from zmoe.cluster.leader import ClusterSpec, Leader
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.leader import Leader
+from zmoe.cluster.placing import Placing
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.loading import inspect_model
 

@@ -19,9 +19,10 @@ from mlx_lm.utils import load_model
 from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
 from tests.families import FAMILIES, build
-from zmoe.cluster.leader import ClusterSpec, Leader
+from zmoe.cluster.leader import Leader
 from zmoe.cluster.node import Member
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.placing import Placing
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Timing
 from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly

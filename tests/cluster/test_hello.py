@@ -16,10 +16,9 @@ from tests.conftest import unused_port
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
 from zmoe.cluster.node import Member, check_hello, hello_of
-from zmoe.cluster.placing import PlacementRequest
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.exchange.local import Endpoint

@@ -12,8 +12,8 @@ from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster import bus
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
 from zmoe.cluster.messages import Mesh, Message, Place, Setup, Step
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
 from zmoe.errors import ZmoeError
 

@@ -12,8 +12,7 @@ from zmoe.calibration.link import Hosts, measure_link
 from zmoe.calibration.machine import measure_machine
 from zmoe.cli.common import check_writable, warn_unencrypted
 from zmoe.cluster.hosts import hosts_from_file, hosts_from_names
-from zmoe.cluster.launch import RemoteOptions
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.spec import ClusterSpec, RemoteOptions
 from zmoe.errors import InputError
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 

@@ -15,10 +15,11 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.leader import ClusterSpec, Leader, OnManual, Progress
+from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Member, peak_memory
 from zmoe.cluster.placing import OnChoice, Placing
 from zmoe.cluster.resources import offer_of
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer

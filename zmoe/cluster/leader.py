@@ -8,17 +8,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.hosts import Host, HostList, check_address, check_listener, is_loopback
+from zmoe.cluster.hosts import Host, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
-    RemoteOptions,
     command_by_hand,
     end_all,
     start_local,
@@ -41,9 +39,10 @@ from zmoe.cluster.messages import (
     one_line,
 )
 from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.placing import Placing
 from zmoe.cluster.resources import offer_of
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing, check_setting, is_int
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
@@ -58,43 +57,6 @@ Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its sha
 OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order
 M = TypeVar("M", bound=Message)
 ENDING_S = 0.5  # a process closes its sockets a moment before it can be waited for
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """Which nodes, and how they come to be.
-
-    `hosts` None: `nodes` processes on this machine. Otherwise one node per
-    host, in rank order, the first being this machine. `manual`: start nothing;
-    `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
-    `record_usage`: count which experts are selected.
-    """
-
-    nodes: int = 1
-    hosts: HostList | None = None
-    manual: bool = False
-    bind: str | None = None
-    port: int = 0
-    remote: RemoteOptions = field(default_factory=RemoteOptions)
-    timing: Timing = field(default_factory=Timing)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    placement: PlacementRequest = field(default_factory=PlacementRequest)
-    record_usage: bool = False
-
-    def __post_init__(self) -> None:
-        check_setting(is_int(self.nodes, 1, 64), "nodes", self.nodes, "a whole number from 1 to 64")
-        if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
-            raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
-        check_address(self.address, "bind")
-        if self.nodes > 1:
-            check_listener(self.bind, self.hosts)
-
-    @property
-    def address(self) -> str:
-        """Where the leader listens: loopback unless hosts or `bind` say otherwise."""
-        if self.bind is not None:
-            return self.bind
-        return self.hosts.hosts[0].address if self.hosts is not None else "127.0.0.1"
 
 
 class Leader:

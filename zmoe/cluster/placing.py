@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
 from zmoe.kernels.threads import is_native
@@ -19,23 +19,6 @@ from zmoe.placement.usage import read_usage
 
 WAYS = ("auto", "experts", "replicas", "slices")
 OnChoice = Callable[[Choice], None]
-
-
-@dataclass(frozen=True)
-class PlacementRequest:
-    """What a user asks: `way` is one of WAYS, or a placement file.
-
-    `usage`: a profile of which experts are chosen, for replicas.
-    `memory_limit`: bytes that a node may take, None: what its machine has.
-    """
-
-    way: str = "auto"
-    usage: Path | None = None
-    memory_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.usage is not None and self.way not in ("auto", "replicas"):
-            raise SettingError("usage", f"has no use with placement {self.way}: it is for replicas")
 
 
 class Placing:

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zmq
@@ -33,6 +32,7 @@ from zmoe.cluster.messages import (
 )
 from zmoe.cluster.node import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import offer_of
+from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.exchange.local import Endpoint
@@ -49,19 +49,6 @@ M = TypeVar("M", bound=Message)
 
 class StoppedError(ZmoeError):
     """The leader ended the run, and said why."""
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """How a worker finds its leader. `model`, `memory_limit` (bytes) None: as the leader says."""
-
-    leader: str
-    rank: int
-    bind: str = "127.0.0.1"
-    model: str | None = None
-    memory_limit: int | None = None
-    token: str = ""  # what the leader that started us wrote to our standard input
-    join_timeout: float | None = None  # None: wait for a leader for as long as it takes
 
 
 class Worker:

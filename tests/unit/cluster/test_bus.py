@@ -26,7 +26,8 @@ from zmoe.cluster.messages import (
     Stop,
     encode,
 )
-from zmoe.cluster.worker import Worker, WorkerSpec
+from zmoe.cluster.spec import WorkerSpec
+from zmoe.cluster.worker import Worker
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import PeerError, ZmoeError
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S, wait_until
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ZmoeError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.placement.conftest import described
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.placing import Placing
+from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
