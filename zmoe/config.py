@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")

@@ -24,12 +24,12 @@ from zmoe.cluster.launch import (
 )
 from zmoe.cluster.messages import (
     AskMemory,
+    Endpoints,
     Failed,
     Hello,
     Join,
     Loading,
     Memory,
-    Mesh,
     Message,
     Place,
     Ready,
@@ -38,13 +38,12 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
-from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
+from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, peak_memory
 from zmoe.cluster.placing import Placing
 from zmoe.cluster.resources import offer_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
-from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
@@ -114,7 +113,9 @@ class Leader:
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():
             self._check_protocol(rank, join)
-        self._bus.broadcast(self._setup())
+        limit = self.spec.placement.memory_limit
+        setup = Setup(self.spec.nodes, self._model_name, self.spec.engine, timing, limit)
+        self._bus.broadcast(setup)
         own = member.open_exchange(self.spec.address)
         assert member.exchange is not None
         member.exchange.tick = self._hear
@@ -124,12 +125,12 @@ class Leader:
         for rank, hello in hellos.items():
             name = f"node {rank} ({joins[rank].host})"
             check_hello(mine, hello, name, self.spec.engine.schedule)
-        digest = self._place([offer, *map(offer_in, hellos.values())])
-        endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
-        hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
-        isa = common_isa([mine.isa, *(hello.isa for hello in hellos.values())])
+        everyone = [mine, *hellos.values()]
+        digest = self._place([hello.resources for hello in everyone])
+        endpoints = tuple(hello.endpoint for hello in everyone)
+        isa = common_isa([hello.isa for hello in everyone])
         member.use_isa(isa)
-        self._bus.broadcast(Mesh(isa, list(hosts), list(data), list(control)))
+        self._bus.broadcast(Endpoints(isa, endpoints))
         member.connect(endpoints, self._listen)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = member.load(self._own_progress)
@@ -146,7 +147,7 @@ class Leader:
         """Choose the placement and tell every node; its digest."""
         placement = self._placing.choose(offers)
         self.member.place(placement)
-        self._bus.broadcast(Place.of(placement))
+        self._bus.broadcast(Place(placement))
         return placement.digest
 
     def launch(self) -> None:
@@ -182,25 +183,6 @@ class Leader:
         if host.is_local:
             return start_local(leader, rank, host.address, None, patience, token)
         return start_over_ssh(leader, rank, host, self.spec.remote, patience, token)
-
-    def _setup(self) -> Setup:
-        timing, engine = self.spec.timing, self.spec.engine
-        return Setup(
-            nodes=self.spec.nodes,
-            model=self._model_name,
-            prefill_chunk=engine.prefill_chunk,
-            max_kv_size=engine.max_kv_size,
-            compute=engine.compute,
-            activations=engine.activations,
-            wire_dtype=engine.wire_dtype,
-            schedule=engine.schedule,
-            policy=engine.policy,
-            memory_limit=self.spec.placement.memory_limit,
-            peer_timeout=timing.peer,
-            grace_timeout=timing.grace,
-            load_timeout=timing.load,
-            join_timeout=timing.join,
-        )
 
     def _check_protocol(self, rank: int, join: Join) -> None:
         if join.protocol != PROTOCOL_VERSION:

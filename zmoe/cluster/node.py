@@ -242,29 +242,15 @@ def hello_of(info: ModelInfo, arithmetic: Arithmetic, offer: Offer, endpoint: En
         dtype=info.dtype,
         quantization=info.quantization,
         isa=best_isa_name(),
-        compute=arithmetic.compute,
-        device=arithmetic.device,
-        mlx=arithmetic.mlx,
-        mlx_lm=arithmetic.mlx_lm,
-        arithmetic=arithmetic.probe,
-        machine=offer.machine,
-        memory=offer.memory,
-        memory_limit=offer.limit,
-        speed=offer.speed,
-        host=endpoint.host,
-        data_port=endpoint.data_port,
-        control_port=endpoint.control_port,
+        arithmetic=arithmetic,
+        resources=offer,
+        endpoint=endpoint,
     )
 
 
 def hello_patience(model: str, timing: Timing) -> float:
     """Seconds for all nodes to say hello: they may first have to download what is no folder."""
     return timing.join if os.path.isabs(model) else timing.load
-
-
-def offer_in(hello: Hello) -> Offer:
-    """What the node that says `hello` brings."""
-    return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
 
 
 def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
@@ -278,15 +264,15 @@ def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
         if ours != other:
             raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
     if schedule == "decentralized":
-        _check_rounding(mine, theirs, name)
-    if is_loopback(theirs.host) and not is_loopback(mine.host):
+        _check_rounding(mine.arithmetic, theirs.arithmetic, name)
+    if is_loopback(theirs.endpoint.host) and not is_loopback(mine.endpoint.host):
         raise MismatchError(
-            f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
+            f"{name} listens on {theirs.endpoint.host} only, the leader on {mine.endpoint.host}: "
             "start that zmoe-node with --bind ADDRESS"
         )
 
 
-def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
+def _check_rounding(mine: Arithmetic, theirs: Arithmetic, name: str) -> None:
     """Nodes that each route for themselves must round alike, or part in mid-text.
 
     Instruction sets may differ: the kernels round alike on the best that all have.
@@ -299,7 +285,7 @@ def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
         ("compute", "multiplies matrices with --compute"),
         ("mlx", "runs mlx"),
         ("mlx_lm", "runs mlx-lm"),
-        ("arithmetic", f"rounds otherwise on {theirs.device}: digest"),
+        ("probe", f"rounds otherwise on {theirs.device}: digest"),
     ):
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:

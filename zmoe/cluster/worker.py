@@ -1,4 +1,4 @@
-"""A worker's life: join, hello, mesh, load, then one step after the other."""
+"""A worker's life: join, hello, endpoints, load, then one step after the other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import (
     AskMemory,
+    Endpoints,
     Failed,
     Join,
     Loading,
     Memory,
-    Mesh,
     Message,
     Place,
     Ready,
@@ -33,9 +33,8 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.node import Member, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import offer_of
 from zmoe.cluster.spec import WorkerSpec
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.loading import inspect_model
 
@@ -106,20 +105,9 @@ class Worker:
         return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
 
     def _come_up(self, setup: Setup) -> Member:
-        timing = Timing(
-            setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
-        )
+        config, timing = setup.engine, setup.timing
         self._bus.grace = timing.grace
         info = inspect_model(resolve_model(self.spec.model or setup.model))
-        config = EngineConfig(
-            setup.prefill_chunk,
-            setup.max_kv_size,
-            setup.compute,
-            setup.activations,
-            setup.wire_dtype,
-            setup.schedule,
-            setup.policy,
-        )
         member = Member(info, self.spec.rank, setup.nodes, self._bus.session, config, timing)
         self._member = member
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
@@ -128,13 +116,12 @@ class Worker:
         endpoint = member.open_exchange(self.spec.bind)
         self._bus.send(hello_of(info, arithmetic_of(config), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
-        place, mesh = self._expect(Place, patience), self._expect(Mesh, timing.join)
-        if place is None or mesh is None:
+        place, endpoints = self._expect(Place, patience), self._expect(Endpoints, timing.join)
+        if place is None or endpoints is None:
             raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
-        member.place(place.placement(setup.nodes))
-        member.use_isa(mesh.isa)
-        endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
-        member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
+        member.place(place.placement)
+        member.use_isa(endpoints.isa)
+        member.connect(endpoints.nodes, self._listen)
         seconds = member.load_follower(_Throttled(self._bus, self._listen))
         assert member.placement is not None
         self._bus.send(Ready(seconds, member.placement.digest))
@@ -142,7 +129,7 @@ class Worker:
 
     def _listen(self) -> None:
         """While busy with something else: notice a leader that is gone or says stop."""
-        self._expect(Mesh, 0)
+        self._expect(Endpoints, 0)
         assert self._member is not None
         self._member.service()
 
