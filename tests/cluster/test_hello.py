@@ -18,7 +18,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import Endpoints, Failed, Hello, Join, Message, Place, Ready, Setup, Stop
-from zmoe.cluster.node import Member, check_hello, hello_of
+from zmoe.cluster.node import Node, check_hello, hello_of
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import MismatchError, ZmoeError
@@ -159,8 +159,8 @@ def test_another_placement_is_named_on_both_sides(
 
     What a placement is chosen by, how fast this machine is at the moment, is left out.
     """
-    monkeypatch.setattr(Member, "connect", lambda *_: None)
-    monkeypatch.setattr(Member, "load", lambda *_: (None, 0.0))
+    monkeypatch.setattr(Node, "connect", lambda *_: None)
+    monkeypatch.setattr(Node, "load", lambda *_: (None, 0.0))
     impostor = Impostor(free_port, {}, {}, digest="0123")
     impostor.start()
     evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)

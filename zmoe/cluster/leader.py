@@ -38,8 +38,8 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
-from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, peak_memory
-from zmoe.cluster.placing import Placing
+from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
+from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import offer_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
@@ -48,7 +48,6 @@ from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
 from zmoe.loading import LoadedShard
-from zmoe.placement.estimate import Offer
 from zmoe.placement.types import ModelInfo
 from zmoe.topology.cores import divide_cores
 
@@ -66,12 +65,12 @@ class Leader:
         info: ModelInfo,
         model_name: str,
         spec: ClusterSpec,
-        placing: Placing,
+        resolver: PlacementResolver,
         progress: Progress,
         on_manual: OnManual,
     ) -> None:
         self.info, self.spec = info, spec
-        self._model_name, self._placing, self._progress = model_name, placing, progress
+        self._model_name, self._resolver, self._progress = model_name, resolver, progress
         self._on_manual = on_manual
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
@@ -82,7 +81,7 @@ class Leader:
         started = () if spec.manual else self._workers
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         session = secrets.randbits(63)
-        self.member = Member(info, 0, spec.nodes, session, spec.engine, spec.timing)
+        self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
         self._context = Context()
         try:
             self._bus = LeaderBus(
@@ -101,57 +100,62 @@ class Leader:
     # ---- coming up ----------------------------------------------------------
 
     def start(self) -> tuple[LoadedShard, float]:
-        """Greet, connect and load, after launch().
+        """Greet the workers, connect and load; to be called after launch().
 
-        Returns this rank's shard, and the seconds until all had theirs. Any failure
-        names the node; the caller then closes.
+        Returns this rank's shard, and the seconds that the slowest node took to load.
+        Raises LaunchError for a node that is late or has ended, MismatchError for one that
+        cannot share the run, PlacementError where the model does not fit, and what a worker
+        has failed with; each names the node. The caller then closes.
         """
-        timing, member = self.spec.timing, self.member
+        timing, node = self.spec.timing, self.node
         # While the others start:
         offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)
         arithmetic = arithmetic_of(self.spec.engine)
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():
             self._check_protocol(rank, join)
-        limit = self.spec.placement.memory_limit
-        setup = Setup(self.spec.nodes, self._model_name, self.spec.engine, timing, limit)
+        setup = Setup(
+            nodes=self.spec.nodes,
+            model=self._model_name,
+            engine=self.spec.engine,
+            timing=timing,
+            memory_limit=self.spec.placement.memory_limit,
+        )
         self._bus.broadcast(setup)
-        own = member.open_exchange(self.spec.address)
-        assert member.exchange is not None
-        member.exchange.tick = self._hear
+        own = node.open_exchange(self.spec.address)
+        assert node.exchange is not None
+        node.exchange.tick = self._hear
         patience = hello_patience(self._model_name, timing)
         hellos = self._collect(Hello, "has not said hello", patience)
-        mine = hello_of(member.info, arithmetic, offer, own)
+        mine = hello_of(node.info, arithmetic, offer, own)
         for rank, hello in hellos.items():
             name = f"node {rank} ({joins[rank].host})"
             check_hello(mine, hello, name, self.spec.engine.schedule)
         everyone = [mine, *hellos.values()]
-        digest = self._place([hello.resources for hello in everyone])
+        placement = self._resolver.resolve([hello.resources for hello in everyone])
+        node.place(placement)
+        self._bus.broadcast(Place(placement))
         endpoints = tuple(hello.endpoint for hello in everyone)
         isa = common_isa([hello.isa for hello in everyone])
-        member.use_isa(isa)
+        node.use_isa(isa)
         self._bus.broadcast(Endpoints(isa, endpoints))
-        member.connect(endpoints, self._listen)
+        node.connect(endpoints, self._listen)
         self._load_deadline = time.monotonic() + timing.load
-        shard, seconds = member.load(self._own_progress)
+        shard, seconds = node.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
         for rank, message in ready.items():
-            if message.placement != digest:
+            if message.placement != placement.digest:
                 raise MismatchError(
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
-                    f"the leader {digest}"
+                    f"the leader {placement.digest}"
                 )
         return shard, max(seconds, *(message.seconds for message in ready.values()))
 
-    def _place(self, offers: Sequence[Offer]) -> str:
-        """Choose the placement and tell every node; its digest."""
-        placement = self._placing.choose(offers)
-        self.member.place(placement)
-        self._bus.broadcast(Place(placement))
-        return placement.digest
-
     def launch(self) -> None:
-        """Start the workers, or say how to start them by hand."""
+        """Start the workers, or tell `on_manual` how to start them by hand.
+
+        Raises LaunchError for a process that cannot be started.
+        """
         address, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
             places = [self._address_of(rank) for rank in self._workers]
@@ -165,7 +169,7 @@ class Leader:
             return
         cores = divide_cores(self.spec.nodes)
         if cores is not None:
-            self.member.pin(cores[0])
+            self.node.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
             token = self._tokens[rank]
@@ -215,7 +219,7 @@ class Leader:
     def _listen(self) -> None:
         """While busy with something else: handle what workers say, notice those that ended."""
         self._check_processes()
-        self.member.service()
+        self.node.service()
         self._hear()
 
     def _collect(
@@ -249,13 +253,16 @@ class Leader:
     # ---- running --------------------------------------------------------------
 
     def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
-        """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
+        """Run one step on all ranks; the arguments and the result are those of Node.forward.
+
+        Raises PeerError, DivergenceError, and what a worker has failed with.
+        """
         self._step += 1
         self._bus.step = self._step
         try:
             self._bus.broadcast(Step(self._step, reset, list(tokens)))
             self._hear()
-            return self.member.forward(self._step, tokens, reset, logits)
+            return self.node.forward(self._step, tokens, reset, logits)
         except PeerError as own:
             self._look_for_cause(own)
             raise
@@ -293,7 +300,7 @@ class Leader:
 
     def _end(self, patience: float) -> None:
         try:
-            self.member.close()
+            self.node.close()
         finally:
             end_all(self._processes, patience)
             self._bus.close()
