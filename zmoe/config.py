@@ -1,7 +1,7 @@
-"""Settings of a run. A field says all that is known of a setting: default, limit, help, flag.
+"""Settings of a run. The field of a setting states its default, its limit, its help and its flag.
 
-The commands' flags are made from the fields, and the dataclasses travel as they are from
-the command line to the workers. They are validated on construction, by whomever.
+The commands' flags are generated from the fields, and the dataclasses travel unchanged from
+the command line to the workers. Constructing one validates it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Limit:
-    """Which values a setting may have, and the same in words."""
+    """Which values a setting may have, as a function and in words."""
 
     expected: str
     fits: Callable[[Any], bool]
@@ -70,10 +70,10 @@ def one_of(*names: str) -> Limit:
 
 @dataclass(frozen=True)
 class Setting:
-    """The annotation of a field: what its type does not say of it.
+    """The annotation of a field: what its type leaves open.
 
-    The flag is called as the field unless `flag` says otherwise; without `help` there is
-    none. `in_gib`: the flag takes GiB, the field is in bytes.
+    The flag has the name of the field unless `flag` gives another; a setting without `help`
+    has no flag. `in_gib`: the flag takes GiB, while the field is in bytes.
     """
 
     help: str = ""
@@ -95,7 +95,7 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """Its long flag."""
+        """The long flag."""
         return self.setting.flag or "--" + self.name.replace("_", "-")
 
 
@@ -113,16 +113,14 @@ def fields_of(settings: type[Settings]) -> tuple[Field, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of what holds settings. Raises SettingError, which names the field, on construction."""
+    """Base of all settings. Construction raises SettingError, which names the field at fault."""
 
     def __post_init__(self) -> None:
         for field in fields_of(type(self)):
             value, limit = getattr(self, field.name), field.setting.limit
-            if limit is None or (field.optional and value is None):
+            if limit is None or (field.optional and value is None) or limit.fits(value):
                 continue
-            if not limit.fits(value):
-                problem = f"is {value!r}: expected {limit.expected}"
-                raise SettingError(field.name, problem)
+            raise SettingError(field.name, f"is {value!r}: expected {limit.expected}")
 
 
 # ---- the settings --------------------------------------------------------------------
@@ -136,12 +134,10 @@ _TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
 _TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 _MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 SECONDS = number("a positive number of seconds", lambda value: value > 0)
-_COMPUTE_HELP = "large products by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
-_ACTIVATIONS_HELP = (
-    "in the kernels' quantised products; int8 is faster on some CPUs, and less exact"
-)
+_COMPUTE_HELP = "large matmuls by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
+_ACTIVATIONS_HELP = "of the kernels' quantised matmuls; int8 is faster on some CPUs, and less exact"
 _WIRE_DTYPE_HELP = (
-    "of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links"
+    "type of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links"
 )
 _SCHEDULE_HELP = "every node routes; or the first one does, and the others hold experts only"
 _POLICY_HELP = (

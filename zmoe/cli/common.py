@@ -55,8 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> None:
-    """Add the flags of the fields `names` of `kind`, or of all that have one. `add` is the
-    add_argument of a parser or of a group. given() reads what the flags were given.
+    """Add the flags of the fields `names` of `kind`, or of all its fields that have one.
+
+    `add` is the add_argument of a parser or group. given() collects the values.
     """
     for field in fields_of(kind):
         setting, how = field.setting, dict[str, Any]()

@@ -22,7 +22,7 @@ from zmoe.cli.common import (
     run_command,
     warn_unencrypted,
 )
-from zmoe.cluster.hosts import check_env, hosts_from_file, hosts_from_names
+from zmoe.cluster.hosts import check_env, hosts_from
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
 from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling, Timing
 from zmoe.errors import InputError
@@ -87,13 +87,7 @@ def _add_nodes(parser: Parser) -> None:
 
 
 def _spec(options: argparse.Namespace) -> ClusterSpec:
-    if options.hosts is not None and options.hostfile is not None:
-        raise InputError("--hosts and --hostfile exclude each other")
-    hosts = None
-    if options.hosts is not None:
-        hosts = hosts_from_names(options.hosts)
-    elif options.hostfile is not None:
-        hosts = hosts_from_file(options.hostfile)
+    hosts = hosts_from(options.hosts, options.hostfile)
     asked, remote = given(options, ClusterSpec), given(options, RemoteOptions)
     if hosts is not None:
         asked.setdefault("nodes", len(hosts.hosts))

@@ -38,6 +38,15 @@ class HostList:
     envs: tuple[str, ...] = ()
 
 
+def hosts_from(names: str | None, file: Path | None) -> HostList | None:
+    """The hosts of --hosts or --hostfile, None where neither was given. Raises InputError."""
+    if names is not None and file is not None:
+        raise InputError("--hosts and --hostfile exclude each other")
+    if names is not None:
+        return hosts_from_names(names)
+    return hosts_from_file(file) if file is not None else None
+
+
 def hosts_from_names(text: str) -> HostList:
     """`a,user@b,10.0.0.3`: rank order, the leader first."""
     return HostList(tuple(_host(name.strip(), [], "--hosts") for name in text.split(",")))

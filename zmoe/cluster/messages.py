@@ -2,8 +2,8 @@
 
 A message is `[name, field, ...]` in the order of the dataclass; a dataclass within it is
 an array, too. What does not fit (an unknown name, a missing or extra field, a wrong type,
-a value out of range) is a `MessageError`; nothing of it is used. The annotations below say
-what each field may hold; settings and what they nest have their own limits besides.
+a value out of range) is a `MessageError`, and no part of it is used. The annotations below
+say what each field may hold; the limits of settings are checked besides.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _address(value: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Fields:
-    """Of a dataclass that is not of this file: what some of its fields may hold."""
+    """Annotates a dataclass of another room: what some of its fields may hold."""
 
     hints: dict[str, Any]
 
@@ -291,10 +291,8 @@ def _reader(hint: Any, where: str) -> Reader:
             return _reader(kind, where)
         if isinstance(mark, _Fields):
             return _record_reader(kind, where, mark.hints)
-        is_plain = kind in _UNLESS_ANNOTATED
-        return _checked(
-            _plain_reader(kind, where) if is_plain else _reader(kind, where), mark, where
-        )
+        make = _plain_reader if kind in _UNLESS_ANNOTATED else _reader
+        return _checked(make(kind, where), mark, where)
     if origin in (types.UnionType, typing.Union):
         read = _reader(arguments[0], where)
         return lambda value: None if value is None else read(value)
@@ -338,7 +336,7 @@ def _list_reader(kind: type, read_item: Reader, where: str) -> Reader:
 
 
 def _record_reader(kind: Any, where: str, hints: dict[str, Any]) -> Reader:
-    """Of a dataclass, with other annotations for some of its fields."""
+    """The reader of a dataclass; `hints` are other annotations for some of its fields."""
     hints = {**typing.get_type_hints(kind, include_extras=True), **hints}
     readers = [_reader(hint, f"{where}.{name}") for name, hint in hints.items()]
 
