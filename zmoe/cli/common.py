@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> None:
     """Add the flags of the fields `names` of `kind`, or of all its fields that have one.
 
-    `add` is the add_argument of a parser or group. given() collects the values.
+    `add` is the add_argument of a parser or group. given_settings() collects the values.
     """
     for field in fields_of(kind):
         setting, how = field.setting, dict[str, Any]()
@@ -79,7 +79,7 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
         add(*flags, default=argparse.SUPPRESS, help=setting.help + shown, **how)
 
 
-def given(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
     """The fields of `kind` whose flags were given, by name. Raises InputError."""
     found = {}
     for field in fields_of(kind):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zmoe.cli.common import Parser, add_settings, given, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, add_settings, given_settings, run_command, warn_unencrypted
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import Timing
@@ -106,7 +106,7 @@ class _Notices:
 
 def _spec(options: Any) -> WorkerSpec:
     """What the flags say. Raises InputError."""
-    asked = given(options, WorkerSpec)
+    asked = given_settings(options, WorkerSpec)
     if options.once:
         asked.setdefault("join_timeout", Timing().join)
     elif "join_timeout" in asked:

@@ -18,7 +18,7 @@ from zmoe.cli.common import (
     Parser,
     add_settings,
     check_writable,
-    given,
+    given_settings,
     run_command,
     warn_unencrypted,
 )
@@ -88,7 +88,7 @@ def _add_nodes(parser: Parser) -> None:
 
 def _spec(options: argparse.Namespace) -> ClusterSpec:
     hosts = hosts_from(options.hosts, options.hostfile)
-    asked, remote = given(options, ClusterSpec), given(options, RemoteOptions)
+    asked, remote = given_settings(options, ClusterSpec), given_settings(options, RemoteOptions)
     if hosts is not None:
         asked.setdefault("nodes", len(hosts.hosts))
     env = tuple(check_env(setting, "--env") for setting in remote.get("env", ()))
@@ -97,9 +97,9 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         **asked,
         hosts=hosts,
         remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
-        timing=Timing(**given(options, Timing)),
-        engine=EngineConfig(**given(options, EngineConfig)),
-        placement=PlacementRequest(**given(options, PlacementRequest)),
+        timing=Timing(**given_settings(options, Timing)),
+        engine=EngineConfig(**given_settings(options, EngineConfig)),
+        placement=PlacementRequest(**given_settings(options, PlacementRequest)),
         record_usage=options.record_usage is not None,
     )
 
@@ -158,7 +158,7 @@ def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    sampling, prompt = Sampling(**given(options, Sampling)), _prompt(options)
+    sampling, prompt = Sampling(**given_settings(options, Sampling)), _prompt(options)
     template = _template_config(options)
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:

@@ -291,59 +291,49 @@ def _reader(hint: Any, where: str) -> Reader:
             return _reader(kind, where)
         if isinstance(mark, _Fields):
             return _record_reader(kind, where, mark.hints)
-        make = _plain_reader if kind in _UNLESS_ANNOTATED else _reader
-        return _checked(make(kind, where), mark, where)
+        if typing.get_origin(kind) in (list, tuple):
+            return _list_reader(kind, where, mark)
+        return _plain_reader(kind, where, mark)
     if origin in (types.UnionType, typing.Union):
         read = _reader(arguments[0], where)
         return lambda value: None if value is None else read(value)
     if origin is list or (origin is tuple and arguments[-1] is ...):
-        return _list_reader(origin, _reader(arguments[0], where), where)
+        return _list_reader(hint, where)
     if origin is tuple:
-        same = _list_reader(tuple, _reader(arguments[0], where), where)
-        return _checked(same, _items(len(arguments), len(arguments)), where)
+        return _list_reader(hint, where, _items(len(arguments), len(arguments)))
     if dataclasses.is_dataclass(hint):
         return _record_reader(hint, where, {})
     return _plain_reader(hint, where)
 
 
-def _plain_reader(kind: type, where: str) -> Reader:
+def _plain_reader(kind: type, where: str, check: Check = lambda _: "") -> Reader:
     allowed = (int, float) if kind is float else (kind,)  # bool, say, is no int here
 
     def read(value: Any) -> Any:
         if type(value) not in allowed:
             raise MessageError(f"{where} has the wrong type")
+        if fault := check(value):
+            raise MessageError(f"{where} {fault}")
         return value
 
     return read
 
 
-def _checked(read: Reader, check: Check, where: str) -> Reader:
-    def read_and_check(value: Any) -> Any:
-        if fault := check(found := read(value)):
-            raise MessageError(f"{where} {fault}")
-        return found
-
-    return read_and_check
-
-
-def _list_reader(kind: type, read_item: Reader, where: str) -> Reader:
-    def read(value: Any) -> Any:
-        if not isinstance(value, list):
-            raise MessageError(f"{where} has the wrong type")
-        return kind(map(read_item, value))
-
-    return read
+def _list_reader(hint: Any, where: str, check: Check = lambda _: "") -> Reader:
+    """The reader of a list or tuple of like items, which looks at the items after `check`."""
+    read_list = _plain_reader(list, where, check)
+    kind, read_item = typing.get_origin(hint), _reader(typing.get_args(hint)[0], where)
+    return lambda value: kind(map(read_item, read_list(value)))
 
 
 def _record_reader(kind: Any, where: str, hints: dict[str, Any]) -> Reader:
     """The reader of a dataclass; `hints` are other annotations for some of its fields."""
     hints = {**typing.get_type_hints(kind, include_extras=True), **hints}
     readers = [_reader(hint, f"{where}.{name}") for name, hint in hints.items()]
+    read_list = _plain_reader(list, where)
 
     def read(values: Any) -> Any:
-        if not isinstance(values, list):
-            raise MessageError(f"{where} has the wrong type")
-        if len(values) != len(readers):
+        if len(read_list(values)) != len(readers):
             raise MessageError(f"{where} has {len(values)} fields instead of {len(readers)}")
         fields = [read_field(value) for read_field, value in zip(readers, values)]
         try:
