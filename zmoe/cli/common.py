@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit codes, signals."""
+"""What every command shares: flags of settings, one-line errors, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def memory_limit(gib: float) -> int:
 
 
 def warn_unencrypted(prog: str, address: str) -> None:
-    """Say it when a node listens beyond this machine."""
+    """Warn on standard error when `address`, where a node listens, is not a loopback address."""
     if not address.startswith("127."):
         print(
             f"{prog}: warning: listening on {address}; links are not yet encrypted, "
