@@ -16,9 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zmoe.cluster.cluster import Cluster
     from zmoe.cluster.hosts import Host, HostList
-    from zmoe.cluster.launch import RemoteOptions
-    from zmoe.cluster.leader import ClusterSpec
-    from zmoe.cluster.placing import PlacementRequest
+    from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
     from zmoe.config import EngineConfig, Sampling, Timing
     from zmoe.engine.generate import Generation, Token
     from zmoe.errors import (
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 # Imported on first use: a command that only refuses a flag need not load MLX.
 _HOMES = {
     "Cluster": "zmoe.cluster.cluster",
-    "ClusterSpec": "zmoe.cluster.leader",
+    "ClusterSpec": "zmoe.cluster.spec",
     "DivergenceError": "zmoe.errors",
     "EngineConfig": "zmoe.config",
     "Exchange": "zmoe.exchange.local",
@@ -51,8 +49,8 @@ _HOMES = {
     "ModelError": "zmoe.errors",
     "PeerError": "zmoe.errors",
     "PlacementError": "zmoe.errors",
-    "PlacementRequest": "zmoe.cluster.placing",
-    "RemoteOptions": "zmoe.cluster.launch",
+    "PlacementRequest": "zmoe.cluster.spec",
+    "RemoteOptions": "zmoe.cluster.spec",
     "Sampling": "zmoe.config",
     "SettingError": "zmoe.errors",
     "Timing": "zmoe.config",

@@ -1,14 +1,22 @@
-"""Settings of a run, validated where they enter; every error names the setting."""
+"""Settings of a run. The field of a setting states its default, its limit, its help and its flag.
+
+The commands' flags are generated from the fields, and the dataclasses travel unchanged from
+the command line to the workers. Constructing one validates it.
+"""
 
 from __future__ import annotations
 
 import math
+import types
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
@@ -23,113 +31,183 @@ QUANTIZATIONS = {
 }
 
 
-def check_setting(ok: bool, setting: str, value: object, expected: str) -> None:
-    """Raise SettingError unless `ok`."""
-    if not ok:
-        raise SettingError(setting, f"is {value!r}: expected {expected}")
-
-
 def is_int(value: object, least: float, most: float = math.inf) -> bool:
-    """Whether `value` is an int (no bool) from `least` to `most`."""
+    """Whether `value` is an int (not a bool) from `least` to `most`."""
     return type(value) is int and least <= value <= most
 
 
-def is_number(value: object, least: float, most: float = math.inf) -> bool:
-    """Whether `value` is a finite int or float (no bool) from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) and least <= value <= most
+def _is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float (not a bool)."""
+    return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
+
+
+# ---- what is known of a field -----------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Limit:
+    """Which values a setting may have, as a function and in words."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+    choices: tuple[str, ...] | None = None  # where they are a few names
+
+
+def whole(expected: str, least: int, most: float = math.inf) -> Limit:
+    """Whole numbers from `least` to `most`."""
+    return Limit(expected, lambda value: is_int(value, least, most))
+
+
+def number(expected: str, fits: Callable[[float], bool]) -> Limit:
+    """Finite numbers that `fits` takes."""
+    return Limit(expected, lambda value: _is_number(value) and fits(value))
+
+
+def one_of(*names: str) -> Limit:
+    """One of a few names."""
+    return Limit(" or ".join(names), lambda value: value in names, names)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The annotation of a field: what its type leaves open.
+
+    The flag has the name of the field unless `flag` gives another; a setting without `help`
+    has no flag. `in_gib`: the flag takes GiB, while the field is in bytes.
+    """
+
+    help: str = ""
+    limit: Limit | None = None
+    flag: str = ""
+    short: str | None = None
+    metavar: str | None = None
+    in_gib: bool = False
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of Settings with its annotation taken apart; `kind` is its type without None."""
+
+    name: str
+    kind: Any
+    optional: bool
+    setting: Setting
+
+    @property
+    def flag(self) -> str:
+        """The long flag."""
+        return self.setting.flag or "--" + self.name.replace("_", "-")
+
+
+def fields_of(settings: type[Settings]) -> tuple[Field, ...]:
+    """The fields of `settings`, in their order."""
+    found = []
+    for name, hint in typing.get_type_hints(settings, include_extras=True).items():
+        is_annotated = typing.get_origin(hint) is Annotated
+        hint, setting = typing.get_args(hint) if is_annotated else (hint, Setting())
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        optional = isinstance(hint, types.UnionType)
+        found.append(Field(name, kinds[0] if optional else hint, optional, setting))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings. Construction raises SettingError, which names the field at fault."""
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            value, limit = getattr(self, field.name), field.setting.limit
+            if limit is None or (field.optional and value is None) or limit.fits(value):
+                continue
+            raise SettingError(field.name, f"is {value!r}: expected {limit.expected}")
+
+
+# ---- the settings --------------------------------------------------------------------
+
+_POSITIVE = whole("a positive whole number", 1)
+_TOP_K = whole("0 or a positive whole number", 0)
+_SEED = whole("a whole number from 0 to 2^64-1", 0, 2**64 - 1)
+_CHUNK = whole("a whole number from 1 to 8192", 1, 8192)
+_WINDOW = whole("a whole number above 8", 9)
+_TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
+_TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
+_MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+SECONDS = number("a positive number of seconds", lambda value: value > 0)
+_COMPUTE_HELP = "large matmuls by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
+_ACTIVATIONS_HELP = "of the kernels' quantised matmuls; int8 is faster on some CPUs, and less exact"
+_WIRE_DTYPE_HELP = (
+    "type of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links"
+)
+_SCHEDULE_HELP = "every node routes; or the first one does, and the others hold experts only"
+_POLICY_HELP = (
+    "experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
+    "node; idle ones change no output, but keep their weights warm"
+)
+_WINDOW_HELP = "attend to the first 4 and the latest tokens, that many in all, without end"
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
     """How the leader picks tokens; names and meaning are mlx-lm's.
 
-    `temp` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off; `seed` None
-    leaves the generator alone. `ignore_eos` writes on after an end token.
+    `seed` None leaves the random generator alone. `ignore_eos` goes on after an end token.
     """
 
-    max_tokens: int = 100
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
+    max_tokens: Annotated[int, Setting("tokens to generate", _POSITIVE, short="-m")] = 100
+    temp: Annotated[float, Setting("temperature; 0 is greedy", _TEMPERATURE)] = 0.0
+    top_p: Annotated[float, Setting("nucleus sampling; 1 is off", _TOP_P)] = 1.0
+    top_k: Annotated[int, Setting("sample from the k likeliest; 0 is off", _TOP_K)] = 0
+    min_p: Annotated[float, Setting("least probability relative to the top", _MIN_P)] = 0.0
+    seed: Annotated[int | None, Setting("seed of the sampler", _SEED)] = None
     ignore_eos: bool = False
 
-    def __post_init__(self) -> None:
-        check = check_setting
-        check(is_int(self.max_tokens, 1), "max_tokens", self.max_tokens, "a positive whole number")
-        check(is_number(self.temp, 0), "temp", self.temp, "a number of 0 or more")
-        top_p_fits = is_number(self.top_p, 0, 1) and self.top_p > 0
-        check(top_p_fits, "top_p", self.top_p, "a number in (0, 1]")
-        check(is_int(self.top_k, 0), "top_k", self.top_k, "0 or a positive whole number")
-        check(is_number(self.min_p, 0, 1), "min_p", self.min_p, "a number in [0, 1]")
-        seed_fits = self.seed is None or is_int(self.seed, 0, 2**64 - 1)
-        check(seed_fits, "seed", self.seed, "a whole number from 0 to 2^64-1")
-
 
 @dataclass(frozen=True)
-class Timing:
+class Timing(Settings):
     """Deadlines in seconds.
 
-    `join`: until every node has said hello. `load`: until every node holds its
-    weights. `peer`: for one peer's part of one exchange, however slow its
-    compute. `grace`: how long a broken link may take to come back.
+    `join`: until every node has said hello. `load`: until every node has loaded its
+    weights. `peer`: for one peer's part of one exchange, however slow its compute.
+    `grace`: how long a broken link may take to come back.
     """
 
-    join: float = 60.0
-    load: float = 3600.0
-    peer: float = 120.0
-    grace: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("join", "load", "peer", "grace"):
-            value = getattr(self, name)
-            fits = is_number(value, 0) and value > 0
-            check_setting(fits, name, value, "a positive number of seconds")
+    join: Annotated[float, Setting("seconds for nodes to come up", SECONDS, "--join-timeout")] = (
+        60.0
+    )
+    load: Annotated[float, Setting("seconds for loading", SECONDS, "--load-timeout")] = 3600.0
+    peer: Annotated[
+        float, Setting("seconds to wait for a busy peer", SECONDS, "--peer-timeout")
+    ] = 120.0
+    grace: Annotated[float, Setting(limit=SECONDS)] = 1.0
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """What every node must agree on to run the same steps.
 
-    `prefill_chunk`: rows of one prefill step. `max_kv_size`: rotating attention
-    cache of that many tokens, None for the whole context. `compute`: "mlx",
-    "native" (the large products on the C kernels), or "auto": native on a CPU.
-    `activations` of quantised products on the kernels: "exact", or "int8".
-    `wire_dtype`: how partial sums travel between nodes: "auto" as the model's
-    activations are, "q8" in blocks of 8-bit integers.
-    `schedule`: "decentralized" (every node routes, one all-reduce a MoE layer),
-    or "centralized" (the leader routes, the others hold experts only).
-    `policy`: which of its experts a node runs in each MoE layer: "selected",
-    those that are chosen; "busy-full", all of them; "router-aided", as many as
-    the busiest node, which keeps their weights warm. What is not chosen is run
-    for nothing: the output is the same.
+    `prefill_chunk`: most tokens of one step. `max_kv_size`: tokens that the rotating
+    attention cache keeps, None for the whole context. `compute`: who computes the large
+    matmuls. `activations`: their precision in quantised matmuls on the C kernels.
+    `wire_dtype`: how partial sums travel between nodes; "auto" as the model's activations are.
+    `schedule`: "decentralized" (every node routes, one all-reduce per MoE layer), or
+    "centralized" (the leader routes, the others hold experts only).
+    `policy`: which of its experts a node runs in each MoE layer: "selected", those that
+    the router has selected; "busy-full", all of them; "router-aided", as many as the busiest
+    node has to. Experts that are run without being selected do not change the output.
     """
 
-    prefill_chunk: int = 512
-    max_kv_size: int | None = None
-    compute: str = "auto"
-    activations: str = "exact"
-    wire_dtype: str = "auto"
-    schedule: str = "decentralized"
-    policy: str = "selected"
+    prefill_chunk: Annotated[
+        int, Setting("prompt tokens per step", _CHUNK, "--prefill-step-size")
+    ] = 512
+    max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
+    compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"
+    activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
+    wire_dtype: Annotated[str, Setting(_WIRE_DTYPE_HELP, one_of(*WIRE_DTYPES))] = "auto"
+    schedule: Annotated[str, Setting(_SCHEDULE_HELP, one_of(*SCHEDULES))] = "decentralized"
+    policy: Annotated[str, Setting(_POLICY_HELP, one_of(*POLICIES))] = "selected"
 
     def __post_init__(self) -> None:
-        check = check_setting
-        chunk, window = self.prefill_chunk, self.max_kv_size
-        check(is_int(chunk, 1, 8192), "prefill_chunk", chunk, "a whole number from 1 to 8192")
-        window_fits = window is None or is_int(window, 9)
-        check(window_fits, "max_kv_size", window, "a whole number above 8")
-        for name, known in (
-            ("compute", COMPUTES),
-            ("policy", POLICIES),
-            ("activations", ACTIVATIONS),
-            ("wire_dtype", WIRE_DTYPES),
-            ("schedule", SCHEDULES),
-        ):
-            value = getattr(self, name)
-            check(value in known, name, value, " or ".join(known))
+        super().__post_init__()
         if self.compute == "mlx" and self.activations != "exact":
             raise SettingError("activations", "is int8: expected exact where MLX computes")

@@ -24,8 +24,7 @@ import numpy.typing as npt
 from process import PeerFailure
 
 from zmoe.cli.node import main
-from zmoe.cluster import launch
-from zmoe.cluster import node as member
+from zmoe.cluster import launch, node
 from zmoe.obs import Spans
 
 Seconds = npt.NDArray[np.float64]
@@ -54,7 +53,7 @@ class Recorder(Spans):
 
 def record() -> None:
     """Let the nodes of this process record."""
-    member.Spans = Recorder  # type: ignore[misc]
+    node.Spans = Recorder  # type: ignore[misc]
 
 
 def by_layer(log: Sequence[tuple[str, float]], exchanges: int) -> Seconds:

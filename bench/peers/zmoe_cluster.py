@@ -18,8 +18,7 @@ from recording import Recording
 
 from zmoe import __version__
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.placing import PlacementRequest
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Sampling
 from zmoe.engine.generate import Generation, Timings
 from zmoe.errors import ZmoeError

@@ -17,7 +17,7 @@ from process import BAD_INPUT, PeerFailure, count, main
 from zmoe_cluster import add_settings, engine_config
 
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.node import Member
+from zmoe.cluster.node import Node
 from zmoe.config import Timing
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import ZmoeError
@@ -32,13 +32,13 @@ def batched(model: Callable[[mx.array], mx.array]) -> Logits:
     return lambda window: model(mx.array([list(window)]))[0]
 
 
-def stepped(member: Member) -> Logits:
+def stepped(node: Node) -> Logits:
     """A window token by token, as decoding runs."""
 
     def logits(window: Sequence[int]) -> mx.array:
         rows = []
         for at, token in enumerate(window):
-            rows.append(member.forward(at + 1, [token], at == 0))
+            rows.append(node.forward(at + 1, [token], at == 0))
             mx.eval(rows[-1])
         return mx.stack(rows)
 
@@ -67,16 +67,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(ids) < 2:
         raise PeerFailure("the text has fewer than 2 tokens: nothing to predict")
     info = inspect_model(folder)
-    member = Member(info, 0, 1, 0, engine_config(options), Timing())
+    node = Node(info, engine_config(options), Timing())
     try:
-        member.place(place_evenly(info, 1))
-        shard, _ = member.load(lambda done, total: None)
+        node.place(place_evenly(info, 1))
+        shard, _ = node.load(lambda done, total: None)
         # The kernels compute the last row's logits only, so there each token is a step.
         by_step = options.step_by_step or options.compute != "mlx"
-        logits = stepped(member) if by_step else batched(shard.model)
+        logits = stepped(node) if by_step else batched(shard.model)
         total = nats(logits, ids, options.context)
     finally:
-        member.close()
+        node.close()
     scored = len(ids) - 1
     return {
         "tokens": scored,

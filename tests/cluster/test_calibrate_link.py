@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.conftest import stand_in_for_ssh
 from zmoe.calibration.link import Hosts, measure_link
 from zmoe.cluster.hosts import Host, HostList, hosts_from_names
-from zmoe.cluster.launch import RemoteOptions
+from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError
 
 

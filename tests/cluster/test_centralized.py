@@ -12,8 +12,9 @@ import pytest
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
-from zmoe.cluster.leader import ClusterSpec, Leader
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.leader import Leader
+from zmoe.cluster.resolver import PlacementResolver
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.loading import inspect_model
 
@@ -27,8 +28,8 @@ def worker_memory(folder: Path, compute: str, schedule: str) -> int:
     """
     engine = EngineConfig(compute=compute, schedule=schedule)
     info, spec = inspect_model(folder), ClusterSpec(nodes=2, engine=engine)
-    placing = Placing(PlacementRequest("experts"), info, 2, engine)
-    leader = Leader(info, str(folder), spec, placing, lambda *_: None, lambda _: None)
+    resolver = PlacementResolver(PlacementRequest("experts"), info, 2, engine)
+    leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
     error = "the test failed"
     try:
         leader.launch()

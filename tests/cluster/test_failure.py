@@ -108,7 +108,7 @@ def test_a_peer_lost_between_two_prompts_is_named() -> None:
 def test_a_peer_lost_inside_a_prompt_is_named() -> None:
     spec = zmoe.ClusterSpec(nodes=3, engine=zmoe.EngineConfig(prefill_chunk=1))
     with zmoe.Cluster(spec=spec) as cluster:
-        exchange = cluster._member.exchange
+        exchange = cluster._node.exchange
         assert exchange is not None
         begun = exchange.stats["exchanges"]
 

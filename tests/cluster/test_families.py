@@ -19,9 +19,10 @@ from mlx_lm.utils import load_model
 from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
 from tests.families import FAMILIES, build
-from zmoe.cluster.leader import ClusterSpec, Leader
-from zmoe.cluster.node import Member
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.leader import Leader
+from zmoe.cluster.node import Node
+from zmoe.cluster.resolver import PlacementResolver
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Timing
 from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly
@@ -84,9 +85,9 @@ def run(
     engine = EngineConfig(prefill_chunk=CHUNK, compute=compute, schedule=schedule)
     leader = None
     if nodes == 1:
-        member = Member(info, 0, 1, 0, engine, Timing())
-        member.place(place_evenly(info, 1))
-        member.load(lambda done, total: None)
+        node = Node(info, engine, Timing())
+        node.place(place_evenly(info, 1))
+        node.load(lambda done, total: None)
     else:
         spec = ClusterSpec(
             nodes=nodes,
@@ -95,14 +96,14 @@ def run(
             engine=engine,
             timing=Timing(join=PATIENCE_S),
         )
-        placing = Placing(PlacementRequest("experts"), info, nodes, engine)
-        leader = Leader(info, str(folder), spec, placing, lambda *_: None, lambda _: None)
+        resolver = PlacementResolver(PlacementRequest("experts"), info, nodes, engine)
+        leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
     try:
         if leader is not None:
             leader.start()
             forward = leader.forward
         else:
-            forward = lambda tokens, reset: member.forward(1, tokens, reset)  # noqa: E731
+            forward = lambda tokens, reset: node.forward(1, tokens, reset)  # noqa: E731
         tokens, logits = [], []
         forward(PROMPT[:CHUNK], True)
         todo = PROMPT[CHUNK:]

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.changed import changed
 from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, wait_until
 from tests.conftest import unused_port
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.messages import Failed, Hello, Join, Mesh, Message, Place, Ready, Setup, Stop
-from zmoe.cluster.node import Member, check_hello, hello_of
-from zmoe.cluster.placing import PlacementRequest
+from zmoe.cluster.messages import Endpoints, Failed, Hello, Join, Message, Place, Ready, Setup, Stop
+from zmoe.cluster.node import Node, check_hello, hello_of
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import MismatchError, ZmoeError
 from zmoe.exchange.local import Endpoint
@@ -55,11 +55,11 @@ class Impostor(threading.Thread):
             info = inspect_model(TINY)
             here = Endpoint("127.0.0.1", 1, 2)
             hello = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
-            bus.send(dataclasses.replace(hello, **self._hello_changes))
+            bus.send(changed(hello, self._hello_changes))
             answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Place):
             answer = bus.receive(PATIENCE_S)
-        if isinstance(answer, Mesh):
+        if isinstance(answer, Endpoints):
             bus.send(Ready(0.1, self._digest))
             answer = bus.receive(PATIENCE_S)
         self.answer = answer
@@ -77,18 +77,30 @@ class Impostor(threading.Thread):
         ),
         (
             {},
-            {"device": "metal {applegpu_g13s"},
+            {"arithmetic.device": "metal {applegpu_g13s"},
             "node 1 .otherhost. computes on metal .applegpu_g13s, the leader cpu .*: nodes that",
         ),
-        ({}, {"mlx": "0.1"}, "node 1 .otherhost. runs mlx 0.1, the leader .*centralized"),
-        ({}, {"mlx_lm": "0.2"}, "node 1 .otherhost. runs mlx-lm 0.2, the leader"),
-        ({}, {"compute": "mlx"}, "multiplies matrices with --compute mlx, the leader native"),
         (
             {},
-            {"device": "cpu sparc", "arithmetic": "beef"},
+            {"arithmetic.mlx": "0.1"},
+            "node 1 .otherhost. runs mlx 0.1, the leader .*centralized",
+        ),
+        ({}, {"arithmetic.mlx_lm": "0.2"}, "node 1 .otherhost. runs mlx-lm 0.2, the leader"),
+        (
+            {},
+            {"arithmetic.compute": "mlx"},
+            "multiplies matrices with --compute mlx, the leader native",
+        ),
+        (
+            {},
+            {"arithmetic.device": "cpu sparc", "arithmetic.probe": "beef"},
             "node 1 .otherhost. rounds otherwise on cpu sparc: digest beef, the leader",
         ),
-        ({}, {"data_port": 0}, "node 1 .otherhost. sent bad control data: Hello.data_port is 0"),
+        (
+            {},
+            {"endpoint.data_port": 0},
+            "node 1 .otherhost. sent bad control data: Hello.endpoint.data_port is 0",
+        ),
         ({}, {"isa": "SSE9"}, "instruction set 'SSE9' is not known"),
         ({}, {"fingerprint": "beef"}, "node 1 .otherhost. has another model: fingerprint beef"),
         ({}, {"dtype": "bfloat16"}, "has dtype bfloat16, the leader float32"),
@@ -109,11 +121,11 @@ def test_what_differs_is_named_on_both_sides(
     assert impostor.answer.error
 
 
-@pytest.mark.parametrize("field", ["device", "compute", "mlx", "mlx_lm", "arithmetic"])
+@pytest.mark.parametrize("field", ["device", "compute", "mlx", "mlx_lm", "probe"])
 def test_workers_that_do_not_route_may_round_differently(field: str) -> None:
     info, here = inspect_model(TINY), Endpoint("127.0.0.1", 1, 2)
     mine = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
-    theirs = dataclasses.replace(mine, **{field: "another"})
+    theirs = changed(mine, {f"arithmetic.{field}": "another"})
     check_hello(mine, theirs, "node 1", "centralized")
     with pytest.raises(MismatchError, match="node 1 .*another"):
         check_hello(mine, theirs, "node 1", "decentralized")
@@ -147,8 +159,8 @@ def test_another_placement_is_named_on_both_sides(
 
     What a placement is chosen by, how fast this machine is at the moment, is left out.
     """
-    monkeypatch.setattr(Member, "connect", lambda *_: None)
-    monkeypatch.setattr(Member, "load", lambda *_: (None, 0.0))
+    monkeypatch.setattr(Node, "connect", lambda *_: None)
+    monkeypatch.setattr(Node, "load", lambda *_: (None, 0.0))
     impostor = Impostor(free_port, {}, {}, digest="0123")
     impostor.start()
     evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)
@@ -187,13 +199,13 @@ def test_a_worker_refuses_what_is_no_placement(
 
     def lead() -> None:
         answer()
-        timing = {f"{name}_timeout": 60.0 for name in ("peer", "grace", "load", "join")}
-        engine = ("auto", "exact", "auto", "decentralized", "selected")
-        bus.broadcast(Setup(2, str(TINY), 512, None, *engine, None, **timing))
+        timing = Timing(peer=60.0, grace=60.0, load=60.0, join=60.0)
+        bus.broadcast(Setup(2, str(TINY), EngineConfig(), timing, None))
         answer()
-        place = Place.of(place_evenly(inspect_model(TINY), 2))
-        bus.broadcast(dataclasses.replace(place, **changes))
-        bus.broadcast(Mesh("GENERIC", ["127.0.0.1"] * 2, [1, 2], [3, 4]))
+        placement = dataclasses.replace(place_evenly(inspect_model(TINY), 2), **changes)
+        bus.broadcast(Place(placement))
+        nodes = (Endpoint("127.0.0.1", 1, 3), Endpoint("127.0.0.1", 2, 4))
+        bus.broadcast(Endpoints("GENERIC", nodes))
         answer()
 
     leading = threading.Thread(target=lead, daemon=True)

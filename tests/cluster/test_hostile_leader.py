@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 import pytest
 
+from tests.changed import changed
 from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster import bus
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.messages import Mesh, Message, Place, Setup, Step
+from zmoe.cluster.messages import Endpoints, Message, Place, Setup, Step
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
 from zmoe.errors import ZmoeError
+from zmoe.exchange.local import Endpoint
 
 TINY = resolve_model("zmoe-tiny")
 SERVE = "import zmoe.cli.node as node; node.PAUSE_S = 0.0; node.main({arguments!r})"
@@ -26,15 +27,15 @@ BAD: list[tuple[type[Message], Instead, str]] = [
     (Setup, {"model": "x" * 300}, "File name too long"),
     (Setup, {"model": "\0"}, "Setup.model has characters"),
     (Setup, {"memory_limit": -1}, "Setup.memory_limit is -1"),
-    (Setup, {"grace_timeout": 1e300}, "Setup.grace_timeout is"),
-    (Setup, {"peer_timeout": float("nan")}, "Setup.peer_timeout is nan"),
-    (Setup, {"compute": "cuda"}, "compute is 'cuda'"),
+    (Setup, {"timing.grace": 1e300}, "Setup.timing.grace is"),
+    (Setup, {"timing.peer": float("nan")}, "Setup.timing.peer is nan"),
+    (Setup, {"engine.compute": "cuda"}, "compute is 'cuda'"),
     (Setup, Step(2, True, [1]), "Step before Setup"),
     (Setup, b"\xc1", "bad control data"),
-    (Place, {"owned": []}, "does not fit"),
+    (Place, {"placement.owned": []}, "does not fit"),
     (Place, Step(2, True, [1]), "unexpected Step"),
-    (Mesh, {"isa": "NOPE"}, "instruction set 'NOPE'"),
-    (Mesh, {"hosts": ["a b"] * 2}, "Mesh.hosts is 'a b'"),
+    (Endpoints, {"isa": "NOPE"}, "instruction set 'NOPE'"),
+    (Endpoints, {"nodes": [Endpoint("a b", 1, 2)] * 2}, "Endpoints.nodes.host is 'a b'"),
     (Step, {"tokens": [2**63]}, "Step.tokens is 9223372036854775808"),
     (Step, {"tokens": [2**31 - 1]}, "a token outside of 0 to"),
     (Step, {"tokens": [-1]}, "Step.tokens is -1"),
@@ -59,7 +60,7 @@ class Hostile:
         if isinstance(self.instead, bytes):
             return self.instead
         if isinstance(self.instead, dict):
-            return self._encode(dataclasses.replace(message, **self.instead))
+            return self._encode(changed(message, self.instead))
         return self._encode(self.instead)
 
 

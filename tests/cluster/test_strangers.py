@@ -30,7 +30,7 @@ def ports_of(cluster: Cluster) -> tuple[int, int, int]:
     """The leader's control, data and resend ports."""
     leader = cluster._leader
     assert leader is not None
-    exchange = leader.member.exchange
+    exchange = leader.node.exchange
     assert exchange is not None
     return leader._bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zmoe.cli.common import run_command
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig, Sampling, Timing
 from zmoe.errors import SettingError
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from zmoe.calibration.products import Progress
 from zmoe.cluster.hosts import Host, HostList
-from zmoe.cluster.launch import NodeProcess, RemoteOptions, end_all, over_ssh
+from zmoe.cluster.launch import NodeProcess, end_all, over_ssh
+from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError, ZmoeError
 from zmoe.exchange.local import join
 from zmoe.perf.links import PER_PEER_S, Link

@@ -26,8 +26,7 @@ import numpy as np
 from zmoe.calibration.products import Progress
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
-from zmoe.cluster.placing import PlacementRequest
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
 from zmoe.perf.cost import Step, attention_cost, dense_product, experts_cost
 from zmoe.perf.hardware import Machine

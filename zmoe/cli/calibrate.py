@@ -11,24 +11,18 @@ from zmoe import __version__
 from zmoe.calibration.link import Hosts, measure_link
 from zmoe.calibration.machine import measure_machine
 from zmoe.cli.common import check_writable, warn_unencrypted
-from zmoe.cluster.hosts import hosts_from_file, hosts_from_names
-from zmoe.cluster.launch import RemoteOptions
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.hosts import hosts_from
+from zmoe.cluster.spec import ClusterSpec, RemoteOptions
 from zmoe.errors import InputError
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 
 
 def hosts_of(names: str | None, file: Path | None, python: str | None) -> Hosts:
     """What --hosts, --hostfile and --python say. Raises InputError."""
-    if names is not None and file is not None:
-        raise InputError("--hosts and --hostfile exclude each other")
-    if names is not None:
-        found = hosts_from_names(names)
-    elif file is not None:
-        found = hosts_from_file(file)
-    elif python is not None:
-        raise InputError("--python is for --hosts or --hostfile")
-    else:
+    found = hosts_from(names, file)
+    if found is None:
+        if python is not None:
+            raise InputError("--python is for --hosts or --hostfile")
         return Hosts()
     nodes = len(found.hosts)
     if nodes < 2:
@@ -79,7 +73,7 @@ def _show(path: Path, profile: Profile) -> None:
             f"- {rate.format}, {rate.nodes} x {rate.threads} threads: {dense:.1f} GB/s dense, "
             f"{experts:.1f} GB/s experts, {many:.0f} GFLOP/s each"
         )
-    print(f"a layer    {1e6 * machine.layer_s:.0f} us, a step {1e6 * machine.step_s:.0f} us more")
+    print(f"per layer  {1e6 * machine.layer_s:.0f} us, and {1e6 * machine.step_s:.0f} us per step")
     for step in machine.steps:
         layer, once = 1e6 * step.layer_s, 1e6 * step.step_s
         print(

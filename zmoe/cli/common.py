@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit codes, signals."""
+"""What every command shares: flags of settings, one-line errors, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast, get_origin
 
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest, WorkerSpec
+from zmoe.config import EngineConfig, Sampling, Settings, Timing, fields_of
 from zmoe.errors import InputError, SettingError, ZmoeError
 
 MOST_GIB = 1 << 20
-# Flags that are not called as the library calls the setting.
-_FLAGS = {
-    "prefill_chunk": "--prefill-step-size",
-    "join": "--join-timeout",
-    "load": "--load-timeout",
-    "peer": "--peer-timeout",
-}
+_KINDS = (Sampling, Timing, EngineConfig, ClusterSpec, PlacementRequest, WorkerSpec)
+_FLAGS = {field.name: field.flag for kind in _KINDS for field in fields_of(kind)}
 _MLX_LM_FILES = 4096
 
 Result = TypeVar("Result")
@@ -55,6 +52,42 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> None:
+    """Add the flags of the fields `names` of `kind`, or of all its fields that have one.
+
+    `add` is the add_argument of a parser or group. given_settings() collects the values.
+    """
+    for field in fields_of(kind):
+        setting, how = field.setting, dict[str, Any]()
+        if field.name not in names if names else not setting.help:
+            continue
+        default = getattr(kind, field.name, None)
+        is_plain = default is None or default is False or default == ()
+        shown = "" if is_plain or "(default: " in setting.help else f" (default: {default})"
+        if field.kind is bool:
+            how["action"] = "store_true"
+        elif get_origin(field.kind) is tuple:
+            how |= {"action": "append", "metavar": setting.metavar}
+        else:
+            how |= {"type": float if setting.in_gib else field.kind, "metavar": setting.metavar}
+            how |= {"choices": setting.limit.choices if setting.limit is not None else None}
+        if not hasattr(kind, field.name):
+            how["required"] = True
+        flags = (setting.short, field.flag) if setting.short else (field.flag,)
+        add(*flags, default=argparse.SUPPRESS, help=setting.help + shown, **how)
+
+
+def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """The fields of `kind` whose flags were given, by name. Raises InputError."""
+    found = {}
+    for field in fields_of(kind):
+        flag = field.flag.removeprefix("--").replace("-", "_")
+        if field.setting.help and hasattr(options, flag):
+            value = getattr(options, flag)
+            found[field.name] = memory_limit(value) if field.setting.in_gib else value
+    return found
 
 
 def _words(error: ZmoeError) -> str:
@@ -170,17 +203,15 @@ def check_writable(flag: str, path: Path) -> None:
         raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
-def memory_limit(gib: float | None) -> int | None:
+def memory_limit(gib: float) -> int:
     """The bytes of --memory-limit. Raises InputError."""
-    if gib is None:
-        return None
     if not 0 < gib < MOST_GIB:
         raise InputError(f"--memory-limit is {gib:g}: expected a positive number of GiB")
     return int(gib * 2**30)
 
 
 def warn_unencrypted(prog: str, address: str) -> None:
-    """Say it when a node listens beyond this machine."""
+    """Warn on standard error when `address`, where a node listens, is not a loopback address."""
     if not address.startswith("127."):
         print(
             f"{prog}: warning: listening on {address}; links are not yet encrypted, "

@@ -10,7 +10,7 @@ from zmoe.placement.types import Placement
 
 
 def explanation(choice: Choice) -> str:
-    """Some lines of text."""
+    """The choice and its alternatives in a few lines of text."""
     return "\n".join(_lines(choice))
 
 
@@ -30,12 +30,12 @@ def _lines(choice: Choice) -> Iterator[str]:
 
 
 def _owned(placement: Placement, node: int) -> str:
-    """How many experts a layer, which ones, which are elsewhere too, and what of them."""
+    """How many experts `node` owns per layer, which ones, which part; how many others own too."""
     layers = [layer[node] for layer in placement.owned]
     counts = sorted({len(ids) for ids in layers})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     where = "each layer" if len(set(layers)) == 1 else "the first layer"
-    text = f"{many} experts a layer ({where}: {_ranges(layers[0])})"
+    text = f"{many} experts per layer ({where}: {_ranges(layers[0])})"
     parts = placement.slices or ((0, 0),) * placement.nodes
     copies = sum(
         any(
@@ -68,6 +68,6 @@ def _outcome(each: Alternative) -> str:
     if each.prediction is None:
         return each.remark
     return (
-        f"{1e3 * each.prediction.decode.total:.2f} ms a token, "
-        f"the busiest node computes {each.prediction.busiest.count:.3g} experts a layer"
+        f"{1e3 * each.prediction.decode.total:.2f} ms per token, "
+        f"the busiest node computes {each.prediction.busiest.count:.3g} experts per layer"
     )

@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zmoe.cli.common import Parser, memory_limit, run_command, warn_unencrypted
+from zmoe.cli.common import Parser, add_settings, given_settings, run_command, warn_unencrypted
+from zmoe.cluster.hosts import check_bind, check_leader
+from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import Timing
 from zmoe.errors import InputError, ZmoeError
 from zmoe.topology.cores import parse_cpus
@@ -31,13 +34,7 @@ def _parser() -> Parser:
         "works for it, and then waits for the next, until it is stopped.",
     )
     add = parser.add_argument
-    add("--leader", required=True, metavar="HOST:PORT", help="where zmoe-run listens")
-    add("--rank", type=int, required=True, help="which node this is, from 1 on")
-    add("--bind", default="127.0.0.1", metavar="ADDRESS", help="address to listen on for peers")
-    add("--model", help="checkpoint here, when it lies elsewhere than at the leader")
-    add(
-        "--memory-limit", type=float, metavar="GB", help="GiB to take (default: as the leader says)"
-    )
+    add_settings(add, WorkerSpec, "leader", "rank", "bind", "model", "memory_limit")
     add("--cores", metavar="CPUS", help="CPUs to stay on, such as 0-3,8 (Linux)")
     add(
         "--tied",
@@ -46,12 +43,7 @@ def _parser() -> Parser:
         "end when it closes",
     )
     add("--once", action="store_true", help="end after one run")
-    add(
-        "--join-timeout",
-        type=float,
-        metavar="S",
-        help=f"with --once: seconds to wait for a leader (default: {Timing().join:g})",
-    )
+    add_settings(add, WorkerSpec, "join_timeout")
     return parser
 
 
@@ -112,13 +104,14 @@ class _Notices:
         self.say(f"began a run of {setup.model} on {setup.nodes} nodes")
 
 
-def _join_timeout(options: Any) -> float | None:
-    """Seconds to wait for a leader; None is for ever. Raises InputError."""
-    if not options.once:
-        if options.join_timeout is not None:
-            raise InputError("--join-timeout is for --once")
-        return None
-    return Timing().join if options.join_timeout is None else Timing(options.join_timeout).join
+def _spec(options: Any) -> WorkerSpec:
+    """What the flags say. Raises InputError."""
+    asked = given_settings(options, WorkerSpec)
+    if options.once:
+        asked.setdefault("join_timeout", Timing().join)
+    elif "join_timeout" in asked:
+        raise InputError("--join-timeout is for --once")
+    return WorkerSpec(**asked)
 
 
 def _in_words(error: Exception) -> str:
@@ -128,36 +121,22 @@ def _in_words(error: Exception) -> str:
 
 
 def _serve(options: Any) -> None:
-    if not 1 <= options.rank < 64:
-        raise InputError(f"--rank is {options.rank}: expected a number from 1 to 63")
-    join_timeout, limit = _join_timeout(options), memory_limit(options.memory_limit)
+    spec = _spec(options)
     if options.cores is not None:
         _pin(options.cores)
-    token = ""
     if options.tied:
-        token = _read_token()
+        spec = replace(spec, token=_read_token())
         threading.Thread(target=_end_with_input, daemon=True).start()
-    from zmoe.cluster.hosts import check_bind, check_leader
-
-    prog = f"{PROG}[{options.rank}]"
-    check_leader(options.leader, "--leader")
-    check_bind(options.bind)
-    warn_unencrypted(prog, options.bind)
+    prog = f"{PROG}[{spec.rank}]"
+    check_leader(spec.leader, "--leader")
+    check_bind(spec.bind)
+    warn_unencrypted(prog, spec.bind)
     notices = _Notices(prog, quiet=options.tied)
-    waiting = f"waiting for a leader at {options.leader}"
+    waiting = f"waiting for a leader at {spec.leader}"
     notices.say(waiting)
-    from zmoe.cluster.worker import Worker, WorkerSpec
+    from zmoe.cluster.worker import Worker
     from zmoe.exchange.sockets import Context
 
-    spec = WorkerSpec(
-        options.leader,
-        options.rank,
-        options.bind,
-        options.model,
-        limit,
-        token,
-        join_timeout,
-    )
     context = Context()
     while True:
         pause = 0.0

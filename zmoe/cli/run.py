@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
-from zmoe.cli.common import Parser, check_writable, memory_limit, run_command, warn_unencrypted
-from zmoe.config import (
-    ACTIVATIONS,
-    COMPUTES,
-    DEFAULT_MODEL,
-    POLICIES,
-    SCHEDULES,
-    WIRE_DTYPES,
-    EngineConfig,
-    Sampling,
-    Timing,
+from zmoe.cli.common import (
+    Parser,
+    add_settings,
+    check_writable,
+    given_settings,
+    run_command,
+    warn_unencrypted,
 )
+from zmoe.cluster.hosts import check_env, hosts_from
+from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
+from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling, Timing
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from zmoe.cli.progress import Bars
     from zmoe.cluster.hosts import HostList
-    from zmoe.cluster.leader import ClusterSpec
     from zmoe.engine.generate import Token
     from zmoe.placement.choose import Choice
 
@@ -52,176 +50,71 @@ def _parser() -> Parser:
     )
     add("--version", action="version", version=f"zmoe {__version__}")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
-    _add_generation(parser)
-    _add_compute(parser)
+    to_text = parser.add_argument_group("generation").add_argument
+    add_settings(to_text, Sampling)
+    to_text("--system-prompt", help="system message for the chat template")
+    to_text("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
+    to_text("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
+    add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
+    to_compute = parser.add_argument_group("compute").add_argument
+    add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
     _add_placement(parser)
-    _add_cluster(parser)
+    _add_nodes(parser)
     add("--stats", action="store_true", help="print a table of times and memory to stderr")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     return parser
 
 
-def _add_generation(parser: Parser) -> None:
-    defaults = Sampling()
-    add = parser.add_argument_group("generation").add_argument
-    add("-m", "--max-tokens", type=int, default=defaults.max_tokens, help="tokens to generate")
-    add("--temp", type=float, default=defaults.temp, help="temperature; 0 is greedy")
-    add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off")
-    add("--top-k", type=int, default=defaults.top_k, help="sample from the k likeliest; 0 is off")
-    add("--min-p", type=float, default=defaults.min_p, help="least probability relative to the top")
-    add("--seed", type=int, help="seed of the sampler")
-    add("--system-prompt", help="system message for the chat template")
-    add("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
-    add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
-    add("--prefill-step-size", type=int, default=512, help="prompt tokens per step")
-    add(
-        "--max-kv-size",
-        type=int,
-        help="attend to the first 4 and the latest tokens, that many in all, without end",
-    )
-
-
-def _add_compute(parser: Parser) -> None:
-    defaults = EngineConfig()
-    add = parser.add_argument_group("compute").add_argument
-    add(
-        "--compute",
-        choices=COMPUTES,
-        default=defaults.compute,
-        help="large products by MLX, or by zmoe's CPU kernels; auto: native on a CPU",
-    )
-    add(
-        "--activations",
-        choices=ACTIVATIONS,
-        default=defaults.activations,
-        help="in the kernels' quantised products; int8 is faster on some CPUs, and less exact",
-    )
-    add(
-        "--policy",
-        choices=POLICIES,
-        default=defaults.policy,
-        help="experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
-        "node; idle ones change no output, but keep their weights warm",
-    )
-
-
 def _add_placement(parser: Parser) -> None:
     add = parser.add_argument_group("placement of the experts").add_argument
-    add(
-        "--placement",
-        metavar="WAY",
-        default="auto",
-        help="auto (the fastest by prediction), experts (whole ones, spread evenly, none twice), "
-        "replicas (copies as far as there is memory), slices (a part of each on every node), "
-        "or a JSON file (docs/placement.md)",
-    )
+    add_settings(add, PlacementRequest, "way")
     add("--explain", action="store_true", help="say on stderr who owns what, and why")
-    add(
-        "--usage",
-        type=Path,
-        metavar="FILE",
-        help="replicate the experts that this profile shows as hottest",
-    )
+    add_settings(add, PlacementRequest, "usage")
     add("--record-usage", type=Path, metavar="FILE", help="add the run's choices to this profile")
-    add("--memory-limit", type=float, metavar="GB", help="GiB that each node may take")
+    add_settings(add, PlacementRequest, "memory_limit")
 
 
-def _add_cluster(parser: Parser) -> None:
-    times = Timing()
-    group = parser.add_argument_group("nodes")
-    add = group.add_argument
-    add("-n", "--nodes", type=int, help="processes on this machine (default: 1)")
+def _add_nodes(parser: Parser) -> None:
+    add = parser.add_argument_group("nodes").add_argument
+    add_settings(add, ClusterSpec, "nodes")
     add("--hosts", help="comma separated hosts in rank order, this machine first")
     add("--hostfile", type=Path, help="the same as a JSON file of mlx.launch")
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        default=EngineConfig().schedule,
-        help="every node routes; or the first one does, and the others hold experts only",
-    )
-    add("--manual", action="store_true", help="start no node: zmoe-node is started by hand")
-    add("--bind", metavar="ADDRESS", help="address to listen on (default: loopback, or the host's)")
-    add("--starting-port", type=int, default=0, help="port of the leader; 0 is any")
-    add("--python", help="interpreter on the other hosts (default: the path of this one)")
-    add("--cwd", help="working directory on the other hosts")
-    add("--env", action="append", default=[], metavar="K=V", help="set on the other hosts")
-    add(
-        "--wire-dtype",
-        choices=WIRE_DTYPES,
-        default=EngineConfig().wire_dtype,
-        help="of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links",
-    )
-    add("--join-timeout", type=float, default=times.join, help="seconds for nodes to come up")
-    add("--load-timeout", type=float, default=times.load, help="seconds for loading")
-    add("--peer-timeout", type=float, default=times.peer, help="seconds to wait for a busy peer")
+    add_settings(add, EngineConfig, "schedule")
+    add_settings(add, ClusterSpec, "manual", "bind", "port")
+    add_settings(add, RemoteOptions)
+    add_settings(add, EngineConfig, "wire_dtype")
+    add_settings(add, Timing)
 
 
 def _spec(options: argparse.Namespace) -> ClusterSpec:
-    from zmoe.cluster.hosts import check_env, hosts_from_file, hosts_from_names
-    from zmoe.cluster.launch import RemoteOptions
-    from zmoe.cluster.leader import ClusterSpec
-    from zmoe.cluster.placing import PlacementRequest
-
-    if options.hosts is not None and options.hostfile is not None:
-        raise InputError("--hosts and --hostfile exclude each other")
-    hosts = None
-    if options.hosts is not None:
-        hosts = hosts_from_names(options.hosts)
-    elif options.hostfile is not None:
-        hosts = hosts_from_file(options.hostfile)
-    nodes = options.nodes
-    if nodes is None:
-        nodes = len(hosts.hosts) if hosts is not None else 1
-    if not 0 <= options.starting_port < 65536:
-        raise InputError(f"--starting-port is {options.starting_port}: expected 0 to 65535")
-    env = tuple(check_env(setting, "--env") for setting in options.env)
-    _refuse_what_does_not_apply(options, hosts, nodes)
+    hosts = hosts_from(options.hosts, options.hostfile)
+    asked, remote = given_settings(options, ClusterSpec), given_settings(options, RemoteOptions)
+    if hosts is not None:
+        asked.setdefault("nodes", len(hosts.hosts))
+    env = tuple(check_env(setting, "--env") for setting in remote.get("env", ()))
+    _refuse_what_does_not_apply(asked, remote, hosts)
     return ClusterSpec(
-        nodes=nodes,
+        **asked,
         hosts=hosts,
-        manual=options.manual,
-        bind=options.bind,
-        port=options.starting_port,
-        remote=RemoteOptions(options.python, options.cwd, (*(hosts.envs if hosts else ()), *env)),
-        timing=Timing(options.join_timeout, options.load_timeout, options.peer_timeout),
-        engine=EngineConfig(
-            options.prefill_step_size,
-            options.max_kv_size,
-            options.compute,
-            options.activations,
-            options.wire_dtype,
-            options.schedule,
-            options.policy,
-        ),
-        placement=PlacementRequest(
-            options.placement, options.usage, memory_limit(options.memory_limit)
-        ),
+        remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
+        timing=Timing(**given_settings(options, Timing)),
+        engine=EngineConfig(**given_settings(options, EngineConfig)),
+        placement=PlacementRequest(**given_settings(options, PlacementRequest)),
         record_usage=options.record_usage is not None,
     )
 
 
 def _refuse_what_does_not_apply(
-    options: argparse.Namespace, hosts: HostList | None, nodes: int
+    asked: dict[str, Any], remote: dict[str, Any], hosts: HostList | None
 ) -> None:
     """Raise InputError for flags that would change nothing."""
-    if options.manual and nodes == 1:
+    manual = "manual" in asked
+    if manual and asked.get("nodes", 1) == 1:
         raise InputError("--manual is for several nodes: give --nodes, --hosts or --hostfile")
-    if not options.manual and hosts is not None and not all(h.is_local for h in hosts.hosts[1:]):
+    if not manual and hosts is not None and not all(h.is_local for h in hosts.hosts[1:]):
         return
-    for flag in ("python", "cwd", "env"):
-        if getattr(options, flag):
-            raise InputError(f"--{flag} is for nodes on other hosts, started over ssh")
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    return Sampling(
-        max_tokens=options.max_tokens,
-        temp=options.temp,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        seed=options.seed,
-    )
+    for flag in remote:
+        raise InputError(f"--{flag} is for nodes on other hosts, started over ssh")
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -265,7 +158,8 @@ def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    sampling, prompt, template = _sampling(options), _prompt(options), _template_config(options)
+    sampling, prompt = Sampling(**given_settings(options, Sampling)), _prompt(options)
+    template = _template_config(options)
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)

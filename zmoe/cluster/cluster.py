@@ -15,10 +15,11 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.leader import ClusterSpec, Leader, OnManual, Progress
-from zmoe.cluster.node import Member, peak_memory
-from zmoe.cluster.placing import OnChoice, Placing
+from zmoe.cluster.leader import Leader, OnManual, Progress
+from zmoe.cluster.node import Node, peak_memory
+from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import offer_of
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
@@ -78,10 +79,10 @@ class Cluster:
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        self._placing = Placing(request, self.info, count, engine, on_placement)
+        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement)
         self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
         self._leader: Leader | None = None
-        self._member: Member | None = None
+        self._node: Node | None = None
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
         self._process = os.getpid()
@@ -134,9 +135,9 @@ class Cluster:
             return
         self._check_caller()
         self._closing = True  # no step begins from here on
-        member = self._member
-        if self._holder is not None and member is not None and member.exchange is not None:
-            member.exchange.cancel()
+        node = self._node
+        if self._holder is not None and node is not None and node.exchange is not None:
+            node.exchange.cancel()
         with self._alone():
             self._end()
 
@@ -146,8 +147,8 @@ class Cluster:
         self._closed = True
         if self._leader is not None:
             self._leader.close(self._failed)
-        elif self._member is not None:
-            self._member.close()
+        elif self._node is not None:
+            self._node.close()
 
     def _check_caller(self) -> None:
         """Raise ZmoeError in a forked child, and within another call of the same thread."""
@@ -171,44 +172,44 @@ class Cluster:
                 self._holder = None
 
     @contextmanager
-    def _running(self) -> Iterator[Member]:
+    def _running(self) -> Iterator[Node]:
         """As _alone(), of a cluster that was entered and has not ended."""
         with self._alone():
             if self._closing or self._failed:
                 raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
-            if self._member is None:
+            if self._node is None:
                 raise ZmoeError("this cluster is not running yet: enter it with `with` first")
-            yield self._member
+            yield self._node
 
     def _start(self) -> None:
         spec = self.spec
         if spec.nodes > 1:
             self._leader = Leader(
-                self.info, self._name, spec, self._placing, self._progress, self._on_manual
+                self.info, self._name, spec, self._resolver, self._progress, self._on_manual
             )
-            self._member = self._leader.member
+            self._node = self._leader.node
         else:
-            self._member = Member(self.info, 0, 1, 0, spec.engine, spec.timing)
-        self._member.recorder, self._member.skeleton = self._recorder, self._skeleton
+            self._node = Node(self.info, spec.engine, spec.timing)
+        self._node.recorder, self._node.skeleton = self._recorder, self._skeleton
         if self._leader is not None:
             self._leader.launch()
         self.tokenizer = open_tokenizer(Path(self.info.path))
-        self._load(self._member)
-        self._warm_up(self._member)
+        self._load(self._node)
+        self._warm_up(self._node)
 
-    def _load(self, member: Member) -> None:
+    def _load(self, node: Node) -> None:
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
         else:
             own = offer_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
-            member.place(self._placing.choose([own]))
-            shard, self.load_seconds = member.load(lambda d, t: self._progress(0, d, t))
+            node.place(self._resolver.resolve([own]))
+            shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
 
-    def _warm_up(self, member: Member) -> None:
+    def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
-        self._vocabulary = self._forward(member, [0], True).size
-        member.spans.take()
+        self._vocabulary = self._forward(node, [0], True).size
+        node.spans.take()
         if self._recorder is not None:
             self._recorder.take()
 
@@ -238,8 +239,8 @@ class Cluster:
         if sampling is not None and not isinstance(sampling, Sampling):
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
-        with self._running() as member:
-            spans, vocabulary = member.spans, self._vocabulary
+        with self._running() as node:
+            spans, vocabulary = node.spans, self._vocabulary
         if sampling.top_k >= vocabulary:
             raise SettingError(
                 "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
@@ -269,29 +270,36 @@ class Cluster:
         )
 
     def begin(self) -> StepFunction:
-        """Steps for a new generation; those of the one before are refused from now on.
+        """Begin a generation whose caller brings every token, and picks from the logits itself.
 
-        For who brings all tokens: the logits (vocabulary,) are not picked from. They are
-        the caller's to keep.
+        The result is called as `step(tokens, reset, logits)`: it appends `tokens` (1 to
+        `prefill_chunk` ids) to the sequence, which `reset` starts anew, and returns the logits
+        (vocabulary,) after the last of them, evaluated and the caller's to keep. Without
+        `logits` they are not computed, and the result means nothing. Steps of the generation
+        before are refused from now on.
+
+        Raises ZmoeError when the cluster is not running. A step raises ZmoeError also once
+        another generation has begun, PeerError for a lost peer, and DivergenceError for
+        one that routes differently; the latter two end the cluster.
         """
         with self._running():
             self._generations += 1
             mine = self._generations
 
         def step(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-            with self._running() as member:
+            with self._running() as node:
                 if mine != self._generations:
                     raise ZmoeError("another generation has begun on this cluster")
-                return self._forward(member, tokens, reset, logits)
+                return self._forward(node, tokens, reset, logits)
 
         return step
 
     def take_spans(self) -> dict[str, float]:
-        """Seconds of this rank's steps by what they went to (zmoe.obs), since the last call or
+        """Seconds that this rank's steps have spent, by span (zmoe.obs), since the last call or
         generated token.
         """
-        with self._running() as member:
-            return member.spans.take()
+        with self._running() as node:
+            return node.spans.take()
 
     def take_usage(self) -> Usage:
         """Which experts were selected since the last call; for a spec that records it."""
@@ -316,8 +324,8 @@ class Cluster:
 
     def locked_buffers(self) -> tuple[int, int]:
         """Bytes of this rank's exchange buffers that are locked in memory, and of all of them."""
-        with self._running() as member:
-            pool = member.exchange.pool_stats if member.exchange is not None else {}
+        with self._running() as node:
+            pool = node.exchange.pool_stats if node.exchange is not None else {}
             return pool.get("locked_bytes", 0), pool.get("total_bytes", 0)
 
     def worker_pids(self) -> list[int]:
@@ -325,13 +333,13 @@ class Cluster:
         return self._leader.worker_pids() if self._leader is not None else []
 
     def _forward(
-        self, member: Member, tokens: Sequence[int], reset: bool, logits: bool = True
+        self, node: Node, tokens: Sequence[int], reset: bool, logits: bool = True
     ) -> mx.array:
         try:
             if self._leader is not None:
                 return self._leader.forward(tokens, reset, logits)
             self._step += 1
-            return member.forward(self._step, tokens, reset, logits)
+            return node.forward(self._step, tokens, reset, logits)
         except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
             self._failed = _reason(error)
             raise

@@ -38,13 +38,22 @@ class HostList:
     envs: tuple[str, ...] = ()
 
 
+def hosts_from(names: str | None, file: Path | None) -> HostList | None:
+    """The hosts of --hosts or --hostfile, None where neither was given. Raises InputError."""
+    if names is not None and file is not None:
+        raise InputError("--hosts and --hostfile exclude each other")
+    if names is not None:
+        return hosts_from_names(names)
+    return hosts_from_file(file) if file is not None else None
+
+
 def hosts_from_names(text: str) -> HostList:
-    """`a,user@b,10.0.0.3`: rank order, the leader first."""
+    """The hosts of `a,user@b,10.0.0.3`, in rank order, the leader first. Raises InputError."""
     return HostList(tuple(_host(name.strip(), [], "--hosts") for name in text.split(",")))
 
 
 def hosts_from_file(path: Path) -> HostList:
-    """A hostfile of mlx.launch; InputError names the file and what is wrong in it."""
+    """The hosts of a hostfile of mlx.launch. Raises InputError, which names file and fault."""
     source = f"--hostfile {path}"
     try:
         data = json.loads(path.read_text())
@@ -70,7 +79,7 @@ def is_loopback(address: str) -> bool:
 
 
 def check_address(address: str, setting: str) -> str:
-    """`address` if it is an IPv4 address that peers can be told to connect to."""
+    """Return `address` if peers can connect to it, over IPv4; else raise SettingError."""
     try:
         parsed = ipaddress.IPv4Address(address)
     except ValueError as error:
@@ -130,7 +139,7 @@ def _cannot_reach(address: str, hosts: Sequence[Host]) -> str | None:
 
 
 def check_leader(leader: str, source: str) -> str:
-    """`leader` if it is HOST:PORT, with a host that has an IPv4 address."""
+    """Return `leader` if it is HOST:PORT, where HOST has an IPv4 address; else raise InputError."""
     host, _, port = leader.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise InputError(f"{source} {leader}: expected HOST:PORT")
@@ -139,7 +148,7 @@ def check_leader(leader: str, source: str) -> str:
 
 
 def check_env(setting: object, source: str) -> str:
-    """`setting` if it has the form K=V."""
+    """Return `setting` if it has the form K=V; else raise InputError."""
     if not isinstance(setting, str) or not setting.partition("=")[0].isidentifier():
         raise InputError(f"{source}: {setting!r} is not of the form NAME=VALUE")
     return setting

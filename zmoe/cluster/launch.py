@@ -13,9 +13,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from zmoe.cluster.hosts import Host
+from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError
 
 END_GRACE_S = 2.0  # between TERM and KILL
@@ -30,15 +30,6 @@ _NODE = (
     "from zmoe.cli.node import main; sys.exit(main())"
 )
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """What mlx.launch's `--python`, `--cwd` and `--env` say about the other machines."""
-
-    python: str | None = None
-    cwd: str | None = None
-    env: tuple[str, ...] = ()
 
 
 class NodeProcess:

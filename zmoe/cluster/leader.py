@@ -8,17 +8,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.hosts import Host, HostList, check_address, check_listener, is_loopback
+from zmoe.cluster.hosts import Host, is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
-    RemoteOptions,
     command_by_hand,
     end_all,
     start_local,
@@ -26,12 +24,12 @@ from zmoe.cluster.launch import (
 )
 from zmoe.cluster.messages import (
     AskMemory,
+    Endpoints,
     Failed,
     Hello,
     Join,
     Loading,
     Memory,
-    Mesh,
     Message,
     Place,
     Ready,
@@ -40,17 +38,16 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
-from zmoe.cluster.node import Member, check_hello, hello_of, hello_patience, offer_in, peak_memory
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
+from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import offer_of
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing, check_setting, is_int
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
-from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
 from zmoe.loading import LoadedShard
-from zmoe.placement.estimate import Offer
 from zmoe.placement.types import ModelInfo
 from zmoe.topology.cores import divide_cores
 
@@ -58,43 +55,6 @@ Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its sha
 OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order
 M = TypeVar("M", bound=Message)
 ENDING_S = 0.5  # a process closes its sockets a moment before it can be waited for
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """Which nodes, and how they come to be.
-
-    `hosts` None: `nodes` processes on this machine. Otherwise one node per
-    host, in rank order, the first being this machine. `manual`: start nothing;
-    `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
-    `record_usage`: count which experts are selected.
-    """
-
-    nodes: int = 1
-    hosts: HostList | None = None
-    manual: bool = False
-    bind: str | None = None
-    port: int = 0
-    remote: RemoteOptions = field(default_factory=RemoteOptions)
-    timing: Timing = field(default_factory=Timing)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    placement: PlacementRequest = field(default_factory=PlacementRequest)
-    record_usage: bool = False
-
-    def __post_init__(self) -> None:
-        check_setting(is_int(self.nodes, 1, 64), "nodes", self.nodes, "a whole number from 1 to 64")
-        if self.hosts is not None and len(self.hosts.hosts) != self.nodes:
-            raise InputError(f"{self.nodes} nodes on {len(self.hosts.hosts)} hosts: give one each")
-        check_address(self.address, "bind")
-        if self.nodes > 1:
-            check_listener(self.bind, self.hosts)
-
-    @property
-    def address(self) -> str:
-        """Where the leader listens: loopback unless hosts or `bind` say otherwise."""
-        if self.bind is not None:
-            return self.bind
-        return self.hosts.hosts[0].address if self.hosts is not None else "127.0.0.1"
 
 
 class Leader:
@@ -105,12 +65,12 @@ class Leader:
         info: ModelInfo,
         model_name: str,
         spec: ClusterSpec,
-        placing: Placing,
+        resolver: PlacementResolver,
         progress: Progress,
         on_manual: OnManual,
     ) -> None:
         self.info, self.spec = info, spec
-        self._model_name, self._placing, self._progress = model_name, placing, progress
+        self._model_name, self._resolver, self._progress = model_name, resolver, progress
         self._on_manual = on_manual
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
@@ -121,7 +81,7 @@ class Leader:
         started = () if spec.manual else self._workers
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         session = secrets.randbits(63)
-        self.member = Member(info, 0, spec.nodes, session, spec.engine, spec.timing)
+        self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
         self._context = Context()
         try:
             self._bus = LeaderBus(
@@ -140,55 +100,62 @@ class Leader:
     # ---- coming up ----------------------------------------------------------
 
     def start(self) -> tuple[LoadedShard, float]:
-        """Greet, connect and load, after launch().
+        """Greet the workers, connect and load; to be called after launch().
 
-        Returns this rank's shard, and the seconds until all had theirs. Any failure
-        names the node; the caller then closes.
+        Returns this rank's shard, and the seconds that the slowest node took to load.
+        Raises LaunchError for a node that is late or has ended, MismatchError for one that
+        cannot share the run, PlacementError where the model does not fit, and what a worker
+        has failed with; each names the node. The caller then closes.
         """
-        timing, member = self.spec.timing, self.member
+        timing, node = self.spec.timing, self.node
         # While the others start:
         offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)
         arithmetic = arithmetic_of(self.spec.engine)
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():
             self._check_protocol(rank, join)
-        self._bus.broadcast(self._setup())
-        own = member.open_exchange(self.spec.address)
-        assert member.exchange is not None
-        member.exchange.tick = self._hear
+        setup = Setup(
+            nodes=self.spec.nodes,
+            model=self._model_name,
+            engine=self.spec.engine,
+            timing=timing,
+            memory_limit=self.spec.placement.memory_limit,
+        )
+        self._bus.broadcast(setup)
+        own = node.open_exchange(self.spec.address)
+        assert node.exchange is not None
+        node.exchange.tick = self._hear
         patience = hello_patience(self._model_name, timing)
         hellos = self._collect(Hello, "has not said hello", patience)
-        mine = hello_of(member.info, arithmetic, offer, own)
+        mine = hello_of(node.info, arithmetic, offer, own)
         for rank, hello in hellos.items():
             name = f"node {rank} ({joins[rank].host})"
             check_hello(mine, hello, name, self.spec.engine.schedule)
-        digest = self._place([offer, *map(offer_in, hellos.values())])
-        endpoints = [own, *(Endpoint(h.host, h.data_port, h.control_port) for h in hellos.values())]
-        hosts, data, control = zip(*((e.host, e.data_port, e.control_port) for e in endpoints))
-        isa = common_isa([mine.isa, *(hello.isa for hello in hellos.values())])
-        member.use_isa(isa)
-        self._bus.broadcast(Mesh(isa, list(hosts), list(data), list(control)))
-        member.connect(endpoints, self._listen)
+        everyone = [mine, *hellos.values()]
+        placement = self._resolver.resolve([hello.resources for hello in everyone])
+        node.place(placement)
+        self._bus.broadcast(Place(placement))
+        endpoints = tuple(hello.endpoint for hello in everyone)
+        isa = common_isa([hello.isa for hello in everyone])
+        node.use_isa(isa)
+        self._bus.broadcast(Endpoints(isa, endpoints))
+        node.connect(endpoints, self._listen)
         self._load_deadline = time.monotonic() + timing.load
-        shard, seconds = member.load(self._own_progress)
+        shard, seconds = node.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
         for rank, message in ready.items():
-            if message.placement != digest:
+            if message.placement != placement.digest:
                 raise MismatchError(
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
-                    f"the leader {digest}"
+                    f"the leader {placement.digest}"
                 )
         return shard, max(seconds, *(message.seconds for message in ready.values()))
 
-    def _place(self, offers: Sequence[Offer]) -> str:
-        """Choose the placement and tell every node; its digest."""
-        placement = self._placing.choose(offers)
-        self.member.place(placement)
-        self._bus.broadcast(Place.of(placement))
-        return placement.digest
-
     def launch(self) -> None:
-        """Start the workers, or say how to start them by hand."""
+        """Start the workers, or tell `on_manual` how to start them by hand.
+
+        Raises LaunchError for a process that cannot be started.
+        """
         address, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
             places = [self._address_of(rank) for rank in self._workers]
@@ -202,7 +169,7 @@ class Leader:
             return
         cores = divide_cores(self.spec.nodes)
         if cores is not None:
-            self.member.pin(cores[0])
+            self.node.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
             token = self._tokens[rank]
@@ -220,25 +187,6 @@ class Leader:
         if host.is_local:
             return start_local(leader, rank, host.address, None, patience, token)
         return start_over_ssh(leader, rank, host, self.spec.remote, patience, token)
-
-    def _setup(self) -> Setup:
-        timing, engine = self.spec.timing, self.spec.engine
-        return Setup(
-            nodes=self.spec.nodes,
-            model=self._model_name,
-            prefill_chunk=engine.prefill_chunk,
-            max_kv_size=engine.max_kv_size,
-            compute=engine.compute,
-            activations=engine.activations,
-            wire_dtype=engine.wire_dtype,
-            schedule=engine.schedule,
-            policy=engine.policy,
-            memory_limit=self.spec.placement.memory_limit,
-            peer_timeout=timing.peer,
-            grace_timeout=timing.grace,
-            load_timeout=timing.load,
-            join_timeout=timing.join,
-        )
 
     def _check_protocol(self, rank: int, join: Join) -> None:
         if join.protocol != PROTOCOL_VERSION:
@@ -271,7 +219,7 @@ class Leader:
     def _listen(self) -> None:
         """While busy with something else: handle what workers say, notice those that ended."""
         self._check_processes()
-        self.member.service()
+        self.node.service()
         self._hear()
 
     def _collect(
@@ -305,13 +253,16 @@ class Leader:
     # ---- running --------------------------------------------------------------
 
     def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
-        """One step on all ranks; logits (vocabulary,). Raises PeerError, DivergenceError."""
+        """Run one step on all ranks; the arguments and the result are those of Node.forward.
+
+        Raises PeerError, DivergenceError, and what a worker has failed with.
+        """
         self._step += 1
         self._bus.step = self._step
         try:
             self._bus.broadcast(Step(self._step, reset, list(tokens)))
             self._hear()
-            return self.member.forward(self._step, tokens, reset, logits)
+            return self.node.forward(self._step, tokens, reset, logits)
         except PeerError as own:
             self._look_for_cause(own)
             raise
@@ -349,7 +300,7 @@ class Leader:
 
     def _end(self, patience: float) -> None:
         try:
-            self.member.close()
+            self.node.close()
         finally:
             end_all(self._processes, patience)
             self._bus.close()

@@ -1,9 +1,9 @@
 """Control messages between leader and workers: msgpack arrays, strictly typed.
 
-A message is `[name, field, ...]` in the order of the dataclass. What does not
-fit (an unknown name, a missing or extra field, a wrong type, a value out of
-range) is a `MessageError`; nothing of it is used. The annotations below say
-what each field may hold.
+A message is `[name, field, ...]` in the order of the dataclass; a dataclass within it is
+an array, too. What does not fit (an unknown name, a missing or extra field, a wrong type,
+a value out of range) is a `MessageError`, and no part of it is used. The annotations below
+say what each field may hold; the limits of settings are checked besides.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import msgpack
 
 from zmoe.cluster.hosts import check_address
-from zmoe.config import PROTOCOL_VERSION
-from zmoe.errors import InputError
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Setting, Timing
+from zmoe.errors import InputError, SettingError
+from zmoe.exchange.local import Endpoint
+from zmoe.kernels.arithmetic import Arithmetic
+from zmoe.placement.estimate import Offer
 from zmoe.placement.types import Placement
 
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
@@ -64,6 +67,13 @@ def _address(value: str) -> str:
     return ""
 
 
+@dataclass(frozen=True, eq=False)
+class _Fields:
+    """Annotates a dataclass of another room: what some of its fields may hold."""
+
+    hints: dict[str, Any]
+
+
 Size = Annotated[int, _between(0, 2**60)]  # bytes
 Whole = Annotated[int, _between(-(2**31), 2**31 - 1)]  # checked further by who uses it
 Counter = Annotated[int, _between(0, 2**32 - 1)]
@@ -73,7 +83,12 @@ Seconds = Annotated[float, _between(0, 1e9)]
 Word = Annotated[str, _text(200)]
 Text = Annotated[str, _text(LONGEST_TEXT)]
 Address = Annotated[str, _address]
-PerNode = _items(2, 64)
+Listener = Annotated[Endpoint, _Fields({"host": Address, "data_port": Port, "control_port": Port})]
+Resources = Annotated[
+    Offer,
+    _Fields({"memory": Size, "limit": Size | None, "speed": Annotated[int, _between(0, 2**20)]}),
+]
+_UNLESS_ANNOTATED: dict[Any, Any] = {int: Whole, float: Seconds, str: Word}
 
 
 def one_line(text: str) -> str:
@@ -110,77 +125,33 @@ class Setup:
 
     nodes: Annotated[int, _between(2, 64)]
     model: Text
-    prefill_chunk: Whole
-    max_kv_size: Whole | None
-    compute: Word
-    activations: Word
-    wire_dtype: Word
-    schedule: Word
-    policy: Word
+    engine: EngineConfig
+    timing: Timing
     memory_limit: Size | None
-    peer_timeout: Seconds
-    grace_timeout: Seconds
-    load_timeout: Seconds
-    join_timeout: Seconds
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Worker to leader: what I am and have, and where my data sockets listen.
-
-    `compute` to `arithmetic` are those of zmoe.kernels.arithmetic.Arithmetic,
-    `machine` to `speed` those of zmoe.placement.estimate.Offer.
-    """
+    """Worker to leader: what I am and have, and where my data sockets listen."""
 
     fingerprint: Word
     dtype: Word
     quantization: Word
     isa: Word
-    compute: Word
-    device: Word
-    mlx: Word
-    mlx_lm: Word
-    arithmetic: Word
-    machine: Word
-    memory: Size
-    memory_limit: Size | None
-    speed: Annotated[int, _between(0, 2**20)]
-    host: Address
-    data_port: Port
-    control_port: Port
+    arithmetic: Arithmetic
+    resources: Resources
+    endpoint: Listener
 
 
 @dataclass(frozen=True)
 class Place:
-    """Leader to worker: who owns what; the fields are those of zmoe.placement.types.Placement."""
+    """Leader to worker: who owns what. Nobody has checked yet that it fits the model."""
 
-    experts: Whole
-    owned: list[list[list[Whole]]]
-    slices: list[Annotated[list[Whole], _items(2, 2)]]
-    speeds: list[Whole]
-
-    @classmethod
-    def of(cls, placement: Placement) -> Place:
-        return cls(
-            placement.experts,
-            [[list(ids) for ids in layer] for layer in placement.owned],
-            [list(part) for part in placement.slices],
-            list(placement.speeds),
-        )
-
-    def placement(self, nodes: int) -> Placement:
-        """The placement for `nodes` nodes, not yet checked."""
-        return Placement(
-            nodes,
-            self.experts,
-            tuple(tuple(tuple(ids) for ids in layer) for layer in self.owned),
-            tuple((start, end) for start, end in self.slices),
-            tuple(self.speeds),
-        )
+    placement: Placement
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Endpoints:
     """Leader to worker: every node's data sockets, by rank.
 
     `isa` names the instruction set that every node's kernels use, so that all
@@ -188,13 +159,7 @@ class Mesh:
     """
 
     isa: Word
-    hosts: Annotated[list[Address], PerNode]
-    data_ports: Annotated[list[Port], PerNode]
-    control_ports: Annotated[list[Port], PerNode]
-
-    def __post_init__(self) -> None:
-        if not len(self.hosts) == len(self.data_ports) == len(self.control_ports):
-            raise MessageError("Mesh has lists of unequal lengths")
+    nodes: Annotated[tuple[Listener, ...], _items(2, 64)]
 
 
 @dataclass(frozen=True)
@@ -264,7 +229,7 @@ Message = (
     | Setup
     | Hello
     | Place
-    | Mesh
+    | Endpoints
     | Loading
     | Ready
     | Step
@@ -279,8 +244,13 @@ _JOIN_FIELDS_OF_ALL_VERSIONS = 4
 
 def encode(message: Message) -> bytes:
     """One frame's bytes."""
-    values = [getattr(message, f.name) for f in dataclasses.fields(message)]
-    return bytes(msgpack.packb([type(message).__name__, *values]))
+    parts = [type(message).__name__, *_values(message)]
+    return bytes(msgpack.packb(parts, default=_values))
+
+
+def _values(record: Any) -> list[Any]:
+    """The fields of a dataclass, in order."""
+    return [getattr(record, field.name) for field in dataclasses.fields(record)]
 
 
 def decode(frame: bytes) -> Message:
@@ -298,13 +268,7 @@ def decode(frame: bytes) -> Message:
         raise MessageError(f"unknown message {name[:40]!r}")
     if name == "Join" and len(values) >= _JOIN_FIELDS_OF_ALL_VERSIONS and _is_foreign(values[0]):
         values = [*values[:_JOIN_FIELDS_OF_ALL_VERSIONS], ""]
-    checks = _CHECKS[name]
-    if len(values) != len(checks):
-        raise MessageError(f"{name} has {len(values)} fields instead of {len(checks)}")
-    for (field, check), value in zip(checks, values):
-        if fault := check(value):
-            raise MessageError(f"{name}.{field} {fault}")
-    message: Message = _TYPES[name](*values)
+    message: Message = _READERS[name](values)
     return message
 
 
@@ -312,37 +276,72 @@ def _is_foreign(protocol: object) -> bool:
     return isinstance(protocol, int) and protocol != PROTOCOL_VERSION
 
 
-def _check_of(hint: Any) -> Check:
-    """The check that a field with this annotation has to pass."""
+# ---- from annotations to readers -----------------------------------------------------
+
+Reader = Callable[[Any], Any]  # from what msgpack gives to a field's value; raises MessageError
+
+
+def _reader(hint: Any, where: str) -> Reader:
+    """The reader of the field `where`, which has this annotation."""
+    hint = _UNLESS_ANNOTATED.get(hint, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        kind, further = _check_of(arguments[0]), arguments[1]
-        return lambda value: kind(value) or further(value)
-    if origin is types.UnionType or origin is Union:
-        choices = [_check_of(choice) for choice in arguments]
-
-        def check_choices(value: object) -> str:
-            faults = [check(value) for check in choices]
-            return "" if "" in faults else faults[0]
-
-        return check_choices
-    if origin is list:
-        check_item = _check_of(arguments[0])
-
-        def check_list(value: object) -> str:
-            if not isinstance(value, list):
-                return "has the wrong type"
-            return next(filter(None, map(check_item, value)), "")
-
-        return check_list
-    allowed = (int, float) if hint is float else (hint,)  # bool, say, is no int here
-    return lambda value: "" if type(value) in allowed else "has the wrong type"
+        kind, mark = arguments
+        if isinstance(mark, Setting):  # whose limit its dataclass checks
+            return _reader(kind, where)
+        if isinstance(mark, _Fields):
+            return _record_reader(kind, where, mark.hints)
+        if typing.get_origin(kind) in (list, tuple):
+            return _list_reader(kind, where, mark)
+        return _plain_reader(kind, where, mark)
+    if origin in (types.UnionType, typing.Union):
+        read = _reader(arguments[0], where)
+        return lambda value: None if value is None else read(value)
+    if origin is list or (origin is tuple and arguments[-1] is ...):
+        return _list_reader(hint, where)
+    if origin is tuple:
+        return _list_reader(hint, where, _items(len(arguments), len(arguments)))
+    if dataclasses.is_dataclass(hint):
+        return _record_reader(hint, where, {})
+    return _plain_reader(hint, where)
 
 
-_CHECKS = {
-    name: [
-        (field, _check_of(hint))
-        for field, hint in typing.get_type_hints(kind, include_extras=True).items()
-    ]
-    for name, kind in _TYPES.items()
-}
+def _plain_reader(kind: type, where: str, check: Check = lambda _: "") -> Reader:
+    allowed = (int, float) if kind is float else (kind,)  # bool, say, is no int here
+
+    def read(value: Any) -> Any:
+        if type(value) not in allowed:
+            raise MessageError(f"{where} has the wrong type")
+        if fault := check(value):
+            raise MessageError(f"{where} {fault}")
+        return value
+
+    return read
+
+
+def _list_reader(hint: Any, where: str, check: Check = lambda _: "") -> Reader:
+    """The reader of a list or tuple of like items, which looks at the items after `check`."""
+    read_list = _plain_reader(list, where, check)
+    kind, read_item = typing.get_origin(hint), _reader(typing.get_args(hint)[0], where)
+    return lambda value: kind(map(read_item, read_list(value)))
+
+
+def _record_reader(kind: Any, where: str, hints: dict[str, Any]) -> Reader:
+    """The reader of a dataclass; `hints` are other annotations for some of its fields."""
+    hints = {**typing.get_type_hints(kind, include_extras=True), **hints}
+    readers = [_reader(hint, f"{where}.{name}") for name, hint in hints.items()]
+    read_list = _plain_reader(list, where)
+
+    def read(values: Any) -> Any:
+        if len(read_list(values)) != len(readers):
+            raise MessageError(f"{where} has {len(values)} fields instead of {len(readers)}")
+        fields = [read_field(value) for read_field, value in zip(readers, values)]
+        try:
+            return kind(*fields)
+        except SettingError as error:
+            raise MessageError(f"{where}.{error}") from error
+
+    return read
+
+
+_READERS = {name: _record_reader(kind, name, {}) for name, kind in _TYPES.items()}

@@ -1,4 +1,4 @@
-"""What every node does alike, leader or worker: exchange, share, steps."""
+"""What leader and workers have in common: exchange, share of the model, steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.placing import check
+from zmoe.cluster.resolver import check
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
@@ -29,18 +29,23 @@ from zmoe.placement.estimate import Offer
 from zmoe.placement.types import ModelInfo, Placement
 
 
-class Member:
+class Node:
     """One node of a run, from its sockets to forward passes. A run may have a single node."""
 
     def __init__(
         self,
         info: ModelInfo,
-        rank: int,
-        nodes: int,
-        session: int,
         config: EngineConfig,
         timing: Timing,
+        *,
+        rank: int = 0,
+        nodes: int = 1,
+        session: int = 0,
     ) -> None:
+        """`session`: a number that all nodes of the run carry in their frames.
+
+        Raises SettingError for settings that do not go with the model.
+        """
         if config.wire_dtype == "f16" and info.dtype != "float16":
             raise SettingError(
                 "wire_dtype",
@@ -83,7 +88,10 @@ class Member:
             self.exchange.place(placement)
 
     def open_exchange(self, host: str) -> Endpoint:
-        """Bind the data sockets on `host`; where they listen."""
+        """Bind the data sockets on `host`, an IPv4 address; returns where they listen.
+
+        Raises InputError where that is not possible.
+        """
         info, chunk = self.info, self._config.prefill_chunk
         wire_dtype, width = self._config.wire_dtype, info.exchange_width
         row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
@@ -112,19 +120,27 @@ class Member:
         return self._config.schedule == "centralized"
 
     def connect(self, endpoints: Sequence[Endpoint], tick: Callable[[], None]) -> None:
-        """Link up with every peer, calling `tick` now and then; measure what the links do."""
+        """Connect with the nodes at `endpoints` (by rank, this one's included), calling `tick`
+        now and then; then measure the links. Call open_exchange() before.
+
+        Raises LaunchError naming the ranks that do not connect within `timing.join`, and what
+        `tick` raises.
+        """
         assert self.exchange is not None
         self.exchange.connect(endpoints, self._timing.join, tick)
         self.exchange.calibrate()
         self._connected = True
 
     def service(self) -> None:
-        """Between exchanges: serve peers, watch their links; PeerError when one is lost."""
+        """Between exchanges: serve peers, watch their links. Raises PeerError for a lost one."""
         if self.exchange is not None and self._connected:
             self.exchange.service()
 
     def load_follower(self, progress: Callable[[int, int], None]) -> float:
-        """A worker's `load`, which is of its experts only in a centralised run; the seconds."""
+        """As load(), of a worker, which in a centralised run loads experts only.
+
+        Returns the seconds that it took.
+        """
         if not self._is_central:
             return self.load(progress)[1]
         start = time.perf_counter()
@@ -143,7 +159,12 @@ class Member:
         return time.perf_counter() - start
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
-        """Read this rank's share of the placement; the shard and the seconds it took."""
+        """Read this rank's share of the placement; returns the shard and the seconds it took.
+
+        Call place() before. `progress(bytes_done, bytes_total)` is called as bytes are read,
+        and may raise to end the loading. Raises ModelError for a checkpoint that cannot be
+        read, SettingError for `activations` that this node does not have.
+        """
         assert self.placement is not None
         start = time.perf_counter()
         self._prepare()
@@ -163,7 +184,7 @@ class Member:
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:
-        """What computes, before anything is loaded for it."""
+        """Set up MLX and the thread pool, before anything is loaded for them."""
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
         if mx.metal.is_available():  # or idle weights are paged out, and in again when used
@@ -176,9 +197,9 @@ class Member:
             )
 
     def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
-        """A worker's part of one step: the same without logits, or its experts only.
+        """A worker's part of one step: forward() without logits, or its experts only.
 
-        Raises ZmoeError for more tokens than fit a step.
+        Raises ZmoeError for more tokens than a step may have, PeerError, DivergenceError.
         """
         if not 1 <= len(tokens) <= self._config.prefill_chunk:
             most = self._config.prefill_chunk
@@ -193,9 +214,12 @@ class Member:
     def forward(
         self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
     ) -> mx.array:
-        """Run one step; logits (vocabulary,), which mean nothing unless wanted.
+        """Run step number `step` over `tokens` (ids); `reset` starts a new sequence.
 
-        Raises ZmoeError for what is no token: MLX would read beyond the embedding.
+        Returns the evaluated logits (vocabulary,) after the last token;
+        without `logits` they are not computed, and the result means nothing.
+        Raises ZmoeError for an id outside of the vocabulary, where MLX would read beyond the
+        embedding; PeerError for a lost peer, DivergenceError for one that routes differently.
         """
         assert self._engine is not None
         vocabulary = self.info.vocabulary
@@ -239,35 +263,21 @@ def peak_memory() -> int:
 
 
 def hello_of(info: ModelInfo, arithmetic: Arithmetic, offer: Offer, endpoint: Endpoint) -> Hello:
-    """What a node tells of itself."""
+    """What a node tells the leader about itself."""
     return Hello(
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         quantization=info.quantization,
         isa=best_isa_name(),
-        compute=arithmetic.compute,
-        device=arithmetic.device,
-        mlx=arithmetic.mlx,
-        mlx_lm=arithmetic.mlx_lm,
-        arithmetic=arithmetic.probe,
-        machine=offer.machine,
-        memory=offer.memory,
-        memory_limit=offer.limit,
-        speed=offer.speed,
-        host=endpoint.host,
-        data_port=endpoint.data_port,
-        control_port=endpoint.control_port,
+        arithmetic=arithmetic,
+        resources=offer,
+        endpoint=endpoint,
     )
 
 
 def hello_patience(model: str, timing: Timing) -> float:
-    """Seconds for all nodes to say hello: they may first have to download what is no folder."""
+    """Seconds for all nodes to say hello: they may first have to download a model's files."""
     return timing.join if os.path.isabs(model) else timing.load
-
-
-def offer_in(hello: Hello) -> Offer:
-    """What the node that says `hello` brings."""
-    return Offer(hello.machine, hello.memory, hello.memory_limit, hello.speed)
 
 
 def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
@@ -281,15 +291,15 @@ def check_hello(mine: Hello, theirs: Hello, name: str, schedule: str) -> None:
         if ours != other:
             raise MismatchError(f"{name} has {what} {other}, the leader {ours}")
     if schedule == "decentralized":
-        _check_rounding(mine, theirs, name)
-    if is_loopback(theirs.host) and not is_loopback(mine.host):
+        _check_rounding(mine.arithmetic, theirs.arithmetic, name)
+    if is_loopback(theirs.endpoint.host) and not is_loopback(mine.endpoint.host):
         raise MismatchError(
-            f"{name} listens on {theirs.host} only, the leader on {mine.host}: "
+            f"{name} listens on {theirs.endpoint.host} only, the leader on {mine.endpoint.host}: "
             "start that zmoe-node with --bind ADDRESS"
         )
 
 
-def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
+def _check_rounding(mine: Arithmetic, theirs: Arithmetic, name: str) -> None:
     """Nodes that each route for themselves must round alike, or part in mid-text.
 
     Instruction sets may differ: the kernels round alike on the best that all have.
@@ -302,7 +312,7 @@ def _check_rounding(mine: Hello, theirs: Hello, name: str) -> None:
         ("compute", "multiplies matrices with --compute"),
         ("mlx", "runs mlx"),
         ("mlx_lm", "runs mlx-lm"),
-        ("arithmetic", f"rounds otherwise on {theirs.device}: digest"),
+        ("probe", f"rounds otherwise on {theirs.device}: digest"),
     ):
         ours, other = getattr(mine, field), getattr(theirs, field)
         if ours != other:

@@ -1,4 +1,4 @@
-"""What this machine offers a run: who it is, its memory, how fast it reads it."""
+"""What this machine offers a run: its identity, its memory, and its speed of reading memory."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _STEP = 1.1  # speeds are rounded to powers of it, so that like machines are equ
 
 
 def offer_of(config: EngineConfig, limit: int | None, measure: bool = True) -> Offer:
-    """What this node brings; `limit`: bytes that it may take.
+    """The resources of this node, of which it may take `limit` bytes (None: no limit).
 
-    Takes some 50 ms to `measure` its speed, which is 0 otherwise.
+    Its speed is 0 unless it shall `measure` it, which takes some 50 ms.
     """
     speed = read_speed(config) if measure else 0
     return Offer(machine_id(), machine_memory(is_native(config)), limit, speed)
 
 
 def machine_id() -> str:
-    """The same for all processes of one machine, and no others."""
+    """An identifier that all processes of this machine share, and those of no other machine."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -68,7 +68,7 @@ def _available() -> int | None:
 
 
 def read_speed(config: EngineConfig) -> int:
-    """GB/s at which this process's cores, or its GPU, read memory; coarse on purpose."""
+    """GB/s at which this process's cores, or its GPU, read memory; rounded to steps of 10%."""
     best = max(_speeds(config))
     return max(1, round(_STEP ** round(math.log(best, _STEP))))
 

@@ -1,4 +1,4 @@
-"""A worker's life: join, hello, mesh, load, then one step after the other."""
+"""A worker's life: join, hello, endpoints, load, then one step after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zmq
@@ -18,11 +17,11 @@ from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import (
     AskMemory,
+    Endpoints,
     Failed,
     Join,
     Loading,
     Memory,
-    Mesh,
     Message,
     Place,
     Ready,
@@ -31,11 +30,11 @@ from zmoe.cluster.messages import (
     Stop,
     one_line,
 )
-from zmoe.cluster.node import Member, hello_of, hello_patience, peak_memory
+from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import offer_of
-from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.cluster.spec import WorkerSpec
+from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.loading import Skeleton, describe
 
@@ -51,19 +50,6 @@ class StoppedError(ZmoeError):
     """The leader ended the run, and said why."""
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    """How a worker finds its leader. `model`, `memory_limit` (bytes) None: as the leader says."""
-
-    leader: str
-    rank: int
-    bind: str = "127.0.0.1"
-    model: str | None = None
-    memory_limit: int | None = None
-    token: str = ""  # what the leader that started us wrote to our standard input
-    join_timeout: float | None = None  # None: wait for a leader for as long as it takes
-
-
 class Worker:
     """One session with one leader."""
 
@@ -73,10 +59,15 @@ class Worker:
         """`on_setup` is called when the session begins."""
         self.spec = spec
         self._on_setup = on_setup
-        host = one_line(socket.gethostname())[:200]
-        join = Join(PROTOCOL_VERSION, spec.rank, __version__, host, spec.token)
+        join = Join(
+            protocol=PROTOCOL_VERSION,
+            rank=spec.rank,
+            version=__version__,
+            host=one_line(socket.gethostname())[:200],
+            token=spec.token,
+        )
         self._bus = WorkerBus(context, spec.leader, join, Timing().grace)
-        self._member: Member | None = None
+        self._node: Node | None = None
 
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
@@ -88,8 +79,8 @@ class Worker:
             self._report(error)
             raise
         finally:
-            if self._member is not None:
-                self._member.close()
+            if self._node is not None:
+                self._node.close()
             self._bus.close()
 
     def _join(self) -> Setup:
@@ -118,61 +109,56 @@ class Worker:
     def _unexpected(self, message: Message) -> ZmoeError:
         return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
 
-    def _come_up(self, setup: Setup) -> Member:
-        timing = Timing(
-            setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
-        )
+    def _come_up(self, setup: Setup) -> Node:
+        timing = setup.timing
         self._bus.grace = timing.grace
         skeleton = Skeleton(resolve_model(self.spec.model or setup.model))
         info = describe(skeleton)
-        config = EngineConfig(
-            setup.prefill_chunk,
-            setup.max_kv_size,
-            setup.compute,
-            setup.activations,
-            setup.wire_dtype,
-            setup.schedule,
-            setup.policy,
+        node = Node(
+            info,
+            setup.engine,
+            timing,
+            rank=self.spec.rank,
+            nodes=setup.nodes,
+            session=self._bus.session,
         )
-        member = Member(info, self.spec.rank, setup.nodes, self._bus.session, config, timing)
-        self._member, member.skeleton = member, skeleton
+        self._node, node.skeleton = node, skeleton
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
-        offer = offer_of(config, limit, measure=not is_loopback(self.spec.bind))
-        endpoint = member.open_exchange(self.spec.bind)
-        self._bus.send(hello_of(info, arithmetic_of(config), offer, endpoint))
+        offer = offer_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
+        endpoint = node.open_exchange(self.spec.bind)
+        self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
-        place, mesh = self._expect(Place, patience), self._expect(Mesh, timing.join)
-        if place is None or mesh is None:
+        place, endpoints = self._expect(Place, patience), self._expect(Endpoints, timing.join)
+        if place is None or endpoints is None:
             raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
-        member.place(place.placement(setup.nodes))
-        member.use_isa(mesh.isa)
-        endpoints = zip(mesh.hosts, mesh.data_ports, mesh.control_ports)
-        member.connect([Endpoint(*endpoint) for endpoint in endpoints], self._listen)
-        seconds = member.load_follower(_Throttled(self._bus, self._listen))
-        assert member.placement is not None
-        self._bus.send(Ready(seconds, member.placement.digest))
-        return member
+        node.place(place.placement)
+        node.use_isa(endpoints.isa)
+        node.connect(endpoints.nodes, self._listen)
+        seconds = node.load_follower(_Throttled(self._bus, self._listen))
+        assert node.placement is not None
+        self._bus.send(Ready(seconds, node.placement.digest))
+        return node
 
     def _listen(self) -> None:
         """While busy with something else: notice a leader that is gone or says stop."""
-        self._expect(Mesh, 0)
-        assert self._member is not None
-        self._member.service()
+        self._expect(Endpoints, 0)
+        assert self._node is not None
+        self._node.service()
 
-    def _serve(self, member: Member) -> None:
-        assert member.exchange is not None
+    def _serve(self, node: Node) -> None:
+        assert node.exchange is not None
         eager_until = 0.0
         while True:
             message = self._bus.take()
             if message is None and time.monotonic() < eager_until:
                 os.sched_yield()
             elif message is None:
-                member.service()
-                self._bus.wait(member.exchange.poll_sockets(), IDLE_SLICE_S)
+                node.service()
+                self._bus.wait(node.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.step
-                self._follow(member, message)
+                self._follow(node, message)
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
@@ -183,9 +169,9 @@ class Worker:
             else:
                 raise self._unexpected(message)
 
-    def _follow(self, member: Member, step: Step) -> None:
+    def _follow(self, node: Node, step: Step) -> None:
         try:
-            member.follow(step.step, step.tokens, step.reset)
+            node.follow(step.step, step.tokens, step.reset)
         except PeerError as lost:
             if lost.rank == 0:
                 self._look_for_cause(lost)
@@ -202,11 +188,15 @@ class Worker:
     def _report(self, error: Exception) -> None:
         if isinstance(error, StoppedError) or not self._bus.has_session:
             return
+        lost = error if isinstance(error, PeerError) else None
         words = str(error) if isinstance(error, ZmoeError) else f"internal error: {error!r}"
-        failed = Failed(one_line(words), isinstance(error, InputError), None, None, self._bus.step)
-        if isinstance(error, PeerError):
-            reason = one_line(error.reason)
-            failed = Failed(reason, False, error.rank, error.layer, error.step)
+        failed = Failed(
+            error=one_line(lost.reason if lost is not None else words),
+            input_error=isinstance(error, InputError),
+            lost=lost.rank if lost is not None else None,
+            layer=lost.layer if lost is not None else None,
+            step=lost.step if lost is not None else self._bus.step,
+        )
         with suppress(PeerError):  # the error itself goes on to our own standard error
             self._bus.send(failed)
             self._bus.finish(FAREWELL_S)

@@ -18,7 +18,7 @@ class SteppedReducer(Protocol):
 
 
 class LogitsSwitch(Protocol):
-    """Of a model: whether the pass to come shall end in logits."""
+    """A switch of the model: whether the next pass computes logits."""
 
     wanted: bool
 
@@ -46,11 +46,12 @@ class Engine:
                 self._cache[index] = layer.make_cache(self._config.max_kv_size)
 
     def forward(self, step: int, tokens: Sequence[int], logits: bool = True) -> mx.array:
-        """Append `tokens` to the sequence; the logits (vocabulary,) after the last.
+        """Append `tokens` (ids) to the sequence; returns the logits (vocabulary,) after the last.
 
-        All is evaluated on return: what is lazy would read buffers of the exchange that
-        the next steps rewrite. Without `logits` lm_head is never computed, and what is
-        returned means nothing: for followers, and for all but the last pass over a prompt.
+        Everything is evaluated on return, since a lazy array would read buffers of the
+        exchange that the next steps rewrite. Without `logits`, lm_head is not computed and the
+        result means nothing; followers, and all but the last pass over a prompt, need none.
+        Raises what the reducer raises: PeerError, DivergenceError.
         """
         self._reducer.step = step
         self._head.wanted = logits

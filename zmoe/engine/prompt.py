@@ -1,4 +1,4 @@
-"""From a user's words to token ids."""
+"""From a user's prompt to token ids."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def _check_text(what: str, text: str) -> None:
 
 
 def check_ids(ids: Iterable[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """`ids` (a list, or an array of numpy or MLX) as plain numbers.
+    """`ids` (a list, or an array of numpy or MLX) as a list of ints.
 
-    Raises InputError for what is no list of ids, for none, and for one that is no token.
+    Raises InputError for anything else, for an empty list, and for an id outside of the
+    tokenizer's vocabulary.
     """
     found: Any = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(found, (bytes, bytearray)) or not isinstance(found, Iterable):

@@ -26,13 +26,14 @@ from zmoe.cluster.messages import (
     Stop,
     encode,
 )
-from zmoe.cluster.worker import Worker, WorkerSpec
-from zmoe.config import PROTOCOL_VERSION
+from zmoe.cluster.spec import WorkerSpec
+from zmoe.cluster.worker import Worker
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import PeerError, ZmoeError
 
 PATIENCE_S = 60
 GRACE_S = 30.0
-SETUP = Setup(2, "m", 8, None, "auto", "exact", "auto", "centralized", "selected", None, 1, 1, 1, 1)
+SETUP = Setup(2, "m", EngineConfig(), Timing(), None)
 FLOOD = 5000
 
 
@@ -189,7 +190,7 @@ def test_a_worker_of_protocol_3_is_named_and_told(buses: Buses) -> None:
         old.send(msgpack.packb(["Join", 3, 1, "0.3", "oldhost"]))
         assert heard(leader) == (1, Join(3, 1, "0.3", "oldhost", ""))
         assert old.poll(PATIENCE_S * 1000)
-        assert msgpack.unpackb(old.recv()) == ["Stop", "the leader speaks protocol 4"]
+        assert msgpack.unpackb(old.recv()) == ["Stop", "the leader speaks protocol 5"]
 
 
 def test_a_worker_that_sends_what_none_can_is_named(buses: Buses) -> None:

@@ -14,7 +14,7 @@ import zmoe
 from tests.families import build
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig, Sampling
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.placement.usage import read_usage

@@ -15,7 +15,8 @@ import pytest
 
 from zmoe.cluster import launch
 from zmoe.cluster.hosts import Host
-from zmoe.cluster.launch import NodeProcess, RemoteOptions, end_all
+from zmoe.cluster.launch import NodeProcess, end_all
+from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError
 
 PATIENCE_S = 60.0

@@ -17,7 +17,7 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S, wait_until
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.leader import ClusterSpec
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ZmoeError
 
@@ -116,8 +116,8 @@ def test_closing_frees_the_model(compute: str) -> None:
         with cluster:
             generation = cluster.generate(PROMPT, max_tokens=3)
             list(generation)
-            assert cluster._member is not None and cluster._member._engine is not None
-            model = weakref.ref(cluster._member._engine._model)
+            assert cluster._node is not None and cluster._node._engine is not None
+            model = weakref.ref(cluster._node._engine._model)
             weights = mx.get_active_memory() - memory
             assert weights > 1 << 20
             assert maps_of(cluster.info.path) == maps + (compute == "native")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.placement.conftest import described
-from zmoe.cluster.placing import PlacementRequest, Placing
+from zmoe.cluster.resolver import PlacementResolver
+from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
@@ -24,7 +25,9 @@ def test_the_schedule_and_the_policy_reach_the_choice() -> None:
 
     def choose(**engine: str) -> None:
         config = EngineConfig(**engine)  # type: ignore[arg-type]
-        Placing(PlacementRequest(), MODEL, 2, config, chosen.append).choose([LEADER, WORKER])
+        PlacementResolver(PlacementRequest(), MODEL, 2, config, chosen.append).resolve(
+            [LEADER, WORKER]
+        )
 
     with pytest.raises(PlacementError, match="does not fit 2 nodes"):
         choose()
@@ -39,4 +42,4 @@ def test_the_schedule_and_the_policy_reach_the_choice() -> None:
 def test_what_is_wrong_whatever_the_nodes_have() -> None:
     for way, words in (("slices", "slices at most"), ("experts", "use at most 16")):
         with pytest.raises(PlacementError, match=words):
-            Placing(PlacementRequest(way), MODEL, 17, EngineConfig())
+            PlacementResolver(PlacementRequest(way), MODEL, 17, EngineConfig())

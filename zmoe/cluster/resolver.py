@@ -1,11 +1,11 @@
-"""From what the user asks of the placement to the one that a run takes."""
+"""From a user's request for a placement to the placement that a run takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
 from zmoe.kernels.threads import is_native
@@ -21,25 +21,8 @@ WAYS = ("auto", "experts", "replicas", "slices")
 OnChoice = Callable[[Choice], None]
 
 
-@dataclass(frozen=True)
-class PlacementRequest:
-    """What a user asks: `way` is one of WAYS, or a placement file.
-
-    `usage`: a profile of which experts are chosen, for replicas.
-    `memory_limit`: bytes that a node may take, None: what its machine has.
-    """
-
-    way: str = "auto"
-    usage: Path | None = None
-    memory_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.usage is not None and self.way not in ("auto", "replicas"):
-            raise SettingError("usage", f"has no use with placement {self.way}: it is for replicas")
-
-
-class Placing:
-    """A request for one model and run, its files read and checked."""
+class PlacementResolver:
+    """A user's request for the placement of one model in one run, its files read and checked."""
 
     def __init__(
         self,
@@ -49,28 +32,34 @@ class Placing:
         config: EngineConfig,
         on_choice: OnChoice | None = None,
     ) -> None:
-        """Raises InputError and its kin for what is wrong whatever the nodes have."""
+        """Raises InputError and its kin for what is wrong whatever resources the nodes have.
+
+        `on_choice` is called with every choice that is made.
+        """
         self._way, self._info, self._config, self._on_choice = request.way, info, config, on_choice
-        self._given: Placement | None = None
+        self._from_file: Placement | None = None
         self._usage = read_usage(request.usage, info) if request.usage is not None else None
         if request.way not in WAYS:
-            self._given = _from_file(Path(request.way), info, nodes)
+            self._from_file = _read_file(Path(request.way), info, nodes)
         elif request.way == "slices":
             place_slices(info, [1] * nodes, [info.experts * len(info.moe_layers)] * nodes)
         elif request.way != "replicas":
             place_evenly(info, nodes)
 
-    def choose(self, offers: Sequence[Offer]) -> Placement:
-        """The placement on nodes that bring `offers`. Raises PlacementError."""
+    def resolve(self, resources: Sequence[Offer]) -> Placement:
+        """The placement on nodes with these `resources`, by rank.
+
+        Raises PlacementError where the model does not fit.
+        """
         chooser = Chooser(
             self._info,
-            offers,
+            resources,
             mapped=is_native(self._config),
             schedule=self._config.schedule,
             policy=self._config.policy,
             usage=self._usage,
         )
-        choice = chooser.choose(self._way, self._given)
+        choice = chooser.choose(self._way, self._from_file)
         if self._on_choice is not None:
             self._on_choice(choice)
         return choice.placement
@@ -82,7 +71,7 @@ def check(placement: Placement, info: ModelInfo) -> None:
     check_placement(placement, info.experts, layers, info.expert_hidden, info.granule)
 
 
-def _from_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
+def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
     if not path.exists():
         expected = f"{', '.join(WAYS)}, or a file that is there"
         raise SettingError("placement", f"is {path}: expected {expected}")
