@@ -178,26 +178,6 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
   return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
 }
 
-int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
-                       zmoe_slot **out) {
-  *out = NULL;
-  if (zmoe_is_forked(ex))
-    return ZMOE_EFORK;
-  if (payload_bytes > ex->max_payload_bytes)
-    return ZMOE_EINVAL;
-  return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
-}
-
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
-                               zmoe_fault *fault) {
-  zmoe_round made = {.partial = slot};
-  int rc = make_header(ex, call, &made.header);
-  if (rc == ZMOE_OK &&
-      (made.header.chunks > 0 || made.header.payload_bytes > zmoe_slot_capacity(slot)))
-    rc = ZMOE_EINVAL;
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, 0, fault);
-}
-
 /* ---- collect ---------------------------------------------------------------- */
 
 static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype) {

@@ -191,12 +191,10 @@ static void use_in_child(void) {
   zmoe_call call = rig_call(0, 1, 1, 4, ZMOE_F32);
   zmoe_received received = {.x = NULL};
   zmoe_routed routed = {.x = NULL};
-  zmoe_slot *slot = NULL;
   zmoe_fault fault;
   float data[4] = {0};
   CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
-  CHECK_EQUAL(zmoe_exchange_slot(ex, 16, UINT64_MAX, &slot), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_receive(ex, &received, 0, 1, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_service(ex, &fault), ZMOE_EFORK);
