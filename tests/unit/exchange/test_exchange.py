@@ -19,7 +19,7 @@ import zmq
 from zmoe.errors import DivergenceError, InputError, LaunchError, PeerError, ZmoeError
 from zmoe.exchange.base import Call
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, join, local_group
-from zmoe.exchange.native import Receive
+from zmoe.exchange.native import OutBuffer
 from zmoe.native import Dtype, Status
 from zmoe.obs import Spans
 
@@ -63,7 +63,7 @@ def peer(exchange: Exchange, rows: int, width: int, dtype: Dtype, value: float) 
     call = Call(0, rows, width, mx.float32, 7)
     status = native.publish(exchange.step, call, dtype, (source, Dtype.F32), 30.0)
     assert status == Status.OK
-    while (status := native.collect(Receive(out), Dtype.F32, 30.0)) == Status.INTERRUPTED:
+    while (status := native.collect(OutBuffer(out), Dtype.F32, 30.0)) == Status.INTERRUPTED:
         pass
     assert status == Status.OK
 
@@ -225,7 +225,7 @@ def test_a_lost_frame_is_recovered() -> None:
         def collect_and_go_idle() -> float:
             out = np.empty(1, np.float32)
             try:
-                two._collect(Receive(out), Dtype.F32, 0)
+                two._collect(OutBuffer(out), Dtype.F32, 0)
                 until = time.monotonic() + 20
                 while two.stats["resend_served"] == 0 and time.monotonic() < until:
                     two.service()
