@@ -382,7 +382,7 @@ static void test_a_new_link_is_probed_at_once(void) {
   rig_return(&nodes[1], nodes);
   while (!(nodes[0].ex->linked & 2)) {
     CHECK(rig_now_us() < until_us);
-    zmoe_links_events(nodes[0].ex, 1);
+    zmoe_peers_events(nodes[0].ex, 1);
   }
   CHECK(rig_receive(nodes[1].router, identity, sizeof identity, RIG_PATIENCE_MS) > 0);
   rig_close(nodes, 2);
