@@ -267,12 +267,6 @@ typedef struct zmoe_call {
  * (within 100 ms; peers have been answered) call again to go on waiting. */
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
-/* Zero-copy producer, ZMOE_DIRECT alone: get a slot, write the payload, publish
- * it.  Publishing takes over the reference, also when it fails. */
-int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
-                       zmoe_slot **out);
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
-                               zmoe_fault *fault);
 /* Wait for the oldest exchange that was published and not collected, and write the
  * sum, in rank order, of all ranks' encoded partials: with ZMOE_SCATTER as it was
  * encoded once more, on every rank alike.  `deadline_us` is from now.

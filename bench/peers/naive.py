@@ -61,7 +61,7 @@ def to_host(x: Any) -> Host:
 
 @dataclass(frozen=True)
 class Request:
-    """Rows for one expert (as its owner numbers it); like a zmoe Received."""
+    """Rows for one expert (as its owner numbers it); like a zmoe DispatchBatch."""
 
     x: Host
     dtype: Dtype

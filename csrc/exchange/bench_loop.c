@@ -19,7 +19,7 @@ int zmoe_bench_exchanges(zmoe_exchange *ex, const zmoe_call *call, const void *s
                          zmoe_fault *fault) {
   zmoe_call next = *call;
   for (uint32_t i = 0; i < count; i++) {
-    next.step = ex->published > 0 ? zmoe_round_at(ex, ex->published - 1)->header.step + 1 : 0;
+    next.step = ex->published > 0 ? zmoe_collective_at(ex, ex->published - 1)->header.step + 1 : 0;
     double start_us = clock_us();
     int rc;
     do

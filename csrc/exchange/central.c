@@ -4,10 +4,10 @@
  * pairs (row, expert, weight) that are its own to compute.  So a worker needs to
  * know nothing of routing or of other owners, and its answer is as small.
  *
- * A leader's round begins when it dispatches, a worker's when it waits for rows;
+ * A leader's collective begins when it dispatches, a worker's when it waits for rows;
  * the partial comes later.  The leader's rows of one layer show a worker that its
  * answer to the layer before has arrived, and the answers show the leader that its
- * rows have: it holds what it dispatched to the end of the round, and a worker its
+ * rows have: it holds what it dispatched to the end of the collective, and a worker its
  * last answer to the end of the next. */
 #include "common/platform.h"
 
@@ -23,8 +23,8 @@ void zmoe_central_release(zmoe_exchange *ex) {
 }
 
 /* The exchange that a dispatch or a receive has begun; NULL when there is none. */
-static zmoe_round *open_round(zmoe_exchange *ex) {
-  return zmoe_is_open(ex) ? zmoe_round_at(ex, ex->collected) : NULL;
+static zmoe_collective *open_collective(zmoe_exchange *ex) {
+  return zmoe_is_open(ex) ? zmoe_collective_at(ex, ex->collected) : NULL;
 }
 
 /* ---- the leader: dispatch ----------------------------------------------------- */
@@ -101,21 +101,21 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
 static int may_dispatch(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_header *header) {
   return ex->role == ZMOE_LEADER && header->chunks == 0 && header->part == 0 &&
          header->rows <= ex->dispatch_rows && zmoe_dtype_bytes(routed->x_dtype) != 0 &&
-         zmoe_round_may_begin(ex, header);
+         zmoe_collective_may_begin(ex, header);
 }
 
 /* Workers that waited long for us have asked for these rows: such requests are
  * void, and would later look like those of a worker that has lost them. */
 static void drop_requests(zmoe_exchange *ex) {
-  for (uint32_t i = 0; i < ex->nodes && !zmoe_links_routed(ex, ZMQ_DONTWAIT); i++)
+  for (uint32_t i = 0; i < ex->nodes && !zmoe_peers_routed(ex, ZMQ_DONTWAIT); i++)
     ;
 }
 
 int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_routed *routed,
                            uint64_t deadline_us, zmoe_fault *fault) {
-  zmoe_round made = {.partial = NULL};
+  zmoe_collective made = {.partial = NULL};
   uint64_t lost = 0;
-  int rc = zmoe_round_header(ex, call, &made.header);
+  int rc = zmoe_collective_header(ex, call, &made.header);
   if (rc == ZMOE_OK && !may_dispatch(ex, routed, &made.header))
     rc = ZMOE_EINVAL;
   if (rc == ZMOE_OK) {
@@ -127,10 +127,10 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
   }
   if (rc == ZMOE_OK) {
     drop_requests(ex);
-    zmoe_round_begin(ex, &made);
+    zmoe_collective_begin(ex, &made);
     for (uint32_t r = 1; r < ex->nodes; r++) /* what a broken link loses is asked for again */
-      (void)zmoe_links_send_back(ex, r, &ex->peers[r].rows);
-    zmoe_intake_promote(ex);
+      (void)zmoe_peers_send_back(ex, r, &ex->peers[r].rows);
+    zmoe_receive_promote(ex);
   }
   zmoe_fault_publish(ex, rc, lost, fault);
   return rc;
@@ -207,16 +207,16 @@ static int wait_for_rows(zmoe_exchange *ex, zmoe_received *out, uint64_t deadlin
       return ZMOE_OK;
     ex->stats.bad_field++;
     zmoe_frame_drop(frame);
-    open_round(ex)->missing = zmoe_bit(0);
+    open_collective(ex)->missing = zmoe_bit(0);
   }
 }
 
 /* Begins to wait for the rows of a layer, or goes on. */
 static int await_rows(zmoe_exchange *ex, uint32_t step, uint32_t layer) {
   const zmoe_call call = {.step = step, .layer = layer};
-  const zmoe_round *open = open_round(ex);
-  zmoe_round made = {.partial = NULL};
-  int rc = zmoe_round_header(ex, &call, &made.header);
+  const zmoe_collective *open = open_collective(ex);
+  zmoe_collective made = {.partial = NULL};
+  int rc = zmoe_collective_header(ex, &call, &made.header);
   if (rc == ZMOE_OK && ex->role != ZMOE_WORKER)
     rc = ZMOE_EINVAL;
   if (rc != ZMOE_OK)
@@ -225,10 +225,10 @@ static int await_rows(zmoe_exchange *ex, uint32_t step, uint32_t layer) {
     int same = zmoe_key_compare(zmoe_key_of(&open->header), zmoe_key_of(&made.header)) == 0;
     return same && open->missing != 0 ? ZMOE_OK : ZMOE_EINVAL;
   }
-  if (!zmoe_round_may_begin(ex, &made.header))
+  if (!zmoe_collective_may_begin(ex, &made.header))
     return ZMOE_EINVAL;
-  zmoe_round_begin(ex, &made)->missing = zmoe_bit(0);
-  zmoe_intake_promote(ex);
+  zmoe_collective_begin(ex, &made)->missing = zmoe_bit(0);
+  zmoe_receive_promote(ex);
   return ZMOE_OK;
 }
 
@@ -239,11 +239,11 @@ int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, 
   if (rc == ZMOE_OK)
     rc = wait_for_rows(ex, out, deadline_us, &lost);
   if (rc == ZMOE_OK) {
-    zmoe_round *round = open_round(ex);
+    zmoe_collective *collective = open_collective(ex);
     zmoe_frame *frame = &ex->peers[0].partials[ex->collected % ZMOE_WINDOW];
-    round->header.rows = out->rows; /* of the answer */
-    round->header.width = out->width;
-    round->header.digest = out->digest;
+    collective->header.rows = out->rows; /* of the answer */
+    collective->header.width = out->width;
+    collective->header.digest = out->digest;
     if (!renumber(out)) {
       zmoe_set_diverged(ex, &frame->header);
       rc = ZMOE_EDIVERGED;
@@ -258,10 +258,12 @@ int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, 
 /* ---- both: publish ----------------------------------------------------------------- */
 
 /* Whether a partial is that of the open exchange, and the time for it has come. */
-static int is_due(const zmoe_exchange *ex, const zmoe_round *round, const zmoe_header *header) {
-  if (round == NULL || round->partial != NULL || (ex->role == ZMOE_WORKER && round->missing != 0))
+static int is_due(const zmoe_exchange *ex, const zmoe_collective *collective,
+                  const zmoe_header *header) {
+  if (collective == NULL || collective->partial != NULL ||
+      (ex->role == ZMOE_WORKER && collective->missing != 0))
     return 0;
-  const zmoe_header *due = &round->header;
+  const zmoe_header *due = &collective->header;
   return zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(due)) == 0 && header->chunks == 0 &&
          header->rows == due->rows && header->width == due->width &&
          header->digest == due->digest && (ex->role == ZMOE_WORKER || header->dtype == due->dtype);
@@ -269,26 +271,26 @@ static int is_due(const zmoe_exchange *ex, const zmoe_round *round, const zmoe_h
 
 int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                          zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
-  zmoe_round *round = open_round(ex), made = {.partial = NULL};
-  int rc = zmoe_round_header(ex, call, &made.header);
-  if (rc == ZMOE_OK && !is_due(ex, round, &made.header))
+  zmoe_collective *collective = open_collective(ex), made = {.partial = NULL};
+  int rc = zmoe_collective_header(ex, call, &made.header);
+  if (rc == ZMOE_OK && !is_due(ex, collective, &made.header))
     rc = ZMOE_EINVAL;
   if (rc != ZMOE_OK)
     return rc;
-  rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, lost);
+  rc = zmoe_collective_encode(ex, &made, src, src_dtype, deadline_us, lost);
   if (rc != ZMOE_OK) {
     zmoe_slot_drop(&made.partial);
     return rc;
   }
-  round->header = made.header;
-  round->partial = made.partial;
+  collective->header = made.header;
+  collective->partial = made.partial;
   if (ex->role == ZMOE_LEADER)
     return ZMOE_OK;
-  zmoe_held answer = zmoe_round_whole(round);
+  zmoe_held answer = zmoe_collective_whole(collective);
   zmoe_held_encode(ex, &answer);
-  round->sent_at_us = zmoe_now_us();
-  zmoe_round_end(ex);
-  int error = zmoe_links_send_to(ex, 0, &answer);
+  collective->sent_at_us = zmoe_now_us();
+  zmoe_collective_end(ex);
+  int error = zmoe_peers_send_to(ex, 0, &answer);
   if (error != 0)
     ex->zmq_errno = error;
   return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
@@ -297,8 +299,8 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
 /* ---- the leader: the sum -------------------------------------------------------------- */
 
 int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
-  const zmoe_round *round = open_round(ex);
-  const zmoe_header *ours = &round->header;
+  const zmoe_collective *collective = open_collective(ex);
+  const zmoe_header *ours = &collective->header;
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   size_t row_bytes = zmoe_payload_bytes(dtype, 1, ours->width);
   size_t out_bytes = zmoe_payload_bytes(out_dtype, 1, ours->width);
@@ -306,7 +308,7 @@ int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
   const void *parts[ZMOE_MAX_NODES];
   for (uint32_t r = 0; r < ex->nodes; r++)
     at[r] = zmoe_frame_body(&ex->peers[r].partials[ex->collected % ZMOE_WINDOW]);
-  at[0] = ours->payload_bytes > 0 ? zmoe_slot_payload(round->partial) : NULL;
+  at[0] = ours->payload_bytes > 0 ? zmoe_slot_payload(collective->partial) : NULL;
   int rc = ZMOE_OK;
   for (uint32_t i = 0; i < ours->rows && rc == ZMOE_OK; i++) {
     for (uint32_t r = 0; r < ex->nodes; r++) {

@@ -17,34 +17,34 @@ void zmoe_slot_drop(zmoe_slot **slot) {
 
 static void hold_from(zmoe_exchange *ex, uint64_t index) {
   for (; ex->held < index; ex->held++) {
-    zmoe_round *round = zmoe_round_at(ex, ex->held);
-    zmoe_slot_drop(&round->partial);
-    zmoe_slot_drop(&round->sum);
+    zmoe_collective *collective = zmoe_collective_at(ex, ex->held);
+    zmoe_slot_drop(&collective->partial);
+    zmoe_slot_drop(&collective->sum);
   }
 }
 
-void zmoe_rounds_clear(zmoe_exchange *ex) {
+void zmoe_collectives_clear(zmoe_exchange *ex) {
   hold_from(ex, ex->published);
   zmoe_central_release(ex);
   ex->published = ex->collected = ex->held = 0;
 }
 
-zmoe_held zmoe_round_whole(const zmoe_round *round) {
-  if (round->partial == NULL)
+zmoe_held zmoe_collective_whole(const zmoe_collective *collective) {
+  if (collective->partial == NULL)
     return (zmoe_held){.slot = NULL};
-  return (zmoe_held){round->partial, round->header,
-                     (uint8_t *)zmoe_slot_payload(round->partial) - ZMOE_HEADER_BYTES};
+  return (zmoe_held){collective->partial, collective->header,
+                     (uint8_t *)zmoe_slot_payload(collective->partial) - ZMOE_HEADER_BYTES};
 }
 
 /* ---- publish ---------------------------------------------------------------- */
 
 /* A first part needs all before it collected; a further one belongs to the exchange
  * before, of which at most one part may be open. */
-int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
+int zmoe_collective_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
   uint64_t open = ex->published - ex->collected;
   if (ex->published == 0)
     return header->part == 0;
-  const zmoe_header *last = &zmoe_round_at(ex, ex->published - 1)->header;
+  const zmoe_header *last = &zmoe_collective_at(ex, ex->published - 1)->header;
   if (header->part == 0)
     return open == 0 && zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(last)) > 0;
   return open < ZMOE_WINDOW && header->step == last->step && header->layer == last->layer &&
@@ -55,49 +55,50 @@ int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
 static uint64_t first_wanted(zmoe_exchange *ex) {
   if (ex->collected == 0)
     return 0;
-  const zmoe_header *last = &zmoe_round_at(ex, ex->collected - 1)->header;
+  const zmoe_header *last = &zmoe_collective_at(ex, ex->collected - 1)->header;
   return ex->collected - (last->part > 0 ? ZMOE_WINDOW : 1);
 }
 
-static int send_round(zmoe_exchange *ex, const zmoe_round *round) {
-  if (round->header.chunks > 0)
-    return zmoe_scatter_send(ex, round);
-  zmoe_held held = zmoe_round_whole(round);
+static int send_collective(zmoe_exchange *ex, const zmoe_collective *collective) {
+  if (collective->header.chunks > 0)
+    return zmoe_scatter_send(ex, collective);
+  zmoe_held held = zmoe_collective_whole(collective);
   zmoe_held_encode(ex, &held);
-  return zmoe_links_send(ex, ex->xpub, &held);
+  return zmoe_peers_send(ex, ex->xpub, &held);
 }
 
-zmoe_round *zmoe_round_begin(zmoe_exchange *ex, const zmoe_round *made) {
+zmoe_collective *zmoe_collective_begin(zmoe_exchange *ex, const zmoe_collective *made) {
   hold_from(ex, first_wanted(ex));
-  zmoe_round *round = zmoe_round_at(ex, ex->published++);
-  *round = *made;
-  round->missing = ex->everyone;
-  round->missing_sums = made->header.chunks > 0 ? ex->everyone : 0;
-  round->sent_at_us = zmoe_now_us();
-  zmoe_resend_begin(ex, round);
-  return round;
+  zmoe_collective *collective = zmoe_collective_at(ex, ex->published++);
+  *collective = *made;
+  collective->missing = ex->everyone;
+  collective->missing_sums = made->header.chunks > 0 ? ex->everyone : 0;
+  collective->sent_at_us = zmoe_now_us();
+  zmoe_resend_begin(ex, collective);
+  return collective;
 }
 
-static int begin(zmoe_exchange *ex, const zmoe_round *made, zmoe_fault *fault) {
+static int begin(zmoe_exchange *ex, const zmoe_collective *made, zmoe_fault *fault) {
   if (zmoe_is_open(ex))
     zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
-  const zmoe_round *round = zmoe_round_begin(ex, made);
-  int error = send_round(ex, round);
+  const zmoe_collective *collective = zmoe_collective_begin(ex, made);
+  int error = send_collective(ex, collective);
   if (error != 0)
     ex->zmq_errno = error;
-  zmoe_intake_promote(ex);
+  zmoe_receive_promote(ex);
   zmoe_fault_set(ex, 0, fault);
   return error == 0 ? ZMOE_OK : ZMOE_EZMQ;
 }
 
-static int refuse(zmoe_exchange *ex, zmoe_round *made, int rc, uint64_t lost, zmoe_fault *fault) {
+static int refuse(zmoe_exchange *ex, zmoe_collective *made, int rc, uint64_t lost,
+                  zmoe_fault *fault) {
   zmoe_slot_drop(&made->partial);
   zmoe_slot_drop(&made->sum);
   zmoe_fault_publish(ex, rc, lost, fault);
   return rc;
 }
 
-int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
+int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
   if (zmoe_is_forked(ex))
     return ZMOE_EFORK;
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
@@ -124,13 +125,13 @@ int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_heade
 
 /* The header of an exchange that begins with being published. */
 static int make_header(zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out) {
-  int rc = zmoe_round_header(ex, call, out);
-  if (rc == ZMOE_OK && (ex->role != ZMOE_PEER || !zmoe_round_may_begin(ex, out)))
+  int rc = zmoe_collective_header(ex, call, out);
+  if (rc == ZMOE_OK && (ex->role != ZMOE_PEER || !zmoe_collective_may_begin(ex, out)))
     rc = ZMOE_EINVAL;
   return rc;
 }
 
-static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, uint64_t *lost) {
+static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_collective *made, uint64_t *lost) {
   const zmoe_header *header = &made->header;
   if (header->chunks == 0)
     return zmoe_wait_slot(ex, header->payload_bytes, deadline_us, &made->partial, lost);
@@ -141,7 +142,7 @@ static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_round *made, ui
   return rc == ZMOE_OK ? zmoe_wait_slot(ex, own.bytes, deadline_us, &made->sum, lost) : rc;
 }
 
-static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype) {
+static int encode(zmoe_exchange *ex, zmoe_collective *made, const void *src, zmoe_dtype src_dtype) {
   const zmoe_header *header = &made->header;
   if (zmoe_dtype_bytes(src_dtype) == 0)
     return ZMOE_EINVAL;
@@ -155,8 +156,8 @@ static int encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dty
                            header->width, &all, ex->isa);
 }
 
-int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
-                      uint64_t deadline_us, uint64_t *lost) {
+int zmoe_collective_encode(zmoe_exchange *ex, zmoe_collective *made, const void *src,
+                           zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   if (src == NULL)
     made->header.payload_bytes = 0;
   int rc = acquire(ex, deadline_us, made, lost);
@@ -171,42 +172,22 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
     zmoe_fault_publish(ex, status, lost, fault);
     return status;
   }
-  zmoe_round made = {.partial = NULL};
+  zmoe_collective made = {.partial = NULL};
   int rc = make_header(ex, call, &made.header);
   if (rc == ZMOE_OK)
-    rc = zmoe_round_encode(ex, &made, src, src_dtype, deadline_us, &lost);
+    rc = zmoe_collective_encode(ex, &made, src, src_dtype, deadline_us, &lost);
   return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);
-}
-
-int zmoe_exchange_slot(zmoe_exchange *ex, size_t payload_bytes, uint64_t deadline_us,
-                       zmoe_slot **out) {
-  *out = NULL;
-  if (zmoe_is_forked(ex))
-    return ZMOE_EFORK;
-  if (payload_bytes > ex->max_payload_bytes)
-    return ZMOE_EINVAL;
-  return zmoe_pool_acquire(ex->pool, payload_bytes, deadline_us, out);
-}
-
-int zmoe_exchange_publish_slot(zmoe_exchange *ex, const zmoe_call *call, zmoe_slot *slot,
-                               zmoe_fault *fault) {
-  zmoe_round made = {.partial = slot};
-  int rc = make_header(ex, call, &made.header);
-  if (rc == ZMOE_OK &&
-      (made.header.chunks > 0 || made.header.payload_bytes > zmoe_slot_capacity(slot)))
-    rc = ZMOE_EINVAL;
-  return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, 0, fault);
 }
 
 /* ---- collect ---------------------------------------------------------------- */
 
 static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype) {
-  const zmoe_round *round = zmoe_round_at(ex, index);
-  const zmoe_header *ours = &round->header;
+  const zmoe_collective *collective = zmoe_collective_at(ex, index);
+  const zmoe_header *ours = &collective->header;
   const void *parts[ZMOE_MAX_NODES];
   for (uint32_t r = 0; r < ex->nodes; r++)
     parts[r] = zmoe_frame_body(&ex->peers[r].partials[index % ZMOE_WINDOW]);
-  parts[ex->rank] = ours->payload_bytes > 0 ? zmoe_slot_payload(round->partial) : NULL;
+  parts[ex->rank] = ours->payload_bytes > 0 ? zmoe_slot_payload(collective->partial) : NULL;
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   zmoe_range all = zmoe_chunk(dtype, ours->rows, ours->width, 1, 0);
   return zmoe_reduce_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
@@ -214,15 +195,15 @@ static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype ou
 
 /* Of chunks, nobody can lack one any more: whoever did could not have added up its
  * part of the sum.  The leader's own partial was for nobody. */
-void zmoe_round_end(zmoe_exchange *ex) {
+void zmoe_collective_end(zmoe_exchange *ex) {
   uint64_t index = ex->collected++;
   for (uint32_t r = 0; r < ex->nodes; r++) {
     zmoe_frame_drop(&ex->peers[r].partials[index % ZMOE_WINDOW]);
     zmoe_frame_drop(&ex->peers[r].sums[index % ZMOE_WINDOW]);
   }
-  zmoe_round *round = zmoe_round_at(ex, index);
-  if (round->header.chunks > 0 || ex->role == ZMOE_LEADER)
-    zmoe_slot_drop(&round->partial);
+  zmoe_collective *collective = zmoe_collective_at(ex, index);
+  if (collective->header.chunks > 0 || ex->role == ZMOE_LEADER)
+    zmoe_slot_drop(&collective->partial);
   if (ex->role == ZMOE_LEADER)
     zmoe_central_release(ex);
   ex->stats.exchanges++;
@@ -232,7 +213,7 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
                           zmoe_fault *fault) {
   uint64_t lost = 0, index = ex->collected;
   int is_ours = zmoe_is_open(ex) && ex->role != ZMOE_WORKER &&
-                zmoe_round_at(ex, index)->partial != NULL; /* as always but to a leader */
+                zmoe_collective_at(ex, index)->partial != NULL; /* as always but to a leader */
   int rc = ZMOE_EINVAL;
   if (zmoe_is_forked(ex))
     rc = ZMOE_EFORK;
@@ -244,11 +225,11 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
   }
   if (ex->role == ZMOE_LEADER)
     rc = zmoe_central_sum(ex, out, out_dtype);
-  else if (zmoe_round_at(ex, index)->header.chunks > 0)
+  else if (zmoe_collective_at(ex, index)->header.chunks > 0)
     rc = zmoe_scatter_gather(ex, index, out, out_dtype);
   else
     rc = add_whole(ex, index, out, out_dtype);
   assert(rc == ZMOE_OK);
-  zmoe_round_end(ex);
+  zmoe_collective_end(ex);
   return rc;
 }

@@ -20,7 +20,7 @@
  * What we may be asked for.  If we have collected up to c - 1, every peer has
  * published c - 1, and so it has collected all before c - 1 if that was a first
  * part, else all before c - W (first_wanted in collective.c).  With W open that leaves
- * 2 W rounds (ZMOE_ROUNDS); where layers are not split, two.  Chunks of a partial
+ * 2 W collectives (ZMOE_COLLECTIVES); where layers are not split, two.  Chunks of a partial
  * can be asked for only until we have everybody's sums, since those were made of
  * them.
  *
@@ -42,7 +42,7 @@
 #include "pool.h"
 
 enum {
-  LARGE_SLOTS = ZMOE_ROUNDS + 2, /* see above */
+  LARGE_SLOTS = ZMOE_COLLECTIVES + 2, /* see above */
   SMALL_SLOTS = 16, /* cheap: a peer that is slow to read may leave some more with libzmq */
   SLOT_ALIGNMENT = 64,
 };
@@ -155,7 +155,7 @@ static int subscribe(zmoe_exchange *ex) {
   zmoe_wire_encode(&header, frame);
   zmoe_wire_presence(ex->session, ex->rank, presence);
   int wait_ms = ZMOE_FIRST_WAIT_MS;
-  if (zmoe_zmq.setsockopt(zmoe_intake_socket(ex), ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
+  if (zmoe_zmq.setsockopt(zmoe_receive_socket(ex), ZMQ_RCVTIMEO, &wait_ms, sizeof wait_ms) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, frame, ZMOE_TOPIC_BYTES) < 0 ||
       zmoe_zmq.setsockopt(ex->sub, ZMQ_SUBSCRIBE, presence, sizeof presence) < 0)
     return ZMOE_EZMQ;
@@ -206,7 +206,7 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
       zmoe_zmq.msg_close(&ex->peers[r].sums[i].message);
       zmoe_zmq.msg_close(&ex->peers[r].early[i].message);
     }
-  zmoe_rounds_clear(ex);
+  zmoe_collectives_clear(ex);
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
   free(ex->dispatched);
@@ -228,7 +228,7 @@ int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
         zmoe_frame_drop(&peer->early[i]);
     }
   }
-  zmoe_rounds_clear(ex);
+  zmoe_collectives_clear(ex);
   ex->epoch = epoch;
   ex->diverged = 0;
   return ZMOE_OK;
@@ -239,7 +239,7 @@ int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
   /* Where we are: at the oldest open exchange, or at the last one. */
   uint64_t at = zmoe_is_open(ex) || ex->published == 0 ? ex->collected : ex->published - 1;
-  const zmoe_header *here = &zmoe_round_at(ex, at)->header;
+  const zmoe_header *here = &zmoe_collective_at(ex, at)->header;
   *fault = (zmoe_fault){
       .missing = zmoe_missing(ex),
       .lost = lost,

@@ -12,7 +12,7 @@
 #include "zmq_api.h"
 
 enum {
-  ZMOE_ROUNDS = 2 * ZMOE_WINDOW, /* most that a peer may still be at, with those ahead of it */
+  ZMOE_COLLECTIVES = 2 * ZMOE_WINDOW, /* most that a peer may still be at, with those ahead of it */
   /* How long a collect looks at nothing but frames before it looks at all sockets. */
   ZMOE_FIRST_WAIT_MS = 2,
 };
@@ -57,7 +57,7 @@ typedef struct zmoe_peer {
 } zmoe_peer;
 
 /* One of our exchanges. */
-typedef struct zmoe_round {
+typedef struct zmoe_collective {
   zmoe_header header; /* of our partial; every rank's must agree with it */
   /* Our partial as encoded: whole, or chunk by chunk, each behind its header.
    * NULL once nobody can ask for it any more, and in a centralised run as long as
@@ -67,7 +67,7 @@ typedef struct zmoe_round {
   uint32_t sum_bytes;             /* 0: all zeros */
   uint64_t missing, missing_sums; /* bit r: rank r's partial, its chunk of the sum is not here */
   uint64_t sent_at_us;            /* our latest frame */
-} zmoe_round;
+} zmoe_collective;
 
 struct zmoe_exchange {
   uint32_t rank, nodes;
@@ -85,9 +85,9 @@ struct zmoe_exchange {
 
   uint32_t epoch;
   /* Exchanges of this epoch: `collected` <= i < `published` are open.  The i-th is
-   * at i % ZMOE_ROUNDS; those before `held` have lost their slots. */
+   * at i % ZMOE_COLLECTIVES; those before `held` have lost their slots. */
   uint64_t published, collected, held;
-  zmoe_round rounds[ZMOE_ROUNDS];
+  zmoe_collective collectives[ZMOE_COLLECTIVES];
   uint32_t dispatch_rows;
   uint64_t *dispatched; /* the leader, by row: the ranks that got it */
   void *zeros;          /* a row of them */
@@ -134,8 +134,8 @@ static inline uint64_t zmoe_bit(uint32_t rank) {
   return UINT64_C(1) << rank;
 }
 
-static inline zmoe_round *zmoe_round_at(zmoe_exchange *ex, uint64_t index) {
-  return &ex->rounds[index % ZMOE_ROUNDS];
+static inline zmoe_collective *zmoe_collective_at(zmoe_exchange *ex, uint64_t index) {
+  return &ex->collectives[index % ZMOE_COLLECTIVES];
 }
 
 static inline int zmoe_is_open(const zmoe_exchange *ex) {
@@ -144,13 +144,13 @@ static inline int zmoe_is_open(const zmoe_exchange *ex) {
 
 /* The ranks of whom the oldest open exchange lacks something. */
 static inline uint64_t zmoe_missing(const zmoe_exchange *ex) {
-  const zmoe_round *oldest = &ex->rounds[ex->collected % ZMOE_ROUNDS];
+  const zmoe_collective *oldest = &ex->collectives[ex->collected % ZMOE_COLLECTIVES];
   return zmoe_is_open(ex) ? oldest->missing | oldest->missing_sums : 0;
 }
 
 /* It lacks chunks of partials, which come from rank to rank. */
 static inline int zmoe_awaits_chunks(const zmoe_exchange *ex) {
-  const zmoe_round *oldest = &ex->rounds[ex->collected % ZMOE_ROUNDS];
+  const zmoe_collective *oldest = &ex->collectives[ex->collected % ZMOE_COLLECTIVES];
   return zmoe_is_open(ex) && oldest->missing != 0 && oldest->header.chunks > 0;
 }
 
@@ -167,40 +167,40 @@ void zmoe_fault_publish(zmoe_exchange *ex, int rc, uint64_t lost, zmoe_fault *fa
 
 /* ---- collective.c --------------------------------------------------------------- */
 
-/* Forgets all rounds; their slots are released. */
-void zmoe_rounds_clear(zmoe_exchange *ex);
-/* Our partial as it was published; no slot when the round has none. */
-zmoe_held zmoe_round_whole(const zmoe_round *round);
+/* Forgets all collectives; their slots are released. */
+void zmoe_collectives_clear(zmoe_exchange *ex);
+/* Our partial as it was published; no slot when the collective has none. */
+zmoe_held zmoe_collective_whole(const zmoe_collective *collective);
 /* The header of our partial; ZMOE_EINVAL for a call that is out of range. */
-int zmoe_round_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out);
+int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_header *out);
 /* Takes slots for the partial of `made` and encodes src into them; NULL is all zeros.
  * When it fails, the caller drops the slots. */
-int zmoe_round_encode(zmoe_exchange *ex, zmoe_round *made, const void *src, zmoe_dtype src_dtype,
-                      uint64_t deadline_us, uint64_t *lost);
+int zmoe_collective_encode(zmoe_exchange *ex, zmoe_collective *made, const void *src,
+                           zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost);
 /* Whether an exchange may come next. */
-int zmoe_round_may_begin(zmoe_exchange *ex, const zmoe_header *header);
+int zmoe_collective_may_begin(zmoe_exchange *ex, const zmoe_header *header);
 /* Takes over the slots of `made`, as the latest exchange; nothing is sent. */
-zmoe_round *zmoe_round_begin(zmoe_exchange *ex, const zmoe_round *made);
+zmoe_collective *zmoe_collective_begin(zmoe_exchange *ex, const zmoe_collective *made);
 /* Done with the oldest open exchange. */
-void zmoe_round_end(zmoe_exchange *ex);
+void zmoe_collective_end(zmoe_exchange *ex);
 void zmoe_slot_drop(zmoe_slot **slot);
 
 /* ---- scatter.c ------------------------------------------------------------- */
 
 /* Bytes of a slot for a partial of so many bytes, in so many chunks. */
 size_t zmoe_scatter_slot_bytes(size_t payload_bytes, uint32_t chunks);
-/* Encodes src into the round's slot, chunk by chunk; NULL is all zeros. */
-int zmoe_scatter_encode(zmoe_exchange *ex, zmoe_round *round, const void *src,
+/* Encodes src into the collective's slot, chunk by chunk; NULL is all zeros. */
+int zmoe_scatter_encode(zmoe_exchange *ex, zmoe_collective *collective, const void *src,
                         zmoe_dtype src_dtype);
 /* Sends each rank the chunk that it adds up; 0, or an errno. */
-int zmoe_scatter_send(zmoe_exchange *ex, const zmoe_round *round);
+int zmoe_scatter_send(zmoe_exchange *ex, const zmoe_collective *collective);
 /* The i-th exchange has all partials: adds up our chunk and publishes it. */
 void zmoe_scatter_sum(zmoe_exchange *ex, uint64_t index);
 /* The i-th exchange has all chunks of the sum: writes it to `out`. */
 int zmoe_scatter_gather(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype);
 /* Our frame that holds chunk `chunk` of the partial, or our chunk of the sum. */
-zmoe_held zmoe_scatter_partial(const zmoe_round *round, uint32_t chunk);
-zmoe_held zmoe_scatter_own_sum(const zmoe_exchange *ex, const zmoe_round *round);
+zmoe_held zmoe_scatter_partial(const zmoe_collective *collective, uint32_t chunk);
+zmoe_held zmoe_scatter_own_sum(const zmoe_exchange *ex, const zmoe_collective *collective);
 
 /* ---- central.c ------------------------------------------------------------- */
 
@@ -216,53 +216,53 @@ void zmoe_central_release(zmoe_exchange *ex);
 
 /* Reads at most a few messages, the first of which is waited for without
  * ZMQ_DONTWAIT: ZMOE_FIRST_WAIT_MS at most.  Returns 1 when the socket has no more. */
-int zmoe_intake_partials(zmoe_exchange *ex, int flags);
-int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link, int flags);
+int zmoe_receive_partials(zmoe_exchange *ex, int flags);
+int zmoe_receive_replies(zmoe_exchange *ex, uint32_t link, int flags);
 /* The same for the socket by which the awaited frames come. */
-int zmoe_intake_awaited(zmoe_exchange *ex, int flags);
-void *zmoe_intake_socket(const zmoe_exchange *ex);
+int zmoe_receive_awaited(zmoe_exchange *ex, int flags);
+void *zmoe_receive_socket(const zmoe_exchange *ex);
 void zmoe_set_diverged(zmoe_exchange *ex, const zmoe_header *theirs);
 /* Takes one message without waiting; 0 when there is none. */
-int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
+int zmoe_receive_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags);
 /* Takes what a rank sent to us alone, at our ROUTER; may move the message away. */
-void zmoe_intake_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header);
+void zmoe_receive_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header);
 /* Counts and decodes a frame of this session, from a rank other than ours;
  * returns 0 when it is anything else. */
-int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out);
+int zmoe_receive_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out);
 /* Reads and drops the rest of a message of several parts. */
-void zmoe_intake_skip(void *socket, zmq_msg_t *part);
+void zmoe_receive_skip(void *socket, zmq_msg_t *part);
 /* Takes up what arrived early for the exchange that was just published. */
-void zmoe_intake_promote(zmoe_exchange *ex);
+void zmoe_receive_promote(zmoe_exchange *ex);
 void zmoe_frame_drop(zmoe_frame *frame);
 /* Its payload; NULL when it is all zeros, or there is no frame. */
 const void *zmoe_frame_body(zmoe_frame *frame);
 
 /* ---- peers.c ------------------------------------------------------------- */
 
-int zmoe_links_subscriptions(zmoe_exchange *ex);
-int zmoe_links_routed(zmoe_exchange *ex, int flags); /* see zmoe_intake_partials */
-int zmoe_links_events(zmoe_exchange *ex, uint32_t rank);
+int zmoe_peers_subscriptions(zmoe_exchange *ex);
+int zmoe_peers_routed(zmoe_exchange *ex, int flags); /* see zmoe_receive_partials */
+int zmoe_peers_events(zmoe_exchange *ex, uint32_t rank);
 /* Lets a socket take up its new connections, which libzmq does only within a call on it. */
-void zmoe_links_take_up(void *socket);
+void zmoe_peers_take_up(void *socket);
 /* Bit r: the link to r has been down for longer than grace allows. */
-uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us);
+uint64_t zmoe_peers_lost(const zmoe_exchange *ex, uint64_t now_us);
 /* Sends a held frame to one socket; 0, or the errno.  The slot gains a reference
  * until it is sent. */
-int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
+int zmoe_peers_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
 /* The same to one rank, without copying: by our DEALER to its ROUTER.  A link
  * that is down or full is no failure: the rank asks for what it misses. */
-int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
+int zmoe_peers_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
 /* The other way, which answers take: by our ROUTER to its DEALER.  Who is gone
  * is sent nothing. */
-int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
+int zmoe_peers_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held);
 /* A header alone, by either way; 0 when it was not taken. */
-int zmoe_links_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header);
-int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header);
+int zmoe_peers_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header);
+int zmoe_peers_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header);
 
 /* ---- resend.c -------------------------------------------------------------- */
 
-/* Sets when to ask for what is missing of a round that begins. */
-void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_round *round);
+/* Sets when to ask for what is missing of a collective that begins. */
+void zmoe_resend_begin(zmoe_exchange *ex, const zmoe_collective *collective);
 /* The link to a rank has come back, and may have lost what is missing: asks at once. */
 void zmoe_resend_renew(zmoe_exchange *ex, uint32_t rank);
 /* Asks the ranks of whom something is missing, and whose time has come, for it. */

@@ -42,12 +42,12 @@ static void take_subscription(zmoe_exchange *ex, zmq_msg_t *message) {
   }
 }
 
-int zmoe_links_subscriptions(zmoe_exchange *ex) {
+int zmoe_peers_subscriptions(zmoe_exchange *ex) {
   zmq_msg_t message;
   zmoe_zmq.msg_init(&message);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &message, ex->xpub, ZMQ_DONTWAIT))
+    if (!zmoe_receive_message(ex, &message, ex->xpub, ZMQ_DONTWAIT))
       empty = 1;
     else
       take_subscription(ex, &message);
@@ -60,7 +60,7 @@ uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex) {
   if (zmoe_is_forked(ex))
     return 0;
   uint64_t subscribed = 0;
-  zmoe_links_subscriptions(ex);
+  zmoe_peers_subscriptions(ex);
   for (uint32_t r = 0; r < ex->nodes; r++)
     subscribed |= (uint64_t)(ex->peers[r].subscriptions > 0) << r;
   return subscribed;
@@ -115,14 +115,14 @@ static int count_sent(zmoe_exchange *ex, const zmoe_held *held, int error) {
   return error;
 }
 
-int zmoe_links_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
+int zmoe_peers_send(zmoe_exchange *ex, void *socket, const zmoe_held *held) {
   zmq_msg_t message;
   int error = make_message(&message, held);
   return error != 0 ? error : count_sent(ex, held, send_message(socket, &message));
 }
 
-int zmoe_links_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
-  int error = zmoe_links_send(ex, ex->peers[rank].dealer, held);
+int zmoe_peers_send_to(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
+  int error = zmoe_peers_send(ex, ex->peers[rank].dealer, held);
   return error == EAGAIN ? 0 : error;
 }
 
@@ -139,19 +139,19 @@ static int send_to_address(zmoe_exchange *ex, uint32_t rank, zmq_msg_t *message)
   return error;
 }
 
-int zmoe_links_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
+int zmoe_peers_send_back(zmoe_exchange *ex, uint32_t rank, const zmoe_held *held) {
   zmq_msg_t message;
   int error = make_message(&message, held);
   return error != 0 ? error : count_sent(ex, held, send_to_address(ex, rank, &message));
 }
 
-int zmoe_links_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
+int zmoe_peers_header_to(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
   uint8_t frame[ZMOE_HEADER_BYTES];
   zmoe_wire_encode(header, frame);
   return send_bytes(ex->peers[rank].dealer, frame, sizeof frame, ZMQ_DONTWAIT) >= 0;
 }
 
-int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
+int zmoe_peers_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *header) {
   zmq_msg_t message;
   if (zmoe_zmq.msg_init_size(&message, ZMOE_HEADER_BYTES) < 0)
     return 0;
@@ -165,15 +165,15 @@ int zmoe_links_header_back(zmoe_exchange *ex, uint32_t rank, const zmoe_header *
 static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
   zmoe_header header;
   int rank = rank_of_presence(ex, zmoe_zmq.msg_data(part), zmoe_zmq.msg_size(part));
-  if (!zmoe_zmq.msg_more(part) || !zmoe_intake_message(ex, part, ex->router, ZMQ_DONTWAIT))
+  if (!zmoe_zmq.msg_more(part) || !zmoe_receive_message(ex, part, ex->router, ZMQ_DONTWAIT))
     return;
   if (zmoe_zmq.msg_more(part)) {
     ex->stats.bad_field++;
-    zmoe_intake_skip(ex->router, part);
+    zmoe_receive_skip(ex->router, part);
   } else if (rank >= 0 && zmoe_zmq.msg_size(part) == 0) {
     ex->routable |= zmoe_bit((uint32_t)rank);
     zmoe_resend_renew(ex, (uint32_t)rank); /* what came by its old connection may be lost */
-  } else if (zmoe_intake_header(ex, part, &header)) {
+  } else if (zmoe_receive_header(ex, part, &header)) {
     if (rank != header.source)
       ex->stats.bad_stranger++;
     else if (header.epoch < ex->epoch)
@@ -181,22 +181,22 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
     else if (header.kind == ZMOE_KIND_RESEND)
       zmoe_resend_answer(ex, &header);
     else
-      zmoe_intake_routed(ex, part, &header);
+      zmoe_receive_routed(ex, part, &header);
   }
 }
 
-int zmoe_links_routed(zmoe_exchange *ex, int flags) {
+int zmoe_peers_routed(zmoe_exchange *ex, int flags) {
   zmq_msg_t part;
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, ex->router, flags))
+    if (!zmoe_receive_message(ex, &part, ex->router, flags))
       empty = 1;
     else
       take_routed(ex, &part);
     flags = ZMQ_DONTWAIT;
     if (ex->role == ZMOE_LEADER && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
-      break; /* as intake() does */
+      break; /* as receive_from() does */
   }
   zmoe_zmq.msg_close(&part);
   return empty;
@@ -204,26 +204,26 @@ int zmoe_links_routed(zmoe_exchange *ex, int flags) {
 
 /* ---- link events ---------------------------------------------------------- */
 
-void zmoe_links_take_up(void *socket) {
+void zmoe_peers_take_up(void *socket) {
   int events;
   size_t bytes = sizeof events;
   zmoe_zmq.getsockopt(socket, ZMQ_EVENTS, &events, &bytes);
 }
 
-int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
+int zmoe_peers_events(zmoe_exchange *ex, uint32_t rank) {
   zmoe_peer *peer = &ex->peers[rank];
   zmq_msg_t part;
   zmoe_zmq.msg_init(&part);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &part, peer->monitor, ZMQ_DONTWAIT)) {
+    if (!zmoe_receive_message(ex, &part, peer->monitor, ZMQ_DONTWAIT)) {
       empty = 1;
       break;
     }
     uint16_t event = 0;
     if (zmoe_zmq.msg_size(&part) >= sizeof event)
       memcpy(&event, zmoe_zmq.msg_data(&part), sizeof event);
-    zmoe_intake_skip(peer->monitor, &part); /* the address */
+    zmoe_receive_skip(peer->monitor, &part); /* the address */
     if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) {
       if (peer->down_since_us != 0) {
         ex->stats.link_returns++;
@@ -232,7 +232,7 @@ int zmoe_links_events(zmoe_exchange *ex, uint32_t rank) {
       ex->linked |= zmoe_bit(rank);
       peer->down_since_us = 0;
       /* The peer waits for the probe, and we may be idle from now on. */
-      zmoe_links_take_up(peer->dealer);
+      zmoe_peers_take_up(peer->dealer);
     } else if (event == ZMQ_EVENT_DISCONNECTED && (ex->linked & zmoe_bit(rank))) {
       ex->stats.link_drops++;
       ex->linked &= ~zmoe_bit(rank);
@@ -250,7 +250,7 @@ uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
   return ex->linked & ex->routable;
 }
 
-uint64_t zmoe_links_lost(const zmoe_exchange *ex, uint64_t now_us) {
+uint64_t zmoe_peers_lost(const zmoe_exchange *ex, uint64_t now_us) {
   uint64_t lost = 0;
   if (ex->linked == ex->everyone)
     return 0;

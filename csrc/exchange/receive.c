@@ -30,7 +30,7 @@ static void frame_take(zmoe_frame *frame, zmq_msg_t *message, const zmoe_header 
   frame->full = 1;
 }
 
-int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags) {
+int zmoe_receive_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int flags) {
   if (zmoe_zmq.msg_recv(message, socket, flags) >= 0)
     return 1;
   int error = zmoe_zmq.get_errno();
@@ -39,7 +39,7 @@ int zmoe_intake_message(zmoe_exchange *ex, zmq_msg_t *message, void *socket, int
   return 0;
 }
 
-void zmoe_intake_skip(void *socket, zmq_msg_t *part) {
+void zmoe_receive_skip(void *socket, zmq_msg_t *part) {
   while (zmoe_zmq.msg_more(part))
     if (zmoe_zmq.msg_recv(part, socket, ZMQ_DONTWAIT) < 0)
       return;
@@ -70,7 +70,7 @@ static void count_bad(zmoe_exchange_stats *stats, zmoe_wire_error error) {
   }
 }
 
-int zmoe_intake_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out) {
+int zmoe_receive_header(zmoe_exchange *ex, zmq_msg_t *message, zmoe_header *out) {
   size_t bytes = zmoe_zmq.msg_size(message);
   ex->stats.frames_received++;
   ex->stats.bytes_received += bytes;
@@ -114,32 +114,32 @@ static int same_exchange(const zmoe_exchange *ex, const zmoe_header *ours,
          ours->chunks == theirs->chunks && ours->digest == theirs->digest;
 }
 
-/* The place of an exchange among those whose rounds we remember, or -1. */
+/* The place of an exchange among those whose collectives we remember, or -1. */
 static int64_t find(zmoe_exchange *ex, zmoe_key key) {
-  for (uint64_t i = ex->published; i-- > 0 && ex->published - i <= ZMOE_ROUNDS;)
-    if (zmoe_key_compare(zmoe_key_of(&zmoe_round_at(ex, i)->header), key) == 0)
+  for (uint64_t i = ex->published; i-- > 0 && ex->published - i <= ZMOE_COLLECTIVES;)
+    if (zmoe_key_compare(zmoe_key_of(&zmoe_collective_at(ex, i)->header), key) == 0)
       return (int64_t)i;
   return -1;
 }
 
 /* True for an exchange that lies between two of ours, as far as we remember. */
 static int is_skipped(zmoe_exchange *ex, zmoe_key key) {
-  uint64_t oldest = ex->published > ZMOE_ROUNDS ? ex->published - ZMOE_ROUNDS : 0;
-  zmoe_key first = zmoe_key_of(&zmoe_round_at(ex, oldest)->header);
+  uint64_t oldest = ex->published > ZMOE_COLLECTIVES ? ex->published - ZMOE_COLLECTIVES : 0;
+  zmoe_key first = zmoe_key_of(&zmoe_collective_at(ex, oldest)->header);
   return key.epoch == ex->epoch && (oldest == 0 || zmoe_key_compare(key, first) > 0);
 }
 
 /* A partial of the i-th exchange, which is open, or a chunk of it. */
 static void take_open(zmoe_exchange *ex, uint64_t i, zmq_msg_t *message,
                       const zmoe_header *header) {
-  zmoe_round *round = zmoe_round_at(ex, i);
+  zmoe_collective *collective = zmoe_collective_at(ex, i);
   uint64_t bit = zmoe_bit(header->source);
-  if (!same_exchange(ex, &round->header, header)) {
+  if (!same_exchange(ex, &collective->header, header)) {
     zmoe_set_diverged(ex, header);
-  } else if (round->missing & bit) {
+  } else if (collective->missing & bit) {
     frame_take(&ex->peers[header->source].partials[i % ZMOE_WINDOW], message, header);
-    round->missing &= ~bit;
-    if (round->missing == 0 && header->chunks > 0)
+    collective->missing &= ~bit;
+    if (collective->missing == 0 && header->chunks > 0)
       zmoe_scatter_sum(ex, i);
   } else {
     ex->stats.bad_stale++;
@@ -173,7 +173,8 @@ static void take_partial(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_heade
   else if (i >= 0)
     ex->stats.bad_stale++;
   else if (ex->published == 0 ||
-           zmoe_key_compare(key, zmoe_key_of(&zmoe_round_at(ex, ex->published - 1)->header)) > 0)
+           zmoe_key_compare(key, zmoe_key_of(&zmoe_collective_at(ex, ex->published - 1)->header)) >
+               0)
     take_early(ex, message, header);
   else if (is_skipped(ex, key))
     passed_over(ex, header);
@@ -184,23 +185,23 @@ static void take_partial(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_heade
 /* It needed our partial: only an open exchange can lack a chunk of the sum. */
 static void take_sum(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
   int64_t i = find(ex, zmoe_key_of(header));
-  zmoe_round *round = zmoe_round_at(ex, (uint64_t)i);
+  zmoe_collective *collective = zmoe_collective_at(ex, (uint64_t)i);
   uint64_t bit = zmoe_bit(header->source);
   if (i < 0 || (uint64_t)i < ex->collected) {
     ex->stats.bad_stale++;
-  } else if (!same_exchange(ex, &round->header, header)) {
+  } else if (!same_exchange(ex, &collective->header, header)) {
     zmoe_set_diverged(ex, header);
-  } else if (round->missing_sums & bit) {
+  } else if (collective->missing_sums & bit) {
     frame_take(&ex->peers[header->source].sums[(uint64_t)i % ZMOE_WINDOW], message, header);
-    round->missing_sums &= ~bit;
+    collective->missing_sums &= ~bit;
   } else {
     ex->stats.bad_stale++;
   }
 }
 
-void zmoe_intake_promote(zmoe_exchange *ex) {
+void zmoe_receive_promote(zmoe_exchange *ex) {
   uint64_t i = ex->published - 1;
-  zmoe_key now = zmoe_key_of(&zmoe_round_at(ex, i)->header);
+  zmoe_key now = zmoe_key_of(&zmoe_collective_at(ex, i)->header);
   for (uint32_t r = 0; r < ex->nodes; r++) {
     for (int e = 0; e < ZMOE_WINDOW; e++) {
       zmoe_frame *early = &ex->peers[r].early[e];
@@ -219,7 +220,7 @@ void zmoe_intake_promote(zmoe_exchange *ex) {
 
 /* We are past an exchange that the sender asked us for. */
 static void take_elsewhere(zmoe_exchange *ex, const zmoe_header *header) {
-  const zmoe_header *oldest = &zmoe_round_at(ex, ex->collected)->header;
+  const zmoe_header *oldest = &zmoe_collective_at(ex, ex->collected)->header;
   if ((zmoe_missing(ex) & zmoe_bit(header->source)) && header->epoch == ex->epoch &&
       header->digest == ((uint64_t)oldest->step << 32 | oldest->layer))
     zmoe_set_diverged(ex, header);
@@ -257,18 +258,18 @@ static void take_frame(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header 
     ex->stats.bad_field++;
 }
 
-void zmoe_intake_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
+void zmoe_receive_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
   take_frame(ex, message, header, ROUTED);
 }
 
 /* `link` is the rank that the socket leads to, or -1 when it leads to all.
  * `flags` are those of the first receive. */
-static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {
+static int receive_from(zmoe_exchange *ex, void *socket, int link, int flags) {
   zmq_msg_t message;
   zmoe_zmq.msg_init(&message);
   int empty = 0;
   for (int i = 0; i < BATCH && !empty; i++) {
-    if (!zmoe_intake_message(ex, &message, socket, flags)) {
+    if (!zmoe_receive_message(ex, &message, socket, flags)) {
       empty = 1;
       break;
     }
@@ -276,38 +277,38 @@ static int intake(zmoe_exchange *ex, void *socket, int link, int flags) {
     zmoe_header header;
     if (zmoe_zmq.msg_more(&message)) {
       ex->stats.bad_field++;
-      zmoe_intake_skip(socket, &message);
-    } else if (zmoe_intake_header(ex, &message, &header)) {
+      zmoe_receive_skip(socket, &message);
+    } else if (zmoe_receive_header(ex, &message, &header)) {
       if (link >= 0 && header.source != link)
         ex->stats.bad_stranger++;
       else
         take_frame(ex, &message, &header, link >= 0 ? ANSWER : TO_ALL);
     }
     /* The last frame that we wait for: what follows can wait too. */
-    if (socket == zmoe_intake_socket(ex) && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
+    if (socket == zmoe_receive_socket(ex) && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
       break;
   }
   zmoe_zmq.msg_close(&message);
   return empty;
 }
 
-int zmoe_intake_partials(zmoe_exchange *ex, int flags) {
-  return intake(ex, ex->sub, -1, flags);
+int zmoe_receive_partials(zmoe_exchange *ex, int flags) {
+  return receive_from(ex, ex->sub, -1, flags);
 }
 
-int zmoe_intake_replies(zmoe_exchange *ex, uint32_t link, int flags) {
-  return intake(ex, ex->peers[link].dealer, (int)link, flags);
+int zmoe_receive_replies(zmoe_exchange *ex, uint32_t link, int flags) {
+  return receive_from(ex, ex->peers[link].dealer, (int)link, flags);
 }
 
-void *zmoe_intake_socket(const zmoe_exchange *ex) {
+void *zmoe_receive_socket(const zmoe_exchange *ex) {
   if (ex->role == ZMOE_LEADER)
     return ex->router;
   return ex->role == ZMOE_WORKER ? ex->peers[0].dealer : ex->sub;
 }
 
-int zmoe_intake_awaited(zmoe_exchange *ex, int flags) {
+int zmoe_receive_awaited(zmoe_exchange *ex, int flags) {
   if (ex->role == ZMOE_LEADER)
-    return zmoe_links_routed(ex, flags);
-  return ex->role == ZMOE_WORKER ? zmoe_intake_replies(ex, 0, flags)
-                                 : zmoe_intake_partials(ex, flags);
+    return zmoe_peers_routed(ex, flags);
+  return ex->role == ZMOE_WORKER ? zmoe_receive_replies(ex, 0, flags)
+                                 : zmoe_receive_partials(ex, flags);
 }

@@ -52,15 +52,15 @@ int zmoe_wait_prepare(zmoe_exchange *ex) {
 static int read_polled(zmoe_exchange *ex, uint32_t i) {
   switch (i) {
   case POLLED_SUB:
-    return zmoe_intake_partials(ex, ZMQ_DONTWAIT);
+    return zmoe_receive_partials(ex, ZMQ_DONTWAIT);
   case POLLED_XPUB:
-    return zmoe_links_subscriptions(ex);
+    return zmoe_peers_subscriptions(ex);
   case POLLED_ROUTER:
-    return zmoe_links_routed(ex, ZMQ_DONTWAIT);
+    return zmoe_peers_routed(ex, ZMQ_DONTWAIT);
   default: {
     uint32_t rank = (uint32_t)ex->polled_peer[i];
     int is_dealer = (i - POLLED_FIRST_PEER) % 2 == 0;
-    return is_dealer ? zmoe_intake_replies(ex, rank, ZMQ_DONTWAIT) : zmoe_links_events(ex, rank);
+    return is_dealer ? zmoe_receive_replies(ex, rank, ZMQ_DONTWAIT) : zmoe_peers_events(ex, rank);
   }
   }
 }
@@ -133,7 +133,7 @@ int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_u
     return ZMOE_EDIVERGED;
   if (ex->zmq_errno != 0)
     return ZMOE_EZMQ;
-  *lost = zmoe_links_lost(ex, now_us);
+  *lost = zmoe_peers_lost(ex, now_us);
   if (*lost != 0)
     return ZMOE_EPEER;
   return now_us >= until_us ? ZMOE_ETIMEOUT : ZMOE_OK;
@@ -151,9 +151,9 @@ static void spin(zmoe_exchange *ex, uint64_t now_us) {
   }
   for (uint64_t until_us = now_us + ex->spin_us; now_us < until_us; now_us = zmoe_now_us()) {
     sched_yield();
-    zmoe_intake_awaited(ex, ZMQ_DONTWAIT);
+    zmoe_receive_awaited(ex, ZMQ_DONTWAIT);
     if (zmoe_awaits_chunks(ex))
-      zmoe_links_routed(ex, ZMQ_DONTWAIT);
+      zmoe_peers_routed(ex, ZMQ_DONTWAIT);
     if (zmoe_missing(ex) == 0 || ex->diverged != 0) {
       ex->spin_misses = 0;
       return;
@@ -167,13 +167,13 @@ int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
   uint64_t now_us = zmoe_now_us();
   uint64_t until_us = zmoe_later_us(now_us, deadline_us), leave_us = now_us + STAY_US;
   ex->drained = 0;
-  ex->unread = zmoe_missing(ex) != 0 && !zmoe_intake_awaited(ex, ZMQ_DONTWAIT);
+  ex->unread = zmoe_missing(ex) != 0 && !zmoe_receive_awaited(ex, ZMQ_DONTWAIT);
   if (zmoe_missing(ex) != 0)
     spin(ex, now_us);
   /* In most exchanges this is all: one sleep, on one descriptor, inside libzmq. */
   if (zmoe_missing(ex) != 0 && !zmoe_awaits_chunks(ex) && ex->diverged == 0 &&
       deadline_us > 10000 * ZMOE_FIRST_WAIT_MS)
-    ex->unread = !zmoe_intake_awaited(ex, 0);
+    ex->unread = !zmoe_receive_awaited(ex, 0);
   while (zmoe_missing(ex) != 0 || ex->diverged != 0) {
     now_us = zmoe_now_us();
     int rc = zmoe_wait_trouble(ex, now_us, until_us, lost);

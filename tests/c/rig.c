@@ -209,7 +209,7 @@ static int is_ready(rig_node *node) {
 static void take_up_connections(const rig_node *puppet) {
   for (uint32_t r = 0; r < puppet->nodes; r++) {
     if (puppet->dealers[r] != NULL)
-      zmoe_links_take_up(puppet->dealers[r]);
+      zmoe_peers_take_up(puppet->dealers[r]);
   }
 }
 

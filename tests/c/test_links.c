@@ -191,12 +191,10 @@ static void use_in_child(void) {
   zmoe_call call = rig_call(0, 1, 1, 4, ZMOE_F32);
   zmoe_received received = {.x = NULL};
   zmoe_routed routed = {.x = NULL};
-  zmoe_slot *slot = NULL;
   zmoe_fault fault;
   float data[4] = {0};
   CHECK_EQUAL(zmoe_exchange_collect(ex, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, data, ZMOE_F32, UINT64_MAX, &fault), ZMOE_EFORK);
-  CHECK_EQUAL(zmoe_exchange_slot(ex, 16, UINT64_MAX, &slot), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_receive(ex, &received, 0, 1, UINT64_MAX, &fault), ZMOE_EFORK);
   CHECK_EQUAL(zmoe_exchange_service(ex, &fault), ZMOE_EFORK);
@@ -384,7 +382,7 @@ static void test_a_new_link_is_probed_at_once(void) {
   rig_return(&nodes[1], nodes);
   while (!(nodes[0].ex->linked & 2)) {
     CHECK(rig_now_us() < until_us);
-    zmoe_links_events(nodes[0].ex, 1);
+    zmoe_peers_events(nodes[0].ex, 1);
   }
   CHECK(rig_receive(nodes[1].router, identity, sizeof identity, RIG_PATIENCE_MS) > 0);
   rig_close(nodes, 2);

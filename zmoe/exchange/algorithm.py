@@ -1,7 +1,8 @@
-"""Which algorithm an exchange takes, and in how many parts: the same on every rank.
+"""Which algorithm an exchange takes, and in how many micro-batches: the same on every rank.
 
-Both follow from what rank 0 has measured, and has told the others, so that all of
-them choose alike without talking.
+"direct" is the one-shot all-reduce, "scatter" reduce-scatter + all-gather. The
+choice follows from what rank 0 has measured and sent to the others, so that all
+ranks choose alike without talking.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ ALGORITHMS = ("auto", "direct", "scatter")
 SMALL_BYTES, LARGE_BYTES = 16 << 10, 1 << 20  # payloads that are measured
 _ROUNDS = 5
 _FEWEST_BYTES = 128  # of a chunk: one block of float32
-# Of a prompt's rows in parts the experts read their weights once a part, which costs
-# nothing that could be measured at this many rows; of so short an exchange there is
-# little to hide either.
+# The experts read their weights once per micro-batch, which costs nothing that could
+# be measured at this many rows; a shorter exchange leaves little to hide.
 _PART_ROWS, _MOST_PARTS = 64, 4
 _PART_US = 2000.0
 
@@ -33,7 +33,7 @@ class Line:
     per_byte: float
 
     def at(self, size: float) -> float:
-        """Of `size` bytes."""
+        """Microseconds of an exchange of `size` bytes."""
         return self.start + size * self.per_byte
 
 
@@ -44,7 +44,7 @@ def line_through(first: tuple[int, float], second: tuple[int, float]) -> Line:
 
 
 def crossover(direct: Line, scatter: Line) -> float:
-    """From how many bytes on scatter is the faster one; infinity for never.
+    """The payload bytes from which `scatter` is the faster one; infinity for never.
 
     Not below SMALL_BYTES, where the lines say little, and never for a gain at
     LARGE_BYTES that may be chance.
@@ -59,8 +59,9 @@ def crossover(direct: Line, scatter: Line) -> float:
 class Choice:
     """Chooses for exchanges among `nodes` ranks.
 
-    `algorithm` "auto" is direct until `learn`. `parts` is a fixed number of parts
-    for every exchange that may come in parts, 0: by what was learnt.
+    `algorithm` "auto" is direct until `learn`. `parts` fixes the number of
+    micro-batches of every exchange that may be split; 0: by what was learnt. Raises
+    InputError for an `algorithm` that is unknown.
     """
 
     def __init__(self, nodes: int, algorithm: str = "auto", parts: int = 0) -> None:
@@ -73,7 +74,7 @@ class Choice:
         self._lines: tuple[Line, Line] | None = None
 
     def algorithm(self, size: int) -> Algorithm:
-        """For a payload of `size` bytes."""
+        """The algorithm for a payload of `size` bytes."""
         return Algorithm.SCATTER if size >= self.scatter_from else Algorithm.DIRECT
 
     def learn(self, direct: Line, scatter: Line) -> None:
@@ -83,7 +84,7 @@ class Choice:
             self.scatter_from = crossover(direct, scatter)
 
     def bounds(self, rows: int, size: int) -> list[tuple[int, int]]:
-        """The parts of `rows` rows that take `size` bytes: (start, stop) of each."""
+        """(start, stop) of each micro-batch of `rows` rows whose payload has `size` bytes."""
         parts = max(1, min(rows, self._parts) if self._parts else self._worthwhile(rows, size))
         return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
@@ -96,7 +97,7 @@ class Choice:
 def measure(
     exchange_us: Callable[[int, Algorithm], float], max_bytes: int, may_scatter: bool
 ) -> tuple[Line, Line] | None:
-    """The lines of direct and of scatter; where that may not be, direct's twice.
+    """The lines of `direct` and `scatter`; that of `direct` twice unless `may_scatter`.
 
     `exchange_us(bytes, algorithm)` runs one exchange, on all ranks alike. None where
     payloads are so small that there is nothing to choose.

@@ -1,7 +1,7 @@
 """The all-reduce among all ranks, from MLX array to MLX array (or numpy).
 
-The work is done in C (csrc/exchange/exchange.c), under deadlines and in parts by rounds.py.
-Here: the sockets' life, and the persistent buffers that results land in.
+C does the work (csrc/exchange/exchange.c); collective.py calls it, under deadlines and
+in micro-batches. This file owns the sockets and the buffers that results land in.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import zmq
 from zmoe.errors import InputError, LaunchError
 from zmoe.exchange.algorithm import Choice
 from zmoe.exchange.base import Call, Partial, nothing
-from zmoe.exchange.buffers import DTYPES, ReceiveBuffers, wire_of
-from zmoe.exchange.collective import Rounds
-from zmoe.exchange.native import NativeExchange, Receive, Source
+from zmoe.exchange.buffers import DTYPES, ResultPool, wire_of
+from zmoe.exchange.collective import Collective
+from zmoe.exchange.native import NativeExchange, OutBuffer, Source
 from zmoe.exchange.sockets import Context, Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
 from zmoe.obs import Spans
@@ -34,7 +34,7 @@ _NUMPY_DTYPES = {
 }
 
 
-class Exchange(Rounds):
+class Exchange(Collective):
     """All-reduce among `nodes` ranks that move in lock-step; one thread at a time.
 
     Listens as soon as it is made (`endpoint` says where); `connect` joins the
@@ -42,9 +42,11 @@ class Exchange(Rounds):
     and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
     link may take to come back. `wire_dtype` is how partials travel ("f32",
     "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
-    `algorithm` "direct" or "scatter", `parts` other than 0 fix what `calibrate`
-    otherwise finds out. `max_rows` are CentralExchange's. Without `payload_checksum` a
-    payload that was damaged on its way is not noticed. All ranks give the same.
+    `algorithm` "direct" (one-shot) or "scatter" (reduce-scatter + all-gather) and
+    `parts` (micro-batches per call) other than 0 fix what `calibrate` otherwise
+    finds out. `max_rows` is CentralExchange's. Without `payload_checksum` a payload
+    that was damaged on its way is not noticed. All ranks must give the same values.
+    Raises InputError for values out of range and for a port in use.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Exchange(Rounds):
         self._max_rows, self._payload_checksum = max_rows, payload_checksum
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
-        self._received = ReceiveBuffers(max_payload_bytes, self.wire)
+        self._results = ResultPool(max_payload_bytes, self.wire)
         self._own_context = context is None
         self._context = Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
@@ -177,7 +179,7 @@ class Exchange(Rounds):
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
     ) -> None:
-        """Nothing: every rank has the rows, and routes them alike."""
+        """Does nothing: every rank has the rows, and routes them alike."""
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """See zmoe.exchange.base.Reducer."""
@@ -187,18 +189,18 @@ class Exchange(Rounds):
         self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:
         """See zmoe.exchange.base.Reducer; float32, float16 and bfloat16."""
-        received = self._received
+        results = self._results
 
         def source(start: int, stop: int) -> Source:
             part = partial(start, stop) if callable(partial) else partial
             elements = (stop - start) * call.width
             if part is None or elements == 0:
                 return None, Dtype.F32
-            return received.source(part, elements)
+            return results.source(part, elements)
 
-        out, out_dtype = received.next(call.dtype), DTYPES[call.dtype]
+        out, out_dtype = results.next(call.dtype), DTYPES[call.dtype]
         self._reduce(call, source, out, out_dtype, overlap, callable(partial))
-        return received.view(call.dtype, call.rows, call.width)
+        return results.view(call.dtype, call.rows, call.width)
 
     def all_reduce_host(
         self,
@@ -214,12 +216,13 @@ class Exchange(Rounds):
         def source(start: int, stop: int) -> Source:
             return partial(start, stop) if callable(partial) else partial, Dtype.F32
 
-        self._reduce(call, source, Receive(out), Dtype.F32, overlap, callable(partial))
+        self._reduce(call, source, OutBuffer(out), Dtype.F32, overlap, callable(partial))
 
     def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
 
-        Counts its own steps: don't mix it with `all_reduce` in one epoch.
+        Returns a new array. It counts its own steps: don't mix it with `all_reduce`
+        in one epoch. Raises InputError, PeerError and DivergenceError.
         """
         dtypes = _NUMPY_DTYPES.get(array.dtype)
         if dtypes is None or array.ndim not in (1, 2) or array.size == 0:
@@ -231,7 +234,7 @@ class Exchange(Rounds):
         dtype, mlx_dtype = dtypes
         out = np.empty(array.shape, array.dtype)
         source: Source = (np.ascontiguousarray(array), dtype)
-        self._reduce(Call(0, rows, width, mlx_dtype, 0), lambda *_: source, Receive(out), dtype)
+        self._reduce(Call(0, rows, width, mlx_dtype, 0), lambda *_: source, OutBuffer(out), dtype)
         self.step += 1
         return out
 

@@ -4,7 +4,7 @@ C writes into memory that MLX owns, so that a result needs no copy. Three rules
 make that sound. The arrays that own the memory are never rebound, by `+=` for
 one. They, and the views that are handed out, share one allocation, of which MLX
 therefore never makes a temporary. And a view handed out is rewritten by the
-second next exchange, by when every rank has consumed it.
+second next exchange, when every rank has consumed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe.errors import InputError
-from zmoe.exchange.native import Receive
+from zmoe.exchange.native import OutBuffer
 from zmoe.native import Dtype
 
 DTYPES: dict[mx.Dtype, Dtype] = {
@@ -39,7 +39,7 @@ class _Buffer:
     def __init__(self, dtype: mx.Dtype, elements: int) -> None:
         self._whole = mx.zeros((max(1, elements),), dtype)
         mx.eval(self._whole)
-        self.target = Receive(self._whole)
+        self.target = OutBuffer(self._whole)
         self._views: dict[tuple[int, int], mx.array] = {}
 
     def view(self, rows: int, width: int) -> mx.array:
@@ -56,11 +56,12 @@ class _Buffer:
         return view.reshape(rows, width)
 
 
-class ReceiveBuffers:
-    """Two buffers for each dtype in use, taken in turn.
+class ResultPool:
+    """Two buffers per dtype in use, taken in turn.
 
-    Each holds the largest sum whose partials take `max_bytes` in `wire`; None: in
-    the dtype of the sum.
+    Each buffer holds the largest sum whose partials take `max_bytes` bytes in
+    `wire` (None: in the dtype of the sum). A sum stays valid until the second
+    next one of its dtype is received.
     """
 
     def __init__(self, max_bytes: int, wire: Dtype | None = None) -> None:
@@ -68,13 +69,13 @@ class ReceiveBuffers:
         self._pairs: dict[mx.Dtype, tuple[_Buffer, _Buffer]] = {}
         self._parity = 0
 
-    def next(self, dtype: mx.Dtype) -> Receive:
-        """Where the next sum goes."""
+    def next(self, dtype: mx.Dtype) -> OutBuffer:
+        """The buffer for the next sum, of float32, float16 or bfloat16."""
         self._parity ^= 1
         return self._buffer(dtype).target
 
     def view(self, dtype: mx.Dtype, rows: int, width: int) -> mx.array:
-        """The sum that went there last, (rows, width)."""
+        """The sum in the buffer that `next` gave last, as (rows, width)."""
         return self._buffer(dtype).view(rows, width)
 
     def _buffer(self, dtype: mx.Dtype) -> _Buffer:
@@ -88,7 +89,11 @@ class ReceiveBuffers:
 
     @staticmethod
     def source(array: mx.array, elements: int) -> tuple[Any, Dtype]:
-        """`array` as a C-contiguous buffer, evaluated; copies only what is strided."""
+        """`array`, evaluated, as a C-contiguous buffer and the dtype of its elements.
+
+        Only strided arrays and dtypes that C does not know are copied, the latter
+        to float32. Raises ValueError unless it has `elements` elements.
+        """
         if array.size != elements:
             raise ValueError(f"an array of shape {array.shape} has not {elements} elements")
         if array.dtype not in DTYPES:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from zmoe.errors import InputError
 from zmoe.exchange.allreduce import Exchange
 from zmoe.exchange.base import Call
-from zmoe.exchange.buffers import DTYPES, ReceiveBuffers
-from zmoe.exchange.dispatched import Received
+from zmoe.exchange.buffers import DTYPES, ResultPool
+from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.exchange.native import Source
 from zmoe.native import PAIR_BYTES, Dtype, Status
 from zmoe.obs import Spans
@@ -26,7 +26,7 @@ from zmoe.placement.assignment import layer_owners
 from zmoe.placement.pairs import Floats, Ints
 from zmoe.placement.types import Placement
 
-__all__ = ["PAIR_BYTES", "CentralExchange", "Held", "Received", "Sharing", "serve_step"]
+__all__ = ["PAIR_BYTES", "CentralExchange", "DispatchBatch", "Held", "Sharing", "serve_step"]
 
 Masks = npt.NDArray[np.uint64]
 
@@ -39,9 +39,9 @@ class Sharing:
         self._owners, self._experts = layer_owners(placement, layer), placement.experts
 
     def masks(self, ids: Ints) -> Masks:
-        """Of expert ids (rows, k): bit r of each for a rank that computes this pair.
+        """For expert ids (rows, k): uint64 (rows, k) with bit r set where rank r computes the pair.
 
-        None is set for an id that is no expert.
+        No bit is set for an id that is not an expert's.
         """
         self._owners.assign(np.ascontiguousarray(ids))
         ranks = self._owners.ranks
@@ -64,11 +64,11 @@ class Held(Protocol):
     width: int  # of the rows that the experts see
     dtype: mx.Dtype
 
-    def partial(self, received: Received) -> Any:
+    def partial(self, received: DispatchBatch) -> Any:
         """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`."""
         ...
 
-    def run_idle(self, received: Received) -> None:
+    def run_idle(self, received: DispatchBatch) -> None:
         """Run the experts that the policy adds, for nothing."""
         ...
 
@@ -79,19 +79,19 @@ class CentralExchange(Exchange):
     def __init__(
         self, rank: int, nodes: int, *, max_rows: int, max_pairs: int, **others: Any
     ) -> None:
-        """`max_rows`, `max_pairs` of one layer and step; `others` are Exchange's."""
+        """`max_rows` and `max_pairs` bound one layer of one step; `others` are Exchange's."""
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         if rank > 0:  # it waits for the leader, who may wait as long for another
             self._deadline_s *= 2
         self._sharing: list[Sharing] = []
-        self._rows = Received(others["max_payload_bytes"], max_pairs) if rank > 0 else None
+        self._rows = DispatchBatch(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
     def place(self, placement: Placement) -> None:
-        """Who computes what, before the first step."""
+        """Tell the exchange who computes what; called before the first step."""
         self._sharing = [Sharing(placement, layer) for layer in range(len(placement.owned))]
 
     def calibrate(self) -> None:
-        """Nothing: there is one algorithm."""
+        """Does nothing: there is only one algorithm."""
 
     # ---- leader ------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class CentralExchange(Exchange):
         with self._spans.span("exchange"):
             sharing = self._sharing[call.layer]
             if isinstance(x, mx.array):
-                x, _ = ReceiveBuffers.source(x, x.size)
+                x, _ = ResultPool.source(x, x.size)
             routed = (
                 x,
                 DTYPES[x_dtype],
@@ -131,11 +131,12 @@ class CentralExchange(Exchange):
 
     # ---- workers -----------------------------------------------------------------
 
-    def receive(self, layer: int, width: int, local: Ints) -> Received:
+    def receive(self, layer: int, width: int, local: Ints) -> DispatchBatch:
         """The leader's rows for this rank in `layer`, valid until the next call.
 
-        Their experts are numbered by `local`. An expert that has no number there is a
-        DivergenceError, and so are rows of another width, step or layer than ours.
+        `local` int32 (experts,) is each expert's number on this rank, or -1. Raises
+        DivergenceError for an expert of another rank and for rows of another width,
+        step or layer, PeerError for a lost or silent leader.
         """
         assert self._rows is not None
         received = self._rows
@@ -143,17 +144,23 @@ class CentralExchange(Exchange):
         self._wait(lambda s: self.native.receive(received, *due, s), layer)
         return received
 
-    def reply(self, layer: int, received: Received, partial: Any, dtype: mx.Dtype) -> None:
-        """Answer with `partial`, for which there were rows (None: there were none)."""
+    def reply(self, layer: int, received: DispatchBatch, partial: Any, dtype: mx.Dtype) -> None:
+        """Send `partial`, (rows, width) of float32 or `dtype`; None where no rows came.
+
+        It travels as `dtype` unless the exchange has a wire dtype. Raises PeerError.
+        """
         source: Source = (partial, Dtype.F32)
         if isinstance(partial, mx.array):
-            source = ReceiveBuffers.source(partial, partial.size)
+            source = ResultPool.source(partial, partial.size)
         call = Call(layer, received.rows, received.width, dtype, received.digest)
         self._publish(call, self._wire_dtype(call), source)
 
 
 def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) -> None:
-    """A worker's part of one step: the rows of each layer in turn."""
+    """A worker's share of one step: receive, compute and answer, layer by layer.
+
+    Raises PeerError and DivergenceError.
+    """
     for layer, held in enumerate(layers):
         with spans.span("exchange"):
             received = exchange.receive(layer, held.width, held.local)

@@ -1,4 +1,4 @@
-"""Exchanges on the C side: under a deadline, in parts, with errors that name the peer."""
+"""Exchanges on the C side: under a deadline, in micro-batches, with errors that name the peer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zmoe.exchange.algorithm import Choice, Line, measure
 from zmoe.exchange.base import Call, nothing
 from zmoe.exchange.buffers import DTYPES
 from zmoe.exchange.faults import error_of
-from zmoe.exchange.native import NativeExchange, Receive, Source
+from zmoe.exchange.native import NativeExchange, OutBuffer, Source
 from zmoe.native import WINDOW, Algorithm, Dtype, Status
 from zmoe.obs import Spans
 
 
-class Rounds:
+class Collective:
     """What an exchange does once it is connected; `native` is set by then.
 
     `wire`: how all partials travel; None: as each call says. `tick` is called
@@ -45,7 +45,10 @@ class Rounds:
         return self._native
 
     def begin_epoch(self, epoch: int) -> None:
-        """Start afresh: frames of earlier epochs are stale from now on."""
+        """Start afresh: frames of earlier epochs are stale from now on.
+
+        Raises ZmoeError unless `epoch` is later than the last one that was used.
+        """
         status = self.native.begin_epoch(epoch)
         if status is Status.INVALID:
             raise ZmoeError(f"epoch {epoch} is not later than the one before")
@@ -63,9 +66,12 @@ class Rounds:
             self._fail(status, None)
 
     def calibrate(self) -> None:
-        """Measure what the links do, and go by rank 0's figures from now on.
+        """Time both algorithms, and choose by rank 0's figures from now on.
 
-        All ranks call it, before their first step, which is 1 then.
+        All ranks call it at the same time, before their first step, which is
+        then 1. It times float32 exchanges of 16 KiB and of up to 1 MiB, each
+        under the exchange's deadline, and runs none where `max_payload_bytes` is
+        below 32 KiB. Raises PeerError and DivergenceError.
         """
         out = np.empty(max(4, self._max_bytes // 4), np.float32)
         layers = iter(range(1 << 16))
@@ -73,7 +79,7 @@ class Rounds:
         def run(data: npt.NDArray[np.float32], kind: Algorithm, silent: bool = False) -> None:
             call = Call(next(layers), 1, data.size, mx.float32, 0)
             self._publish(call, Dtype.F32, (None if silent else data, Dtype.F32), kind)
-            self._collect(Receive(out), Dtype.F32, call.layer)
+            self._collect(OutBuffer(out), Dtype.F32, call.layer)
 
         def exchange_us(size: int, kind: Algorithm) -> float:
             data = np.ones(size // 4, np.float32)
@@ -93,14 +99,16 @@ class Rounds:
         self,
         call: Call,
         source: Callable[[int, int], Source],
-        out: Receive,
+        out: OutBuffer,
         out_dtype: Dtype,
         overlap: Callable[[], None] = nothing,
         in_parts: bool = False,
     ) -> None:
-        """Sum into `out` what `source(start, stop)` gives of those rows.
+        """Sum the ranks' partials into `out`, (rows, width) of `out_dtype`.
 
-        `in_parts`: it may be asked for some rows while others are under way.
+        `source(start, stop)` gives this rank's partial of those rows.
+        `in_parts`: it may be called for some rows while earlier ones are
+        under way, which splits the call into micro-batches.
         """
         layer, rows, wire = call.layer, call.rows, self._wire_dtype(call)
         size = wire.payload_bytes(rows, call.width)
@@ -152,7 +160,7 @@ class Rounds:
             raise ZmoeError(f"layer {call.layer}, step {step} does not come after the last one")
         self._fail(status, call.layer)
 
-    def _collect(self, out: Receive, dtype: Dtype, layer: int, at: int = 0) -> None:
+    def _collect(self, out: OutBuffer, dtype: Dtype, layer: int, at: int = 0) -> None:
         self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s, at), layer)
 
     def _wait(self, call: Callable[[float], int], layer: int) -> None:

@@ -1,4 +1,4 @@
-"""What a worker of the centralised schedule is sent of one layer."""
+"""What the leader of the centralised schedule dispatches to a worker for one layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _RECEIVED = ("uint8_t[]", "int32_t[]", "int32_t[]", "float[]")
 _NUMPY: dict[Dtype, Any] = {Dtype.F32: np.float32, Dtype.F16: np.float16, Dtype.BF16: np.uint16}
 
 
-class Received:
+class DispatchBatch:
     """The rows and pairs (row, expert, weight) that a worker was sent for one layer.
 
-    Memory for `x_bytes` of rows and `max_pairs` pairs, written again for every
-    layer; `raw` is the zmoe_received that C fills.
+    It is memory for `x_bytes` bytes of rows and `max_pairs` pairs, which the next
+    layer overwrites; `raw` is the zmoe_received that C fills.
     """
 
     def __init__(self, x_bytes: int, max_pairs: int) -> None:
@@ -36,10 +36,12 @@ class Received:
 
     @property
     def rows(self) -> int:
+        """How many tokens came."""
         return int(self.raw.rows)
 
     @property
     def width(self) -> int:
+        """Elements per row: the hidden size that the experts see."""
         return int(self.raw.width)
 
     @property
@@ -49,28 +51,29 @@ class Received:
 
     @property
     def dtype(self) -> Dtype:
+        """The dtype of `x`."""
         return Dtype(self.raw.dtype)
 
     @property
     def digest(self) -> int:
-        """Of the routing, as the leader has it."""
+        """The digest of the leader's routing."""
         return int(self.raw.digest)
 
     @property
     def x(self) -> npt.NDArray[Any]:
-        """The rows (rows * width,), in numpy's equivalent of `dtype` (bf16: uint16)."""
+        """A view (rows * width,) of the rows, in numpy's equivalent of `dtype` (bf16: uint16)."""
         kind = _NUMPY[self.dtype]
         return self._x[: self.rows * self.width * self.dtype.itemsize].view(kind)
 
     def sums(self) -> Floats:
-        """Memory for their partial sums, (rows * width,), which the layers take in turn."""
+        """Memory for the partial sums, float32 (rows * width,), which all layers share."""
         size = self.rows * self.width
         if self._sums.size < size:
             self._sums = np.empty(size, np.float32)
         return self._sums[:size]
 
     def pairs(self) -> tuple[LocalPairs, Floats]:
-        """As a routing has them: the pairs, and weights by row and slot."""
+        """The pairs, and their weights as float32 (rows, slots), zero where a slot is unused."""
         count = int(self.raw.pairs)
         rows = self._rows[:count]
         per_row = np.bincount(rows, minlength=self.rows)

@@ -12,7 +12,11 @@ from zmoe.native import Status
 def error_of(
     status: int, fault: Fault, rank: int, step: int, layer: int | None, deadline_s: float
 ) -> ZmoeError:
-    """What `status` means to `rank`, which is at `step` and `layer` (None: between layers)."""
+    """The exception for a `status` other than OK.
+
+    `rank` is ours, at `step` and `layer` (None: between layers); `deadline_s` is how
+    long it has waited. Returns PeerError, DivergenceError or ZmoeError.
+    """
     if status == Status.PEER:
         return PeerError(fault.lost[0], layer, step, "was lost")
     if status == Status.TIMEOUT:

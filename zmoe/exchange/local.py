@@ -39,7 +39,7 @@ class SingleNode:
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
     ) -> None:
-        """Nothing: there is nobody else."""
+        """Does nothing: there are no other ranks."""
 
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """`dtype`: nothing travels."""
@@ -63,14 +63,18 @@ class SingleNode:
         out: npt.NDArray[np.float32],
         overlap: Callable[[], None] = nothing,
     ) -> None:
-        """`partial` itself, unrounded."""
+        """Copies `partial`, unrounded, into `out`; both are (rows, width) float32."""
         mine = partial(0, call.rows) if callable(partial) else partial
         overlap()
         out[...] = 0 if mine is None else mine
 
 
 def payload_bytes(rows: int, width: int, dtype: str, wire_dtype: str) -> int:
-    """Bytes of (rows, width) partial sums between nodes, in a model of `dtype`."""
+    """Bytes on the wire of (rows, width) partial sums in a model of `dtype`.
+
+    `dtype` is MLX's name ("bfloat16"), `wire_dtype` that of the exchange. Raises
+    InputError for a `wire_dtype` that is unknown.
+    """
     wire = wire_of(wire_dtype)
     own = DTYPES[getattr(mx, dtype)]
     return (own if wire is None else wire).payload_bytes(rows, width)
@@ -134,7 +138,8 @@ def local_group(
 ) -> list[Exchange]:
     """`nodes` connected exchanges of this process, on loopback, one for each of its threads.
 
-    They are not calibrated: all of them must be at the same time.
+    They are not calibrated: each thread may call `calibrate`, all at the same time.
+    Raises InputError for values out of range, LaunchError after `deadline_s`.
     """
     session = int.from_bytes(os.urandom(8), "little")
     group: list[Exchange] = []

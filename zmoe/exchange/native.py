@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zmoe.exchange.base import Call
-from zmoe.exchange.dispatched import Received
+from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
 from zmoe.placement.pairs import Floats, Ints
 
@@ -49,7 +49,7 @@ def _microseconds(seconds: float) -> int:
     return max(0, min(int(seconds * 1e6), 2**63))
 
 
-class Receive:
+class OutBuffer:
     """A pinned pointer into a writable buffer that `collect` fills."""
 
     def __init__(self, buffer: Any) -> None:
@@ -134,7 +134,16 @@ class NativeExchange:
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> int:
-        """Send `source` (rows * width elements), encoded in `wire_dtype`."""
+        """Encode this rank's partial in `wire_dtype` and send it; returns a Status.
+
+        `source` is a C-contiguous buffer of call.rows * call.width elements and
+        their dtype (F32, F16 or BF16); a buffer of None adds nothing. The bytes
+        are copied before this returns. `part` counts a call's micro-batches from
+        0. OK; INTERRUPTED after 100 ms without a free send buffer or after a
+        signal, with nothing sent (call again to go on waiting); POOL when
+        `deadline_s` seconds have passed so; INVALID when the payload is too large
+        or the call does not come after the last one; PEER, ZMQ, FORK: see `fault`.
+        """
         data, data_dtype = source
         raw = self._call_of(step, call, wire_dtype, algorithm, part)
         pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
@@ -169,10 +178,13 @@ class NativeExchange:
         busiest: int,
         deadline_s: float,
     ) -> int:
-        """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
+        """Send every worker its rows of x; `publish` and `collect` then end the call.
 
-        `ids`, `weights` and `ranks` (rows, k); bit r of `ranks`: rank r computes it.
-        `busiest`: how many experts the rank with most of them computes.
+        `x` is (rows, width) of `x_dtype`; `ids` int32, `weights` float32 and
+        `ranks` uint64 are (rows, k), all C-contiguous and copied before this
+        returns. Bit r of `ranks` is set where rank r computes the pair. `busiest`
+        is the number of experts that the rank with most of them computes.
+        Returns a Status, like `publish`.
         """
         routed = self._routed
         keep = [
@@ -186,9 +198,14 @@ class NativeExchange:
         )
 
     def receive(
-        self, out: Received, step: int, layer: int, width: int, local: Ints, deadline_s: float
+        self, out: DispatchBatch, step: int, layer: int, width: int, local: Ints, deadline_s: float
     ) -> int:
-        """Wait for the leader's rows of `width`; `local` numbers this rank's experts, else -1."""
+        """Wait for the leader's rows of `width` elements, and write them into `out`.
+
+        `local` int32 (experts,) is the number of each expert on this rank, -1 for
+        another rank's. What came is valid until the next call. Returns a Status,
+        like `collect`.
+        """
         numbers = ffi.from_buffer("int32_t[]", local)
         out.raw.local, out.raw.experts = numbers, len(numbers)
         out.raw.width = width
@@ -196,15 +213,22 @@ class NativeExchange:
             self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
         )
 
-    def collect(self, out: Receive, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
-        """Wait for every peer and write the sum `at` bytes into `out`, which must have room."""
+    def collect(self, out: OutBuffer, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
+        """Wait for every peer's partial of the oldest open call, and write the sum into `out`.
+
+        The sum is rows * width elements of `out_dtype`, from byte `at` on; `out`
+        must have room, which is not checked. Returns a Status: OK; INTERRUPTED
+        after 100 ms or a signal (call again to go on waiting); TIMEOUT after
+        `deadline_s` seconds; PEER, DIVERGED, ZMQ, FORK: see `fault`; INVALID when
+        no call is open.
+        """
         pointer = out.pointer + at if at else out.pointer
         return lib.zmoe_exchange_collect(
             self._exchange, pointer, out_dtype, _microseconds(deadline_s), self._fault
         )
 
     def service(self) -> int:
-        """Answer resend requests and watch the links; never blocks."""
+        """Answer resend requests and watch the links; never blocks. Returns a Status."""
         return lib.zmoe_exchange_service(self._exchange, self._fault)
 
     def fault(self) -> Fault:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe.exchange.buffers import DTYPES
-from zmoe.exchange.dispatched import Received
+from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.kernels.arrays import as_array
 from zmoe.kernels.experts import NativeExperts
 from zmoe.moe.experts import Experts, MlxExperts, weighted_sum
@@ -48,7 +48,7 @@ class HeldExperts:
         self._pairs = ffi.new("zmoe_pairs *")
         self._idle = Idle(policy, len(owned))
 
-    def partial(self, received: Received) -> Any:
+    def partial(self, received: DispatchBatch) -> Any:
         """The weighted sum of each row's pairs: (rows, width), float32 or `dtype`.
 
         Valid until the next layer's.
@@ -61,7 +61,7 @@ class HeldExperts:
         self._native.sum_pairs(raw.x, _MLX[received.dtype], received.rows, pairs, out)
         return out
 
-    def run_idle(self, received: Received) -> None:
+    def run_idle(self, received: DispatchBatch) -> None:
         """Run the experts that the policy adds, of no row."""
         if self._idle.most == 0:
             return
@@ -72,7 +72,7 @@ class HeldExperts:
             row = mx.zeros((1, received.width), _MLX[received.dtype])
             mx.eval(self._experts.outputs(row, LocalPairs(none, none, none, idle)))
 
-    def _by_arrays(self, received: Received) -> mx.array:
+    def _by_arrays(self, received: DispatchBatch) -> mx.array:
         x = as_array(received.x, _MLX[received.dtype], (received.rows, received.width))
         pairs, weights = received.pairs()
         return weighted_sum(self._experts, self._hook, x, pairs, weights, self.dtype)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from zmoe.exchange.buffers import DTYPES, ReceiveBuffers
+from zmoe.exchange.buffers import DTYPES, ResultPool
 from zmoe.native import Dtype, ffi
 
 
@@ -29,7 +29,7 @@ def bits(values: list[float], dtype: mx.Dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_results_are_written_in_place(dtype: mx.Dtype) -> None:
-    buffers = ReceiveBuffers(1024)
+    buffers = ResultPool(1024)
     target = buffers.next(dtype)
     fill(target, bits([1, 2, 3, 4, 5, 6], dtype))
     result = buffers.view(dtype, 2, 3)
@@ -39,7 +39,7 @@ def test_results_are_written_in_place(dtype: mx.Dtype) -> None:
 
 
 def test_consumers_see_what_is_written_each_time() -> None:
-    buffers = ReceiveBuffers(1024)
+    buffers = ResultPool(1024)
     weight = mx.random.normal((4, 4))
     for i in range(20):
         values = [float(i), 1, 2, 3]
@@ -51,7 +51,7 @@ def test_consumers_see_what_is_written_each_time() -> None:
 
 
 def test_two_results_live_at_a_time() -> None:
-    buffers = ReceiveBuffers(1024)
+    buffers = ResultPool(1024)
     results = []
     for i in range(2):
         fill(buffers.next(mx.float32), bits([float(i)], mx.float32))
@@ -62,7 +62,7 @@ def test_two_results_live_at_a_time() -> None:
 
 
 def test_in_place_arithmetic_of_the_caller_does_no_harm() -> None:
-    buffers = ReceiveBuffers(1024)
+    buffers = ResultPool(1024)
     for i in range(6):
         target = buffers.next(mx.float32)
         fill(target, bits([float(i), 5.0], mx.float32))
@@ -77,7 +77,7 @@ def test_in_place_arithmetic_of_the_caller_does_no_harm() -> None:
 
 def test_memory_is_never_donated() -> None:
     """An operation whose only input dies with it may reuse its memory; not ours."""
-    buffers = ReceiveBuffers(1 << 16)
+    buffers = ResultPool(1 << 16)
     for i in range(50):
         target = buffers.next(mx.float32)
         fill(target, np.full(16384, i, np.float32))
@@ -88,7 +88,7 @@ def test_memory_is_never_donated() -> None:
 
 
 def test_many_shapes() -> None:
-    buffers = ReceiveBuffers(4096)
+    buffers = ResultPool(4096)
     for rows in range(1, 600):
         buffers.next(mx.float16)
         assert buffers.view(mx.float16, rows, 3).shape == (rows, 3)
@@ -97,13 +97,13 @@ def test_many_shapes() -> None:
 def test_sources_are_contiguous_and_of_a_wire_dtype() -> None:
     grid = mx.arange(12, dtype=mx.float32).reshape(3, 4)
     for array in (grid, grid.T, grid[:, 1:3], grid[::2], mx.broadcast_to(grid[:1], (3, 4))):
-        view, dtype = ReceiveBuffers.source(array, array.size)
+        view, dtype = ResultPool.source(array, array.size)
         assert dtype is Dtype.F32
         read = np.frombuffer(ffi.buffer(ffi.from_buffer("uint8_t[]", view)), np.float32)
         np.testing.assert_array_equal(read, np.array(array).ravel())
-    view, dtype = ReceiveBuffers.source(grid, 12)
+    view, dtype = ResultPool.source(grid, 12)
     assert address(view) == address(grid)  # what is contiguous is not copied
-    assert ReceiveBuffers.source(grid.astype(mx.bfloat16), 12)[1] is Dtype.BF16
-    assert ReceiveBuffers.source(grid.astype(mx.int32), 12)[1] is Dtype.F32
+    assert ResultPool.source(grid.astype(mx.bfloat16), 12)[1] is Dtype.BF16
+    assert ResultPool.source(grid.astype(mx.int32), 12)[1] is Dtype.F32
     with pytest.raises(ValueError, match="has not 13 elements"):
-        ReceiveBuffers.source(grid, 13)
+        ResultPool.source(grid, 13)

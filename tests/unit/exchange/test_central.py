@@ -22,7 +22,7 @@ from tests.unit.exchange.test_exchange import together
 from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.exchange.base import Call
 from zmoe.exchange.central import CentralExchange, Held, Sharing, serve_step
-from zmoe.exchange.dispatched import Received
+from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.exchange.local import Exchange, connect_group, local_group
 from zmoe.families.table import ADAPTERS
 from zmoe.loading import inspect_model, load_experts, load_shard
@@ -64,10 +64,10 @@ class NumpyExperts:
         self.width, self.dtype = WIDTH, mx.float32
         self._layer, self._rank, self._owned = layer, rank, owned
 
-    def run_idle(self, received: Received) -> None:
+    def run_idle(self, received: DispatchBatch) -> None:
         self.busiest = received.busiest
 
-    def partial(self, received: Received) -> Array:
+    def partial(self, received: DispatchBatch) -> Array:
         assert received.dtype is Dtype.F32
         x = received.x.reshape(received.rows, received.width)
         out = np.zeros_like(x)
@@ -235,7 +235,7 @@ def test_mlx_arrays_go_out_as_they_are(groups: Callable[..., list[CentralExchang
 
 
 def test_received_pairs_have_slots_within_their_rows() -> None:
-    received = Received(16, 5)
+    received = DispatchBatch(16, 5)
     received.raw.rows, received.raw.pairs = 3, 4
     received._rows[:4], received._experts[:4] = [0, 0, 2, 2], [3, 1, 0, 2]
     received._weights[:4] = [0.1, 0.2, 0.3, 0.4]

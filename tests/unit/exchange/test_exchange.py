@@ -19,8 +19,8 @@ import zmq
 from zmoe.errors import DivergenceError, InputError, LaunchError, PeerError, ZmoeError
 from zmoe.exchange.base import Call
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, join, local_group
-from zmoe.exchange.native import Receive
-from zmoe.native import Dtype, Status, ffi, lib
+from zmoe.exchange.native import OutBuffer
+from zmoe.native import Dtype, Status
 from zmoe.obs import Spans
 
 WIRE = {mx.float32: Dtype.F32, mx.float16: Dtype.F16, mx.bfloat16: Dtype.BF16}
@@ -63,7 +63,7 @@ def peer(exchange: Exchange, rows: int, width: int, dtype: Dtype, value: float) 
     call = Call(0, rows, width, mx.float32, 7)
     status = native.publish(exchange.step, call, dtype, (source, Dtype.F32), 30.0)
     assert status == Status.OK
-    while (status := native.collect(Receive(out), Dtype.F32, 30.0)) == Status.INTERRUPTED:
+    while (status := native.collect(OutBuffer(out), Dtype.F32, 30.0)) == Status.INTERRUPTED:
         pass
     assert status == Status.OK
 
@@ -225,7 +225,7 @@ def test_a_lost_frame_is_recovered() -> None:
         def collect_and_go_idle() -> float:
             out = np.empty(1, np.float32)
             try:
-                two._collect(Receive(out), Dtype.F32, 0)
+                two._collect(OutBuffer(out), Dtype.F32, 0)
                 until = time.monotonic() + 20
                 while two.stats["resend_served"] == 0 and time.monotonic() < until:
                     two.service()
@@ -345,40 +345,36 @@ def test_a_forked_child_is_refused(group: list[Exchange]) -> None:
 # ---- no buffer is free ----------------------------------------------------------------
 
 
-def take_all_slots(exchange: Exchange) -> list[Any]:
-    """Every slot of the pool, as a peer's stalled link may hold them."""
-    taken, slot = [], ffi.new("zmoe_slot **")
-    while lib.zmoe_exchange_slot(exchange.native._exchange, 0, 0, slot) == Status.OK:
-        taken.append(slot[0])
-    return taken
+def without_a_buffer(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets publishing come back without a buffer three times; returns those times."""
+    publish, vain = exchange.native.publish, list[int]()
+
+    def stalled(*given: Any) -> int:
+        if len(vain) == 3:
+            return publish(*given)
+        vain.append(Status.INTERRUPTED)
+        return Status.INTERRUPTED
+
+    monkeypatch.setattr(exchange.native, "publish", stalled)
+    return vain
 
 
-def test_a_sum_waits_for_a_buffer(group: list[Exchange]) -> None:
-    taken = take_all_slots(group[0])
-
-    def release() -> None:
-        before = group[0].pool_stats["waits"]
-        while group[0].pool_stats["waits"] < before + 3:  # it comes back to Python meanwhile
-            time.sleep(0.01)
-        lib.zmoe_slot_release(taken[0])
-
-    releaser = threading.Thread(target=release)
-    releaser.start()
+def test_a_sum_waits_for_a_buffer(group: list[Exchange], monkeypatch: pytest.MonkeyPatch) -> None:
+    vain, ticks = without_a_buffer(group[0], monkeypatch), list[int]()
+    group[0].tick = lambda: ticks.append(1)
     sums = together([partial(each.all_reduce_numpy, np.ones(4, np.float32)) for each in group])
-    releaser.join(60)
+    assert len(vain) == 3 and len(ticks) >= 3  # it came back to Python meanwhile
     for found in sums:
         np.testing.assert_array_equal(found, np.full(4, 2, np.float32))
-    for slot in taken[1:]:
-        lib.zmoe_slot_release(slot)
 
 
-def test_a_peer_lost_while_no_buffer_is_free(group: list[Exchange]) -> None:
-    taken = take_all_slots(group[0])
+def test_a_peer_lost_while_no_buffer_is_free(
+    group: list[Exchange], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_a_buffer(group[0], monkeypatch)
     group[1].close()
     with pytest.raises(PeerError, match="rank 1 was lost at layer 3, step 0"):
         group[0].all_reduce(Call(3, 1, 4, mx.float32, 0), None)
-    for slot in taken:
-        lib.zmoe_slot_release(slot)
 
 
 ABANDON = """

@@ -15,7 +15,7 @@ from tests.unit.moe.test_block import MUSE
 from tests.unit.store.stores import flip, store_of
 from zmoe.checkpoint.manifest import DENSE
 from zmoe.errors import ModelError
-from zmoe.exchange.dispatched import Received
+from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.families.sites import find_sites
 from zmoe.kernels.held import HeldExperts
 from zmoe.kernels.threads import ThreadPool
@@ -109,8 +109,8 @@ def test_a_stores_dense_ranges_are_not_compared(tmp_path: Path) -> None:
 WIDTH = 64
 
 
-def received(x: np.ndarray, pairs: list[tuple[int, int, float]]) -> Received:
-    got = Received(x.nbytes, len(pairs))
+def received(x: np.ndarray, pairs: list[tuple[int, int, float]]) -> DispatchBatch:
+    got = DispatchBatch(x.nbytes, len(pairs))
     got.raw.rows, got.raw.width = x.shape
     got.raw.dtype, got.raw.pairs = Dtype.F32, len(pairs)
     got._x[:] = x.view(np.uint8).ravel()
