@@ -45,9 +45,14 @@ class ThreadPool:
         self.handle: CData = ffi.gc(out[0], lib.zmoe_thread_pool_destroy)
 
     def reserve(self, size: int) -> None:
-        """Make room for calls that need `size` bytes of working memory; while loading only."""
+        """Make room for calls that need up to `size` bytes of working memory.
+
+        Called between calls: while loading, and when a cache of keys and values grows.
+        Raises ZmoeError if the system does not have that much.
+        """
         if lib.zmoe_thread_pool_reserve(self.handle, size) != Status.OK:
-            raise MemoryError(f"{size} bytes of working memory")
+            mib = size / 2**20
+            raise ZmoeError(f"cannot reserve {mib:.1f} MiB of working memory for the CPU kernels")
 
     @property
     def matmul_s(self) -> float:

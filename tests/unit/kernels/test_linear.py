@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zmoe.config import EngineConfig
-from zmoe.errors import InputError, ModelError
+from zmoe.errors import InputError, ModelError, ZmoeError
 from zmoe.kernels.arrays import pointer
 from zmoe.kernels.linear import Head, make_native
 from zmoe.kernels.threads import ThreadPool, common_isa, make_thread_pool
@@ -193,6 +193,13 @@ def test_what_no_kernel_knows_is_refused_by_name() -> None:
         matrices("model.x", parts, Quantization("mxfp4", 4, 48))
     with pytest.raises(ModelError, match="model.x holds mlx.core.uint32"):
         matrices("model.x", {"weight": packed}, None)
+
+
+def test_working_memory_that_cannot_be_had_is_an_error_of_one_line() -> None:
+    pool = ThreadPool()
+    with pytest.raises(ZmoeError, match=r"^cannot reserve 1073741824.0 MiB of working memory"):
+        pool.reserve(1 << 50)
+    pool.reserve(1 << 10)  # the pool stays usable
 
 
 def test_machines_agree_on_an_instruction_set() -> None:
