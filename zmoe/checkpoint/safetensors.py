@@ -65,7 +65,10 @@ class Tensor:
 
 
 def read_header(path: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, validated; in order of their place."""
+    """The tensors of one safetensors file, in order of their place.
+
+    Raises ModelError for a header that is damaged or does not describe the file.
+    """
     header, data_start, file_bytes = _parse(path)
     header.pop("__metadata__", None)
     tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]

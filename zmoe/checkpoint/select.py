@@ -1,4 +1,4 @@
-"""A node's share of a checkpoint: which byte ranges it is, and how they are read."""
+"""A node's share of a checkpoint: the byte ranges that it needs, and a reader of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MLX_DTYPES = {
     "BOOL": mx.bool_,
     "U8": mx.uint8,
     "I8": mx.int8,
-    "F8_E4M3": mx.uint8,  # as MLX takes them: bytes, for `from_fp8` or a quantised product
+    "F8_E4M3": mx.uint8,  # as MLX takes them: bytes, for `from_fp8` or a quantised matmul
     "F8_E8M0": mx.uint8,
     "U16": mx.uint16,
     "I16": mx.int16,

@@ -45,7 +45,8 @@ class Mapping:
     ) -> Stored:
         """The tensor where it lies, paged in, or a copy of what `cut` keeps of its matrices.
 
-        `progress` gets bytes now and then.
+        It is valid while this object lives. `progress` gets the number of bytes that
+        were read since its last call. Raises ModelError for a file that is truncated.
         """
         dtype = MLX_DTYPES[place.pieces[0].source.dtype]
         if cut is not None:
