@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from zmoe.checkpoint.select import MLX_DTYPES, Piece, Reader
+from zmoe.checkpoint.safetensors import MLX_DTYPES
+from zmoe.checkpoint.select import Piece, Reader
 from zmoe.errors import ModelError
 from zmoe.kernels.weights import Stored
 from zmoe.loading.places import Place
