@@ -33,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that mlx-lm would load, by name."""
+    """The files of weights that mlx-lm would load, by name; ModelError if some are missing."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no weights: no model*.safetensors")
@@ -54,7 +54,10 @@ def _indexed_files(path: Path) -> list[str]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, from headers only, or from a store's manifest."""
+    """Every tensor of the checkpoint by name, from headers only, or from a store's manifest.
+
+    Raises ModelError for files that are missing or damaged.
+    """
     store = open_store(folder)
     if store is not None:
         return store.tensors

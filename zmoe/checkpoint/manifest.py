@@ -97,7 +97,10 @@ def checksum(*parts: Any) -> str:
 
 
 def checksum_of(path: Path, start: int, nbytes: int) -> str:
-    """The same of bytes in a file, or of as many of them as there are."""
+    """The checksum of `nbytes` bytes at `start` of a file, or of as many of them as there are.
+
+    Raises ModelError if the file cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     end = start + nbytes
     try:
@@ -131,7 +134,10 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of `folder`; None for a folder that is no store."""
+    """The manifest of `folder`; None if the folder is not a store.
+
+    Raises ModelError for a manifest that is unreadable, altered or of another version.
+    """
     path = folder / MANIFEST
     try:
         parsed = json.loads(path.read_bytes())

@@ -10,24 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from zmoe.errors import ModelError
 
-# Element sizes of the safetensors dtypes that MLX can load.
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
+# MLX's dtypes for those of safetensors, as mx.load takes them.
+MLX_DTYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "F8_E4M3": mx.uint8,  # as MLX takes them: bytes, for `from_fp8` or a quantised matmul
+    "F8_E8M0": mx.uint8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
 }
 
 # A header lists names and shapes only; one beyond this is damage, not a model.
@@ -65,7 +67,10 @@ class Tensor:
 
 
 def read_header(path: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, validated; in order of their place."""
+    """The tensors of one safetensors file, in order of their place.
+
+    Raises ModelError for a header that is damaged or does not describe the file.
+    """
     header, data_start, file_bytes = _parse(path)
     header.pop("__metadata__", None)
     tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
@@ -118,9 +123,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     numbers = (*shape, begin, end)
     if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in numbers):
         raise ModelError(f"{path} is corrupt: tensor {name} has a malformed entry")
-    if dtype not in DTYPE_BYTES:
+    if dtype not in MLX_DTYPES:
         raise ModelError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
-    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    nbytes = math.prod(shape) * MLX_DTYPES[dtype].size
     if end - begin != nbytes:
         raise ModelError(
             f"{path} is corrupt: tensor {name} of {nbytes} bytes spans {end - begin} bytes"

@@ -1,4 +1,4 @@
-"""A node's share of a checkpoint: which byte ranges it is, and how they are read."""
+"""A node's share of a checkpoint: the byte ranges that it needs, and a reader of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import TracebackType
 
 import mlx.core as mx
 
-from zmoe.checkpoint.safetensors import Tensor
+from zmoe.checkpoint.safetensors import MLX_DTYPES, Tensor
 from zmoe.errors import ModelError
 
 # ".experts.7." (most), "moe.mlp.7." (phixtral): one expert's own tensors.
@@ -26,23 +26,6 @@ _STACKED = re.compile(
 _NOT_STACKED = re.compile(r".*(?:e_score_correction_bias|norm\.weight)$")
 # Some systems refuse a read of 2 GiB or more.
 _READ_BYTES = 1 << 30
-
-MLX_DTYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "F8_E4M3": mx.uint8,  # as MLX takes them: bytes, for `from_fp8` or a quantised product
-    "F8_E8M0": mx.uint8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "F32": mx.float32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Decoder layers taken apart, for families whose attention is the usual one.
+"""The families whose whole layers run in C: their decoder layers and routers taken apart.
 
-What is not here runs layer by layer in MLX, its products on the kernels.
+Other families' layers run in MLX, with their matmuls on the kernels.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def final_norm_of(holder: Any) -> Module:
 
 
 def parts_of(model: Any) -> list[LayerParts] | None:
-    """The layers of `model` taken apart; None unless all of them can be."""
+    """The layers of `model` taken apart, in order; None unless all of them can be.
+
+    The model's linear layers are native by now: they know their sizes.
+    """
     found = []
     for index, layer in enumerate(model.layers):
         take_apart = LAYERS.get(key_of(layer))

@@ -159,8 +159,8 @@ def minimax_m3(block: Block, x: mx.array) -> Routing:
 
 def lfm2(block: Block, x: mx.array) -> Routing:
     scores = mx.sigmoid(block.gate(x))
-    choice = scores.astype(mx.float32) + block.expert_bias if block.use_expert_bias else scores
-    ids = top_k(choice, block.top_k)
+    biased = scores.astype(mx.float32) + block.expert_bias if block.use_expert_bias else scores
+    ids = top_k(biased, block.top_k)
     weights = pick(scores, ids)
     if block.norm_topk_prob:
         weights = normalized(weights, 1e-6)
@@ -178,10 +178,10 @@ def afmoe(block: Block, x: mx.array) -> Routing:
     logits = block.router(x).astype(mx.float32)
     sigmoid = block.score_func == "sigmoid"
     scores = mx.sigmoid(logits) if sigmoid else mx.softmax(logits, axis=-1)
-    choice = scores + block.expert_bias
+    biased = scores + block.expert_bias
     if block.n_group > 1:
-        choice = _drop_groups(choice, block.n_group, block.topk_group)
-    ids = top_k(choice, block.num_experts_per_tok)
+        biased = _drop_groups(biased, block.n_group, block.topk_group)
+    ids = top_k(biased, block.num_experts_per_tok)
     weights = pick(scores, ids)
     if block.route_norm and block.num_experts_per_tok > 1:
         weights = normalized(weights)
@@ -197,21 +197,22 @@ def _drop_groups(scores: mx.array, groups: int, kept: int) -> mx.array:
 
 
 def kimi_linear(block: Block, x: mx.array) -> Routing:
+    return Routing(x, *_kimi_select(block, x, block.args.moe_router_activation_func))
+
+
+def _kimi_select(block: Block, x: mx.array, *more: Any) -> tuple[mx.array, mx.array]:
     args = block.args
-    select = mlx_function(block, "_group_expert_select")
-    return Routing(
-        x,
-        *select(
-            block.gate(x),
-            block.e_score_correction_bias,
-            args.num_experts_per_token,
-            args.num_expert_group,
-            args.topk_group,
-            args.routed_scaling_factor,
-            args.moe_renormalize,
-            args.moe_router_activation_func,
-        ),
+    ids, weights = mlx_function(block, "_group_expert_select")(
+        block.gate(x),
+        block.e_score_correction_bias,
+        args.num_experts_per_token,
+        args.num_expert_group,
+        args.topk_group,
+        args.routed_scaling_factor,
+        args.moe_renormalize,
+        *more,
     )
+    return ids, weights
 
 
 # ---- experts see another input than the block ----------------------------------------
@@ -223,21 +224,8 @@ def nemotron(block: Block, x: mx.array) -> Routing:
 
 
 def kimi_k3(block: Block, x: mx.array) -> Routing:
-    args = block.args
     latent = x if block.latent_size is None else block.routed_expert_down_proj(x)
-    select = mlx_function(block, "_group_expert_select")
-    return Routing(
-        latent,
-        *select(
-            block.gate(x),
-            block.e_score_correction_bias,
-            args.num_experts_per_token,
-            args.num_expert_group,
-            args.topk_group,
-            args.routed_scaling_factor,
-            args.moe_renormalize,
-        ),
-    )
+    return Routing(latent, *_kimi_select(block, x))
 
 
 def muse(block: Block, x: mx.array) -> Routing:

@@ -59,7 +59,7 @@ class Site:
 
     @property
     def width(self) -> int:
-        """The size of the vectors that the experts read and write; known while it has weights."""
+        """The size of the vectors that the experts read and write; weights tell it."""
         return int(projections(self.switch)[0].input_dims)
 
 
@@ -81,7 +81,10 @@ def projections(switch: Any) -> list[Any]:
 
 
 def find_sites(model: Module) -> list[Site]:
-    """The MoE blocks in order of their layers; [] for a model without experts."""
+    """The MoE blocks in order of their layers; [] for a model without experts.
+
+    Raises ModelError for a block outside the layers, or several in one layer.
+    """
     modules = dict(model.named_modules())
     sites: dict[str, Site] = {}
     for path, module in modules.items():
@@ -111,6 +114,7 @@ def _site(path: str, modules: dict[str, Module]) -> Site:
 
 
 def key_of(block: Module) -> str:
+    """The class of `block` as the tables of families name it: `module.Class`."""
     return f"{type(block).__module__.rpartition('.')[2]}.{type(block).__name__}"
 
 

@@ -37,7 +37,7 @@ def load_experts(
 ) -> LoadedExperts:
     """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
 
-    The same as load_shard otherwise.
+    Otherwise like load_shard, errors included.
     """
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)

@@ -1,4 +1,4 @@
-"""A loaded model put on the kernels: its products, and whole layers where they are known."""
+"""Whole layers of a loaded model on the kernels, for the families whose layers run in C."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Shared:
     rope_tables: list[RopeTables]
 
     def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
-        """One for all layers that turn alike, so that tables are made once a step."""
+        """One for all layers with the same RoPE, so that its tables are made once per step."""
         for known in self.rope_tables:
             if _same(known.rope, rope):
                 return known
@@ -59,10 +59,11 @@ def fuse_layers(
     team: ThreadPool,
     dtype: mx.Dtype,
 ) -> bool:
-    """Put NativeLayers in the place of all decoder layers, if each of them is known.
+    """Replace all decoder layers by NativeLayers, and return True, if each of them is known.
 
     The model's linear layers are native and its MoE blocks expert-parallel by
-    now; `sites` and `layers` are those of the blocks.
+    now; `sites` and `layers` are those of the blocks, in the same order, and
+    `experts` the native experts by `Site.path`.
     """
     parts = parts_of(model)
     if parts is None:

@@ -74,7 +74,7 @@ def load_shard(
     never holds more than they take and one more tensor. `skeleton` is used up,
     so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it, its large products on `team` if there is one; then what lies in
+    loads it, its large matmuls on `team` if there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
@@ -131,7 +131,8 @@ def take_share(
 ) -> Share:
     """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
 
-    `kept_slice`: of its experts only this range of their inner width.
+    `progress` gets the bytes read so far and in all. `kept_slice`: only this range of
+    the experts' moe_intermediate_size. Raises ModelError for what is damaged or missing.
     """
     count = max(1, *(len(ids) for ids in owned))
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
@@ -158,12 +159,12 @@ def take_share(
 
 
 def slice_of(placement: Placement, rank: int) -> tuple[int, int] | None:
-    """The range of its experts' inner width that `rank` holds; None: all of it."""
+    """The range of its experts' moe_intermediate_size that `rank` holds; None: all of it."""
     return placement.slices[rank] if placement.slices else None
 
 
 def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int, ...]]:
-    """Expert ids of `rank` per MoE layer, once the placement fits the model."""
+    """The expert ids of `rank` per MoE layer. Raises PlacementError unless the placement fits."""
     layers = len(info.moe_layers)
     if placement.experts != info.experts or len(placement.owned) != layers:
         raise PlacementError(
@@ -174,7 +175,7 @@ def owned_by(info: ModelInfo, placement: Placement, rank: int) -> list[tuple[int
 
 
 def pairs_per_row(info: ModelInfo, padding: int) -> int:
-    """The most pairs of a row, up to `padding` of no row spread over a block of rows."""
+    """The most pairs per token: top_k, and what `padding` pairs add per block of tokens."""
     return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from zmoe.checkpoint.select import MLX_DTYPES, Piece, Reader
+from zmoe.checkpoint.safetensors import MLX_DTYPES
+from zmoe.checkpoint.select import Piece, Reader
 from zmoe.errors import ModelError
 from zmoe.kernels.weights import Stored
 from zmoe.loading.places import Place
@@ -45,7 +46,8 @@ class Mapping:
     ) -> Stored:
         """The tensor where it lies, paged in, or a copy of what `cut` keeps of its matrices.
 
-        `progress` gets bytes now and then.
+        It is valid while this object lives. `progress` gets the number of bytes that
+        were read since its last call. Raises ModelError for a file that is truncated.
         """
         dtype = MLX_DTYPES[place.pieces[0].source.dtype]
         if cut is not None:

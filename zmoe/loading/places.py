@@ -55,8 +55,8 @@ class Place:
 def trace(
     sanitize: Sanitize, arrays: Weights, pieces: Sequence[Piece]
 ) -> tuple[Weights, dict[str, Place]]:
-    """What `sanitize` makes of `arrays`, one for each piece, and where in the
-    checkpoint those of the results lie that it only renamed or stacked.
+    """What `sanitize` makes of `arrays`, which are those of `pieces` by name; and the places
+    of those results, by name, that it only renamed or stacked.
     """
     whose = {id(arrays[piece.name]): piece for piece in pieces}
     with _noted_stacks() as stacks:

@@ -13,7 +13,7 @@ from zmoe.loading.mapping import Mapping
 from zmoe.loading.places import Place, Sanitize, Weights, trace
 from zmoe.loading.skeleton import Feed, Skeleton
 from zmoe.loading.slices import Cut, cuts_of
-from zmoe.loading.unused import unused_names
+from zmoe.loading.unused_tensors import unused_names
 from zmoe.placement.types import ModelInfo
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -21,9 +21,12 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read, in the order of the files; what of it to map, by layer and
-    part; what of the mapped to keep, by layer; what only its shape is taken of;
-    and the names of what the model has no use for.
+    """What a node takes of a checkpoint.
+
+    `pieces` are what it reads, in the order of the files. Of these `mapped`
+    stay in their files: the places of the parts (weight, scales, biases) of each
+    linear layer, by its path in the model; of a layer in `cuts` only the slice
+    is kept. Zeros stand in for `shapes`; the tensors `unused` are dropped by the model.
     """
 
     pieces: list[Piece]
@@ -34,6 +37,7 @@ class Plan:
 
     @cached_property  # asked for at every piece, of which there may be tens of thousands
     def total(self) -> int:
+        """Bytes to read or to page in."""
         cut_off = sum(
             piece.nbytes - cut.of(piece.nbytes)
             for path, cut in self.cuts.items()
@@ -56,7 +60,7 @@ def make_plan(
 
     `native`: the kernels compute, on mapped weights where that can be. Without
     `dense`, experts alone are read, and with `kept_slice` only that range of
-    their inner width. Raises ModelError, before anything is read, for tensors
+    their moe_intermediate_size. Raises ModelError, before anything is read, for tensors
     that do not make up this node's model.
     """
     own = dict(zip(info.moe_layers, owned, strict=True))
@@ -90,7 +94,7 @@ def make_plan(
 
 
 def _in_switches(skeleton: Skeleton, untouched: dict[str, Place]) -> set[str]:
-    """Names in the checkpoint of all that a switch layer has, be it no expert's own."""
+    """The checkpoint's names of all that the switch layers hold, whether an expert's own or not."""
     paths = tuple(f"{site.switch_name}." for site in skeleton.sites)
     inside = [place for name, place in untouched.items() if name.startswith(paths)]
     return {piece.name for place in inside for piece in place.pieces}
@@ -99,8 +103,8 @@ def _in_switches(skeleton: Skeleton, untouched: dict[str, Place]) -> set[str]:
 def mappable(
     skeleton: Skeleton, untouched: dict[str, Place], dense: bool, experts: bool
 ) -> dict[str, dict[str, Place]]:
-    """The layers, `dense` ones or `experts`, all of whose weights lie in the checkpoint in a
-    form that can be mapped; of each, the place of every part.
+    """The linear layers, `dense` ones or those of `experts`, whose weights all lie in the
+    checkpoint in a form that can be mapped: by path, the place of each part.
     """
     modules = skeleton.module.named_modules() if dense else []
     paths = {path: False for path, module in modules if may_be_mapped(module)}
@@ -120,7 +124,10 @@ def mappable(
 
 
 def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
-    """A feed of what the files hold; what is mapped or of no use stays unread."""
+    """A feed that reads what is planned; what is mapped or unused stays unread.
+
+    `progress` gets the bytes read so far and `plan.total` after each piece.
+    """
     places = [place for parts in plan.mapped.values() for place in parts.values()]
     mapped = {piece.name for place in places for piece in place.pieces}
 

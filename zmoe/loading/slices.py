@@ -1,7 +1,7 @@
-"""A node's slice of its experts: a range of their inner width.
+"""A node's slice of its experts: a range of their moe_intermediate_size (tensor-sliced experts).
 
-The layers before the activation lose rows by it, the last one columns. The
-outputs of the slices add up to the expert's.
+The linear layers before the activation keep that range of their rows, the last
+one that range of its columns. The outputs of all slices add up to the expert's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """The range [start, stop) of `width` that is kept of matrices: of their rows, or columns.
+    """The range [start, stop) of `width`, in elements, that is kept of a matrix's rows or columns.
 
-    Elements that are packed into words, or share a scale, are kept or dropped together.
+    Its edges are multiples of the slice alignment, so that elements that are packed
+    into one word, or share a scale, are kept or dropped together.
     """
 
     start: int
@@ -44,7 +45,9 @@ class Cut:
 
 
 def cuts_of(sites: Sequence[Site], kept: tuple[int, int], width: int) -> dict[str, Cut]:
-    """What of `width` is kept of every layer of the experts, by its path."""
+    """What the range `kept` of moe_intermediate_size, `width`, leaves of the experts' linear
+    layers, by their paths in the model.
+    """
     cuts: dict[str, Cut] = {}
     for site in sites:
         *before, last = site.linears
@@ -54,8 +57,8 @@ def cuts_of(sites: Sequence[Site], kept: tuple[int, int], width: int) -> dict[st
 
 
 def can_be_sliced(sites: Sequence[Site], in_place: Collection[str]) -> bool:
-    """Whether the experts' outputs are added as they are, and all of their layers lie in
-    the checkpoint as the model has them: those paths that are `in_place`.
+    """Whether the experts' outputs are added as they are, and the paths of all their linear
+    layers are `in_place`: their weights lie in the checkpoint as the model has them.
     """
     return all(
         (site.adapter is None or site.adapter.per_expert is None)
@@ -75,7 +78,7 @@ def cut_biases(site: Site, kept: tuple[int, int]) -> None:
 
 
 def put_back(site: Site, mapped: dict[str, Parts]) -> None:
-    """Move what was cut out of the mapped files into the layers, for MLX to compute with."""
+    """Move the slices out of `mapped` into the site's linear layers, for MLX to compute with."""
     for path, layer in site.linears.items():
         for part, stored in mapped.pop(path).items():
             layer[part] = stored.as_array()

@@ -26,10 +26,11 @@ from zmoe.placement.types import ModelInfo
 class Source:
     """A checkpoint as mlx-lm's model holds it, or as mlx_lm.convert would quantise it.
 
-    The model is put together with one expert a layer and without weights, to
-    learn names, shapes and which modules are quantised. `shapes` are its
-    arrays, none of them evaluated: `experts[layer]` names those of each expert,
-    in the order of a record, `dense` the others. `config` is the store's.
+    The skeleton gets one expert per layer, to learn names, shapes and which
+    modules are quantised. `shapes` are its arrays, none of them evaluated:
+    `experts[layer]` names those of each expert, in the order of a record, `dense`
+    the others. `config` is the store's. Raises ModelError for a checkpoint that
+    cannot be prestacked, InputError if nothing in it can be quantised.
     """
 
     def __init__(

@@ -9,8 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from zmoe.checkpoint.manifest import DENSE, IDENTITY, DataFile, Range
-from zmoe.checkpoint.safetensors import Tensor
-from zmoe.checkpoint.select import MLX_DTYPES
+from zmoe.checkpoint.safetensors import MLX_DTYPES, Tensor
 
 PAGE_BYTES = 16 << 10  # Apple's page; others' divide it
 _LINE_BYTES = 64

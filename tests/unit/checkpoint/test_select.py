@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from zmoe.checkpoint.folder import read_tensors
-from zmoe.checkpoint.safetensors import DTYPE_BYTES
-from zmoe.checkpoint.select import MLX_DTYPES, Reader, layer_of, placeholder, select
+from zmoe.checkpoint.safetensors import MLX_DTYPES
+from zmoe.checkpoint.select import Reader, layer_of, placeholder, select
 from zmoe.errors import ModelError
 
 EXPERTS = 6
@@ -124,7 +124,7 @@ def test_every_dtype_arrives_as_mlx_itself_would_load_it(dtype: str, tmp_path: P
     rng = np.random.default_rng(0)
     data = b""
     for name, shape in {"scalar": (), "empty": (0, 3), "matrix": (EXPERTS, 5)}.items():
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        size = math.prod(shape) * MLX_DTYPES[dtype].size
         values = rng.integers(0, 2 if dtype == "BOOL" else 100, size, np.uint8)
         span = [len(data), len(data) + size]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}

@@ -8,7 +8,7 @@ from zmoe.loading.places import Sanitize, Weights
 
 
 def unused_names(sanitize: Sanitize, weights: Weights) -> set[str]:
-    """Names of whole parts of the checkpoint that `sanitize` drops.
+    """Names of whole parts of the checkpoint that `sanitize` drops; `weights` are never evaluated.
 
     Checkpoints hold more than a text model needs (image encoders, layers for
     drafting). A part is what names have in common up to their first number,
