@@ -36,8 +36,8 @@ def test_whoever_owns_what(commands: Commands, alone: str, tmp_path: Path) -> No
     found, said = text(commands, "-n", 3, "--placement", file, "--explain")
     assert found == alone
     assert f"placement: {file} (as the file says)" in said
-    assert "node 1: 0 to 1 experts a layer (the first layer: none)" in said
-    assert "node 2: 3 to 8 experts a layer (the first layer: 8-15), 2.5 of them also" in said
+    assert "node 1: 0 to 1 experts per layer (the first layer: none)" in said
+    assert "node 2: 3 to 8 experts per layer (the first layer: 8-15), 2.5 of them also" in said
 
 
 def test_the_default_explained(commands: Commands, alone: str) -> None:
@@ -45,8 +45,8 @@ def test_the_default_explained(commands: Commands, alone: str) -> None:
     assert found == alone
     lines = said.splitlines()
     assert lines[0] == "placement: experts (no other is predicted to be 3% faster)"
-    assert lines[1].startswith("  node 0: 8 experts a layer (each layer: 0-7); 3 MiB of")
-    assert lines[2].startswith("  node 1: 8 experts a layer (each layer: 8-15); 3 MiB of")
+    assert lines[1].startswith("  node 0: 8 experts per layer (each layer: 0-7); 3 MiB of")
+    assert lines[2].startswith("  node 1: 8 experts per layer (each layer: 8-15); 3 MiB of")
     labels = [line.split("  ")[1] for line in lines[4:]]
     assert labels == ["experts", "experts by speed", "replicas", "slices"]
 

@@ -1,4 +1,4 @@
-"""What --explain prints: who owns what, why, and what else was considered."""
+"""The text of --explain: which node owns what, why, and which placements were considered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zmoe.placement.types import Placement
 
 
 def explanation(choice: Choice) -> str:
-    """Some lines of text."""
+    """Return the text for `choice`, several lines without a final newline."""
     return "\n".join(_lines(choice))
 
 
@@ -30,12 +30,12 @@ def _lines(choice: Choice) -> Iterator[str]:
 
 
 def _owned(placement: Placement, node: int) -> str:
-    """How many experts a layer, which ones, which are elsewhere too, and what of them."""
+    """Describe the experts of `node`: how many per layer, which ones, copies, and slice."""
     layers = [layer[node] for layer in placement.owned]
     counts = sorted({len(ids) for ids in layers})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     where = "each layer" if len(set(layers)) == 1 else "the first layer"
-    text = f"{many} experts a layer ({where}: {_ranges(layers[0])})"
+    text = f"{many} experts per layer ({where}: {_ranges(layers[0])})"
     parts = placement.slices or ((0, 0),) * placement.nodes
     copies = sum(
         any(
@@ -49,12 +49,12 @@ def _owned(placement: Placement, node: int) -> str:
     if copies:
         text += f", {copies / len(layers):.3g} of them also elsewhere"
     if placement.slices:
-        text += f", [{parts[node][0]}, {parts[node][1]}) of their width"
+        text += f", [{parts[node][0]}, {parts[node][1]}) of their intermediate size"
     return text
 
 
 def _ranges(ids: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
+    """Write 0, 1, 2, 5 as "0-2, 5"."""
     found: list[list[int]] = []
     for number in ids:
         if found and number == found[-1][1] + 1:
@@ -68,6 +68,6 @@ def _outcome(each: Alternative) -> str:
     if each.prediction is None:
         return each.remark
     return (
-        f"{1e3 * each.prediction.decode.total:.2f} ms a token, "
-        f"the busiest node computes {each.prediction.busiest.count:.3g} experts a layer"
+        f"{1e3 * each.prediction.decode.total:.2f} ms per token, "
+        f"the busiest node computes {each.prediction.busiest.count:.3g} experts per layer"
     )
