@@ -19,7 +19,7 @@ from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 
 
 def hosts_of(names: str | None, file: Path | None, python: str | None) -> Hosts:
-    """Return the hosts that --hosts, --hostfile and --python name. Raises InputError."""
+    """What --hosts, --hostfile and --python say. Raises InputError."""
     if names is not None and file is not None:
         raise InputError("--hosts and --hostfile exclude each other")
     if names is not None:

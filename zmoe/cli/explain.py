@@ -10,7 +10,7 @@ from zmoe.placement.types import Placement
 
 
 def explanation(choice: Choice) -> str:
-    """Return the text for `choice`, several lines without a final newline."""
+    """The choice and its alternatives in a few lines of text."""
     return "\n".join(_lines(choice))
 
 
@@ -30,7 +30,7 @@ def _lines(choice: Choice) -> Iterator[str]:
 
 
 def _owned(placement: Placement, node: int) -> str:
-    """Describe the experts of `node`: how many per layer, which ones, copies, and slice."""
+    """How many experts `node` owns per layer, which ones, which part; how many others own too."""
     layers = [layer[node] for layer in placement.owned]
     counts = sorted({len(ids) for ids in layers})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -49,7 +49,7 @@ def _owned(placement: Placement, node: int) -> str:
     if copies:
         text += f", {copies / len(layers):.3g} of them also elsewhere"
     if placement.slices:
-        text += f", [{parts[node][0]}, {parts[node][1]}) of their intermediate size"
+        text += f", [{parts[node][0]}, {parts[node][1]}) of their width"
     return text
 
 

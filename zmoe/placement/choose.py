@@ -237,7 +237,7 @@ class Chooser:
             chosen.label,
             why,
             considered or (chosen,),
-            f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us per exchange",
+            f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange",
             self._speeds,
             tuple(self._room),
             self._bytes(chosen.placement),
