@@ -203,7 +203,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
 def _refuse_what_does_not_apply(
     options: argparse.Namespace, hosts: HostList | None, nodes: int
 ) -> None:
-    """Raise InputError for flags that would have no effect."""
+    """Raise InputError for flags that would change nothing."""
     if options.manual and nodes == 1:
         raise InputError("--manual is for several nodes: give --nodes, --hosts or --hostfile")
     if not options.manual and hosts is not None and not all(h.is_local for h in hosts.hosts[1:]):

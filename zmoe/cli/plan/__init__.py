@@ -1,1 +1,1 @@
-"""zmoe-plan: the command, its report, and its table of models."""
+"""zmoe-plan: the command, what it advises and reports, and its table of models."""
