@@ -1,4 +1,4 @@
-"""Shared by all commands: one-line errors, exit codes, signals, standard streams."""
+"""What every command shares: one-line errors, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def memory_limit(gib: float | None) -> int | None:
 
 
 def warn_unencrypted(prog: str, address: str) -> None:
-    """Warn on standard error if `address` can be reached from other machines."""
+    """Say it when a node listens beyond this machine."""
     if not address.startswith("127."):
         print(
             f"{prog}: warning: listening on {address}; links are not yet encrypted, "
