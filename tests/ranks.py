@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.placement.assignment import Ownership
 from zmoe.placement.types import Placement
 
@@ -29,7 +29,7 @@ class Meeting:
         self.keys: list[object] = [None] * nodes
 
 
-class Call(NamedTuple):
+class Seen(NamedTuple):
     """One all-reduce as its caller asked for it."""
 
     layer: int
@@ -60,7 +60,7 @@ class ThreadReducer:
         self._results: list[mx.array | None] = [None, None]
         self._turn = 0
         self.step = 0
-        self.calls: list[Call] = []
+        self.calls: list[Seen] = []
 
     def dispatch(self, *given: object) -> None:
         pass
@@ -70,45 +70,41 @@ class ThreadReducer:
 
     def all_reduce(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
+        shape = (call.rows, call.width)
         meeting, mine = self._meeting, np.zeros(shape, np.float32)
-        parts = in_halves(partial, shape[0])
+        parts = in_halves(partial, call.rows)
         for start, stop, part in parts:
             if part is not None:
-                assert part.shape == (stop - start, shape[1]) and part.dtype == dtype
+                assert part.shape == (stop - start, call.width) and part.dtype == call.dtype
                 mine[start:stop] = np.array(part.astype(mx.float32))
         contributed = any(part is not None for *_, part in parts)
-        self.calls.append(Call(layer, shape, contributed))
+        self.calls.append(Seen(call.layer, shape, contributed))
         overlap()
         meeting.parts[self.rank] = mine if contributed else None
-        meeting.keys[self.rank] = (layer, shape, digest)
+        meeting.keys[self.rank] = (call.layer, shape, call.digest)
         meeting.barrier.wait()
         assert len(set(meeting.keys)) == 1, meeting.keys
         total = sum((p for p in meeting.parts if p is not None), np.zeros(shape, np.float32))
         meeting.barrier.wait()
-        return self._lend(total, dtype)
+        return self._lend(total, call.dtype)
 
     def all_reduce_host(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[np.ndarray],
         out: np.ndarray,
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         def encoded(start: int, stop: int) -> mx.array | None:
             part = partial(start, stop) if callable(partial) else partial
-            return None if part is None else mx.array(part).astype(dtype)
+            return None if part is None else mx.array(part).astype(call.dtype)
 
         part = encoded if callable(partial) else encoded(0, len(out))
-        total = self.all_reduce(layer, part, out.shape, dtype, digest, overlap)
+        total = self.all_reduce(call, part, overlap)
         out[...] = np.array(total.astype(mx.float32))
 
     def _lend(self, total: np.ndarray, dtype: mx.Dtype) -> mx.array:

@@ -28,7 +28,7 @@ static int by_value(const void *a, const void *b) {
 }
 
 typedef struct scene {
-  zmoe_team *team;
+  zmoe_thread_pool *team;
   zmoe_attention attention;
   zmoe_kv_cache caches[LAYERS];
   float *h, *cosines, *sines, *qkv;
@@ -58,9 +58,9 @@ static void norm(scene *s) {
 /* Everything between the projections and the output projection. */
 static void heads(scene *s) {
   zmoe_attend job = {.attention = &s->attention,
-                     .small = zmoe_small_for(zmoe_team_isa(s->team)),
-                     .kernels = zmoe_kernels_for(zmoe_team_isa(s->team)),
-                     .isa = zmoe_team_isa(s->team),
+                     .small = zmoe_small_for(zmoe_thread_pool_isa(s->team)),
+                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(s->team)),
+                     .isa = zmoe_thread_pool_isa(s->team),
                      .dtype = ZMOE_BF16,
                      .cache = &s->caches[s->call % s->layers],
                      .cosines = s->cosines,
@@ -70,13 +70,13 @@ static void heads(scene *s) {
                      .qkv = s->qkv,
                      .out = s->out};
   zmoe_attend_plan(&job);
-  size_t mark = zmoe_team_mark(s->team), vectors = zmoe_attend_vectors(&s->attention);
+  size_t mark = zmoe_thread_pool_mark(s->team), vectors = zmoe_attend_vectors(&s->attention);
   job.floats_per_thread = zmoe_attend_panel_floats(&s->attention);
-  job.panels = zmoe_team_scratch(s->team, job.floats_per_thread * 4);
-  job.sums = zmoe_team_scratch(s->team, vectors * job.padded * sizeof(float));
-  job.softmax = zmoe_team_scratch(s->team, vectors * sizeof *job.softmax);
-  zmoe_team_run(s->team, zmoe_attend_work, &job);
-  zmoe_team_release(s->team, mark);
+  job.panels = zmoe_thread_pool_scratch(s->team, job.floats_per_thread * 4);
+  job.sums = zmoe_thread_pool_scratch(s->team, vectors * job.padded * sizeof(float));
+  job.softmax = zmoe_thread_pool_scratch(s->team, vectors * sizeof *job.softmax);
+  zmoe_thread_pool_run(s->team, zmoe_attend_work, &job);
+  zmoe_thread_pool_release(s->team, mark);
 }
 
 static void route(scene *s) {
@@ -91,8 +91,8 @@ static void route(scene *s) {
 
 static void table(scene *s, zmoe_isa isa, uint32_t keys) {
   zmoe_attention *a = &s->attention;
-  zmoe_team_create(1, NULL, 0, isa, &s->team);
-  zmoe_team_reserve(s->team, (size_t)64 << 20);
+  zmoe_thread_pool_create(1, NULL, 0, isa, &s->team);
+  zmoe_thread_pool_reserve(s->team, (size_t)64 << 20);
   s->rows = 1, s->layers = 1;
   printf("%-12s norm %.2f", zmoe_isa_name(isa), median_us(norm, s, RUNS));
   s->keys = 1;
@@ -111,7 +111,7 @@ static void table(scene *s, zmoe_isa isa, uint32_t keys) {
   us = median_us(heads, s, 9);
   printf(", after %u: %.0f us, %.1f\n", keys, us,
          (flops + 4.0 * a->heads * a->head_dim * PREFILL * keys) / us * 1e-3);
-  zmoe_team_destroy(s->team);
+  zmoe_thread_pool_destroy(s->team);
 }
 
 static float *random_floats(size_t count) {

@@ -9,7 +9,7 @@ import numpy as np
 from process import cores, main, pin
 from products import READ_BYTES, seconds
 
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 
 BUDGET_S = 0.5
 
@@ -19,7 +19,7 @@ def program() -> dict[str, Any]:
     made.add_argument("cores", type=cores, help="such as 0,1")
     wanted = made.parse_args().cores
     pin(wanted)
-    memory, team = np.ones(READ_BYTES, np.uint8), Team(wanted)
+    memory, team = np.ones(READ_BYTES, np.uint8), ThreadPool(wanted)
     taken = seconds(lambda: team.read(memory), BUDGET_S)
     return {"gb_per_s": round(READ_BYTES / taken / 1e9, 2)}
 

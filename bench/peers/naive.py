@@ -34,10 +34,10 @@ from zmoe.engine.engine import Engine
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import encode_prompt, open_tokenizer
 from zmoe.errors import ZmoeError
-from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.local import SingleNode
 from zmoe.kernels.arrays import DTYPES
-from zmoe.kernels.threads import best_isa_name, is_native, make_team
+from zmoe.kernels.threads import best_isa_name, is_native, make_thread_pool
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.placement.build import place_evenly
@@ -89,7 +89,7 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what the leader asks for until it says that this was all."""
     info = inspect_model(resolve_model(options.model))
     config = EngineConfig()
-    team = make_team(config, best_isa_name()) if is_native(config) else None
+    team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
     placement = place_evenly(info, options.nodes)
     worker = Worker()
     worker.rank = options.rank
@@ -189,32 +189,28 @@ class NaiveReducer:
 
     def dispatch(
         self,
-        layer: int,
+        call: Call,
         x: Any,
         x_dtype: mx.Dtype,
         ids: Host,
         weights: Host,
-        dtype: mx.Dtype,
-        digest: int,
     ) -> None:
         """See zmoe.exchange.base.Reducer."""
         with self._spans.span("exchange"):
             x = to_host(x)
             for expert in np.unique(ids).tolist():
-                owner = self._owners[layer][expert]
+                owner = self._owners[call.layer][expert]
                 if owner == self.rank:
                     continue
                 rows, slots = np.nonzero(ids == expert)
-                self._workers.send(owner, (layer, expert, DTYPES[x_dtype], x[rows]))
+                self._workers.send(owner, (call.layer, expert, DTYPES[x_dtype], x[rows]))
                 self._asked.append((owner, rows, weights[rows, slots]))
 
     def all_reduce_host(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[Host],
         out: Host,
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         """See zmoe.exchange.base.Reducer."""
@@ -232,19 +228,16 @@ class NaiveReducer:
 
     def all_reduce(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> mx.array:
         """See zmoe.exchange.base.Reducer."""
-        out = np.empty(shape, np.float32)
-        mine = partial(0, shape[0]) if callable(partial) else partial
+        out = np.empty((call.rows, call.width), np.float32)
+        mine = partial(0, call.rows) if callable(partial) else partial
         own = None if mine is None else np.array(mine.astype(mx.float32))
-        self.all_reduce_host(layer, own, out, dtype, digest, overlap)
-        return mx.array(out).astype(dtype)
+        self.all_reduce_host(call, own, out, overlap)
+        return mx.array(out).astype(call.dtype)
 
 
 class Naive:
@@ -258,7 +251,7 @@ class Naive:
         self.tokenizer = open_tokenizer(folder)
         self._spans, self._workers = Recorder(), workers
         self._reducer = NaiveReducer(workers, placement, self._spans)
-        team = make_team(config, best_isa_name()) if is_native(config) else None
+        team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
         shard = load_shard(self.info, placement, self._reducer, spans=self._spans, team=team)
         self._engine = Engine(shard.model, self._reducer, config, shard.head)
         self._chunk = config.prefill_chunk

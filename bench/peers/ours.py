@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from worker import RUN_DEADLINE_S, Worker, timed
 
+from zmoe.exchange.base import Call
 from zmoe.exchange.local import Endpoint, Exchange
 from zmoe.native import Dtype, time_exchanges
 
@@ -53,11 +54,11 @@ def run_c(size: int, iterations: int, warmup: int) -> list[int]:
 def make_step(size: int) -> Callable[[], Any]:
     partial = mx.array(worker.payload(size))
     mx.eval(partial)
-    shape = (1, size // 4)
+    call = Call(0, 1, size // 4, mx.float32, 0)
 
     def step() -> Any:
         exchange.step += 1
-        total = exchange.all_reduce(0, partial, shape, mx.float32, 0)
+        total = exchange.all_reduce(call, partial)
         mx.eval(total)
         return total
 

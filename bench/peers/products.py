@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from zmoe.kernels.linear import Head, make_native
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.native import Precision
 
 READ_BYTES = 512 << 20
@@ -82,7 +82,7 @@ class Bench:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.cores = options, options["cores"]
         self._memory = np.ones(READ_BYTES, np.uint8)
-        self._reader = Team(self.cores)
+        self._reader = ThreadPool(self.cores)
 
     def run(self) -> Iterator[dict[str, Any]]:
         """A row for each number of rows, format and way."""
@@ -127,7 +127,7 @@ class Bench:
         for way, precision in precisions:
             layer = made(name, outs, ins)
             size = weight_bytes(layer)
-            make_native(Model(layer), Team(self.cores, precision), {}, Head(mx.float32))
+            make_native(Model(layer), ThreadPool(self.cores, precision), {}, Head(mx.float32))
             yield way, size, partial(layer, x), budget
         if "mlx" in peers:
             plain = made(name, outs, ins)

@@ -4,7 +4,7 @@
 
 #include "bench_loop.h"
 #include "exchange_internal.h"
-#include "kernels/team.h"
+#include "kernels/thread_pool.h"
 
 #include <string.h>
 
@@ -50,8 +50,8 @@ struct reading {
 
 /* Chunks are taken as a product's tasks are; more lanes than a register has hide
  * the latency. */
-static void read_chunks(zmoe_team *team, void *argument, uint32_t thread) {
-  (void)team, (void)thread;
+static void read_chunks(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
+  (void)pool, (void)thread;
   struct reading *job = argument;
   uint64_t lanes[LANES] = {0};
   for (size_t chunk; (chunk = zmoe_take(&job->tasks)) < job->chunks;) {
@@ -69,8 +69,8 @@ static void read_chunks(zmoe_team *team, void *argument, uint32_t thread) {
     atomic_fetch_xor(&job->seen, lanes[lane]);
 }
 
-uint64_t zmoe_bench_read(zmoe_team *team, const void *data, size_t bytes) {
+uint64_t zmoe_bench_read(zmoe_thread_pool *pool, const void *data, size_t bytes) {
   struct reading job = {.data = data, .chunks = bytes / CHUNK_BYTES};
-  zmoe_team_run(team, read_chunks, &job);
+  zmoe_thread_pool_run(pool, read_chunks, &job);
   return job.seen;
 }

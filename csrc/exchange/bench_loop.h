@@ -12,7 +12,7 @@ int zmoe_bench_exchanges(zmoe_exchange *ex, const zmoe_call *call, const void *s
                          zmoe_dtype dtype, uint32_t count, uint64_t deadline_us, double *elapsed_us,
                          zmoe_fault *fault);
 
-/* All threads of the team read `data` (whole chunks of 64 KiB) once. */
-uint64_t zmoe_bench_read(zmoe_team *team, const void *data, size_t bytes);
+/* All threads of the pool read `data` (whole chunks of 64 KiB) once. */
+uint64_t zmoe_bench_read(zmoe_thread_pool *pool, const void *data, size_t bytes);
 
 #endif

@@ -1,4 +1,4 @@
-/* The activations between an expert's products. */
+/* The activations between an expert's matmuls. */
 #define ACTIVATE zmoe_activate_generic
 #define TARGET
 #include "activation_body.h"

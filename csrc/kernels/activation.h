@@ -1,4 +1,4 @@
-/* Between the products of an expert. */
+/* Between the matmuls of an expert. */
 #ifndef ZMOE_ACTIVATION_H
 #define ZMOE_ACTIVATION_H
 

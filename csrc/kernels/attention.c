@@ -23,17 +23,18 @@ static int head_norm_fits(const zmoe_norm *norm, size_t head_dim, size_t heads) 
 }
 
 static int shapes_fit(const zmoe_attention *a) {
-  size_t outs[] = {(size_t)a->heads * a->head_dim, (size_t)a->kv_heads * a->head_dim,
-                   (size_t)a->kv_heads * a->head_dim};
-  uint32_t width = a->projections->ins;
+  size_t out_features[] = {(size_t)a->heads * a->head_dim, (size_t)a->kv_heads * a->head_dim,
+                           (size_t)a->kv_heads * a->head_dim};
+  uint32_t width = a->projections->in_features;
   if (a->n_projections == 1)
-    outs[0] = zmoe_qkv_width(a);
+    out_features[0] = zmoe_qkv_width(a);
   for (uint32_t i = 0; i < a->n_projections; i++)
-    if (zmoe_weight_check(&a->projections[i]) != ZMOE_OK || a->projections[i].ins != width ||
-        a->projections[i].outs != outs[i])
+    if (zmoe_weight_check(&a->projections[i]) != ZMOE_OK ||
+        a->projections[i].in_features != width || a->projections[i].out_features != out_features[i])
       return 0;
-  return zmoe_weight_check(a->output) == ZMOE_OK && a->output->outs == width &&
-         a->output->ins == (size_t)a->heads * a->head_dim && zmoe_norm_fits(&a->input, width) &&
+  return zmoe_weight_check(a->output) == ZMOE_OK && a->output->out_features == width &&
+         a->output->in_features == (size_t)a->heads * a->head_dim &&
+         zmoe_norm_fits(&a->input, width) &&
          head_norm_fits(&a->query_norm, a->head_dim, a->heads) &&
          head_norm_fits(&a->key_norm, a->head_dim, a->kv_heads);
 }
@@ -54,29 +55,31 @@ static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, uint32_t r
 /* ---- memory ------------------------------------------------------------------------ */
 
 static uint32_t widest(const zmoe_attention *a) {
-  return a->output->ins > a->output->outs ? a->output->ins : a->output->outs;
+  return a->output->in_features > a->output->out_features ? a->output->in_features
+                                                          : a->output->out_features;
 }
 
 /* Takes all that the call needs, or finds out that there is too little. */
-static int take_memory(zmoe_team *team, const zmoe_attention *a, uint32_t rows, struct memory *m) {
+static int take_memory(zmoe_thread_pool *pool, const zmoe_attention *a, uint32_t rows,
+                       struct memory *m) {
   size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), n = zmoe_min(rows, ZMOE_ROW_BLOCK);
   size_t vectors = zmoe_attend_vectors(a), padded = zmoe_round_up(a->head_dim, ZMOE_PANEL);
-  m->x = zmoe_team_scratch(team, n * a->output->outs * item);
-  m->qkv = zmoe_team_scratch(team, n * zmoe_qkv_width(a) * sizeof *m->qkv);
-  m->out = zmoe_team_scratch(team, n * a->output->ins * item);
-  m->y = zmoe_team_scratch(team, n * a->output->outs * sizeof *m->y);
-  m->sums = zmoe_team_scratch(team, vectors * padded * sizeof *m->sums);
-  m->softmax = zmoe_team_scratch(team, vectors * sizeof *m->softmax);
+  m->x = zmoe_thread_pool_scratch(pool, n * a->output->out_features * item);
+  m->qkv = zmoe_thread_pool_scratch(pool, n * zmoe_qkv_width(a) * sizeof *m->qkv);
+  m->out = zmoe_thread_pool_scratch(pool, n * a->output->in_features * item);
+  m->y = zmoe_thread_pool_scratch(pool, n * a->output->out_features * sizeof *m->y);
+  m->sums = zmoe_thread_pool_scratch(pool, vectors * padded * sizeof *m->sums);
+  m->softmax = zmoe_thread_pool_scratch(pool, vectors * sizeof *m->softmax);
   int all = m->x != NULL && m->qkv != NULL && m->out != NULL && m->y != NULL && m->sums != NULL &&
             m->softmax != NULL;
-  return all && zmoe_linear_has_room(team, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
+  return all && zmoe_linear_has_room(pool, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
 }
 
 size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t keys) {
   (void)keys; /* they are looked at block by block */
   size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), padded = zmoe_round_up(a->head_dim, 32);
-  size_t row = a->output->outs * (item + sizeof(float)) + zmoe_qkv_width(a) * sizeof(float) +
-               a->output->ins * item;
+  size_t row = a->output->out_features * (item + sizeof(float)) +
+               zmoe_qkv_width(a) * sizeof(float) + a->output->in_features * item;
   size_t vector = padded * sizeof(float) + sizeof(zmoe_softmax);
   return ZMOE_ROW_BLOCK * row + zmoe_attend_vectors(a) * vector + 6 * 64 +
          zmoe_linear_scratch(widest(a));
@@ -84,8 +87,8 @@ size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t keys) {
 
 /* ---- the parts of a step -------------------------------------------------------------- */
 
-static int project(zmoe_team *team, const zmoe_attention *a, const struct memory *m, uint32_t rows,
-                   zmoe_precision precision) {
+static int project(zmoe_thread_pool *pool, const zmoe_attention *a, const struct memory *m,
+                   uint32_t rows, zmoe_precision precision) {
   const zmoe_weight *weights[3];
   void *ys[3];
   size_t strides[3], at = 0;
@@ -93,22 +96,22 @@ static int project(zmoe_team *team, const zmoe_attention *a, const struct memory
     weights[i] = &a->projections[i];
     ys[i] = m->qkv + at;
     strides[i] = zmoe_qkv_width(a);
-    at += a->projections[i].outs;
+    at += a->projections[i].out_features;
   }
-  return zmoe_linear(team, weights, a->n_projections, m->x, (zmoe_dtype)a->dtype, rows, ys, strides,
+  return zmoe_linear(pool, weights, a->n_projections, m->x, (zmoe_dtype)a->dtype, rows, ys, strides,
                      ZMOE_F32, precision);
 }
 
-static int attend(zmoe_team *team, zmoe_attend *job) {
+static int attend(zmoe_thread_pool *pool, zmoe_attend *job) {
   zmoe_attend_plan(job);
-  size_t mark = zmoe_team_mark(team);
-  job->floats_per_thread = job->few ? 0 : zmoe_attend_panel_floats(job->attention);
+  size_t mark = zmoe_thread_pool_mark(pool);
+  job->floats_per_thread = job->gemv ? 0 : zmoe_attend_panel_floats(job->attention);
   size_t bytes = job->floats_per_thread * sizeof *job->panels;
-  job->panels = zmoe_team_scratch(team, zmoe_team_threads(team) * bytes);
+  job->panels = zmoe_thread_pool_scratch(pool, zmoe_thread_pool_threads(pool) * bytes);
   int status = job->panels == NULL ? ZMOE_ENOMEM : ZMOE_OK;
   if (status == ZMOE_OK)
-    zmoe_team_run(team, zmoe_attend_work, job);
-  zmoe_team_release(team, mark);
+    zmoe_thread_pool_run(pool, zmoe_attend_work, job);
+  zmoe_thread_pool_release(pool, mark);
   return status;
 }
 
@@ -120,40 +123,40 @@ struct addition {
   zmoe_tasks tasks;
 };
 
-static void add_rows(zmoe_team *team, void *argument, uint32_t thread) {
-  (void)team, (void)thread;
+static void add_rows(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
+  (void)pool, (void)thread;
   struct addition *job = argument;
   for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
     for (size_t i = r * job->width; i < (r + 1) * job->width; i++)
       job->h[i] += job->y[i];
 }
 
-static int put_out(zmoe_team *team, const zmoe_attention *a, const struct memory *m, uint32_t rows,
-                   float *h, zmoe_precision precision) {
+static int put_out(zmoe_thread_pool *pool, const zmoe_attention *a, const struct memory *m,
+                   uint32_t rows, float *h, zmoe_precision precision) {
   void *ys[] = {m->y};
-  const size_t strides[] = {a->output->outs};
-  int status = zmoe_linear(team, &a->output, 1, m->out, (zmoe_dtype)a->dtype, rows, ys, strides,
+  const size_t strides[] = {a->output->out_features};
+  int status = zmoe_linear(pool, &a->output, 1, m->out, (zmoe_dtype)a->dtype, rows, ys, strides,
                            ZMOE_F32, precision);
-  struct addition job = {.y = m->y, .h = h, .rows = rows, .width = a->output->outs};
+  struct addition job = {.y = m->y, .h = h, .rows = rows, .width = a->output->out_features};
   if (status == ZMOE_OK)
-    zmoe_run_rows(team, add_rows, &job, rows);
+    zmoe_run_rows(pool, add_rows, &job, rows);
   return status;
 }
 
 /* ---- the call ---------------------------------------------------------------------------- */
 
 /* Rows [first, first + rows), at most ZMOE_ROW_BLOCK: each sees those before it in the cache. */
-static int step_block(zmoe_team *team, const zmoe_attention *a, const zmoe_kv_cache *cache,
+static int step_block(zmoe_thread_pool *pool, const zmoe_attention *a, const zmoe_kv_cache *cache,
                       const float *cosines, const float *sines, uint32_t first, uint32_t rows,
                       float *h, const struct memory *m, zmoe_precision precision) {
   size_t angle = (size_t)first * (a->rope_dims / 2);
-  h += (size_t)first * a->output->outs;
-  zmoe_norm_all(team, &a->input, a->output->outs, h, rows, m->x, (zmoe_dtype)a->dtype);
-  int status = project(team, a, m, rows, precision);
+  h += (size_t)first * a->output->out_features;
+  zmoe_norm_all(pool, &a->input, a->output->out_features, h, rows, m->x, (zmoe_dtype)a->dtype);
+  int status = project(pool, a, m, rows, precision);
   zmoe_attend job = {.attention = a,
-                     .small = zmoe_small_for(zmoe_team_isa(team)),
-                     .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
-                     .isa = zmoe_team_isa(team),
+                     .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(pool)),
+                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
+                     .isa = zmoe_thread_pool_isa(pool),
                      .dtype = (zmoe_dtype)a->dtype,
                      .cache = cache,
                      .cosines = a->rope_dims > 0 ? cosines + angle : NULL,
@@ -165,23 +168,23 @@ static int step_block(zmoe_team *team, const zmoe_attention *a, const zmoe_kv_ca
                      .sums = m->sums,
                      .softmax = m->softmax};
   if (status == ZMOE_OK)
-    status = attend(team, &job);
-  return status == ZMOE_OK ? put_out(team, a, m, rows, h, precision) : status;
+    status = attend(pool, &job);
+  return status == ZMOE_OK ? put_out(pool, a, m, rows, h, precision) : status;
 }
 
-int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
-                        const float *cosines, const float *sines, uint32_t rows, float *h,
-                        zmoe_precision precision) {
+int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
+                        zmoe_kv_cache *cache, const float *cosines, const float *sines,
+                        uint32_t rows, float *h, zmoe_precision precision) {
   int status = check(attention, cache, rows, cosines, sines);
   if (status != ZMOE_OK || rows == 0)
     return status;
-  size_t mark = zmoe_team_mark(team);
+  size_t mark = zmoe_thread_pool_mark(pool);
   struct memory memory;
-  status = take_memory(team, attention, rows, &memory);
+  status = take_memory(pool, attention, rows, &memory);
   for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK)
-    status = step_block(team, attention, cache, cosines, sines, first,
+    status = step_block(pool, attention, cache, cosines, sines, first,
                         zmoe_min(rows - first, ZMOE_ROW_BLOCK), h, &memory, precision);
-  zmoe_team_release(team, mark);
+  zmoe_thread_pool_release(pool, mark);
   if (status == ZMOE_OK)
     cache->length += rows;
   return status;

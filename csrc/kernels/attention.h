@@ -13,7 +13,7 @@
 
 enum {
   ZMOE_UNIT_VECTORS = 128, /* queries of a unit: a block of keys is made f32 once for all */
-  ZMOE_FEW_VECTORS = 4,    /* up to here keys and values are used as they lie in the cache */
+  ZMOE_GEMV_VECTORS = 4,   /* up to here keys and values are used as they lie in the cache */
   ZMOE_RANGE_KEYS = 512,   /* the least that is worth a task of its own */
   ZMOE_PARTS = 32,         /* so many are enough for the threads */
   ZMOE_KEY_BLOCK = 64,     /* keys that are looked at at a time */
@@ -21,7 +21,7 @@ enum {
 
 typedef struct zmoe_attend {
   const zmoe_attention *attention;
-  const zmoe_small *small;
+  const zmoe_vector_ops *ops;
   const zmoe_kernels *kernels;
   zmoe_isa isa;
   zmoe_dtype dtype;
@@ -32,7 +32,7 @@ typedef struct zmoe_attend {
   unsigned char *out;           /* (rows, heads * head_dim) of dtype */
 
   uint32_t group, unit_rows, row_units, ranges;
-  int few;
+  int gemv;
   uint32_t padded;       /* head_dim, to whole panels */
   float *sums;           /* [part][vector of the unit][padded], in two layouts */
   zmoe_softmax *softmax; /* [part][vector of the unit] */
@@ -89,14 +89,14 @@ size_t zmoe_attend_vectors(const zmoe_attention *attention);
 size_t zmoe_attend_panel_floats(const zmoe_attention *attention);
 
 /* The work of all threads: heads made ready, keys and values appended, attended. */
-zmoe_team_fn zmoe_attend_work;
+zmoe_thread_fn zmoe_attend_work;
 
 /* Where the keys are that this thread will probably look at after those before
  * `key`: of the same part, or of the one that is to be taken next; 0 for none. */
 uintptr_t zmoe_attend_next(const zmoe_attend *job, const zmoe_part *part, uint32_t key);
 
 /* The two ways through a part's keys. */
-void zmoe_attend_few(const zmoe_attend *job, const zmoe_part *part);
-void zmoe_attend_many(const zmoe_attend *job, const zmoe_part *part, float *panels);
+void zmoe_attend_gemv(const zmoe_attend *job, const zmoe_part *part);
+void zmoe_attend_gemm(const zmoe_attend *job, const zmoe_part *part, float *panels);
 
 #endif

@@ -1,5 +1,5 @@
 /* A few queries against keys and values as they lie in the cache, read once:
- * the part of small_body.h whose speed is that of the memory.  The number of
+ * the part of vector_ops_body.h whose speed is that of the memory.  The number of
  * queries and the dtype are constants in each call of the inlined bodies, so
  * that sums stay in registers. */
 

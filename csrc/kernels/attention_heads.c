@@ -1,9 +1,9 @@
-/* The stages of an attention step between its two products. */
+/* The stages of an attention step between its two matmuls. */
 #include "attention.h"
 
 #include <string.h>
 
-#include "product.h"
+#include "matmul.h"
 
 /* ---- the cuts --------------------------------------------------------------------- */
 
@@ -32,7 +32,7 @@ void zmoe_attend_plan(zmoe_attend *job) {
       zmoe_min((keys - from) / ZMOE_RANGE_KEYS, ZMOE_PARTS / a->kv_heads / job->row_units);
   if (job->ranges == 0)
     job->ranges = 1;
-  job->few = job->unit_rows * job->group <= ZMOE_FEW_VECTORS;
+  job->gemv = job->unit_rows * job->group <= ZMOE_GEMV_VECTORS;
   job->padded = (uint32_t)zmoe_round_up(a->head_dim, ZMOE_PANEL);
 }
 
@@ -85,11 +85,11 @@ static void prepare_rows(zmoe_attend *job) {
   for (uint32_t r; (r = zmoe_take(&job->row_tasks)) < job->rows;) {
     float *row = job->qkv + r * width, *keys = row + (size_t)a->heads * a->head_dim;
     if (a->clip > 0.0f)
-      job->small->clip(row, (uint32_t)width, a->clip);
+      job->ops->clip(row, (uint32_t)width, a->clip);
     if (is_whole(&a->query_norm, a->head_dim))
-      job->small->norm(&a->query_norm, row, row, ZMOE_F32);
+      job->ops->norm(&a->query_norm, row, row, ZMOE_F32);
     if (is_whole(&a->key_norm, a->head_dim))
-      job->small->norm(&a->key_norm, keys, keys, ZMOE_F32);
+      job->ops->norm(&a->key_norm, keys, keys, ZMOE_F32);
   }
 }
 
@@ -97,9 +97,9 @@ static void prepare_head(const zmoe_attend *job, const zmoe_norm *norm, uint32_t
   const zmoe_attention *a = job->attention;
   size_t at = (size_t)row * (a->rope_dims / 2);
   if (is_per_head(norm, a->head_dim))
-    job->small->norm(norm, head, head, ZMOE_F32);
+    job->ops->norm(norm, head, head, ZMOE_F32);
   if (a->rope_dims > 0)
-    job->small->rotate(head, job->cosines + at, job->sines + at, a->rope_dims, a->rope_traditional);
+    job->ops->rotate(head, job->cosines + at, job->sines + at, a->rope_dims, a->rope_traditional);
 }
 
 static void append(const zmoe_attend *job, void *data, uint32_t kv_head, uint32_t row,
@@ -130,7 +130,7 @@ static void prepare_heads(zmoe_attend *job) {
 /* Where element d of a vector's sum is: few vectors lie one after the other, many
  * in panels. */
 static size_t place(const zmoe_attend *job, const zmoe_part *part, uint32_t vector, uint32_t d) {
-  if (job->few)
+  if (job->gemv)
     return (size_t)vector * job->padded + d;
   return ((size_t)(d / ZMOE_PANEL) * part->vectors + vector) * ZMOE_PANEL + d % ZMOE_PANEL;
 }
@@ -154,7 +154,7 @@ static void finish_vector(const zmoe_attend *job, const zmoe_part *parts, uint32
     zmoe_softmax all = zmoe_softmax_empty();
     for (uint32_t i = 0; i < job->ranges; i++)
       factors[i] = parts[i].softmax[vector].max;
-    (void)job->small->soften(factors, job->ranges, &all);
+    (void)job->ops->soften(factors, job->ranges, &all);
   }
   for (uint32_t i = 0; i < job->ranges; i++)
     sum += factors[i] * parts[i].softmax[vector].sum;
@@ -193,29 +193,29 @@ static void attend(zmoe_attend *job, uint32_t thread) {
   for (uint32_t index; (index = zmoe_take(&job->part_tasks)) < parts_of(job);) {
     zmoe_part part = part_at(job, index);
     begin_part(job, &part, index % job->ranges == 0);
-    if (job->few)
-      zmoe_attend_few(job, &part);
+    if (job->gemv)
+      zmoe_attend_gemv(job, &part);
     else
-      zmoe_attend_many(job, &part, panels);
+      zmoe_attend_gemm(job, &part, panels);
     if (job->ranges == 1)
       finish_unit(job, index);
   }
 }
 
-void zmoe_attend_work(zmoe_team *team, void *argument, uint32_t thread) {
+void zmoe_attend_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   zmoe_attend *job = argument;
   const zmoe_attention *a = job->attention;
   if (a->clip > 0.0f || is_whole(&a->query_norm, a->head_dim) ||
       is_whole(&a->key_norm, a->head_dim)) {
     prepare_rows(job);
-    zmoe_team_barrier(team);
+    zmoe_thread_pool_barrier(pool);
   }
   prepare_heads(job);
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   attend(job, thread);
   if (job->ranges == 1)
     return;
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   for (uint32_t unit; (unit = zmoe_take(&job->unit_tasks)) < job->row_units * a->kv_heads;)
     finish_unit(job, unit);
 }

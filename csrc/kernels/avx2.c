@@ -1,4 +1,4 @@
-/* Few rows, AVX2 with FMA. */
+/* GEMV, AVX2 with FMA. */
 #if defined(__x86_64__)
 #define VEC_AVX2
 #include "common/vec.h"
@@ -22,7 +22,7 @@ KERNEL __m256i add_pairs(__m256i pairs, int times) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16((short)times));
 }
 
-KERNEL VEC to_floats(__m256i sum, const zmoe_arranged *x, size_t lane) {
+KERNEL VEC to_floats(__m256i sum, const zmoe_packed *x, size_t lane) {
   sum = _mm256_add_epi32(sum, load_bytes32(x->offsets + lane));
   return _mm256_cvtepi32_ps(sum) * _mm256_loadu_ps(x->scales + lane);
 }
@@ -34,7 +34,7 @@ KERNEL __m256i times_plane(const CODES codes[2], const int8_t *elements) {
                           _mm256_maddubs_epi16(codes[1], load_bytes32(elements + 64)));
 }
 
-KERNEL VEC times_int8(const CODES codes[2], const zmoe_arranged *x, const int8_t *elements,
+KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, const int8_t *elements,
                       size_t lane) {
   return to_floats(add_pairs(times_plane(codes, elements), 1), x, lane);
 }
@@ -47,7 +47,7 @@ KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
 }
 
 /* Two products of whole 8-bit codes do not fit 16 bits; of their halves they do. */
-KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_arranged *x, size_t k) {
+KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_packed *x, size_t k) {
   CODES halves[2];
   split(bytes, 1, halves);
   __m256i elements = load_bytes32((const int8_t *)x->elements + k);
@@ -69,8 +69,8 @@ KERNEL VEC spread(const float *scales, int two) {
   return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
 }
 
-#include "few_body.h"
+#include "gemv_body.h"
 
-const zmoe_kernels zmoe_kernels_avx2 = {few_layout, zmoe_generic_arrange, few_dot, zmoe_avx2_pack,
-                                        zmoe_avx2_tile};
+const zmoe_kernels zmoe_kernels_avx2 = {gemv_layout, zmoe_generic_pack_input, gemv_dot,
+                                        zmoe_avx2_pack_panel, zmoe_avx2_tile};
 #endif

@@ -1,4 +1,4 @@
-/* Many rows, AVX2 with FMA. */
+/* GEMM, AVX2 with FMA. */
 #if defined(__x86_64__)
 #define VEC_AVX2
 #include "common/vec.h"
@@ -50,15 +50,15 @@ KERNEL VEC value_of(WORDS words, uint32_t i, uint32_t bits, int affine) {
   return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
 }
 
-#include "many_body.h"
+#include "gemm_body.h"
 
-void zmoe_avx2_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
-                    float *panel) {
-  many_pack(w, first, last, k0, k1, panel);
+void zmoe_avx2_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                          uint32_t k1, float *panel) {
+  gemm_pack(w, first, last, k0, k1, panel);
 }
 
 void zmoe_avx2_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
                     float *sums, int add) {
-  many_tile(panel, depth, xs, rows, sums, add);
+  gemm_tile(panel, depth, xs, rows, sums, add);
 }
 #endif

@@ -1,4 +1,4 @@
-/* Few rows, AVX-512: f32 sums of whatever the weights decode to.
+/* GEMV, AVX-512: f32 sums of whatever the weights decode to.
  *
  * `rows` and the format are constants in each call of the inlined bodies, so
  * that sums stay in registers. */
@@ -9,7 +9,7 @@
 
 AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
                               uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  uint32_t ins = w->ins;
+  uint32_t in_features = w->in_features;
   const size_t item = format == ZMOE_F32 ? 4 : 2;
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o);
@@ -17,7 +17,7 @@ AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void 
     for (uint32_t r = 0; r < rows; r++)
       even[r] = odd[r] = _mm512_setzero_ps();
     uint32_t k = 0;
-    for (; k + 32 <= ins; k += 32) {
+    for (; k + 32 <= in_features; k += 32) {
       prefetch_lines(data + k * item, format == ZMOE_F32 ? 2 : 1);
       __m512 a = load_floats(data, k, format, 0xffff);
       __m512 b = load_floats(data, k + 16, format, 0xffff);
@@ -27,8 +27,8 @@ AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void 
         odd[r] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + k + 16), odd[r]);
       }
     }
-    for (; k < ins; k += 16) {
-      __mmask16 lanes = lanes16(ins - k);
+    for (; k < in_features; k += 16) {
+      __mmask16 lanes = lanes16(in_features - k);
       __m512 a = load_floats(data, k, format, lanes);
       for (uint32_t r = 0; r < rows; r++)
         even[r] =
@@ -44,15 +44,15 @@ AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void 
 /* Scales come 16 at a time; `per_block` of them belong to a block of 128 codes. */
 AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const void *const *xs,
                               uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  uint32_t groups = w->ins / w->group;
+  uint32_t groups = w->in_features / w->group;
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   __m512 table = _mm512_loadu_ps(zmoe_code_values(w));
   __m512i first_lanes = scale_lanes(8, w->group);
   const size_t row_bytes = zmoe_weight_row_bytes(w);
   const uint32_t skipped = zmoe_rows_ahead(row_bytes, 1);
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
-    x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES4, w->ins);
+    x[r] = zmoe_packed_at((void *)xs[r], ZMOE_LAYOUT_CODES4, w->in_features);
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o), *scales = zmoe_row_scales(w, o);
     const unsigned char *biases = affine ? zmoe_row_biases(w, o) : NULL;
@@ -70,7 +70,7 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
       }
       __m512i at = first_lanes;
       uint32_t begin = g * w->group, end = begin + 16 * w->group;
-      end = end < w->ins ? end : w->ins;
+      end = end < w->in_features ? end : w->in_features;
       for (uint32_t k = begin; k < end; k += ZMOE_BLOCK) {
         __mmask16 words = lanes16((end - k) / 8);
         _mm_prefetch((const char *)data + k / 2 + skipped * row_bytes, _MM_HINT_T0);
@@ -98,12 +98,12 @@ AVX512_INLINE void dot_codes4(const zmoe_weight *w, uint32_t per_block, const vo
 
 AVX512_INLINE void dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                               uint32_t first, uint32_t last, float *const *ys) {
-  uint32_t groups = w->ins / w->group, group = w->group;
+  uint32_t groups = w->in_features / w->group, group = w->group;
   const size_t row_bytes = zmoe_weight_row_bytes(w);
   const uint32_t skipped = zmoe_rows_ahead(row_bytes, 1);
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
-    x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_CODES8, w->ins);
+    x[r] = zmoe_packed_at((void *)xs[r], ZMOE_LAYOUT_CODES8, w->in_features);
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o), *scales = zmoe_row_scales(w, o);
     const unsigned char *biases = zmoe_row_biases(w, o);
@@ -185,6 +185,6 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_avx512 = {layout_for, zmoe_avx512_arrange, zmoe_avx512_dot,
-                                          zmoe_avx512_pack, zmoe_avx512_tile};
+const zmoe_kernels zmoe_kernels_avx512 = {layout_for, zmoe_avx512_pack_input, zmoe_avx512_dot,
+                                          zmoe_avx512_pack_panel, zmoe_avx512_tile};
 #endif

@@ -4,8 +4,8 @@
 
 #include <immintrin.h>
 
+#include "common/avx512_target.h"
 #include "common/reduce_scalar.h"
-#include "exchange/avx512_target.h"
 #include "kernels.h"
 #include "weight.h"
 
@@ -73,10 +73,10 @@ AVX512_INLINE void prefetch_scales(const zmoe_weight *w, size_t o, size_t scale_
 
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, float *const *ys);
-void zmoe_avx512_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
-                      float *panel);
+void zmoe_avx512_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                            uint32_t k1, float *panel);
 void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
                       float *sums, int add);
-void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
 
 #endif

@@ -1,4 +1,4 @@
-/* Few rows, AVX-512 with BF16 and VNNI.
+/* GEMV, AVX-512 with BF16 and VNNI.
  *
  * Where x is bf16, codes of 4 bits are looked up as bf16, which holds all their
  * values exactly, and multiplied in pairs with f32 sums: twice the rate of f32,
@@ -22,16 +22,16 @@ BF16_INLINE __m512bh load_bf16(const void *elements, size_t i) {
 
 BF16_INLINE void dot_bf16(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                           uint32_t first, uint32_t last, float *const *ys) {
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
-    x[r] = zmoe_arranged_at((void *)xs[r], ZMOE_LAYOUT_BF16, w->ins);
+    x[r] = zmoe_packed_at((void *)xs[r], ZMOE_LAYOUT_BF16, w->in_features);
   for (uint32_t o = first; o < last; o++) {
     const unsigned char *data = zmoe_row(w, o);
     __m512 even[ZMOE_DOT_ROWS], odd[ZMOE_DOT_ROWS];
     for (uint32_t r = 0; r < rows; r++)
       even[r] = odd[r] = _mm512_setzero_ps();
     uint32_t k = 0;
-    for (; k + 64 <= w->ins; k += 64) {
+    for (; k + 64 <= w->in_features; k += 64) {
       prefetch_lines(data + 2 * k, 2);
       __m512bh a = as_bf16(_mm512_loadu_si512(data + 2 * k));
       __m512bh b = as_bf16(_mm512_loadu_si512(data + 2 * k + 64));
@@ -40,8 +40,8 @@ BF16_INLINE void dot_bf16(const zmoe_weight *w, const void *const *xs, uint32_t 
         odd[r] = _mm512_dpbf16_ps(odd[r], b, load_bf16(x[r].elements, k + 32));
       }
     }
-    for (; k < w->ins; k += 32) {
-      uint32_t left = w->ins - k;
+    for (; k < w->in_features; k += 32) {
+      uint32_t left = w->in_features - k;
       __mmask32 lanes = left >= 32 ? 0xffffffffu : (1u << left) - 1;
       __m512bh a = as_bf16(_mm512_maskz_loadu_epi16(lanes, data + 2 * k));
       for (uint32_t r = 0; r < rows; r++)
@@ -107,7 +107,7 @@ BF16_INLINE int decode(enum product product, int affine, __m512i words, __m512i 
 
 /* The products of a decoded register with element k and on of a row: 16 sums. */
 BF16_INLINE __m512 multiply(enum product product, const __m512i *values, int n,
-                            const zmoe_arranged *x, size_t k, size_t lane) {
+                            const zmoe_packed *x, size_t k, size_t lane) {
   if (product == CODES4_BF16) {
     const uint16_t *elements = (const uint16_t *)x->elements + k;
     __m512 sum = _mm512_setzero_ps();
@@ -140,14 +140,14 @@ BF16_INLINE __m128 reduce_4(const __m512 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* `outs` outputs from o on with `rows` rows of x, all of whose sums stay in
+/* `n_out` outputs from o on with `rows` rows of x, all of whose sums stay in
  * registers; several outputs share the loads of x.  Scales come 16 at a time. */
 BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t group,
-                           __m512i table, const zmoe_arranged *x, uint32_t rows, uint32_t outs,
+                           __m512i table, const zmoe_packed *x, uint32_t rows, uint32_t n_out,
                            uint32_t o, float *const *ys, uint32_t y) {
   const uint32_t per_lane = product == CODES8_INT8 || product == CODES8_BF16 ? 4 : 8,
                  block = 16 * per_lane;
-  const uint32_t ins = w->ins, groups = ins / group;
+  const uint32_t in_features = w->in_features, groups = in_features / group;
   const int affine = w->format == ZMOE_FORMAT_AFFINE;
   const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
   const unsigned char *data = (const unsigned char *)w->data + o * row_bytes;
@@ -157,15 +157,15 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
   const __m512 centre = _mm512_set1_ps(product == CODES4_INT8   ? ZMOE_CENTRE4
                                        : product == CODES8_INT8 ? ZMOE_CENTRE8
                                                                 : 0);
-  const uint32_t skipped = zmoe_rows_ahead(row_bytes, outs);
-  for (uint32_t i = 0; i < outs; i++)
+  const uint32_t skipped = zmoe_rows_ahead(row_bytes, n_out);
+  for (uint32_t i = 0; i < n_out; i++)
     prefetch_scales(w, o + i + skipped, scale_bytes);
   __m512 sum[ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
-  for (uint32_t i = 0; i < rows * outs; i++)
+  for (uint32_t i = 0; i < rows * n_out; i++)
     sum[i] = _mm512_setzero_ps();
   for (uint32_t g = 0; g < groups; g += 16) {
     __mmask16 lanes = lanes16(groups - g);
-    for (uint32_t i = 0; i < outs; i++) {
+    for (uint32_t i = 0; i < n_out; i++) {
       scale[i] = load_scales(w, scales + i * scale_bytes, g, lanes);
       if (!affine)
         continue;
@@ -175,11 +175,12 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
         sum[i * rows + r] =
             _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[i * rows + r]);
     }
-    uint32_t begin = g * group, end = begin + 16 * group < ins ? begin + 16 * group : ins;
+    uint32_t begin = g * group,
+             end = begin + 16 * group < in_features ? begin + 16 * group : in_features;
     for (uint32_t k = begin; k < end; k += block) {
       __m512i spread = _mm512_add_epi32(first_lanes, _mm512_set1_epi32((int)((k - begin) / group)));
       __mmask16 words = lanes16((end - k) / per_lane);
-      for (uint32_t i = 0; i < outs; i++) {
+      for (uint32_t i = 0; i < n_out; i++) {
         const unsigned char *at = data + i * row_bytes + k * 4 / per_lane;
         _mm_prefetch((const char *)at + skipped * row_bytes, _MM_HINT_T0);
         __m512i values[4];
@@ -191,11 +192,11 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
       }
     }
   }
-  if (rows == 1 && outs == 4) {
+  if (rows == 1 && n_out == 4) {
     _mm_storeu_ps(ys[0] + y, reduce_4(sum));
     return;
   }
-  for (uint32_t i = 0; i < outs; i++)
+  for (uint32_t i = 0; i < n_out; i++)
     for (uint32_t r = 0; r < rows; r++)
       ys[r][y + i] = _mm512_reduce_add_ps(sum[i * rows + r]);
 }
@@ -204,13 +205,13 @@ BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layo
                            uint32_t group, const void *const *xs, uint32_t rows, uint32_t first,
                            uint32_t last, float *const *ys) {
   __m512i table = table_of(w, product);
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < rows; r++)
-    x[r] = zmoe_arranged_at((void *)xs[r], layout, w->ins);
-  const uint32_t outs = ZMOE_DOT_ROWS / rows;
+    x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
+  const uint32_t n_out = ZMOE_DOT_ROWS / rows;
   uint32_t o = first;
-  for (; o + outs <= last; o += outs)
-    dot_block(w, product, group, table, x, rows, outs, o, ys, o - first);
+  for (; o + n_out <= last; o += n_out)
+    dot_block(w, product, group, table, x, rows, n_out, o, ys, o - first);
   for (; o < last; o++)
     dot_block(w, product, group, table, x, rows, 1, o, ys, o - first);
 }
@@ -290,6 +291,6 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return layout;
 }
 
-const zmoe_kernels zmoe_kernels_avx512_bf16 = {layout_for, zmoe_avx512_arrange, dot,
-                                               zmoe_avx512_pack, zmoe_avx512_tile};
+const zmoe_kernels zmoe_kernels_avx512_bf16 = {layout_for, zmoe_avx512_pack_input, dot,
+                                               zmoe_avx512_pack_panel, zmoe_avx512_tile};
 #endif

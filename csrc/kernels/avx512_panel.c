@@ -1,10 +1,10 @@
-/* Many rows, AVX-512: weights into panels, and the product of panels. */
+/* GEMM, AVX-512: weights into panels, and the product of panels. */
 #if defined(__x86_64__)
 #include "avx512.h"
 
 #include <string.h>
 
-#include "team.h"
+#include "thread_pool.h"
 
 /* ---- transposing ---------------------------------------------------------------- */
 
@@ -36,15 +36,15 @@ AVX512_INLINE void transpose16(__m512i v[16]) {
 }
 
 /* Words [word, word + 16) of 16 outputs from `first` on, one register per word;
- * what lies beyond `outs` outputs or `words` words is zero. */
-AVX512_INLINE void load_words(const zmoe_weight *w, uint32_t first, uint32_t outs, size_t word,
+ * what lies beyond `n_out` outputs or `words` words is zero. */
+AVX512_INLINE void load_words(const zmoe_weight *w, uint32_t first, uint32_t n_out, size_t word,
                               uint32_t words, __m512i v[16]) {
   size_t row_bytes = zmoe_weight_row_bytes(w);
   const unsigned char *data = (const unsigned char *)w->data + first * row_bytes + word * 4;
   __mmask16 lanes = lanes16(words);
   for (uint32_t i = 0; i < 16; i++)
     v[i] =
-        i < outs ? _mm512_maskz_loadu_epi32(lanes, data + i * row_bytes) : _mm512_setzero_si512();
+        i < n_out ? _mm512_maskz_loadu_epi32(lanes, data + i * row_bytes) : _mm512_setzero_si512();
   transpose16(v);
 }
 
@@ -55,12 +55,12 @@ AVX512_INLINE void store_column(float *panel, uint32_t k, __m512 value) {
   _mm512_storeu_ps(panel + (size_t)k * ZMOE_PANEL, value);
 }
 
-AVX512 static void pack_f32(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+AVX512 static void pack_f32(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                             uint32_t k1, float *panel) {
   __m512i v[16];
   for (uint32_t k = k0; k < k1; k += 16) {
     uint32_t words = k1 - k < 16 ? k1 - k : 16;
-    load_words(w, first, outs, k, words, v);
+    load_words(w, first, n_out, k, words, v);
     for (uint32_t j = 0; j < words; j++)
       store_column(panel, k - k0 + j, _mm512_castsi512_ps(v[j]));
   }
@@ -80,12 +80,12 @@ AVX512_INLINE __m512 high_half(__m512i word, uint32_t format) {
 
 /* Two elements a word; rows of an odd length start in the middle of one, and
  * are left to the generic way. */
-AVX512_INLINE void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t first, uint32_t outs,
-                               uint32_t k0, uint32_t k1, float *panel) {
+AVX512_INLINE void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t first,
+                               uint32_t n_out, uint32_t k0, uint32_t k1, float *panel) {
   __m512i v[16];
   for (uint32_t k = k0; k < k1; k += 32) {
     uint32_t words = k1 - k < 32 ? (k1 - k) / 2 : 16;
-    load_words(w, first, outs, k / 2, words, v);
+    load_words(w, first, n_out, k / 2, words, v);
     for (uint32_t j = 0; j < words; j++) {
       store_column(panel, k - k0 + 2 * j, low_half(v[j], format));
       store_column(panel, k - k0 + 2 * j + 1, high_half(v[j], format));
@@ -93,21 +93,21 @@ AVX512_INLINE void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t f
   }
 }
 
-AVX512 static void pack_bf16(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+AVX512 static void pack_bf16(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                              uint32_t k1, float *panel) {
-  pack_halves(w, ZMOE_FORMAT_BF16, first, outs, k0, k1, panel);
+  pack_halves(w, ZMOE_FORMAT_BF16, first, n_out, k0, k1, panel);
 }
 
-AVX512 static void pack_f16(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+AVX512 static void pack_f16(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                             uint32_t k1, float *panel) {
-  pack_halves(w, ZMOE_FORMAT_F16, first, outs, k0, k1, panel);
+  pack_halves(w, ZMOE_FORMAT_F16, first, n_out, k0, k1, panel);
 }
 
 /* The scale and bias of 16 outputs for one group. */
-AVX512_INLINE void load_group(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t group,
+AVX512_INLINE void load_group(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t group,
                               __m512 *scale, __m512 *bias) {
   float scales[16] = {0}, biases[16] = {0};
-  for (uint32_t i = 0; i < outs; i++) {
+  for (uint32_t i = 0; i < n_out; i++) {
     const unsigned char *at = zmoe_row_scales(w, first + i);
     if (w->format == ZMOE_FORMAT_AFFINE) {
       scales[i] = load_scalar(at, group, (zmoe_dtype)w->scale_dtype);
@@ -121,7 +121,7 @@ AVX512_INLINE void load_group(const zmoe_weight *w, uint32_t first, uint32_t out
 }
 
 /* bits 4 (a table of values) or 8 (the codes themselves). */
-AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t first, uint32_t outs,
+AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t first, uint32_t n_out,
                               uint32_t k0, uint32_t k1, float *panel) {
   uint32_t per_word = 32 / bits;
   __m512 table = _mm512_loadu_ps(zmoe_code_values(w));
@@ -130,12 +130,12 @@ AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t firs
   uint32_t loaded = UINT32_MAX;
   for (uint32_t k = k0; k < k1; k += 16 * per_word) {
     uint32_t words = (k1 - k) / per_word < 16 ? (k1 - k) / per_word : 16;
-    load_words(w, first, outs, k / per_word, words, v);
+    load_words(w, first, n_out, k / per_word, words, v);
     for (uint32_t j = 0; j < words; j++) {
       uint32_t element = k + j * per_word;
       if (element / w->group != loaded) {
         loaded = element / w->group;
-        load_group(w, first, outs, loaded, &scale, &bias);
+        load_group(w, first, n_out, loaded, &scale, &bias);
       }
       for (uint32_t i = 0; i < per_word; i++) {
         __m512i code = _mm512_srli_epi32(v[j], i * bits);
@@ -149,21 +149,21 @@ AVX512_INLINE void pack_codes(const zmoe_weight *w, uint32_t bits, uint32_t firs
   }
 }
 
-AVX512 static void pack_codes4(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+AVX512 static void pack_codes4(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                                uint32_t k1, float *panel) {
-  pack_codes(w, 4, first, outs, k0, k1, panel);
+  pack_codes(w, 4, first, n_out, k0, k1, panel);
 }
 
-AVX512 static void pack_codes8(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+AVX512 static void pack_codes8(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                                uint32_t k1, float *panel) {
-  pack_codes(w, 8, first, outs, k0, k1, panel);
+  pack_codes(w, 8, first, n_out, k0, k1, panel);
 }
 
-typedef void pack_half(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+typedef void pack_half(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                        uint32_t k1, float *panel);
 
 static pack_half *packer_of(const zmoe_weight *w) {
-  int even = w->ins % 2 == 0;
+  int even = w->in_features % 2 == 0;
   switch (w->format) {
   case ZMOE_FORMAT_F32:
     return pack_f32;
@@ -179,11 +179,11 @@ static pack_half *packer_of(const zmoe_weight *w) {
   return NULL;
 }
 
-AVX512 void zmoe_avx512_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                             uint32_t k1, float *panel) {
+AVX512 void zmoe_avx512_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                                   uint32_t k1, float *panel) {
   pack_half *pack = packer_of(w);
   if (pack == NULL) {
-    zmoe_generic_pack(w, first, last, k0, k1, panel);
+    zmoe_generic_pack_panel(w, first, last, k0, k1, panel);
     return;
   }
   for (uint32_t half = 0; half < 2; half++) {

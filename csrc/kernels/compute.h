@@ -1,13 +1,13 @@
-/* zmoe: the large products of a CPU node, and the small operations between them.
+/* zmoe: the large matmuls of a CPU node, and the vector operations between them.
  *
- * MLX builds the graph; on a CPU its products are many times slower than the
- * memory, so they are done here.  Bottom up: team (a node's threads), weight
+ * MLX builds the graph; on a CPU its matmuls are many times slower than the
+ * memory, so they are done here.  Bottom up: thread pool (a node's threads), weight
  * (a matrix in the layout of its checkpoint, safetensors or MLX-quantised,
- * wherever it lies), linear and experts (all products of one input, or of one
+ * wherever it lies), linear and experts (all matmuls of one input, or of one
  * MoE layer, in one call), and the parts of a decoder layer in decoder.h.
  *
  * Return codes as in zmoe.h.  Nothing is allocated after the *_create and
- * zmoe_team_reserve calls.  A result never depends on the number of threads.
+ * zmoe_thread_pool_reserve calls.  A result never depends on the number of threads.
  */
 #ifndef ZMOE_COMPUTE_H
 #define ZMOE_COMPUTE_H
@@ -19,23 +19,23 @@
 #define ZMOE_MAX_COLUMNS 131072 /* of a weight */
 #define ZMOE_ROW_BLOCK 128      /* rows of x that are worked on at a time */
 
-/* ---- team: the threads of a node, the caller being the first ---------------
+/* ---- thread pool: the threads of a node, the caller being the first ---------------
  * One caller at a time.  A thread that waits, for the next call or within one,
  * spins for `spin_us`, then sleeps. */
 
-typedef struct zmoe_team zmoe_team;
+typedef struct zmoe_thread_pool zmoe_thread_pool;
 
 /* `cores[i]` is where thread i stays, -1 for anywhere; NULL pins none.  The
  * caller, thread 0, is never pinned. */
-int zmoe_team_create(uint32_t threads, const int32_t *cores, uint32_t spin_us, zmoe_isa isa,
-                     zmoe_team **out);
-void zmoe_team_destroy(zmoe_team *team);
+int zmoe_thread_pool_create(uint32_t threads, const int32_t *cores, uint32_t spin_us, zmoe_isa isa,
+                            zmoe_thread_pool **out);
+void zmoe_thread_pool_destroy(zmoe_thread_pool *pool);
 /* Make room for calls that need up to `bytes` of working memory. */
-int zmoe_team_reserve(zmoe_team *team, size_t bytes);
-/* Nanoseconds that the products of this team have taken, all told. */
-uint64_t zmoe_team_products_ns(const zmoe_team *team);
+int zmoe_thread_pool_reserve(zmoe_thread_pool *pool, size_t bytes);
+/* Nanoseconds that the matmuls of this thread pool have taken, all told. */
+uint64_t zmoe_thread_pool_matmul_ns(const zmoe_thread_pool *pool);
 
-/* ---- weight: one matrix, (outs, ins), row-major ---------------------------- */
+/* ---- weight: one matrix, (out_features, in_features), row-major ---------------------------- */
 
 typedef enum zmoe_format {
   ZMOE_FORMAT_F32 = 0,
@@ -49,10 +49,10 @@ typedef enum zmoe_format {
 
 typedef struct zmoe_weight {
   const void *data;   /* floats, or MLX's packed words; any alignment */
-  const void *scales; /* (outs, ins / group): floats for affine, else bytes */
+  const void *scales; /* (out_features, in_features / group): floats for affine, else bytes */
   const void *biases; /* affine: like scales */
-  const void *bias;   /* (outs), added to the product; or NULL */
-  uint32_t outs, ins;
+  const void *bias;   /* (out_features), added to the matmul; or NULL */
+  uint32_t out_features, in_features;
   uint32_t format;      /* zmoe_format */
   uint32_t bits, group; /* quantised formats; 0 otherwise */
   uint32_t scale_dtype; /* zmoe_dtype of an affine weight's scales and biases */
@@ -67,20 +67,20 @@ size_t zmoe_weight_scale_bytes(const zmoe_weight *weight);
 /* Row `row` in f32, by plain C: what every kernel must agree with. */
 int zmoe_weight_decode(const zmoe_weight *weight, uint32_t row, float *out);
 
-/* ---- products ---------------------------------------------------------------- */
+/* ---- matmuls ---------------------------------------------------------------- */
 
 typedef enum zmoe_precision {
   ZMOE_EXACT = 0, /* x as it is, f32 sums */
   ZMOE_INT8 = 1,  /* x in 8 bits per 32 elements where the weight is quantised */
 } zmoe_precision;
 
-/* ys[i] (rows, outs_i) = x (rows, ins) * weights[i]^T + bias_i, rows of ys[i]
- * `strides[i]` elements apart.  All weights have the same `ins`. */
-int zmoe_linear(zmoe_team *team, const zmoe_weight *const *weights, uint32_t n_weights,
+/* ys[i] (rows, outs_i) = x (rows, in_features) * weights[i]^T + bias_i, rows of ys[i]
+ * `strides[i]` elements apart.  All weights have the same `in_features`. */
+int zmoe_linear(zmoe_thread_pool *pool, const zmoe_weight *const *weights, uint32_t n_weights,
                 const void *x, zmoe_dtype x_dtype, uint32_t rows, void *const *ys,
                 const size_t *strides, zmoe_dtype y_dtype, zmoe_precision precision);
-/* Working memory that zmoe_linear needs for weights as wide as `ins`. */
-size_t zmoe_linear_scratch(uint32_t ins);
+/* Working memory that zmoe_linear needs for weights as wide as `in_features`. */
+size_t zmoe_linear_scratch(uint32_t in_features);
 
 typedef enum zmoe_activation {
   ZMOE_SILU = 0,           /* silu(gate) * up */
@@ -106,12 +106,12 @@ typedef struct zmoe_expert_layer {
  * output; with pair_weights, out (rows, width) = per row the weighted sum in the
  * order of the experts' numbers, zeros for a row without; with pair_weights NULL, out
  * (n_pairs, width) = the outputs themselves. */
-int zmoe_experts(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, zmoe_dtype x_dtype,
-                 uint32_t rows, const int32_t *pair_rows, const int32_t *pair_experts,
-                 const float *pair_weights, uint32_t n_pairs, void *out, zmoe_dtype out_dtype,
-                 zmoe_precision precision);
-/* out (n_pairs, outs) = weights[expert] x[row] + bias: one matrix of experts alone. */
-int zmoe_gather_linear(zmoe_team *team, const zmoe_weight *weights, uint32_t n_experts,
+int zmoe_experts(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, const void *x,
+                 zmoe_dtype x_dtype, uint32_t rows, const int32_t *pair_rows,
+                 const int32_t *pair_experts, const float *pair_weights, uint32_t n_pairs,
+                 void *out, zmoe_dtype out_dtype, zmoe_precision precision);
+/* out (n_pairs, out_features) = weights[expert] x[row] + bias: one matrix of experts alone. */
+int zmoe_gather_linear(zmoe_thread_pool *pool, const zmoe_weight *weights, uint32_t n_experts,
                        const void *x, zmoe_dtype x_dtype, uint32_t rows, const int32_t *pair_rows,
                        const int32_t *pair_experts, uint32_t n_pairs, void *out,
                        zmoe_dtype out_dtype, zmoe_precision precision);

@@ -4,7 +4,7 @@
  * positions, a cache of keys and values): what MLX would do in some thirty
  * small operations per layer is one call before the experts (attention), one
  * for the router, and the sums in between.  The residual stream `h` stays f32;
- * what goes into a product is rounded to the model's own type, as MLX has it.
+ * what goes into a matmul is rounded to the model's own type, as MLX has it.
  * A call that fails has changed nothing.
  */
 #ifndef ZMOE_DECODER_H
@@ -29,8 +29,8 @@ typedef struct zmoe_norm {
 } zmoe_norm;
 
 /* out (rows, width) of `out_dtype` = norm(x (rows, width)). */
-int zmoe_norm_rows(zmoe_team *team, const zmoe_norm *norm, const float *x, uint32_t rows, void *out,
-                   zmoe_dtype out_dtype);
+int zmoe_norm_rows(zmoe_thread_pool *pool, const zmoe_norm *norm, const float *x, uint32_t rows,
+                   void *out, zmoe_dtype out_dtype);
 
 /* ---- attention ------------------------------------------------------------------ */
 
@@ -48,7 +48,7 @@ typedef struct zmoe_attention {
   uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
   uint32_t window;           /* a row sees that many keys at most, itself included; 0: all */
-  uint32_t dtype;            /* zmoe_dtype of what goes into products, and of the cache */
+  uint32_t dtype;            /* zmoe_dtype of what goes into matmuls, and of the cache */
 } zmoe_attention;
 
 /* Keys and values (kv_heads, capacity, head_dim) of `dtype`; `length` are filled. */
@@ -61,9 +61,9 @@ typedef struct zmoe_kv_cache {
  * cache.  cosines and sines (rows, rope_dims / 2) are those of the rows'
  * positions, times the factor of scaled rotations where there is one; unused
  * without rope_dims.  ZMOE_EINVAL when the cache has no room. */
-int zmoe_attention_step(zmoe_team *team, const zmoe_attention *attention, zmoe_kv_cache *cache,
-                        const float *cosines, const float *sines, uint32_t rows, float *h,
-                        zmoe_precision precision);
+int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
+                        zmoe_kv_cache *cache, const float *cosines, const float *sines,
+                        uint32_t rows, float *h, zmoe_precision precision);
 /* Working memory of it, for up to `keys` keys in the cache. */
 size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
 
@@ -87,8 +87,8 @@ typedef struct zmoe_router {
 
 /* x (rows, width) of `x_dtype` = norm(h); ids, weights (rows, top_k): the experts of
  * each row, best first (the lower id where two are equal), and their weights. */
-int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint32_t rows, void *x,
-               zmoe_dtype x_dtype, int32_t *ids, float *weights);
+int zmoe_route(zmoe_thread_pool *pool, const zmoe_router *router, const float *h, uint32_t rows,
+               void *x, zmoe_dtype x_dtype, int32_t *ids, float *weights);
 size_t zmoe_route_scratch(const zmoe_router *router);
 
 /* Pairs (row, expert), ordered by row; room for rows * top_k of each. */

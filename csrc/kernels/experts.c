@@ -1,4 +1,4 @@
-/* All products of a node's experts in one layer, in one call: which pairs, in what
+/* All matmuls of a node's experts in one layer, in one call: which pairs, in what
  * order, and the memory for them. */
 #include "experts.h"
 #include "activation.h"
@@ -42,26 +42,27 @@ static void sort_pairs(struct zmoe_experts_job *job, const int32_t *pair_experts
     job->order[starts[pair_experts[job->first_pair + i]]++] = i;
 }
 
-/* All but the arrangements, whose layouts depend on the groups. */
-static int take_scratch(zmoe_team *team, struct zmoe_experts_job *job, uint32_t **starts) {
+/* All but the packings, whose layouts depend on the groups. */
+static int take_scratch(zmoe_thread_pool *pool, struct zmoe_experts_job *job, uint32_t **starts) {
   size_t pairs = job->n_pairs, rows = job->rows, experts = job->layer->experts;
   size_t middle = job->layer->down == NULL ? 0 : pairs * job->hidden;
-  size_t copies = zmoe_is_plain(job->x, job->x_dtype) ? 0 : rows * job->layer->up->ins;
-  *starts = zmoe_team_scratch(team, (experts + 1) * sizeof **starts);
-  job->groups = zmoe_team_scratch(team, experts * sizeof *job->groups);
-  job->order = zmoe_team_scratch(team, pairs * sizeof *job->order);
-  job->x_arranged = zmoe_team_scratch(team, rows * sizeof *job->x_arranged);
-  job->in.plain = zmoe_team_scratch(team, pairs * sizeof *job->in.plain);
-  job->in.arranged = zmoe_team_scratch(team, pairs * sizeof *job->in.arranged);
-  job->mid.plain = zmoe_team_scratch(team, pairs * sizeof *job->mid.plain);
-  job->mid.arranged = zmoe_team_scratch(team, pairs * sizeof *job->mid.arranged);
-  job->copies = zmoe_team_scratch(team, copies * sizeof *job->copies);
-  job->activations = zmoe_team_scratch(team, middle * sizeof *job->activations);
-  job->mid_infinite = zmoe_team_scratch(team, pairs);
-  job->per_thread = zmoe_team_scratch(team, (size_t)ZMOE_EXPERTS_THREAD * zmoe_team_threads(team));
-  if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_arranged == NULL ||
-      job->in.plain == NULL || job->in.arranged == NULL || job->mid.plain == NULL ||
-      job->mid.arranged == NULL || job->copies == NULL || job->activations == NULL ||
+  size_t copies = zmoe_is_plain(job->x, job->x_dtype) ? 0 : rows * job->layer->up->in_features;
+  *starts = zmoe_thread_pool_scratch(pool, (experts + 1) * sizeof **starts);
+  job->groups = zmoe_thread_pool_scratch(pool, experts * sizeof *job->groups);
+  job->order = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->order);
+  job->x_packed = zmoe_thread_pool_scratch(pool, rows * sizeof *job->x_packed);
+  job->in.plain = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->in.plain);
+  job->in.packed = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->in.packed);
+  job->mid.plain = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->mid.plain);
+  job->mid.packed = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->mid.packed);
+  job->copies = zmoe_thread_pool_scratch(pool, copies * sizeof *job->copies);
+  job->activations = zmoe_thread_pool_scratch(pool, middle * sizeof *job->activations);
+  job->mid_infinite = zmoe_thread_pool_scratch(pool, pairs);
+  job->per_thread =
+      zmoe_thread_pool_scratch(pool, (size_t)ZMOE_EXPERTS_THREAD * zmoe_thread_pool_threads(pool));
+  if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_packed == NULL ||
+      job->in.plain == NULL || job->in.packed == NULL || job->mid.plain == NULL ||
+      job->mid.packed == NULL || job->copies == NULL || job->activations == NULL ||
       job->mid_infinite == NULL || job->per_thread == NULL)
     return ZMOE_ENOMEM;
   return ZMOE_OK;
@@ -70,20 +71,20 @@ static int take_scratch(zmoe_team *team, struct zmoe_experts_job *job, uint32_t 
 /* Whether there is a group of pairs that takes x in `layout`. */
 static int is_used(const struct zmoe_experts_job *job, zmoe_layout layout) {
   for (uint32_t g = 0; g < job->n_groups; g++)
-    if (job->groups[g].end - job->groups[g].begin <= zmoe_few_rows(layout))
+    if (job->groups[g].end - job->groups[g].begin <= zmoe_gemv_rows(layout))
       return 1;
   return 0;
 }
 
 /* Room for `rows` rows in the layout that the kernels want for `w`. */
-static int take_arranged(zmoe_team *team, const struct zmoe_experts_job *job, const zmoe_weight *w,
-                         uint32_t rows, zmoe_layout *layout, void **to) {
+static int take_packed(zmoe_thread_pool *pool, const struct zmoe_experts_job *job,
+                       const zmoe_weight *w, uint32_t rows, zmoe_layout *layout, void **to) {
   /* What MLX would round to the type of x, activations too, may be rounded to it. */
   *layout = job->kernels->layout(w, job->x_dtype, job->precision);
   if (!is_used(job, *layout))
     *layout = ZMOE_LAYOUT_PLAIN;
-  size_t bytes = zmoe_round_up(zmoe_arranged_bytes(*layout, w->ins), 64);
-  unsigned char *memory = zmoe_team_scratch(team, rows * bytes);
+  size_t bytes = zmoe_round_up(zmoe_packed_bytes(*layout, w->in_features), 64);
+  unsigned char *memory = zmoe_thread_pool_scratch(pool, rows * bytes);
   for (uint32_t r = 0; r < rows && memory != NULL; r++)
     to[r] = memory + r * bytes;
   return memory != NULL ? ZMOE_OK : ZMOE_ENOMEM;
@@ -93,49 +94,50 @@ static int same_layout(const zmoe_weight *a, const zmoe_weight *b) {
   return b == NULL || (a->format == b->format && a->bits == b->bits && a->group == b->group);
 }
 
-static int plan_layouts(zmoe_team *team, struct zmoe_experts_job *job) {
+static int plan_layouts(zmoe_thread_pool *pool, struct zmoe_experts_job *job) {
   const zmoe_expert_layer *layer = job->layer;
   job->in.layout = job->mid.layout = ZMOE_LAYOUT_PLAIN;
   int status = ZMOE_OK;
   if (same_layout(layer->up, layer->gate))
-    status = take_arranged(team, job, layer->up, job->rows, &job->in.layout, job->x_arranged);
+    status = take_packed(pool, job, layer->up, job->rows, &job->in.layout, job->x_packed);
   if (status == ZMOE_OK && layer->down != NULL)
-    status =
-        take_arranged(team, job, layer->down, job->n_pairs, &job->mid.layout, job->mid.arranged);
+    status = take_packed(pool, job, layer->down, job->n_pairs, &job->mid.layout, job->mid.packed);
   return status;
 }
 
 static void point_to_rows(struct zmoe_experts_job *job) {
-  uint32_t ins = job->layer->up->ins;
+  uint32_t in_features = job->layer->up->in_features;
   for (uint32_t i = 0; i < job->n_pairs; i++) {
     uint32_t row = (uint32_t)job->pair_rows[job->first_pair + job->order[i]] - job->first_row;
-    job->in.plain[i] = zmoe_plain_row(job->x, job->x_dtype, row, ins, job->copies);
-    job->in.arranged[i] = job->x_arranged[row];
+    job->in.plain[i] = zmoe_plain_row(job->x, job->x_dtype, row, in_features, job->copies);
+    job->in.packed[i] = job->x_packed[row];
     job->mid.plain[i] = job->activations + (size_t)i * job->hidden;
   }
 }
 
-static int run_block(zmoe_team *team, struct zmoe_experts_job *job, const int32_t *pair_experts) {
-  size_t mark = zmoe_team_mark(team);
+static int run_block(zmoe_thread_pool *pool, struct zmoe_experts_job *job,
+                     const int32_t *pair_experts) {
+  size_t mark = zmoe_thread_pool_mark(pool);
   uint32_t *starts;
-  int status = take_scratch(team, job, &starts);
+  int status = take_scratch(pool, job, &starts);
   if (status == ZMOE_OK) {
     sort_pairs(job, pair_experts, starts);
-    status = plan_layouts(team, job);
+    status = plan_layouts(pool, job);
   }
   if (status == ZMOE_OK) {
     point_to_rows(job);
-    zmoe_team_multiply(team, job->layer->down != NULL ? zmoe_experts_work : zmoe_gather_work, job);
+    zmoe_thread_pool_run_matmul(
+        pool, job->layer->down != NULL ? zmoe_experts_work : zmoe_gather_work, job);
   }
-  zmoe_team_release(team, mark);
+  zmoe_thread_pool_release(pool, mark);
   return status;
 }
 
-static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, zmoe_dtype x_dtype,
-               uint32_t rows, const int32_t *pair_rows, const int32_t *pair_experts,
-               const float *pair_weights, uint32_t n_pairs, void *out, zmoe_dtype out_dtype,
-               zmoe_precision precision) {
-  size_t row_bytes = (size_t)layer->up->ins * zmoe_dtype_bytes(x_dtype);
+static int run(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, const void *x,
+               zmoe_dtype x_dtype, uint32_t rows, const int32_t *pair_rows,
+               const int32_t *pair_experts, const float *pair_weights, uint32_t n_pairs, void *out,
+               zmoe_dtype out_dtype, zmoe_precision precision) {
+  size_t row_bytes = (size_t)layer->up->in_features * zmoe_dtype_bytes(x_dtype);
   if (row_bytes == 0 || zmoe_dtype_bytes(out_dtype) == 0 ||
       !pairs_are_valid(pair_rows, pair_experts, n_pairs, rows, layer->experts))
     return ZMOE_EINVAL;
@@ -146,9 +148,9 @@ static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, z
     while (pair_end < n_pairs && (uint32_t)pair_rows[pair_end] < end)
       pair_end++;
     struct zmoe_experts_job job = {
-        .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
-        .isa = zmoe_team_isa(team),
-        .threads = zmoe_team_threads(team),
+        .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
+        .isa = zmoe_thread_pool_isa(pool),
+        .threads = zmoe_thread_pool_threads(pool),
         .layer = layer,
         .precision = precision,
         .x = (const unsigned char *)x + first * row_bytes,
@@ -156,15 +158,15 @@ static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, z
         .out_dtype = out_dtype,
         .rows = end - first,
         .n_pairs = pair_end - pair,
-        .width = layer->down != NULL ? layer->down->outs : 0,
-        .hidden = layer->up->outs,
+        .width = layer->down != NULL ? layer->down->out_features : 0,
+        .hidden = layer->up->out_features,
         .pair_rows = pair_rows,
         .pair_weights = pair_weights,
         .first_pair = pair,
         .first_row = first,
         .out = out,
     };
-    int status = run_block(team, &job, pair_experts);
+    int status = run_block(pool, &job, pair_experts);
     if (status != ZMOE_OK)
       return status;
     pair = pair_end;
@@ -172,31 +174,31 @@ static int run(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, z
   return ZMOE_OK;
 }
 
-int zmoe_experts(zmoe_team *team, const zmoe_expert_layer *layer, const void *x, zmoe_dtype x_dtype,
-                 uint32_t rows, const int32_t *pair_rows, const int32_t *pair_experts,
-                 const float *pair_weights, uint32_t n_pairs, void *out, zmoe_dtype out_dtype,
-                 zmoe_precision precision) {
+int zmoe_experts(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, const void *x,
+                 zmoe_dtype x_dtype, uint32_t rows, const int32_t *pair_rows,
+                 const int32_t *pair_experts, const float *pair_weights, uint32_t n_pairs,
+                 void *out, zmoe_dtype out_dtype, zmoe_precision precision) {
   if (layer->activation > ZMOE_GELU_TANH_ONLY || layer->experts == 0 ||
       zmoe_activation_has_gate(layer->activation) != (layer->gate != NULL) ||
-      layer->down->ins != layer->up->outs)
+      layer->down->in_features != layer->up->out_features)
     return ZMOE_EINVAL;
-  return run(team, layer, x, x_dtype, rows, pair_rows, pair_experts, pair_weights, n_pairs, out,
+  return run(pool, layer, x, x_dtype, rows, pair_rows, pair_experts, pair_weights, n_pairs, out,
              out_dtype, precision);
 }
 
-int zmoe_gather_linear(zmoe_team *team, const zmoe_weight *weights, uint32_t n_experts,
+int zmoe_gather_linear(zmoe_thread_pool *pool, const zmoe_weight *weights, uint32_t n_experts,
                        const void *x, zmoe_dtype x_dtype, uint32_t rows, const int32_t *pair_rows,
                        const int32_t *pair_experts, uint32_t n_pairs, void *out,
                        zmoe_dtype out_dtype, zmoe_precision precision) {
   const zmoe_expert_layer layer = {.up = weights, .experts = n_experts};
-  return run(team, &layer, x, x_dtype, rows, pair_rows, pair_experts, NULL, n_pairs, out, out_dtype,
+  return run(pool, &layer, x, x_dtype, rows, pair_rows, pair_experts, NULL, n_pairs, out, out_dtype,
              precision);
 }
 
 size_t zmoe_experts_scratch(uint32_t width, uint32_t hidden, uint32_t pairs_per_row) {
   size_t pairs = (size_t)ZMOE_ROW_BLOCK * pairs_per_row;
-  size_t x_bytes = zmoe_arranged_most(width) + 64;
-  size_t mid_bytes = zmoe_arranged_most(hidden) + 64;
+  size_t x_bytes = zmoe_packed_most(width) + 64;
+  size_t mid_bytes = zmoe_packed_most(hidden) + 64;
   return ZMOE_ROW_BLOCK * (width * sizeof(float) + x_bytes + 64) +
          pairs * (hidden * sizeof(float) + mid_bytes + 64);
 }

@@ -3,7 +3,7 @@
 #ifndef ZMOE_EXPERTS_H
 #define ZMOE_EXPERTS_H
 
-#include "product.h"
+#include "matmul.h"
 
 /* The pairs of one expert: [begin, end) of the sorted ones. */
 struct zmoe_group {
@@ -24,7 +24,7 @@ struct zmoe_experts_job {
   uint32_t first_pair, first_row; /* of this block */
   uint32_t *order;                /* [n_pairs]: pairs by expert, then as given */
   struct zmoe_group *groups;
-  void **x_arranged; /* [rows] */
+  void **x_packed; /* [rows] */
   float *copies;
   zmoe_rows in, mid; /* [n_pairs], sorted: x of each pair; its activation */
   float *activations;
@@ -38,6 +38,6 @@ struct zmoe_experts_job {
 enum { ZMOE_EXPERTS_THREAD = ZMOE_PANEL_BYTES + 3 * ZMOE_SUMS * 4 };
 
 /* Gate, up, activation, down, weighted and summed; or `up` alone, stored as it is. */
-zmoe_team_fn zmoe_experts_work, zmoe_gather_work;
+zmoe_thread_fn zmoe_experts_work, zmoe_gather_work;
 
 #endif

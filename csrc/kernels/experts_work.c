@@ -1,8 +1,8 @@
-/* The products of a node's experts in one layer.
+/* The matmuls of a node's experts in one layer.
  *
  * The pairs (row, expert) are sorted by expert, so that each weight is read
  * once.  Stage by stage, all threads together: take the rows; gate, up and the
- * activation; arrange what comes out; down, weighted and summed per row in the
+ * activation; pack what comes out; down, weighted and summed per row in the
  * order of the experts.  A task is one panel of outputs of one expert, or, in
  * the last stage, of all experts, so that no two threads add to one sum. */
 #include "activation.h"
@@ -13,34 +13,34 @@
 /* ---- stages ---------------------------------------------------------------- */
 
 /* 0 for a row that no layout can hold. */
-static int arrange_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
-                       const float *x, void *to) {
+static int pack_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
+                    const float *x, void *to) {
   if (layout == ZMOE_LAYOUT_PLAIN)
     return 1;
-  int finite = zmoe_is_finite(x, w->ins);
+  int finite = zmoe_is_finite(x, w->in_features);
   if (finite)
-    kernels->arrange(layout, w, x, to);
+    kernels->pack_input(layout, w, x, to);
   return finite;
 }
 
 static void take_rows(struct zmoe_experts_job *job) {
   const zmoe_weight *w = job->layer->up;
   for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
-    zmoe_widen(job->x, job->x_dtype, r, w->ins, job->copies, job->isa);
-    const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->ins, job->copies);
-    if (!arrange_row(job->kernels, job->in.layout, w, x, job->x_arranged[r]))
+    zmoe_widen(job->x, job->x_dtype, r, w->in_features, job->copies, job->isa);
+    const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->in_features, job->copies);
+    if (!pack_row(job->kernels, job->in.layout, w, x, job->x_packed[r]))
       atomic_store(&job->infinite, 1);
   }
 }
 
-static void product(const struct zmoe_experts_job *job, int infinite, const zmoe_weight *w,
-                    const zmoe_rows *x, const struct zmoe_group *group, uint32_t first,
-                    float *panel, float *sums) {
-  uint32_t last = zmoe_panel_end(first, w->outs);
+static void matmul(const struct zmoe_experts_job *job, int infinite, const zmoe_weight *w,
+                   const zmoe_rows *x, const struct zmoe_group *group, uint32_t first, float *panel,
+                   float *sums) {
+  uint32_t last = zmoe_panel_end(first, w->out_features);
   zmoe_rows rows = *x;
   if (infinite)
     rows.layout = ZMOE_LAYOUT_PLAIN;
-  zmoe_product(job->kernels, w, &rows, group->begin, group->end, first, last, panel, sums);
+  zmoe_matmul(job->kernels, w, &rows, group->begin, group->end, first, last, panel, sums);
   zmoe_add_bias(w, group->end - group->begin, first, last, sums);
 }
 
@@ -49,9 +49,9 @@ static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group
   const zmoe_expert_layer *layer = job->layer;
   float *panel = scratch, *up = scratch + ZMOE_PANEL_BYTES / 4, *gate = up + ZMOE_SUMS;
   int infinite = atomic_load(&job->infinite);
-  product(job, infinite, &layer->up[group->expert], &job->in, group, first, panel, up);
+  matmul(job, infinite, &layer->up[group->expert], &job->in, group, first, panel, up);
   if (layer->gate != NULL)
-    product(job, infinite, &layer->gate[group->expert], &job->in, group, first, panel, gate);
+    matmul(job, infinite, &layer->gate[group->expert], &job->in, group, first, panel, gate);
   uint32_t count = zmoe_panel_end(first, job->hidden) - first;
   for (uint32_t i = group->begin; i < group->end; i++) {
     size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
@@ -71,13 +71,13 @@ static void activate(struct zmoe_experts_job *job, float *scratch) {
     activate_panel(job, &job->groups[task / panels], task % panels * ZMOE_PANEL, scratch);
 }
 
-static void arrange_activations(struct zmoe_experts_job *job) {
+static void pack_activations(struct zmoe_experts_job *job) {
   for (uint32_t i; (i = zmoe_take(&job->mid_tasks)) < job->n_pairs;)
-    job->mid_infinite[i] = !arrange_row(job->kernels, job->mid.layout, job->layer->down,
-                                        job->mid.plain[i], job->mid.arranged[i]);
+    job->mid_infinite[i] = !pack_row(job->kernels, job->mid.layout, job->layer->down,
+                                     job->mid.plain[i], job->mid.packed[i]);
 }
 
-/* Of one expert: what another makes of a row must not change its own products. */
+/* Of one expert: what another makes of a row must not change its own matmuls. */
 static int is_mid_infinite(const struct zmoe_experts_job *job, const struct zmoe_group *group) {
   int found = 0;
   for (uint32_t i = group->begin; i < group->end && job->mid.layout != ZMOE_LAYOUT_PLAIN; i++)
@@ -120,8 +120,8 @@ static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
     memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
     for (uint32_t g = 0; g < job->n_groups; g++) {
       const struct zmoe_group *group = &job->groups[g];
-      product(job, is_mid_infinite(job, group), &job->layer->down[group->expert], &job->mid, group,
-              first, panel, sums);
+      matmul(job, is_mid_infinite(job, group), &job->layer->down[group->expert], &job->mid, group,
+             first, panel, sums);
       if (job->pair_weights == NULL)
         store_pairs(job, group, job->width, first, sums);
       else
@@ -133,33 +133,33 @@ static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
   }
 }
 
-void zmoe_experts_work(zmoe_team *team, void *argument, uint32_t thread) {
+void zmoe_experts_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   struct zmoe_experts_job *job = argument;
   float *scratch = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
   take_rows(job);
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   activate(job, scratch);
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   if (job->mid.layout != ZMOE_LAYOUT_PLAIN) {
-    arrange_activations(job);
-    zmoe_team_barrier(team);
+    pack_activations(job);
+    zmoe_thread_pool_barrier(pool);
   }
   sum_experts(job, scratch);
 }
 
-/* One matrix of the experts alone: `up`, its products stored as they are. */
-void zmoe_gather_work(zmoe_team *team, void *argument, uint32_t thread) {
+/* One matrix of the experts alone: `up`, its matmuls stored as they are. */
+void zmoe_gather_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   struct zmoe_experts_job *job = argument;
   float *panel = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
   float *sums = panel + ZMOE_PANEL_BYTES / 4;
   take_rows(job);
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   int infinite = atomic_load(&job->infinite);
   uint32_t panels = zmoe_panels(job->hidden);
   for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;) {
     const struct zmoe_group *group = &job->groups[task / panels];
     uint32_t first = task % panels * ZMOE_PANEL;
-    product(job, infinite, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
+    matmul(job, infinite, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
     store_pairs(job, group, job->hidden, first, sums);
   }
 }

@@ -7,7 +7,7 @@
 
 enum { CHUNK = 512, LANES = 16 };
 
-/* ---- few rows ------------------------------------------------------------------ */
+/* ---- GEMV ------------------------------------------------------------------------- */
 
 static float dot_plain(const float *restrict a, const float *restrict b, uint32_t count) {
   float lanes[LANES] = {0}, sum = 0;
@@ -28,8 +28,8 @@ void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *cons
   float decoded[CHUNK];
   for (uint32_t o = first; o < last; o++) {
     float sums[ZMOE_DOT_ROWS] = {0};
-    for (uint32_t k = 0; k < w->ins; k += CHUNK) {
-      uint32_t end = w->ins - k < CHUNK ? w->ins : k + CHUNK;
+    for (uint32_t k = 0; k < w->in_features; k += CHUNK) {
+      uint32_t end = w->in_features - k < CHUNK ? w->in_features : k + CHUNK;
       zmoe_decode_range(w, o, k, end, decoded);
       for (uint32_t r = 0; r < rows; r++)
         sums[r] += dot_plain(decoded, (const float *)xs[r] + k, end - k);
@@ -39,10 +39,10 @@ void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *cons
   }
 }
 
-/* ---- many rows ----------------------------------------------------------------- */
+/* ---- GEMM ------------------------------------------------------------------------- */
 
-void zmoe_generic_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                       uint32_t k1, float *panel) {
+void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                             uint32_t k1, float *panel) {
   float decoded[ZMOE_DEPTH];
   uint32_t depth = k1 - k0;
   if (last - first < ZMOE_PANEL)
@@ -72,5 +72,5 @@ static zmoe_layout plain_layout(const zmoe_weight *w, zmoe_dtype x_dtype,
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_arrange, zmoe_generic_dot,
-                                           zmoe_generic_pack, generic_tile};
+const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_pack_input, zmoe_generic_dot,
+                                           zmoe_generic_pack_panel, generic_tile};

@@ -1,13 +1,13 @@
 /* The inner loops, once per instruction set.
  *
- * Two ways to a product.  For a few rows of x, `dot`: every weight is decoded
+ * Two ways to a matmul.  For a few rows of x, `dot`: every weight is decoded
  * into registers once and multiplied with each row; it runs at the speed of the
  * memory.  For many rows, `pack` decodes ZMOE_PANEL rows of the weight into f32,
  * transposed, and `tile` multiplies that with all rows of x; it runs at the
  * speed of the multipliers.
  *
  * `dot` wants x in a layout of its own, where neighbours in a register are what
- * one instruction decodes.  Arranged once per row, it serves all outputs. */
+ * one instruction decodes.  Packed once per row, it serves all outputs. */
 #ifndef ZMOE_KERNELS_H
 #define ZMOE_KERNELS_H
 
@@ -36,7 +36,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_CODES8_INT8,
 } zmoe_layout;
 
-/* An arranged row: the sums of x per group, which an affine weight's biases
+/* A packed row: the sums of x per group, which an affine weight's biases
  * multiply, what the integer layouts add, and the elements, padded with zeros
  * to a whole block of ZMOE_BLOCK.
  *
@@ -50,30 +50,30 @@ typedef enum zmoe_layout {
 enum { ZMOE_BLOCK = 128, ZMOE_INT_GROUP = 32 };
 enum { ZMOE_CENTRE4 = 8, ZMOE_CENTRE8 = 128, ZMOE_CENTRE_FP4 = 12 };
 
-typedef struct zmoe_arranged {
-  float *sums;      /* ceil16(ins / group) */
+typedef struct zmoe_packed {
+  float *sums;      /* ceil16(in_features / group) */
   float *scales;    /* 8 bits: one per register lane, 16 a block of codes; 22 bits: like sums */
   int32_t *offsets; /* 8 bits: like scales */
   float *rests;     /* 22 bits: like sums */
   void *elements;
-} zmoe_arranged;
+} zmoe_packed;
 
 int zmoe_layout_is_integer(zmoe_layout layout);
-size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins);
-size_t zmoe_arranged_most(uint32_t ins); /* in any layout */
-zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins);
+size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features);
+size_t zmoe_packed_most(uint32_t in_features); /* in any layout */
+zmoe_packed zmoe_packed_at(void *row, zmoe_layout layout, uint32_t in_features);
 
 typedef struct zmoe_kernels {
   zmoe_layout (*layout)(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision);
-  /* x (w->ins) f32 into `row`.  Whatever is not finite is found before. */
-  void (*arrange)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+  /* x (w->in_features) f32 into `row`.  Whatever is not finite is found before. */
+  void (*pack_input)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
   /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), r < rows <= ZMOE_DOT_ROWS. */
   void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
               uint32_t first, uint32_t last, float *const *ys);
   /* panel[k - k0][o - first] = w[o][k] for o in [first, last), k in [k0, k1);
    * outputs beyond `last`, up to ZMOE_PANEL, are zeros. */
-  void (*pack)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
-               float *panel);
+  void (*pack_panel)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
+                     float *panel);
   /* sums[r][o] (+)= sum over k < depth of xs[r][k] * panel[k][o]; `add` 0: from zero. */
   void (*tile)(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
                float *sums, int add);
@@ -111,11 +111,11 @@ extern const zmoe_kernels zmoe_kernels_neon_bf16;
 #endif
 
 /* Every layout; the one place that knows their orders. */
-void zmoe_generic_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
 /* The parts of `generic` that others fall back to. */
 void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
                       uint32_t rows, uint32_t first, uint32_t last, float *const *ys);
-void zmoe_generic_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                       uint32_t k1, float *panel);
+void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                             uint32_t k1, float *panel);
 
 #endif

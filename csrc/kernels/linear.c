@@ -1,13 +1,13 @@
-/* All products of one input, in one call. */
-#include "product.h"
+/* All matmuls of one input, in one call. */
+#include "matmul.h"
 
 #include <string.h>
 
 #include "compute.h"
 #include "weight.h"
 
-/* x arranged in one way, which several weights may share. */
-struct arrangement {
+/* x packed in one way, which several weights may share. */
+struct packing {
   zmoe_layout layout;
   const zmoe_weight *like;
   void **rows; /* [rows] */
@@ -20,14 +20,14 @@ struct linear {
   const zmoe_weight *const *weights;
   const void *x;
   zmoe_dtype x_dtype, y_dtype;
-  uint32_t rows, ins;
+  uint32_t rows, in_features;
   void *const *ys;
   const size_t *strides;
   float *copies;
   const float **plain;
-  struct arrangement arrangements[ZMOE_MAX_WEIGHTS];
-  uint32_t n_arrangements;
-  uint32_t of_weight[ZMOE_MAX_WEIGHTS]; /* index of its arrangement */
+  struct packing packings[ZMOE_MAX_WEIGHTS];
+  uint32_t n_packings;
+  uint32_t of_weight[ZMOE_MAX_WEIGHTS]; /* index of its packing */
   uint32_t first_task[ZMOE_MAX_WEIGHTS + 1];
   unsigned char *per_thread;
   _Atomic int infinite; /* a row holds what only the plain way gets right */
@@ -41,17 +41,17 @@ enum { PER_THREAD = ZMOE_PANEL_BYTES + ZMOE_SUMS * 4 };
 
 static void take_rows(struct linear *job) {
   for (uint32_t r; (r = zmoe_take(&job->input_tasks)) < job->rows;) {
-    zmoe_widen(job->x, job->x_dtype, r, job->ins, job->copies, job->isa);
-    if (job->n_arrangements == 0)
+    zmoe_widen(job->x, job->x_dtype, r, job->in_features, job->copies, job->isa);
+    if (job->n_packings == 0)
       continue;
-    if (!zmoe_is_finite(job->plain[r], job->ins)) {
+    if (!zmoe_is_finite(job->plain[r], job->in_features)) {
       atomic_store(&job->infinite, 1);
       continue;
     }
-    for (uint32_t a = 0; a < job->n_arrangements; a++)
-      if (job->arrangements[a].layout != ZMOE_LAYOUT_PLAIN)
-        job->kernels->arrange(job->arrangements[a].layout, job->arrangements[a].like, job->plain[r],
-                              job->arrangements[a].rows[r]);
+    for (uint32_t a = 0; a < job->n_packings; a++)
+      if (job->packings[a].layout != ZMOE_LAYOUT_PLAIN)
+        job->kernels->pack_input(job->packings[a].layout, job->packings[a].like, job->plain[r],
+                                 job->packings[a].rows[r]);
   }
 }
 
@@ -75,66 +75,68 @@ static void multiply(struct linear *job, uint32_t thread) {
       i++;
     const zmoe_weight *w = job->weights[i];
     uint32_t first = (task - job->first_task[i]) * ZMOE_PANEL,
-             last = zmoe_panel_end(first, w->outs);
+             last = zmoe_panel_end(first, w->out_features);
     zmoe_rows rows = {job->plain, NULL, ZMOE_LAYOUT_PLAIN};
-    if (job->n_arrangements > 0 && !infinite) {
-      const struct arrangement *a = &job->arrangements[job->of_weight[i]];
-      rows.arranged = a->rows;
+    if (job->n_packings > 0 && !infinite) {
+      const struct packing *a = &job->packings[job->of_weight[i]];
+      rows.packed = a->rows;
       rows.layout = a->layout;
     }
-    zmoe_product(job->kernels, w, &rows, 0, job->rows, first, last, panel, sums);
+    zmoe_matmul(job->kernels, w, &rows, 0, job->rows, first, last, panel, sums);
     zmoe_add_bias(w, job->rows, first, last, sums);
     store(job, i, first, last, sums);
   }
 }
 
-static void work(zmoe_team *team, void *argument, uint32_t thread) {
+static void work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   struct linear *job = argument;
   take_rows(job);
-  zmoe_team_barrier(team);
+  zmoe_thread_pool_barrier(pool);
   multiply(job, thread);
 }
 
 /* ---- the call ---------------------------------------------------------------- */
 
-static int same_arrangement(zmoe_layout layout, const zmoe_weight *a, const zmoe_weight *b) {
+static int same_packing(zmoe_layout layout, const zmoe_weight *a, const zmoe_weight *b) {
   return a->group == b->group && (!zmoe_layout_is_integer(layout) || a->format == b->format);
 }
 
 /* Which layouts the weights want; none when all take x as it is. */
-static void plan_arrangements(struct linear *job, zmoe_precision precision) {
+static void plan_packings(struct linear *job, zmoe_precision precision) {
   for (uint32_t i = 0; i < job->n_weights; i++) {
     const zmoe_weight *w = job->weights[i];
     zmoe_layout layout = job->kernels->layout(w, job->x_dtype, precision);
-    if (job->rows > zmoe_few_rows(layout))
+    if (job->rows > zmoe_gemv_rows(layout))
       layout = ZMOE_LAYOUT_PLAIN;
     uint32_t a = 0;
-    while (a < job->n_arrangements && !(job->arrangements[a].layout == layout &&
-                                        same_arrangement(layout, job->arrangements[a].like, w)))
+    while (a < job->n_packings &&
+           !(job->packings[a].layout == layout && same_packing(layout, job->packings[a].like, w)))
       a++;
-    if (a == job->n_arrangements)
-      job->arrangements[job->n_arrangements++] = (struct arrangement){layout, w, NULL};
+    if (a == job->n_packings)
+      job->packings[job->n_packings++] = (struct packing){layout, w, NULL};
     job->of_weight[i] = a;
   }
-  if (job->n_arrangements == 1 && job->arrangements[0].layout == ZMOE_LAYOUT_PLAIN)
-    job->n_arrangements = 0;
+  if (job->n_packings == 1 && job->packings[0].layout == ZMOE_LAYOUT_PLAIN)
+    job->n_packings = 0;
 }
 
-static int take_scratch(zmoe_team *team, struct linear *job) {
-  job->per_thread = zmoe_team_scratch(team, (size_t)PER_THREAD * zmoe_team_threads(team));
-  job->plain = zmoe_team_scratch(team, ZMOE_ROW_BLOCK * sizeof *job->plain);
+static int take_scratch(zmoe_thread_pool *pool, struct linear *job) {
+  job->per_thread =
+      zmoe_thread_pool_scratch(pool, (size_t)PER_THREAD * zmoe_thread_pool_threads(pool));
+  job->plain = zmoe_thread_pool_scratch(pool, ZMOE_ROW_BLOCK * sizeof *job->plain);
   int plain = zmoe_is_plain(job->x, job->x_dtype);
   if (!plain)
-    job->copies = zmoe_team_scratch(team, (size_t)job->rows * job->ins * sizeof(float));
+    job->copies =
+        zmoe_thread_pool_scratch(pool, (size_t)job->rows * job->in_features * sizeof(float));
   if (job->per_thread == NULL || job->plain == NULL || (!plain && job->copies == NULL))
     return ZMOE_ENOMEM;
   for (uint32_t r = 0; r < job->rows; r++)
-    job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->ins, job->copies);
-  for (uint32_t a = 0; a < job->n_arrangements; a++) {
-    struct arrangement *to = &job->arrangements[a];
-    to->rows = zmoe_team_scratch(team, job->rows * sizeof *to->rows);
-    size_t bytes = zmoe_round_up(zmoe_arranged_bytes(to->layout, job->ins), 64);
-    unsigned char *rows = zmoe_team_scratch(team, job->rows * bytes);
+    job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->in_features, job->copies);
+  for (uint32_t a = 0; a < job->n_packings; a++) {
+    struct packing *to = &job->packings[a];
+    to->rows = zmoe_thread_pool_scratch(pool, job->rows * sizeof *to->rows);
+    size_t bytes = zmoe_round_up(zmoe_packed_bytes(to->layout, job->in_features), 64);
+    unsigned char *rows = zmoe_thread_pool_scratch(pool, job->rows * bytes);
     if (to->rows == NULL || rows == NULL)
       return ZMOE_ENOMEM;
     for (uint32_t r = 0; r < job->rows; r++)
@@ -143,54 +145,54 @@ static int take_scratch(zmoe_team *team, struct linear *job) {
   return ZMOE_OK;
 }
 
-size_t zmoe_linear_scratch(uint32_t ins) {
-  size_t arranged = zmoe_arranged_most(ins) + 128;
-  return (size_t)ZMOE_ROW_BLOCK * (ins + 64) * sizeof(float) +
-         (size_t)ZMOE_MAX_WEIGHTS * ZMOE_ROW_BLOCK * (arranged + sizeof(void *));
+size_t zmoe_linear_scratch(uint32_t in_features) {
+  size_t packed = zmoe_packed_most(in_features) + 128;
+  return (size_t)ZMOE_ROW_BLOCK * (in_features + 64) * sizeof(float) +
+         (size_t)ZMOE_MAX_WEIGHTS * ZMOE_ROW_BLOCK * (packed + sizeof(void *));
 }
 
-static int multiply_block(zmoe_team *team, struct linear *job, zmoe_precision precision) {
-  plan_arrangements(job, precision);
+static int multiply_block(zmoe_thread_pool *pool, struct linear *job, zmoe_precision precision) {
+  plan_packings(job, precision);
   for (uint32_t i = 0; i < job->n_weights; i++)
-    job->first_task[i + 1] = job->first_task[i] + zmoe_panels(job->weights[i]->outs);
+    job->first_task[i + 1] = job->first_task[i] + zmoe_panels(job->weights[i]->out_features);
   uint32_t n_tasks = job->first_task[job->n_weights];
-  job->run = job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(n_tasks, zmoe_team_threads(team));
-  size_t mark = zmoe_team_mark(team);
-  int status = take_scratch(team, job);
+  job->run = job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(n_tasks, zmoe_thread_pool_threads(pool));
+  size_t mark = zmoe_thread_pool_mark(pool);
+  int status = take_scratch(pool, job);
   if (status == ZMOE_OK)
-    zmoe_team_multiply(team, work, job);
-  zmoe_team_release(team, mark);
+    zmoe_thread_pool_run_matmul(pool, work, job);
+  zmoe_thread_pool_release(pool, mark);
   return status;
 }
 
-int zmoe_linear(zmoe_team *team, const zmoe_weight *const *weights, uint32_t n_weights,
+int zmoe_linear(zmoe_thread_pool *pool, const zmoe_weight *const *weights, uint32_t n_weights,
                 const void *x, zmoe_dtype x_dtype, uint32_t rows, void *const *ys,
                 const size_t *strides, zmoe_dtype y_dtype, zmoe_precision precision) {
   size_t x_item = zmoe_dtype_bytes(x_dtype), y_item = zmoe_dtype_bytes(y_dtype);
   if (n_weights < 1 || n_weights > ZMOE_MAX_WEIGHTS || x_item == 0 || y_item == 0)
     return ZMOE_EINVAL;
-  uint32_t ins = weights[0]->ins;
+  uint32_t in_features = weights[0]->in_features;
   for (uint32_t i = 0; i < n_weights; i++)
-    if (weights[i]->ins != ins || strides[i] < weights[i]->outs)
+    if (weights[i]->in_features != in_features || strides[i] < weights[i]->out_features)
       return ZMOE_EINVAL;
   for (uint32_t first = 0; first < rows; first += ZMOE_ROW_BLOCK) {
-    void *outs[ZMOE_MAX_WEIGHTS];
+    void *targets[ZMOE_MAX_WEIGHTS];
     for (uint32_t i = 0; i < n_weights; i++)
-      outs[i] = (unsigned char *)ys[i] + first * strides[i] * y_item;
+      targets[i] = (unsigned char *)ys[i] + first * strides[i] * y_item;
     struct linear job = {
-        .kernels = zmoe_kernels_for(zmoe_team_isa(team)),
-        .isa = zmoe_team_isa(team),
+        .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
+        .isa = zmoe_thread_pool_isa(pool),
         .n_weights = n_weights,
         .weights = weights,
-        .x = (const unsigned char *)x + (size_t)first * ins * x_item,
+        .x = (const unsigned char *)x + (size_t)first * in_features * x_item,
         .x_dtype = x_dtype,
         .y_dtype = y_dtype,
         .rows = rows - first < ZMOE_ROW_BLOCK ? rows - first : ZMOE_ROW_BLOCK,
-        .ins = ins,
-        .ys = outs,
+        .in_features = in_features,
+        .ys = targets,
         .strides = strides,
     };
-    int status = multiply_block(team, &job, precision);
+    int status = multiply_block(pool, &job, precision);
     if (status != ZMOE_OK)
       return status;
   }

@@ -1,4 +1,4 @@
-/* Few rows, NEON with BF16 and I8MM.
+/* GEMV, NEON with BF16 and I8MM.
  *
  * Codes become bf16 in registers, which holds all their values exactly, and x is
  * bf16 already: nothing is lost but what f32 sums round.  One row of x is multiplied
@@ -27,13 +27,13 @@
 #include "weight.h"
 
 /* Four outputs share the loads of x. */
-enum { OUTS = 4 };
+enum { N_OUT = 4 };
 
 /* ---- a part: what has one scale ---------------------------------------------------- */
 
 /* Where a line of four outputs is, and what of x it is multiplied with. */
 struct line {
-  const unsigned char *data[OUTS], *x[2];
+  const unsigned char *data[N_OUT], *x[2];
   uint32_t left; /* of bf16, elements that are there, of a unit or more */
 };
 
@@ -43,18 +43,18 @@ KERNEL uint32_t sum_of(uint32_t outputs, uint32_t p) {
 }
 
 /* Adds the unit at element k of the line. */
-KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[OUTS]) {
-  uint8x16_t bytes[OUTS], values[4];
-  EACH(i, OUTS) {
+KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[N_OUT]) {
+  uint8x16_t bytes[N_OUT], values[4];
+  EACH(i, N_OUT) {
     const unsigned char *at = line->data[i] + k * 16 / unit_of(t);
     bytes[i] = t.product == HALVES ? load_bytes(at, 2 * line->left) : vld1q_u8(at);
   }
-  for (uint32_t i = 0; i < OUTS && t.pairs > 0; i += 2) {
+  for (uint32_t i = 0; i < N_OUT && t.pairs > 0; i += 2) {
     uint8x16_t even = bytes[i], odd = bytes[i + 1];
     bytes[i] = halves_of(even, odd, 0);
     bytes[i + 1] = halves_of(even, odd, 1);
   }
-  EACH(i, OUTS) {
+  EACH(i, N_OUT) {
     const uint32_t n = decode(t, bytes[i], values);
     EACH(j, n) {
       const size_t place = place_in_line(t, k, j);
@@ -70,21 +70,21 @@ KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[O
 
 /* Of four outputs: where they lie, and the scales of a run; for pairs one for each sum. */
 struct outputs {
-  const unsigned char *data[OUTS], *scales[OUTS];
-  float of_one[OUTS][RUN_GROUPS], of_pair[OUTS / 2][RUN_GROUPS][4];
+  const unsigned char *data[N_OUT], *scales[N_OUT];
+  float of_one[N_OUT][RUN_GROUPS], of_pair[N_OUT / 2][RUN_GROUPS][4];
 };
 
 /* Adds `units` units from element k of the line on, whose scales are those of
  * element `at` of the run. */
 KERNEL void add_part(const kind t, const struct line *line, size_t k, const uint32_t units,
-                     size_t at, const struct inputs *x, const struct outputs *out, VEC sum[OUTS]) {
-  VEC part[OUTS];
-  EACH(i, OUTS)
+                     size_t at, const struct inputs *x, const struct outputs *out, VEC sum[N_OUT]) {
+  VEC part[N_OUT];
+  EACH(i, N_OUT)
     part[i] = vec_splat(0.0f);
   if (t.product == HALVES) {
     EACH(i, units)
       add_unit(t, line, k + i * unit_of(t), part);
-    EACH(i, OUTS)
+    EACH(i, N_OUT)
       sum[i] += part[i];
     return;
   }
@@ -93,7 +93,7 @@ KERNEL void add_part(const kind t, const struct line *line, size_t k, const uint
     __asm__("" : "+r"(count)); /* unrolled, they would not fit the registers */
   for (uint32_t i = 0; i < count; i++)
     add_unit(t, line, k + i * unit_of(t), part);
-  EACH(i, OUTS) {
+  EACH(i, N_OUT) {
     if (is_integer(t))
       part[i] = vcvtq_f32_s32(vreinterpretq_s32_f32(part[i])) *
                 vld1q_f32(x->scales[i % 2][at / ZMOE_INT_GROUP]);
@@ -114,13 +114,13 @@ KERNEL VEC load_scales(const zmoe_weight *w, const kind t, const unsigned char *
 KERNEL void convert_scales(const zmoe_weight *w, const kind t, struct outputs *out, size_t first,
                            uint32_t count) {
   for (uint32_t g = 0; g < count; g += LANES) {
-    VEC v[OUTS];
-    EACH(i, OUTS) {
+    VEC v[N_OUT];
+    EACH(i, N_OUT) {
       v[i] = load_scales(w, t, out->scales[i], first + g, count - g);
       if (t.pairs == 0)
         vst1q_f32(out->of_one[i] + g, v[i]);
     }
-    for (uint32_t i = 0; i < OUTS && t.pairs > 0; i++) {
+    for (uint32_t i = 0; i < N_OUT && t.pairs > 0; i++) {
       VEC both = i % 2 == 0 ? vzip1q_f32(v[i], v[i + 1]) : vzip2q_f32(v[i - 1], v[i]);
       vst1q_f32(out->of_pair[i / 2][g + i % 2 * 2], vzip1q_f32(both, both));
       vst1q_f32(out->of_pair[i / 2][g + i % 2 * 2 + 1], vzip2q_f32(both, both));
@@ -130,7 +130,7 @@ KERNEL void convert_scales(const zmoe_weight *w, const kind t, struct outputs *o
 
 KERNEL void advance(const kind t, struct line *line, uint32_t units) {
   const size_t x_bytes = (is_integer(t) ? 1 : 2) * (t.pairs == 0 ? 1 : 2);
-  EACH(i, OUTS)
+  EACH(i, N_OUT)
     line->data[i] += 16 * (size_t)units;
   EACH(p, 2)
     line->x[p] += units * unit_of(t) * x_bytes;
@@ -138,17 +138,17 @@ KERNEL void advance(const kind t, struct line *line, uint32_t units) {
 
 /* Adds elements [first, first + count). */
 KERNEL void add_run(const zmoe_weight *w, const kind t, struct outputs *out, size_t first,
-                    uint32_t count, size_t ahead, const struct inputs *x, VEC sum[OUTS]) {
+                    uint32_t count, size_t ahead, const struct inputs *x, VEC sum[N_OUT]) {
   const uint32_t unit = unit_of(t), part = part_of(t);
   const uint32_t whole = t.product == HALVES ? count - count % (4 * unit) : count;
   struct line line = {.x = {x->elements[0], x->elements[1]}, .left = unit};
-  EACH(i, OUTS)
+  EACH(i, N_OUT)
     line.data[i] = out->data[i] + first * 16 / unit;
   if (t.product != HALVES)
     convert_scales(w, t, out, first / t.group, count / t.group);
   uint32_t k = 0;
   for (; k < whole; k += 4 * unit, advance(t, &line, 4)) {
-    EACH(i, OUTS)
+    EACH(i, N_OUT)
       __builtin_prefetch(line.data[i] + ahead);
     const uint32_t n = count - k < 4 * unit ? count - k : 4 * unit;
     _Pragma("GCC unroll 1") for (uint32_t i = 0; i < n; i += part)
@@ -163,9 +163,10 @@ KERNEL void add_run(const zmoe_weight *w, const kind t, struct outputs *out, siz
 /* ---- rows ------------------------------------------------------------------------------ */
 
 /* What the sums of x's groups add, affine biases and centres: where outputs start. */
-KERNEL void start_outputs(const zmoe_weight *w, const kind t, const zmoe_arranged x[ZMOE_DOT_ROWS],
+KERNEL void start_outputs(const zmoe_weight *w, const kind t, const zmoe_packed x[ZMOE_DOT_ROWS],
                           uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  const uint32_t most = t.pairs == 0 ? 1 : 2 * t.pairs, groups = t.affine ? w->ins / t.group : 0;
+  const uint32_t most = t.pairs == 0 ? 1 : 2 * t.pairs,
+                 groups = t.affine ? w->in_features / t.group : 0;
   for (uint32_t o = first; o < last; o++) {
     VEC sum[ZMOE_DOT_ROWS];
     EACH(r, most)
@@ -182,9 +183,9 @@ KERNEL void start_outputs(const zmoe_weight *w, const kind t, const zmoe_arrange
   }
 }
 
-KERNEL void store_sums(const kind t, const VEC sum[OUTS], uint32_t rows, uint32_t count,
+KERNEL void store_sums(const kind t, const VEC sum[N_OUT], uint32_t rows, uint32_t count,
                        float *const *ys, uint32_t y) {
-  float sums[ZMOE_DOT_ROWS][OUTS];
+  float sums[ZMOE_DOT_ROWS][N_OUT];
   if (t.pairs == 0)
     vst1q_f32(sums[0], vpaddq_f32(vpaddq_f32(sum[0], sum[1]), vpaddq_f32(sum[2], sum[3])));
   EACH(p, t.pairs) {
@@ -201,32 +202,32 @@ KERNEL void store_sums(const kind t, const VEC sum[OUTS], uint32_t rows, uint32_
 KERNEL void dot_rows(const kind t, zmoe_layout layout, const zmoe_weight *w, const void *const *xs,
                      uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
   const size_t row_bytes = zmoe_weight_row_bytes(w);
-  const size_t ahead = zmoe_rows_ahead(row_bytes, OUTS) * row_bytes;
-  const uint32_t ins = w->ins, turn = t.pairs == 0 ? ins : RUN;
+  const size_t ahead = zmoe_rows_ahead(row_bytes, N_OUT) * row_bytes;
+  const uint32_t in_features = w->in_features, turn = t.pairs == 0 ? in_features : RUN;
   unsigned char turns[2][4 * RUN];
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < ZMOE_DOT_ROWS; r++)
-    x[r] = zmoe_arranged_at((void *)xs[r < rows ? r : rows - 1], layout, ins);
+    x[r] = zmoe_packed_at((void *)xs[r < rows ? r : rows - 1], layout, in_features);
   start_outputs(w, t, x, rows, first, last, ys);
-  for (uint32_t k0 = 0; k0 < ins; k0 += turn) {
+  for (uint32_t k0 = 0; k0 < in_features; k0 += turn) {
     struct inputs in;
     if (t.pairs > 0)
-      take_turns(t, x, k0, ins - k0 < turn ? ins - k0 : turn, turns, &in);
-    for (uint32_t o = first; o < last; o += OUTS) {
+      take_turns(t, x, k0, in_features - k0 < turn ? in_features - k0 : turn, turns, &in);
+    for (uint32_t o = first; o < last; o += N_OUT) {
       struct outputs out;
-      VEC sum[OUTS];
-      EACH(i, OUTS) {
+      VEC sum[N_OUT];
+      EACH(i, N_OUT) {
         uint32_t row = o + i < last ? o + i : last - 1;
         out.data[i] = zmoe_row(w, row);
         out.scales[i] = t.product == HALVES ? NULL : zmoe_row_scales(w, row);
         sum[i] = vec_splat(0.0f);
       }
-      for (uint32_t k = k0; k < ins && k < k0 + turn; k += RUN) {
+      for (uint32_t k = k0; k < in_features && k < k0 + turn; k += RUN) {
         if (t.pairs == 0)
           in.elements[0] = (const unsigned char *)x[0].elements + 2 * (size_t)k;
-        add_run(w, t, &out, k, ins - k < RUN ? ins - k : RUN, ahead, &in, sum);
+        add_run(w, t, &out, k, in_features - k < RUN ? in_features - k : RUN, ahead, &in, sum);
       }
-      store_sums(t, sum, rows, last - o < OUTS ? last - o : OUTS, ys, o - first);
+      store_sums(t, sum, rows, last - o < N_OUT ? last - o : N_OUT, ys, o - first);
     }
   }
 }
@@ -293,7 +294,7 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;
 }
 
-const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, zmoe_generic_arrange, dot, zmoe_neon_pack,
-                                             zmoe_neon_tile};
+const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, zmoe_generic_pack_input, dot,
+                                             zmoe_neon_pack_panel, zmoe_neon_tile};
 #endif
 #endif

@@ -5,7 +5,7 @@
 #define ZMOE_NEON_BF16_H
 
 #include "neon.h"
-#include "team.h"
+#include "thread_pool.h"
 
 enum product { HALVES, CODES4, CODES8, CODES4_INT8, CODES8_INT8 };
 
@@ -134,7 +134,7 @@ struct inputs {
 };
 
 /* Where register i of x lies for the unit at element k of a line, in bytes from the
- * line's start on; see place_of in arrange.c. */
+ * line's start on; see place_of in pack_input.c. */
 KERNEL size_t place_in_line(kind t, size_t k, uint32_t i) {
   switch (t.product) {
   case HALVES:
@@ -147,7 +147,7 @@ KERNEL size_t place_in_line(kind t, size_t k, uint32_t i) {
 }
 
 /* Elements [first, first + count) of pairs of rows, and the padding behind. */
-KERNEL void take_turns(const kind t, const zmoe_arranged x[ZMOE_DOT_ROWS], size_t first,
+KERNEL void take_turns(const kind t, const zmoe_packed x[ZMOE_DOT_ROWS], size_t first,
                        uint32_t count, unsigned char turns[2][4 * RUN], struct inputs *to) {
   const size_t item = is_integer(t) ? 1 : 2, lane = t.product == CODES4_INT8 ? 8 : 4;
   EACH(p, t.pairs) {

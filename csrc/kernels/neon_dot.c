@@ -1,4 +1,4 @@
-/* Few rows, NEON with dotprod. */
+/* GEMV, NEON with dotprod. */
 #if defined(__aarch64__)
 #define TABLE zmoe_kernels_neon_dot
 #include "common/vec.h"
@@ -18,5 +18,5 @@ KERNEL int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
 }
 #endif
 
-#include "neon_few.h"
+#include "neon_gemv.h"
 #endif

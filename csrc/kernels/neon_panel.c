@@ -1,4 +1,4 @@
-/* Many rows, NEON. */
+/* GEMM, NEON. */
 #if defined(__aarch64__)
 #include "common/vec.h"
 
@@ -39,15 +39,15 @@ KERNEL VEC value_of(WORDS words, uint32_t i, uint32_t bits, int affine) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(half))) * vdupq_n_f32(0x1p14f);
 }
 
-#include "many_body.h"
+#include "gemm_body.h"
 
-void zmoe_neon_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
-                    float *panel) {
-  many_pack(w, first, last, k0, k1, panel);
+void zmoe_neon_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
+                          uint32_t k1, float *panel) {
+  gemm_pack(w, first, last, k0, k1, panel);
 }
 
 void zmoe_neon_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
                     float *sums, int add) {
-  many_tile(panel, depth, xs, rows, sums, add);
+  gemm_tile(panel, depth, xs, rows, sums, add);
 }
 #endif

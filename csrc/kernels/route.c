@@ -7,7 +7,7 @@
 
 struct route {
   const zmoe_router *router;
-  const zmoe_small *small;
+  const zmoe_vector_ops *ops;
   float *logits; /* (rows, experts) */
   int32_t *ids;
   float *weights;
@@ -43,9 +43,9 @@ static void select_experts(const zmoe_router *router, const float *scores, uint3
 }
 
 /* In place; a row's probabilities. */
-static void softmax(const zmoe_small *small, float *x, uint32_t count) {
+static void softmax(const zmoe_vector_ops *ops, float *x, uint32_t count) {
   zmoe_softmax state = zmoe_softmax_empty();
-  (void)small->soften(x, count, &state);
+  (void)ops->soften(x, count, &state);
   for (uint32_t i = 0; i < count; i++)
     x[i] /= state.sum;
 }
@@ -62,22 +62,22 @@ static void route_row(const struct route *job, float *scores, int32_t *ids, floa
   const zmoe_router *router = job->router;
   uint32_t k = router->top_k;
   if (router->kind == ZMOE_SOFTMAX_TOP_K)
-    softmax(job->small, scores, job->experts);
+    softmax(job->ops, scores, job->experts);
   else if (router->kind == ZMOE_SIGMOID_TOP_K)
-    job->small->sigmoid(scores, job->experts);
+    job->ops->sigmoid(scores, job->experts);
   select_experts(router, scores, job->experts, ids);
   for (uint32_t i = 0; i < k; i++)
     weights[i] = scores[ids[i]];
   if (router->kind == ZMOE_TOP_K_SOFTMAX)
-    softmax(job->small, weights, k);
+    softmax(job->ops, weights, k);
   if (router->normalize)
     normalize(router, weights);
   for (uint32_t i = 0; i < k; i++)
     weights[i] *= router->scale;
 }
 
-static void work(zmoe_team *team, void *argument, uint32_t thread) {
-  (void)team, (void)thread;
+static void work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
+  (void)pool, (void)thread;
   struct route *job = argument;
   size_t k = job->router->top_k;
   for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
@@ -88,52 +88,53 @@ static void work(zmoe_team *team, void *argument, uint32_t thread) {
 
 static int check(const zmoe_router *router, zmoe_dtype x_dtype) {
   const zmoe_weight *gate = router->gate;
-  if (zmoe_weight_check(gate) != ZMOE_OK || gate->outs > INT32_MAX ||
-      !zmoe_norm_fits(&router->input, gate->ins) || router->kind > ZMOE_SIGMOID_TOP_K ||
-      router->top_k < 1 || router->top_k > gate->outs || zmoe_dtype_bytes(x_dtype) == 0)
+  if (zmoe_weight_check(gate) != ZMOE_OK || gate->out_features > INT32_MAX ||
+      !zmoe_norm_fits(&router->input, gate->in_features) || router->kind > ZMOE_SIGMOID_TOP_K ||
+      router->top_k < 1 || router->top_k > gate->out_features || zmoe_dtype_bytes(x_dtype) == 0)
     return ZMOE_EINVAL;
   return ZMOE_OK;
 }
 
-static int route_block(zmoe_team *team, struct route *job, const void *x, zmoe_dtype x_dtype) {
+static int route_block(zmoe_thread_pool *pool, struct route *job, const void *x,
+                       zmoe_dtype x_dtype) {
   void *ys[] = {job->logits};
   const size_t strides[] = {job->experts};
-  int status = zmoe_linear(team, &job->router->gate, 1, x, x_dtype, job->rows, ys, strides,
+  int status = zmoe_linear(pool, &job->router->gate, 1, x, x_dtype, job->rows, ys, strides,
                            ZMOE_F32, ZMOE_EXACT);
   if (status == ZMOE_OK)
-    zmoe_run_rows(team, work, job, job->rows);
+    zmoe_run_rows(pool, work, job, job->rows);
   return status;
 }
 
-int zmoe_route(zmoe_team *team, const zmoe_router *router, const float *h, uint32_t rows, void *x,
-               zmoe_dtype x_dtype, int32_t *ids, float *weights) {
+int zmoe_route(zmoe_thread_pool *pool, const zmoe_router *router, const float *h, uint32_t rows,
+               void *x, zmoe_dtype x_dtype, int32_t *ids, float *weights) {
   int status = check(router, x_dtype);
   if (status != ZMOE_OK)
     return status;
-  uint32_t width = router->gate->ins, experts = router->gate->outs;
-  size_t mark = zmoe_team_mark(team), k = router->top_k;
+  uint32_t width = router->gate->in_features, experts = router->gate->out_features;
+  size_t mark = zmoe_thread_pool_mark(pool), k = router->top_k;
   uint32_t most = rows < ZMOE_ROW_BLOCK ? rows : ZMOE_ROW_BLOCK;
-  float *logits = zmoe_team_scratch(team, (size_t)most * experts * sizeof *logits);
-  if (logits == NULL || !zmoe_linear_has_room(team, width))
+  float *logits = zmoe_thread_pool_scratch(pool, (size_t)most * experts * sizeof *logits);
+  if (logits == NULL || !zmoe_linear_has_room(pool, width))
     status = ZMOE_ENOMEM;
   else
-    zmoe_norm_all(team, &router->input, width, h, rows, x, x_dtype);
+    zmoe_norm_all(pool, &router->input, width, h, rows, x, x_dtype);
   size_t row_bytes = width * zmoe_dtype_bytes(x_dtype);
   for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK) {
     struct route job = {.router = router,
-                        .small = zmoe_small_for(zmoe_team_isa(team)),
+                        .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(pool)),
                         .logits = logits,
                         .ids = ids + first * k,
                         .weights = weights + first * k,
                         .rows = rows - first < ZMOE_ROW_BLOCK ? rows - first : ZMOE_ROW_BLOCK,
                         .experts = experts};
-    status = route_block(team, &job, (const unsigned char *)x + first * row_bytes, x_dtype);
+    status = route_block(pool, &job, (const unsigned char *)x + first * row_bytes, x_dtype);
   }
-  zmoe_team_release(team, mark);
+  zmoe_thread_pool_release(pool, mark);
   return status;
 }
 
 size_t zmoe_route_scratch(const zmoe_router *router) {
-  return (size_t)ZMOE_ROW_BLOCK * router->gate->outs * sizeof(float) +
-         zmoe_linear_scratch(router->gate->ins);
+  return (size_t)ZMOE_ROW_BLOCK * router->gate->out_features * sizeof(float) +
+         zmoe_linear_scratch(router->gate->in_features);
 }

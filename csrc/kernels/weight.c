@@ -13,15 +13,15 @@ const float zmoe_affine_values[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 
 
 size_t zmoe_weight_row_bytes(const zmoe_weight *w) {
   if (zmoe_is_float(w))
-    return w->ins * zmoe_dtype_bytes((zmoe_dtype)w->format);
-  return (size_t)w->ins * w->bits / 8;
+    return w->in_features * zmoe_dtype_bytes((zmoe_dtype)w->format);
+  return (size_t)w->in_features * w->bits / 8;
 }
 
 size_t zmoe_weight_scale_bytes(const zmoe_weight *w) {
   if (zmoe_is_float(w))
     return 0;
   size_t item = w->format == ZMOE_FORMAT_AFFINE ? zmoe_dtype_bytes((zmoe_dtype)w->scale_dtype) : 1;
-  return w->ins / w->group * item;
+  return w->in_features / w->group * item;
 }
 
 static int layout_is_known(const zmoe_weight *w) {
@@ -44,10 +44,10 @@ static int layout_is_known(const zmoe_weight *w) {
 }
 
 int zmoe_weight_check(const zmoe_weight *w) {
-  if (!layout_is_known(w) || w->data == NULL || w->outs == 0 || w->ins == 0 ||
-      w->ins > ZMOE_MAX_COLUMNS || w->bias_dtype > ZMOE_BF16)
+  if (!layout_is_known(w) || w->data == NULL || w->out_features == 0 || w->in_features == 0 ||
+      w->in_features > ZMOE_MAX_COLUMNS || w->bias_dtype > ZMOE_BF16)
     return ZMOE_EINVAL;
-  if (!zmoe_is_float(w) && (w->scales == NULL || w->ins % w->group != 0 ||
+  if (!zmoe_is_float(w) && (w->scales == NULL || w->in_features % w->group != 0 ||
                             (w->biases != NULL) != (w->format == ZMOE_FORMAT_AFFINE)))
     return ZMOE_EINVAL;
   return ZMOE_OK;
@@ -80,7 +80,7 @@ static float group_scale(const zmoe_weight *w, const unsigned char *scales, uint
 
 void zmoe_decode_scales(const zmoe_weight *w, uint32_t row, int biases, float *out) {
   const unsigned char *source = biases ? zmoe_row_biases(w, row) : zmoe_row_scales(w, row);
-  uint32_t groups = w->ins / w->group;
+  uint32_t groups = w->in_features / w->group;
   for (uint32_t g = 0; g < groups; g++)
     out[g] = group_scale(w, source, g);
 }
@@ -125,8 +125,8 @@ void zmoe_decode_range(const zmoe_weight *w, uint32_t row, uint32_t first, uint3
 }
 
 int zmoe_weight_decode(const zmoe_weight *w, uint32_t row, float *out) {
-  if (zmoe_weight_check(w) != ZMOE_OK || row >= w->outs)
+  if (zmoe_weight_check(w) != ZMOE_OK || row >= w->out_features)
     return ZMOE_EINVAL;
-  zmoe_decode_range(w, row, 0, w->ins, out);
+  zmoe_decode_range(w, row, 0, w->in_features, out);
   return ZMOE_OK;
 }

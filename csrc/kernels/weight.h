@@ -29,9 +29,9 @@ static inline __attribute__((always_inline)) void zmoe_prefetch(const void *at) 
   __builtin_prefetch((const void *)((uintptr_t)at + ZMOE_AHEAD_BYTES)); /* may be past the end */
 }
 
-/* The same for `outs` outputs at a time: so many outputs ahead. */
-static inline uint32_t zmoe_rows_ahead(size_t row_bytes, uint32_t outs) {
-  return outs * (uint32_t)(ZMOE_AHEAD_BYTES / (outs * row_bytes) + 1);
+/* The same for `out_features` outputs at a time: so many outputs ahead. */
+static inline uint32_t zmoe_rows_ahead(size_t row_bytes, uint32_t out_features) {
+  return out_features * (uint32_t)(ZMOE_AHEAD_BYTES / (out_features * row_bytes) + 1);
 }
 
 /* The 16 values of e2m1, and 0 to 15: what a 4-bit code stands for, before its scale. */
@@ -42,7 +42,7 @@ static inline const float *zmoe_code_values(const zmoe_weight *w) {
   return w->format == ZMOE_FORMAT_AFFINE ? zmoe_affine_values : zmoe_fp4_values;
 }
 
-/* The scales (or, `biases`, the biases) of one row in f32: ins / group values. */
+/* The scales (or, `biases`, the biases) of one row in f32: in_features / group values. */
 void zmoe_decode_scales(const zmoe_weight *w, uint32_t row, int biases, float *out);
 /* Elements [first, last) of one row in f32; both are multiples of the group. */
 void zmoe_decode_range(const zmoe_weight *w, uint32_t row, uint32_t first, uint32_t last,

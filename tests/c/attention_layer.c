@@ -1,17 +1,21 @@
 /* See attention_layer.h. */
 #include "attention_layer.h"
 
-static zmoe_weight f32_weight(const float *data, const float *bias, size_t outs, size_t ins) {
-  return (zmoe_weight){.data = data, .bias = bias, .outs = (uint32_t)outs, .ins = (uint32_t)ins};
+static zmoe_weight f32_weight(const float *data, const float *bias, size_t out_features,
+                              size_t in_features) {
+  return (zmoe_weight){.data = data,
+                       .bias = bias,
+                       .out_features = (uint32_t)out_features,
+                       .in_features = (uint32_t)in_features};
 }
 
 static void point_at_weights(layer *l) {
   const shape *s = &l->s;
-  size_t outs[] = {s->fused ? l->total : l->q_width, l->kv_width, l->kv_width}, at = 0;
+  size_t out_features[] = {s->fused ? l->total : l->q_width, l->kv_width, l->kv_width}, at = 0;
   for (int i = 0; i < (s->fused ? 1 : 3); i++) {
-    l->projections[i] =
-        f32_weight(l->weights + at * s->width, s->bias ? l->biases + at : NULL, outs[i], s->width);
-    at += outs[i];
+    l->projections[i] = f32_weight(l->weights + at * s->width, s->bias ? l->biases + at : NULL,
+                                   out_features[i], s->width);
+    at += out_features[i];
   }
   l->output_weight = f32_weight(l->output, s->bias ? l->output_bias : NULL, s->width, l->q_width);
 }
@@ -85,12 +89,12 @@ static void reference_norm(const zmoe_norm *norm, double *x) {
            (norm->bias != NULL ? norm->bias[i] : 0);
 }
 
-static void reference_product(const zmoe_weight *w, const double *x, double *y) {
+static void reference_matmul(const zmoe_weight *w, const double *x, double *y) {
   const float *data = w->data, *bias = w->bias;
-  for (uint32_t o = 0; o < w->outs; o++) {
+  for (uint32_t o = 0; o < w->out_features; o++) {
     y[o] = bias != NULL ? bias[o] : 0;
-    for (uint32_t k = 0; k < w->ins; k++)
-      y[o] += data[(size_t)o * w->ins + k] * x[k];
+    for (uint32_t k = 0; k < w->in_features; k++)
+      y[o] += data[(size_t)o * w->in_features + k] * x[k];
   }
 }
 
@@ -118,8 +122,8 @@ static void reference_project(const layer *l, uint32_t row, double *qkv) {
   reference_norm(&a->input, x);
   round_all(x, s->width, s->dtype);
   double *y = qkv;
-  for (uint32_t i = 0; i < a->n_projections; y += a->projections[i++].outs)
-    reference_product(&a->projections[i], x, y);
+  for (uint32_t i = 0; i < a->n_projections; y += a->projections[i++].out_features)
+    reference_matmul(&a->projections[i], x, y);
   for (size_t i = 0; i < l->total && s->clip > 0; i++)
     qkv[i] = fmin(fmax(qkv[i], -s->clip), s->clip);
   if (s->whole)
@@ -178,7 +182,7 @@ double *reference_attention(const layer *l) {
     for (uint32_t i = 0; i < s->heads; i++)
       reference_head(l, qkvs, r, i, heads + (size_t)i * s->head_dim);
     round_all(heads, l->q_width, s->dtype);
-    reference_product(&l->output_weight, heads, added + (size_t)r * s->width);
+    reference_matmul(&l->output_weight, heads, added + (size_t)r * s->width);
   }
   free(qkvs), free(heads);
   return added;

@@ -125,23 +125,24 @@ static void *random_bytes(size_t count, uint32_t low, uint32_t high, weight_opti
   return data;
 }
 
-zmoe_weight rig_weight(weight_kind kind, uint32_t outs, uint32_t ins, weight_options options) {
-  zmoe_weight w = {.outs = outs,
-                   .ins = ins,
+zmoe_weight rig_weight(weight_kind kind, uint32_t out_features, uint32_t in_features,
+                       weight_options options) {
+  zmoe_weight w = {.out_features = out_features,
+                   .in_features = in_features,
                    .format = kind.format,
                    .bits = kind.bits,
                    .group = kind.group,
                    .scale_dtype = options.scale_dtype,
                    .bias_dtype = options.bias_dtype};
   if (options.bias)
-    w.bias = random_floats_as(outs, 1.0f, options.bias_dtype, options);
+    w.bias = random_floats_as(out_features, 1.0f, options.bias_dtype, options);
   if (kind.format <= ZMOE_FORMAT_BF16) {
-    w.data = random_floats_as((size_t)outs * ins, 1.0f, kind.format, options);
+    w.data = random_floats_as((size_t)out_features * in_features, 1.0f, kind.format, options);
     CHECK_EQUAL(zmoe_weight_check(&w), ZMOE_OK);
     return w;
   }
-  size_t groups = (size_t)outs * (ins / kind.group);
-  w.data = random_bytes(outs * zmoe_weight_row_bytes(&w), 0, 255, options);
+  size_t groups = (size_t)out_features * (in_features / kind.group);
+  w.data = random_bytes(out_features * zmoe_weight_row_bytes(&w), 0, 255, options);
   if (kind.format == ZMOE_FORMAT_AFFINE) {
     w.scales =
         random_floats_as(groups, 2.0f / (float)(1u << kind.bits), options.scale_dtype, options);
@@ -185,7 +186,7 @@ static row_parts decode(const zmoe_weight *w, uint32_t row) {
     zmoe_decode_scales(w, row, 0, scales);
   if (w->biases != NULL)
     zmoe_decode_scales(w, row, 1, biases);
-  for (uint32_t k = 0; k < w->ins; k++) {
+  for (uint32_t k = 0; k < w->in_features; k++) {
     float scale = w->group != 0 ? fabsf(scales[k / w->group]) : 0.0f, bias = 0.0f;
     float centre = w->bits == 8 ? 128.0f : 8.0f;
     if (w->biases != NULL) {
@@ -208,15 +209,15 @@ static double largest_around(const double *x, uint32_t k, uint32_t group) {
 }
 
 /* Bounds.  Every product and partial sum rounds by at most u = 2^-24 of itself,
- * and a term is part of at most ins + 64 sums: (ins + 64) u of the sum of sizes.
+ * and a term is part of at most in_features + 64 sums: (in_features + 64) u of the sum of sizes.
  * Integers of 22 bits move each x by at most 2^-21.9 of the largest of its group;
  * of 8 bits by 1/254 of the largest of 32.  Products of bf16 flush what is below
  * 2^-126. */
 expected rig_expect(const zmoe_weight *w, uint32_t row, const double *x, const double *x_error) {
   row_parts parts = decode(w, row);
-  expected e = {0, (w->ins + 64.0) * 0x1p-126, 0, 0};
+  expected e = {0, (w->in_features + 64.0) * 0x1p-126, 0, 0};
   double largest = 0, largest_of_32 = 0, sizes = 0;
-  for (uint32_t k = 0; k < w->ins; k++) {
+  for (uint32_t k = 0; k < w->in_features; k++) {
     double size = fabs(x[k]) + (x_error != NULL ? x_error[k] : 0);
     e.value += parts.values[k] * x[k];
     sizes += parts.sizes[k] * size;
@@ -232,7 +233,7 @@ expected rig_expect(const zmoe_weight *w, uint32_t row, const double *x, const d
     e.error += 0x1p-21 * largest * parts.codes[k];
     e.int8_error += largest_of_32 / 253.0 * parts.codes[k];
   }
-  e.error += (w->ins + 64.0) * 0x1p-24 * sizes;
+  e.error += (w->in_features + 64.0) * 0x1p-24 * sizes;
   e.spread = sqrt(e.spread);
   if (w->bias != NULL) {
     double bias = rig_load(w->bias, row, (zmoe_dtype)w->bias_dtype);

@@ -36,7 +36,8 @@ typedef struct weight_options {
 } weight_options;
 
 /* Random numbers, most of them below 2; in blocks of the rig. */
-zmoe_weight rig_weight(weight_kind kind, uint32_t outs, uint32_t ins, weight_options options);
+zmoe_weight rig_weight(weight_kind kind, uint32_t out_features, uint32_t in_features,
+                       weight_options options);
 const char *rig_kind_name(weight_kind kind);
 /* `count` numbers in [-size, size), now and then 0 or 16 times as large, in `dtype`. */
 void *rig_inputs(size_t count, float size, zmoe_dtype dtype, uint32_t offset, int guarded);
@@ -51,7 +52,7 @@ typedef struct expected {
   double spread;     /* root of the sum of squares of all terms */
 } expected;
 
-/* What one output is for x (w->ins): with an error of its own, or NULL. */
+/* What one output is for x (w->in_features): with an error of its own, or NULL. */
 expected rig_expect(const zmoe_weight *w, uint32_t row, const double *x, const double *x_error);
 /* The rounding of `value` to `dtype`. */
 double rig_rounding(double value, zmoe_dtype dtype);

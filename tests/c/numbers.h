@@ -43,12 +43,12 @@ static const zmoe_isa ALL_ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_IS
                                     ZMOE_ISA_NEON_BF16};
 enum { N_ISAS = sizeof ALL_ISAS / sizeof *ALL_ISAS };
 
-/* A team of its own with room for `bytes`. */
-static inline zmoe_team *make_team(uint32_t threads, zmoe_isa isa, size_t bytes) {
-  zmoe_team *team;
-  CHECK_EQUAL(zmoe_team_create(threads, NULL, 50, isa, &team), ZMOE_OK);
-  CHECK_EQUAL(zmoe_team_reserve(team, bytes), ZMOE_OK);
-  return team;
+/* A thread pool of its own with room for `bytes`. */
+static inline zmoe_thread_pool *make_pool(uint32_t threads, zmoe_isa isa, size_t bytes) {
+  zmoe_thread_pool *pool;
+  CHECK_EQUAL(zmoe_thread_pool_create(threads, NULL, 50, isa, &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, bytes), ZMOE_OK);
+  return pool;
 }
 
 /* max |a - b| over max |b|; infinity where one is NaN. */

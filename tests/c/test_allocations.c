@@ -144,22 +144,22 @@ static void test_none_between_exchanges(void) {
 }
 
 /* All formats at once, few rows and many. */
-static void test_none_in_products(void) {
+static void test_none_in_matmuls(void) {
   static unsigned char data[64 * 64 * 4], scales[64 * 64];
   static float x[64 * 64], y[3][64 * 64], pair_weights[64];
   static int32_t pair_rows[64], pair_experts[64];
-  const zmoe_weight weights[3] = {{.data = data, .outs = 64, .ins = 64},
+  const zmoe_weight weights[3] = {{.data = data, .out_features = 64, .in_features = 64},
                                   {.data = data,
-                                   .outs = 64,
-                                   .ins = 64,
+                                   .out_features = 64,
+                                   .in_features = 64,
                                    .scales = scales,
                                    .biases = scales,
                                    .format = ZMOE_FORMAT_AFFINE,
                                    .bits = 4,
                                    .group = 32},
                                   {.data = data,
-                                   .outs = 64,
-                                   .ins = 64,
+                                   .out_features = 64,
+                                   .in_features = 64,
                                    .scales = scales,
                                    .format = ZMOE_FORMAT_MXFP8,
                                    .bits = 8,
@@ -169,35 +169,35 @@ static void test_none_in_products(void) {
   const zmoe_expert_layer layer = {.gate = experts, .up = experts, .down = experts, .experts = 2};
   void *ys[] = {y[0], y[1], y[2]};
   const size_t strides[] = {64, 64, 64};
-  zmoe_team *team;
+  zmoe_thread_pool *pool;
   for (int32_t i = 0; i < 64; i++)
     pair_rows[i] = i, pair_experts[i] = i % 2;
   calls = 0;
-  CHECK_EQUAL(zmoe_team_create(2, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
-  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_experts_scratch(64, 64, 1)), ZMOE_OK);
-  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_linear_scratch(64)), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_create(2, NULL, 0, zmoe_isa_best(), &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, zmoe_experts_scratch(64, 64, 1)), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, zmoe_linear_scratch(64)), ZMOE_OK);
   CHECK(calls > 0);
   calls = 0;
   for (uint32_t rows = 1; rows <= 64; rows *= 8)
     for (int precision = 0; precision < 2; precision++) {
-      CHECK_EQUAL(zmoe_linear(team, pointers, 3, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
+      CHECK_EQUAL(zmoe_linear(pool, pointers, 3, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
                               (zmoe_precision)precision),
                   ZMOE_OK);
-      CHECK_EQUAL(zmoe_experts(team, &layer, x, ZMOE_BF16, rows, pair_rows, pair_experts,
+      CHECK_EQUAL(zmoe_experts(pool, &layer, x, ZMOE_BF16, rows, pair_rows, pair_experts,
                                pair_weights, rows, y, ZMOE_F32, (zmoe_precision)precision),
                   ZMOE_OK);
-      CHECK_EQUAL(zmoe_gather_linear(team, experts, 2, x, ZMOE_F16, rows, pair_rows, pair_experts,
+      CHECK_EQUAL(zmoe_gather_linear(pool, experts, 2, x, ZMOE_F16, rows, pair_rows, pair_experts,
                                      rows, y, ZMOE_BF16, (zmoe_precision)precision),
                   ZMOE_OK);
     }
   CHECK_EQUAL(calls, 0);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
   CHECK(calls > 0);
 }
 
 int main(int argc, char **argv) {
   static const test_case tests[] = {
-      {"no allocator call in products", test_none_in_products},
+      {"no allocator call in products", test_none_in_matmuls},
       /* The last one: libzmq frees our slots some time after the sockets are closed. */
       {"nor between exchanges", test_none_between_exchanges},
   };

@@ -22,7 +22,7 @@ static void fill_cache(const layer *l, zmoe_kv_cache *cache) {
 
 /* `steps` rows at a time.  What lies beyond the filled part of a cache is never
  * read: it is all ones, NaN in every dtype. */
-static result run(const layer *l, zmoe_team *team, uint32_t at_a_time, uint32_t spare) {
+static result run(const layer *l, zmoe_thread_pool *pool, uint32_t at_a_time, uint32_t spare) {
   const shape *s = &l->s;
   uint32_t capacity = s->filled + s->rows + spare;
   result out = {.cache = {.capacity = capacity, .length = s->filled}};
@@ -36,7 +36,7 @@ static result run(const layer *l, zmoe_team *team, uint32_t at_a_time, uint32_t 
   for (uint32_t r = 0; r < s->rows; r += at_a_time) {
     uint32_t rows = s->rows - r < at_a_time ? s->rows - r : at_a_time;
     size_t angle = (size_t)r * (s->rope_dims / 2);
-    CHECK_EQUAL(zmoe_attention_step(team, &l->attention, &out.cache, l->cosines + angle,
+    CHECK_EQUAL(zmoe_attention_step(pool, &l->attention, &out.cache, l->cosines + angle,
                                     l->sines + angle, rows, out.added + (size_t)r * s->width,
                                     ZMOE_EXACT),
                 ZMOE_OK);
@@ -60,8 +60,9 @@ static void check_isa(const layer *l, const double *expected, zmoe_isa isa) {
   const shape *s = &l->s;
   result first = {0};
   for (uint32_t threads = 1; threads <= 3; threads++) {
-    zmoe_team *team = make_team(threads, isa, zmoe_attention_scratch(&l->attention, s->filled));
-    result out = run(l, team, s->rows, threads == 2 ? 3 : 0);
+    zmoe_thread_pool *pool =
+        make_pool(threads, isa, zmoe_attention_scratch(&l->attention, s->filled));
+    result out = run(l, pool, s->rows, threads == 2 ? 3 : 0);
     size_t count = (size_t)s->rows * s->width;
     if (threads == 1) {
       double error = distance(out.added, expected, count);
@@ -74,7 +75,7 @@ static void check_isa(const layer *l, const double *expected, zmoe_isa isa) {
       CHECK(memcmp(out.added, first.added, count * sizeof *out.added) == 0);
       free_result(&out);
     }
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
   }
   free_result(&first);
 }
@@ -155,9 +156,9 @@ static void test_prefill_is_many_steps(void) {
   const shape s = {6, 2, 32, 48, 32, 0, 40, RMS, RMS, 0, 1, 0, 1, 0, ZMOE_F32, 130, 20};
   layer l = make_layer(&s);
   describe_layer(&l);
-  zmoe_team *team = make_team(2, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 200));
-  result at_once = run(&l, team, s.rows, 0), steps = run(&l, team, 1, 0);
-  result some = run(&l, team, 37, 0);
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 200));
+  result at_once = run(&l, pool, s.rows, 0), steps = run(&l, pool, 1, 0);
+  result some = run(&l, pool, 37, 0);
   size_t count = (size_t)s.rows * s.width;
   double *expected = malloc(count * sizeof *expected);
   for (size_t i = 0; i < count; i++)
@@ -166,7 +167,7 @@ static void test_prefill_is_many_steps(void) {
   CHECK(distance(some.added, expected, count) < 1e-5);
   free(expected);
   free_result(&at_once), free_result(&steps), free_result(&some);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
   free_layer(&l);
 }
 
@@ -177,12 +178,13 @@ static void test_nan_goes_through(void) {
     layer l = make_layer(&s);
     describe_layer(&l);
     l.h[(size_t)(rows - 1) * s.width] = NAN;
-    zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 25));
-    result out = run(&l, team, rows, 0);
+    zmoe_thread_pool *pool =
+        make_pool(1, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 25));
+    result out = run(&l, pool, rows, 0);
     for (uint32_t i = 0; i < s.width; i++)
       CHECK(isnan(out.added[(size_t)(rows - 1) * s.width + i]));
     free_result(&out);
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
     free_layer(&l);
   }
 }

@@ -30,10 +30,10 @@ static void check_norm(const zmoe_norm *norm, const float *x, uint32_t rows, zmo
   for (uint32_t i = 0; i < 2 * N_ISAS; i++) {
     if (!zmoe_isa_supported(ALL_ISAS[i / 2]))
       continue;
-    zmoe_team *team = make_team(1 + i % 2, ALL_ISAS[i / 2], 0);
-    CHECK_EQUAL(zmoe_norm_rows(team, norm, x, rows, i == 0 ? first : out, dtype), ZMOE_OK);
+    zmoe_thread_pool *pool = make_pool(1 + i % 2, ALL_ISAS[i / 2], 0);
+    CHECK_EQUAL(zmoe_norm_rows(pool, norm, x, rows, i == 0 ? first : out, dtype), ZMOE_OK);
     CHECK(i == 0 || memcmp(first, out, bytes) == 0);
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
   }
   zmoe_convert(wide, ZMOE_F32, first, dtype, count, ZMOE_ISA_GENERIC);
   CHECK(distance(wide, expected, count) <= tolerance[dtype]);
@@ -69,10 +69,10 @@ static void test_norms_of_extremes(void) {
   double expected[64];
   float out[64];
   reference_norm(&layer, shifted, expected);
-  zmoe_team *team = make_team(1, zmoe_isa_best(), 0);
-  CHECK_EQUAL(zmoe_norm_rows(team, &layer, shifted, 1, out, ZMOE_F32), ZMOE_OK);
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), 0);
+  CHECK_EQUAL(zmoe_norm_rows(pool, &layer, shifted, 1, out, ZMOE_F32), ZMOE_OK);
   CHECK(distance(out, expected, 64) < 1e-3);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
 }
 
 /* ---- routers ------------------------------------------------------------------------- */
@@ -83,12 +83,12 @@ enum { MOST_EXPERTS = 300 };
 static void reference_scores(const zmoe_router *router, const double *x, double *logits,
                              double *choice) {
   const float *data = router->gate->data, *bias = router->gate->bias;
-  uint32_t experts = router->gate->outs, ins = router->gate->ins;
+  uint32_t experts = router->gate->out_features, in_features = router->gate->in_features;
   double max = -INFINITY, sum = 0;
   for (uint32_t e = 0; e < experts; e++) {
     logits[e] = bias != NULL ? bias[e] : 0;
-    for (uint32_t k = 0; k < ins; k++)
-      logits[e] += data[(size_t)e * ins + k] * x[k];
+    for (uint32_t k = 0; k < in_features; k++)
+      logits[e] += data[(size_t)e * in_features + k] * x[k];
     max = fmax(max, logits[e]);
   }
   for (uint32_t e = 0; e < experts; e++)
@@ -108,7 +108,7 @@ static void reference_route(const zmoe_router *router, const double *x, int32_t 
   reference_scores(router, x, scores, choice);
   for (uint32_t i = 0; i < router->top_k; i++) {
     ids[i] = 0;
-    for (uint32_t e = 1; e < router->gate->outs; e++)
+    for (uint32_t e = 1; e < router->gate->out_features; e++)
       ids[i] = choice[e] > choice[ids[i]] ? (int32_t)e : ids[i];
     weights[i] = scores[ids[i]];
     choice[ids[i]] = -INFINITY;
@@ -129,14 +129,14 @@ static void reference_route(const zmoe_router *router, const double *x, int32_t 
 
 static void check_router(const zmoe_router *router, uint32_t rows, zmoe_dtype dtype, zmoe_isa isa,
                          uint32_t threads) {
-  uint32_t width = router->gate->ins, k = router->top_k;
+  uint32_t width = router->gate->in_features, k = router->top_k;
   float *h = random_floats((size_t)rows * width, 2.0f), *weights = random_floats(rows * k, 1);
   double *x = malloc(width * sizeof *x), *expected = malloc(k * sizeof *expected);
   int32_t *ids = malloc(rows * k * sizeof *ids), *expected_ids = malloc(k * sizeof *ids);
   unsigned char *x_out = malloc((size_t)rows * width * 4);
   float *wide = malloc((size_t)rows * width * sizeof *wide);
-  zmoe_team *team = make_team(threads, isa, zmoe_route_scratch(router));
-  CHECK_EQUAL(zmoe_route(team, router, h, rows, x_out, dtype, ids, weights), ZMOE_OK);
+  zmoe_thread_pool *pool = make_pool(threads, isa, zmoe_route_scratch(router));
+  CHECK_EQUAL(zmoe_route(pool, router, h, rows, x_out, dtype, ids, weights), ZMOE_OK);
   zmoe_convert(wide, ZMOE_F32, x_out, dtype, (size_t)rows * width, ZMOE_ISA_GENERIC);
   for (uint32_t r = 0; r < rows; r++) {
     reference_norm(&router->input, h + (size_t)r * width, x);
@@ -147,7 +147,7 @@ static void check_router(const zmoe_router *router, uint32_t rows, zmoe_dtype dt
     CHECK(memcmp(ids + r * k, expected_ids, k * sizeof *ids) == 0);
     CHECK(distance(weights + r * k, expected, k) < 1e-5);
   }
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
   free(h), free(weights), free(x), free(expected), free(ids), free(expected_ids), free(x_out);
   free(wide);
 }
@@ -159,7 +159,8 @@ static void test_routers(void) {
     float *gate = random_floats((size_t)n * width, 1 / sqrtf((float)width)),
           *bias = random_floats(n, 1);
     float *norm = random_floats(width, 2), *choice_bias = random_floats(n, 1);
-    const zmoe_weight weight = {.data = gate, .bias = i % 2 ? bias : NULL, .outs = n, .ins = width};
+    const zmoe_weight weight = {
+        .data = gate, .bias = i % 2 ? bias : NULL, .out_features = n, .in_features = width};
     const zmoe_router router = {.input = {next_random() % 3, width, 1e-5f, norm, NULL},
                                 .gate = &weight,
                                 .choice_bias = i % 4 == 0 ? choice_bias : NULL,
@@ -179,11 +180,11 @@ static void test_routers(void) {
 static void route_logits(uint32_t kind, const float *logits, uint32_t n, uint32_t k, int32_t *ids,
                          float *weights) {
   float *zeros = calloc(n, sizeof *zeros), h = 0, x;
-  const zmoe_weight gate = {.data = zeros, .bias = logits, .outs = n, .ins = 1};
+  const zmoe_weight gate = {.data = zeros, .bias = logits, .out_features = n, .in_features = 1};
   const zmoe_router router = {.gate = &gate, .kind = kind, .top_k = k, .scale = 1};
-  zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_route_scratch(&router));
-  CHECK_EQUAL(zmoe_route(team, &router, &h, 1, &x, ZMOE_F32, ids, weights), ZMOE_OK);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_route_scratch(&router));
+  CHECK_EQUAL(zmoe_route(pool, &router, &h, 1, &x, ZMOE_F32, ids, weights), ZMOE_OK);
+  zmoe_thread_pool_destroy(pool);
   free(zeros);
 }
 
@@ -232,24 +233,24 @@ static void test_bad_routers(void) {
   float h[4] = {1, 2, 3, 4}, weights[4] = {0}, data[8] = {0};
   float x[4] = {9, 9, 9, 9};
   int32_t ids[4] = {9, 9, 9, 9};
-  const zmoe_weight gate = {.data = data, .outs = 2, .ins = 4};
-  const zmoe_weight empty = {.data = data, .outs = 0, .ins = 4};
+  const zmoe_weight gate = {.data = data, .out_features = 2, .in_features = 4};
+  const zmoe_weight empty = {.data = data, .out_features = 0, .in_features = 4};
   const zmoe_router good = {.gate = &gate, .top_k = 1, .scale = 1};
   zmoe_router bad[6];
   for (int i = 0; i < 6; i++)
     bad[i] = good;
   bad[0].top_k = 0, bad[1].top_k = 3, bad[2].kind = 3, bad[3].gate = &empty;
   bad[4].input = (zmoe_norm){ZMOE_NORM_RMS, 3, 0, NULL, NULL}, bad[5].input.kind = 3;
-  zmoe_team *team = make_team(2, zmoe_isa_best(), zmoe_route_scratch(&good));
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_route_scratch(&good));
   for (int i = 0; i < 6; i++)
-    CHECK_EQUAL(zmoe_route(team, &bad[i], h, 1, x, ZMOE_F32, ids, weights), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_route(team, &good, h, 1, x, (zmoe_dtype)3, ids, weights), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_route(team, &good, h, 0, x, ZMOE_F32, ids, weights), ZMOE_OK);
-  zmoe_team_destroy(team);
-  CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
-  CHECK_EQUAL(zmoe_route(team, &good, h, 1, x, ZMOE_F32, ids, weights), ZMOE_ENOMEM);
+    CHECK_EQUAL(zmoe_route(pool, &bad[i], h, 1, x, ZMOE_F32, ids, weights), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_route(pool, &good, h, 1, x, (zmoe_dtype)3, ids, weights), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_route(pool, &good, h, 0, x, ZMOE_F32, ids, weights), ZMOE_OK);
+  zmoe_thread_pool_destroy(pool);
+  CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, zmoe_isa_best(), &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_route(pool, &good, h, 1, x, ZMOE_F32, ids, weights), ZMOE_ENOMEM);
   CHECK(x[0] == 9 && ids[0] == 9);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
 }
 
 /* ---- refusals of attention and norms ------------------------------------------------------ */
@@ -258,12 +259,12 @@ static void test_bad_norms(void) {
   float x[4] = {1, 2, 3, 4}, out[4];
   const zmoe_norm none = {ZMOE_NORM_RMS, 0, 0, NULL, NULL}, odd = {3, 4, 0, NULL, NULL};
   const zmoe_norm good = {ZMOE_NORM_RMS, 4, 0, NULL, NULL};
-  zmoe_team *team = make_team(2, zmoe_isa_best(), 0);
-  CHECK_EQUAL(zmoe_norm_rows(team, &none, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(team, &odd, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(team, &good, x, 1, out, (zmoe_dtype)3), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(team, &good, x, 0, out, ZMOE_F32), ZMOE_OK);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), 0);
+  CHECK_EQUAL(zmoe_norm_rows(pool, &none, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(pool, &odd, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(pool, &good, x, 1, out, (zmoe_dtype)3), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_norm_rows(pool, &good, x, 0, out, ZMOE_F32), ZMOE_OK);
+  zmoe_thread_pool_destroy(pool);
 }
 
 enum { WIDTH = 8, DIM = 4, CAPACITY = 6 };
@@ -274,14 +275,14 @@ struct scene {
   zmoe_kv_cache cache;
 };
 
-static void expect(zmoe_team *team, const zmoe_attention *attention, uint32_t length, uint32_t rows,
-                   const float *angles, int status) {
+static void expect(zmoe_thread_pool *pool, const zmoe_attention *attention, uint32_t length,
+                   uint32_t rows, const float *angles, int status) {
   struct scene scene, before;
   memset(&scene, 0x11, sizeof scene);
   scene.cache = (zmoe_kv_cache){scene.keys, scene.values, CAPACITY, length};
   memcpy(&before, &scene, sizeof scene);
   CHECK_EQUAL(
-      zmoe_attention_step(team, attention, &scene.cache, angles, angles, rows, scene.h, ZMOE_EXACT),
+      zmoe_attention_step(pool, attention, &scene.cache, angles, angles, rows, scene.h, ZMOE_EXACT),
       status);
   if (status != ZMOE_OK)
     CHECK(memcmp(&before, &scene, sizeof scene) == 0);
@@ -289,13 +290,15 @@ static void expect(zmoe_team *team, const zmoe_attention *attention, uint32_t le
 
 static void test_bad_attention(void) {
   static const float data[32 * WIDTH] = {0}, angles[8] = {0};
-  zmoe_weight projections[3] = {{.data = data, .outs = 16, .ins = WIDTH},
-                                {.data = data, .outs = 8, .ins = WIDTH},
-                                {.data = data, .outs = 8, .ins = WIDTH}};
+  zmoe_weight projections[3] = {{.data = data, .out_features = 16, .in_features = WIDTH},
+                                {.data = data, .out_features = 8, .in_features = WIDTH},
+                                {.data = data, .out_features = 8, .in_features = WIDTH}};
   zmoe_weight wrong[3] = {projections[0], projections[1], projections[2]};
   zmoe_weight narrow[3] = {projections[0], projections[1], projections[2]};
-  zmoe_weight output = {.data = data, .outs = WIDTH, .ins = 16}, other = output, taller = output;
-  wrong[2].outs = 4, narrow[1].ins = 4, other.ins = 8, taller.outs = 7;
+  zmoe_weight output = {.data = data, .out_features = WIDTH, .in_features = 16}, other = output,
+              taller = output;
+  wrong[2].out_features = 4, narrow[1].in_features = 4, other.in_features = 8,
+  taller.out_features = 7;
   const zmoe_norm none = {0}, odd = {ZMOE_NORM_RMS, 5, 0, NULL, NULL}, kind = {3, 4, 0, NULL, NULL};
   const zmoe_attention good = {.input = none,
                                .projections = projections,
@@ -314,25 +317,25 @@ static void test_bad_attention(void) {
   bad[8].n_projections = 1, bad[9].projections = wrong, bad[10].projections = narrow;
   bad[11].output = &other, bad[12].output = &taller, bad[13].input = odd;
   bad[14].query_norm = odd, bad[15].key_norm = kind, bad[16].dtype = 3;
-  zmoe_team *team = make_team(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
   for (int i = 0; i < 17; i++)
-    expect(team, &bad[i], 0, 1, angles, ZMOE_EINVAL);
-  expect(team, &good, CAPACITY - 1, 2, angles, ZMOE_EINVAL); /* one too many */
-  expect(team, &good, CAPACITY + 1, 1, angles, ZMOE_EINVAL);
-  expect(team, &good, 1, UINT32_MAX, angles, ZMOE_EINVAL);
-  expect(team, &good, 0, 1, NULL, ZMOE_EINVAL); /* no angles */
-  expect(team, &good, 0, 2, angles, ZMOE_OK);
-  expect(team, &good, CAPACITY, 0, angles, ZMOE_OK);
-  zmoe_team_destroy(team);
+    expect(pool, &bad[i], 0, 1, angles, ZMOE_EINVAL);
+  expect(pool, &good, CAPACITY - 1, 2, angles, ZMOE_EINVAL); /* one too many */
+  expect(pool, &good, CAPACITY + 1, 1, angles, ZMOE_EINVAL);
+  expect(pool, &good, 1, UINT32_MAX, angles, ZMOE_EINVAL);
+  expect(pool, &good, 0, 1, NULL, ZMOE_EINVAL); /* no angles */
+  expect(pool, &good, 0, 2, angles, ZMOE_OK);
+  expect(pool, &good, CAPACITY, 0, angles, ZMOE_OK);
+  zmoe_thread_pool_destroy(pool);
   /* None; some; enough for all but the nested products. */
   size_t own = zmoe_attention_scratch(&good, CAPACITY) - zmoe_linear_scratch(16);
   const size_t rooms[] = {0, 1, own - ((size_t)300 << 10)};
   for (int i = 0; i < 3; i++) {
-    CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &team), ZMOE_OK);
+    CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, zmoe_isa_best(), &pool), ZMOE_OK);
     if (rooms[i] > 0)
-      CHECK_EQUAL(zmoe_team_reserve(team, rooms[i]), ZMOE_OK);
-    expect(team, &good, 0, 1, angles, ZMOE_ENOMEM);
-    zmoe_team_destroy(team);
+      CHECK_EQUAL(zmoe_thread_pool_reserve(pool, rooms[i]), ZMOE_OK);
+    expect(pool, &good, 0, 1, angles, ZMOE_ENOMEM);
+    zmoe_thread_pool_destroy(pool);
   }
 }
 

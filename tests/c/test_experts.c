@@ -97,11 +97,11 @@ static void expect_experts(const moe *m, expected *out) {
 
 /* ---- making one -------------------------------------------------------------------- */
 
-static const zmoe_weight *make_weights(weight_kind kind, uint32_t experts, uint32_t outs,
-                                       uint32_t ins, weight_options options) {
+static const zmoe_weight *make_weights(weight_kind kind, uint32_t experts, uint32_t out_features,
+                                       uint32_t in_features, weight_options options) {
   zmoe_weight *weights = rig_block(experts * sizeof *weights, 0, 0);
   for (uint32_t e = 0; e < experts; e++)
-    weights[e] = rig_weight(kind, outs, ins, options);
+    weights[e] = rig_weight(kind, out_features, in_features, options);
   return weights;
 }
 
@@ -146,8 +146,8 @@ static moe make_moe(const moe_options *o) {
   return m;
 }
 
-static int run(const moe *m, zmoe_team *team, void *out) {
-  return zmoe_experts(team, &m->layer, m->x, m->x_dtype, m->rows, m->pair_rows, m->pair_experts,
+static int run(const moe *m, zmoe_thread_pool *pool, void *out) {
+  return zmoe_experts(pool, &m->layer, m->x, m->x_dtype, m->rows, m->pair_rows, m->pair_experts,
                       m->weighted ? m->pair_weights : NULL, m->n_pairs, out, m->out_dtype,
                       m->precision);
 }
@@ -179,14 +179,14 @@ static void check_moe(const moe_options *o) {
   void *out = rig_block(bytes, o->offset, 0), *first = rig_block(bytes, 0, 0);
   for (int i = 0; i < N_ISAS; i++)
     for (uint32_t threads = 1; threads <= 3 && zmoe_isa_supported(ALL_ISAS[i]); threads++) {
-      zmoe_team *team =
-          make_team(threads, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, o->top_k));
+      zmoe_thread_pool *pool =
+          make_pool(threads, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, o->top_k));
       memset(out, 0xa5, bytes);
-      CHECK_EQUAL(run(&m, team, out), ZMOE_OK);
+      CHECK_EQUAL(run(&m, pool, out), ZMOE_OK);
       if (threads == 1)
         check(&m, memcpy(first, out, bytes), expect, ALL_ISAS[i]);
       CHECK(memcmp(first, out, bytes) == 0);
-      zmoe_team_destroy(team);
+      zmoe_thread_pool_destroy(pool);
     }
   free(expect);
   rig_free_blocks();
@@ -282,10 +282,10 @@ static moe small_moe(void) {
 #define REFUSED(change)                                                                            \
   do {                                                                                             \
     moe m = small_moe();                                                                           \
-    CHECK_EQUAL(run(&m, team, out), ZMOE_OK);                                                      \
+    CHECK_EQUAL(run(&m, pool, out), ZMOE_OK);                                                      \
     memset(out, 0xa5, sizeof out);                                                                 \
     change;                                                                                        \
-    CHECK_EQUAL(run(&m, team, out), ZMOE_EINVAL);                                                  \
+    CHECK_EQUAL(run(&m, pool, out), ZMOE_EINVAL);                                                  \
     for (size_t i = 0; i < sizeof out; i++)                                                        \
       CHECK_EQUAL(((unsigned char *)out)[i], 0xa5);                                                \
     rig_free_blocks();                                                                             \
@@ -293,7 +293,7 @@ static moe small_moe(void) {
 
 static void test_refusals(void) {
   static float out[4 * 64];
-  zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_experts_scratch(64, 64, 2));
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_experts_scratch(64, 64, 2));
   REFUSED(m.pair_rows[2] = 3); /* out of order */
   REFUSED(m.pair_rows[0] = -1);
   REFUSED(m.pair_rows[m.n_pairs - 1] = 4);
@@ -308,8 +308,8 @@ static void test_refusals(void) {
   REFUSED(m.layer.activation = ZMOE_RELU2); /* takes no gate */
   REFUSED(m.layer.gate = NULL);
   REFUSED(m.layer.experts = 0);
-  REFUSED(((zmoe_weight *)m.layer.down)->ins = 128);
-  zmoe_team_destroy(team);
+  REFUSED(((zmoe_weight *)m.layer.down)->in_features = 128);
+  zmoe_thread_pool_destroy(pool);
 }
 
 /* Wide and narrow enough that any of the pieces may be the one that is missing.
@@ -318,15 +318,15 @@ static void check_memory(const moe *m, zmoe_isa isa, size_t enough) {
   static unsigned char out[128 * 1280 * sizeof(float)];
   int failed = 0, status = ZMOE_ENOMEM;
   for (size_t room = 0; status == ZMOE_ENOMEM; room += enough / 24) {
-    zmoe_team *team = make_team(1, isa, room);
+    zmoe_thread_pool *pool = make_pool(1, isa, room);
     memset(out, 0xa5, 64);
-    status = run(m, team, out);
+    status = run(m, pool, out);
     CHECK(room <= enough);
     CHECK(status == ZMOE_OK || status == ZMOE_ENOMEM);
     for (int i = 0; i < 64 && status == ZMOE_ENOMEM; i++)
       CHECK_EQUAL(out[i], 0xa5);
     failed += status == ZMOE_ENOMEM;
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
   }
   CHECK(failed > 0);
 }
@@ -360,13 +360,13 @@ static void test_odd_numbers(void) {
       m.precision = (zmoe_precision)precision;
       ((float *)m.x)[64 + 5] = precision ? NAN : INFINITY;
       expect_experts(&m, expect);
-      zmoe_team *team = make_team(1, ALL_ISAS[i], zmoe_experts_scratch(64, 64, 2));
-      CHECK_EQUAL(run(&m, team, out), ZMOE_OK);
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_experts_scratch(64, 64, 2));
+      CHECK_EQUAL(run(&m, pool, out), ZMOE_OK);
       for (size_t o = 0; o < 64; o++) /* infinity - infinity may come by another way */
         CHECK(!isfinite(expect[64 + o].value) && !isfinite(out[64 + o]));
       for (size_t o = 0; o < 4 * 64; o++)
         CHECK(o / 64 == 1 || rig_agrees(out[o], expect[o].value, expect[o].error));
-      zmoe_team_destroy(team);
+      zmoe_thread_pool_destroy(pool);
       rig_free_blocks();
     }
 }
@@ -391,8 +391,8 @@ static void check_gather(weight_kind kind, uint32_t rows, zmoe_precision precisi
   for (int i = 0; i < N_ISAS; i++) {
     if (!zmoe_isa_supported(ALL_ISAS[i]))
       continue;
-    zmoe_team *team = make_team(2, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, 2));
-    CHECK_EQUAL(zmoe_gather_linear(team, m.layer.up, m.layer.experts, m.x, m.x_dtype, m.rows,
+    zmoe_thread_pool *pool = make_pool(2, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, 2));
+    CHECK_EQUAL(zmoe_gather_linear(pool, m.layer.up, m.layer.experts, m.x, m.x_dtype, m.rows,
                                    m.pair_rows, m.pair_experts, m.n_pairs, out, ZMOE_F32,
                                    precision),
                 ZMOE_OK);
@@ -406,7 +406,7 @@ static void check_gather(weight_kind kind, uint32_t rows, zmoe_precision precisi
         CHECK(rig_agrees(out[(size_t)p * m.hidden + h], e.value, error));
       }
     }
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
   }
   rig_free_blocks();
 }

@@ -5,21 +5,21 @@
 
 typedef struct product {
   weight_kind kind;
-  uint32_t outs, ins, rows, offset;
+  uint32_t out_features, in_features, rows, offset;
   zmoe_dtype scale_dtype, x_dtype, y_dtype;
   int guarded, bias;
 } product;
 
-static zmoe_team *teams[N_ISAS]; /* one thread each, NULL where it cannot run */
+static zmoe_thread_pool *pools[N_ISAS]; /* one thread each, NULL where it cannot run */
 
 static void describe(const product *p, zmoe_isa isa, zmoe_precision precision, uint32_t row,
                      uint32_t out, double actual, expected e) {
   fprintf(stderr,
           "%s, %s, precision %d: (%u, %u) x %u rows, dtypes %d %d %d, offset %u, guarded %d: "
           "y[%u][%u] is %.9g, not %.9g (error %.3g, int8 %.3g)\n",
-          zmoe_isa_name(isa), rig_kind_name(p->kind), (int)precision, p->outs, p->ins, p->rows,
-          (int)p->scale_dtype, (int)p->x_dtype, (int)p->y_dtype, p->offset, p->guarded, row, out,
-          actual, e.value, e.error, e.int8_error);
+          zmoe_isa_name(isa), rig_kind_name(p->kind), (int)precision, p->out_features,
+          p->in_features, p->rows, (int)p->scale_dtype, (int)p->x_dtype, (int)p->y_dtype, p->offset,
+          p->guarded, row, out, actual, e.value, e.error, e.int8_error);
   exit(1);
 }
 
@@ -29,48 +29,49 @@ static void check_outputs(const product *p, zmoe_isa isa, zmoe_precision precisi
   size_t item = zmoe_dtype_bytes(p->y_dtype);
   for (uint32_t r = 0; r < p->rows; r++) {
     const unsigned char *row = y + r * stride * item;
-    for (uint32_t o = 0; o < p->outs; o++) {
-      expected e = expect[(size_t)r * p->outs + o];
+    for (uint32_t o = 0; o < p->out_features; o++) {
+      expected e = expect[(size_t)r * p->out_features + o];
       double error = e.error + (precision == ZMOE_INT8 ? e.int8_error : 0);
       error += rig_rounding(fabs(e.value) + error, p->y_dtype);
       double actual = rig_load(row, o, p->y_dtype);
       if (!rig_agrees(actual, e.value, error))
         describe(p, isa, precision, r, o, actual, e);
     }
-    for (size_t i = p->outs * item; i < stride * item && r + 1 < p->rows; i++)
+    for (size_t i = p->out_features * item; i < stride * item && r + 1 < p->rows; i++)
       CHECK_EQUAL(row[i], 0xa5);
   }
 }
 
 static expected *expect_all(const product *p, const zmoe_weight *w, const void *x) {
-  expected *expect = malloc(((size_t)p->rows * p->outs + 1) * sizeof *expect);
-  double *wide = malloc(((size_t)p->rows * p->ins + 1) * sizeof *wide);
-  for (size_t i = 0; i < (size_t)p->rows * p->ins; i++)
+  expected *expect = malloc(((size_t)p->rows * p->out_features + 1) * sizeof *expect);
+  double *wide = malloc(((size_t)p->rows * p->in_features + 1) * sizeof *wide);
+  for (size_t i = 0; i < (size_t)p->rows * p->in_features; i++)
     wide[i] = rig_load(x, i, p->x_dtype);
-  for (uint32_t o = 0; o < p->outs; o++)
+  for (uint32_t o = 0; o < p->out_features; o++)
     for (uint32_t r = 0; r < p->rows; r++)
-      expect[(size_t)r * p->outs + o] = rig_expect(w, o, wide + (size_t)r * p->ins, NULL);
+      expect[(size_t)r * p->out_features + o] =
+          rig_expect(w, o, wide + (size_t)r * p->in_features, NULL);
   free(wide);
   return expect;
 }
 
 /* The same product with every instruction set, in both precisions. */
-static void check_product(const product *p) {
+static void check_matmul(const product *p) {
   weight_options options = {(uint32_t)p->scale_dtype, (uint32_t)p->scale_dtype, p->bias, p->offset,
                             p->guarded};
-  zmoe_weight w = rig_weight(p->kind, p->outs, p->ins, options);
-  void *x = rig_inputs((size_t)p->rows * p->ins, 1.0f, p->x_dtype, p->offset, p->guarded);
+  zmoe_weight w = rig_weight(p->kind, p->out_features, p->in_features, options);
+  void *x = rig_inputs((size_t)p->rows * p->in_features, 1.0f, p->x_dtype, p->offset, p->guarded);
   expected *expect = expect_all(p, &w, x);
-  size_t stride = p->outs + 3, item = zmoe_dtype_bytes(p->y_dtype);
-  size_t bytes = p->rows == 0 ? 0 : ((p->rows - 1) * stride + p->outs) * item;
+  size_t stride = p->out_features + 3, item = zmoe_dtype_bytes(p->y_dtype);
+  size_t bytes = p->rows == 0 ? 0 : ((p->rows - 1) * stride + p->out_features) * item;
   unsigned char *y = rig_block(bytes, p->offset, 0);
   const zmoe_weight *weights[] = {&w};
   void *ys[] = {y};
   for (int i = 0; i < N_ISAS; i++)
-    for (int precision = ZMOE_EXACT; precision <= ZMOE_INT8 && teams[i] != NULL; precision++) {
+    for (int precision = ZMOE_EXACT; precision <= ZMOE_INT8 && pools[i] != NULL; precision++) {
       memset(y, 0xa5, bytes);
-      CHECK_EQUAL(zmoe_team_reserve(teams[i], zmoe_linear_scratch(p->ins)), ZMOE_OK);
-      CHECK_EQUAL(zmoe_linear(teams[i], weights, 1, x, p->x_dtype, p->rows, ys, &stride, p->y_dtype,
+      CHECK_EQUAL(zmoe_thread_pool_reserve(pools[i], zmoe_linear_scratch(p->in_features)), ZMOE_OK);
+      CHECK_EQUAL(zmoe_linear(pools[i], weights, 1, x, p->x_dtype, p->rows, ys, &stride, p->y_dtype,
                               (zmoe_precision)precision),
                   ZMOE_OK);
       check_outputs(p, ALL_ISAS[i], (zmoe_precision)precision, y, stride, expect);
@@ -82,7 +83,7 @@ static void check_product(const product *p) {
 /* ---- over formats and sizes ------------------------------------------------------- */
 
 static const uint32_t ROWS[] = {0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 128, 129};
-static const uint32_t OUTS[] = {1, 31, 32, 33, 2, 63, 65};
+static const uint32_t OUT_FEATURES[] = {1, 31, 32, 33, 2, 63, 65};
 static const uint32_t FLOAT_INS[] = {1, 3, 33, 7, 130, 16, 65, 31, 8, 515, 129, 17, 2};
 static const uint32_t GROUPS[] = {1, 3, 5, 2, 9, 7, 4};
 enum { COUNT_OF_ROWS = sizeof ROWS / sizeof *ROWS };
@@ -98,9 +99,11 @@ static void test_products(void) {
       if (rig_skips(n))
         continue;
       weight_kind k = RIG_KINDS[kind];
-      product p = {
-          .kind = k, .outs = PICK(OUTS, n), .rows = ROWS[r], .offset = PICK(offsets, n / 3)};
-      p.ins = k.group == 0 ? PICK(FLOAT_INS, n) : k.group * PICK(GROUPS, n / 2);
+      product p = {.kind = k,
+                   .out_features = PICK(OUT_FEATURES, n),
+                   .rows = ROWS[r],
+                   .offset = PICK(offsets, n / 3)};
+      p.in_features = k.group == 0 ? PICK(FLOAT_INS, n) : k.group * PICK(GROUPS, n / 2);
       p.scale_dtype = (zmoe_dtype)(n % 3);
       p.x_dtype = (zmoe_dtype)((n / 3 + 2) % 3);
       p.y_dtype = (zmoe_dtype)((n / 9) % 3);
@@ -108,26 +111,29 @@ static void test_products(void) {
       p.guarded = n % 5 == 0;
       if (p.guarded)
         p.offset = 0;
-      check_product(&p);
+      check_matmul(&p);
     }
 }
 
 /* All sizes around the vectors, one to five rows. */
 static void test_every_size(void) {
-  for (uint32_t ins = 1; ins <= 70; ins++)
+  for (uint32_t in_features = 1; in_features <= 70; in_features++)
     for (uint32_t format = ZMOE_FORMAT_F32; format <= ZMOE_FORMAT_BF16; format++) {
-      if (rig_skips(ins + format))
+      if (rig_skips(in_features + format))
         continue;
-      product p = {.kind = {format, 0, 0}, .outs = 3, .ins = ins, .rows = 1 + ins % 5};
-      p.x_dtype = (zmoe_dtype)(ins % 2 ? ZMOE_F32 : ZMOE_BF16);
-      p.guarded = ins % 3 == 0;
-      check_product(&p);
+      product p = {.kind = {format, 0, 0},
+                   .out_features = 3,
+                   .in_features = in_features,
+                   .rows = 1 + in_features % 5};
+      p.x_dtype = (zmoe_dtype)(in_features % 2 ? ZMOE_F32 : ZMOE_BF16);
+      p.guarded = in_features % 3 == 0;
+      check_matmul(&p);
     }
 }
 
 /* More than one panel is deep, and than kernels convert scales at a time. */
 static void test_long_rows(void) {
-  static const uint32_t ins[] = {17 * 128, 33 * 128, 65 * 128};
+  static const uint32_t in_features[] = {17 * 128, 33 * 128, 65 * 128};
   for (uint32_t kind = 0; kind < N_KINDS; kind++) {
     weight_kind k = RIG_KINDS[kind];
     if (k.format == ZMOE_FORMAT_AFFINE && k.bits != 4 && k.bits != 8)
@@ -135,11 +141,11 @@ static void test_long_rows(void) {
     for (uint32_t rows = 1; rows <= 9; rows += 4) {
       if (rig_skips(kind + rows / 4))
         continue;
-      product p = {.kind = k, .outs = 5, .rows = rows, .bias = 1};
-      p.ins = k.group == 0 ? 2051 : ins[kind % 3] + (k.group < 128 ? k.group : 0);
+      product p = {.kind = k, .out_features = 5, .rows = rows, .bias = 1};
+      p.in_features = k.group == 0 ? 2051 : in_features[kind % 3] + (k.group < 128 ? k.group : 0);
       p.x_dtype = (zmoe_dtype)(kind % 2 ? ZMOE_BF16 : ZMOE_F32);
       p.scale_dtype = ZMOE_BF16;
-      check_product(&p);
+      check_matmul(&p);
     }
   }
 }
@@ -149,16 +155,16 @@ static void test_long_rows(void) {
 /* Bounds for the worst are far above what happens, since errors of either sign
  * cancel.  Root mean squares are not: they tell a kernel that loses some bits of x,
  * or half the gain of centred codes, from one that does not. */
-static double typical_error(const product *p, zmoe_team *team, zmoe_precision precision,
+static double typical_error(const product *p, zmoe_thread_pool *pool, zmoe_precision precision,
                             const zmoe_weight *w, const void *x, const expected *expect) {
-  float *y = malloc((size_t)p->rows * p->outs * sizeof *y);
+  float *y = malloc((size_t)p->rows * p->out_features * sizeof *y);
   void *ys[] = {y};
-  size_t stride = p->outs;
+  size_t stride = p->out_features;
   double errors = 0, spreads = 0;
-  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_linear_scratch(p->ins)), ZMOE_OK);
-  CHECK_EQUAL(zmoe_linear(team, &w, 1, x, p->x_dtype, p->rows, ys, &stride, ZMOE_F32, precision),
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, zmoe_linear_scratch(p->in_features)), ZMOE_OK);
+  CHECK_EQUAL(zmoe_linear(pool, &w, 1, x, p->x_dtype, p->rows, ys, &stride, ZMOE_F32, precision),
               ZMOE_OK);
-  for (size_t i = 0; i < (size_t)p->rows * p->outs; i++) {
+  for (size_t i = 0; i < (size_t)p->rows * p->out_features; i++) {
     errors += (y[i] - expect[i].value) * (y[i] - expect[i].value);
     spreads += expect[i].spread * expect[i].spread;
   }
@@ -172,17 +178,17 @@ static void test_accuracy(void) {
       if (rig_skips(kind + n))
         continue;
       weight_kind k = RIG_KINDS[kind];
-      product p = {.kind = k, .outs = 64, .ins = 1024, .rows = n < 2 ? 4 : 20};
+      product p = {.kind = k, .out_features = 64, .in_features = 1024, .rows = n < 2 ? 4 : 20};
       p.x_dtype = n % 2 ? ZMOE_BF16 : ZMOE_F32;
-      zmoe_weight w = rig_weight(k, p.outs, p.ins, (weight_options){0});
-      void *x = rig_inputs((size_t)p.rows * p.ins, 1.0f, p.x_dtype, 0, 0);
+      zmoe_weight w = rig_weight(k, p.out_features, p.in_features, (weight_options){0});
+      void *x = rig_inputs((size_t)p.rows * p.in_features, 1.0f, p.x_dtype, 0, 0);
       expected *expect = expect_all(&p, &w, x);
       double exact = (p.rows == 4 ? 6 : 16) * 0x1p-24, int8 = k.bits == 8 ? 0.0026 : 0.0021;
       for (int i = 0; i < N_ISAS; i++) {
-        if (teams[i] == NULL)
+        if (pools[i] == NULL)
           continue;
-        CHECK(typical_error(&p, teams[i], ZMOE_EXACT, &w, x, expect) < exact);
-        CHECK(typical_error(&p, teams[i], ZMOE_INT8, &w, x, expect) < int8);
+        CHECK(typical_error(&p, pools[i], ZMOE_EXACT, &w, x, expect) < exact);
+        CHECK(typical_error(&p, pools[i], ZMOE_INT8, &w, x, expect) < int8);
       }
       free(expect);
       rig_free_blocks();
@@ -199,11 +205,11 @@ int main(int argc, char **argv) {
   rig_start(argc, argv);
   for (int i = 0; i < N_ISAS; i++)
     if (zmoe_isa_supported(ALL_ISAS[i]))
-      teams[i] = make_team(1, ALL_ISAS[i], 0);
+      pools[i] = make_pool(1, ALL_ISAS[i], 0);
     else
       printf("   (%s cannot run here)\n", zmoe_isa_name(ALL_ISAS[i]));
   RUN(tests);
   for (int i = 0; i < N_ISAS; i++)
-    zmoe_team_destroy(teams[i]);
+    zmoe_thread_pool_destroy(pools[i]);
   return 0;
 }

@@ -11,47 +11,47 @@ typedef struct several {
   size_t strides[ZMOE_MAX_WEIGHTS];
   const void *x;
   zmoe_dtype x_dtype;
-  uint32_t n, rows, ins;
+  uint32_t n, rows, in_features;
 } several;
 
 /* One weight each of `n` formats, from kind `from` on. */
-static several make_several(uint32_t from, uint32_t n, uint32_t rows, uint32_t ins,
+static several make_several(uint32_t from, uint32_t n, uint32_t rows, uint32_t in_features,
                             zmoe_dtype x_dtype) {
-  several s = {.n = n, .rows = rows, .ins = ins, .x_dtype = x_dtype};
+  several s = {.n = n, .rows = rows, .in_features = in_features, .x_dtype = x_dtype};
   for (uint32_t i = 0; i < n; i++) {
-    uint32_t outs = 20 + 13 * i;
+    uint32_t out_features = 20 + 13 * i;
     weight_options options = {i % 3, 0, i % 2 == 0, 0, 0};
-    s.weights[i] = rig_weight(RIG_KINDS[(from + i) % N_KINDS], outs, ins, options);
+    s.weights[i] = rig_weight(RIG_KINDS[(from + i) % N_KINDS], out_features, in_features, options);
     s.pointers[i] = &s.weights[i];
-    s.strides[i] = outs + i;
+    s.strides[i] = out_features + i;
     s.ys[i] = rig_block(rows * s.strides[i] * sizeof(float), 0, 0);
     s.outputs[i] = s.ys[i];
     memset(s.ys[i], 0xa5, rows * s.strides[i] * sizeof(float));
   }
-  s.x = rig_inputs((size_t)rows * ins, 1.0f, x_dtype, 0, 0);
+  s.x = rig_inputs((size_t)rows * in_features, 1.0f, x_dtype, 0, 0);
   return s;
 }
 
-static int multiply(several *s, zmoe_team *team, zmoe_precision precision) {
+static int multiply(several *s, zmoe_thread_pool *pool, zmoe_precision precision) {
   for (uint32_t i = 0; i < s->n; i++)
     s->pointers[i] = &s->weights[i]; /* `s` may have been copied */
-  return zmoe_linear(team, s->pointers, s->n, s->x, s->x_dtype, s->rows, s->outputs, s->strides,
+  return zmoe_linear(pool, s->pointers, s->n, s->x, s->x_dtype, s->rows, s->outputs, s->strides,
                      ZMOE_F32, precision);
 }
 
 static void check_several(const several *s, zmoe_precision precision) {
-  double *x = malloc((size_t)s->rows * s->ins * sizeof *x);
-  for (size_t i = 0; i < (size_t)s->rows * s->ins; i++)
+  double *x = malloc((size_t)s->rows * s->in_features * sizeof *x);
+  for (size_t i = 0; i < (size_t)s->rows * s->in_features; i++)
     x[i] = rig_load(s->x, i, s->x_dtype);
   for (uint32_t i = 0; i < s->n; i++)
-    for (uint32_t o = 0; o < s->weights[i].outs; o++)
+    for (uint32_t o = 0; o < s->weights[i].out_features; o++)
       for (uint32_t r = 0; r < s->rows; r++) {
-        expected e = rig_expect(&s->weights[i], o, x + (size_t)r * s->ins, NULL);
+        expected e = rig_expect(&s->weights[i], o, x + (size_t)r * s->in_features, NULL);
         double error = e.error + (precision == ZMOE_INT8 ? e.int8_error : 0);
         CHECK(rig_agrees(s->ys[i][r * s->strides[i] + o], e.value, error));
       }
   for (uint32_t i = 0; i < s->n; i++)
-    for (size_t gap = s->weights[i].outs; gap < s->strides[i]; gap++) {
+    for (size_t gap = s->weights[i].out_features; gap < s->strides[i]; gap++) {
       uint32_t bits;
       memcpy(&bits, &s->ys[i][gap], sizeof bits);
       CHECK_EQUAL(bits, 0xa5a5a5a5);
@@ -59,7 +59,7 @@ static void check_several(const several *s, zmoe_precision precision) {
   free(x);
 }
 
-/* Formats that share an arrangement of x and ones that do not; the working
+/* Formats that share an packing of x and ones that do not; the working
  * memory is what zmoe_linear_scratch says. */
 static void test_several_weights(void) {
   static const uint32_t rows[] = {1, 3, 8, 9, 130};
@@ -68,11 +68,12 @@ static void test_several_weights(void) {
       if (rig_skips(n))
         continue;
       several s = make_several(n * 5, n % 2 ? 8 : 3, rows[n % 5], 384, (zmoe_dtype)(n % 3));
-      zmoe_team *team = make_team(1 + n % 2, ALL_ISAS[i], zmoe_linear_scratch(s.ins));
+      zmoe_thread_pool *pool =
+          make_pool(1 + n % 2, ALL_ISAS[i], zmoe_linear_scratch(s.in_features));
       zmoe_precision precision = n % 4 < 2 ? ZMOE_EXACT : ZMOE_INT8;
-      CHECK_EQUAL(multiply(&s, team, precision), ZMOE_OK);
+      CHECK_EQUAL(multiply(&s, pool, precision), ZMOE_OK);
       check_several(&s, precision);
-      zmoe_team_destroy(team);
+      zmoe_thread_pool_destroy(pool);
       rig_free_blocks();
     }
 }
@@ -84,9 +85,9 @@ static void test_threads_make_no_difference(void) {
   for (int i = 0; i < N_ISAS; i++) {
     if (!zmoe_isa_supported(ALL_ISAS[i]))
       continue;
-    zmoe_team *teams[3];
+    zmoe_thread_pool *pools[3];
     for (uint32_t t = 0; t < 3; t++)
-      teams[t] = make_team(t + 1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      pools[t] = make_pool(t + 1, ALL_ISAS[i], zmoe_linear_scratch(384));
     for (uint32_t n = 0; n < 8; n++) {
       if (rig_skips(n))
         continue;
@@ -94,7 +95,7 @@ static void test_threads_make_no_difference(void) {
       zmoe_precision precision = (zmoe_precision)(n / 4);
       void *first[ZMOE_MAX_WEIGHTS];
       for (uint32_t t = 0; t < 3; t++) {
-        CHECK_EQUAL(multiply(&s, teams[t], precision), ZMOE_OK);
+        CHECK_EQUAL(multiply(&s, pools[t], precision), ZMOE_OK);
         for (uint32_t j = 0; j < s.n; j++) {
           size_t bytes = s.rows * s.strides[j] * sizeof(float);
           if (t == 0)
@@ -106,7 +107,7 @@ static void test_threads_make_no_difference(void) {
       rig_free_blocks();
     }
     for (uint32_t t = 0; t < 3; t++)
-      zmoe_team_destroy(teams[t]);
+      zmoe_thread_pool_destroy(pools[t]);
   }
 }
 
@@ -118,46 +119,46 @@ static void test_too_little_memory(void) {
   int failed = 0;
   several s = make_several(2, 2, 128, 4096, ZMOE_BF16);
   for (size_t bytes = 0; bytes <= enough; bytes += enough / 16) {
-    zmoe_team *team = make_team(1, zmoe_isa_best(), bytes);
+    zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), bytes);
     s.rows = bytes % 3 == 0 ? 128 : 8;
     for (uint32_t i = 0; i < s.n; i++)
       memset(s.ys[i], 0xa5, s.rows * s.strides[i] * sizeof(float));
-    int status = multiply(&s, team, ZMOE_EXACT);
+    int status = multiply(&s, pool, ZMOE_EXACT);
     CHECK(status == ZMOE_OK || status == ZMOE_ENOMEM);
     for (size_t i = 0; i < 64 && status == ZMOE_ENOMEM; i++)
       CHECK_EQUAL(((unsigned char *)s.ys[0])[i], 0xa5);
     failed += status == ZMOE_ENOMEM;
-    zmoe_team_destroy(team);
+    zmoe_thread_pool_destroy(pool);
   }
-  zmoe_team *bare;
-  CHECK_EQUAL(zmoe_team_create(1, NULL, 0, zmoe_isa_best(), &bare), ZMOE_OK);
+  zmoe_thread_pool *bare;
+  CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, zmoe_isa_best(), &bare), ZMOE_OK);
   CHECK_EQUAL(multiply(&s, bare, ZMOE_EXACT), ZMOE_ENOMEM); /* nothing was reserved */
-  zmoe_team_destroy(bare);
+  zmoe_thread_pool_destroy(bare);
   CHECK(failed > 0);
   rig_free_blocks();
 }
 
 static void test_refusals(void) {
-  zmoe_team *team = make_team(1, zmoe_isa_best(), zmoe_linear_scratch(64));
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_linear_scratch(64));
   several s = make_several(6, 3, 2, 128, ZMOE_F32);
   s.n = 0;
-  CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_EINVAL);
+  CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_EINVAL);
   s.n = ZMOE_MAX_WEIGHTS + 1;
-  CHECK_EQUAL(zmoe_linear(team, s.pointers, s.n, s.x, s.x_dtype, 1, s.outputs, s.strides, ZMOE_F32,
+  CHECK_EQUAL(zmoe_linear(pool, s.pointers, s.n, s.x, s.x_dtype, 1, s.outputs, s.strides, ZMOE_F32,
                           ZMOE_EXACT),
               ZMOE_EINVAL);
   s.n = 3;
-  s.weights[1].ins = 64;
-  CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_EINVAL);
-  s.weights[1].ins = 128;
-  s.strides[2] = s.weights[2].outs - 1;
-  CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_EINVAL);
+  s.weights[1].in_features = 64;
+  CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_EINVAL);
+  s.weights[1].in_features = 128;
+  s.strides[2] = s.weights[2].out_features - 1;
+  CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_EINVAL);
   s.strides[2]++;
   s.x_dtype = (zmoe_dtype)3;
-  CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_EINVAL);
+  CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_EINVAL);
   s.x_dtype = ZMOE_F32;
-  CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_OK);
-  zmoe_team_destroy(team);
+  CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_OK);
+  zmoe_thread_pool_destroy(pool);
   rig_free_blocks();
 }
 
@@ -187,10 +188,10 @@ static void test_odd_numbers(void) {
         for (uint32_t k = 0; k < 384; k += 383)
           put((void *)s.weights[0].data, 3 * 384 + k, (zmoe_dtype)s.weights[0].format,
               odd[(n / 2 + k) % 3]);
-      zmoe_team *team = make_team(1, ALL_ISAS[i], zmoe_linear_scratch(384));
-      CHECK_EQUAL(multiply(&s, team, (zmoe_precision)(n / 2 % 2)), ZMOE_OK);
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      CHECK_EQUAL(multiply(&s, pool, (zmoe_precision)(n / 2 % 2)), ZMOE_OK);
       check_several(&s, (zmoe_precision)(n / 2 % 2));
-      zmoe_team_destroy(team);
+      zmoe_thread_pool_destroy(pool);
       rig_free_blocks();
     }
 }
@@ -208,11 +209,11 @@ static void test_odd_codes(void) {
       scales[2 * row - 1] = 0xff; /* of the second output's last group */
       if (RIG_KINDS[kind].format == ZMOE_FORMAT_MXFP8)
         data[5 * 384] = 0x7f;
-      zmoe_team *team = make_team(1, ALL_ISAS[i], zmoe_linear_scratch(384));
-      CHECK_EQUAL(multiply(&s, team, ZMOE_EXACT), ZMOE_OK);
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_OK);
       CHECK(isnan(s.ys[0][1]));
       check_several(&s, ZMOE_EXACT);
-      zmoe_team_destroy(team);
+      zmoe_thread_pool_destroy(pool);
       rig_free_blocks();
     }
 }

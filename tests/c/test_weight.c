@@ -11,8 +11,8 @@ static void test_fp4_and_fp8(void) {
     codes[i] = (unsigned char)((2 * i % 16) | (2 * i + 1) % 16 << 4);
   zmoe_weight w = {.data = codes,
                    .scales = scale,
-                   .outs = 1,
-                   .ins = 32,
+                   .out_features = 1,
+                   .in_features = 32,
                    .format = ZMOE_FORMAT_MXFP4,
                    .bits = 4,
                    .group = 32};
@@ -27,8 +27,8 @@ static void test_fp4_and_fp8(void) {
   unsigned char bytes[32] = {0x00, 0x80, 0x01, 0x08, 0x38, 0x39, 0x7e, 0xfe, 0x7f, 0xff, 0xb8};
   w = (zmoe_weight){.data = bytes,
                     .scales = scale + 1,
-                    .outs = 1,
-                    .ins = 32,
+                    .out_features = 1,
+                    .in_features = 32,
                     .format = ZMOE_FORMAT_MXFP8,
                     .bits = 8,
                     .group = 32};
@@ -43,8 +43,8 @@ static void test_power_of_two_scales(void) {
   memset(codes, 0x22, sizeof codes); /* ones */
   zmoe_weight w = {.data = codes,
                    .scales = &scale,
-                   .outs = 1,
-                   .ins = 32,
+                   .out_features = 1,
+                   .in_features = 32,
                    .format = ZMOE_FORMAT_MXFP4,
                    .bits = 4,
                    .group = 32};
@@ -59,24 +59,24 @@ static void test_power_of_two_scales(void) {
 static void test_affine_codes_are_a_stream_of_bits(void) {
   static const uint32_t widths[] = {1, 2, 3, 4, 5, 6, 8};
   for (int n = 0; n < 7; n++) {
-    uint32_t bits = widths[n], ins = 64;
+    uint32_t bits = widths[n], in_features = 64;
     unsigned char data[64] = {0};
     float scales[2] = {0.5f, 2.0f}, biases[2] = {-1.0f, 3.0f}, out[64];
-    for (uint32_t i = 0; i < ins; i++)
+    for (uint32_t i = 0; i < in_features; i++)
       for (uint32_t b = 0; b < bits; b++)
         if ((i * 7 + 3) >> b & 1)
           data[(i * bits + b) / 8] |= (unsigned char)(1u << (i * bits + b) % 8);
     zmoe_weight w = {.data = data,
                      .scales = scales,
                      .biases = biases,
-                     .outs = 1,
-                     .ins = ins,
+                     .out_features = 1,
+                     .in_features = in_features,
                      .format = ZMOE_FORMAT_AFFINE,
                      .bits = bits,
                      .group = 32};
-    CHECK_EQUAL(zmoe_weight_row_bytes(&w), ins * bits / 8);
+    CHECK_EQUAL(zmoe_weight_row_bytes(&w), in_features * bits / 8);
     CHECK_EQUAL(zmoe_weight_decode(&w, 0, out), ZMOE_OK);
-    for (uint32_t i = 0; i < ins; i++)
+    for (uint32_t i = 0; i < in_features; i++)
       CHECK(out[i] == (float)((i * 7 + 3) % (1u << bits)) * scales[i / 32] + biases[i / 32]);
   }
 }
@@ -88,8 +88,8 @@ static zmoe_weight good(void) {
   return (zmoe_weight){.data = data,
                        .scales = scales,
                        .biases = scales,
-                       .outs = 1,
-                       .ins = 64,
+                       .out_features = 1,
+                       .in_features = 64,
                        .format = ZMOE_FORMAT_AFFINE,
                        .bits = 4,
                        .group = 64};
@@ -118,10 +118,10 @@ static void test_refusals(void) {
   REFUSED(w.data = NULL);
   REFUSED(w.scales = NULL);
   REFUSED(w.biases = NULL);
-  REFUSED(w.outs = 0);
-  REFUSED(w.ins = 0);
-  REFUSED(w.ins = 96); /* no whole groups */
-  REFUSED(w.ins = ZMOE_MAX_COLUMNS + 64);
+  REFUSED(w.out_features = 0);
+  REFUSED(w.in_features = 0);
+  REFUSED(w.in_features = 96); /* no whole groups */
+  REFUSED(w.in_features = ZMOE_MAX_COLUMNS + 64);
   REFUSED(w.format = ZMOE_FORMAT_F32);                                    /* has no bits */
   REFUSED((w.format = ZMOE_FORMAT_MXFP4, w.group = 32));                  /* has no biases */
   REFUSED((w.format = ZMOE_FORMAT_MXFP4, w.biases = NULL));               /* has groups of 32 */

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe.errors import PeerError
+from zmoe.exchange.base import Call
 from zmoe.exchange.local import Endpoint, Exchange
 
 WIDTH = 96
@@ -39,7 +40,7 @@ def sums(exchange: Exchange, count: int, deadline_s: float) -> str:
             mine = partial(exchange.rank, step, rows) + carried[:1]
             nothing = (step + layer + exchange.rank) % 5 == 0
             total = exchange.all_reduce(
-                layer, None if nothing else mine, (rows, WIDTH), mx.bfloat16, step
+                Call(layer, rows, WIDTH, mx.bfloat16, step), None if nothing else mine
             )
             carried = total * 0.1
             mx.eval(carried)

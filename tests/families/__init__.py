@@ -12,14 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
-from tests.families import gated, inline, special
 from tests.families.base import DIM, EXPERTS, VOCAB, Family
+from tests.families.configs import FAMILIES
 from tests.families.layouts import Weights
 
 __all__ = ["DIM", "EXPERTS", "FAMILIES", "VOCAB", "Family", "build", "random_model", "save"]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-FAMILIES: dict[str, Family] = {**gated.FAMILIES, **inline.FAMILIES, **special.FAMILIES}
 
 
 def random_model(config: dict[str, Any], seed: int = 0) -> nn.Module:

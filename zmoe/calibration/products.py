@@ -20,7 +20,7 @@ from typing import Any
 
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
 from zmoe.errors import ZmoeError
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.perf.measured import ProductRate
 from zmoe.topology.cores import divide_cores, usable_cores
 
@@ -160,7 +160,7 @@ def _serve(
     """A process: for each format that it is told, the rates of all kinds of products."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    team = Team(cores)
+    team = ThreadPool(cores)
     weights = Weights(team, path)
     works: dict[str, list[Callable[[], float]]] = {}
     while True:
@@ -185,9 +185,9 @@ def _serve(
         pipe.send(rates)
 
 
-def _rate(team: Team, work: Callable[[], float]) -> float:
+def _rate(team: ThreadPool, work: Callable[[], float]) -> float:
     """Of what `work` does, a second of the kernels' time (of all, where it is no product)."""
-    before, done, start = team.products_s, 0.0, time.perf_counter()
+    before, done, start = team.matmul_s, 0.0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < TURN_S:
         done += work()
-    return done / (team.products_s - before or elapsed)
+    return done / (team.matmul_s - before or elapsed)

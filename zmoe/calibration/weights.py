@@ -18,8 +18,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.linear import Parts, Product
-from zmoe.kernels.threads import Team
+from zmoe.kernels.linear import Matmul, Parts
+from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Quantization, Stored, matrices
 from zmoe.native import ffi
 from zmoe.placement.pairs import LocalPairs
@@ -129,7 +129,7 @@ def _switch(shape: Shape, how: Quantization | None) -> SwitchGLU:
 class Weights:
     """The file's weights on a team: products whose calls return what they have done."""
 
-    def __init__(self, team: Team, path: Path) -> None:
+    def __init__(self, team: ThreadPool, path: Path) -> None:
         self._team, self._size = team, path.stat().st_size
         self._mapped = np.memmap(path, np.uint8, "r")
         int(self._mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
@@ -166,14 +166,14 @@ class Weights:
 
         def run() -> float:
             product(rows)
-            return 2.0 * ROWS * product.weight.outs * product.weight.ins
+            return 2.0 * ROWS * product.weight.out_features * product.weight.in_features
 
         return run
 
-    def _products(self, name: str) -> list[Product]:
+    def _products(self, name: str) -> list[Matmul]:
         count, layers = _stacks(self._memory, self._size, name, LARGE)
         return [
-            Product(self._team, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
+            Matmul(self._team, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
             for index in range(count)
             for layer in ("gate_proj", "up_proj")
         ]

@@ -68,14 +68,15 @@ def _run(options: argparse.Namespace) -> None:
     from zmoe.checkpoint.hub import resolve_model
     from zmoe.checkpoint.verify import changed_files, verify
     from zmoe.cli.progress import Bars
-    from zmoe.loading import inspect_model
+    from zmoe.loading import Skeleton, describe
     from zmoe.store.writer import prestack
 
     store = resolve_model(options.model, "MODEL")
     if options.out is not None:
         with Bars(["writing"]) as bars:
-            info, store = inspect_model(store), options.out.expanduser()
-            manifest = prestack(info, store, quantization, lambda *sizes: bars(0, *sizes))
+            skeleton, store = Skeleton(store), options.out.expanduser()
+            info = describe(skeleton)
+            manifest = prestack(info, store, quantization, lambda *sizes: bars(0, *sizes), skeleton)
     if options.verify:
         with Bars(["comparing"]) as bars:
             manifest = verify(store, lambda *sizes: bars(0, *sizes))

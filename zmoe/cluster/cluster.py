@@ -23,7 +23,7 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
 from zmoe.errors import InputError, SettingError, ZmoeError
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.placement.types import ModelInfo
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
@@ -66,7 +66,8 @@ class Cluster:
             raise SettingError("model", f"is {model!r}: expected a folder or a name")
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
-        self.info: ModelInfo = inspect_model(folder)
+        self._skeleton = Skeleton(folder)
+        self.info: ModelInfo = describe(self._skeleton)
         window = self.spec.engine.max_kv_size
         if window is not None and self.info.has_own_cache:
             raise SettingError(
@@ -188,7 +189,7 @@ class Cluster:
             self._member = self._leader.member
         else:
             self._member = Member(self.info, 0, 1, 0, spec.engine, spec.timing)
-        self._member.recorder = self._recorder
+        self._member.recorder, self._member.skeleton = self._recorder, self._skeleton
         if self._leader is not None:
             self._leader.launch()
         self.tokenizer = open_tokenizer(Path(self.info.path))

@@ -22,8 +22,8 @@ from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
-from zmoe.kernels.threads import Team, best_isa_name, check_isa, is_native, make_team
-from zmoe.loading import LoadedShard, load_experts, load_shard
+from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
+from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.estimate import Offer
 from zmoe.placement.types import ModelInfo, Placement
@@ -50,6 +50,7 @@ class Member:
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
         self.recorder: Recorder | None = None
+        self.skeleton: Skeleton | None = None  # what `info` was learned from, until it is loaded
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
@@ -58,7 +59,7 @@ class Member:
         self._connected = False
         self._affinity: set[int] | None = None
         self._isa = best_isa_name()
-        self._team: Team | None = None
+        self._team: ThreadPool | None = None
 
     def pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores` until close()."""
@@ -136,6 +137,7 @@ class Member:
             progress=progress,
             team=self._team,
             policy=self._config.policy,
+            skeleton=self.skeleton,
         )
         self._held = held.layers
         return time.perf_counter() - start
@@ -155,6 +157,7 @@ class Member:
             team=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
+            skeleton=self.skeleton,
         )
         self._engine = Engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
@@ -166,7 +169,7 @@ class Member:
         if mx.metal.is_available():  # or idle weights are paged out, and in again when used
             mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
         if is_native(self._config):
-            self._team = make_team(self._config, self._isa)
+            self._team = make_thread_pool(self._config, self._isa)
         elif self._config.activations != "exact":
             raise SettingError(
                 "activations", "is int8: expected exact, as MLX computes on this node"
@@ -201,10 +204,10 @@ class Member:
         if reset:
             self._engine.reset()
         team = self._team
-        before = team.products_s if team is not None else 0.0
+        before = team.matmul_s if team is not None else 0.0
         out = self._engine.forward(step, tokens, logits)
         if team is not None:
-            self.spans.seconds["products"] += team.products_s - before
+            self.spans.seconds["products"] += team.matmul_s - before
         return out
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe.config import EngineConfig
-from zmoe.kernels.threads import Team, is_native
+from zmoe.kernels.threads import ThreadPool, is_native
 from zmoe.placement.estimate import Offer
 from zmoe.topology.cgroups import memory_limit
 from zmoe.topology.cores import team_cores
@@ -78,7 +78,7 @@ def _speeds(config: EngineConfig) -> list[float]:
     if is_native(config):
         data = np.empty(_READ_BYTES, np.uint8)
         data.fill(1)  # memory that nobody has written is not there
-        team = Team(team_cores())
+        team = ThreadPool(team_cores())
         try:
             return _passes(lambda: team.read(data))
         finally:

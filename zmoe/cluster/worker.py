@@ -37,7 +37,7 @@ from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 
 IDLE_SLICE_S = 1.0
 # After a step the next one is near: a core that sleeps meanwhile takes long to wake.
@@ -123,7 +123,8 @@ class Worker:
             setup.join_timeout, setup.load_timeout, setup.peer_timeout, setup.grace_timeout
         )
         self._bus.grace = timing.grace
-        info = inspect_model(resolve_model(self.spec.model or setup.model))
+        skeleton = Skeleton(resolve_model(self.spec.model or setup.model))
+        info = describe(skeleton)
         config = EngineConfig(
             setup.prefill_chunk,
             setup.max_kv_size,
@@ -134,7 +135,7 @@ class Worker:
             setup.policy,
         )
         member = Member(info, self.spec.rank, setup.nodes, self._bus.session, config, timing)
-        self._member = member
+        self._member, member.skeleton = member, skeleton
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
         offer = offer_of(config, limit, measure=not is_loopback(self.spec.bind))

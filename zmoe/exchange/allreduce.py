@@ -18,17 +18,20 @@ import zmq
 
 from zmoe.errors import InputError, LaunchError
 from zmoe.exchange.algorithm import Choice
-from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, ReceiveBuffers, wire_of
-from zmoe.exchange.collective import Rounds, Source
-from zmoe.exchange.native import NativeExchange, Receive
+from zmoe.exchange.collective import Rounds
+from zmoe.exchange.native import NativeExchange, Receive, Source
 from zmoe.exchange.sockets import Context, Endpoint, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
 from zmoe.obs import Spans
 
 RESEND_MS = 50  # a frame this late is asked for again
 SPIN_US = 100  # how long to look for a peer's frame before sleeping
-_NUMPY_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16}
+_NUMPY_DTYPES = {
+    np.dtype(np.float32): (Dtype.F32, mx.float32),
+    np.dtype(np.float16): (Dtype.F16, mx.float16),
+}
 
 
 class Exchange(Rounds):
@@ -168,13 +171,11 @@ class Exchange(Rounds):
 
     def dispatch(
         self,
-        layer: int,
+        call: Call,
         x: Any,
         x_dtype: mx.Dtype,
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
     ) -> None:
         """Nothing: every rank has the rows, and routes them alike."""
 
@@ -183,61 +184,54 @@ class Exchange(Rounds):
         return mx.float32 if self.wire is Dtype.F32 else dtype
 
     def all_reduce(
-        self,
-        layer: int,
-        partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
-        overlap: Callable[[], None] = nothing,
+        self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:
         """See zmoe.exchange.base.Reducer; float32, float16 and bfloat16."""
-        width, received = shape[1], self._received
+        received = self._received
 
         def source(start: int, stop: int) -> Source:
             part = partial(start, stop) if callable(partial) else partial
-            elements = (stop - start) * width
+            elements = (stop - start) * call.width
             if part is None or elements == 0:
                 return None, Dtype.F32
             return received.source(part, elements)
 
-        out, own = received.next(dtype), DTYPES[dtype]
-        self._reduce(layer, shape, own, digest, source, out, own, overlap, callable(partial))
-        return received.view(dtype, *shape)
+        out, out_dtype = received.next(call.dtype), DTYPES[call.dtype]
+        self._reduce(call, source, out, out_dtype, overlap, callable(partial))
+        return received.view(call.dtype, call.rows, call.width)
 
     def all_reduce_host(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[npt.NDArray[np.float32]],
         out: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         """See zmoe.exchange.base.Reducer."""
+        if out.shape != (call.rows, call.width):
+            raise ValueError(f"a sum of shape {out.shape} for {call}")
 
         def source(start: int, stop: int) -> Source:
             return partial(start, stop) if callable(partial) else partial, Dtype.F32
 
-        wire, shape, into = DTYPES[dtype], (out.shape[0], out.shape[1]), Receive(out)
-        in_parts = callable(partial)
-        self._reduce(layer, shape, wire, digest, source, into, Dtype.F32, overlap, in_parts)
+        self._reduce(call, source, Receive(out), Dtype.F32, overlap, callable(partial))
 
     def all_reduce_numpy(self, array: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
 
         Counts its own steps: don't mix it with `all_reduce` in one epoch.
         """
-        dtype = _NUMPY_DTYPES.get(array.dtype)
-        if dtype is None or array.ndim not in (1, 2) or array.size == 0:
+        dtypes = _NUMPY_DTYPES.get(array.dtype)
+        if dtypes is None or array.ndim not in (1, 2) or array.size == 0:
             raise InputError(
                 f"cannot reduce a {array.dtype} array of shape {array.shape}: expected float32 "
                 "or float16, 1-D or 2-D, not empty"
             )
-        shape = (array.shape[0], array.shape[1]) if array.ndim == 2 else (1, array.shape[0])
+        rows, width = array.shape if array.ndim == 2 else (1, array.shape[0])
+        dtype, mlx_dtype = dtypes
         out = np.empty(array.shape, array.dtype)
         source: Source = (np.ascontiguousarray(array), dtype)
-        self._reduce(0, shape, dtype, 0, lambda *_: source, Receive(out), dtype)
+        self._reduce(Call(0, rows, width, mlx_dtype, 0), lambda *_: source, Receive(out), dtype)
         self.step += 1
         return out
 

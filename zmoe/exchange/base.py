@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,21 @@ T = TypeVar("T")
 Partial: TypeAlias = T | Callable[[int, int], T | None] | None
 
 
+class Call(NamedTuple):
+    """One layer's exchange; equal on every rank.
+
+    `layer` is the ordinal of the MoE layer. The partial sums and their sum are
+    (`rows`, `width`). `dtype` is that of the partial sums on the wire, unless
+    the exchange has a wire dtype of its own. `digest` is that of the routing.
+    """
+
+    layer: int
+    rows: int
+    width: int
+    dtype: mx.Dtype
+    digest: int
+
+
 class Reducer(Protocol):
     """The all-reduce as one MoE layer sees it."""
 
@@ -30,20 +45,17 @@ class Reducer(Protocol):
 
     def dispatch(
         self,
-        layer: int,
+        call: Call,
         x: Any,
         x_dtype: mx.Dtype,
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
     ) -> None:
-        """Tell ranks that do not route what of MoE layer `layer` is theirs to compute.
+        """Tell the ranks that do not route which part of a layer is theirs to compute.
 
-        Called before the own part is computed, in every exchange. `x` (rows,
-        width): an MLX array, evaluated or not, or the memory of one of
-        `x_dtype`; `ids` and `weights` (rows, k); `dtype` and `digest` are
-        all_reduce's, and `rows` and `width` its shape.
+        It is called in every exchange, before this rank computes its own part.
+        `x` (rows, width) is an MLX array, evaluated or not, or the memory of an
+        array of `x_dtype`; `ids` and `weights` are (rows, k).
         """
         ...
 
@@ -52,34 +64,27 @@ class Reducer(Protocol):
         ...
 
     def all_reduce(
-        self,
-        layer: int,
-        partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
-        overlap: Callable[[], None] = nothing,
+        self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:
-        """Sum the ranks' partial outputs of MoE layer `layer` (ordinal).
+        """Sum the ranks' partial outputs of a layer.
 
-        `partial` (rows, width) float, evaluated or not; None adds nothing. As a
-        function it may be called for some of the rows while the sum of those
-        before is under way, and is called for each row once, in order.
-        `digest` is that of the routing and must agree on all ranks. `overlap`
-        is called while the exchange is in flight. Returns (rows, width) of
-        `dtype`, valid until the second next call. Raises PeerError,
-        DivergenceError.
+        `partial` is (rows, width) of floats, evaluated or not; None adds
+        nothing. A function may be called for some of the rows while the sum of
+        earlier rows is under way, and is called once for each row, in order.
+        `overlap` is called while the exchange is in flight. Returns (rows,
+        width) of `call.dtype`, valid until the second next call. Raises
+        PeerError and DivergenceError.
         """
         ...
 
     def all_reduce_host(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[npt.NDArray[np.float32]],
         out: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
-        """The same from memory to memory: both (rows, width) float32, `dtype` on the wire."""
+        """Like all_reduce, but from memory to memory: `partial` and `out` are (rows, width)
+        float32.
+        """
         ...

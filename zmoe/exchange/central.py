@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError
 from zmoe.exchange.allreduce import Exchange
+from zmoe.exchange.base import Call
 from zmoe.exchange.buffers import DTYPES, ReceiveBuffers
-from zmoe.exchange.collective import Source
 from zmoe.exchange.dispatched import Received
+from zmoe.exchange.native import Source
 from zmoe.native import PAIR_BYTES, Dtype, Status
 from zmoe.obs import Spans
 from zmoe.placement.assignment import layer_owners
@@ -96,17 +97,17 @@ class CentralExchange(Exchange):
 
     def dispatch(
         self,
-        layer: int,
+        call: Call,
         x: Any,
         x_dtype: mx.Dtype,
         ids: Ints,
         weights: Floats,
-        dtype: mx.Dtype,
-        digest: int,
     ) -> None:
         """See zmoe.exchange.base.Reducer."""
+        if x.shape != (call.rows, call.width) or len(ids) != call.rows:
+            raise ValueError(f"{x.shape} activations and {ids.shape} expert ids for {call}")
         with self._spans.span("exchange"):
-            (rows, width), sharing = x.shape, self._sharing[layer]
+            sharing = self._sharing[call.layer]
             if isinstance(x, mx.array):
                 x, _ = ReceiveBuffers.source(x, x.size)
             routed = (
@@ -117,16 +118,16 @@ class CentralExchange(Exchange):
                 sharing.masks(ids),
                 sharing.busiest,
             )
-            wire = DTYPES[dtype] if self.wire is None else self.wire
-            call = (self.step, layer, width, wire, digest)
-            status = self._again(lambda s: self.native.dispatch(*routed, *call, s))
+            native, step, wire = self.native, self.step, self._wire_dtype(call)
+            status = self._again(lambda s: native.dispatch(step, call, wire, *routed, s))
         if status == Status.INVALID:
             raise InputError(
-                f"{rows} rows of {width} {x_dtype} do not fit the exchange's {self._max_bytes} "
-                f"bytes, or layer {layer}, step {self.step} does not come after the last one"
+                f"{call.rows} rows of {call.width} {x_dtype} do not fit the exchange's "
+                f"{self._max_bytes} bytes, or layer {call.layer}, step {step} does not come after "
+                "the last one"
             )
         if status != Status.OK:
-            self._fail(status, layer)
+            self._fail(status, call.layer)
 
     # ---- workers -----------------------------------------------------------------
 
@@ -147,9 +148,8 @@ class CentralExchange(Exchange):
         source: Source = (partial, Dtype.F32)
         if isinstance(partial, mx.array):
             source = ReceiveBuffers.source(partial, partial.size)
-        wire = DTYPES[dtype] if self.wire is None else self.wire
-        rows, width, digest = received.rows, received.width, received.digest
-        self._publish(layer, rows, width, wire, digest, source)
+        call = Call(layer, received.rows, received.width, dtype, received.digest)
+        self._publish(call, self._wire_dtype(call), source)
 
 
 def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) -> None:

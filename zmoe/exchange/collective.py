@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.algorithm import Choice, Line, measure
-from zmoe.exchange.base import nothing
+from zmoe.exchange.base import Call, nothing
+from zmoe.exchange.buffers import DTYPES
 from zmoe.exchange.faults import error_of
-from zmoe.exchange.native import NativeExchange, Receive
+from zmoe.exchange.native import NativeExchange, Receive, Source
 from zmoe.native import WINDOW, Algorithm, Dtype, Status
 from zmoe.obs import Spans
-
-Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and what its elements are
 
 
 class Rounds:
@@ -71,10 +71,9 @@ class Rounds:
         layers = iter(range(1 << 16))
 
         def run(data: npt.NDArray[np.float32], kind: Algorithm, silent: bool = False) -> None:
-            layer = next(layers)
-            source = (None if silent else data, Dtype.F32)
-            self._publish(layer, 1, data.size, Dtype.F32, 0, source, kind)
-            self._collect(Receive(out), Dtype.F32, layer)
+            call = Call(next(layers), 1, data.size, mx.float32, 0)
+            self._publish(call, Dtype.F32, (None if silent else data, Dtype.F32), kind)
+            self._collect(Receive(out), Dtype.F32, call.layer)
 
         def exchange_us(size: int, kind: Algorithm) -> float:
             data = np.ones(size // 4, np.float32)
@@ -92,10 +91,7 @@ class Rounds:
 
     def _reduce(
         self,
-        layer: int,
-        shape: tuple[int, int],
-        wire: Dtype,
-        digest: int,
+        call: Call,
         source: Callable[[int, int], Source],
         out: Receive,
         out_dtype: Dtype,
@@ -106,53 +102,55 @@ class Rounds:
 
         `in_parts`: it may be asked for some rows while others are under way.
         """
-        rows, width = shape
-        wire = wire if self.wire is None else self.wire
-        size = wire.payload_bytes(rows, width)
+        layer, rows, wire = call.layer, call.rows, self._wire_dtype(call)
+        size = wire.payload_bytes(rows, call.width)
         algorithm = self.choice.algorithm(size)
         bounds = self.choice.bounds(rows, size) if in_parts and rows > 1 else ()
         if len(bounds) < 2:
             data = source(0, rows)
             with self._spans.span("exchange"):
-                self._publish(layer, rows, width, wire, digest, data, algorithm)
+                self._publish(call, wire, data, algorithm)
                 overlap()
                 self._collect(out, out_dtype, layer)
             return
-        at = [start * width * out_dtype.itemsize for start, _ in bounds]
+        at = [start * call.width * out_dtype.itemsize for start, _ in bounds]
         for part, (start, stop) in enumerate(bounds):
+            some = Call(layer, stop - start, call.width, call.dtype, call.digest)
             data = source(start, stop)
             with self._spans.span("exchange"):
                 if part >= WINDOW:
                     self._collect(out, out_dtype, layer, at[part - WINDOW])
-                self._publish(layer, stop - start, width, wire, digest, data, algorithm, part)
+                self._publish(some, wire, data, algorithm, part)
         with self._spans.span("exchange"):
             overlap()
             for offset in at[-WINDOW:]:
                 self._collect(out, out_dtype, layer, offset)
 
+    def _wire_dtype(self, call: Call) -> Dtype:
+        return DTYPES[call.dtype] if self.wire is None else self.wire
+
     def _publish(
         self,
-        layer: int,
-        rows: int,
-        width: int,
+        call: Call,
         wire: Dtype,
-        digest: int,
         source: Source,
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> None:
-        native, call = self.native, (*source, self.step, layer, rows, width, wire, digest)
-        status = self._again(lambda deadline_s: native.publish(*call, deadline_s, algorithm, part))
+        native, step = self.native, self.step
+        status = self._again(
+            lambda deadline_s: native.publish(step, call, wire, source, deadline_s, algorithm, part)
+        )
         if status == Status.OK:
             return
-        if wire.payload_bytes(rows, width) > self._max_bytes:
+        if wire.payload_bytes(call.rows, call.width) > self._max_bytes:
             raise InputError(
-                f"a partial output of {rows} x {width} {wire.name} exceeds the exchange's "
-                f"{self._max_bytes} bytes"
+                f"a partial output of {call.rows} x {call.width} {wire.name} exceeds the "
+                f"exchange's {self._max_bytes} bytes"
             )
         if status == Status.INVALID:
-            raise ZmoeError(f"layer {layer}, step {self.step} does not come after the last one")
-        self._fail(status, layer)
+            raise ZmoeError(f"layer {call.layer}, step {step} does not come after the last one")
+        self._fail(status, call.layer)
 
     def _collect(self, out: Receive, dtype: Dtype, layer: int, at: int = 0) -> None:
         self._wait(lambda deadline_s: self.native.collect(out, dtype, deadline_s, at), layer)

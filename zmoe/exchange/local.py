@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.allreduce import Exchange
-from zmoe.exchange.base import Partial, nothing
+from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, wire_of
 from zmoe.exchange.sockets import Endpoint
 
@@ -33,13 +33,11 @@ class SingleNode:
 
     def dispatch(
         self,
-        layer: int,
+        call: Call,
         x: Any,
         x_dtype: mx.Dtype,
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
     ) -> None:
         """Nothing: there is nobody else."""
 
@@ -48,30 +46,25 @@ class SingleNode:
         return dtype
 
     def all_reduce(
-        self,
-        layer: int,
-        partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
-        overlap: Callable[[], None] = nothing,
+        self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:
-        """`partial` itself, (rows, width) of `dtype`; zeros for None."""
-        mine = partial(0, shape[0]) if callable(partial) else partial
+        """`partial` itself, (rows, width) of `call.dtype`; zeros for None."""
+        mine = partial(0, call.rows) if callable(partial) else partial
         overlap()
-        return mx.zeros(shape, dtype) if mine is None else mine.reshape(shape).astype(dtype)
+        shape = (call.rows, call.width)
+        if mine is None:
+            return mx.zeros(shape, call.dtype)
+        return mine.reshape(shape).astype(call.dtype)
 
     def all_reduce_host(
         self,
-        layer: int,
+        call: Call,
         partial: Partial[npt.NDArray[np.float32]],
         out: npt.NDArray[np.float32],
-        dtype: mx.Dtype,
-        digest: int,
         overlap: Callable[[], None] = nothing,
     ) -> None:
         """`partial` itself, unrounded."""
-        mine = partial(0, out.shape[0]) if callable(partial) else partial
+        mine = partial(0, call.rows) if callable(partial) else partial
         overlap()
         out[...] = 0 if mine is None else mine
 

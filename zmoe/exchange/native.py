@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from zmoe.exchange.base import Call
 from zmoe.exchange.dispatched import Received
 from zmoe.native import MAX_NODES, Algorithm, Dtype, Header, Status, ffi, header_of, lib
 from zmoe.placement.pairs import Floats, Ints
@@ -31,6 +33,7 @@ class Fault:
     theirs: Header
 
 
+Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and the dtype of its elements
 _ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
 
 
@@ -123,55 +126,47 @@ class NativeExchange:
 
     def publish(
         self,
-        source: Any | None,
-        source_dtype: Dtype,
         step: int,
-        layer: int,
-        rows: int,
-        width: int,
+        call: Call,
         wire_dtype: Dtype,
-        digest: int,
+        source: Source,
         deadline_s: float,
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> int:
-        """Send `source` (rows*width elements; None: zeros), encoded in `wire_dtype`."""
-        call = self._call_of(step, layer, rows, width, wire_dtype, digest, algorithm, part)
-        pointer = self._null if source is None else ffi.from_buffer("uint8_t[]", source)
+        """Send `source` (rows * width elements), encoded in `wire_dtype`."""
+        data, data_dtype = source
+        raw = self._call_of(step, call, wire_dtype, algorithm, part)
+        pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
         return lib.zmoe_exchange_publish(
-            self._exchange, call, pointer, source_dtype, _microseconds(deadline_s), self._fault
+            self._exchange, raw, pointer, data_dtype, _microseconds(deadline_s), self._fault
         )
 
     def _call_of(
         self,
         step: int,
-        layer: int,
-        rows: int,
-        width: int,
+        call: Call,
         wire_dtype: Dtype,
-        digest: int,
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> CData:
-        call = self._call
-        call.step, call.layer, call.part = step, layer, part
-        call.rows, call.width = rows, width
-        call.wire_dtype, call.algorithm, call.digest = wire_dtype, algorithm, digest
-        return call
+        raw = self._call
+        raw.step, raw.part = step, part
+        raw.layer, raw.rows, raw.width, _, raw.digest = call
+        raw.wire_dtype, raw.algorithm = wire_dtype, algorithm
+        return raw
 
     def dispatch(
         self,
+        step: int,
+        call: Call,
+        wire_dtype: Dtype,
         x: Any,
         x_dtype: Dtype,
         ids: Ints,
         weights: Floats,
         ranks: npt.NDArray[np.uint64],
         busiest: int,
-        step: int,
-        layer: int,
-        width: int,
-        wire_dtype: Dtype,
-        digest: int,
         deadline_s: float,
     ) -> int:
         """Send every worker its rows of x (rows, width), which await `publish` and `collect`.
@@ -184,11 +179,10 @@ class NativeExchange:
             ffi.from_buffer(kind, data) for kind, data in zip(_ROUTED, (x, ids, weights, ranks))
         ]
         routed.x, routed.ids, routed.weights, routed.ranks = keep
-        rows, routed.top_k = ids.shape
-        routed.x_dtype, routed.busiest = x_dtype, busiest
-        call = self._call_of(step, layer, rows, width, wire_dtype, digest)
+        routed.top_k, routed.x_dtype, routed.busiest = ids.shape[1], x_dtype, busiest
+        raw = self._call_of(step, call, wire_dtype)
         return lib.zmoe_exchange_dispatch(
-            self._exchange, call, routed, _microseconds(deadline_s), self._fault
+            self._exchange, raw, routed, _microseconds(deadline_s), self._fault
         )
 
     def receive(
@@ -243,7 +237,7 @@ class NativeExchange:
         self, elements: int, wire_dtype: Dtype, algorithm: Algorithm, count: int
     ) -> npt.NDArray[np.float64]:
         """Microseconds of each of `count` exchanges of f32, run and timed in C."""
-        call = self._call_of(0, 0, 1, elements, wire_dtype, 0, algorithm)
+        call = self._call_of(0, Call(0, 1, elements, mx.float32, 0), wire_dtype, algorithm)
         source = np.ones(elements, np.float32)
         out, elapsed = np.empty_like(source), np.zeros(count)
         status = lib.zmoe_bench_exchanges(

@@ -46,7 +46,7 @@ def _attention(layer: Any, **more: Any) -> AttentionParts:
         output=attn.o_proj,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=attn.q_proj._product.weight.outs // heads,
+        head_dim=attn.q_proj._matmul.weight.out_features // heads,
         scale=attn.sm_scale if hasattr(attn, "sm_scale") else attn.scale,
         rope=attn.rope,
         query_norm=attn.get("q_norm"),

@@ -14,10 +14,10 @@ from mlx_lm.utils import _get_classes
 
 from zmoe.checkpoint.select import layer_of
 from zmoe.errors import ModelError
-from zmoe.families import dbrx, gated, inline, special
+from zmoe.families import dbrx
+from zmoe.families.table import ADAPTERS
+from zmoe.kernels.experts import switch_layers
 from zmoe.moe.adapter import Adapter
-
-ADAPTERS: dict[str, Adapter] = {**gated.ADAPTERS, **inline.ADAPTERS, **special.ADAPTERS}
 
 # How mlx-lm's families name the number of routed experts in their args.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -25,10 +25,11 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 @dataclass(frozen=True)
 class Site:
-    """One MoE block of a model.
+    """One MoE block of a model, in the decoder layer with index `layer`.
 
     `path` leads from the model to `block`, `switch_path` from the block to its
-    switch layer. Without an adapter the block is whatever holds the switch.
+    switch layer (SwitchGLU or SwitchMLP). Without an adapter the block is
+    whatever holds the switch layer.
     """
 
     path: str
@@ -42,8 +43,24 @@ class Site:
         return operator.attrgetter(self.switch_path)(self.block)
 
     @property
+    def switch_name(self) -> str:
+        """The path from the model to the switch layer."""
+        return f"{self.path}.{self.switch_path}"
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        """The switch layer's linear layers by their paths in the model; the last comes last."""
+        switch = self.switch
+        return {f"{self.switch_name}.{name}": switch[name] for name in switch_layers(switch)}
+
+    @property
     def experts(self) -> int:
         return int(projections(self.switch)[0].weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        """The size of the vectors that the experts read and write; known while it has weights."""
+        return int(projections(self.switch)[0].input_dims)
 
 
 def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -59,10 +76,8 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def projections(switch: Any) -> list[Any]:
-    """The linear layers of a SwitchGLU or SwitchMLP."""
-    if isinstance(switch, SwitchGLU):
-        return [switch.gate_proj, switch.up_proj, switch.down_proj]
-    return [switch.fc1, switch.fc2]
+    """The linear layers of a SwitchGLU or SwitchMLP; the last comes last."""
+    return [switch[name] for name in switch_layers(switch)]
 
 
 def find_sites(model: Module) -> list[Site]:

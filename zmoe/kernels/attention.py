@@ -12,8 +12,8 @@ from mlx.nn.layers.base import Module
 
 from zmoe.errors import ZmoeError
 from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
-from zmoe.kernels.stream import NativeCache, Rotations
-from zmoe.kernels.threads import Team
+from zmoe.kernels.residual import NativeCache, RopeTables
+from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
 from zmoe.native import Status, ffi, lib
 
@@ -60,7 +60,7 @@ def fill_norm(raw: CData, norm: Any, keep: list[Any]) -> None:
 
 def weights_of(modules: Sequence[Any]) -> CData:
     """The weights of native linear layers side by side: a zmoe_weight[]."""
-    found: list[Matrices] = [module._product.weight for module in modules]
+    found: list[Matrices] = [module._matmul.weight for module in modules]
     array = ffi.new("zmoe_weight[]", len(found))
     for i, weight in enumerate(found):
         array[i] = weight.array[0]
@@ -70,10 +70,10 @@ def weights_of(modules: Sequence[Any]) -> CData:
 class NativeNorm(Module):
     """Stands in for the norm after the last layer: of `dtype`, from float32."""
 
-    def __init__(self, norm: Module, team: Team, dtype: mx.Dtype) -> None:
+    def __init__(self, norm: Module, pool: ThreadPool, dtype: mx.Dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.norm = norm
-        self._team, self._dtype = team, dtype
+        self._pool, self._dtype = pool, dtype
         self._keep: list[Any] = []
         self._raw = ffi.new("zmoe_norm *")
         fill_norm(self._raw, norm, self._keep)
@@ -84,7 +84,7 @@ class NativeNorm(Module):
             return plain
         out = empty((x.size // self._raw.width, self._raw.width), self._dtype)
         status = lib.zmoe_norm_rows(
-            self._team.handle,
+            self._pool.handle,
             self._raw,
             ffi.cast("float *", pointer(x)),
             out.shape[0],
@@ -100,9 +100,9 @@ class NativeAttention:
     """h += attention(norm(h)), for layers whose linear parts are native already."""
 
     def __init__(
-        self, parts: AttentionParts, rotations: Rotations, team: Team, dtype: mx.Dtype
+        self, parts: AttentionParts, rope_tables: RopeTables, pool: ThreadPool, dtype: mx.Dtype
     ) -> None:
-        self._team, self._rotations, self._dtype = team, rotations, dtype
+        self._pool, self._rope, self._dtype = pool, rope_tables, dtype
         self._shape = (parts.kv_heads, parts.head_dim)
         self._projections = weights_of(parts.projections)
         self._output = weights_of([parts.output])
@@ -115,7 +115,7 @@ class NativeAttention:
         raw.output = self._output
         raw.heads, raw.kv_heads, raw.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         raw.scale, raw.clip, raw.window = parts.scale, parts.clip, parts.window
-        raw.rope_dims, raw.rope_traditional = rotations.dims, rotations.traditional
+        raw.rope_dims, raw.rope_traditional = rope_tables.dims, rope_tables.traditional
         if parts.sinks is not None:
             sinks = np.array(parts.sinks.astype(mx.float32))
             self._keep.append(sinks)
@@ -130,18 +130,18 @@ class NativeAttention:
 
     def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:
         """Of h (rows, width) f32, in place; appends the rows to the cache."""
-        cosines, sines = self._rotations.tables(cache.offset, rows)
+        cosines, sines = self._rope.tables(cache.offset, rows)
         if cache.grow(rows):
-            self._team.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
+            self._pool.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
         status = lib.zmoe_attention_step(
-            self._team.handle,
+            self._pool.handle,
             self._raw,
             cache.raw,
             cosines,
             sines,
             rows,
             h,
-            self._team.precision,
+            self._pool.precision,
         )
         if status != Status.OK:
             raise ZmoeError(f"attention failed: {Status(status).name}")

@@ -1,6 +1,6 @@
 """A whole decoder layer without MLX: attention, router, own experts, exchange.
 
-The plain way, layer by layer in MLX with native products, stays beside it and
+The plain way, layer by layer in MLX with native matmuls, stays beside it and
 is what the tests compare it with.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +18,15 @@ from zmoe.errors import ZmoeError
 from zmoe.kernels.arrays import DTYPES, as_array, empty, writable
 from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.stream import NativeCache, Stream
-from zmoe.kernels.threads import Team
+from zmoe.kernels.residual import NativeCache, ResidualBuffer
+from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.adapter import Adapter, Block, Routing
-from zmoe.moe.block import Layer
+from zmoe.moe.block import Layer, Routed, forward
 from zmoe.native import Status, ffi, lib
 from zmoe.placement.pairs import Floats, Ints
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
 
 SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
 
@@ -49,11 +52,11 @@ class NativeMoE:
         adapter: Adapter,
         experts: NativeExperts,
         layer: Layer,
-        team: Team,
+        pool: ThreadPool,
         buffers: BufferPool,
     ) -> None:
         self._block, self._adapter, self._layer = block, adapter, layer
-        self._experts, self._team, self._dtype = experts, team, buffers.dtype
+        self._experts, self._pool, self._dtype = experts, pool, buffers.dtype
         self._top_k = router.top_k
         self._keep: list[Any] = [router.gate, weights_of([router.gate])]
         raw = ffi.new("zmoe_router *")
@@ -62,14 +65,19 @@ class NativeMoE:
         raw.kind, raw.top_k = router.kind, router.top_k
         raw.normalize, raw.scale = router.normalize, 1.0
         self._raw = raw
-        team.reserve(lib.zmoe_route_scratch(raw))
+        pool.reserve(lib.zmoe_route_scratch(raw))
         self._buffers = buffers
 
-    def __call__(self, h: Any, memory: Any, rows: int) -> None:
-        """Of h (rows, width) f32 in place, as C and as numpy see it."""
-        layer, at = self._layer, self._buffers.of(rows, memory.shape[1], self._top_k)
+    def __call__(self, h: Any, memory: Any) -> None:
+        """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
+        forward(self, self._layer, h, memory)
+
+    def route(self, h: CData, memory: Floats) -> _Routed:
+        """See zmoe.moe.block.Backend."""
+        rows, width = memory.shape
+        at = self._buffers.of(rows, width, self._top_k)
         status = lib.zmoe_route(
-            self._team.handle,
+            self._pool.handle,
             self._raw,
             h,
             rows,
@@ -81,27 +89,8 @@ class NativeMoE:
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
         self._find_pairs(at, rows)
-        layer.reducer.dispatch(
-            layer.ordinal,
-            at.x[:rows],
-            self._dtype,
-            at.ids,
-            at.weights,
-            layer.dtype,
-            int(at.pairs.digest),
-        )
-        shared: list[mx.array] = []
-        layer.reducer.all_reduce_host(
-            layer.ordinal,
-            lambda start, stop: self._partial(at, start, stop),
-            at.routed,
-            layer.dtype,
-            int(at.pairs.digest),
-            lambda: self._compute_shared(at, shared),
-        )
-        memory += at.routed
-        for part in shared:
-            memory += np.asarray(part.astype(mx.float32)).reshape(memory.shape)
+        digest = int(at.pairs.digest)
+        return _Routed(at.x[:rows], self._dtype, at.ids, at.weights, digest, at.routed, at, memory)
 
     def _find_pairs(self, at: Buffers, rows: int) -> None:
         """What this node has to compute of the routing, and what it runs besides."""
@@ -121,24 +110,39 @@ class NativeMoE:
         )
         at.pad(own.padding(at.ids, at.experts[: at.pairs.count]))
 
-    def _partial(self, at: Buffers, start: int, stop: int) -> Floats | None:
-        """The own experts' part of the rows [start, stop); None where they have none."""
-        part = at.between(start, stop)
+    def partial(self, routed: _Routed, start: int, stop: int) -> Floats | None:
+        """See zmoe.moe.block.Backend."""
+        part = routed.buffers.between(start, stop)
         if part.pairs.count:
             with self._layer.spans.span("experts"):
                 self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
         return part.out[: stop - start] if part.assigned else None
 
-    def _compute_shared(self, at: Buffers, shared: list[mx.array]) -> None:
+    def shared(self, routed: _Routed) -> mx.array | None:
+        """See zmoe.moe.block.Backend; evaluated."""
         if not self._adapter.has_shared:
-            return
-        x = as_array(at.x[:-1], self._dtype, (1, len(at.ids), at.x.shape[1]))
-        shape = (1, *at.ids.shape)
-        routing = Routing(x, mx.array(at.ids).reshape(shape), mx.array(at.weights).reshape(shape))
-        part = self._adapter.shared(self._block, x, routing)
+            return None
+        x = as_array(routed.x, self._dtype, (1, *routed.x.shape))
+        ids, weights = mx.array(routed.ids)[None], mx.array(routed.weights)[None]
+        part = self._adapter.shared(self._block, x, Routing(x, ids, weights))
         if part is not None:
-            shared.append(part)
             mx.eval(part)
+        return part
+
+    def finish(self, routed: _Routed, total: Floats, shared: mx.array | None) -> None:
+        """Add the sum over the nodes and the shared part to h."""
+        memory = routed.memory
+        memory += total
+        if shared is not None:
+            memory += np.asarray(shared.astype(mx.float32)).reshape(memory.shape)
+
+
+@dataclass
+class _Routed(Routed):
+    """`memory` is that of h, the residual stream (tokens, hidden_size)."""
+
+    buffers: Buffers
+    memory: Floats
 
 
 class Part(NamedTuple):
@@ -237,12 +241,12 @@ class NativeLayer(Module):
         self,
         layer: Module,
         attention: NativeAttention,
-        feed_forward: Callable[[Any, Any, int], None],
-        stream: Stream,
+        feed_forward: Callable[[Any, Any], None],
+        residual: ResidualBuffer,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
-        self._attention, self._feed_forward, self._stream = attention, feed_forward, stream
+        self._attention, self._feed_forward, self._residual = attention, feed_forward, residual
 
     def make_cache(self, max_size: int | None) -> NativeCache:
         """An empty cache of this layer, a window of `max_size` keys if that is given."""
@@ -251,10 +255,9 @@ class NativeLayer(Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
         """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
         assert cache is not None
-        array, h, memory = self._stream.take(x)
-        rows = memory.shape[0]
-        self._attention(h, rows, cache)
-        self._feed_forward(h, memory, rows)
+        array, h, memory = self._residual.take(x)
+        self._attention(h, len(memory), cache)
+        self._feed_forward(h, memory)
         return array
 
 
@@ -264,8 +267,8 @@ class MlxFeedForward:
     def __init__(self, norm: Module, module: Module, dtype: mx.Dtype) -> None:
         self._norm, self._module, self._dtype = norm, module, dtype
 
-    def __call__(self, h: Any, memory: Any, rows: int) -> None:
-        """Of h (rows, width) f32 in place, as C and as numpy see it."""
+    def __call__(self, h: Any, memory: Any) -> None:
+        """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
         x = self._norm(mx.array(memory)[None]).astype(self._dtype)
         y = self._module(x).astype(mx.float32)
         memory += np.asarray(y).reshape(memory.shape)

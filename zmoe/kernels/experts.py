@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import (
 from zmoe.errors import ZmoeError
 from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
 from zmoe.kernels.linear import Parts, quantization_of, take_parts
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices, matrices
 from zmoe.moe.experts import combine, with_padding
 from zmoe.native import Activation, Dtype, Status, ffi, lib
@@ -72,10 +72,15 @@ class NativeExperts:
     """The experts of a switch layer; see zmoe.moe.experts.Experts."""
 
     def __init__(
-        self, path: str, switch: Any, team: Team, pairs_per_row: int, mapped: Mapping[str, Parts]
+        self,
+        path: str,
+        switch: Any,
+        pool: ThreadPool,
+        pairs_per_row: int,
+        mapped: Mapping[str, Parts],
     ) -> None:
         """`switch` is at `path` in its model; `mapped`, by path, lies in files."""
-        self._team, self._switch = team, switch
+        self._pool, self._switch = pool, switch
         self._weights = []
         for name in switch_layers(switch):
             layer, at = switch[name], f"{path}.{name}"
@@ -92,8 +97,8 @@ class NativeExperts:
             if activation is Activation.CLAMPED_SWIGLU:
                 self._layer.alpha = switch.activation._alpha
                 self._layer.limit = switch.activation._limit
-        self.width = down.outs
-        team.reserve(lib.zmoe_experts_scratch(up.ins, up.outs, pairs_per_row))
+        self.width = down.out_features
+        pool.reserve(lib.zmoe_experts_scratch(up.in_features, up.out_features, pairs_per_row))
 
     def partial(self, x: mx.array, pairs: LocalPairs, weights: Floats, dtype: mx.Dtype) -> mx.array:
         """The weighted sum of the pairs of each row: (rows, width) of `dtype`."""
@@ -162,19 +167,19 @@ class NativeExperts:
         out_dtype: Dtype,
     ) -> None:
         """The experts' call: `pairs` are their rows, experts, weights and number."""
-        team = self._team
+        pool = self._pool
         _check(
             lib.zmoe_experts(
-                team.handle, self._layer, x, x_dtype, rows, *pairs, out, out_dtype, team.precision
+                pool.handle, self._layer, x, x_dtype, rows, *pairs, out, out_dtype, pool.precision
             )
         )
 
     def _gather(self, weight: Matrices, x: mx.array, pairs: LocalPairs) -> mx.array:
-        shape = (len(pairs.rows), weight.outs)
+        shape = (len(pairs.rows), weight.out_features)
         dtype = mx.result_type(x.dtype, *weight.dtypes)
         out = empty(shape, dtype)
         status = lib.zmoe_gather_linear(
-            self._team.handle,
+            self._pool.handle,
             weight.array,
             weight.count,
             pointer(x),
@@ -185,7 +190,7 @@ class NativeExperts:
             len(pairs.rows),
             writable(out),
             DTYPES[dtype],
-            self._team.precision,
+            self._pool.precision,
         )
         _check(status)
         return as_array(out, dtype, shape)
@@ -193,4 +198,4 @@ class NativeExperts:
 
 def _check(status: int) -> None:
     if status != Status.OK:
-        raise ZmoeError(f"the experts' products failed: {Status(status).name}")
+        raise ZmoeError(f"the experts' matmuls failed: {Status(status).name}")

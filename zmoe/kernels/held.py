@@ -12,7 +12,7 @@ from zmoe.exchange.buffers import DTYPES
 from zmoe.exchange.dispatched import Received
 from zmoe.kernels.arrays import as_array
 from zmoe.kernels.experts import NativeExperts
-from zmoe.moe.experts import Experts, MlxExperts, combine
+from zmoe.moe.experts import Experts, MlxExperts, weighted_sum
 from zmoe.native import ffi
 from zmoe.placement.assignment import Idle
 from zmoe.placement.pairs import Ints, LocalPairs, no_experts
@@ -75,10 +75,4 @@ class HeldExperts:
     def _by_arrays(self, received: Received) -> mx.array:
         x = as_array(received.x, _MLX[received.dtype], (received.rows, received.width))
         pairs, weights = received.pairs()
-        if self._hook is None:
-            part = self._experts.partial(x, pairs, weights, self.dtype)
-        else:
-            y = self._hook(self._experts.outputs(x, pairs))
-            part = combine(y, pairs, weights, received.rows).astype(self.dtype)
-        mx.eval(part)
-        return part
+        return weighted_sum(self._experts, self._hook, x, pairs, weights, self.dtype)

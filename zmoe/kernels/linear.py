@@ -1,4 +1,4 @@
-"""Linear layers whose products the kernels compute.
+"""Linear layers whose matmuls the kernels compute.
 
 A layer of MLX becomes one of ours by a change of its class: it keeps its
 parameters, whose memory the kernels read, and its place in the model.
@@ -19,50 +19,53 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from zmoe.errors import ZmoeError
 from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import PARTS, Matrices, Quantization, Stored, matrices
 from zmoe.native import Status, ffi, lib
 
 
-class Product:
+class Matmul:
     """y = x W^T + bias for one weight, from MLX array to MLX array."""
 
-    def __init__(self, team: Team, weight: Matrices) -> None:
-        self.weight, self._team = weight, team
+    def __init__(self, pool: ThreadPool, weight: Matrices) -> None:
+        self.weight, self._pool = weight, pool
         self._weights = ffi.new("zmoe_weight *[]", [weight[0]])
-        self._strides = ffi.new("size_t[]", [weight.outs])
-        self._outs = ffi.new("void *[]", 1)
-        team.reserve(lib.zmoe_linear_scratch(weight.ins))
+        self._strides = ffi.new("size_t[]", [weight.out_features])
+        self._targets = ffi.new("void *[]", 1)
+        pool.reserve(lib.zmoe_linear_scratch(weight.in_features))
 
     def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-        """Of x (..., ins): (..., outs), of `dtype`, or of what MLX promotes to; evaluates x."""
+        """From x (..., in_features), evaluated: (..., out_features) of `dtype`.
+
+        None: of the type that MLX promotes to.
+        """
         if x.dtype not in DTYPES:
             x = x.astype(mx.float32)
-        rows = x.size // self.weight.ins
+        rows = x.size // self.weight.in_features
         if dtype is None:
             dtype = mx.result_type(x.dtype, *self.weight.dtypes)
-        out = empty((rows, self.weight.outs), dtype)
-        self._outs[0] = writable(out)
+        out = empty((rows, self.weight.out_features), dtype)
+        self._targets[0] = writable(out)
         status = lib.zmoe_linear(
-            self._team.handle,
+            self._pool.handle,
             self._weights,
             1,
             pointer(x),
             DTYPES[x.dtype],
             rows,
-            self._outs,
+            self._targets,
             self._strides,
             DTYPES[dtype],
-            self._team.precision,
+            self._pool.precision,
         )
         if status != Status.OK:
-            raise ZmoeError(f"a product failed: {Status(status).name}")
-        return as_array(out, dtype, (*x.shape[:-1], self.weight.outs))
+            raise ZmoeError(f"a matmul failed: {Status(status).name}")
+        return as_array(out, dtype, (*x.shape[:-1], self.weight.out_features))
 
 
 @dataclass
 class Head:
-    """The model's last product, which only the leader needs, and of the last row alone.
+    """The model's last matmul, which only the leader needs, and of the last token alone.
 
     Unless `wanted`, logits are zeros that were never computed.
     """
@@ -71,35 +74,35 @@ class Head:
     wanted: bool = True
 
 
-class _HeadProduct(Product):
-    """Of x (..., rows, ins) the last row's product in float32: (..., 1, outs)."""
+class _HeadMatmul(Matmul):
+    """From x (..., tokens, in_features): the last logits, (..., 1, out_features) float32."""
 
-    def __init__(self, team: Team, weight: Matrices, head: Head) -> None:
-        super().__init__(team, weight)
+    def __init__(self, pool: ThreadPool, weight: Matrices, head: Head) -> None:
+        super().__init__(pool, weight)
         self._head = head
 
     def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
         if not self._head.wanted:
-            return mx.zeros((*x.shape[:-2], 1, self.weight.outs))
+            return mx.zeros((*x.shape[:-2], 1, self.weight.out_features))
         if x.shape[-2] > 1:
             x = x[..., -1:, :]
         return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
 
 
 class _Native:
-    """What our layers have in common; `_product` lies in their instance's dict."""
+    """What our layers have in common; `_matmul` lies in their instance's dict."""
 
-    _product: Product
+    _matmul: Matmul
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._product(x)
+        return self._matmul(x)
 
 
 class _Mapped(_Native):
     """A layer whose weight is in a mapped file; few models ever ask for the array."""
 
     def __getattr__(self, key: str) -> Any:
-        stored = self._product.weight.parts.get(key)
+        stored = self._matmul.weight.parts.get(key)
         return super().__getattr__(key) if stored is None else stored.as_array()  # type: ignore[misc]
 
 
@@ -120,15 +123,15 @@ class MappedQuantizedLinear(_Mapped, QuantizedLinear):
 
 
 class _Embedding:
-    """Rows by token, and the product of all of them as lm_head."""
+    """Rows by token, and the matmul with all of them as lm_head."""
 
-    _product: Product
+    _matmul: Matmul
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self._product.weight
+        weight = self._matmul.weight
         ids = np.asarray(x).reshape(-1)
-        rows = np.empty((ids.size, weight.ins), np.float32)
-        if ids.size and not 0 <= ids.min() <= ids.max() < weight.outs:
+        rows = np.empty((ids.size, weight.in_features), np.float32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < weight.out_features:
             raise ZmoeError(f"no embedding for one of the tokens {ids.tolist()}")
         # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16, as in MLX.
         dtype = (*weight.dtypes, mx.bfloat16)[0]
@@ -137,7 +140,7 @@ class _Embedding:
         return mx.array(rows.reshape(*x.shape, -1)).astype(dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._product(x)
+        return self._matmul(x)
 
 
 class NativeEmbedding(_Embedding, Embedding):
@@ -190,11 +193,11 @@ def take_parts(layer: Module, mapped: Parts | None) -> Parts:
     return parts
 
 
-def make_native(model: Module, team: Team, mapped: Mapping[str, Parts], head: Head) -> None:
-    """Give every large product of `model` outside its experts to the kernels.
+def make_native(model: Module, pool: ThreadPool, mapped: Mapping[str, Parts], head: Head) -> None:
+    """Give every large matmul of `model` outside its experts to the kernels.
 
     `mapped` are the parameters, by path of their layer, that lie in files;
-    `head` will rule the product that makes the logits.
+    `head` will rule the matmul that makes the logits.
     """
     for path, module in model.named_modules():
         classes = _MAPPED if path in mapped else _OURS
@@ -202,6 +205,6 @@ def make_native(model: Module, team: Team, mapped: Mapping[str, Parts], head: He
             weight = matrices(path, take_parts(module, mapped.get(path)), quantization_of(module))
             ours = classes[type(module)]
             is_head = "lm_head" in path.split(".") or issubclass(ours, _EMBEDDINGS)
-            product = _HeadProduct(team, weight, head) if is_head else Product(team, weight)
-            object.__setattr__(module, "_product", product)
+            matmul = _HeadMatmul(pool, weight, head) if is_head else Matmul(pool, weight)
+            object.__setattr__(module, "_matmul", matmul)
             module.__class__ = ours

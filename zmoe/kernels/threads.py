@@ -1,4 +1,4 @@
-"""A node's threads, and what its products are to be computed with."""
+"""A node's threads, and what its matmuls are to be computed with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 SPIN_US = 200  # a thread that waits spins this long before it sleeps
 
 
-class Team:
-    """The threads that share a node's products, the caller being the first.
+class ThreadPool:
+    """The threads that share a node's matmuls, the caller being the first.
 
     `cores` are where they stay, one thread each, or how many threads there are;
     of more than C's most (ZMOE_MAX_THREADS) the first are taken. The caller
-    itself is never pinned. `precision` is that of quantised products. Used by one
+    itself is never pinned. `precision` is that of quantised matmuls. Used by one
     thread at a time; ends its threads with close(), or when it is collected.
     """
 
@@ -38,21 +38,21 @@ class Team:
         self.precision = precision
         self.threads = threads
         pinned = ffi.NULL if isinstance(cores, int) else ffi.new("int32_t[]", list(cores)[:threads])
-        out = ffi.new("zmoe_team **")
-        status = lib.zmoe_team_create(threads, pinned, SPIN_US, self.isa, out)
+        out = ffi.new("zmoe_thread_pool **")
+        status = lib.zmoe_thread_pool_create(threads, pinned, SPIN_US, self.isa, out)
         if status != Status.OK:
             raise ZmoeError(f"cannot start {threads} threads for {self.isa.name}")
-        self.handle: CData = ffi.gc(out[0], lib.zmoe_team_destroy)
+        self.handle: CData = ffi.gc(out[0], lib.zmoe_thread_pool_destroy)
 
     def reserve(self, size: int) -> None:
         """Make room for calls that need `size` bytes of working memory; while loading only."""
-        if lib.zmoe_team_reserve(self.handle, size) != Status.OK:
+        if lib.zmoe_thread_pool_reserve(self.handle, size) != Status.OK:
             raise MemoryError(f"{size} bytes of working memory")
 
     @property
-    def products_s(self) -> float:
-        """Seconds that its products have taken, all told."""
-        return lib.zmoe_team_products_ns(self.handle) * 1e-9
+    def matmul_s(self) -> float:
+        """Seconds that its matmuls have taken, all told."""
+        return lib.zmoe_thread_pool_matmul_ns(self.handle) * 1e-9
 
     def read(self, buffer: object) -> None:
         """Read `buffer` and do nothing with it: what the memory allows, for benchmarks."""
@@ -65,18 +65,18 @@ class Team:
 
 
 def is_native(config: EngineConfig) -> bool:
-    """Whether the kernels compute the large products; `auto` is yes on a CPU."""
+    """Whether the kernels compute the large matmuls; `auto` is yes on a CPU."""
     if config.compute == "auto":
         return bool(mx.default_device() == mx.Device(mx.cpu))
     return config.compute == "native"
 
 
-def make_team(config: EngineConfig, isa: str) -> Team:
-    """The team of this process, on all of its cores. Raises InputError."""
+def make_thread_pool(config: EngineConfig, isa: str) -> ThreadPool:
+    """The pool of this process, on all of its cores. Raises InputError."""
     precision = Precision.INT8 if config.activations == "int8" else Precision.EXACT
     if precision is Precision.INT8 and Isa[isa] is Isa.GENERIC:
         raise InputError("--activations int8 needs AVX2 or NEON on every node")
-    return Team(team_cores(), precision, Isa[isa])
+    return ThreadPool(team_cores(), precision, Isa[isa])
 
 
 def check_isa(name: str) -> str:

@@ -77,15 +77,15 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Matrices:
-    """One matrix (outs, ins), or a stack of them (count, outs, ins), ready for C.
+    """One matrix (out_features, in_features), or a stack of `count` of them, ready for C.
 
     `array` is a zmoe_weight[count]; `scale_dtype` what MLX would promote x with.
     """
 
     array: CData
     count: int
-    outs: int
-    ins: int
+    out_features: int
+    in_features: int
     dtypes: tuple[mx.Dtype, ...]
     parts: dict[str, Stored]
 
@@ -101,13 +101,13 @@ def matrices(name: str, parts: dict[str, Stored], quantization: Quantization | N
     weight = parts["weight"]
     stacked = len(weight.shape) == 3
     count = weight.shape[0] if stacked else 1
-    outs, columns = weight.shape[-2:]
+    out_features, columns = weight.shape[-2:]
     model = ffi.new("zmoe_weight *")
-    model.outs = outs
+    model.out_features = out_features
     if quantization is None:
         if weight.dtype not in DTYPES:
             raise ModelError(f"{name} holds {weight.dtype}, which the CPU kernels do not know")
-        model.ins, model.format = columns, int(DTYPES[weight.dtype])
+        model.in_features, model.format = columns, int(DTYPES[weight.dtype])
     else:
         _set_quantization(model, name, parts, quantization)
     if "bias" in parts:
@@ -119,13 +119,13 @@ def matrices(name: str, parts: dict[str, Stored], quantization: Quantization | N
             if part in parts:
                 setattr(array[i], field, parts[part].matrix(i, count))
     if count and lib.zmoe_weight_check(array) != Status.OK:
-        what = quantization or f"a {weight.dtype} matrix of {outs} x {columns}"
+        what = quantization or f"a {weight.dtype} matrix of {out_features} x {columns}"
         raise ModelError(f"{name}: {what} is not known to the CPU kernels")
     shown = [stored.dtype for part, stored in parts.items() if part != "weight"]
     if quantization is None:
         shown.append(weight.dtype)
     floats = tuple(dtype for dtype in shown if dtype in DTYPES)
-    return Matrices(array, count, outs, int(model.ins), floats, parts)
+    return Matrices(array, count, out_features, int(model.in_features), floats, parts)
 
 
 def _set_quantization(
@@ -136,7 +136,7 @@ def _set_quantization(
     scales = parts["scales"]
     model.format = int(_MODES[quantization.mode])
     model.bits, model.group = quantization.bits, quantization.group_size
-    model.ins = scales.shape[-1] * quantization.group_size
+    model.in_features = scales.shape[-1] * quantization.group_size
     if quantization.mode == "affine":
         if scales.dtype not in DTYPES:
             raise ModelError(f"{name} has scales of {scales.dtype}: expected floats")

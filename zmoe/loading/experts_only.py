@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zmoe.exchange.base import Reducer
-from zmoe.families.sites import projections
 from zmoe.kernels.held import HeldExperts
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.load import DTYPES, native_experts, owned_by, pairs_per_row, slice_of, take_share
 from zmoe.loading.plan import Progress
+from zmoe.loading.skeleton import Skeleton
 from zmoe.moe.adapter import bound_hook
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -31,18 +31,18 @@ def load_experts(
     reducer: Reducer,
     *,
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: ThreadPool | None = None,
     policy: str = "selected",
+    skeleton: Skeleton | None = None,
 ) -> LoadedExperts:
     """Load the experts that `placement` gives `reducer.rank`, without any dense weight.
 
     The same as load_shard otherwise.
     """
     owned = owned_by(info, placement, reducer.rank)
-    share = take_share(
-        info, owned, team, progress, dense=False, kept_slice=slice_of(placement, reducer.rank)
-    )
-    widths = [int(projections(site.switch)[0].input_dims) for site in share.sites]
+    kept = slice_of(placement, reducer.rank)
+    share = take_share(info, owned, team, progress, False, kept, skeleton)
+    widths = [site.width for site in share.sites]  # the kernels take the weights that tell them
     experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(

@@ -14,8 +14,8 @@ from zmoe.families.sites import Site, key_of, replace_module
 from zmoe.kernels.attention import NativeAttention, NativeNorm
 from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.stream import Rotations, Stream
-from zmoe.kernels.threads import Team
+from zmoe.kernels.residual import ResidualBuffer, RopeTables
+from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
 
 
@@ -23,19 +23,19 @@ from zmoe.moe.block import ExpertParallelMoE, Layer
 class _Shared:
     """What the layers of one model have in common."""
 
-    team: Team
+    team: ThreadPool
     dtype: mx.Dtype
-    stream: Stream
+    residual: ResidualBuffer
     buffers: BufferPool
-    rotations: list[Rotations]
+    rope_tables: list[RopeTables]
 
-    def rotations_of(self, rope: Any, head_dim: int) -> Rotations:
+    def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
         """One for all layers that turn alike, so that tables are made once a step."""
-        for known in self.rotations:
+        for known in self.rope_tables:
             if _same(known.rope, rope):
                 return known
-        self.rotations.append(Rotations(rope, head_dim))
-        return self.rotations[-1]
+        self.rope_tables.append(RopeTables(rope, head_dim))
+        return self.rope_tables[-1]
 
 
 def _same(a: Module, b: Module) -> bool:
@@ -56,7 +56,7 @@ def fuse_layers(
     sites: Sequence[Site],
     layers: Sequence[Layer],
     experts: dict[str, NativeExperts],
-    team: Team,
+    team: ThreadPool,
     dtype: mx.Dtype,
 ) -> bool:
     """Put NativeLayers in the place of all decoder layers, if each of them is known.
@@ -67,17 +67,17 @@ def fuse_layers(
     parts = parts_of(model)
     if parts is None:
         return False
-    width = parts[0].attention.output._product.weight.outs
+    width = parts[0].attention.output._matmul.weight.out_features
     padding = max(layer.ownership.most_padding for layer in layers)
-    shared = _Shared(team, dtype, Stream(width), BufferPool(dtype, padding), [])
+    shared = _Shared(team, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)
     for index, (layer, part) in enumerate(zip(originals, parts)):
-        rotations = shared.rotations_of(part.attention.rope, part.attention.head_dim)
-        attention = NativeAttention(part.attention, rotations, team, dtype)
+        rope_tables = shared.tables_of(part.attention.rope, part.attention.head_dim)
+        attention = NativeAttention(part.attention, rope_tables, team, dtype)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
-        native = NativeLayer(layer, attention, feed_forward, shared.stream)
+        native = NativeLayer(layer, attention, feed_forward, shared.residual)
         replace_module(model, paths[id(layer)], native)
     holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
-
 from zmoe.checkpoint.fingerprint import fingerprint
-from zmoe.checkpoint.folder import read_config, read_tensors
 from zmoe.checkpoint.manifest import read_manifest
 from zmoe.checkpoint.safetensors import Tensor
-from zmoe.checkpoint.select import placeholder, whole
 from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
-from zmoe.families.sites import Site, find_sites, projections
-from zmoe.loading.assembly import Sanitize, Weights, assemble
-from zmoe.loading.mapping import Place, trace
-from zmoe.loading.plan import places_of
+from zmoe.families.sites import projections
+from zmoe.loading.plan import mappable
+from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import can_be_sliced
 from zmoe.placement.types import ModelInfo
 
@@ -41,7 +35,7 @@ _TOP_KS = (
     "moe_top_k",
     "moe_k",
 )
-PLAIN_GRANULE = 64  # without quantisation: whole vectors and cache lines
+PLAIN_ALIGNMENT = 64  # of slices without quantisation: whole vectors and cache lines
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -53,17 +47,21 @@ _CONTEXTS = (
 
 
 def inspect_model(path: Path) -> ModelInfo:
-    """Describe the checkpoint in the folder `path`, reading no weights.
+    """Describe the checkpoint in the folder `path`, reading no weights. Raises as `describe`."""
+    return describe(Skeleton(path))
 
-    Raises ModelError, in one line, for a folder that is missing or damaged, whose
-    tensors do not make up the model, of a type unknown to mlx-lm, or without
-    experts.
+
+def describe(skeleton: Skeleton) -> ModelInfo:
+    """Describe a checkpoint, reading no weights.
+
+    Raises ModelError, in one line, for a folder that is damaged, whose tensors
+    do not make up the model, of a type unknown to mlx-lm, or without experts.
     """
-    config = read_config(path)
+    path, config = skeleton.path, skeleton.config
     _check_quantization(path / "config.json", config.get("quantization"))
-    tensors, store = read_tensors(path), read_manifest(path)
-    model, untouched = _put_together(path, tensors)
-    sites = find_sites(model)
+    tensors, store = skeleton.tensors, read_manifest(path)
+    model: Any = skeleton.module
+    sites = skeleton.sites
     counts = {site.experts for site in sites}
     if len(counts) > 1:
         raise ModelError(f"{path} has layers with different numbers of experts")
@@ -90,53 +88,35 @@ def inspect_model(path: Path) -> ModelInfo:
         experts=experts,
         top_k=top_k,
         hidden_size=hidden,
-        **_sizes(model, sites, can_be_sliced(sites, places_of(model, untouched, False, True))),
-        exchange_width=max(_experts_width(site) * (1 if site.adapter else top_k) for site in sites),
+        **_sizes(skeleton, can_be_sliced(sites, mappable(skeleton, skeleton.places, False, True))),
+        exchange_width=max(site.width * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
         vocabulary=max(tensors[name].shape[0] for name in _embeddings(path, tensors)),
         has_own_cache=hasattr(model, "make_cache"),
     )
 
 
-def _put_together(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Module, dict[str, Place]]:
-    """The model without weights, and where those of its arrays lie that it takes as they are."""
-    pieces = [whole(tensor) for tensor in tensors.values()]
-    untouched: dict[str, Place] = {}
-
-    def feed(sanitize: Sanitize, _: Weights) -> Weights:
-        weights, places = trace(sanitize, {p.name: placeholder(p) for p in pieces}, pieces)
-        untouched.update(places)
-        return weights
-
-    return assemble(path, feed)[0], untouched
-
-
-def _sizes(model: Module, sites: Sequence[Site], sliceable: bool) -> dict[str, int]:
-    """The experts' inner width and how it may be cut, and bytes as MLX holds them."""
+def _sizes(skeleton: Skeleton, sliceable: bool) -> dict[str, int]:
+    """The experts' moe_intermediate_size, the alignment of its slices, and bytes as MLX holds
+    them.
+    """
+    sites = skeleton.sites
     layers = [projections(site.switch) for site in sites]
     widths = {int(down.input_dims) for *_, down in layers}
     groups = {layer.group_size for of_site in layers for layer in of_site if "scales" in layer}
-    experts = sum(_nbytes(site.switch) for site in sites)
+    inside = tuple(f"{site.switch_name}." for site in sites)
+    sizes = {name: array.nbytes for name, array in skeleton.parameters.items()}
+    experts = sum(size for name, size in sizes.items() if name.startswith(inside))
     return {
         "expert_hidden": max(widths),
-        "granule": max(groups, default=PLAIN_GRANULE) if sliceable and len(widths) == 1 else 0,
+        "granule": max(groups, default=PLAIN_ALIGNMENT) if sliceable and len(widths) == 1 else 0,
         "expert_parameters": max(
             sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
             for of_site in layers
         ),
         "expert_bytes": math.ceil(experts / sum(site.experts for site in sites)),
-        "dense_bytes": _nbytes(model) - experts,
+        "dense_bytes": sum(sizes.values()) - experts,
     }
-
-
-def _nbytes(module: Module) -> int:
-    leaves: Any = tree_flatten(module.parameters())
-    return sum(array.nbytes for _, array in leaves)
-
-
-def _experts_width(site: Site) -> int:
-    """How wide the rows are that the experts see and put out."""
-    return int(projections(site.switch)[0].input_dims)
 
 
 def _integer(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -15,14 +15,14 @@ from zmoe.checkpoint.select import Reader
 from zmoe.checkpoint.verify import check_share
 from zmoe.errors import PlacementError
 from zmoe.exchange.base import Reducer
-from zmoe.families.sites import Site, find_sites, projections, replace_module
-from zmoe.kernels.experts import NativeExperts, can_be_native, switch_layers
+from zmoe.families.sites import Site, replace_module
+from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native
-from zmoe.kernels.threads import Team
-from zmoe.loading.assembly import assemble
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
+from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import cut_biases, put_back
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
@@ -62,15 +62,17 @@ def load_shard(
     *,
     spans: Spans,
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: ThreadPool | None = None,
     fuse: bool = True,
     policy: str = "selected",
     recorder: Recorder | None = None,
+    skeleton: Skeleton | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
     Reads only these byte ranges, once all names and shapes are known to fit;
-    never holds more than they take and one more tensor. Layers may own
+    never holds more than they take and one more tensor. `skeleton` is used up,
+    so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
     loads it, its large products on `team` if there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
@@ -78,7 +80,8 @@ def load_shard(
     what is damaged or missing, PlacementError for a placement of another model.
     """
     owned = owned_by(info, placement, reducer.rank)
-    share = take_share(info, owned, team, progress, kept_slice=slice_of(placement, reducer.rank))
+    kept = slice_of(placement, reducer.rank)
+    share = take_share(info, owned, team, progress, kept_slice=kept, skeleton=skeleton)
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
@@ -120,24 +123,26 @@ class Share:
 def take_share(
     info: ModelInfo,
     owned: list[tuple[int, ...]],
-    team: Team | None,
+    team: ThreadPool | None,
     progress: Progress | None,
     dense: bool = True,
     kept_slice: tuple[int, int] | None = None,
+    skeleton: Skeleton | None = None,
 ) -> Share:
     """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
 
     `kept_slice`: of its experts only this range of their inner width.
     """
     count = max(1, *(len(ids) for ids in owned))
-    plan = make_plan(info, owned, count, team is not None, dense, kept_slice)
-    report = progress or (lambda done, total: None)
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
+    skeleton = skeleton or Skeleton(path)
+    plan = make_plan(info, skeleton, owned, count, team is not None, dense, kept_slice)
+    report = progress or (lambda done, total: None)
     checked = check_share(path, own, lambda: report(0, plan.total), dense)
     with Reader() as reader:
         feed = reading(plan, reader, report)
-        model, config = assemble(path, feed, (info.experts, count))
-    sites = find_sites(model)
+        config = skeleton.load(feed, info.experts, count)
+    model, sites = skeleton.take()
     mapping = Mapping()
     mapped = map_plan(
         plan, mapping, lambda: report(reader.bytes_read + mapping.bytes_read, plan.total)
@@ -173,13 +178,16 @@ def pairs_per_row(info: ModelInfo, padding: int) -> int:
     return info.top_k - (-padding // lib.ZMOE_ROW_BLOCK)
 
 
-def native_experts(share: Share, pairs_per_row: int, team: Team | None) -> dict[str, NativeExperts]:
+def native_experts(
+    share: Share, pairs_per_row: int, team: ThreadPool | None
+) -> dict[str, NativeExperts]:
     """The experts that `team` can compute, by path of their block."""
     experts = {}
     for site in share.sites:
         if team is not None and can_be_native(site.switch):
-            path = f"{site.path}.{site.switch_path}"
-            experts[site.path] = NativeExperts(path, site.switch, team, pairs_per_row, share.mapped)
+            experts[site.path] = NativeExperts(
+                site.switch_name, site.switch, team, pairs_per_row, share.mapped
+            )
     return experts
 
 
@@ -187,12 +195,10 @@ def _trim(site: Site, own: int, count: int, mapped: dict[str, Parts]) -> None:
     """Drop the zeros that stood in for experts that this node does not have."""
     if own == count:
         return
-    for path, layer in zip(switch_layers(site.switch), projections(site.switch)):
-        there = mapped.get(f"{site.path}.{site.switch_path}.{path}", {})
+    for path, layer in site.linears.items():
         for name, array in layer.parameters().items():
-            if name in there:
-                continue
-            layer[name] = mx.contiguous(array[:own])
+            if name not in mapped.get(path, {}):
+                layer[name] = mx.contiguous(array[:own])
 
 
 def _evaluate(used: Sequence[Module]) -> list[mx.array]:

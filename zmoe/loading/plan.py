@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-from mlx.nn.layers.base import Module
-
-from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import Piece, Reader, of_experts, placeholder, select
-from zmoe.families.sites import find_sites
-from zmoe.kernels.experts import can_be_native, switch_layers
+from zmoe.kernels.experts import can_be_native
 from zmoe.kernels.linear import Parts, may_be_mapped
-from zmoe.loading.assembly import Feed, Sanitize, Weights, assemble
-from zmoe.loading.mapping import Mapping, Place, trace
+from zmoe.loading.mapping import Mapping
+from zmoe.loading.places import Place, Sanitize, Weights, trace
+from zmoe.loading.skeleton import Feed, Skeleton
 from zmoe.loading.slices import Cut, cuts_of
 from zmoe.loading.unused import unused_names
 from zmoe.placement.types import ModelInfo
@@ -50,18 +45,22 @@ class Plan:
 
 def make_plan(
     info: ModelInfo,
+    skeleton: Skeleton,
     owned: list[tuple[int, ...]],
     count: int,
     native: bool,
     dense: bool,
     kept_slice: tuple[int, int] | None,
 ) -> Plan:
-    """Found by putting the model together without any weights, so faults show
-    before anything is read.
+    """What a node reads that owns the experts `owned` of each MoE layer, at most `count` in one.
+
+    `native`: the kernels compute, on mapped weights where that can be. Without
+    `dense`, experts alone are read, and with `kept_slice` only that range of
+    their inner width. Raises ModelError, before anything is read, for tensors
+    that do not make up this node's model.
     """
-    path = Path(info.path)
     own = dict(zip(info.moe_layers, owned, strict=True))
-    pieces = select(read_tensors(path), info.experts, own, count)
+    pieces = select(skeleton.tensors, info.experts, own, count)
     unused: set[str] = set()
     untouched: dict[str, Place] = {}
 
@@ -72,59 +71,52 @@ def make_plan(
         untouched.update(places)
         return weights
 
-    model, _ = assemble(path, feed, (info.experts, count))
+    skeleton.load(feed, info.experts, count)
     kept = [piece for piece in pieces if piece.name not in unused]
     kept.sort(key=lambda piece: (piece.source.file, piece.source.start))
     shapes = []
     if not dense:
-        held = _in_switches(model, untouched)
-        held |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
-        shapes = [piece for piece in kept if piece.name not in held]
-        kept = [piece for piece in kept if piece.name in held]
+        needed = _in_switches(skeleton, untouched)
+        needed |= {piece.name for piece in kept if of_experts(piece.source, info.experts, own)}
+        shapes = [piece for piece in kept if piece.name not in needed]
+        kept = [piece for piece in kept if piece.name in needed]
     cuts: dict[str, Cut] = {}
-    mapped = places_of(model, untouched, native and dense, native or kept_slice is not None)
+    experts_too = native or kept_slice is not None
+    mapped = mappable(skeleton, untouched, native and dense, experts_too)
     if kept_slice is not None:
         assert info.granule, "a placement that was checked slices no such experts"
-        cuts = cuts_of(find_sites(model), kept_slice, info.expert_hidden)
+        cuts = cuts_of(skeleton.sites, kept_slice, info.expert_hidden)
     return Plan(kept, mapped, cuts, shapes, unused)
 
 
-def _in_switches(model: Module, untouched: dict[str, Place]) -> set[str]:
+def _in_switches(skeleton: Skeleton, untouched: dict[str, Place]) -> set[str]:
     """Names in the checkpoint of all that a switch layer has, be it no expert's own."""
-    paths = tuple(f"{site.path}.{site.switch_path}." for site in find_sites(model))
+    paths = tuple(f"{site.switch_name}." for site in skeleton.sites)
     inside = [place for name, place in untouched.items() if name.startswith(paths)]
     return {piece.name for place in inside for piece in place.pieces}
 
 
-def places_of(
-    model: Module, untouched: dict[str, Place], dense: bool, experts: bool
+def mappable(
+    skeleton: Skeleton, untouched: dict[str, Place], dense: bool, experts: bool
 ) -> dict[str, dict[str, Place]]:
-    """The layers, `dense` ones or `experts`, whose weights are in the checkpoint as they are."""
-    paths = dict.fromkeys(
-        (p for p, m in model.named_modules() if dense and may_be_mapped(m)), False
-    )
-    for site in find_sites(model):
+    """The layers, `dense` ones or `experts`, all of whose weights lie in the checkpoint in a
+    form that can be mapped; of each, the place of every part.
+    """
+    modules = skeleton.module.named_modules() if dense else []
+    paths = {path: False for path, module in modules if may_be_mapped(module)}
+    for site in skeleton.sites:
         if experts and can_be_native(site.switch):
-            prefix = f"{site.path}.{site.switch_path}"
-            paths.update((f"{prefix}.{name}", True) for name in switch_layers(site.switch))
+            paths.update(dict.fromkeys(site.linears, True))
     found = {}
     for path, is_switch in paths.items():
         names = {part: f"{path}.{part}" for part in ("weight", "scales", "biases")}
         parts = {part: untouched[name] for part, name in names.items() if name in untouched}
         if is_switch:
             parts = {part: place.taken_apart() for part, place in parts.items()}
-        present = {part for part, name in names.items() if _has(model, name)}
+        present = {part for part, name in names.items() if name in skeleton.parameters}
         if parts.keys() == present and all(place.can_be_mapped for place in parts.values()):
             found[path] = parts
     return found
-
-
-def _has(model: Any, name: str) -> bool:
-    for word in name.split("."):
-        model = model[int(word)] if isinstance(model, list) else model.get(word)
-        if model is None:
-            return False
-    return True
 
 
 def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
@@ -147,6 +139,11 @@ def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
 
 
 def map_plan(plan: Plan, mapping: Mapping, progress: Callable[[], None]) -> dict[str, Parts]:
+    """Map the planned layers: by path, each part's bytes where they lie, or its slice copied.
+
+    `mapping` is to live for as long as they are used. `progress` is called now
+    and then. Raises ModelError for a file that is truncated or cannot be mapped.
+    """
     return {
         path: {
             part: mapping.stored(place, lambda _: progress(), plan.cuts.get(path))

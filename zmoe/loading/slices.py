@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from zmoe.families.sites import Site, projections
-from zmoe.kernels.experts import switch_layers
 
 if TYPE_CHECKING:
     from zmoe.kernels.linear import Parts
@@ -46,12 +45,11 @@ class Cut:
 
 def cuts_of(sites: Sequence[Site], kept: tuple[int, int], width: int) -> dict[str, Cut]:
     """What of `width` is kept of every layer of the experts, by its path."""
-    cuts = {}
+    cuts: dict[str, Cut] = {}
     for site in sites:
-        names = switch_layers(site.switch)
-        for name in names:
-            path = f"{site.path}.{site.switch_path}.{name}"
-            cuts[path] = Cut(*kept, width, of_columns=name == names[-1])
+        *before, last = site.linears
+        cuts.update((path, Cut(*kept, width, of_columns=False)) for path in before)
+        cuts[last] = Cut(*kept, width, of_columns=True)
     return cuts
 
 
@@ -61,10 +59,7 @@ def can_be_sliced(sites: Sequence[Site], in_place: Collection[str]) -> bool:
     """
     return all(
         (site.adapter is None or site.adapter.per_expert is None)
-        and all(
-            f"{site.path}.{site.switch_path}.{name}" in in_place
-            for name in switch_layers(site.switch)
-        )
+        and all(path in in_place for path in site.linears)
         for site in sites
     )
 
@@ -81,6 +76,6 @@ def cut_biases(site: Site, kept: tuple[int, int]) -> None:
 
 def put_back(site: Site, mapped: dict[str, Parts]) -> None:
     """Move what was cut out of the mapped files into the layers, for MLX to compute with."""
-    for name, layer in zip(switch_layers(site.switch), projections(site.switch)):
-        for part, stored in mapped.pop(f"{site.path}.{site.switch_path}.{name}").items():
+    for path, layer in site.linears.items():
+        for part, stored in mapped.pop(path).items():
             layer[part] = stored.as_array()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from zmoe.loading.assembly import Sanitize, Weights
+from zmoe.loading.places import Sanitize, Weights
 
 
 def unused_names(sanitize: Sanitize, weights: Weights) -> set[str]:

@@ -1,17 +1,24 @@
-"""A MoE block whose experts are spread over the nodes."""
+"""The forward of a MoE block whose experts are spread over the nodes.
+
+`forward` is the one sequence: route, compute the owned experts, sum over the nodes, finish.
+What it calls is a Backend: ExpertParallelMoE and ExpertParallelSwitch on MLX arrays, and
+zmoe.kernels.decoder.NativeMoE in C on the memory of a whole decoder layer.
+"""
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.exchange.base import Reducer
-from zmoe.moe.adapter import Adapter, Block, bound_hook
-from zmoe.moe.experts import Experts, MlxExperts, combine
+from zmoe.exchange.base import Call, Reducer
+from zmoe.moe.adapter import Adapter, Block, Routing, bound_hook
+from zmoe.moe.experts import Experts, MlxExperts, weighted_sum
 from zmoe.obs import Spans
 from zmoe.placement.assignment import Ownership
 from zmoe.placement.pairs import Floats, Ints, LocalPairs, no_experts, routing_digest
@@ -32,27 +39,98 @@ class Layer:
     spans: Spans
 
 
-def _on_host(ids: mx.array) -> Ints:
-    return np.asarray(ids)
+@dataclass
+class Routed:
+    """Tokens whose routing is on the host.
+
+    `x` (tokens, hidden_size) of `x_dtype`, an MLX array or the memory of one: the input of
+    the experts. `ids` int32 and `weights` float32 (tokens, k). `digest`: that of the
+    routing, equal on all ranks. `out`: float32 memory for the sum, (tokens, hidden_size);
+    None: the sum is an MLX array.
+    """
+
+    x: Any
+    x_dtype: mx.Dtype
+    ids: Ints
+    weights: Floats
+    digest: int
+    out: Floats | None
 
 
-def _between(rows: mx.array, start: int, stop: int) -> mx.array:
-    return rows if stop - start == rows.shape[0] else rows[start:stop]
+class Backend(Protocol):
+    """What computes a MoE block on this node, apart from the exchange."""
+
+    def route(self, *given: Any) -> Any:
+        """Route what the block was called with; returns a Routed."""
+        ...
+
+    def partial(self, routed: Any, start: int, stop: int) -> Any:
+        """The owned experts' weighted sum for tokens [start, stop), (stop - start, hidden_size).
+
+        None if none of them was chosen. Called in order, for each token once. An MLX array,
+        evaluated, of the layer's dtype, or float32 memory if `routed.out` is memory.
+        """
+        ...
+
+    def shared(self, routed: Any) -> Any:
+        """What the block computes beside its routed experts, while the exchange is in flight."""
+        ...
+
+    def finish(self, routed: Any, total: Any, shared: Any) -> Any:
+        """The block's output from `total`, the sum over the nodes, and what `shared` returned."""
+        ...
 
 
-def _run_padding(experts: Experts, rows: mx.array, pairs: LocalPairs, spans: Spans) -> None:
-    """Of a node to which nothing is assigned."""
+def forward(backend: Backend, layer: Layer, *given: Any) -> Any:
+    """The output of a MoE block for `given`, with its experts spread over the nodes.
+
+    The routing goes to the host once, and only the local (token, expert) pairs are computed.
+    Raises PeerError, DivergenceError.
+    """
+    routed = backend.route(*given)
+    reducer, (tokens, width) = layer.reducer, routed.x.shape
+    call = Call(layer.ordinal, tokens, width, layer.dtype, routed.digest)
+    reducer.dispatch(call, routed.x, routed.x_dtype, routed.ids, routed.weights)
+    shared = None
+
+    def partial(start: int, stop: int) -> Any:
+        return backend.partial(routed, start, stop)
+
+    def beside_the_exchange() -> None:
+        nonlocal shared
+        shared = backend.shared(routed)
+
+    total: Any = routed.out
+    if total is None:
+        total = reducer.all_reduce(call, partial, beside_the_exchange)
+    else:
+        reducer.all_reduce_host(call, partial, total, beside_the_exchange)
+    return backend.finish(routed, total, shared)
+
+
+def _run_padding(experts: Experts, x: mx.array, pairs: LocalPairs, spans: Spans) -> None:
+    """Run the padding of a node to which no token is assigned."""
     if len(pairs.padding):
         with spans.span("experts"):
-            mx.eval(experts.outputs(rows, pairs))
+            mx.eval(experts.outputs(x, pairs))
+
+
+@dataclass
+class _Routed(Routed):
+    """`given`: the block's input; `routing`: as the adapter returned it."""
+
+    ownership: Ownership
+    given: mx.array
+    routing: Routing
+
+    @functools.cached_property
+    def pairs(self) -> LocalPairs:
+        """Found only once the tokens are dispatched: other ranks wait for those."""
+        return self.ownership.pairs(self.ids)
 
 
 class ExpertParallelMoE(Module):
-    """Routes as `block` would, computes the local experts, sums over the nodes.
-
-    Calls evaluate: the routing goes to the host once, to keep of it only the
-    local (row, expert) pairs.
-    """
+    """Stands in for `block`, which an adapter takes apart."""
 
     def __init__(
         self, block: Block, adapter: Adapter, layer: Layer, experts: Experts | None = None
@@ -67,63 +145,78 @@ class ExpertParallelMoE(Module):
         self._hook = bound_hook(adapter, switch)
 
     def __call__(self, x: mx.array, *given: mx.array) -> mx.array:
-        adapter, layer = self._adapter, self._layer
-        routing = adapter.route(self.block, x, *given)
-        width, k = routing.x.shape[-1], routing.ids.shape[-1]
-        rows = routing.x.reshape(-1, width)
+        """The block's output; evaluates what it is called with."""
+        out: mx.array = forward(self, self._layer, x, *given)
+        return out
+
+    def route(self, x: mx.array, *given: mx.array) -> _Routed:
+        """See Backend."""
+        routing = self._adapter.route(self.block, x, *given)
+        k = routing.ids.shape[-1]
+        tokens = routing.x.reshape(-1, routing.x.shape[-1])
         ids = routing.ids.reshape(-1, k).astype(mx.int32)
         weights = routing.weights.reshape(-1, k).astype(mx.float32)
-        mx.eval(rows, ids, weights)
-        host_ids = _on_host(ids)
-        host_weights = np.asarray(weights)
-        # The order within a row may differ between devices; the set may not.
+        mx.eval(tokens, ids, weights)
+        host_ids: Ints = np.asarray(ids)
+        # The order of a token's experts may differ between devices; the set may not.
         digest = routing_digest(np.sort(host_ids, axis=-1))
-        layer.reducer.dispatch(
-            layer.ordinal, rows, rows.dtype, host_ids, host_weights, layer.dtype, digest
+        ownership, host_weights = self._layer.ownership, np.asarray(weights)
+        return _Routed(
+            tokens, tokens.dtype, host_ids, host_weights, digest, None, ownership, x, routing
         )
-        shared: list[mx.array | None] = []
 
-        def beside_the_exchange() -> None:
-            shared.append(adapter.shared(self.block, x, routing))
-            if shared[0] is not None:
-                mx.async_eval(shared[0])
-
-        pairs = layer.ownership.pairs(host_ids)
-
-        def partial(start: int, stop: int) -> mx.array | None:
-            own = pairs.within(start, stop)
-            return self._partial(_between(rows, start, stop), own, host_weights[start:stop])
-
-        routed = layer.reducer.all_reduce(
-            layer.ordinal,
-            partial,
-            (rows.shape[0], width),
-            layer.dtype,
-            digest,
-            overlap=beside_the_exchange,
-        )
-        routed = routed.reshape(routing.x.shape).astype(routing.x.dtype)
-        return adapter.finish(self.block, x, routed, shared[0])
-
-    def _partial(self, rows: mx.array, pairs: LocalPairs, weights: Floats) -> mx.array | None:
+    def partial(self, routed: _Routed, start: int, stop: int) -> mx.array | None:
+        """See Backend."""
+        layer, pairs = self._layer, routed.pairs.within(start, stop)
+        x = routed.x if stop - start == routed.x.shape[0] else routed.x[start:stop]
         if not len(pairs.rows):
-            _run_padding(self._experts, rows, pairs, self._layer.spans)
+            _run_padding(self._experts, x, pairs, layer.spans)
             return None
-        hook, dtype = self._hook, self._layer.dtype
-        with self._layer.spans.span("experts"):
-            if hook is None:
-                part = self._experts.partial(rows, pairs, weights, dtype)
-            else:
-                y = hook(self._experts.outputs(rows, pairs))
-                part = combine(y, pairs, weights, rows.shape[0]).astype(dtype)
-            mx.eval(part)
+        with layer.spans.span("experts"):
+            weights = routed.weights[start:stop]
+            return weighted_sum(self._experts, self._hook, x, pairs, weights, layer.dtype)
+
+    def shared(self, routed: _Routed) -> mx.array | None:
+        """See Backend; under way, not evaluated."""
+        part = self._adapter.shared(self.block, routed.given, routed.routing)
+        if part is not None:
+            mx.async_eval(part)
         return part
+
+    def finish(self, routed: _Routed, total: mx.array, shared: mx.array | None) -> mx.array:
+        """See Backend."""
+        x = routed.routing.x
+        total = total.reshape(x.shape).astype(x.dtype)
+        return self._adapter.finish(self.block, routed.given, total, shared)
+
+
+@dataclass
+class _SwitchRouted(Routed):
+    """`x` and `ids` have one row for each chosen expert of each token.
+
+    `tokens` (tokens, hidden_size); `chosen` (tokens, k): the routing.
+    """
+
+    ownership: Ownership
+    tokens: mx.array
+    chosen: Ints
+
+    @functools.cached_property
+    def pairs(self) -> LocalPairs:
+        """Found only once the tokens are dispatched: other ranks wait for those."""
+        return self.ownership.pairs(self.chosen)
+
+    @functools.cached_property
+    def places(self) -> Ints:
+        """The rows of the local pairs, ascending."""
+        places: Ints = self.pairs.rows * self.chosen.shape[1] + self.pairs.slots
+        return places
 
 
 class ExpertParallelSwitch(Module):
     """Stands in for the switch layer of a block that has no adapter.
 
-    Returns every chosen expert's output, (..., k, width) as the switch layer
+    Returns every chosen expert's output, (..., k, hidden_size) as the switch layer
     does, so any block works; but k times the bytes travel.
     """
 
@@ -135,48 +228,51 @@ class ExpertParallelSwitch(Module):
         self._experts = MlxExperts(switch) if experts is None else experts
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        layer, (width, k) = self._layer, (x.shape[-1], indices.shape[-1])
-        rows = x.reshape(-1, width)
-        ids = indices.reshape(-1, k).astype(mx.int32)
-        mx.eval(rows, ids)
-        host_ids = _on_host(ids)
-        pairs, digest = layer.ownership.pairs(host_ids), routing_digest(host_ids)
-        # Every chosen expert's output is a row of its own, of one expert at weight 1.
-        layer.reducer.dispatch(
-            layer.ordinal,
-            mx.repeat(rows, k, axis=0),
-            rows.dtype,
-            host_ids.reshape(-1, 1),
-            np.ones((host_ids.size, 1), np.float32),
-            layer.dtype,
-            digest,
-        )
-        summed = layer.reducer.all_reduce(
-            layer.ordinal,
-            lambda start, stop: self._outputs(rows, pairs, k, start, stop),
-            (rows.shape[0] * k, width),
-            layer.dtype,
-            digest,
-        )
-        return summed.reshape(*indices.shape, width).astype(x.dtype)
+        """`x` (..., hidden_size), `indices` (..., k)."""
+        out: mx.array = forward(self, self._layer, x, indices)
+        return out.reshape(*indices.shape, x.shape[-1])
 
-    def _outputs(
-        self, rows: mx.array, pairs: LocalPairs, k: int, start: int, stop: int
-    ) -> mx.array | None:
-        """Of the (rows * k, width) outputs, [start, stop): the local pairs' own, else zeros."""
-        places = pairs.rows * k + pairs.slots
-        begin, end = np.searchsorted(places, (start, stop))
+    def route(self, x: mx.array, indices: mx.array) -> _SwitchRouted:
+        """See Backend; every chosen expert's output is a row of its own, at weight 1."""
+        k = indices.shape[-1]
+        tokens = x.reshape(-1, x.shape[-1])
+        ids = indices.reshape(-1, k).astype(mx.int32)
+        mx.eval(tokens, ids)
+        host_ids: Ints = np.asarray(ids)
+        return _SwitchRouted(
+            x=mx.repeat(tokens, k, axis=0),
+            x_dtype=tokens.dtype,
+            ids=host_ids.reshape(-1, 1),
+            weights=np.ones((host_ids.size, 1), np.float32),
+            digest=routing_digest(host_ids),
+            out=None,
+            ownership=self._layer.ownership,
+            tokens=tokens,
+            chosen=host_ids,
+        )
+
+    def partial(self, routed: _SwitchRouted, start: int, stop: int) -> mx.array | None:
+        """See Backend: the local pairs' own outputs, else zeros."""
+        pairs = routed.pairs
+        begin, end = np.searchsorted(routed.places, (start, stop))
         own = slice(begin, end)
         padding = pairs.padding if start == 0 else no_experts()
         mine = LocalPairs(pairs.rows[own], pairs.slots[own], pairs.experts[own], padding)
         if begin == end:
-            _run_padding(self._experts, rows, mine, self._layer.spans)
+            _run_padding(self._experts, routed.tokens, mine, self._layer.spans)
             return None
         with self._layer.spans.span("experts"):
-            y = self._experts.outputs(rows, mine).astype(self._layer.dtype)
+            y = self._experts.outputs(routed.tokens, mine).astype(self._layer.dtype)
             place = np.full(stop - start, end - begin, np.int32)
-            place[places[own] - start] = np.arange(end - begin)
+            place[routed.places[own] - start] = np.arange(end - begin)
             padded = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])
             part = padded[mx.array(place)]
             mx.eval(part)
         return part
+
+    def shared(self, routed: _SwitchRouted) -> None:
+        """Nothing: a switch layer has routed experts only."""
+
+    def finish(self, routed: _SwitchRouted, total: mx.array, shared: None) -> mx.array:
+        """See Backend."""
+        return total.astype(routed.x_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -29,6 +30,23 @@ class Experts(Protocol):
         `weights` (rows, k) float32; there is at least one pair.
         """
         ...
+
+
+def weighted_sum(
+    experts: Experts,
+    hook: Callable[[mx.array], mx.array] | None,
+    x: mx.array,
+    pairs: LocalPairs,
+    weights: Floats,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """`experts.partial`, evaluated, with `hook` applied to each pair's output if there is one."""
+    if hook is None:
+        part = experts.partial(x, pairs, weights, dtype)
+    else:
+        part = combine(hook(experts.outputs(x, pairs)), pairs, weights, x.shape[0]).astype(dtype)
+    mx.eval(part)
+    return part
 
 
 def with_padding(x: mx.array, pairs: LocalPairs) -> tuple[mx.array, LocalPairs]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import quantize_model
 
-from zmoe.checkpoint.folder import read_config, read_tensors
-from zmoe.checkpoint.select import Piece, Reader, layer_of, of_experts, placeholder, select
+from zmoe.checkpoint.select import Reader, layer_of, of_experts, placeholder, select
 from zmoe.errors import InputError, ModelError
-from zmoe.families.sites import expert_count, find_sites
-from zmoe.kernels.experts import switch_layers
+from zmoe.families.sites import Site, expert_count
 from zmoe.kernels.weights import PARTS, Quantization
-from zmoe.loading.assembly import Sanitize, Weights, assemble
+from zmoe.loading.places import Sanitize, Weights
+from zmoe.loading.skeleton import Skeleton
 from zmoe.placement.types import ModelInfo
 
 
@@ -33,10 +32,15 @@ class Source:
     in the order of a record, `dense` the others. `config` is the store's.
     """
 
-    def __init__(self, info: ModelInfo, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        quantization: Quantization | None = None,
+        skeleton: Skeleton | None = None,
+    ) -> None:
         self.info = info
-        path = Path(info.path)
-        tensors = read_tensors(path)
+        skeleton = skeleton or Skeleton(Path(info.path))
+        tensors, original = skeleton.tensors, skeleton.config
         first = dict.fromkeys(info.moe_layers, (0,))
         pieces = select(tensors, info.experts, first, 1)
         experts = {t.name for t in tensors.values() if of_experts(t, info.experts, first)}
@@ -45,15 +49,28 @@ class Source:
             layer: {name: tensors[name] for name in experts if layer_of(name) == layer}
             for layer in info.moe_layers
         }
-        self._model, self._sanitize, config = _assemble(info, pieces)
+        names: set[str] = set()
+
+        def feed(sanitize: Sanitize, _: Weights) -> Weights:
+            weights = sanitize({piece.name: placeholder(piece) for piece in pieces})
+            names.update(weights)
+            return weights
+
+        config = skeleton.load(feed, info.experts, 1)
+        self._model, sites = skeleton.take()
+        if names != dict(tree_flatten(self._model.parameters())).keys():
+            raise ModelError(
+                f"{info.path} cannot be prestacked: mlx-lm changes its {info.quantization} weights "
+                "while loading; convert it with mlx_lm.convert first"
+            )
         self._dtype: mx.Dtype | None = None
         self._quantized: dict[str, tuple[Any, Any]] = {}
         if quantization is not None:
             config = self._quantize_all(config, quantization)
         kept = ("quantization", "quantization_config")
-        self.config = {**read_config(path), **{k: config[k] for k in kept if k in config}}
+        self.config = {**original, **{k: config[k] for k in kept if k in config}}
         self.shapes: Weights = dict(tree_flatten(self._model.parameters()))
-        self.experts = _names_of_experts(self._model, self.shapes)
+        self.experts = _names_of_experts(sites, self.shapes)
         of_any = {name for names in self.experts.values() for name in names}
         self.dense = [name for name in self.shapes if name not in of_any]
         # For the renaming, which sees the whole checkpoint; only what is used of it is read.
@@ -86,7 +103,8 @@ class Source:
     def _made(self, weights: Weights, wanted: list[str]) -> Weights:
         """The arrays `wanted` of the model, from tensors as the checkpoint names them."""
         paths = {_module_of(name) for name in wanted}
-        renamed = self._sanitize(weights)
+        sanitize: Sanitize = getattr(self._model, "sanitize", dict)
+        renamed = sanitize(weights)
         modules: defaultdict[str, Weights] = defaultdict(dict)
         for name, array in renamed.items():
             if (path := _module_of(name)) in paths:
@@ -137,34 +155,12 @@ class Source:
         return {f"{path}.{name}": array for name, array in leaves}
 
 
-def _assemble(info: ModelInfo, pieces: list[Piece]) -> tuple[Module, Sanitize, dict[str, Any]]:
-    """A model without weights, what renames its tensors, and its config."""
-    found: list[tuple[Sanitize, Weights]] = []
-
-    def feed(sanitize: Sanitize, _: Weights) -> Weights:
-        weights = sanitize({piece.name: placeholder(piece) for piece in pieces})
-        found.append((sanitize, weights))
-        return weights
-
-    model, config = assemble(Path(info.path), feed, (info.experts, 1))
-    ((sanitize, weights),) = found
-    if weights.keys() != dict(tree_flatten(model.parameters())).keys():
-        raise ModelError(
-            f"{info.path} cannot be prestacked: mlx-lm changes its {info.quantization} weights "
-            "while loading; convert it with mlx_lm.convert first"
-        )
-    return model, sanitize, config
-
-
-def _names_of_experts(model: Module, shapes: Weights) -> dict[int, list[str]]:
+def _names_of_experts(sites: Sequence[Site], shapes: Weights) -> dict[int, list[str]]:
     """By layer, the names of its switch layer's arrays: weight, scales, biases, bias of each."""
     found = {}
-    for site in find_sites(model):
-        prefixes = [
-            f"{site.path}.{site.switch_path}.{name}." for name in switch_layers(site.switch)
-        ]
+    for site in sites:
         parts = (*PARTS, "global_scale")
-        names = [prefix + part for prefix in prefixes for part in parts]
+        names = [f"{path}.{part}" for path in site.linears for part in parts]
         found[site.layer] = [name for name in names if name in shapes]
     return found
 

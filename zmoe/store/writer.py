@@ -26,7 +26,8 @@ from zmoe.checkpoint.manifest import (
 )
 from zmoe.errors import InputError, ModelError, ZmoeError
 from zmoe.kernels.weights import Quantization
-from zmoe.loading.assembly import Weights
+from zmoe.loading.places import Weights
+from zmoe.loading.skeleton import Skeleton
 from zmoe.placement.types import ModelInfo
 from zmoe.store.convert import Source
 from zmoe.store.journal import Journal
@@ -41,7 +42,11 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 
 
 def prestack(
-    info: ModelInfo, out: Path, quantization: Quantization | None, progress: Progress
+    info: ModelInfo,
+    out: Path,
+    quantization: Quantization | None,
+    progress: Progress,
+    skeleton: Skeleton | None = None,
 ) -> Manifest:
     """Write the model that `info` describes into the folder `out`, maybe quantised.
 
@@ -49,9 +54,10 @@ def prestack(
     run that is interrupted leaves what is no store, and the next with the same
     arguments goes on from there; a store that is there already stays. Raises
     InputError before anything is written if `out` is something else, or the
-    disk too small; ZmoeError if writing fails.
+    disk too small; ZmoeError if writing fails. `skeleton`, which `info` may
+    have been learned from, is used up.
     """
-    source = Source(info, quantization)
+    source = Source(info, quantization, skeleton)
     identity = _identity(source, quantization)
     try:
         finished = _finished(out, identity)

@@ -18,7 +18,7 @@ import pytest
 from zmoe.calibration import products, steps, weights
 from zmoe.calibration.products import core_sharings, line_of_experts
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.native import ffi
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
@@ -63,9 +63,9 @@ def file(tmp_path: Path) -> Path:
 def test_products_of_the_file(name: str, file: Path) -> None:
     """Each says how much it has done, of weights that are all the same number."""
     with patch.object(weights, "LARGE", SMALL):
-        made = Weights(Team(1), file)
+        made = Weights(ThreadPool(1), file)
         dense, many = made.dense(name, Random(1)), made.many(name)
-        (product,) = {p.weight.outs: p for p in made._products(name)}.values()
+        (product,) = {p.weight.out_features: p for p in made._products(name)}.values()
     x = mx.random.normal((3, SMALL.width)).astype(mx.float32 if name == "f32" else mx.bfloat16)
     y = np.array(product(x).astype(mx.float32))
     assert np.isfinite(y).all() and np.ptp(y, axis=1).max() == 0  # all rows of the weight are alike
@@ -81,7 +81,7 @@ def test_products_of_the_file(name: str, file: Path) -> None:
 
 
 def test_processes_have_experts_of_their_own(file: Path) -> None:
-    made, chosen = Weights(Team(1), file), []
+    made, chosen = Weights(ThreadPool(1), file), []
 
     def partial(self: object, x: object, pairs: object, *rest: object) -> None:
         chosen.append(set(pairs.experts.tolist()))  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import pytest
 from tests.unit.exchange.test_exchange import together
 from zmoe.errors import DivergenceError, InputError
 from zmoe.exchange.algorithm import LARGE_BYTES, SMALL_BYTES, Choice
+from zmoe.exchange.base import Call
 from zmoe.exchange.local import Exchange, SingleNode, local_group
 from zmoe.native import Algorithm, Dtype
 
@@ -85,7 +86,7 @@ def sums(
 
     def run(rank: int) -> None:
         group[rank].step = step
-        group[rank].all_reduce_host(0, partials[rank], outs[rank], mx.float32, 7)
+        group[rank].all_reduce_host(Call(0, *shape, mx.float32, 7), partials[rank], outs[rank])
 
     for result in together([lambda r=r: run(r) for r in range(len(group))]):
         assert result is None
@@ -183,14 +184,15 @@ def test_to_mlx(groups: Callable[..., list[Exchange]], algorithm: str) -> None:
     arrays = [mx.array(partial).astype(mx.bfloat16) for partial in partials]
     mx.eval(arrays)
     host = [bf16(partial) for partial in partials]
+    call = Call(0, *shape, mx.bfloat16, 7)
 
     def peer(rank: int) -> None:
         out = np.empty(shape, np.float32)
-        group[rank].all_reduce_host(0, lambda a, b: host[rank][a:b], out, mx.bfloat16, 7)
+        group[rank].all_reduce_host(call, lambda a, b: host[rank][a:b], out)
 
     total, *others = together(
         [
-            lambda: group[0].all_reduce(0, lambda a, b: arrays[0][a:b], shape, mx.bfloat16, 7),
+            lambda: group[0].all_reduce(call, lambda a, b: arrays[0][a:b]),
             *(lambda r=r: peer(r) for r in range(1, len(group))),
         ]
     )
@@ -246,7 +248,7 @@ def test_ranks_that_choose_differently(other: dict[str, Any]) -> None:
     results = together(
         [
             lambda r=r: group[r].all_reduce_host(
-                0, lambda a, b: data[a:b], np.empty_like(data), mx.float32, 7
+                Call(0, 8, 64, mx.float32, 7), lambda a, b: data[a:b], np.empty_like(data)
             )
             for r in range(2)
         ]
@@ -302,7 +304,7 @@ def test_a_single_node_computes_all_rows_at_once() -> None:
         asked.append((start, stop))
         return np.ones((stop - start, 2), np.float32)
 
-    alone.all_reduce_host(0, part, out, mx.bfloat16, 0)
+    alone.all_reduce_host(Call(0, 3, 2, mx.bfloat16, 0), part, out)
     assert asked == [(0, 3)] and (out == 1).all()
-    total = alone.all_reduce(0, lambda a, b: mx.ones((b - a, 2)), (3, 2), mx.float16, 0)
+    total = alone.all_reduce(Call(0, 3, 2, mx.float16, 0), lambda a, b: mx.ones((b - a, 2)))
     assert total.dtype == mx.float16 and mx.all(total == 1).item()

@@ -20,10 +20,11 @@ from tests.ranks import round_robin
 from tests.unit.exchange.test_algorithms import ENCODE
 from tests.unit.exchange.test_exchange import together
 from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
+from zmoe.exchange.base import Call
 from zmoe.exchange.central import CentralExchange, Held, Sharing, serve_step
 from zmoe.exchange.dispatched import Received
 from zmoe.exchange.local import Exchange, connect_group, local_group
-from zmoe.families.sites import ADAPTERS
+from zmoe.families.table import ADAPTERS
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.obs import Spans
@@ -157,9 +158,10 @@ def leader(exchange: CentralExchange, given: Sequence[Routed], step: int) -> lis
     exchange.step, sums = step, []
     for layer, (x, ids, weights) in enumerate(given):
         out = np.full_like(x, np.nan)
-        exchange.dispatch(layer, x, mx.float32, ids, weights, mx.float32, 7)
+        call = Call(layer, *x.shape, mx.float32, 7)
+        exchange.dispatch(call, x, mx.float32, ids, weights)
         own = partial_of(exchange.nodes, layer, 0, (x, ids, weights))
-        exchange.all_reduce_host(layer, own, out, mx.float32, 7)
+        exchange.all_reduce_host(call, own, out)
         sums.append(out)
     return sums
 
@@ -172,7 +174,7 @@ def decentralised(nodes: int, wire: str, given: Sequence[Routed], step: int) -> 
         for layer, routing in enumerate(given):
             out = np.empty_like(routing[0])
             own = partial_of(nodes, layer, exchange.rank, routing)
-            exchange.all_reduce_host(layer, own, out, mx.float32, 7)
+            exchange.all_reduce_host(Call(layer, *out.shape, mx.float32, 7), own, out)
             sums.append(out)
         return sums
 
@@ -214,8 +216,9 @@ def test_mlx_arrays_go_out_as_they_are(groups: Callable[..., list[CentralExchang
     numbers = np.arange(EXPERTS, dtype=np.int32)
 
     def lead() -> mx.array:
-        one.dispatch(0, x, x.dtype, ids, weights, mx.bfloat16, 7)
-        return one.all_reduce(0, mx.ones((2, 3)), (2, 3), mx.bfloat16, 7)
+        call = Call(0, 2, 3, mx.bfloat16, 7)
+        one.dispatch(call, x, x.dtype, ids, weights)
+        return one.all_reduce(call, mx.ones((2, 3)))
 
     def follow() -> None:
         received = two.receive(0, 3, numbers)
@@ -266,8 +269,9 @@ def test_workers_hear_how_many_experts_the_busiest_rank_runs(
     held = [NumpyExperts(0, rank, ids) for rank, ids in enumerate(owned)]
 
     def lead() -> None:
-        group[0].dispatch(0, x, mx.float32, ids, weights, mx.float32, 7)
-        group[0].all_reduce_host(0, x, np.empty_like(x), mx.float32, 7)
+        call = Call(0, 2, WIDTH, mx.float32, 7)
+        group[0].dispatch(call, x, mx.float32, ids, weights)
+        group[0].all_reduce_host(call, x, np.empty_like(x))
 
     follow = [partial(serve_step, group[rank], [held[rank]], Spans()) for rank in (1, 2)]
     assert together([lead, *follow]) == [None] * 3
@@ -306,7 +310,7 @@ def test_a_block_without_adapter(
 def dispatch(exchange: CentralExchange, layer: int = 0, rows: int = 1) -> None:
     x, ids, weights = routed(rows, 1)
     ids[:] = [1, 2, 3]
-    exchange.dispatch(layer, x, mx.float32, ids, weights, mx.float32, 7)
+    exchange.dispatch(Call(layer, *x.shape, mx.float32, 7), x, mx.float32, ids, weights)
 
 
 def test_a_lost_or_silent_worker(groups: Callable[..., list[CentralExchange]]) -> None:
@@ -314,7 +318,7 @@ def test_a_lost_or_silent_worker(groups: Callable[..., list[CentralExchange]]) -
     group[0].step = 12
     dispatch(group[0], 4 % LAYERS)
     with pytest.raises(PeerError, match="rank 1 sent nothing within 0.1 s .nor did 2."):
-        group[0].all_reduce(1, None, (1, WIDTH), mx.float32, 7)
+        group[0].all_reduce(Call(1, 1, WIDTH, mx.float32, 7), None)
     group[2].close()
     time.sleep(0.3)
     with pytest.raises(PeerError, match="rank 2 was lost") as caught:
@@ -362,7 +366,7 @@ def test_a_caller_out_of_turn(groups: Callable[..., list[CentralExchange]]) -> N
     with pytest.raises(InputError, match="65 rows of 40 .*float32 do not fit"):
         dispatch(group[0], rows=65)
     with pytest.raises(ZmoeError, match="does not come after"):
-        group[0].all_reduce(0, None, (1, WIDTH), mx.float32, 7)  # nothing was dispatched
+        group[0].all_reduce(Call(0, 1, WIDTH, mx.float32, 7), None)  # nothing was dispatched
     dispatch(group[0])
     with pytest.raises(InputError, match="layer 0, step 0 does not come after the last one"):
         dispatch(group[0])

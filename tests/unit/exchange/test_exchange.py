@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from zmoe.errors import DivergenceError, InputError, LaunchError, PeerError, ZmoeError
+from zmoe.exchange.base import Call
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, join, local_group
 from zmoe.exchange.native import Receive
 from zmoe.native import Dtype, Status, ffi, lib
@@ -59,7 +60,8 @@ def peer(exchange: Exchange, rows: int, width: int, dtype: Dtype, value: float) 
     source = np.full(rows * width, value, np.float32)
     out = np.empty(rows * width, np.float32)
     native = exchange.native
-    status = native.publish(source, Dtype.F32, exchange.step, 0, rows, width, dtype, 7, 30.0)
+    call = Call(0, rows, width, mx.float32, 7)
+    status = native.publish(exchange.step, call, dtype, (source, Dtype.F32), 30.0)
     assert status == Status.OK
     while (status := native.collect(Receive(out), Dtype.F32, 30.0)) == Status.INTERRUPTED:
         pass
@@ -78,7 +80,7 @@ def test_all_reduce(group: list[Exchange], dtype: mx.Dtype) -> None:
         total, *_ = together(
             [
                 lambda p=partial, n=rows, b=beside: first.all_reduce(
-                    0, p, (n, 6), dtype, 7, lambda: b.append(1)
+                    Call(0, n, 6, dtype, 7), p, lambda: b.append(1)
                 ),
                 *(lambda e=e, n=rows: peer(e, n, 6, WIRE[dtype], 2.0) for e in others),
             ]
@@ -96,7 +98,7 @@ def test_a_strided_or_wider_partial_is_sent_right(group: list[Exchange]) -> None
     partial = mx.arange(12, dtype=mx.float32).reshape(4, 3).T
     total, _ = together(
         [
-            lambda: group[0].all_reduce(0, partial, (3, 4), mx.bfloat16, 7),
+            lambda: group[0].all_reduce(Call(0, 3, 4, mx.bfloat16, 7), partial),
             lambda: peer(group[1], 3, 4, Dtype.BF16, 0.0),
         ]
     )
@@ -122,7 +124,7 @@ def test_unusable_arrays_are_refused(group: list[Exchange]) -> None:
     with pytest.raises(InputError, match="exceeds the exchange's 65536 bytes"):
         group[0].all_reduce_numpy(np.zeros(20000, np.float32))
     with pytest.raises(ValueError, match="elements"):
-        group[0].all_reduce(0, mx.zeros((1, 3)), (1, 4), mx.float32, 0)
+        group[0].all_reduce(Call(0, 1, 4, mx.float32, 0), mx.zeros((1, 3)))
 
 
 def test_spans_measure_the_exchange() -> None:
@@ -142,7 +144,7 @@ def test_spans_measure_the_exchange() -> None:
         endpoints = [one.endpoint, two.endpoint]
         together([lambda: one.connect(endpoints, 20), lambda: two.connect(endpoints, 20)])
         with pytest.raises(PeerError):
-            one.all_reduce(0, None, (1, 1), mx.float32, 0)
+            one.all_reduce(Call(0, 1, 1, mx.float32, 0), None)
     assert spans.seconds["exchange"] >= 0.05
 
 
@@ -154,7 +156,7 @@ def test_a_silent_peer() -> None:
     group[0]._deadline_s = 0.1
     group[0].step = 12
     with pytest.raises(PeerError, match="rank 1 sent nothing within 0.1 s .nor did 2.") as caught:
-        group[0].all_reduce(4, None, (1, 4), mx.float32, 0)
+        group[0].all_reduce(Call(4, 1, 4, mx.float32, 0), None)
     assert (caught.value.rank, caught.value.layer, caught.value.step) == (1, 4, 12)
     for exchange in group:
         exchange.close()
@@ -163,7 +165,7 @@ def test_a_silent_peer() -> None:
 def test_a_lost_peer(group: list[Exchange]) -> None:
     group[1].close()
     with pytest.raises(PeerError, match="rank 1 was lost at layer 3, step 0") as caught:
-        group[0].all_reduce(3, None, (1, 4), mx.float32, 0)
+        group[0].all_reduce(Call(3, 1, 4, mx.float32, 0), None)
     assert caught.value.rank == 1
     with pytest.raises(PeerError, match="rank 1 was lost between layers"):
         group[0].service()
@@ -195,8 +197,8 @@ def test_divergence(
 ) -> None:
     ours, theirs = together(
         [
-            lambda: group[0].all_reduce(0, None, (1, 4), mx.float32, 7),
-            lambda: group[1].all_reduce(layer, None, (1, width), mx.float32, digest),
+            lambda: group[0].all_reduce(Call(0, 1, 4, mx.float32, 7), None),
+            lambda: group[1].all_reduce(Call(layer, 1, width, mx.float32, digest), None),
         ]
     )
     assert isinstance(ours, DivergenceError) and message in str(ours)
@@ -209,12 +211,13 @@ def test_a_lost_frame_is_recovered() -> None:
     with Exchange(0, 2, **make) as one, Exchange(1, 2, **make) as two:
         endpoints = [one.endpoint, two.endpoint]
         two.start_connect(endpoints)
-        assert two.native.publish(None, Dtype.F32, 0, 0, 1, 1, Dtype.F32, 0, 1.0) == Status.OK
+        call = Call(0, 1, 1, mx.float32, 0)
+        assert two.native.publish(0, call, Dtype.F32, (None, Dtype.F32), 1.0) == Status.OK
         one.start_connect(endpoints)
         ended = threading.Event()  # the one that has its sum serves the other until then
 
         def reduce_and_go_idle() -> float:
-            total = one.all_reduce(0, mx.array([[2.0]]), (1, 1), mx.float32, 0).item()
+            total = one.all_reduce(call, mx.array([[2.0]])).item()
             while not ended.wait(0.001):
                 one.service()
             return float(total)
@@ -320,9 +323,9 @@ def test_join_refuses_bad_addresses(address: str) -> None:
 
 def test_a_single_node_needs_nobody() -> None:
     alone = SingleNode()
-    out = alone.all_reduce(0, mx.ones((2, 3)), (2, 3), mx.bfloat16, 0)
+    out = alone.all_reduce(Call(0, 2, 3, mx.bfloat16, 0), mx.ones((2, 3)))
     assert out.dtype == mx.bfloat16 and out.shape == (2, 3)
-    assert mx.array_equal(alone.all_reduce(0, None, (2, 3), mx.float16, 0), mx.zeros((2, 3)))
+    assert mx.array_equal(alone.all_reduce(Call(0, 2, 3, mx.float16, 0), None), mx.zeros((2, 3)))
 
 
 def test_a_forked_child_is_refused(group: list[Exchange]) -> None:
@@ -373,7 +376,7 @@ def test_a_peer_lost_while_no_buffer_is_free(group: list[Exchange]) -> None:
     taken = take_all_slots(group[0])
     group[1].close()
     with pytest.raises(PeerError, match="rank 1 was lost at layer 3, step 0"):
-        group[0].all_reduce(3, None, (1, 4), mx.float32, 0)
+        group[0].all_reduce(Call(3, 1, 4, mx.float32, 0), None)
     for slot in taken:
         lib.zmoe_slot_release(slot)
 

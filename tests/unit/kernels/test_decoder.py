@@ -54,15 +54,15 @@ class Structs:
         return self.keep(ffi.from_buffer("float[]", data))
 
     def weight(self, linear: Any) -> Any:
-        outs, ins = linear.weight.shape
+        out_features, in_features = linear.weight.shape
         return self.keep(
             ffi.new(
                 "zmoe_weight *",
                 {
                     "data": self.floats(linear.weight),
                     "bias": self.floats(linear.get("bias")),
-                    "outs": outs,
-                    "ins": ins,
+                    "out_features": out_features,
+                    "in_features": in_features,
                 },
             )
         )
@@ -86,12 +86,12 @@ class Structs:
 
 
 @pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
-def team(request: pytest.FixtureRequest) -> Iterator[Any]:
-    out = ffi.new("zmoe_team **")
-    assert lib.zmoe_team_create(request.param, ffi.NULL, 50, lib.zmoe_isa_best(), out) == 0
-    assert lib.zmoe_team_reserve(out[0], 64 << 20) == 0
+def pool(request: pytest.FixtureRequest) -> Iterator[Any]:
+    out = ffi.new("zmoe_thread_pool **")
+    assert lib.zmoe_thread_pool_create(request.param, ffi.NULL, 50, lib.zmoe_isa_best(), out) == 0
+    assert lib.zmoe_thread_pool_reserve(out[0], 64 << 20) == 0
     yield out[0]
-    lib.zmoe_team_destroy(out[0])
+    lib.zmoe_thread_pool_destroy(out[0])
 
 
 def close(ours: F32, theirs: mx.array) -> bool:
@@ -104,14 +104,14 @@ def close(ours: F32, theirs: mx.array) -> bool:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
-def test_norms(kind: type[nn.Module], bias: bool, team: Any) -> None:
+def test_norms(kind: type[nn.Module], bias: bool, pool: Any) -> None:
     norm = kind(80) if kind is nn.RMSNorm else nn.LayerNorm(80, bias=bias)
     norm.update({name: mx.random.normal(a.shape) for name, a in norm.parameters().items()})
     x = mx.random.normal((3, 80))
     out, structs = np.empty((3, 80), np.float32), Structs()
     struct = ffi.new("zmoe_norm *", structs.norm(norm))
     data = ffi.from_buffer(out)
-    assert lib.zmoe_norm_rows(team, struct, structs.floats(x), 3, data, 0) == 0
+    assert lib.zmoe_norm_rows(pool, struct, structs.floats(x), 3, data, 0) == 0
     assert close(out, norm(x))
 
 
@@ -133,10 +133,10 @@ def describe(norm: Any, attention: Any, window: int, structs: Structs) -> Any:
     weights = [structs.weight(attention[name]) for name in names]
     output = structs.weight(attention["out_proj" if fused else "o_proj"])
     head_dim = attention.rope.dims if not hasattr(attention, "head_dim") else attention.head_dim
-    if "q_norm" in attention and attention.q_norm.weight.shape[0] < output.ins:
+    if "q_norm" in attention and attention.q_norm.weight.shape[0] < output.in_features:
         head_dim = attention.q_norm.weight.shape[0]  # glm4_moe rotates a part of it
-    heads = output.ins // head_dim
-    kv_outs = sum(weight.outs for weight in weights) - output.ins
+    heads = output.in_features // head_dim
+    kv_outs = sum(weight.out_features for weight in weights) - output.in_features
     return structs.keep(
         ffi.new(
             "zmoe_attention *",
@@ -178,8 +178,8 @@ def angles(rope: Any, first: int, rows: int) -> tuple[F32, F32]:
 class Attention:
     """The C attention of a module of mlx-lm, with a cache of its own."""
 
-    def __init__(self, team: Any, norm: Any, module: Any, window: int) -> None:
-        self.team, self.rope, self.structs = team, module.rope, Structs()
+    def __init__(self, pool: Any, norm: Any, module: Any, window: int) -> None:
+        self.pool, self.rope, self.structs = pool, module.rope, Structs()
         self.struct = describe(norm, module, window, self.structs)
         size = self.struct.kv_heads * CAPACITY * self.struct.head_dim
         keys, values = (self.structs.keep(np.full(size, np.nan, np.float32)) for _ in range(2))
@@ -197,7 +197,7 @@ class Attention:
         h = np.array(x[0])
         cosines, sines = angles(self.rope, self.cache.length, len(h))
         status = lib.zmoe_attention_step(
-            self.team,
+            self.pool,
             self.struct,
             self.cache,
             ffi.from_buffer("float[]", cosines),
@@ -236,13 +236,13 @@ def model_of(family: str, changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_that_of_mlx_lm(case: str, team: Any) -> None:
+def test_attention_is_that_of_mlx_lm(case: str, pool: Any) -> None:
     """A prefill of many rows, single steps, and a chunk of a few."""
     family, changes = CASES[case]
     model = model_of(family, changes)
     norm, module = block_of(model)
     window = model.args.sliding_window if family == "gpt_oss" else 0
-    ours, cache = Attention(team, norm, module, window), KVCache()
+    ours, cache = Attention(pool, norm, module, window), KVCache()
     for rows in (20, 1, 1, 7, 1):
         x = 2 * mx.random.normal((1, rows, norm.weight.shape[0]))
         mask = create_attention_mask(x, cache, window_size=window or None)
@@ -257,13 +257,13 @@ Route = Callable[[mx.array], tuple[mx.array, mx.array]]
 EXPERTS, TOP_K, WIDTH = 24, 5, 48
 
 
-def check_route(team: Any, expected: Route, x: mx.array, structs: Structs, **router: Any) -> None:
+def check_route(pool: Any, expected: Route, x: mx.array, structs: Structs, **router: Any) -> None:
     """The same experts with the same weights, in whatever order; ours best first."""
     rows, k = x.shape[0], router["top_k"]
     ids, weights = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
     out = np.empty(x.shape, np.float32)
     status = lib.zmoe_route(
-        team,
+        pool,
         ffi.new("zmoe_router *", {"scale": 1.0, **router}),
         structs.floats(x),
         rows,
@@ -281,7 +281,7 @@ def check_route(team: Any, expected: Route, x: mx.array, structs: Structs, **rou
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-def test_routers_are_those_of_the_adapters(rows: int, team: Any) -> None:
+def test_routers_are_those_of_the_adapters(rows: int, pool: Any) -> None:
     structs = Structs()
     gate, norm = nn.Linear(WIDTH, EXPERTS), nn.RMSNorm(WIDTH)
     bias = 0.2 * mx.random.normal((EXPERTS,))
@@ -295,7 +295,7 @@ def test_routers_are_those_of_the_adapters(rows: int, team: Any) -> None:
     common = {"input": structs.norm(norm), "gate": structs.weight(scaled), "top_k": TOP_K}
 
     def check(expected: Route, **router: Any) -> None:
-        check_route(team, expected, x, structs, **common, **router)
+        check_route(pool, expected, x, structs, **common, **router)
 
     for normalize in (False, True):
         check(
@@ -313,12 +313,12 @@ def test_routers_are_those_of_the_adapters(rows: int, team: Any) -> None:
     )
 
 
-def test_the_gate_of_glm4_moe_without_groups(team: Any) -> None:
+def test_the_gate_of_glm4_moe_without_groups(pool: Any) -> None:
     model = model_of("glm4_moe", {"n_group": 1, "topk_group": 1})
     layer, structs = model.model.layers[1], Structs()
     gate, norm = layer.mlp.gate, layer.post_attention_layernorm
     check_route(
-        team,
+        pool,
         lambda h: gate(norm(h)),
         mx.random.normal((4, norm.weight.shape[0])),
         structs,

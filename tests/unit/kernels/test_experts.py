@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchMLP
 
 from tests.ranks import owning
 from zmoe.kernels.experts import NativeExperts, activation_of, can_be_native
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.experts import MlxExperts
 
 EXPERTS, DIM, HIDDEN = 5, 64, 96
@@ -58,7 +58,7 @@ def test_sums_and_outputs(kind: str, rows: int) -> None:
     x = mx.random.normal((rows, DIM))
     pairs, weights = pairs_of(rows)
     want = MlxExperts(switch)
-    native = NativeExperts("m", switch, Team(2), 3, {})
+    native = NativeExperts("m", switch, ThreadPool(2), 3, {})
     outputs = want.outputs(x, pairs)
     scale = float(mx.abs(outputs).max())
     assert mx.allclose(native.outputs(x, pairs), outputs, rtol=0, atol=1e-5 * scale)
@@ -77,7 +77,7 @@ def test_quantised(mode: tuple[str, int, int], dtype: mx.Dtype) -> None:
     nn.quantize(switch, mode[2], mode[1], mode=mode[0])
     pairs, weights = pairs_of(20)
     x = mx.random.normal((20, DIM)).astype(dtype)
-    native = NativeExperts("m", switch, Team(), 3, {})
+    native = NativeExperts("m", switch, ThreadPool(), 3, {})
     got = native.partial(x, pairs, weights, mx.float32)
     if mode[0] == "affine":
         switch.set_dtype(mx.float32)

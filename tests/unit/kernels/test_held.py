@@ -18,7 +18,7 @@ from zmoe.errors import ModelError
 from zmoe.exchange.dispatched import Received
 from zmoe.families.sites import find_sites
 from zmoe.kernels.held import HeldExperts
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.obs import Spans
@@ -74,14 +74,14 @@ def test_memory_holds_nothing_dense(layout: str, tmp_path: Path) -> None:
     assert held.largest_tensor_bytes == stacked
 
 
-@pytest.mark.parametrize("team", [None, Team(1)], ids=["mlx", "native"])
-def test_a_layer_without_own_experts(team: Team | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", [None, ThreadPool(1)], ids=["mlx", "native"])
+def test_a_layer_without_own_experts(pool: ThreadPool | None, tmp_path: Path) -> None:
     info = inspect_model(build("mixtral", tmp_path, layout="hf"))
     everything = tuple(range(EXPERTS))
     placement = Placement(2, EXPERTS, ((everything, ()), ((0, 1), (2, 3, 4, 5))))
     seen: list[tuple[int, int]] = []
     held = load_experts(
-        info, placement, rank_1(), team=team, progress=lambda *given: seen.append(given)
+        info, placement, rank_1(), team=pool, progress=lambda *given: seen.append(given)
     )
     assert held.layers[0].local.tolist() == [-1] * EXPERTS
     assert held.bytes_read == 4 * 3 * 64 * 64 * 4
@@ -121,13 +121,13 @@ def received(x: np.ndarray, pairs: list[tuple[int, int, float]]) -> Received:
 PAIRS = [(0, 1, 0.5), (0, 0, 0.25), (1, 2, 1.0), (3, 0, 2.0), (3, 1, 0.125), (3, 2, 1.5)]
 
 
-@pytest.mark.parametrize("team", [None, Team(2)], ids=["mlx", "native"])
+@pytest.mark.parametrize("pool", [None, ThreadPool(2)], ids=["mlx", "native"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-def test_partial_sums(name: str, team: Team | None, tmp_path: Path) -> None:
+def test_partial_sums(name: str, pool: ThreadPool | None, tmp_path: Path) -> None:
     """Against each expert of the same switch layer on its own, summed in float64."""
     info = inspect_model(build(name, tmp_path))
     placement = Placement(2, EXPERTS, (((0, 2, 5), (1, 3, 4)),) * len(info.moe_layers))
-    held = load_experts(info, placement, rank_1(), team=team)
+    held = load_experts(info, placement, rank_1(), team=pool)
     plain = load_experts(info, placement, rank_1()).layers[0]
     switch = plain._experts._switch
     width = int(switch.parameters()[next(iter(switch.parameters()))]["weight"].shape[-1])

@@ -62,10 +62,10 @@ class Weight:
 
     raw: Any  # zmoe_weight *
     alive: list[Any]  # what it points to
-    values: Array  # (outs, ins) float64
+    values: Array  # (out_features, in_features) float64
     sizes: Array  # of the parts of each value that may be multiplied apart
     codes: Array  # of each value without its bias
-    bias: Array  # (outs)
+    bias: Array  # (out_features)
 
 
 def place(alive: list[Any], data: bytes, offset: int) -> Any:
@@ -76,19 +76,24 @@ def place(alive: list[Any], data: bytes, offset: int) -> Any:
     return memory + offset
 
 
-def unpack(data: Array, outs: int, bits: int) -> Array:
+def unpack(data: Array, out_features: int, bits: int) -> Array:
     """Codes of `bits` bits from MLX's stream: from the lowest bit of each byte on."""
-    stream = np.unpackbits(data.reshape(outs, -1), axis=1, bitorder="little")
-    groups = stream.reshape(outs, -1, bits).astype(np.int64)
+    stream = np.unpackbits(data.reshape(out_features, -1), axis=1, bitorder="little")
+    groups = stream.reshape(out_features, -1, bits).astype(np.int64)
     return (groups << np.arange(bits)).sum(axis=2)
 
 
 def quantised(
-    random: np.random.Generator, kind: Format, bits: int, group: int, outs: int, ins: int
+    random: np.random.Generator,
+    kind: Format,
+    bits: int,
+    group: int,
+    out_features: int,
+    in_features: int,
 ) -> tuple[dict[str, bytes], Array, Array, Array, Array]:
     """The bytes of each part; the values, scales and biases of each element, the codes' size."""
-    data = random.integers(0, 256, outs * ins * bits // 8, np.uint8)
-    shape = (outs, ins // group)
+    data = random.integers(0, 256, out_features * in_features * bits // 8, np.uint8)
+    shape = (out_features, in_features // group)
     biases = np.zeros(shape)
     if kind is Format.AFFINE:
         scales = round_to(random.uniform(-2, 2, shape) / 2**bits, Dtype.F16)
@@ -101,7 +106,7 @@ def quantised(
         parts = {"scales": codes.astype(np.uint8).tobytes()}
     if kind is Format.MXFP8:
         data = np.where(data & 127 == 127, 0x31, data).astype(np.uint8)
-    plain = unpack(data, outs, bits).astype(np.float64)
+    plain = unpack(data, out_features, bits).astype(np.float64)
     if kind is Format.MXFP8:
         plain = decode_e4m3(plain.astype(np.int64))
     elif kind is not Format.AFFINE:
@@ -121,22 +126,30 @@ def make_weight(
     random: np.random.Generator, kind: Format, bits: int, group: int, shape: tuple[int, int],
     offset: int, has_bias: bool,
 ) -> Weight:  # fmt: skip
-    outs, ins = shape
+    out_features, in_features = shape
     raw, alive = ffi.new("zmoe_weight *"), []
-    raw.outs, raw.ins, raw.format, raw.bits, raw.group = outs, ins, int(kind), bits, group
+    raw.out_features, raw.in_features, raw.format, raw.bits, raw.group = (
+        out_features,
+        in_features,
+        int(kind),
+        bits,
+        group,
+    )
     if bits == 0:
         dtype = Dtype(int(kind))
         values = round_to(random.uniform(-1, 1, shape), dtype)
         parts, codes, sizes = {"data": encode(values, dtype)}, np.zeros(shape), np.abs(values)
     else:
-        parts, values, biases, codes, scales = quantised(random, kind, bits, group, outs, ins)
+        parts, values, biases, codes, scales = quantised(
+            random, kind, bits, group, out_features, in_features
+        )
         raw.scale_dtype = int(Dtype.F16)
         sizes = np.abs(values) + 2 * np.abs(biases) + 2 * codes + 12 * np.abs(scales)
     for part, data in parts.items():
         setattr(raw, part, place(alive, data, offset))
-    bias = np.zeros(outs)
+    bias = np.zeros(out_features)
     if has_bias:
-        bias = round_to(random.uniform(-1, 1, outs), Dtype.BF16)
+        bias = round_to(random.uniform(-1, 1, out_features), Dtype.BF16)
         raw.bias, raw.bias_dtype = place(alive, encode(bias, Dtype.BF16), offset), int(Dtype.BF16)
     assert lib.zmoe_weight_check(raw) == Status.OK
     return Weight(raw, alive, values, sizes, codes, bias)
@@ -146,25 +159,25 @@ def make_weight(
 
 
 @contextmanager
-def a_team(threads: int, isa: Isa, size: int) -> Iterator[Any]:
-    out = ffi.new("zmoe_team **")
-    assert lib.zmoe_team_create(threads, ffi.NULL, 0, isa, out) == Status.OK
-    assert lib.zmoe_team_reserve(out[0], size) == Status.OK
+def a_pool(threads: int, isa: Isa, size: int) -> Iterator[Any]:
+    out = ffi.new("zmoe_thread_pool **")
+    assert lib.zmoe_thread_pool_create(threads, ffi.NULL, 0, isa, out) == Status.OK
+    assert lib.zmoe_thread_pool_reserve(out[0], size) == Status.OK
     yield out[0]
-    lib.zmoe_team_destroy(out[0])
+    lib.zmoe_thread_pool_destroy(out[0])
 
 
 def linear(weight: Weight, x: Array, dtype: Dtype, isa: Isa, precision: Precision, offset: int,
            threads: int) -> Array:  # fmt: skip
-    rows, (outs, ins) = len(x), weight.values.shape
+    rows, (out_features, in_features) = len(x), weight.values.shape
     alive: list[Any] = []
-    y = np.full((rows, outs), 7, np.float32)
+    y = np.full((rows, out_features), 7, np.float32)
     weights, ys = ffi.new("zmoe_weight *[1]", [weight.raw]), ffi.new("void *[1]")
     ys[0] = ffi.cast("void *", y.ctypes.data)
-    with a_team(threads, isa, lib.zmoe_linear_scratch(ins)) as team:
+    with a_pool(threads, isa, lib.zmoe_linear_scratch(in_features)) as pool:
         status = lib.zmoe_linear(
-            team, weights, 1, place(alive, encode(x, dtype), offset), dtype, rows, ys,
-            ffi.new("size_t[1]", [outs]), Dtype.F32, precision,
+            pool, weights, 1, place(alive, encode(x, dtype), offset), dtype, rows, ys,
+            ffi.new("size_t[1]", [out_features]), Dtype.F32, precision,
         )  # fmt: skip
     assert status == Status.OK
     return y.astype(np.float64)
@@ -179,8 +192,10 @@ def largest(x: Array, group: int) -> Array:
 
 def bound(weight: Weight, x: Array, group: int, precision: Precision) -> Array:
     """What rounding may add up to; see rig_expect in tests/c/kernel_rig.c."""
-    ins = x.shape[1]
-    error = (ins + 64) * 2.0**-24 * (np.abs(x) @ weight.sizes.T + np.abs(weight.bias)) + 1e-30
+    in_features = x.shape[1]
+    error = (in_features + 64) * 2.0**-24 * (
+        np.abs(x) @ weight.sizes.T + np.abs(weight.bias)
+    ) + 1e-30
     if group >= 32:
         error += 2.0**-21 * largest(x, group) @ weight.codes.T
         if precision is Precision.INT8:
@@ -205,7 +220,7 @@ def formats(draw: st.DrawFn) -> tuple[Format, int, int, int]:
 @settings(deadline=None, max_examples=150)
 @given(
     form=formats(),
-    outs=st.integers(1, 70),
+    out_features=st.integers(1, 70),
     rows=st.integers(0, 20) | st.sampled_from([128, 130]),
     dtype=st.sampled_from([Dtype.F32, Dtype.F16, Dtype.BF16]),
     offset=st.sampled_from([0, 1, 2, 4]),
@@ -215,13 +230,13 @@ def formats(draw: st.DrawFn) -> tuple[Format, int, int, int]:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_products(
-    form: tuple[Format, int, int, int], outs: int, rows: int, dtype: Dtype, offset: int,
+    form: tuple[Format, int, int, int], out_features: int, rows: int, dtype: Dtype, offset: int,
     threads: int, has_bias: bool, size: float, seed: int,
 ) -> None:  # fmt: skip
-    kind, bits, group, ins = form
+    kind, bits, group, in_features = form
     random = np.random.default_rng(seed)
-    weight = make_weight(random, kind, bits, group, (outs, ins), offset, has_bias)
-    x = round_to(random.standard_normal((rows, ins)) * size, dtype)
+    weight = make_weight(random, kind, bits, group, (out_features, in_features), offset, has_bias)
+    x = round_to(random.standard_normal((rows, in_features)) * size, dtype)
     want = x @ weight.values.T + weight.bias
     for isa in ISAS:
         for precision in Precision:
@@ -232,12 +247,14 @@ def test_products(
 
 
 @settings(deadline=None, max_examples=40)
-@given(form=formats(), outs=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
-def test_decoding(form: tuple[Format, int, int, int], outs: int, seed: int) -> None:
-    kind, bits, group, ins = form
-    weight = make_weight(np.random.default_rng(seed), kind, bits, group, (outs, ins), 0, False)
-    row = np.empty(ins, np.float32)
-    for o in range(outs):
+@given(form=formats(), out_features=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_decoding(form: tuple[Format, int, int, int], out_features: int, seed: int) -> None:
+    kind, bits, group, in_features = form
+    weight = make_weight(
+        np.random.default_rng(seed), kind, bits, group, (out_features, in_features), 0, False
+    )
+    row = np.empty(in_features, np.float32)
+    for o in range(out_features):
         target = ffi.cast("float *", row.ctypes.data)
         assert lib.zmoe_weight_decode(weight.raw, o, target) == Status.OK
         np.testing.assert_allclose(row, weight.values[o], rtol=2**-23, atol=2**-23)
@@ -254,11 +271,11 @@ def test_decoding(form: tuple[Format, int, int, int], outs: int, seed: int) -> N
 def test_odd_numbers_stay_in_their_row(
     form: tuple[Format, int, int, int], rows: int, where: int, odd: float, seed: int
 ) -> None:
-    kind, bits, group, ins = form
+    kind, bits, group, in_features = form
     random = np.random.default_rng(seed)
-    weight = make_weight(random, kind, bits, group, (33, ins), 0, False)
-    x = round_to(random.standard_normal((rows, ins)), Dtype.F32)
-    x[0, where % ins] = odd
+    weight = make_weight(random, kind, bits, group, (33, in_features), 0, False)
+    x = round_to(random.standard_normal((rows, in_features)), Dtype.F32)
+    x[0, where % in_features] = odd
     with np.errstate(invalid="ignore"):
         want = x @ weight.values.T
     for isa in ISAS:

@@ -19,7 +19,7 @@ from zmoe.families.decoders import LAYERS, ROUTERS
 from zmoe.families.sites import model_classes
 from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
 from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import inspect_model, load_shard
 from zmoe.loading.load import LoadedShard
 from zmoe.obs import Spans
@@ -32,8 +32,8 @@ STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
 def load(folder: Path, reducer: Any, fuse: bool, threads: int = 1) -> LoadedShard:
     info = inspect_model(folder)
     placement = round_robin(reducer.nodes, EXPERTS, len(info.moe_layers))
-    team = Team(threads)
-    return load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=fuse)
+    pool = ThreadPool(threads)
+    return load_shard(info, placement, reducer, spans=Spans(), team=pool, fuse=fuse)
 
 
 def logits(shard: LoadedShard, reducer: Any) -> list[np.ndarray]:
@@ -141,8 +141,8 @@ def test_a_node_without_experts_of_a_layer(tmp_path: Path) -> None:
     want = np.array(load_model(folder)[0](mx.array([STEPS[0]])))[0, -1]
 
     def work(reducer: ThreadReducer) -> list[np.ndarray]:
-        team = Team()
-        shard = load_shard(info, placement, reducer, spans=Spans(), team=team)
+        pool = ThreadPool()
+        shard = load_shard(info, placement, reducer, spans=Spans(), team=pool)
         return logits(shard, reducer)
 
     for rows in on_ranks(2, work):

@@ -13,7 +13,7 @@ from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ModelError
 from zmoe.kernels.arrays import pointer
 from zmoe.kernels.linear import Head, make_native
-from zmoe.kernels.threads import Team, common_isa, make_team
+from zmoe.kernels.threads import ThreadPool, common_isa, make_thread_pool
 from zmoe.kernels.weights import Quantization, Stored, matrices
 from zmoe.native import Isa, Precision
 
@@ -43,7 +43,7 @@ def native(
     isa: Isa | None = None,
 ) -> Any:
     model = Model(layer)
-    make_native(model, Team(threads, precision, isa), {}, Head(mx.float32))
+    make_native(model, ThreadPool(threads, precision, isa), {}, Head(mx.float32))
     return model.layer
 
 
@@ -114,7 +114,7 @@ def test_int8_activations_round_x_to_a_127th(mode: tuple[str, int, int], isa: Is
 
 def test_int8_activations_are_refused_where_no_kernel_rounds_to_them() -> None:
     with pytest.raises(InputError, match="--activations int8"):
-        make_team(EngineConfig(activations="int8"), Isa.GENERIC.name)
+        make_thread_pool(EngineConfig(activations="int8"), Isa.GENERIC.name)
 
 
 def test_a_bias_and_strided_inputs() -> None:
@@ -167,7 +167,7 @@ def test_only_the_last_row_of_logits_is_computed_and_only_if_wanted() -> None:
     model, head = Tied(), Head(mx.float32)
     x = mx.random.normal((1, 4, INS))
     wants = model.embed.as_linear(x), model.lm_head(x)
-    make_native(model, Team(), {}, head)
+    make_native(model, ThreadPool(), {}, head)
     for product, want in zip((model.embed.as_linear, model.lm_head), wants):
         head.wanted = True
         assert mx.allclose(product(x), want[:, -1:], rtol=1e-4, atol=1e-4)
@@ -209,7 +209,7 @@ def test_every_instruction_set_of_this_machine(isa: Isa) -> None:
     layer = nn.QuantizedLinear.from_linear(nn.Linear(INS, OUTS, bias=False), 64, 4)
     weight = dense(layer)
     model = Model(layer)
-    make_native(model, Team(1, isa=isa), {}, Head(mx.float32))
+    make_native(model, ThreadPool(1, isa=isa), {}, Head(mx.float32))
     for rows in (1, 20):
         x = mx.random.normal((rows, INS))
         assert close(model.layer(x), x, weight, 16 * 2.0**-24)

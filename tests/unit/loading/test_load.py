@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model
 from tests.families import EXPERTS, build, save
 from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.errors import ModelError, PlacementError
-from zmoe.families.sites import ADAPTERS
+from zmoe.families.table import ADAPTERS
 from zmoe.loading import inspect_model, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement

@@ -16,9 +16,9 @@ from tests.families import EXPERTS, build
 from tests.ranks import Meeting, ThreadReducer, on_ranks
 from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import whole
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import LoadedShard, inspect_model, load_shard, mapping
-from zmoe.loading.mapping import trace
+from zmoe.loading.places import trace
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -28,12 +28,12 @@ SIZE = {"hidden_size": 256, "intermediate_size": 512}
 EXPERT = 3 * 256 * 512 * 4  # bytes
 
 
-def load(info: ModelInfo, reducer: ThreadReducer, team: Team | None) -> LoadedShard:
+def load(info: ModelInfo, reducer: ThreadReducer, team: ThreadPool | None) -> LoadedShard:
     placement = Placement(2, EXPERTS, (OWNED,) * len(info.moe_layers))
     return load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=False)
 
 
-def held_by_mlx(folder: Path, team: Team | None) -> tuple[int, int]:
+def held_by_mlx(folder: Path, team: ThreadPool | None) -> tuple[int, int]:
     """Bytes that MLX holds and held at most for a share, and those of the share."""
     info = inspect_model(folder)
     gc.collect()  # or what earlier tests left would be freed meanwhile
@@ -51,9 +51,9 @@ def test_weights_in_the_memory_of_other_sockets(
 ) -> None:
     """With CPUs of a NUMA node that there is none of, all that is mapped lies far away."""
     info = inspect_model(build("mixtral", tmp_path, **SIZE))
-    assert load(info, ThreadReducer(0, Meeting(2)), Team()).notices == ()
+    assert load(info, ThreadReducer(0, Meeting(2)), ThreadPool()).notices == ()
     monkeypatch.setattr(mapping, "near_numa_nodes", lambda: frozenset({63}))
-    (notice,) = load(info, ThreadReducer(0, Meeting(2)), Team()).notices
+    (notice,) = load(info, ThreadReducer(0, Meeting(2)), ThreadPool()).notices
     assert re.fullmatch(
         r"(0\.0[1-9]) of \1 GiB of the weights lie in the memory of other sockets", notice
     )
@@ -64,7 +64,7 @@ def test_experts_stay_where_they_are(layout: str, tmp_path: Path) -> None:
     """Stacked or one by one, and with those of other nodes between them."""
     folder = build("mixtral", tmp_path, layout=layout, **SIZE)
     read, share = held_by_mlx(folder, None)
-    mapped, same = held_by_mlx(folder, Team())
+    mapped, same = held_by_mlx(folder, ThreadPool())
     experts = 2 * len(OWNED[0]) * EXPERT
     assert same == share > experts
     assert read >= share
@@ -90,14 +90,14 @@ def test_mapped_experts_compute_the_same(
 ) -> None:
     info = inspect_model(build(family, tmp_path, layout=layout, quantize=quantize))
 
-    def logits(team: Team | None) -> list[np.ndarray]:
+    def logits(team: ThreadPool | None) -> list[np.ndarray]:
         def work(reducer: ThreadReducer) -> np.ndarray:
-            model = load(info, reducer, Team() if team else None).model
+            model = load(info, reducer, ThreadPool() if team else None).model
             return np.array(model(mx.array(TOKENS)))[:, -1]
 
         return on_ranks(2, work)
 
-    for ours, mlx in zip(logits(Team()), logits(None), strict=True):
+    for ours, mlx in zip(logits(ThreadPool()), logits(None), strict=True):
         np.testing.assert_allclose(ours, mlx, atol=1e-4 * np.abs(mlx).max())
 
 
@@ -135,7 +135,9 @@ def test_slices_take_no_page_of_the_experts_in_the_checkpoint(tmp_path: Path) ->
     everything = tuple(range(EXPERTS))
     layers = ((everything, everything),) * len(info.moe_layers)
     placement = Placement(2, EXPERTS, layers, ((0, 256), (256, 512)))
-    shard = load_shard(info, placement, ThreadReducer(1, Meeting(2)), spans=Spans(), team=Team())
+    shard = load_shard(
+        info, placement, ThreadReducer(1, Meeting(2)), spans=Spans(), team=ThreadPool()
+    )
     experts = len(info.moe_layers) * EXPERTS * EXPERT
     assert resident(folder) < info.dense_bytes + (1 << 20) < experts / 4
     assert shard.share_bytes == pytest.approx(info.dense_bytes + experts / 2, rel=0.01)

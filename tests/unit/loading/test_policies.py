@@ -16,9 +16,9 @@ from tests.families import EXPERTS, FAMILIES, build, random_model, save
 from tests.ranks import ThreadReducer, on_ranks
 from zmoe.config import POLICIES, EngineConfig
 from zmoe.engine.engine import Engine
-from zmoe.families.sites import ADAPTERS
+from zmoe.families.table import ADAPTERS
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import inspect_model, load_shard
 from zmoe.moe import experts as mlx_experts
 from zmoe.native import ffi
@@ -64,7 +64,7 @@ def run(
     placement = Placement(NODES, EXPERTS, owned)
 
     def work(reducer: ThreadReducer) -> tuple[list[np.ndarray], Trace]:
-        trace, team = Trace(), Team() if native else None
+        trace, team = Trace(), ThreadPool() if native else None
         shard = load_shard(
             info,
             placement,

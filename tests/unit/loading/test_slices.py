@@ -13,7 +13,7 @@ from tests.families import EXPERTS, build
 from tests.ranks import Meeting, ThreadReducer, on_ranks
 from tests.unit.store.stores import store_of
 from zmoe.errors import PlacementError
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.check import check_placement
@@ -42,7 +42,7 @@ def check(folder: Path, native: bool, original: Path | None = None) -> None:
     want = np.array(load_model(original or folder)[0](TOKENS).astype(mx.float32))
 
     def work(reducer: ThreadReducer) -> np.ndarray:
-        team = Team() if native else None
+        team = ThreadPool() if native else None
         shard = load_shard(info, sliced(info), reducer, spans=Spans(), team=team, fuse=False)
         return np.array(shard.model(TOKENS).astype(mx.float32))
 
@@ -70,8 +70,10 @@ def test_published_layouts_and_stores(native: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("team", [None, Team(1)], ids=["mlx", "native"])
-def test_a_node_reads_and_holds_its_slice(team: Team | None, dense: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("team", [None, ThreadPool(1)], ids=["mlx", "native"])
+def test_a_node_reads_and_holds_its_slice(
+    team: ThreadPool | None, dense: bool, tmp_path: Path
+) -> None:
     info = inspect_model(build("mixtral", tmp_path, hidden_size=64, **WIDTHS["mixtral"]))
     whole = Placement(1, EXPERTS, ((EVERYTHING,),) * len(info.moe_layers))
     reports: list[tuple[int, int]] = []

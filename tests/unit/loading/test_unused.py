@@ -13,7 +13,7 @@ from tests.families.layouts import deepseek_fp8_hf
 from tests.ranks import Meeting, ThreadReducer
 from zmoe.loading import LoadedShard, inspect_model, load_shard
 from zmoe.loading import plan as reading
-from zmoe.loading.assembly import Weights
+from zmoe.loading.places import Weights
 from zmoe.loading.unused import unused_names
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement

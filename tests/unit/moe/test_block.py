@@ -13,8 +13,9 @@ from mlx_lm.models import muse_spark
 
 from tests.families import EXPERTS, FAMILIES, random_model
 from tests.ranks import ThreadReducer, on_ranks, owning
-from zmoe.exchange.base import Partial, nothing
-from zmoe.families.sites import ADAPTERS, find_sites, projections
+from zmoe.exchange.base import Call, Partial, nothing
+from zmoe.families.sites import find_sites, projections
+from zmoe.families.table import ADAPTERS
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
 from zmoe.obs import Spans
@@ -36,21 +37,15 @@ class Recorder:
         pass
 
     def all_reduce(
-        self,
-        layer: int,
-        partial: Partial[mx.array],
-        shape: tuple[int, int],
-        dtype: mx.Dtype,
-        digest: int,
-        overlap: Callable[[], None] = nothing,
+        self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:
-        self.digests.append(digest)
-        mine = partial(0, shape[0]) if callable(partial) else partial
+        self.digests.append(call.digest)
+        mine = partial(0, call.rows) if callable(partial) else partial
         self.partials.append(mine)
         self.events.append("exchange begins")
         overlap()
         self.events.append("exchange ends")
-        return mx.zeros(shape, dtype) if mine is None else mine
+        return mx.zeros((call.rows, call.width), call.dtype) if mine is None else mine
 
 
 def site_of(family: str, dtype: mx.Dtype = mx.float32) -> Any:

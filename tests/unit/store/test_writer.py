@@ -27,9 +27,10 @@ from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.checkpoint.manifest import read_manifest
 from zmoe.errors import InputError, ModelError
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import inspect_model, load_shard
-from zmoe.loading.mapping import Mapping, Place
+from zmoe.loading.mapping import Mapping
+from zmoe.loading.places import Place
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.store.layout import PAGE_BYTES
@@ -128,7 +129,7 @@ def logits(info: ModelInfo, native: bool) -> list[np.ndarray]:
     placement = Placement(2, EXPERTS, (OWNED,) * len(info.moe_layers))
 
     def work(reducer: ThreadReducer) -> np.ndarray:
-        team = Team() if native else None
+        team = ThreadPool() if native else None
         loaded = load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=False)
         rows, tokens = [], list(TOKENS[0])
         for _ in range(4):
@@ -208,7 +209,9 @@ def test_only_own_ranges_are_read(
     info = inspect_model(store)
     placement = Placement(2, EXPERTS, (OWNED,) * 2)
     reducer = ThreadReducer(1, Meeting(2))
-    loaded = load_shard(info, placement, reducer, spans=Spans(), team=Team() if native else None)
+    loaded = load_shard(
+        info, placement, reducer, spans=Spans(), team=ThreadPool() if native else None
+    )
     files = ("experts-00000.safetensors", "experts-00001.safetensors")
     experts = {(name, expert): 3 * 64 * 64 * 4 for name in files for expert in OWNED[1]}
     dense = sum(tensor.nbytes for tensor in manifest.files[0].tensors)

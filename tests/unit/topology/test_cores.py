@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zmoe.errors import InputError
-from zmoe.kernels.threads import Team
+from zmoe.kernels.threads import ThreadPool
 from zmoe.native import lib
 from zmoe.topology import cores
 from zmoe.topology.cores import (
@@ -191,7 +191,7 @@ def test_a_quota(limit: float, threads: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_more_cores_than_a_team_has_threads() -> None:
     most = lib.ZMOE_MAX_THREADS
     for wanted in (most + 100, list(range(most + 100))):
-        team = Team(wanted)
+        team = ThreadPool(wanted)
         assert team.threads == most
         team.close()
 

@@ -1,17 +1,18 @@
-/* The small operations: the same bits from every instruction set. */
+/* Vector operations: the same bits from every instruction set. */
 #include "numbers.h"
 
-#include "kernels/small.h"
+#include "kernels/vector_ops.h"
 
 enum { KEYS = 70, QUERIES = 4, MOST = 256 };
 
 static const uint32_t DIMS[] = {1, 8, 16, 17, 24, 32, 80, 100, 128, 136, 256};
 
 /* Runs `check` for every table but the plain one. */
-static void each_variant(void (*check)(const zmoe_small *, const zmoe_small *, uint32_t dim)) {
+static void each_variant(void (*check)(const zmoe_vector_ops *, const zmoe_vector_ops *,
+                                       uint32_t dim)) {
   for (int i = 0; i < N_ISAS; i++)
     for (size_t d = 0; zmoe_isa_supported(ALL_ISAS[i]) && d < sizeof DIMS / sizeof *DIMS; d++)
-      check(&zmoe_small_generic, zmoe_small_for(ALL_ISAS[i]), DIMS[d]);
+      check(&zmoe_vector_ops_generic, zmoe_vector_ops_for(ALL_ISAS[i]), DIMS[d]);
 }
 
 static unsigned char data[KEYS * MOST * 4 + 1];
@@ -24,7 +25,8 @@ static zmoe_head_rows random_rows(uint32_t dim, zmoe_dtype dtype) {
   return (zmoe_head_rows){data + 1, 0, dtype, dim, 1 + next_random() % KEYS};
 }
 
-static void check_attention(const zmoe_small *plain, const zmoe_small *fast, uint32_t dim) {
+static void check_attention(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast,
+                            uint32_t dim) {
   for (uint32_t n = 1; n <= QUERIES; n *= 2)
     for (int dtype = 0; dtype < 3; dtype++) {
       zmoe_head_rows rows = random_rows(dim, (zmoe_dtype)dtype);
@@ -32,18 +34,18 @@ static void check_attention(const zmoe_small *plain, const zmoe_small *fast, uin
       float sums[2][QUERIES * MOST], panels[2][KEYS * (MOST + 32)];
       const float *queries[QUERIES] = {x, x + MOST, x + 2 * MOST, x + 3 * MOST};
       for (int v = 0; v < 2; v++) {
-        const zmoe_small *small = v ? fast : plain;
+        const zmoe_vector_ops *ops = v ? fast : plain;
         memset(a[v], 0, sizeof a[v]), memset(panels[v], 0, sizeof panels[v]);
         memcpy(sums[v], x, sizeof sums[v]);
-        small->score(queries, n, &rows, a[v], KEYS);
+        ops->score(queries, n, &rows, a[v], KEYS);
         for (uint32_t i = 0; i < n; i++) {
           zmoe_softmax state = zmoe_softmax_empty();
-          corrections[i] = small->soften(a[v] + i * KEYS, rows.count / 2, &state) + (float)i;
-          corrections[i] += small->soften(a[v] + i * KEYS + rows.count / 2, rows.count / 2, &state);
+          corrections[i] = ops->soften(a[v] + i * KEYS, rows.count / 2, &state) + (float)i;
+          corrections[i] += ops->soften(a[v] + i * KEYS + rows.count / 2, rows.count / 2, &state);
           a[v][i * KEYS + KEYS - 1] = state.sum;
         }
-        small->add_values(a[v], KEYS, n, corrections, &rows, sums[v], MOST);
-        small->pack_values(&rows, 32, panels[v]);
+        ops->add_values(a[v], KEYS, n, corrections, &rows, sums[v], MOST);
+        ops->pack_values(&rows, 32, panels[v]);
       }
       CHECK(memcmp(a[0], a[1], sizeof a[0]) == 0);
       CHECK(memcmp(sums[0], sums[1], sizeof sums[0]) == 0);
@@ -56,15 +58,15 @@ static void test_attention(void) {
   each_variant(check_attention);
 }
 
-static void check_heads(const zmoe_small *plain, const zmoe_small *fast, uint32_t dim) {
+static void check_heads(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast, uint32_t dim) {
   float *x = random_floats(dim, 3.0f), *angles = random_floats(dim, 1.0f), out[2][MOST];
   for (uint32_t traditional = 0; traditional < 2; traditional++) {
     for (int v = 0; v < 2; v++) {
-      const zmoe_small *small = v ? fast : plain;
+      const zmoe_vector_ops *ops = v ? fast : plain;
       memcpy(out[v], x, dim * sizeof *x);
-      small->clip(out[v], dim, 2.0f);
-      small->rotate(out[v], angles, angles + dim / 2, dim / 2 * 2, traditional);
-      small->sigmoid(out[v], dim);
+      ops->clip(out[v], dim, 2.0f);
+      ops->rotate(out[v], angles, angles + dim / 2, dim / 2 * 2, traditional);
+      ops->sigmoid(out[v], dim);
     }
     CHECK(memcmp(out[0], out[1], dim * sizeof *x) == 0);
   }

@@ -4,7 +4,7 @@
 
 #include "kernel_rig.h"
 
-#include "kernels/team.h"
+#include "kernels/thread_pool.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -24,25 +24,25 @@ typedef struct work {
 } work;
 
 /* Between two barriers a thread writes its own place; after one, all are written. */
-static void do_work(zmoe_team *team, void *argument, uint32_t thread) {
+static void do_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   work *w = argument;
   w->done[thread]++;
   for (uint32_t p = 0; p < PHASES; p++) {
     w->phase[thread] = p + 1;
     for (uint32_t task; (task = zmoe_take(&w->tasks[p])) < TASKS;)
       atomic_fetch_add(&w->taken[p][task], 1);
-    zmoe_team_barrier(team);
+    zmoe_thread_pool_barrier(pool);
     for (uint32_t t = 0; t < w->threads; t++)
       CHECK_EQUAL(w->phase[t], p + 1);
-    zmoe_team_barrier(team);
+    zmoe_thread_pool_barrier(pool);
   }
 }
 
-static zmoe_team *team_of(uint32_t threads, uint32_t spin_us) {
-  zmoe_team *team;
-  CHECK_EQUAL(zmoe_team_create(threads, NULL, spin_us, zmoe_isa_best(), &team), ZMOE_OK);
-  CHECK_EQUAL(zmoe_team_threads(team), threads);
-  return team;
+static zmoe_thread_pool *pool_of(uint32_t threads, uint32_t spin_us) {
+  zmoe_thread_pool *pool;
+  CHECK_EQUAL(zmoe_thread_pool_create(threads, NULL, spin_us, zmoe_isa_best(), &pool), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_threads(pool), threads);
+  return pool;
 }
 
 /* Without spinning helpers sleep after nearly every call; with it, hardly ever. */
@@ -50,18 +50,18 @@ static void check_calls(uint32_t threads, uint32_t spin_us, uint32_t calls) {
   static work w;
   memset(&w, 0, sizeof w);
   w.threads = threads;
-  zmoe_team *team = team_of(threads, spin_us);
+  zmoe_thread_pool *pool = pool_of(threads, spin_us);
   for (uint32_t call = 0; call < calls; call++) {
     for (uint32_t p = 0; p < PHASES; p++)
       atomic_store(&w.tasks[p].next, 0);
-    zmoe_team_run(team, do_work, &w);
+    zmoe_thread_pool_run(pool, do_work, &w);
     for (uint32_t t = 0; t < threads; t++)
       CHECK_EQUAL(w.done[t], call + 1);
   }
   for (uint32_t p = 0; p < PHASES; p++)
     for (uint32_t task = 0; task < TASKS; task++)
       CHECK_EQUAL(w.taken[p][task], calls);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
 }
 
 static void test_calls(void) {
@@ -100,80 +100,80 @@ static void wait_asleep(const _Atomic pid_t *id) {
   CHECK(!"asleep within a minute");
 }
 
-static void meet(zmoe_team *team, void *argument, uint32_t thread) {
+static void meet(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   meeting *m = argument;
   atomic_store(&m->ids[thread], (pid_t)syscall(SYS_gettid));
   if ((int)thread != m->sleeper)
     wait_asleep(&m->ids[m->sleeper]);
   if (m->at_barrier)
-    zmoe_team_barrier(team);
+    zmoe_thread_pool_barrier(pool);
 }
 
 /* A thread that waits at a barrier, or for the end of a call, leaves its core to others. */
 static void test_sleep(void) {
-  zmoe_team *team = team_of(2, 100);
+  zmoe_thread_pool *pool = pool_of(2, 100);
   for (int sleeper = 0; sleeper < 2; sleeper++) {
     meeting m = {.sleeper = sleeper, .at_barrier = 1};
-    zmoe_team_run(team, meet, &m);
+    zmoe_thread_pool_run(pool, meet, &m);
   }
   meeting end = {.sleeper = 0};
-  zmoe_team_run(team, meet, &end);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_run(pool, meet, &end);
+  zmoe_thread_pool_destroy(pool);
 }
 #else
 static void test_sleep(void) {}
 #endif
 
-static void nothing(zmoe_team *team, void *argument, uint32_t thread) {
-  (void)team, (void)argument, (void)thread;
+static void nothing(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
+  (void)pool, (void)argument, (void)thread;
 }
 
 /* Before the helpers run, while they spin, when they sleep. */
 static void test_destroy(void) {
   for (uint32_t i = 0; i < 60; i++) {
-    zmoe_team *team = team_of(3, i % 2 ? 0 : 100000);
+    zmoe_thread_pool *pool = pool_of(3, i % 2 ? 0 : 100000);
     for (uint32_t call = 0; call < i % 3; call++)
-      zmoe_team_run(team, nothing, NULL);
-    zmoe_team_destroy(team);
+      zmoe_thread_pool_run(pool, nothing, NULL);
+    zmoe_thread_pool_destroy(pool);
   }
-  zmoe_team_destroy(NULL);
+  zmoe_thread_pool_destroy(NULL);
 }
 
 static void test_pinning(void) {
   const int32_t cores[] = {-1, 0, 1 << 20}; /* the last is none: it stays anywhere */
-  zmoe_team *team;
-  CHECK_EQUAL(zmoe_team_create(3, cores, 0, zmoe_isa_best(), &team), ZMOE_OK);
-  zmoe_team_run(team, nothing, NULL);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool *pool;
+  CHECK_EQUAL(zmoe_thread_pool_create(3, cores, 0, zmoe_isa_best(), &pool), ZMOE_OK);
+  zmoe_thread_pool_run(pool, nothing, NULL);
+  zmoe_thread_pool_destroy(pool);
 }
 
 static void test_refusals(void) {
-  zmoe_team *team = (zmoe_team *)&team;
-  CHECK_EQUAL(zmoe_team_create(0, NULL, 0, ZMOE_ISA_GENERIC, &team), ZMOE_EINVAL);
-  CHECK(team == NULL);
-  CHECK_EQUAL(zmoe_team_create(ZMOE_MAX_THREADS + 1, NULL, 0, ZMOE_ISA_GENERIC, &team),
+  zmoe_thread_pool *pool = (zmoe_thread_pool *)&pool;
+  CHECK_EQUAL(zmoe_thread_pool_create(0, NULL, 0, ZMOE_ISA_GENERIC, &pool), ZMOE_EINVAL);
+  CHECK(pool == NULL);
+  CHECK_EQUAL(zmoe_thread_pool_create(ZMOE_MAX_THREADS + 1, NULL, 0, ZMOE_ISA_GENERIC, &pool),
               ZMOE_EINVAL);
   zmoe_isa foreign = zmoe_isa_supported(ZMOE_ISA_NEON) ? ZMOE_ISA_AVX2 : ZMOE_ISA_NEON;
-  CHECK_EQUAL(zmoe_team_create(1, NULL, 0, foreign, &team), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_team_create(1, NULL, 0, (zmoe_isa)77, &team), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, foreign, &pool), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, (zmoe_isa)77, &pool), ZMOE_EINVAL);
 }
 
 static void test_working_memory(void) {
-  zmoe_team *team = team_of(1, 0);
-  CHECK(zmoe_team_scratch(team, 1) == NULL);
-  CHECK_EQUAL(zmoe_team_reserve(team, 1000), ZMOE_OK);
-  CHECK_EQUAL(zmoe_team_reserve(team, 10), ZMOE_OK); /* keeps what there is */
-  size_t all = 1000 + ZMOE_THREAD_SCRATCH + ZMOE_CALL_SCRATCH, mark = zmoe_team_mark(team);
-  unsigned char *a = zmoe_team_scratch(team, 1), *b = zmoe_team_scratch(team, 65);
+  zmoe_thread_pool *pool = pool_of(1, 0);
+  CHECK(zmoe_thread_pool_scratch(pool, 1) == NULL);
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, 1000), ZMOE_OK);
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, 10), ZMOE_OK); /* keeps what there is */
+  size_t all = 1000 + ZMOE_THREAD_SCRATCH + ZMOE_CALL_SCRATCH, mark = zmoe_thread_pool_mark(pool);
+  unsigned char *a = zmoe_thread_pool_scratch(pool, 1), *b = zmoe_thread_pool_scratch(pool, 65);
   CHECK(a != NULL && (uintptr_t)a % 64 == 0 && b == a + 64);
-  CHECK(zmoe_team_scratch(team, all) == NULL);
+  CHECK(zmoe_thread_pool_scratch(pool, all) == NULL);
   memset(b, 1, 65);
-  zmoe_team_release(team, mark);
-  unsigned char *whole = zmoe_team_scratch(team, all);
+  zmoe_thread_pool_release(pool, mark);
+  unsigned char *whole = zmoe_thread_pool_scratch(pool, all);
   CHECK(whole == a);
   memset(whole, 1, all);
-  zmoe_team_release(team, mark);
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_release(pool, mark);
+  zmoe_thread_pool_destroy(pool);
 }
 
 /* The products themselves, for ThreadSanitizer. */
@@ -190,17 +190,17 @@ static void test_products(void) {
   void *ys[] = {y[0], y[1]};
   const size_t strides[] = {128, 128};
   const void *x = rig_inputs(40 * 128, 1.0f, ZMOE_BF16, 0, 0);
-  zmoe_team *team = make_team(3, zmoe_isa_best(), zmoe_experts_scratch(128, 128, 2));
-  CHECK_EQUAL(zmoe_team_reserve(team, zmoe_linear_scratch(128)), ZMOE_OK);
+  zmoe_thread_pool *pool = make_pool(3, zmoe_isa_best(), zmoe_experts_scratch(128, 128, 2));
+  CHECK_EQUAL(zmoe_thread_pool_reserve(pool, zmoe_linear_scratch(128)), ZMOE_OK);
   for (uint32_t rows = 1; rows <= 40; rows += 13) {
-    CHECK_EQUAL(zmoe_linear(team, pointers, 2, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
+    CHECK_EQUAL(zmoe_linear(pool, pointers, 2, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
                             (zmoe_precision)(rows % 2)),
                 ZMOE_OK);
-    CHECK_EQUAL(zmoe_experts(team, &layer, x, ZMOE_BF16, 3, pair_rows, pair_experts, pair_weights,
+    CHECK_EQUAL(zmoe_experts(pool, &layer, x, ZMOE_BF16, 3, pair_rows, pair_experts, pair_weights,
                              5, y[0], ZMOE_F32, (zmoe_precision)(rows % 2)),
                 ZMOE_OK);
   }
-  zmoe_team_destroy(team);
+  zmoe_thread_pool_destroy(pool);
   rig_free_blocks();
 }
 
@@ -208,7 +208,7 @@ int main(void) {
   static const test_case tests[] = {
       {"many calls, spinning and sleeping", test_calls},
       {"whoever waits for long sleeps", test_sleep},
-      {"a team may end at any time", test_destroy},
+      {"a pool may end at any time", test_destroy},
       {"cores", test_pinning},
       {"unusable arguments are refused", test_refusals},
       {"working memory", test_working_memory},

@@ -1,4 +1,4 @@
-"""What the decoder layers of one model share: the residual stream, rotations, the cache."""
+"""What the decoder layers of one model share: the residual buffer, the RoPE tables, the cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEPT = 4  # first keys that a window keeps
 _POSITIONS_AHEAD = 256  # so that a token rarely waits for MLX to turn vectors
 
 
-class Stream:
+class ResidualBuffer:
     """The residual stream h (rows, width) in f32, in memory that MLX owns.
 
     A layer hands the array on which the next one is called; it is the same
@@ -61,7 +61,7 @@ class Stream:
         return view
 
 
-class Rotations:
+class RopeTables:
     """Cosines and sines of a rotary embedding, as its own module computes them.
 
     The module turns vectors whose pairs are all (1, 0): what comes out is

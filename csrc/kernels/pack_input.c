@@ -1,9 +1,9 @@
-/* How x is arranged for the kernels that have a layout of their own. */
+/* How x is packed for the kernels that have a layout of their own. */
 #include <string.h>
 
 #include "common/reduce_scalar.h"
 #include "kernels.h"
-#include "team.h"
+#include "thread_pool.h"
 
 /* ---- where the parts lie ------------------------------------------------------- */
 
@@ -38,41 +38,41 @@ static uint32_t codes_per_lane(zmoe_layout layout) {
   return is_code4(layout) ? 8 : 4;
 }
 
-static size_t sums_bytes(uint32_t ins) {
-  return zmoe_round_up(ins / 16, 16) * sizeof(float) + 64; /* the smallest group has 16 */
+static size_t sums_bytes(uint32_t in_features) {
+  return zmoe_round_up(in_features / 16, 16) * sizeof(float) + 64; /* the smallest group has 16 */
 }
 
 /* Of scales, and of offsets or rests. */
-static size_t integer_bytes(zmoe_layout layout, uint32_t ins) {
+static size_t integer_bytes(zmoe_layout layout, uint32_t in_features) {
   if (!zmoe_layout_is_integer(layout))
     return 0;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
-    return sums_bytes(ins);
-  return zmoe_round_up(ins, ZMOE_BLOCK) / codes_per_lane(layout) * sizeof(float);
+    return sums_bytes(in_features);
+  return zmoe_round_up(in_features, ZMOE_BLOCK) / codes_per_lane(layout) * sizeof(float);
 }
 
-size_t zmoe_arranged_bytes(zmoe_layout layout, uint32_t ins) {
+size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features) {
   if (layout == ZMOE_LAYOUT_PLAIN)
     return 0;
-  return sums_bytes(ins) + 2 * integer_bytes(layout, ins) +
-         zmoe_round_up(ins, ZMOE_BLOCK) * element_bytes(layout);
+  return sums_bytes(in_features) + 2 * integer_bytes(layout, in_features) +
+         zmoe_round_up(in_features, ZMOE_BLOCK) * element_bytes(layout);
 }
 
-size_t zmoe_arranged_most(uint32_t ins) {
+size_t zmoe_packed_most(uint32_t in_features) {
   size_t most = 0;
   for (int layout = ZMOE_LAYOUT_PLAIN; layout <= ZMOE_LAYOUT_CODES8_INT8; layout++) {
-    size_t bytes = zmoe_arranged_bytes((zmoe_layout)layout, ins);
+    size_t bytes = zmoe_packed_bytes((zmoe_layout)layout, in_features);
     most = bytes > most ? bytes : most;
   }
   return most;
 }
 
-zmoe_arranged zmoe_arranged_at(void *row, zmoe_layout layout, uint32_t ins) {
+zmoe_packed zmoe_packed_at(void *row, zmoe_layout layout, uint32_t in_features) {
   unsigned char *at = row;
-  size_t bytes = integer_bytes(layout, ins);
-  zmoe_arranged parts;
+  size_t bytes = integer_bytes(layout, in_features);
+  zmoe_packed parts;
   parts.sums = (float *)(void *)at;
-  at += sums_bytes(ins);
+  at += sums_bytes(in_features);
   parts.scales = (float *)(void *)at;
   parts.offsets = (int32_t *)(void *)(at + bytes);
   parts.rests = (float *)(void *)(at + bytes);
@@ -98,9 +98,9 @@ static uint32_t place_of(uint32_t k, zmoe_layout layout) {
 
 /* ---- sums of groups -------------------------------------------------------------- */
 
-static void sum_groups(const float *x, uint32_t ins, uint32_t group, float *sums) {
+static void sum_groups(const float *x, uint32_t in_features, uint32_t group, float *sums) {
   enum { LANES = 16 };
-  uint32_t groups = ins / group;
+  uint32_t groups = in_features / group;
   for (uint32_t g = 0; g < groups; g++) {
     float lanes[LANES] = {0};
     for (uint32_t k = 0; k < group; k += LANES)
@@ -117,13 +117,14 @@ static void sum_groups(const float *x, uint32_t ins, uint32_t group, float *sums
 
 /* ---- floats ------------------------------------------------------------------------ */
 
-static void arrange_f32(const uint8_t *places, const float *x, uint32_t ins, float *to) {
-  for (uint32_t k = 0; k < ins; k++)
+static void pack_input_f32(const uint8_t *places, const float *x, uint32_t in_features, float *to) {
+  for (uint32_t k = 0; k < in_features; k++)
     to[k / ZMOE_BLOCK * ZMOE_BLOCK + places[k % ZMOE_BLOCK]] = x[k];
 }
 
-static void arrange_bf16(const uint8_t *places, const float *x, uint32_t ins, uint16_t *to) {
-  for (uint32_t k = 0; k < ins; k++)
+static void pack_input_bf16(const uint8_t *places, const float *x, uint32_t in_features,
+                            uint16_t *to) {
+  for (uint32_t k = 0; k < in_features; k++)
     to[k / ZMOE_BLOCK * ZMOE_BLOCK + places[k % ZMOE_BLOCK]] = bf16_of_f32(x[k]);
 }
 
@@ -173,8 +174,8 @@ static int8_t *block_at(void *elements, uint32_t k, uint32_t planes) {
 }
 
 /* 32 elements in 8 bits: the largest is 127. */
-static void arrange_int8(zmoe_layout layout, const zmoe_weight *w, const float *x, uint32_t first,
-                         zmoe_arranged to) {
+static void pack_input_int8(zmoe_layout layout, const zmoe_weight *w, const float *x,
+                            uint32_t first, zmoe_packed to) {
   uint32_t per_lane = codes_per_lane(layout), lane = first / per_lane;
   float largest = largest_of(x + first, ZMOE_INT_GROUP);
   int32_t v[ZMOE_INT_GROUP];
@@ -219,7 +220,7 @@ static float scale_int22(float largest) {
 }
 
 /* A group in 22 bits. */
-static void arrange_int22(const zmoe_weight *w, const float *x, uint32_t first, zmoe_arranged to) {
+static void pack_input_int22(const zmoe_weight *w, const float *x, uint32_t first, zmoe_packed to) {
   float largest = largest_of(x + first, w->group);
   int tiny = largest < 0x1p-100f;
   float scale = tiny ? 1.0f : scale_int22(largest), inverse = tiny ? 0.0f : 1.0f / scale;
@@ -238,32 +239,32 @@ static void arrange_int22(const zmoe_weight *w, const float *x, uint32_t first, 
                                                 : -rounded * centre * unit_of(w);
 }
 
-static void arrange_integers(zmoe_layout layout, const zmoe_weight *w, const float *x,
-                             zmoe_arranged to) {
-  memset(to.scales, 0, 2 * integer_bytes(layout, w->ins)); /* beyond `ins`, too */
+static void pack_input_integers(zmoe_layout layout, const zmoe_weight *w, const float *x,
+                                zmoe_packed to) {
+  memset(to.scales, 0, 2 * integer_bytes(layout, w->in_features)); /* beyond `in_features`, too */
   if (layout == ZMOE_LAYOUT_CODES4_INT22) {
-    for (uint32_t k = 0; k < w->ins; k += w->group)
-      arrange_int22(w, x, k, to);
+    for (uint32_t k = 0; k < w->in_features; k += w->group)
+      pack_input_int22(w, x, k, to);
   } else {
-    for (uint32_t k = 0; k < w->ins; k += ZMOE_INT_GROUP)
-      arrange_int8(layout, w, x, k, to);
+    for (uint32_t k = 0; k < w->in_features; k += ZMOE_INT_GROUP)
+      pack_input_int8(layout, w, x, k, to);
   }
 }
 
-void zmoe_generic_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
-  zmoe_arranged to = zmoe_arranged_at(row, layout, w->ins);
+void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
   if (w->group != 0)
-    sum_groups(x, w->ins, w->group, to.sums);
-  memset(to.elements, 0, zmoe_round_up(w->ins, ZMOE_BLOCK) * element_bytes(layout));
+    sum_groups(x, w->in_features, w->group, to.sums);
+  memset(to.elements, 0, zmoe_round_up(w->in_features, ZMOE_BLOCK) * element_bytes(layout));
   if (zmoe_layout_is_integer(layout)) {
-    arrange_integers(layout, w, x, to);
+    pack_input_integers(layout, w, x, to);
     return;
   }
   uint8_t places[ZMOE_BLOCK];
   for (uint32_t k = 0; k < ZMOE_BLOCK; k++)
     places[k] = (uint8_t)place_of(k, layout);
   if (element_bytes(layout) == 2)
-    arrange_bf16(places, x, w->ins, to.elements);
+    pack_input_bf16(places, x, w->in_features, to.elements);
   else
-    arrange_f32(places, x, w->ins, to.elements);
+    pack_input_f32(places, x, w->in_features, to.elements);
 }

@@ -1,17 +1,17 @@
-/* x in the layouts of the AVX-512 kernels; zmoe_generic_arrange says what they are. */
+/* x in the layouts of the AVX-512 kernels; zmoe_generic_pack_input says what they are. */
 #if defined(__x86_64__)
 #include "avx512.h"
 
 #include <string.h>
 
-#include "team.h"
+#include "thread_pool.h"
 
 #define BF16 __attribute__((target(AVX512_FEATURES ",avx512bf16")))
 #define BF16_INLINE                                                                                \
   static inline __attribute__((always_inline, target(AVX512_FEATURES ",avx512bf16")))
 
-AVX512 static void sum_groups(const float *x, uint32_t ins, uint32_t group, float *sums) {
-  uint32_t groups = ins / group;
+AVX512 static void sum_groups(const float *x, uint32_t in_features, uint32_t group, float *sums) {
+  uint32_t groups = in_features / group;
   for (uint32_t g = 0; g < groups; g++) {
     __m512 sum = _mm512_loadu_ps(x + (size_t)g * group);
     for (uint32_t k = 16; k < group; k += 16)
@@ -96,7 +96,7 @@ AVX512_INLINE __m512i times_centre(__m512i sums, int centre) {
 }
 
 /* Even codes of all words, then odd ones: a lane of 8 is the same in both. */
-AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_arranged to, size_t first) {
+AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_packed to, size_t first) {
   __m512i even, odd, codes[2];
   float *scales = to.scales + first / 8;
   for (int i = 0; i < 2; i++) {
@@ -120,7 +120,7 @@ AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_arranged to, 
   _mm512_storeu_si512(to.offsets + first / 8, offsets);
 }
 
-AVX512 static void block_codes8_int8(const float *x, zmoe_arranged to, size_t first) {
+AVX512 static void block_codes8_int8(const float *x, zmoe_packed to, size_t first) {
   for (size_t i = 0; i < 4; i++) {
     float scale;
     __m256i codes = codes_32(x + 32 * i, &scale);
@@ -132,7 +132,7 @@ AVX512 static void block_codes8_int8(const float *x, zmoe_arranged to, size_t fi
   }
 }
 
-static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe_arranged to,
+static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe_packed to,
                   size_t first) {
   void *elements = to.elements;
   switch (layout) {
@@ -159,16 +159,16 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
   }
 }
 
-void zmoe_avx512_arrange(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
-  zmoe_arranged to = zmoe_arranged_at(row, layout, w->ins);
+void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
   if (w->group != 0)
-    sum_groups(x, w->ins, w->group, to.sums);
+    sum_groups(x, w->in_features, w->group, to.sums);
   uint32_t k = 0;
-  for (; k + ZMOE_BLOCK <= w->ins; k += ZMOE_BLOCK)
+  for (; k + ZMOE_BLOCK <= w->in_features; k += ZMOE_BLOCK)
     block(layout, w, x + k, to, k);
-  if (k < w->ins) {
+  if (k < w->in_features) {
     float padded[ZMOE_BLOCK] = {0};
-    memcpy(padded, x + k, (w->ins - k) * sizeof *x);
+    memcpy(padded, x + k, (w->in_features - k) * sizeof *x);
     block(layout, w, padded, to, k);
   }
 }

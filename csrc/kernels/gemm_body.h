@@ -1,24 +1,24 @@
-/* Many rows, in the vectors of vec.h: weights into panels, and the product of
+/* GEMM, in the vectors of vec.h: weights into panels, and the product of
  * panels.  Before including this, a variant defines WORDS, a register of LANES
- * words, load_e8m0 as in few_body.h, and
+ * words, load_e8m0 as in gemv_body.h, and
  *   load_row(src, n)      n words, the rest zero and not touched,
  *   transpose(words)      LANES registers in place: word j of register i for word i of j,
  *   half_of(words, format, high)  the low or high 16 bits of each, as floats,
  *   value_of(words, i, bits, affine)  code i of each as a float,
- * and afterwards calls many_pack and many_tile. */
+ * and afterwards calls gemm_pack and gemm_tile. */
 #include <string.h>
 
 #include "kernels.h"
 #include "weight.h"
 
 /* Words [word, word + LANES) of LANES outputs from `first` on, one register per
- * word; what lies beyond `outs` outputs or `words` words is zero. */
-KERNEL void load_words(const zmoe_weight *w, uint32_t first, uint32_t outs, size_t word,
+ * word; what lies beyond `n_out` outputs or `words` words is zero. */
+KERNEL void load_words(const zmoe_weight *w, uint32_t first, uint32_t n_out, size_t word,
                        uint32_t words, WORDS v[LANES]) {
   size_t row_bytes = zmoe_weight_row_bytes(w);
   const unsigned char *data = (const unsigned char *)w->data + first * row_bytes + word * 4;
   EACH(i, LANES)
-    v[i] = i < outs ? load_row(data + i * row_bytes, words) : (WORDS){0};
+    v[i] = i < n_out ? load_row(data + i * row_bytes, words) : (WORDS){0};
   transpose(v);
 }
 
@@ -29,12 +29,12 @@ KERNEL void store_floats(float *to, VEC value) {
   memcpy(to, &value, sizeof value);
 }
 
-KERNEL void pack_f32(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0, uint32_t k1,
+KERNEL void pack_f32(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0, uint32_t k1,
                      float *panel) {
   WORDS v[LANES];
   for (uint32_t k = k0; k < k1; k += LANES) {
     uint32_t words = k1 - k < LANES ? k1 - k : LANES;
-    load_words(w, first, outs, k, words, v);
+    load_words(w, first, n_out, k, words, v);
     for (uint32_t j = 0; j < words; j++)
       memcpy(panel + (size_t)(k - k0 + j) * ZMOE_PANEL, &v[j], sizeof v[j]);
   }
@@ -42,12 +42,12 @@ KERNEL void pack_f32(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32
 
 /* Two elements a word; rows of an odd length start in the middle of one, and
  * are left to the generic way. */
-KERNEL void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t first, uint32_t outs,
+KERNEL void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t first, uint32_t n_out,
                         uint32_t k0, uint32_t k1, float *panel) {
   WORDS v[LANES];
   for (uint32_t k = k0; k < k1; k += 2 * LANES) {
     uint32_t words = k1 - k < 2 * LANES ? (k1 - k) / 2 : LANES;
-    load_words(w, first, outs, k / 2, words, v);
+    load_words(w, first, n_out, k / 2, words, v);
     for (uint32_t j = 0; j < words; j++) {
       float *to = panel + (size_t)(k - k0 + 2 * j) * ZMOE_PANEL;
       store_floats(to, half_of(v[j], format, 0));
@@ -57,10 +57,10 @@ KERNEL void pack_halves(const zmoe_weight *w, uint32_t format, uint32_t first, u
 }
 
 /* The scale and bias of LANES outputs for one group. */
-KERNEL void load_group(const zmoe_weight *w, int affine, uint32_t first, uint32_t outs,
+KERNEL void load_group(const zmoe_weight *w, int affine, uint32_t first, uint32_t n_out,
                        uint32_t group, VEC *scale, VEC *bias) {
   float scales[LANES] = {0}, biases[LANES] = {0};
-  for (uint32_t i = 0; i < outs; i++) {
+  for (uint32_t i = 0; i < n_out; i++) {
     const unsigned char *at = zmoe_row_scales(w, first + i);
     if (affine) {
       scales[i] = load_scalar(at, group, (zmoe_dtype)w->scale_dtype);
@@ -74,19 +74,19 @@ KERNEL void load_group(const zmoe_weight *w, int affine, uint32_t first, uint32_
 }
 
 KERNEL void pack_codes(const zmoe_weight *w, const uint32_t bits, int affine, uint32_t first,
-                       uint32_t outs, uint32_t k0, uint32_t k1, float *panel) {
+                       uint32_t n_out, uint32_t k0, uint32_t k1, float *panel) {
   const uint32_t per_word = 32 / bits;
   uint32_t loaded = UINT32_MAX;
   VEC scale = vec_splat(0.0f), bias = scale;
   WORDS v[LANES];
   for (uint32_t k = k0; k < k1; k += LANES * per_word) {
     uint32_t words = (k1 - k) / per_word < LANES ? (k1 - k) / per_word : LANES;
-    load_words(w, first, outs, k / per_word, words, v);
+    load_words(w, first, n_out, k / per_word, words, v);
     for (uint32_t j = 0; j < words; j++) {
       uint32_t element = k + j * per_word;
       if (element / w->group != loaded) {
         loaded = element / w->group;
-        load_group(w, affine, first, outs, loaded, &scale, &bias);
+        load_group(w, affine, first, n_out, loaded, &scale, &bias);
       }
       float *to = panel + (size_t)(element - k0) * ZMOE_PANEL;
       EACH(i, per_word)
@@ -95,12 +95,12 @@ KERNEL void pack_codes(const zmoe_weight *w, const uint32_t bits, int affine, ui
   }
 }
 
-typedef void pack_columns(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+typedef void pack_columns(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                           uint32_t k1, float *panel);
 #define PACK(name, body, ...)                                                                      \
-  TARGET static void name(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,        \
+  TARGET static void name(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,       \
                           uint32_t k1, float *panel) {                                             \
-    body(w, __VA_ARGS__, first, outs, k0, k1, panel);                                              \
+    body(w, __VA_ARGS__, first, n_out, k0, k1, panel);                                             \
   }
 
 PACK(pack_f16, pack_halves, ZMOE_FORMAT_F16)
@@ -109,13 +109,13 @@ PACK(pack_fp4, pack_codes, 4, 0)
 PACK(pack_codes4, pack_codes, 4, 1)
 PACK(pack_codes8, pack_codes, 8, 1)
 
-TARGET static void pack_plain(const zmoe_weight *w, uint32_t first, uint32_t outs, uint32_t k0,
+TARGET static void pack_plain(const zmoe_weight *w, uint32_t first, uint32_t n_out, uint32_t k0,
                               uint32_t k1, float *panel) {
-  pack_f32(w, first, outs, k0, k1, panel);
+  pack_f32(w, first, n_out, k0, k1, panel);
 }
 
 static pack_columns *packer_of(const zmoe_weight *w) {
-  int even = w->ins % 2 == 0;
+  int even = w->in_features % 2 == 0;
   switch (w->format) {
   case ZMOE_FORMAT_F32:
     return pack_plain;
@@ -133,11 +133,11 @@ static pack_columns *packer_of(const zmoe_weight *w) {
   return NULL;
 }
 
-static void many_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
+static void gemm_pack(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
                       float *panel) {
   pack_columns *pack = packer_of(w);
   if (pack == NULL) {
-    zmoe_generic_pack(w, first, last, k0, k1, panel);
+    zmoe_generic_pack_panel(w, first, last, k0, k1, panel);
     return;
   }
   for (uint32_t at = 0; at < ZMOE_PANEL; at += LANES) {
@@ -190,7 +190,7 @@ TARGET static void tile_half(const float *panel, uint32_t depth, const float *co
     tile_rows(panel, depth, xs, 1, sums, add);
 }
 
-static void many_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
+static void gemm_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
                       float *sums, int add) {
   for (uint32_t at = 0; at < ZMOE_PANEL; at += TILE_OUTS)
     tile_half(panel + at, depth, xs, rows, sums + at, add);

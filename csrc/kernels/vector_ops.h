@@ -1,10 +1,10 @@
-/* The small operations of a decoder layer, once per instruction set: on one row,
+/* Vector operations of a decoder layer, once per instruction set: on one row,
  * one head, or some queries and a block of keys.
  *
  * They give the same bits everywhere: elements are rounded one by one, and a sum
  * has 16 lanes (element i in lane i % 16), added by halves, then what fills no lanes. */
-#ifndef ZMOE_SMALL_H
-#define ZMOE_SMALL_H
+#ifndef ZMOE_VECTOR_OPS_H
+#define ZMOE_VECTOR_OPS_H
 
 #include <float.h>
 
@@ -36,7 +36,7 @@ static inline void zmoe_prefetch_range(uintptr_t address, size_t bytes) {
     __builtin_prefetch((const void *)(address + i));
 }
 
-typedef struct zmoe_small {
+typedef struct zmoe_vector_ops {
   /* One row; `out` may be x itself. Any kind but ZMOE_NORM_NONE. */
   void (*norm)(const zmoe_norm *norm, const float *x, void *out, zmoe_dtype out_dtype);
   void (*clip)(float *x, uint32_t count, float limit);
@@ -58,14 +58,14 @@ typedef struct zmoe_small {
    * panels[p][j][d] = values[j][p * panel + d], `panel` a multiple of 16. */
   void (*pack_values)(const zmoe_head_rows *values, uint32_t panel, float *panels);
   void (*sigmoid)(float *x, uint32_t count);
-} zmoe_small;
+} zmoe_vector_ops;
 
-const zmoe_small *zmoe_small_for(zmoe_isa isa);
+const zmoe_vector_ops *zmoe_vector_ops_for(zmoe_isa isa);
 
-extern const zmoe_small zmoe_small_generic; /* NEON on Arm */
+extern const zmoe_vector_ops zmoe_vector_ops_generic; /* NEON on Arm */
 #if defined(__x86_64__)
-extern const zmoe_small zmoe_small_avx2;
-extern const zmoe_small zmoe_small_avx512;
+extern const zmoe_vector_ops zmoe_vector_ops_avx2;
+extern const zmoe_vector_ops zmoe_vector_ops_avx512;
 #endif
 
 #endif

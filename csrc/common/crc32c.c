@@ -5,7 +5,7 @@
  * goes through in three streams, and their results are put together by tables that say
  * what as many zero bytes as a stream has would make of a CRC.  AVX2 stands for SSE4.2
  * here, and Arm's dotprod for its crc: whichever CPU has the one has the other. */
-#include "common/platform.h"
+#include "platform.h"
 
 #include <pthread.h>
 #include <string.h>

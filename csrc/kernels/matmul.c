@@ -1,5 +1,5 @@
-/* The product of some rows with one panel of a weight, by whichever way is faster. */
-#include "product.h"
+/* The matmul of some rows with one panel of a weight, by whichever way is faster. */
+#include "matmul.h"
 
 #include <string.h>
 
@@ -28,27 +28,27 @@ const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
   return &zmoe_kernels_generic;
 }
 
-static void few_rows(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                     uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *sums) {
+static void gemv(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
+                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *sums) {
   int plain = x->layout == ZMOE_LAYOUT_PLAIN;
   for (uint32_t r = begin; r < end; r += ZMOE_DOT_ROWS) {
     uint32_t rows = end - r < ZMOE_DOT_ROWS ? end - r : ZMOE_DOT_ROWS;
     const void *xs[ZMOE_DOT_ROWS];
     float *ys[ZMOE_DOT_ROWS];
     for (uint32_t i = 0; i < rows; i++) {
-      xs[i] = plain ? (const void *)x->plain[r + i] : x->arranged[r + i];
+      xs[i] = plain ? (const void *)x->plain[r + i] : x->packed[r + i];
       ys[i] = sums + (size_t)(r + i - begin) * ZMOE_PANEL;
     }
     kernels->dot(w, x->layout, xs, rows, first, last, ys);
   }
 }
 
-static void many_rows(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                      uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
-                      float *sums) {
-  for (uint32_t k = 0; k < w->ins; k += ZMOE_DEPTH) {
-    uint32_t k_end = w->ins - k < ZMOE_DEPTH ? w->ins : k + ZMOE_DEPTH;
-    kernels->pack(w, first, last, k, k_end, panel);
+static void gemm(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
+                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
+                 float *sums) {
+  for (uint32_t k = 0; k < w->in_features; k += ZMOE_DEPTH) {
+    uint32_t k_end = w->in_features - k < ZMOE_DEPTH ? w->in_features : k + ZMOE_DEPTH;
+    kernels->pack_panel(w, first, last, k, k_end, panel);
     for (uint32_t r = begin; r < end; r += ZMOE_TILE_ROWS) {
       uint32_t rows = end - r < ZMOE_TILE_ROWS ? end - r : ZMOE_TILE_ROWS;
       const float *xs[ZMOE_TILE_ROWS];
@@ -59,13 +59,13 @@ static void many_rows(const zmoe_kernels *kernels, const zmoe_weight *w, const z
   }
 }
 
-void zmoe_product(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                  uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
-                  float *sums) {
-  if (end - begin <= zmoe_few_rows(x->layout))
-    few_rows(kernels, w, x, begin, end, first, last, sums);
+void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
+                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
+                 float *sums) {
+  if (end - begin <= zmoe_gemv_rows(x->layout))
+    gemv(kernels, w, x, begin, end, first, last, sums);
   else
-    many_rows(kernels, w, x, begin, end, first, last, panel, sums);
+    gemm(kernels, w, x, begin, end, first, last, panel, sums);
 }
 
 void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t last,
@@ -84,17 +84,18 @@ int zmoe_is_plain(const void *x, zmoe_dtype dtype) {
   return dtype == ZMOE_F32 && (uintptr_t)x % sizeof(float) == 0;
 }
 
-const float *zmoe_plain_row(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins,
+const float *zmoe_plain_row(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t in_features,
                             const float *copies) {
-  return (zmoe_is_plain(x, dtype) ? (const float *)x : copies) + (size_t)row * ins;
+  return (zmoe_is_plain(x, dtype) ? (const float *)x : copies) + (size_t)row * in_features;
 }
 
-void zmoe_widen(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t ins, float *copies,
+void zmoe_widen(const void *x, zmoe_dtype dtype, uint32_t row, uint32_t in_features, float *copies,
                 zmoe_isa isa) {
-  size_t at = (size_t)row * ins;
+  size_t at = (size_t)row * in_features;
   if (!zmoe_is_plain(x, dtype))
     (void)zmoe_convert(copies + at, ZMOE_F32,
-                       (const unsigned char *)x + at * zmoe_dtype_bytes(dtype), dtype, ins, isa);
+                       (const unsigned char *)x + at * zmoe_dtype_bytes(dtype), dtype, in_features,
+                       isa);
 }
 
 int zmoe_is_finite(const float *x, uint32_t count) {

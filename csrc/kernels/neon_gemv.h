@@ -1,4 +1,4 @@
-/* Few rows, NEON.  Before including this, after vec.h, define TABLE, the name of the
+/* GEMV, NEON.  Before including this, after vec.h, define TABLE, the name of the
  * table of kernels, and, where there is dotprod, DOT4 and
  *   dot4(sum, a, b)  lane l of sum + a[4 l] b[4 l] + ... + a[4 l + 3] b[4 l + 3]. */
 #include "neon.h"
@@ -30,7 +30,7 @@ KERNEL int32x4_t times_plane(int32x4_t sum, const CODES codes[2], const int8_t *
   return dot4(sum, codes[1], vld1q_s8(elements + 64));
 }
 
-KERNEL VEC times_int8(const CODES codes[2], const zmoe_arranged *x, const int8_t *elements,
+KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, const int8_t *elements,
                       size_t lane) {
   int32x4_t sum = times_plane(vld1q_s32(x->offsets + lane), codes, elements);
   return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + lane);
@@ -44,7 +44,7 @@ KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
 }
 
 /* Here codes have a sign, and that takes the centre off: no offset. */
-KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_arranged *x, size_t k) {
+KERNEL VEC bytes_times_int8(CODES bytes, const zmoe_packed *x, size_t k) {
   CODES centred = veorq_s8(bytes, vdupq_n_s8(INT8_MIN));
   int32x4_t sum = dot4(vdupq_n_s32(0), centred, vld1q_s8((const int8_t *)x->elements + k));
   return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + k / 4);
@@ -64,7 +64,7 @@ KERNEL VEC spread(const float *scales, int two) {
   return vld1q_dup_f32(scales);
 }
 
-#include "few_body.h"
+#include "gemv_body.h"
 
-const zmoe_kernels TABLE = {few_layout, zmoe_generic_arrange, few_dot, zmoe_neon_pack,
+const zmoe_kernels TABLE = {gemv_layout, zmoe_generic_pack_input, gemv_dot, zmoe_neon_pack_panel,
                             zmoe_neon_tile};

@@ -1,6 +1,6 @@
-/* The small operations in the vectors of vec.h.  Before including this, define
- * SMALL, the name of the table.  Loops without VEC are the compiler's to vectorise. */
-#include "small.h"
+/* Vector operations in the vectors of vec.h.  Before including this, define
+ * TABLE, the name of the table.  Loops without VEC are the compiler's to vectorise. */
+#include "vector_ops.h"
 
 #include "common/vec.h"
 #include "exp_of.h"
@@ -164,4 +164,5 @@ TARGET static void sigmoid(float *x, uint32_t count) {
 
 #include "attention_body.h"
 
-const zmoe_small SMALL = {norm_row, clip, rotate, score, soften, add_values, pack_values, sigmoid};
+const zmoe_vector_ops TABLE = {norm_row, clip,       rotate,      score,
+                               soften,   add_values, pack_values, sigmoid};

@@ -1,4 +1,4 @@
-/* Few rows, in the vectors of vec.h: the loops that AVX2 and NEON share.  Before
+/* GEMV, in the vectors of vec.h: the loops that AVX2 and NEON share.  Before
  * including this, a variant defines CODES, a register of 4 * LANES bytes of
  * codes, and
  *   load_some(src, i, dtype, n), load_e8m0(src, n)  LANES floats, or scales; those
@@ -11,7 +11,7 @@
  *   bytes_times_int8(bytes, x, k)  the same of 8-bit codes,
  *   widen_bytes(src, values)  four vectors of codes as floats,
  *   spread(scales, two)   the first scale in all lanes, or two, of half each,
- * and afterwards makes a table of `few_layout` and `few_dot`.
+ * and afterwards makes a table of `gemv_layout` and `gemv_dot`.
  *
  * `rows`, formats and groups are constants in each call of the inlined bodies,
  * so that choices vanish and sums stay in registers. */
@@ -24,43 +24,44 @@ KERNEL VEC load_x(const float *x) {
 
 /* ---- floats ------------------------------------------------------------------ */
 
-/* `outs` outputs from o on.  The sums are eight, or four of one row: enough to
+/* `n_out` outputs from o on.  The sums are eight, or four of one row: enough to
  * hide the latency of each. */
 KERNEL void dot_outputs(const zmoe_weight *w, uint32_t format, const void *const *xs,
-                        const uint32_t rows, const uint32_t outs, uint32_t o, uint32_t first,
+                        const uint32_t rows, const uint32_t n_out, uint32_t o, uint32_t first,
                         float *const *ys) {
-  const uint32_t n = rows * outs, chains = n == 1 ? 4 : 8 / n;
-  const size_t ins = w->ins, item = format == ZMOE_FORMAT_F32 ? 4 : 2, row_bytes = ins * item;
+  const uint32_t n = rows * n_out, chains = n == 1 ? 4 : 8 / n;
+  const size_t in_features = w->in_features, item = format == ZMOE_FORMAT_F32 ? 4 : 2,
+               row_bytes = in_features * item;
   const unsigned char *data = zmoe_row(w, o);
   VEC sum[8][4], value[2];
   EACH(i, n)
     EACH(c, chains)
       sum[i][c] = vec_splat(0.0f);
   size_t k = 0;
-  for (; k + 4 * LANES <= ins; k += 4 * LANES)
+  for (; k + 4 * LANES <= in_features; k += 4 * LANES)
     EACH(c, 4) {
-      EACH(j, outs) {
+      EACH(j, n_out) {
         const unsigned char *at = data + j * row_bytes + (k + LANES * c) * item;
         if (LANES * c * item % 64 == 0)
           zmoe_prefetch(at);
         value[j] = vec_load(at, 0, (zmoe_dtype)format);
       }
       EACH(i, n) {
-        VEC x = load_x((const float *)xs[i / outs] + k + LANES * c);
-        sum[i][c % chains] = vec_fma(value[i % outs], x, sum[i][c % chains]);
+        VEC x = load_x((const float *)xs[i / n_out] + k + LANES * c);
+        sum[i][c % chains] = vec_fma(value[i % n_out], x, sum[i][c % chains]);
       }
     }
-  for (; k < ins; k += LANES) {
-    uint32_t left = (uint32_t)(ins - k);
-    EACH(j, outs)
+  for (; k < in_features; k += LANES) {
+    uint32_t left = (uint32_t)(in_features - k);
+    EACH(j, n_out)
       value[j] = load_some(data + j * row_bytes, k, format, left);
     EACH(i, n)
-      sum[i][0] = vec_fma(value[i % outs], load_some(xs[i / outs], k, ZMOE_F32, left), sum[i][0]);
+      sum[i][0] = vec_fma(value[i % n_out], load_some(xs[i / n_out], k, ZMOE_F32, left), sum[i][0]);
   }
   EACH(i, n) {
     EACH(c, chains - 1)
       sum[i][0] += sum[i][c + 1];
-    ys[i / outs][o + i % outs - first] = vec_fold(sum[i][0]);
+    ys[i / n_out][o + i % n_out - first] = vec_fold(sum[i][0]);
   }
 }
 
@@ -92,7 +93,7 @@ struct output {
 /* The scales of groups [g, g + count), times those that rows of x in 22 bits have
  * of their own; and what the sums of x add. */
 KERNEL void load_groups(const zmoe_weight *w, enum product product, int affine, uint32_t g,
-                        uint32_t count, const zmoe_arranged *x, const uint32_t rows,
+                        uint32_t count, const zmoe_packed *x, const uint32_t rows,
                         struct output out, float each[ZMOE_DOT_ROWS][SCALES],
                         VEC sum[ZMOE_DOT_ROWS]) {
   const float centre = product == CODES4_INT8 ? ZMOE_CENTRE4 : ZMOE_CENTRE8;
@@ -118,7 +119,7 @@ KERNEL void load_groups(const zmoe_weight *w, enum product product, int affine, 
 }
 
 /* Codes of 8 bits as floats. */
-KERNEL void block_floats(const unsigned char *data, const zmoe_arranged *x, size_t k,
+KERNEL void block_floats(const unsigned char *data, const zmoe_packed *x, size_t k,
                          const uint32_t rows, VEC part[ZMOE_DOT_ROWS]) {
   VEC values[4];
   widen_bytes(data + k, values);
@@ -133,7 +134,7 @@ KERNEL void block_floats(const unsigned char *data, const zmoe_arranged *x, size
 }
 
 /* Codes of 4 bits from element k + in_block on, k a multiple of ZMOE_BLOCK. */
-KERNEL VEC block_integers(enum product product, const CODES codes[2], const zmoe_arranged *x,
+KERNEL VEC block_integers(enum product product, const CODES codes[2], const zmoe_packed *x,
                           size_t k, size_t in_block) {
   const int8_t *elements = x->elements;
   if (product == CODES4_INT8)
@@ -144,7 +145,7 @@ KERNEL VEC block_integers(enum product product, const CODES codes[2], const zmoe
 /* Adds one register of codes: those from element k + in_block on, of 4 bits no
  * more than `left`; others come in whole registers.  `at`: k's group in `each`. */
 KERNEL void add_block(enum product product, int affine, const uint32_t group, size_t k,
-                      uint32_t in_block, size_t left, const zmoe_arranged *x, const uint32_t rows,
+                      uint32_t in_block, size_t left, const zmoe_packed *x, const uint32_t rows,
                       struct output out, float each[ZMOE_DOT_ROWS][SCALES], uint32_t at,
                       VEC sum[ZMOE_DOT_ROWS]) {
   VEC part[ZMOE_DOT_ROWS];
@@ -166,7 +167,7 @@ KERNEL void add_block(enum product product, int affine, const uint32_t group, si
 }
 
 KERNEL void add_groups(const zmoe_weight *w, enum product product, int affine, const uint32_t group,
-                       uint32_t g, uint32_t count, const zmoe_arranged *x, const uint32_t rows,
+                       uint32_t g, uint32_t count, const zmoe_packed *x, const uint32_t rows,
                        struct output out, VEC sum[ZMOE_DOT_ROWS]) {
   const uint32_t bits = product == CODES8 || product == CODES8_INT8 ? 8 : 4;
   const uint32_t step = 32 * LANES / bits;
@@ -187,11 +188,11 @@ KERNEL void add_groups(const zmoe_weight *w, enum product product, int affine, c
 KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout layout, int affine,
                       const uint32_t group, const void *const *xs, const uint32_t rows,
                       uint32_t first, uint32_t last, float *const *ys) {
-  const uint32_t groups = w->ins / group;
+  const uint32_t groups = w->in_features / group;
   const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
-  zmoe_arranged x[ZMOE_DOT_ROWS];
+  zmoe_packed x[ZMOE_DOT_ROWS];
   EACH(r, rows)
-    x[r] = zmoe_arranged_at((void *)xs[r], layout, w->ins);
+    x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
   struct output out;
   out.data = zmoe_row(w, first);
   out.scales = zmoe_row_scales(w, first);
@@ -236,8 +237,8 @@ DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
 DOT(dot_fp4_int8, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
 DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
-static void few_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                    uint32_t first, uint32_t last, float *const *ys) {
+static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+                     uint32_t first, uint32_t last, float *const *ys) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     (affine ? dot_codes4 : dot_fp4)(w, xs, rows, first, last, ys);
@@ -257,7 +258,7 @@ static void few_dot(const zmoe_weight *w, zmoe_layout layout, const void *const 
     zmoe_generic_dot(w, layout, xs, rows, first, last, ys);
 }
 
-static zmoe_layout few_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
+static zmoe_layout gemv_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
   (void)x_dtype;
   if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4_INT22;

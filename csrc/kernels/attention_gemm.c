@@ -1,13 +1,13 @@
-/* Attention of many queries, as in prefill: by the kernels of large products.
+/* Attention of many queries, as in prefill: by the kernels of large matmuls.
  *
- * A block of keys is a weight, the scores its product with the queries; a block
+ * A block of keys is a weight, the scores its matmul with the queries; a block
  * of values is packed so that the weighted sums are one too.  Both are made f32
  * once for all queries of the unit. */
 #include "attention.h"
 
 #include <string.h>
 
-#include "product.h"
+#include "matmul.h"
 
 /* Some vectors of a part and a block of keys. */
 struct tile {
@@ -36,15 +36,15 @@ static void pack(const zmoe_attend *job, const zmoe_part *part, uint32_t key, ui
   zmoe_head_rows rows = zmoe_cached(job, job->cache->keys, part->kv_head, key, count);
   zmoe_head_rows values = zmoe_cached(job, job->cache->values, part->kv_head, key, count);
   const zmoe_weight keys = {
-      .data = rows.data, .outs = count, .ins = rows.dim, .format = rows.dtype};
+      .data = rows.data, .out_features = count, .in_features = rows.dim, .format = rows.dtype};
   size_t row_bytes = rows.dim * zmoe_dtype_bytes(rows.dtype);
   for (uint32_t first = 0; first < count; first += ZMOE_PANEL) {
     uint32_t last = zmoe_panel_end(first, count);
     zmoe_prefetch_range((uintptr_t)values.data + first * row_bytes, (last - first) * row_bytes);
-    job->kernels->pack(&keys, first, last, 0, rows.dim, panels + (size_t)first * rows.dim);
+    job->kernels->pack_panel(&keys, first, last, 0, rows.dim, panels + (size_t)first * rows.dim);
   }
   values.ahead = zmoe_attend_next(job, part, key + count);
-  job->small->pack_values(&values, ZMOE_PANEL, value_panels(job, panels));
+  job->ops->pack_values(&values, ZMOE_PANEL, value_panels(job, panels));
 }
 
 static void score(const zmoe_attend *job, const zmoe_part *part, const float *panels,
@@ -81,7 +81,7 @@ static void soften(const zmoe_attend *job, const zmoe_part *part, struct tile *t
       memcpy(weights + p * ZMOE_PANEL, tile->scores[p] + t * ZMOE_PANEL,
              ZMOE_PANEL * sizeof *weights);
     scale_sums(job, part, vector,
-               job->small->soften(weights + from, to - from, &part->softmax[vector]));
+               job->ops->soften(weights + from, to - from, &part->softmax[vector]));
     memset(weights, 0, from * sizeof *weights);
     memset(weights + to, 0, (tile->depth - to) * sizeof *weights);
   }
@@ -97,7 +97,7 @@ static void add_values(const zmoe_attend *job, const zmoe_part *part, const floa
                        sums_of(part, p, tile->vector), 1);
 }
 
-void zmoe_attend_many(const zmoe_attend *job, const zmoe_part *part, float *panels) {
+void zmoe_attend_gemm(const zmoe_attend *job, const zmoe_part *part, float *panels) {
   uint32_t step = keys_at_a_time(job->attention);
   for (uint32_t key = part->key; key < part->key_end; key += step) {
     uint32_t count = zmoe_min(part->key_end - key, step);
