@@ -1,8 +1,7 @@
 """Every error that zmoe raises on purpose.
 
-Each message is one line that names the culprit: a file, flag, peer or layer.
-`exit_code` is what the commands return: 2 for bad input, 1 for what failed
-while running.
+Each message is one line that names the file, flag, peer or layer at fault. Commands return
+`exit_code`: 2 for bad input, 1 for a failure while running.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ class ZmoeError(Exception):
 
 
 class InputError(ZmoeError):
-    """Bad input that was noticed before anything ran: a flag, a prompt, a host file."""
+    """Bad input that was noticed before anything ran, such as a flag, a prompt or a hostfile."""
 
     exit_code = 2
 
@@ -24,7 +23,7 @@ class SettingError(InputError):
     """A setting out of range: "nodes is 0: expected a number from 1 to 64".
 
     Attributes: `setting`, the argument or field as the library names it, and `problem`,
-    the rest of the message. A command says its flag in the place of `setting`.
+    the rest of the message. A command replaces `setting` by the name of its flag.
     """
 
     def __init__(self, setting: str, problem: str) -> None:
@@ -37,7 +36,7 @@ class ModelError(InputError):
 
 
 class PlacementError(InputError):
-    """Experts that cannot be placed on the given nodes."""
+    """A placement that is invalid, or experts that do not fit the given nodes."""
 
 
 class LaunchError(InputError):
@@ -45,14 +44,15 @@ class LaunchError(InputError):
 
 
 class MismatchError(InputError):
-    """A node that holds another model, dtype, protocol or placement than its leader."""
+    """A node whose model, dtype, protocol, rounding or placement differs from the leader's."""
 
 
 class PeerError(ZmoeError):
     """A peer was lost, or missed its deadline, during a step.
 
-    Attributes: `rank` of the peer, `layer` (ordinal of the MoE layer, or None
-    between layers) and `step` at which this process noticed.
+    Attributes: the `rank` of the peer, and the `layer` (ordinal of the MoE layer, or None
+    between layers) and `step` at which this process noticed; `reason` is the predicate of
+    the message.
     """
 
     def __init__(self, rank: int, layer: int | None, step: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: spans, in seconds, summed per name."""
+"""Records of a step: spans of wall time in seconds per name, and the experts that ran."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Ints = npt.NDArray[np.int32]
 
 
 class Recorder(Protocol):
-    """Is told, in every MoE layer and step, what was selected and what this node runs.
+    """A callback for each MoE layer of each step: what was selected, and what this node runs.
 
-    `layer` is the ordinal of the MoE layer; `ids` (rows, k) the experts that
-    the router selected, on whatever node they are, in memory that the next
-    step reuses. Ascending expert ids: `assigned`, whose outputs this node
-    computes; `executed`, those and the ones that its policy runs besides.
+    `layer` is the ordinal of the MoE layer. `ids` (tokens, k), int32, are the experts that
+    the router selected, on any node; the next step reuses their memory. `assigned` and
+    `executed` are ascending expert ids, int32: those whose outputs this node computes, and
+    those together with the ones that its policy runs besides.
     """
 
     def __call__(self, layer: int, ids: Ints, assigned: Ints, executed: Ints) -> None: ...
@@ -29,10 +29,9 @@ class Recorder(Protocol):
 class Spans:
     """Sums of wall time per span name.
 
-    The names used on a token's way are `experts` (products of the local
-    expert shards) and `exchange` (publish and collect), which don't nest; what
-    is in neither is `other` to whoever knows the total. On the kernels also
-    `products`: all of them, the experts' included.
+    A step records `experts` (matmuls of the local experts) and `exchange` (publish and
+    collect), which do not overlap; the rest of the step is called `other`. With the CPU
+    kernels it also records `products`: the time of all matmuls, those of the experts included.
     """
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class Spans:
             self.seconds[name] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """The sums so far; starts again from zero."""
+        """Return the sums so far, in seconds, and reset them to zero."""
         taken = dict(self.seconds)
         self.seconds.clear()
         return taken

@@ -1,1 +1,1 @@
-"""The commands: one small file each."""
+"""The commands zmoe-run, zmoe-node, zmoe-plan and zmoe-prestack."""

@@ -1,4 +1,4 @@
-"""zmoe-plan --calibrate: measure this machine, and the exchange between its processes."""
+"""zmoe-plan --calibrate: measure this machine and the exchange between nodes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def hosts_of(names: str | None, file: Path | None, python: str | None) -> Hosts:
 
 
 def calibrate(path: Path, hosts: Hosts, *, as_json: bool) -> None:
-    """Measure, write the profile to `path`, print it.
+    """Measure this machine, write the profile to `path` and print it.
 
-    Raises InputError naming `path` when it holds something else than a profile,
-    or cannot be written.
+    Raises InputError naming `path` if it holds anything but a profile, or cannot be
+    written.
     """
     if path.exists() and not is_profile(path):
         read_profile(path)  # says what it is; of what is there only a profile may be replaced
@@ -66,7 +66,7 @@ def _show(path: Path, profile: Profile) -> None:
     machine, link = profile.machine, profile.link
     print(f"memory     {machine.memory_bytes / 2**30:.1f} GiB")
     print(f"reading    {machine.bandwidth / 1e9:.1f} GB/s")
-    print(f"products   {machine.rate / 1e9:.0f} GFLOP/s")
+    print(f"matmuls    {machine.rate / 1e9:.0f} GFLOP/s")
     for rate in machine.rates:
         dense, experts, many = (each / 1e9 for each in (rate.dense, rate.experts, rate.many))
         print(

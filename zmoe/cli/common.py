@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: ...)" where there is one, and the help has not said it."""
+    """A formatter that adds "(default: ...)" unless there is none, or the help states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_plain = action.default is None or action.default is False or action.default == []
@@ -39,7 +39,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line per error, no abbreviations, exit code 2."""
+    """An ArgumentParser with one-line errors, exit code 2 and no abbreviated flags."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
@@ -91,7 +91,7 @@ def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[st
 
 
 def _words(error: ZmoeError) -> str:
-    """What `error` says, in the words of a command: a setting is its flag."""
+    """Return the message of `error`, with the flag in the place of a setting's name."""
     if not isinstance(error, SettingError):
         return str(error)
     flag = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
@@ -103,11 +103,11 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 class _OutputError(ZmoeError):
-    """What went wrong with standard output, and with no other file."""
+    """A failure of standard output, and of no other file."""
 
 
 class _Output:
-    """Standard output, with errors of its own."""
+    """Standard output whose failures raise _OutputError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -133,7 +133,10 @@ class _Output:
 
 
 def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
-    """Run `body`; its exit code. An error is one line on stderr, and a traceback with `debug`."""
+    """Run `body` and return the exit code.
+
+    An error prints one line on standard error and, with `debug`, a traceback.
+    """
     signal.signal(signal.SIGTERM, _on_terminate)
     _prepare_streams()
     _tolerate_low_file_limit()
@@ -153,7 +156,7 @@ def run_command(prog: str, debug: bool, body: Callable[[], None]) -> int:
 
 
 def _report(prog: str, error: Exception) -> int:
-    """Say in one line on stderr what ended the command; returns its exit code."""
+    """Print one line on standard error for `error`, and return the exit code."""
     if isinstance(error.__cause__, BrokenPipeError) and isinstance(error, _OutputError):
         return error.exit_code  # our reader has gone: nobody is left to tell
     if isinstance(error, ZmoeError):
@@ -168,9 +171,11 @@ def _report(prog: str, error: Exception) -> int:
 
 
 def _prepare_streams() -> None:
-    """Open the standard streams that our caller has closed, or the next file that is opened
-    would become one of them; what is written to or read from such a stream fails as before.
-    Characters that the output's encoding lacks are written as escapes.
+    """Open the standard streams that our caller has closed.
+
+    Otherwise the next file to be opened would become one of them. Reading from or writing to
+    such a stream fails as before. Characters that the output's encoding lacks are written as
+    escapes.
     """
     for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -186,15 +191,16 @@ def _prepare_streams() -> None:
 
 
 def _tolerate_low_file_limit() -> None:
-    """Let mlx-lm be imported where the limit of open files is low: on import it sets that
-    limit, which fails where the hard limit is lower, and which zmoe does not need.
+    """Let mlx-lm be imported if the hard limit of open files is low.
+
+    mlx-lm raises that limit on import, which zmoe does not need and which then fails.
     """
     if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[1] < _MLX_LM_FILES:
         resource.setrlimit = lambda *_: None
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Raise InputError where the file `path` of `flag` could not be written in the end."""
+    """Raise InputError if the file `path` of `flag` cannot be written."""
     if not path.parent.is_dir():
         raise InputError(f"{flag} {path}: no such folder {path.parent}")
     try:

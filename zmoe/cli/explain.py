@@ -1,4 +1,4 @@
-"""What --explain prints: who owns what, why, and what else was considered."""
+"""The text of --explain: which node owns what, why, and which placements were considered."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _owned(placement: Placement, node: int) -> str:
 
 
 def _ranges(ids: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
+    """Write 0, 1, 2, 5 as "0-2, 5"."""
     found: list[list[int]] = []
     for number in ids:
         if found and number == found[-1][1] + 1:

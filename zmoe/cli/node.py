@@ -61,7 +61,7 @@ def _pin(cores: str) -> None:
 
 
 def _read_token() -> str:
-    """The first line of standard input. What follows is left there."""
+    """Return the first line of standard input, and leave the rest unread. Raises InputError."""
     token, deadline = b"", time.monotonic() + TOKEN_S
     while not token.endswith(b"\n"):
         left = deadline - time.monotonic()
@@ -73,23 +73,23 @@ def _read_token() -> str:
 
 
 def _end_with_input() -> None:
-    """Whoever started us holds our standard input open for as long as it lives."""
+    """End this process when its starter, which holds standard input open, has ended."""
     while os.read(0, 4096):
         pass
     os._exit(1)
 
 
 class _Notices:
-    """What a worker that was started by hand tells its user: one line per change.
+    """The messages of a worker that was started by hand, one line per change.
 
-    What a leader sent is quoted there: it is shortened, and controls no terminal.
+    They quote what a leader sent, so they are shortened and hold no control characters.
     """
 
     def __init__(self, prog: str, quiet: bool) -> None:
         self._prog, self._quiet, self._last = prog, quiet, ""
 
     def say(self, text: str) -> None:
-        """Print `text` in one line, unless it was the last thing said."""
+        """Print `text` in one line, unless it equals the last line printed."""
         line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
         if len(line) > LONGEST_LINE:
             line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
@@ -100,7 +100,7 @@ class _Notices:
             print(f"{self._prog}: {line}", file=sys.stderr, flush=True)
 
     def begun(self, setup: Setup) -> None:
-        """Say that a run has begun."""
+        """Report that a run has begun."""
         self.say(f"began a run of {setup.model} on {setup.nodes} nodes")
 
 
@@ -154,7 +154,7 @@ def _serve(options: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
     code = run_command(f"{PROG}[{options.rank}]", options.debug, lambda: _serve(options))
     return code

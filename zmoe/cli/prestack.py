@@ -44,7 +44,7 @@ def _parser() -> Parser:
 
 
 def quantization_of(options: argparse.Namespace) -> Quantization | None:
-    """What the flags ask for; None if they ask for nothing. Raises InputError naming the flag."""
+    """Return the quantisation that the flags ask for, or None. Raises InputError naming a flag."""
     if options.bits is options.group_size is options.mode is None:
         return None
     mode = options.mode or "affine"
@@ -96,7 +96,7 @@ def _say(manifest: Manifest, what: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as in zmoe-run
     options = _parser().parse_args(argv)
     return run_command(PROG, options.debug, lambda: _run(options))

@@ -17,7 +17,7 @@ from rich.progress import (
 
 
 class _Console(Console):
-    """One that leaves the cursor alone: no end of the command, however early or hard, can then
+    """A console that never hides the cursor, so an early or hard end of the command cannot
     leave it hidden.
     """
 
@@ -26,8 +26,10 @@ class _Console(Console):
 
 
 class Bars:
-    """A bar for each of `labels` while it lasts, of bytes or, with `counted`, of what the
-    label says; silent without a terminal.
+    """A context manager that shows one progress bar for each of `labels`.
+
+    The bars count bytes or, with `counted`, what the label says. Without a terminal they show
+    nothing.
     """
 
     def __init__(self, labels: Sequence[str], *, counted: bool = False) -> None:
@@ -47,7 +49,7 @@ class Bars:
         self._bars.update(self._tasks[index], completed=done, total=total)
 
     def print(self, text: str) -> None:
-        """Lines above the bars."""
+        """Print `text` above the bars."""
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Bars:

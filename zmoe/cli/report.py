@@ -1,4 +1,4 @@
-"""What zmoe-run shows beside the text: statistics, the JSON object."""
+"""The statistics and the JSON object of zmoe-run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zmoe.perf.units import in_bytes
 
 
 def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
-    """The object that `--json` prints; memory in bytes, one per node."""
+    """Return the object that `--json` prints: memory in bytes per node, `breakdown` in ms."""
     timings = generation.timings
     return {
         "text": generation.text,
@@ -31,7 +31,7 @@ def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
 
 
 def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any]) -> None:
-    """`summary` and some more as a table on standard error."""
+    """Print `summary` and further times and sizes as a table on standard error."""
     parts: dict[str, float] = summary["breakdown"]
     timings = generation.timings
     first_token, prefill = timings.first_token, timings.prefill
@@ -48,7 +48,7 @@ def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any
     for name in ("experts", "exchange", "other"):
         table.add_row(f"  {name}", f"{parts[name + '_ms']:.2f}")
     if overhead is not None:
-        table.add_row("neither product nor exchange", f"{overhead:.0f} us per layer")
+        table.add_row("outside matmuls and exchange", f"{overhead:.0f} us per layer")
     for rank, memory in enumerate(summary["peak_memory"]):
         table.add_row(f"peak memory, node {rank}", in_bytes(memory))
     if buffers:

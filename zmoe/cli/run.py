@@ -137,7 +137,7 @@ def _standard_input() -> str:
 
 
 def _unicode(name: str, text: str) -> str:
-    """`text`, unless it holds bytes that were no text; `name` says whose it is."""
+    """Return `text`, or raise InputError naming `name` if it held bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -222,7 +222,7 @@ def _ask_for_nodes(progress: Bars, commands: Sequence[str]) -> None:
 
 
 def _show(tokens: Iterable[Token], quiet: bool) -> None:
-    """Generate to the end, the text as it comes unless `quiet`."""
+    """Consume all `tokens`, and print their text as it arrives unless `quiet`."""
     for token in tokens:
         if not quiet:
             print(token.text, end="", flush=True)
@@ -231,7 +231,7 @@ def _show(tokens: Iterable[Token], quiet: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     # Its advice on long prompts and missing frameworks is not for this command's users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = _parser().parse_args(argv)

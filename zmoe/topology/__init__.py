@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores, their sockets, and containers' limits.
+"""What this process may use of its machine: cores, NUMA nodes, and the limits of containers.
 
-Everything is read from files of the system under a root folder, which tests make up.
+Everything is read from system files under a root folder, which tests replace.
 """

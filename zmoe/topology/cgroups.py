@@ -1,4 +1,4 @@
-"""What control groups allow this process, by version 1 or 2 and by every ancestor."""
+"""The limits that control groups (version 1 or 2) and all their ancestors set this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _VERSION_2 = ""  # the name of its only hierarchy in /proc/self/cgroup
 
 
 def cpu_limit(root: Path = ROOT) -> float | None:
-    """How many CPUs' time this process may take; None without a quota."""
+    """Return the CPU quota of this process in CPUs (2.0 is two CPUs' time), or None."""
     limits = []
     for folder in _folders(root, "cpu"):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
@@ -24,7 +24,7 @@ def cpu_limit(root: Path = ROOT) -> float | None:
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """The bytes that this process may take; None without a limit."""
+    """Return the memory limit of this process in bytes, or None."""
     limits = []
     for folder in _folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -35,8 +35,8 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """The control groups that `controller` puts this process in, and their ancestors, as far as
-    they are mounted.
+    """Yield the folders of the control groups of this process under `controller`, and those of
+    their ancestors, as far as they are mounted.
     """
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
@@ -56,8 +56,9 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _within(path: PurePosixPath, mounted: str) -> PurePosixPath:
-    """`path` as seen from what is mounted, which it is outside of where a container shows its own
-    group only.
+    """Return `path` relative to the `mounted` group.
+
+    A container may mount its own group only; `path` then lies outside, and the result is empty.
     """
     if path.is_relative_to(mounted) and ".." not in path.parts:
         return path.relative_to(mounted)

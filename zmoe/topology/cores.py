@@ -1,4 +1,4 @@
-"""Which cores this process may compute on, and how local nodes share them."""
+"""The cores that this process may compute on, and how local nodes share them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ class Core:
 
 
 def usable_cores() -> list[int]:
-    """The logical CPUs to compute on, by NUMA node: one of each physical core that this process
-    may use, without efficiency cores, and no more of them than its CPU quota pays for.
+    """Return the logical CPUs to compute on, ordered by NUMA node.
+
+    There is one per physical core that this process may use, without efficiency cores, and no
+    more of them than the CPU quota pays for.
     """
     return [core.cpu for core in _own_cores()]
 
 
 def team_cores() -> list[int] | int:
-    """The same for the threads of one process to stay on.
+    """Return the usable cores for the threads of one process to be pinned to.
 
-    Under a quota only their number: other containers of the machine, which nobody sees from
-    here, would take the same ones.
+    Under a quota the result is only their number: other containers of the machine, which are
+    invisible from here, would choose the same cores.
     """
     cores = usable_cores()
     return len(cores) if len(cores) < len(_physical_cores()) else cores
 
 
 def divide_cores(nodes: int) -> list[list[int]] | None:
-    """The usable cores dealt to `nodes` local nodes; None where the system can't pin."""
+    """Return the usable cores of each of `nodes` local nodes; None if the system cannot pin."""
     return deal(_own_cores(), nodes) if hasattr(os, "sched_getaffinity") else None
 
 
@@ -68,10 +70,11 @@ def _physical_cores() -> list[Core]:
 
 
 def physical_cores(allowed: Collection[int], root: Path = ROOT) -> list[Core]:
-    """The physical cores of the `allowed` logical CPUs, by NUMA node and number.
+    """Return the physical cores of the `allowed` logical CPUs, ordered by NUMA node and number.
 
-    Efficiency cores are left out unless all are. A system that does not say which logical
-    CPUs share a core, or where it lies, is taken to have one CPU a core and one NUMA node.
+    Efficiency cores are left out, unless there are no others. If the system does not say which
+    logical CPUs share a core, or on which NUMA node it lies, the result assumes one CPU per
+    core and one NUMA node.
     """
     numa = numa_nodes(root)
     chosen, taken = [], set()
@@ -83,7 +86,7 @@ def physical_cores(allowed: Collection[int], root: Path = ROOT) -> list[Core]:
 
 
 def numa_nodes(root: Path = ROOT) -> dict[int, int]:
-    """The NUMA node of every logical CPU; empty where the system does not say."""
+    """Return the NUMA node of every logical CPU; empty if the system does not say."""
     return {
         cpu: int(folder.name.removeprefix("node"))
         for folder in (root / "sys/devices/system/node").glob("node[0-9]*")
@@ -92,7 +95,7 @@ def numa_nodes(root: Path = ROOT) -> dict[int, int]:
 
 
 def _performance_cpus(allowed: Collection[int], root: Path) -> Collection[int]:
-    """Those of hybrid x86 CPUs as the kernel lists them, of Arm's by their capacity."""
+    """Return the performance CPUs: on hybrid x86 from the kernel's list, on Arm by capacity."""
     if fast := _cpus_in(root / "sys/devices/cpu_core/cpus") & set(allowed):
         return fast
     capacity = {cpu: _capacity(cpu, root) for cpu in allowed}
@@ -108,7 +111,7 @@ def _capacity(cpu: int, root: Path) -> int:
 
 
 def _cpus_in(path: Path) -> set[int]:
-    """The CPUs that a file of the system lists; none where there is no such file."""
+    """Return the CPUs that a system file lists; none if there is no such file."""
     try:
         return set(parse_cpus(path.read_text()))
     except (OSError, InputError):
@@ -116,7 +119,7 @@ def _cpus_in(path: Path) -> set[int]:
 
 
 def parse_cpus(text: str) -> list[int]:
-    """The numbers of a list such as "0-3,8". Raises InputError."""
+    """Return the numbers of a list such as "0-3,8". Raises InputError."""
     cpus: list[int] = []
     for part in text.strip().split(","):
         first, dash, last = part.partition("-")
@@ -134,7 +137,7 @@ def parse_cpus(text: str) -> list[int]:
 
 
 def performance_cores(sysctl: Callable[[str], int | None]) -> int | None:
-    """How many there are; on a Mac whose cores are all alike, how many physical ones."""
+    """Return the number of performance cores, or of physical cores if all are alike."""
     return sysctl("hw.perflevel0.physicalcpu") or sysctl("hw.physicalcpu")
 
 
@@ -150,11 +153,11 @@ def _sysctl(name: str) -> int | None:
 
 
 def deal(cores: Sequence[Core], nodes: int) -> list[list[int]]:
-    """The CPUs of each of `nodes` nodes of one machine, the most first.
+    """Return the CPUs of each of `nodes` nodes of one machine, the largest share first.
 
-    A node's cores are of one NUMA node; with fewer nodes than NUMA nodes, of some whole ones
-    that follow each other. The nodes of one NUMA node get equally many. With fewer cores than
-    nodes, several nodes share one.
+    The cores of a node lie on one NUMA node or, with fewer nodes than NUMA nodes, on several
+    consecutive whole ones. The nodes of one NUMA node get equally many cores. With fewer cores
+    than nodes, several nodes share one core.
     """
     groups = _by_numa(cores)
     while len(groups) > nodes:  # put the two smallest neighbours together
@@ -177,7 +180,7 @@ def _by_numa(cores: Iterable[Core]) -> list[list[int]]:
 
 
 def _split(cpus: Sequence[int], parts: int) -> list[list[int]]:
-    """Into `parts` of equal size."""
+    """Split `cpus` into `parts` of equal size."""
     each = max(1, len(cpus) // max(1, parts))
     starts = [part * each % len(cpus) for part in range(parts)]
     return [list(cpus[start : start + each]) for start in starts]

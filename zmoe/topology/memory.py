@@ -22,9 +22,9 @@ Places = npt.NDArray[np.int32]
 
 
 def near_numa_nodes(root: Path = ROOT, allowed: Collection[int] | None = None) -> frozenset[int]:
-    """The NUMA nodes of the `allowed` CPUs, which are by default those that this process may use.
+    """Return the NUMA nodes of the `allowed` CPUs, by default those that this process may use.
 
-    None when these are all there are: then no memory is nearer than other.
+    The result is empty if these are all NUMA nodes: then no memory is nearer than other memory.
     """
     of_cpu = numa_nodes(root)
     if allowed is None:
@@ -34,10 +34,11 @@ def near_numa_nodes(root: Path = ROOT, allowed: Collection[int] | None = None) -
 
 
 def move_near(near: Collection[int], address: int, size: int) -> int:
-    """Move the pages of [address, address + size) that are in memory to these NUMA nodes, in turn.
+    """Move the resident pages of [address, address + size) to the NUMA nodes `near`, in turn.
 
-    Returns the bytes that lie elsewhere still: another process maps those pages, too, or there
-    was no room. Where pages cannot be asked for, nothing is moved, and 0 returned.
+    Returns the number of bytes that still lie elsewhere, because another process maps those
+    pages too or because there was no room. Where the system cannot locate pages, it moves
+    nothing and returns 0.
     """
     begin = address // mmap.PAGESIZE * mmap.PAGESIZE
     pages = np.arange(begin, address + size, mmap.PAGESIZE, dtype=np.uintp)
@@ -48,13 +49,13 @@ def move_near(near: Collection[int], address: int, size: int) -> int:
 
 
 def _far(near: Collection[int], pages: npt.NDArray[np.uintp]) -> npt.NDArray[np.uintp]:
-    """Those of `pages` that are in the memory of other NUMA nodes."""
+    """Return those of `pages` that lie in the memory of other NUMA nodes."""
     places = _move_pages(pages, None)
     return pages[(places >= 0) & ~np.isin(places, list(near))]
 
 
 def _move_pages(pages: npt.NDArray[np.uintp], to: Places | None) -> Places:
-    """move_pages(2) of this process: where each page lies, or a negative error."""
+    """Call move_pages(2): returns the NUMA node of each page, or a negative error number."""
     places = np.full(pages.size, -1, np.int32)
     if (number := _MOVE_PAGES.get(platform.machine())) is not None and pages.size:
         ctypes.CDLL(None).syscall(

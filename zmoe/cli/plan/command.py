@@ -114,7 +114,7 @@ def _add_parameters(parser: Parser) -> None:
 
 
 def parse_nodes(text: str) -> list[int]:
-    """Ascending numbers from "4", "2,4" or "1-8". Raises InputError naming --nodes."""
+    """Return ascending numbers for "4", "2,4" or "1-8". Raises InputError naming --nodes."""
     numbers: set[int] = set()
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -135,7 +135,7 @@ def _positive(flag: str, value: float | None, most: float = math.inf) -> None:
 
 
 def _machines(text: str) -> tuple[list[Machine], Link | None]:
-    """The machines that --hardware names, and the link of the first profile among them."""
+    """Return the machines of --hardware, and the link of the first profile among them."""
     machines, link = [], None
     for name in text.split(","):
         if _is_file(name):
@@ -160,7 +160,7 @@ def _is_file(name: str) -> bool:
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
-    """The question that the flags ask. Raises InputError naming the flag."""
+    """Return what the flags ask to predict. Raises InputError naming the flag."""
     for flag, value, most in (
         ("--batch", options.batch, 4096),
         ("--context", options.context, 1e8),
@@ -201,7 +201,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 
 def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
-    """The placement file that the flags name, as a placement of `shape`; None for no file."""
+    """Return the placement of `shape` in the file that --placement names, or None."""
     name = options.placement
     if name in PLACEMENTS:
         return None
@@ -227,7 +227,7 @@ def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
 
 
 def _counts(nodes: str | None, setup: Setup) -> list[int]:
-    """The numbers of nodes that --nodes asks for, or those that suit a `setup` without it."""
+    """Return the node counts of --nodes; without it, those that suit `setup`."""
     if nodes is not None:
         return parse_nodes(nodes)
     if setup.given is not None:
@@ -264,7 +264,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
     return run_command(PROG, options.debug, lambda: _plan(options))
 

@@ -1,4 +1,4 @@
-"""From the name that a user gives zmoe-plan to a model's shape; reads no weights."""
+"""Find the shape of the model that a user names to zmoe-plan, without reading weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _HUB_S = 10.0  # to answer
 
 
 def find_model(name: str, bits: int | None, group_size: int | None) -> ModelShape:
-    """The shape of `name`: in the table, a folder, or a Hugging Face repo.
+    """Return the shape of `name`: an entry of the table, a folder, or a Hugging Face repo.
 
-    Of a repo only config.json is downloaded (HF_HOME and HF_HUB_OFFLINE are
-    respected). `bits` None: stored as published. Raises InputError naming flag,
-    file or repo.
+    Only the config.json of a repo is downloaded (HF_HOME and HF_HUB_OFFLINE are
+    respected). If `bits` is None, weights are stored as published. Raises InputError
+    naming flag, file or repo.
     """
     weights = _format(bits, group_size)
     if not name:

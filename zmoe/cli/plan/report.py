@@ -1,4 +1,4 @@
-"""What zmoe-plan shows: the JSON object, the table, the plot."""
+"""The JSON object, the table and the plot of zmoe-plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TERMS = ("load", "compute", "latency", "transfer", "overhead")
 def report_of(
     setup: Setup, predictions: Sequence[Prediction], target: float | None
 ) -> dict[str, Any]:
-    """The object that `--json` prints: every parameter with its source, and a row a node count."""
+    """Return the object of `--json`: all parameters with sources, and one row per node count."""
     said = conclusions(predictions)
     bought: list[dict[str, Any]] | None = None
     if target is not None:
@@ -53,7 +53,7 @@ def report_of(
 
 
 def show(setup: Setup, predictions: Sequence[Prediction], said: Sequence[str]) -> None:
-    """The table, and what follows from it."""
+    """Print the table of predictions, and the sentences in `said` below it."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -105,15 +105,15 @@ def _cells(prediction: Prediction, bytes_per_unit: int) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Write three significant digits, or all digits before the decimal point."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def plotter(path: Path) -> Callable[[Sequence[Prediction]], None]:
-    """A function that draws predictions into `path`. Raises InputError when drawing is impossible.
+    """Return a function that draws predictions into `path`.
 
-    Where no prediction fits there is nothing to draw: then it writes no file, and says so
-    on standard error.
+    If no prediction fits, that function writes no file and says so on standard error.
+    Raises InputError if drawing is impossible.
     """
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {path}: expected a name that ends in .png or .svg")
@@ -135,7 +135,7 @@ def plotter(path: Path) -> Callable[[Sequence[Prediction]], None]:
 
 
 def _draw(figure: Any, fitting: Sequence[Prediction], path: Path) -> None:
-    """Milliseconds per decode step by cause, and tokens/s, over the numbers of nodes."""
+    """Draw milliseconds per decode step by term, and tokens/s, over node counts."""
     names = [str(p.nodes) for p in fitting]
     times, speeds = figure.subplots(1, 2)
     below = [0.0] * len(fitting)
