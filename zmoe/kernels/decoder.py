@@ -138,7 +138,7 @@ class NativeMoE:
 
 
 class Part(NamedTuple):
-    """Some rows of a routing as the experts take them: x, pairs and their sums.
+    """Some tokens of a routing as the experts take them: x, pairs and their sums.
 
     `rows` and `out` have one more at the end where padding is run; `assigned`:
     whether there is any other pair.
@@ -155,7 +155,7 @@ class Buffers(Routed):
     """What a layer's routing and sums of `rows` tokens go into, reused by all layers.
 
     One row of x more, of zeros, and one of the partial sum are for up to
-    `padding` experts that are run on no row of the routing.
+    `padding` experts that are run on no token of the routing.
     """
 
     def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
@@ -192,7 +192,7 @@ class Buffers(Routed):
             self.pairs.count = new.stop
 
     def between(self, start: int, stop: int) -> Part:
-        """The rows [start, stop), which count from 0 then; the last have the padding."""
+        """The tokens [start, stop), which count from 0 then; the last have the padding."""
         padded = self._padded if stop == self.rows else 0
         rows = stop - start + (padded > 0)
         if stop - start == self.rows:
@@ -208,9 +208,9 @@ class Buffers(Routed):
 
 
 class BufferPool:
-    """Buffers that the layers of a model take in turn: those of one row, and of the last other.
+    """Buffers that the layers share: those for one token, and for the last other number of tokens.
 
-    `padding`: the most experts that any layer runs on no row.
+    `padding`: the most experts that any layer runs on no token.
     """
 
     def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
@@ -218,7 +218,7 @@ class BufferPool:
         self._known: dict[tuple[int, int, int], Buffers] = {}
 
     def of(self, rows: int, width: int, top_k: int) -> Buffers:
-        """The buffers for `rows` rows."""
+        """The buffers for `rows` tokens."""
         key = (rows, width, top_k)
         found = self._known.get(key)
         if found is None:
@@ -246,7 +246,7 @@ class NativeLayer(Module):
         return self._attention.make_cache(max_size)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
-        """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
+        """From x (1, tokens, hidden_size): the residual buffer; the next step overwrites it."""
         assert cache is not None
         array, h, memory = self._residual.take(x)
         self._attention(h, len(memory), cache)
