@@ -44,7 +44,7 @@ static const zmoe_isa ALL_ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_IS
 enum { N_ISAS = sizeof ALL_ISAS / sizeof *ALL_ISAS };
 
 /* A thread pool of its own with room for `bytes`. */
-static inline zmoe_thread_pool *make_team(uint32_t threads, zmoe_isa isa, size_t bytes) {
+static inline zmoe_thread_pool *make_pool(uint32_t threads, zmoe_isa isa, size_t bytes) {
   zmoe_thread_pool *pool;
   CHECK_EQUAL(zmoe_thread_pool_create(threads, NULL, 50, isa, &pool), ZMOE_OK);
   CHECK_EQUAL(zmoe_thread_pool_reserve(pool, bytes), ZMOE_OK);

@@ -61,7 +61,7 @@ static void check_isa(const layer *l, const double *expected, zmoe_isa isa) {
   result first = {0};
   for (uint32_t threads = 1; threads <= 3; threads++) {
     zmoe_thread_pool *pool =
-        make_team(threads, isa, zmoe_attention_scratch(&l->attention, s->filled));
+        make_pool(threads, isa, zmoe_attention_scratch(&l->attention, s->filled));
     result out = run(l, pool, s->rows, threads == 2 ? 3 : 0);
     size_t count = (size_t)s->rows * s->width;
     if (threads == 1) {
@@ -156,7 +156,7 @@ static void test_prefill_is_many_steps(void) {
   const shape s = {6, 2, 32, 48, 32, 0, 40, RMS, RMS, 0, 1, 0, 1, 0, ZMOE_F32, 130, 20};
   layer l = make_layer(&s);
   describe_layer(&l);
-  zmoe_thread_pool *pool = make_team(2, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 200));
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 200));
   result at_once = run(&l, pool, s.rows, 0), steps = run(&l, pool, 1, 0);
   result some = run(&l, pool, 37, 0);
   size_t count = (size_t)s.rows * s.width;
@@ -179,7 +179,7 @@ static void test_nan_goes_through(void) {
     describe_layer(&l);
     l.h[(size_t)(rows - 1) * s.width] = NAN;
     zmoe_thread_pool *pool =
-        make_team(1, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 25));
+        make_pool(1, zmoe_isa_best(), zmoe_attention_scratch(&l.attention, 25));
     result out = run(&l, pool, rows, 0);
     for (uint32_t i = 0; i < s.width; i++)
       CHECK(isnan(out.added[(size_t)(rows - 1) * s.width + i]));

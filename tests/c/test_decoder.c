@@ -30,7 +30,7 @@ static void check_norm(const zmoe_norm *norm, const float *x, uint32_t rows, zmo
   for (uint32_t i = 0; i < 2 * N_ISAS; i++) {
     if (!zmoe_isa_supported(ALL_ISAS[i / 2]))
       continue;
-    zmoe_thread_pool *pool = make_team(1 + i % 2, ALL_ISAS[i / 2], 0);
+    zmoe_thread_pool *pool = make_pool(1 + i % 2, ALL_ISAS[i / 2], 0);
     CHECK_EQUAL(zmoe_norm_rows(pool, norm, x, rows, i == 0 ? first : out, dtype), ZMOE_OK);
     CHECK(i == 0 || memcmp(first, out, bytes) == 0);
     zmoe_thread_pool_destroy(pool);
@@ -69,7 +69,7 @@ static void test_norms_of_extremes(void) {
   double expected[64];
   float out[64];
   reference_norm(&layer, shifted, expected);
-  zmoe_thread_pool *pool = make_team(1, zmoe_isa_best(), 0);
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), 0);
   CHECK_EQUAL(zmoe_norm_rows(pool, &layer, shifted, 1, out, ZMOE_F32), ZMOE_OK);
   CHECK(distance(out, expected, 64) < 1e-3);
   zmoe_thread_pool_destroy(pool);
@@ -135,7 +135,7 @@ static void check_router(const zmoe_router *router, uint32_t rows, zmoe_dtype dt
   int32_t *ids = malloc(rows * k * sizeof *ids), *expected_ids = malloc(k * sizeof *ids);
   unsigned char *x_out = malloc((size_t)rows * width * 4);
   float *wide = malloc((size_t)rows * width * sizeof *wide);
-  zmoe_thread_pool *pool = make_team(threads, isa, zmoe_route_scratch(router));
+  zmoe_thread_pool *pool = make_pool(threads, isa, zmoe_route_scratch(router));
   CHECK_EQUAL(zmoe_route(pool, router, h, rows, x_out, dtype, ids, weights), ZMOE_OK);
   zmoe_convert(wide, ZMOE_F32, x_out, dtype, (size_t)rows * width, ZMOE_ISA_GENERIC);
   for (uint32_t r = 0; r < rows; r++) {
@@ -182,7 +182,7 @@ static void route_logits(uint32_t kind, const float *logits, uint32_t n, uint32_
   float *zeros = calloc(n, sizeof *zeros), h = 0, x;
   const zmoe_weight gate = {.data = zeros, .bias = logits, .out_features = n, .in_features = 1};
   const zmoe_router router = {.gate = &gate, .kind = kind, .top_k = k, .scale = 1};
-  zmoe_thread_pool *pool = make_team(1, zmoe_isa_best(), zmoe_route_scratch(&router));
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_route_scratch(&router));
   CHECK_EQUAL(zmoe_route(pool, &router, &h, 1, &x, ZMOE_F32, ids, weights), ZMOE_OK);
   zmoe_thread_pool_destroy(pool);
   free(zeros);
@@ -241,7 +241,7 @@ static void test_bad_routers(void) {
     bad[i] = good;
   bad[0].top_k = 0, bad[1].top_k = 3, bad[2].kind = 3, bad[3].gate = &empty;
   bad[4].input = (zmoe_norm){ZMOE_NORM_RMS, 3, 0, NULL, NULL}, bad[5].input.kind = 3;
-  zmoe_thread_pool *pool = make_team(2, zmoe_isa_best(), zmoe_route_scratch(&good));
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_route_scratch(&good));
   for (int i = 0; i < 6; i++)
     CHECK_EQUAL(zmoe_route(pool, &bad[i], h, 1, x, ZMOE_F32, ids, weights), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_route(pool, &good, h, 1, x, (zmoe_dtype)3, ids, weights), ZMOE_EINVAL);
@@ -259,7 +259,7 @@ static void test_bad_norms(void) {
   float x[4] = {1, 2, 3, 4}, out[4];
   const zmoe_norm none = {ZMOE_NORM_RMS, 0, 0, NULL, NULL}, odd = {3, 4, 0, NULL, NULL};
   const zmoe_norm good = {ZMOE_NORM_RMS, 4, 0, NULL, NULL};
-  zmoe_thread_pool *pool = make_team(2, zmoe_isa_best(), 0);
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), 0);
   CHECK_EQUAL(zmoe_norm_rows(pool, &none, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_norm_rows(pool, &odd, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_norm_rows(pool, &good, x, 1, out, (zmoe_dtype)3), ZMOE_EINVAL);
@@ -317,7 +317,7 @@ static void test_bad_attention(void) {
   bad[8].n_projections = 1, bad[9].projections = wrong, bad[10].projections = narrow;
   bad[11].output = &other, bad[12].output = &taller, bad[13].input = odd;
   bad[14].query_norm = odd, bad[15].key_norm = kind, bad[16].dtype = 3;
-  zmoe_thread_pool *pool = make_team(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
   for (int i = 0; i < 17; i++)
     expect(pool, &bad[i], 0, 1, angles, ZMOE_EINVAL);
   expect(pool, &good, CAPACITY - 1, 2, angles, ZMOE_EINVAL); /* one too many */

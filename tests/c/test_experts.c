@@ -180,7 +180,7 @@ static void check_moe(const moe_options *o) {
   for (int i = 0; i < N_ISAS; i++)
     for (uint32_t threads = 1; threads <= 3 && zmoe_isa_supported(ALL_ISAS[i]); threads++) {
       zmoe_thread_pool *pool =
-          make_team(threads, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, o->top_k));
+          make_pool(threads, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, o->top_k));
       memset(out, 0xa5, bytes);
       CHECK_EQUAL(run(&m, pool, out), ZMOE_OK);
       if (threads == 1)
@@ -293,7 +293,7 @@ static moe small_moe(void) {
 
 static void test_refusals(void) {
   static float out[4 * 64];
-  zmoe_thread_pool *pool = make_team(1, zmoe_isa_best(), zmoe_experts_scratch(64, 64, 2));
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_experts_scratch(64, 64, 2));
   REFUSED(m.pair_rows[2] = 3); /* out of order */
   REFUSED(m.pair_rows[0] = -1);
   REFUSED(m.pair_rows[m.n_pairs - 1] = 4);
@@ -318,7 +318,7 @@ static void check_memory(const moe *m, zmoe_isa isa, size_t enough) {
   static unsigned char out[128 * 1280 * sizeof(float)];
   int failed = 0, status = ZMOE_ENOMEM;
   for (size_t room = 0; status == ZMOE_ENOMEM; room += enough / 24) {
-    zmoe_thread_pool *pool = make_team(1, isa, room);
+    zmoe_thread_pool *pool = make_pool(1, isa, room);
     memset(out, 0xa5, 64);
     status = run(m, pool, out);
     CHECK(room <= enough);
@@ -360,7 +360,7 @@ static void test_odd_numbers(void) {
       m.precision = (zmoe_precision)precision;
       ((float *)m.x)[64 + 5] = precision ? NAN : INFINITY;
       expect_experts(&m, expect);
-      zmoe_thread_pool *pool = make_team(1, ALL_ISAS[i], zmoe_experts_scratch(64, 64, 2));
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_experts_scratch(64, 64, 2));
       CHECK_EQUAL(run(&m, pool, out), ZMOE_OK);
       for (size_t o = 0; o < 64; o++) /* infinity - infinity may come by another way */
         CHECK(!isfinite(expect[64 + o].value) && !isfinite(out[64 + o]));
@@ -391,7 +391,7 @@ static void check_gather(weight_kind kind, uint32_t rows, zmoe_precision precisi
   for (int i = 0; i < N_ISAS; i++) {
     if (!zmoe_isa_supported(ALL_ISAS[i]))
       continue;
-    zmoe_thread_pool *pool = make_team(2, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, 2));
+    zmoe_thread_pool *pool = make_pool(2, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, 2));
     CHECK_EQUAL(zmoe_gather_linear(pool, m.layer.up, m.layer.experts, m.x, m.x_dtype, m.rows,
                                    m.pair_rows, m.pair_experts, m.n_pairs, out, ZMOE_F32,
                                    precision),

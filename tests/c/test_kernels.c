@@ -205,7 +205,7 @@ int main(int argc, char **argv) {
   rig_start(argc, argv);
   for (int i = 0; i < N_ISAS; i++)
     if (zmoe_isa_supported(ALL_ISAS[i]))
-      pools[i] = make_team(1, ALL_ISAS[i], 0);
+      pools[i] = make_pool(1, ALL_ISAS[i], 0);
     else
       printf("   (%s cannot run here)\n", zmoe_isa_name(ALL_ISAS[i]));
   RUN(tests);

@@ -69,7 +69,7 @@ static void test_several_weights(void) {
         continue;
       several s = make_several(n * 5, n % 2 ? 8 : 3, rows[n % 5], 384, (zmoe_dtype)(n % 3));
       zmoe_thread_pool *pool =
-          make_team(1 + n % 2, ALL_ISAS[i], zmoe_linear_scratch(s.in_features));
+          make_pool(1 + n % 2, ALL_ISAS[i], zmoe_linear_scratch(s.in_features));
       zmoe_precision precision = n % 4 < 2 ? ZMOE_EXACT : ZMOE_INT8;
       CHECK_EQUAL(multiply(&s, pool, precision), ZMOE_OK);
       check_several(&s, precision);
@@ -87,7 +87,7 @@ static void test_threads_make_no_difference(void) {
       continue;
     zmoe_thread_pool *pools[3];
     for (uint32_t t = 0; t < 3; t++)
-      pools[t] = make_team(t + 1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      pools[t] = make_pool(t + 1, ALL_ISAS[i], zmoe_linear_scratch(384));
     for (uint32_t n = 0; n < 8; n++) {
       if (rig_skips(n))
         continue;
@@ -119,7 +119,7 @@ static void test_too_little_memory(void) {
   int failed = 0;
   several s = make_several(2, 2, 128, 4096, ZMOE_BF16);
   for (size_t bytes = 0; bytes <= enough; bytes += enough / 16) {
-    zmoe_thread_pool *pool = make_team(1, zmoe_isa_best(), bytes);
+    zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), bytes);
     s.rows = bytes % 3 == 0 ? 128 : 8;
     for (uint32_t i = 0; i < s.n; i++)
       memset(s.ys[i], 0xa5, s.rows * s.strides[i] * sizeof(float));
@@ -139,7 +139,7 @@ static void test_too_little_memory(void) {
 }
 
 static void test_refusals(void) {
-  zmoe_thread_pool *pool = make_team(1, zmoe_isa_best(), zmoe_linear_scratch(64));
+  zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), zmoe_linear_scratch(64));
   several s = make_several(6, 3, 2, 128, ZMOE_F32);
   s.n = 0;
   CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_EINVAL);
@@ -188,7 +188,7 @@ static void test_odd_numbers(void) {
         for (uint32_t k = 0; k < 384; k += 383)
           put((void *)s.weights[0].data, 3 * 384 + k, (zmoe_dtype)s.weights[0].format,
               odd[(n / 2 + k) % 3]);
-      zmoe_thread_pool *pool = make_team(1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_linear_scratch(384));
       CHECK_EQUAL(multiply(&s, pool, (zmoe_precision)(n / 2 % 2)), ZMOE_OK);
       check_several(&s, (zmoe_precision)(n / 2 % 2));
       zmoe_thread_pool_destroy(pool);
@@ -209,7 +209,7 @@ static void test_odd_codes(void) {
       scales[2 * row - 1] = 0xff; /* of the second output's last group */
       if (RIG_KINDS[kind].format == ZMOE_FORMAT_MXFP8)
         data[5 * 384] = 0x7f;
-      zmoe_thread_pool *pool = make_team(1, ALL_ISAS[i], zmoe_linear_scratch(384));
+      zmoe_thread_pool *pool = make_pool(1, ALL_ISAS[i], zmoe_linear_scratch(384));
       CHECK_EQUAL(multiply(&s, pool, ZMOE_EXACT), ZMOE_OK);
       CHECK(isnan(s.ys[0][1]));
       check_several(&s, ZMOE_EXACT);

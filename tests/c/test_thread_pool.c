@@ -190,7 +190,7 @@ static void test_products(void) {
   void *ys[] = {y[0], y[1]};
   const size_t strides[] = {128, 128};
   const void *x = rig_inputs(40 * 128, 1.0f, ZMOE_BF16, 0, 0);
-  zmoe_thread_pool *pool = make_team(3, zmoe_isa_best(), zmoe_experts_scratch(128, 128, 2));
+  zmoe_thread_pool *pool = make_pool(3, zmoe_isa_best(), zmoe_experts_scratch(128, 128, 2));
   CHECK_EQUAL(zmoe_thread_pool_reserve(pool, zmoe_linear_scratch(128)), ZMOE_OK);
   for (uint32_t rows = 1; rows <= 40; rows += 13) {
     CHECK_EQUAL(zmoe_linear(pool, pointers, 2, x, ZMOE_BF16, rows, ys, strides, ZMOE_F32,
