@@ -1,4 +1,4 @@
-/* The small operations of a decoder layer, on one thread: microseconds (medians) of
+/* The vector operations of a decoder layer, on one thread: microseconds (medians) of
  * one row, and prefill.  bench/README.md has the command.
  *
  *   decoder [KEYS [HEADS [KV_HEADS [HEAD_DIM]]]]
@@ -12,7 +12,7 @@
 #include <string.h>
 
 #include "kernels/attention.h"
-#include "kernels/product.h"
+#include "kernels/matmul.h"
 
 enum { LAYERS = 24, RUNS = 401, WIDTH = 2048, EXPERTS = 64, TOP_K = 8, PREFILL = 128 };
 
@@ -28,7 +28,7 @@ static int by_value(const void *a, const void *b) {
 }
 
 typedef struct scene {
-  zmoe_thread_pool *team;
+  zmoe_thread_pool *pool;
   zmoe_attention attention;
   zmoe_kv_cache caches[LAYERS];
   float *h, *cosines, *sines, *qkv;
@@ -52,15 +52,15 @@ static double median_us(operation *op, scene *s, uint32_t runs) {
 }
 
 static void norm(scene *s) {
-  zmoe_norm_rows(s->team, &s->attention.input, s->h, 1, s->out, ZMOE_BF16);
+  zmoe_norm_rows(s->pool, &s->attention.input, s->h, 1, s->out, ZMOE_BF16);
 }
 
 /* Everything between the projections and the output projection. */
 static void heads(scene *s) {
   zmoe_attend job = {.attention = &s->attention,
-                     .small = zmoe_small_for(zmoe_thread_pool_isa(s->team)),
-                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(s->team)),
-                     .isa = zmoe_thread_pool_isa(s->team),
+                     .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(s->pool)),
+                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(s->pool)),
+                     .isa = zmoe_thread_pool_isa(s->pool),
                      .dtype = ZMOE_BF16,
                      .cache = &s->caches[s->call % s->layers],
                      .cosines = s->cosines,
@@ -70,13 +70,13 @@ static void heads(scene *s) {
                      .qkv = s->qkv,
                      .out = s->out};
   zmoe_attend_plan(&job);
-  size_t mark = zmoe_thread_pool_mark(s->team), vectors = zmoe_attend_vectors(&s->attention);
+  size_t mark = zmoe_thread_pool_mark(s->pool), vectors = zmoe_attend_vectors(&s->attention);
   job.floats_per_thread = zmoe_attend_panel_floats(&s->attention);
-  job.panels = zmoe_thread_pool_scratch(s->team, job.floats_per_thread * 4);
-  job.sums = zmoe_thread_pool_scratch(s->team, vectors * job.padded * sizeof(float));
-  job.softmax = zmoe_thread_pool_scratch(s->team, vectors * sizeof *job.softmax);
-  zmoe_thread_pool_run(s->team, zmoe_attend_work, &job);
-  zmoe_thread_pool_release(s->team, mark);
+  job.panels = zmoe_thread_pool_scratch(s->pool, job.floats_per_thread * 4);
+  job.sums = zmoe_thread_pool_scratch(s->pool, vectors * job.padded * sizeof(float));
+  job.softmax = zmoe_thread_pool_scratch(s->pool, vectors * sizeof *job.softmax);
+  zmoe_thread_pool_run(s->pool, zmoe_attend_work, &job);
+  zmoe_thread_pool_release(s->pool, mark);
 }
 
 static void route(scene *s) {
@@ -84,15 +84,15 @@ static void route(scene *s) {
   static int32_t ids[TOP_K];
   for (int i = 0; gate[0] == 0 && i < EXPERTS * 32; i++)
     gate[i] = (float)(rand() % 1000 + 1) * 1e-3f;
-  const zmoe_weight weight = {.data = gate, .outs = EXPERTS, .ins = 32};
+  const zmoe_weight weight = {.data = gate, .out_features = EXPERTS, .in_features = 32};
   const zmoe_router router = {.gate = &weight, .top_k = TOP_K, .normalize = 1, .scale = 1};
-  zmoe_route(s->team, &router, s->h, 1, s->out, ZMOE_F32, ids, weights);
+  zmoe_route(s->pool, &router, s->h, 1, s->out, ZMOE_F32, ids, weights);
 }
 
 static void table(scene *s, zmoe_isa isa, uint32_t keys) {
   zmoe_attention *a = &s->attention;
-  zmoe_thread_pool_create(1, NULL, 0, isa, &s->team);
-  zmoe_thread_pool_reserve(s->team, (size_t)64 << 20);
+  zmoe_thread_pool_create(1, NULL, 0, isa, &s->pool);
+  zmoe_thread_pool_reserve(s->pool, (size_t)64 << 20);
   s->rows = 1, s->layers = 1;
   printf("%-12s norm %.2f", zmoe_isa_name(isa), median_us(norm, s, RUNS));
   s->keys = 1;
@@ -111,7 +111,7 @@ static void table(scene *s, zmoe_isa isa, uint32_t keys) {
   us = median_us(heads, s, 9);
   printf(", after %u: %.0f us, %.1f\n", keys, us,
          (flops + 4.0 * a->heads * a->head_dim * PREFILL * keys) / us * 1e-3);
-  zmoe_thread_pool_destroy(s->team);
+  zmoe_thread_pool_destroy(s->pool);
 }
 
 static float *random_floats(size_t count) {
@@ -127,7 +127,7 @@ int main(int argc, char **argv) {
     shape[i - 1] = (uint32_t)atoi(argv[i]);
   uint32_t keys = shape[0], heads = shape[1], kv_heads = shape[2], dim = shape[3];
   const float *ones = random_floats(WIDTH);
-  zmoe_weight output = {.outs = WIDTH, .ins = heads * dim};
+  zmoe_weight output = {.out_features = WIDTH, .in_features = heads * dim};
   scene s = {.attention = {.input = {ZMOE_NORM_RMS, WIDTH, 1e-5f, ones, NULL},
                            .query_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},
                            .key_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},

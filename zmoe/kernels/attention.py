@@ -128,10 +128,10 @@ class NativeAttention:
         self._raw.window = self._window if max_size is None else max_size
         return NativeCache(*self._shape, self._dtype, max_size)
 
-    def __call__(self, h: CData, rows: int, cache: NativeCache) -> None:
-        """Of h (rows, width) f32, in place; appends the rows to the cache."""
-        cosines, sines = self._rope.tables(cache.offset, rows)
-        if cache.grow(rows):
+    def __call__(self, h: CData, tokens: int, cache: NativeCache) -> None:
+        """Change h (tokens, hidden_size) f32 in place; appends to the cache. Raises ZmoeError."""
+        cosines, sines = self._rope.tables(cache.offset, tokens)
+        if cache.grow(tokens):
             self._pool.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
         status = lib.zmoe_attention_step(
             self._pool.handle,
@@ -139,7 +139,7 @@ class NativeAttention:
             cache.raw,
             cosines,
             sines,
-            rows,
+            tokens,
             h,
             self._pool.precision,
         )

@@ -72,7 +72,7 @@ class NativeMoE:
         """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
         forward(self, self._layer, h, memory)
 
-    def route(self, h: CData, memory: Floats) -> _Routed:
+    def route(self, h: CData, memory: Floats) -> Buffers:
         """See zmoe.moe.block.Backend."""
         rows, width = memory.shape
         at = self._buffers.of(rows, width, self._top_k)
@@ -89,8 +89,8 @@ class NativeMoE:
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
         self._find_pairs(at, rows)
-        digest = int(at.pairs.digest)
-        return _Routed(at.x[:rows], self._dtype, at.ids, at.weights, digest, at.routed, at, memory)
+        at.digest, at.memory = int(at.pairs.digest), memory
+        return at
 
     def _find_pairs(self, at: Buffers, rows: int) -> None:
         """What this node has to compute of the routing, and what it runs besides."""
@@ -110,15 +110,15 @@ class NativeMoE:
         )
         at.pad(own.padding(at.ids, at.experts[: at.pairs.count]))
 
-    def partial(self, routed: _Routed, start: int, stop: int) -> Floats | None:
+    def partial(self, routed: Buffers, start: int, stop: int) -> Floats | None:
         """See zmoe.moe.block.Backend."""
-        part = routed.buffers.between(start, stop)
+        part = routed.between(start, stop)
         if part.pairs.count:
             with self._layer.spans.span("experts"):
                 self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
         return part.out[: stop - start] if part.assigned else None
 
-    def shared(self, routed: _Routed) -> mx.array | None:
+    def shared(self, routed: Buffers) -> mx.array | None:
         """See zmoe.moe.block.Backend; evaluated."""
         if not self._adapter.has_shared:
             return None
@@ -129,7 +129,7 @@ class NativeMoE:
             mx.eval(part)
         return part
 
-    def finish(self, routed: _Routed, total: Floats, shared: mx.array | None) -> None:
+    def finish(self, routed: Buffers, total: Floats, shared: mx.array | None) -> None:
         """Add the sum over the nodes and the shared part to h."""
         memory = routed.memory
         memory += total
@@ -137,16 +137,8 @@ class NativeMoE:
             memory += np.asarray(shared.astype(mx.float32)).reshape(memory.shape)
 
 
-@dataclass
-class _Routed(Routed):
-    """`memory` is that of h, the residual stream (tokens, hidden_size)."""
-
-    buffers: Buffers
-    memory: Floats
-
-
 class Part(NamedTuple):
-    """Some rows of a routing as the experts take them: x, pairs and their sums.
+    """Some tokens of a routing as the experts take them: x, pairs and their sums.
 
     `rows` and `out` have one more at the end where padding is run; `assigned`:
     whether there is any other pair.
@@ -159,22 +151,23 @@ class Part(NamedTuple):
     assigned: bool
 
 
-class Buffers:
-    """What a layer's routing and sums of `rows` rows go into.
+class Buffers(Routed):
+    """What a layer's routing and sums of `rows` tokens go into, reused by all layers.
 
     One row of x more, of zeros, and one of the partial sum are for up to
-    `padding` experts that are run on no row of the routing.
+    `padding` experts that are run on no token of the routing.
     """
 
     def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
         self.rows = rows
-        self.x = empty((rows + 1, width), dtype)
-        self.x[rows] = 0
-        self.ids = np.empty((rows, top_k), np.int32)
-        self.weights = np.empty((rows, top_k), np.float32)
+        x = empty((rows + 1, width), dtype)
+        x[rows] = 0
+        ids, weights = np.empty((rows, top_k), np.int32), np.empty((rows, top_k), np.float32)
+        out = np.empty((rows, width), np.float32)
+        super().__init__(x[:rows], dtype, ids, weights, 0, out)
+        self.memory = out  # that of h, once there is a routing
         self.partial = np.empty((rows + 1, width), np.float32)
-        self.routed = np.empty((rows, width), np.float32)
-        self.x_pointer = writable(self.x)
+        self.x_pointer = writable(x)
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
         self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
         count = rows * top_k + padding
@@ -199,7 +192,7 @@ class Buffers:
             self.pairs.count = new.stop
 
     def between(self, start: int, stop: int) -> Part:
-        """The rows [start, stop), which count from 0 then; the last have the padding."""
+        """The tokens [start, stop), which count from 0 then; the last have the padding."""
         padded = self._padded if stop == self.rows else 0
         rows = stop - start + (padded > 0)
         if stop - start == self.rows:
@@ -210,14 +203,14 @@ class Buffers:
         np.subtract(of[begin:end], start, out=self._some_rows[: end - begin])
         some.experts, some.weights = self.pairs.experts + begin, self.pairs.weights + begin
         some.count = end - begin
-        x = self.x_pointer + start * (len(self.x_pointer) // len(self.x))
+        x = self.x_pointer + start * (len(self.x_pointer) // (self.rows + 1))
         return Part(x, rows, some, self.partial[start : start + rows], end - begin > padded)
 
 
 class BufferPool:
-    """Buffers that the layers of a model take in turn: those of one row, and of the last other.
+    """Buffers that the layers share: those for one token, and for the last other number of tokens.
 
-    `padding`: the most experts that any layer runs on no row.
+    `padding`: the most experts that any layer runs on no token.
     """
 
     def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
@@ -225,7 +218,7 @@ class BufferPool:
         self._known: dict[tuple[int, int, int], Buffers] = {}
 
     def of(self, rows: int, width: int, top_k: int) -> Buffers:
-        """The buffers for `rows` rows."""
+        """The buffers for `rows` tokens."""
         key = (rows, width, top_k)
         found = self._known.get(key)
         if found is None:
@@ -253,7 +246,7 @@ class NativeLayer(Module):
         return self._attention.make_cache(max_size)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
-        """Of x (1, rows, width): the stream, whose memory the next step overwrites."""
+        """From x (1, tokens, hidden_size): the residual buffer; the next step overwrites it."""
         assert cache is not None
         array, h, memory = self._residual.take(x)
         self._attention(h, len(memory), cache)

@@ -19,7 +19,7 @@ _POSITIONS_AHEAD = 256  # so that a token rarely waits for MLX to turn vectors
 
 
 class ResidualBuffer:
-    """The residual stream h (rows, width) in f32, in memory that MLX owns.
+    """The residual stream h (tokens, hidden_size) in f32, in memory that MLX owns.
 
     A layer hands the array on which the next one is called; it is the same
     memory all the time, changed in place. MLX reads it at the end, in the
@@ -32,7 +32,7 @@ class ResidualBuffer:
         self._views: dict[int, tuple[mx.array, CData, Buffer]] = {}
 
     def take(self, x: mx.array) -> tuple[mx.array, CData, Buffer]:
-        """Take x (1, rows, width) as the stream: the array, its memory, and that as numpy."""
+        """Take x (1, tokens, hidden_size): the buffer as an array, in C, and as numpy."""
         rows = x.size // self.width
         view = self._view(rows)
         if x is not view[0]:
@@ -82,11 +82,11 @@ class RopeTables:
         self._positions = range(0)
         self._tables: list[CData] = []
 
-    def tables(self, offset: int, rows: int) -> list[CData]:
-        """Cosines and sines (rows, dims / 2) f32 of the positions from `offset` on."""
+    def tables(self, offset: int, tokens: int) -> list[CData]:
+        """Cosines and sines (tokens, dims / 2) f32 of the positions from `offset` on."""
         known = self._positions
-        if not (known.start <= offset and offset + rows <= known.stop):
-            count = max(rows, _POSITIONS_AHEAD)
+        if not (known.start <= offset and offset + tokens <= known.stop):
+            count = max(tokens, _POSITIONS_AHEAD)
             probe = mx.broadcast_to(self._probe, (1, 1, count, self._probe.shape[-1]))
             turned = np.asarray(self.rope(probe, offset=offset))[0, 0]
             self._positions = known = range(offset, offset + count)
@@ -102,7 +102,7 @@ class NativeCache:
     """Keys and values of one layer, as mlx-lm's models see a cache: they only ask its length.
 
     With `max_size` it is a window, as mlx-lm's RotatingKVCache(max_size, keep=4) is: of the
-    keys before a row, the first 4 and the latest stay, `max_size` in all with its own.
+    keys before a token, the first 4 and the latest stay, `max_size` in all with its own.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class NativeCache:
 
     @property
     def offset(self) -> int:
-        """The position of the next row."""
+        """The position of the next token."""
         return self._dropped + int(self.raw.length)
 
     @property
@@ -125,18 +125,18 @@ class NativeCache:
         return []
 
     def make_mask(self, *_: Any, **__: Any) -> None:
-        """None: the layer itself knows what a row may see."""
+        """None: the layer itself knows what a token may see."""
         return None
 
-    def grow(self, rows: int) -> bool:
-        """Make room for `rows` more; whether that took new memory."""
-        if self._max_size is not None and self.raw.length + rows > self._max_size:
-            self._drop(rows, self._max_size)
+    def grow(self, tokens: int) -> bool:
+        """Make room for `tokens` more; whether that took new memory."""
+        if self._max_size is not None and self.raw.length + tokens > self._max_size:
+            self._drop(tokens, self._max_size)
         length, capacity = int(self.raw.length), int(self.raw.capacity)
-        if length + rows <= capacity:
+        if length + tokens <= capacity:
             return False
         capacity = max(_FIRST_KEYS, 2 * capacity)
-        capacity = max(min(capacity, self._max_size or capacity), length + rows)
+        capacity = max(min(capacity, self._max_size or capacity), length + tokens)
         heads, head_dim = self._shape
         grown = [empty((heads, capacity, head_dim), self._dtype) for _ in range(2)]
         for new, old in zip(grown, self._memory):
@@ -146,13 +146,13 @@ class NativeCache:
         self.raw.capacity = capacity
         return True
 
-    def _drop(self, rows: int, max_size: int) -> None:
-        """Leave at most `max_size` - 1 keys, which `rows` new ones then follow."""
+    def _drop(self, tokens: int, max_size: int) -> None:
+        """Leave at most `max_size` - 1 keys, which `tokens` new ones then follow."""
         length, last = int(self.raw.length), max_size - 1
-        if length <= last and (rows == 1 or self._oldest == _KEPT):
+        if length <= last and (tokens == 1 or self._oldest == _KEPT):
             return
-        if rows == 1 and length == max_size:
-            # One row sees all that is left, in whatever order: the latest takes the oldest's place.
+        if tokens == 1 and length == max_size:
+            # One token sees all that is left, in any order: the latest takes the oldest's place.
             for memory in self._memory:
                 memory[:, self._oldest] = memory[:, last]
             self._oldest = _KEPT + (self._oldest - _KEPT + 1) % (last - _KEPT)

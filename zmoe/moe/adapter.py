@@ -14,9 +14,9 @@ Block = Any
 
 
 class Routing(NamedTuple):
-    """Where a block sends its rows.
+    """Where a block sends its tokens.
 
-    `x` (..., width): what the experts see. `ids` (..., k): the chosen experts;
+    `x` (..., hidden_size): what the experts see. `ids` (..., k): the chosen experts;
     an id outside [0, experts) is computed by nobody. `weights` (..., k).
     """
 

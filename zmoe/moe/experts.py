@@ -1,4 +1,4 @@
-"""The products of this node's own experts, and their weighted sum per row."""
+"""The matmuls of this node's own experts, and their weighted sum per token."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Experts(Protocol):
     """
 
     def outputs(self, x: mx.array, pairs: LocalPairs) -> mx.array:
-        """The output of each pair: (pairs, width) from the rows x (rows, width)."""
+        """The output of each pair: (pairs, hidden_size) from x (tokens, hidden_size)."""
         ...
 
     def partial(self, x: mx.array, pairs: LocalPairs, weights: Floats, dtype: mx.Dtype) -> mx.array:
-        """The local part of the block's routed output: (rows, width) of `dtype`.
+        """The local part of the block's routed output: (tokens, hidden_size) of `dtype`.
 
-        `weights` (rows, k) float32; there is at least one pair.
+        `weights` (tokens, k) float32; there is at least one pair.
         """
         ...
 
@@ -50,7 +50,7 @@ def weighted_sum(
 
 
 def with_padding(x: mx.array, pairs: LocalPairs) -> tuple[mx.array, LocalPairs]:
-    """The rows with one of zeros behind them, and pairs of that with the padding behind theirs."""
+    """Append a row of zeros to x, and the padding's pairs to `pairs`."""
     if not len(pairs.padding):
         return x, pairs
     more = len(pairs.padding)
@@ -76,7 +76,7 @@ class MlxExperts:
 
 
 def expert_outputs(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
-    """The output of each pair: (pairs, width) from the rows x (rows, width)."""
+    """The output of each pair: (pairs, hidden_size) from x (tokens, hidden_size)."""
     if mx.default_device() == mx.cpu and not _gathers_on_cpu(switch, x):
         return grouped(switch, x, pairs)
     return gathered(switch, x, pairs)
@@ -95,13 +95,13 @@ def _gathers_on_cpu(switch: Switch, x: mx.array) -> bool:
 
 
 def gathered(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
-    """One gathering product over all pairs, as mlx-lm's own layer does it."""
+    """One gathering matmul over all pairs, as mlx-lm's own layer does it."""
     y: mx.array = switch(x[mx.array(pairs.rows)], mx.array(pairs.experts)[:, None])
     return y.squeeze(1)
 
 
 def grouped(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
-    """One plain product per expert that has rows."""
+    """One plain matmul per expert that has tokens."""
     order = np.argsort(pairs.experts, kind="stable")
     experts, starts = np.unique(pairs.experts[order], return_index=True)
     rows = x[mx.array(pairs.rows[order])]
@@ -127,30 +127,30 @@ def _linear(layer: Any, x: mx.array, expert: int) -> mx.array:
     return y + layer.bias[expert] if "bias" in layer else y
 
 
-def combine(y: mx.array, pairs: LocalPairs, weights: Floats, rows: int) -> mx.array:
-    """Sum the pairs of each row by weight, in float32: (rows, width).
+def combine(y: mx.array, pairs: LocalPairs, weights: Floats, tokens: int) -> mx.array:
+    """Sum the pairs of each token by weight, in float32: (tokens, hidden_size).
 
-    `weights` (rows, k) float32. Gathers instead of scattering, so that the
+    `weights` (tokens, k) float32. Gathers instead of scattering, so that the
     order of the sum never depends on the device's scheduling.
     """
     y = y.astype(mx.float32)
-    index, scale = _per_row(pairs, weights, rows)
-    if index.size == len(pairs.rows):  # as many in each row, so already in place
+    index, scale = _per_token(pairs, weights, tokens)
+    if index.size == len(pairs.rows):  # as many for each token, so already in place
         placed = y.reshape(*index.shape, -1)
     else:
         placed = mx.concatenate([y, mx.zeros((1, y.shape[-1]))])[mx.array(index)]
     return (placed * mx.array(scale)[..., None]).sum(axis=1)
 
 
-def _per_row(pairs: LocalPairs, weights: Floats, rows: int) -> tuple[Ints, Floats]:
-    """For each row the places of its pairs and their weights, padded to one width.
+def _per_token(pairs: LocalPairs, weights: Floats, tokens: int) -> tuple[Ints, Floats]:
+    """For each token the places of its pairs and their weights, padded to one width.
 
     The padding points behind the last pair, with weight 0.
     """
-    counts = np.bincount(pairs.rows, minlength=rows)
+    counts = np.bincount(pairs.rows, minlength=tokens)
     total = len(pairs.rows)
     nth = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-    index = np.full((rows, int(counts.max())), total, np.int32)
+    index = np.full((tokens, int(counts.max())), total, np.int32)
     index[pairs.rows, nth] = np.arange(total)
     scale = np.zeros(index.shape, np.float32)
     scale[pairs.rows, nth] = weights[pairs.rows, pairs.slots]
