@@ -11,7 +11,6 @@ from pathlib import Path
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
-from zmoe.placement.advice import remedy
 from zmoe.placement.build import held, place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.estimate import (
     Offer,
@@ -22,6 +21,7 @@ from zmoe.placement.estimate import (
     speeds_of,
 )
 from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
+from zmoe.placement.remedy import remedy
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 

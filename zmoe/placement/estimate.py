@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zmoe.perf.cost import Cluster
 from zmoe.perf.hardware import Machine
-from zmoe.perf.links import LINKS, Link
+from zmoe.perf.links import Link, ethernet
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.shape import GATED_MATRICES, Format, ModelShape
 from zmoe.placement.build import held
@@ -20,7 +20,7 @@ from zmoe.placement.types import ModelInfo, Placement
 # An exchange within a running model, where each node has one core for all it does: 150 us
 # measured on two cores, 32 us with nothing else to do (bench/exchange.py).
 LOOPBACK = Link("loopback", 100e-6, 2e9, "estimate between the two that were measured")
-NETWORK = LINKS["10gbe"]  # what joins the machines is not known
+NETWORK = ethernet("10gbe", 10, 25)  # what joins the machines is not known
 NATIVE_LAYER_S = 60e-6  # measured: neither product nor exchange, a layer (zmoe-run --stats)
 UNKNOWN_SPEED = 20  # GB/s, where no node has measured
 
