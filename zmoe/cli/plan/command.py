@@ -233,7 +233,7 @@ def _counts(nodes: str | None, setup: Setup) -> list[int]:
     if nodes is not None:
         return parse_nodes(nodes)
     if setup.given is not None:
-        return [len(setup.given.held)]
+        return [len(setup.given.resident)]
     return [count for count in NODES if count <= setup.shape.experts]
 
 
