@@ -13,9 +13,9 @@ import pytest
 
 from tests.bench.programs import BENCH, call, report_of
 from zmoe.calibration import products
+from zmoe.cli.plan.known_links import LINKS
+from zmoe.cli.plan.known_machines import MACHINES
 from zmoe.config import POLICIES, SCHEDULES
-from zmoe.perf.hardware import MACHINES
-from zmoe.perf.links import LINKS
 from zmoe.perf.profile import Profile, read_profile, write_profile
 
 FEW = ("-p", "4", "-m", "4", "--repetitions", "1")

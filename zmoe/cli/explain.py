@@ -16,11 +16,11 @@ def explanation(choice: Choice) -> str:
 
 def _lines(choice: Choice) -> Iterator[str]:
     yield f"placement: {choice.label} ({choice.why})"
-    total = sum(choice.held)
-    for node, held in enumerate(choice.held):
+    total = sum(choice.resident)
+    for node, resident in enumerate(choice.resident):
         yield (
-            f"  node {node}: {_owned(choice.placement, node)}; {in_bytes(held)} of experts "
-            f"({held / total:.0%}), room for {in_bytes(choice.room[node])}; "
+            f"  node {node}: {_owned(choice.placement, node)}; {in_bytes(resident)} of experts "
+            f"({resident / total:.0%}), room for {in_bytes(choice.capacity[node])}; "
             f"reads {choice.speeds[node]} GB/s"
         )
     yield f"  predicted by the cost model, {choice.assumed}:"

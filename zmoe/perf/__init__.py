@@ -5,9 +5,8 @@ and an add are two) throughout. docs/performance-model.md has the equations.
 
     shape         what a model is made of, in parameters, bytes and operations
     model_config  the same from its config.json
-    hardware      well-known machines        links    well-known networks
+    hardware      a machine                  links    a network
     profile       a measured machine and link, as a file
-    lookup        a name in one of these tables, or what to say of it
     measured      what was measured, as the equations take it
     routing       which experts a step selects, and how they fall on the nodes
     owners        which node may compute which expert

@@ -1,4 +1,4 @@
-"""Networks between nodes: latency and bandwidth, each with its source.
+"""A network between nodes: its latency and bandwidth.
 
 The latency is that of one exchange of a small frame between two nodes, both
 sending and both receiving, software included. zmoe's own software takes 34 us
@@ -7,7 +7,6 @@ of it on loopback (bench/results/, 12 KiB, MLX array to MLX array).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 PER_PEER_S = 10e-6  # estimate: one more frame to send and one to receive
@@ -28,52 +27,10 @@ class Link:
     supported: bool = True
 
 
-def _ethernet(name: str, gigabits: float, network_us: float) -> Link:
+def ethernet(name: str, gigabits: float, network_us: float) -> Link:
     """TCP over Ethernet: 94% of the line rate is payload (frames of 1500 bytes)."""
     source = (
         f"bandwidth: 94% of the standard's line rate; latency: 34 us measured on loopback "
         f"+ {network_us:g} us for cards and switch (estimate)"
     )
     return Link(name, (34 + network_us) * 1e-6, 0.94 * gigabits * 1e9 / 8, source)
-
-
-_LINKS = (
-    _ethernet("1gbe", 1, 40),
-    _ethernet("2.5gbe", 2.5, 35),
-    _ethernet("10gbe", 10, 25),
-    _ethernet("25gbe", 25, 15),
-    Link(
-        "10gbe-grpc",
-        0.933e-3,
-        1.25e9,
-        "the transport of arXiv 2506.23635, from its own figures: 23% of a token's time at 6.1 "
-        "tokens/s over 40 layers on 2 nodes is 943 us a layer, less 10 us for 12 KiB",
-        per_peer_s=0.0,
-    ),
-    Link(
-        "tb5",
-        190e-6,
-        5e9,
-        "TCP over Thunderbolt 5. latency: half of the least round trip (0.38 ms) in exo issue "
-        "2295; bandwidth: estimate, half of the stated 80 Gb/s",
-    ),
-    Link(
-        "tb5-rdma",
-        10e-6,
-        7e9,
-        "RDMA over Thunderbolt 5 (macOS 26.2). latency: users report 5 to 9 us; bandwidth: "
-        "7.6 GB/s a rank reported in pytorch pull request 189856",
-        per_peer_s=2e-6,
-        supported=False,
-    ),
-    Link(
-        "roce",
-        8e-6,
-        11.5e9,
-        "RDMA over 100 Gb/s Ethernet. latency: estimate; bandwidth: estimate, 92% of line rate",
-        per_peer_s=2e-6,
-        supported=False,
-    ),
-)
-
-LINKS: Mapping[str, Link] = {link.name: link for link in _LINKS}

@@ -19,15 +19,15 @@ def dense_node_bytes(
     """Each node's memory without experts: of the centralised schedule only the leader
     holds dense weights and caches.
     """
-    held = shape.dense_bytes + sequences * shape.cache_bytes(context)
+    resident = shape.dense_bytes + sequences * shape.cache_bytes(context)
     holders = 1 if cluster.schedule == "centralized" else cluster.nodes
-    return [PROGRAM_BYTES + (held if node < holders else 0.0) for node in range(cluster.nodes)]
+    return [PROGRAM_BYTES + (resident if node < holders else 0.0) for node in range(cluster.nodes)]
 
 
-def room_for_experts(
+def expert_capacity(
     shape: ModelShape, cluster: Cluster, sequences: int, context: int
 ) -> list[float]:
-    """How many experts per layer each node has room for, at most all."""
+    """How many experts per layer each node has memory for, at most all; a fraction counts."""
     taken = dense_node_bytes(shape, cluster, sequences, context)
     one = shape.expert_bytes * shape.moe_layers
     return [
@@ -37,9 +37,9 @@ def room_for_experts(
 
 
 def node_bytes(
-    shape: ModelShape, cluster: Cluster, held: Sequence[float], sequences: int, context: int
+    shape: ModelShape, cluster: Cluster, resident: Sequence[float], sequences: int, context: int
 ) -> tuple[int, ...]:
-    """Each node's memory with held[n] experts per layer on node n."""
+    """Each node's memory with resident[n] experts per layer on node n."""
     dense = dense_node_bytes(shape, cluster, sequences, context)
     one = shape.expert_bytes * shape.moe_layers
-    return tuple(round(other + experts * one) for other, experts in zip(dense, held))
+    return tuple(round(other + experts * one) for other, experts in zip(dense, resident))

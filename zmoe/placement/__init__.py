@@ -9,8 +9,8 @@ usage       how often each expert was chosen, as a JSON file
 candidates  ways to spread experts over nodes, as the performance model sees them
 predict     predictions over numbers of nodes
 estimate    what the nodes of a run offer, as the performance model takes it
+remedy      what would make a model fit
 choose      the placement of a run: asked for, or the fastest by prediction
-advice      what would make a model fit
 assignment  which owner computes an expert in a step
 pairs       a step's tokens and the experts that they chose, sorted by expert
 """

@@ -1,7 +1,7 @@
 """Ways to place a model's experts, as placements.
 
-A place is room for one expert of one MoE layer; `places[n]` is how many node n
-has, over all layers. `speeds[n]` is its relative speed. `beside` is what every
+A slot holds one expert of one MoE layer; node n has `slots[n]` of them, over all
+layers. `speeds[n]` is its relative speed. `beside` is what every
 node does in a layer besides, in times of what all of the layer's experts take.
 """
 
@@ -31,24 +31,24 @@ def place_evenly(info: ModelInfo, nodes: int) -> Placement:
             f"{nodes} nodes are more than the {info.experts} experts per layer of {info.path}: "
             f"use at most {info.experts}"
         )
-    return _place_whole(info, proportional(_places(info), [1] * nodes))
+    return _place_whole(info, proportional(_slots(info), [1] * nodes))
 
 
 def place_by_speed(
-    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+    info: ModelInfo, speeds: Sequence[int], slots: Sequence[int], beside: float = 0.0
 ) -> Placement:
     """Whole experts in contiguous runs, none twice, so that all nodes are done at once in
     the mean, as far as there is room. Raises PlacementError when there is not.
     """
-    whole = _places(info)
+    whole = _slots(info)
     beside = 0.0 if len(set(speeds)) == 1 else beside
-    return _place_whole(info, proportional(whole, speeds, places, beside=beside * whole))
+    return _place_whole(info, proportional(whole, speeds, slots, beside=beside * whole))
 
 
 def place_replicas(
     info: ModelInfo,
     speeds: Sequence[int],
-    places: Sequence[int],
+    slots: Sequence[int],
     usage: Sequence[Sequence[int]] | None = None,
     beside: float = 0.0,
 ) -> Placement:
@@ -60,28 +60,28 @@ def place_replicas(
     """
     experts, layers = info.experts, len(info.moe_layers)
     # One copy of each surely fits: a layer's slots are never fewer than what that takes.
-    single = over_layers(proportional(_places(info), places, places), layers)
+    single = over_layers(proportional(_slots(info), slots, slots), layers)
     owned = []
     spread = lru_cache(spread_replicas)
     for layer, counts in enumerate(single):
-        slots = tuple(
-            min(experts, max(count, total // layers)) for count, total in zip(counts, places)
+        layer_slots = tuple(
+            min(experts, max(count, total // layers)) for count, total in zip(counts, slots)
         )
         heat = None if usage is None else tuple(count + 1 for count in usage[layer])
-        owners = spread(experts, slots, heat)
+        owners = spread(experts, layer_slots, heat)
         owned.append(
             tuple(
                 tuple(expert for expert, on in enumerate(owners) if node in on)
-                for node in range(len(places))
+                for node in range(len(slots))
             )
         )
     shares = proportional(100, speeds, least=1, beside=100 * beside)
     assigned = () if len(set(speeds)) == 1 else _reduced(shares)
-    return Placement(len(places), experts, tuple(owned), speeds=assigned)
+    return Placement(len(slots), experts, tuple(owned), speeds=assigned)
 
 
 def place_slices(
-    info: ModelInfo, speeds: Sequence[int], places: Sequence[int], beside: float = 0.0
+    info: ModelInfo, speeds: Sequence[int], slots: Sequence[int], beside: float = 0.0
 ) -> Placement:
     """A range of every expert's hidden dimension for each node, so that all are done at once
     as far as there is room. Raises PlacementError when an expert cannot be cut so finely.
@@ -95,8 +95,8 @@ def place_slices(
             f"the experts of {info.path} are {hidden} wide and cut in steps of {granule}: "
             f"{units} slices at most, not {nodes}"
         )
-    whole = _places(info)
-    most = [total * hidden // (granule * whole) for total in places]
+    whole = _slots(info)
+    most = [total * hidden // (granule * whole) for total in slots]
     if min(most) < 1 or sum(most) < units:
         raise PlacementError(f"slices of the experts of {info.path} do not fit the nodes' memory")
     sizes = proportional(units, speeds, most, least=1, beside=beside * units)
@@ -106,7 +106,7 @@ def place_slices(
     return Placement(nodes, info.experts, owned, tuple(pairwise(bounds)))
 
 
-def held(placement: Placement, hidden: int) -> tuple[float, ...]:
+def resident(placement: Placement, hidden: int) -> tuple[float, ...]:
     """How many experts' worth of weights each node has over all layers, of `hidden` wide ones."""
     counts = [sum(len(layer[node]) for layer in placement.owned) for node in range(placement.nodes)]
     if not placement.slices:
@@ -122,7 +122,7 @@ def _reduced(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(number // divisor for number in numbers)
 
 
-def _places(info: ModelInfo) -> int:
+def _slots(info: ModelInfo) -> int:
     return info.experts * len(info.moe_layers)
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from zmoe.errors import PlacementError
 from zmoe.perf.cost import Cluster
-from zmoe.perf.memory import room_for_experts
+from zmoe.perf.memory import expert_capacity
 from zmoe.perf.owners import Owners, Replicated, Slices, Whole
 from zmoe.perf.routing import even_split
 from zmoe.perf.shape import ModelShape
@@ -19,14 +19,14 @@ PLACEMENTS = ("experts", "replicas", "slices", "auto")
 
 @dataclass(frozen=True)
 class Placed:
-    """`held[n]`: experts' worth of weights of one layer on node n, in the mean over the layers.
+    """`resident[n]`: experts' worth of weights of one layer on node n, in the mean over the layers.
 
     `owners`: of each expert of a layer; `shares`: of each node in every expert.
     One of the two is empty.
     """
 
     label: str
-    held: tuple[float, ...]
+    resident: tuple[float, ...]
     owners: tuple[tuple[int, ...], ...] = ()
     shares: tuple[float, ...] = ()
 
@@ -60,12 +60,12 @@ def candidates(
     if nodes == 1 or placement == "experts":
         return [even]
     speeds = [machine.reached_bandwidth for machine in cluster.machines]
-    rooms = [int(room) for room in room_for_experts(shape, cluster, sequences, context)]
-    made = {"slices": [_slices(shape, speeds)], "replicas": [_replicas(shape, rooms, even)]}
+    slots = [int(capacity) for capacity in expert_capacity(shape, cluster, sequences, context)]
+    made = {"slices": [_slices(shape, speeds)], "replicas": [_replicas(shape, slots, even)]}
     if placement in made:
         return made[placement]
     by_speed = _whole("experts by speed", proportional(shape.experts, speeds, least=1))
-    memories = [max(1, room) for room in rooms]
+    memories = [max(1, count) for count in slots]
     by_memory = _whole("experts by memory", proportional(shape.experts, memories, least=1))
     return [even, by_speed, by_memory, *made["replicas"], *made["slices"]]
 
@@ -73,17 +73,17 @@ def candidates(
 def _whole(label: str, local: tuple[int, ...], rotating: bool = False) -> Placed:
     """Whole experts, none twice. `rotating`: who has one more changes from layer to layer."""
     owners = tuple((node,) for node, count in enumerate(local) for _ in range(count))
-    held = (len(owners) / len(local),) * len(local) if rotating else tuple(map(float, local))
-    return Placed(label, held, owners)
+    resident = (len(owners) / len(local),) * len(local) if rotating else tuple(map(float, local))
+    return Placed(label, resident, owners)
 
 
-def _replicas(shape: ModelShape, rooms: Sequence[int], otherwise: Placed) -> Placed:
-    """As many copies as there is room for."""
-    if sum(rooms) < shape.experts or min(rooms) < 1:
+def _replicas(shape: ModelShape, slots: Sequence[int], otherwise: Placed) -> Placed:
+    """As many copies as there are slots for."""
+    if sum(slots) < shape.experts or min(slots) < 1:
         return otherwise
-    owners = spread_replicas(shape.experts, rooms)
-    held = tuple(float(sum(node in each for each in owners)) for node in range(len(rooms)))
-    return Placed("replicas", held, owners)
+    owners = spread_replicas(shape.experts, slots)
+    resident = tuple(float(sum(node in each for each in owners)) for node in range(len(slots)))
+    return Placed("replicas", resident, owners)
 
 
 def _slices(shape: ModelShape, speeds: Sequence[float]) -> Placed:

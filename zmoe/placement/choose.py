@@ -11,8 +11,13 @@ from pathlib import Path
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
-from zmoe.placement.advice import remedy
-from zmoe.placement.build import held, place_by_speed, place_evenly, place_replicas, place_slices
+from zmoe.placement.build import (
+    place_by_speed,
+    place_evenly,
+    place_replicas,
+    place_slices,
+    resident,
+)
 from zmoe.placement.estimate import (
     Offer,
     cluster_of,
@@ -22,6 +27,7 @@ from zmoe.placement.estimate import (
     speeds_of,
 )
 from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
+from zmoe.placement.remedy import remedy
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -53,7 +59,7 @@ class Alternative:
 @dataclass(frozen=True)
 class Choice:
     """What was chosen and why, and what predictions `assumed`. Bytes of experts by node:
-    `room` for them, and `held`.
+    `capacity` for them, and how much is `resident`.
     """
 
     placement: Placement
@@ -62,8 +68,8 @@ class Choice:
     considered: tuple[Alternative, ...]
     assumed: str
     speeds: tuple[int, ...]
-    room: tuple[int, ...]
-    held: tuple[int, ...]
+    capacity: tuple[int, ...]
+    resident: tuple[int, ...]
 
 
 class Chooser:
@@ -87,10 +93,10 @@ class Chooser:
         self._info, self._offers, self._mapped = info, tuple(offers), mapped
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
-        self._cluster, self._room = cluster_of(info, offers, mapped, schedule, policy)
+        self._cluster, self._capacity = cluster_of(info, offers, mapped, schedule, policy)
         machines, link = self._cluster.machines, self._cluster.link
         self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule, policy)
-        self._places = [max(0, room // info.expert_bytes) for room in self._room]
+        self._slots = [max(0, each // info.expert_bytes) for each in self._capacity]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
         """The placement by `way`: auto, experts, replicas, slices; or the one that is `given`
@@ -99,13 +105,13 @@ class Chooser:
         Raises PlacementError when it is impossible, or does not fit the nodes' memory.
         """
         if given is not None:
-            self._check_room(way, given)
+            self._check_capacity(way, given)
             return self._choice(self._predicted(way, given), "as the file says", ())
         whole = self._info.experts * len(self._info.moe_layers)
-        lacking = whole * self._info.expert_bytes - sum(self._room)
+        lacking = whole * self._info.expert_bytes - sum(self._capacity)
         if way == "replicas":  # of whole experts
-            lacking = max(lacking, (whole - sum(self._places)) * self._info.expert_bytes)
-        if (missing := max(ceil(lacking / len(self._room)), -min(self._room))) > 0:
+            lacking = max(lacking, (whole - sum(self._slots)) * self._info.expert_bytes)
+        if (missing := max(ceil(lacking / len(self._capacity)), -min(self._capacity))) > 0:
             raise PlacementError(self._does_not_fit(missing))
         ways = self._ways()
         if way != "auto":
@@ -126,14 +132,14 @@ class Chooser:
         return self._choice(best, why, tuple(considered))
 
     def _ways(self) -> dict[str, Callable[[], Placement]]:
-        info, speeds, places = self._info, self._speeds, self._places
+        info, speeds, slots = self._info, self._speeds, self._slots
         dense = 0 if self._setup.schedule == "centralized" else info.dense_bytes
         beside = dense / (info.layers * info.top_k * info.expert_bytes)
         return {
             "experts": lambda: place_evenly(info, len(speeds)),
-            "experts by speed": lambda: place_by_speed(info, speeds, places, beside),
-            "replicas": lambda: place_replicas(info, speeds, places, self._counts, beside),
-            "slices": lambda: place_slices(info, speeds, places, beside),
+            "experts by speed": lambda: place_by_speed(info, speeds, slots, beside),
+            "replicas": lambda: place_replicas(info, speeds, slots, self._counts, beside),
+            "slices": lambda: place_slices(info, speeds, slots, beside),
         }
 
     # ---- auto ----------------------------------------------------------------------
@@ -182,12 +188,12 @@ class Chooser:
     # ---- memory --------------------------------------------------------------------
 
     def _bytes(self, placement: Placement) -> tuple[int, ...]:
-        shares = held(placement, self._info.expert_hidden)
+        shares = resident(placement, self._info.expert_hidden)
         return tuple(ceil(share * self._info.expert_bytes) for share in shares)
 
     def _missing(self, placement: Placement) -> int:
         """Bytes that the node which lacks most lacks; none or less: it fits."""
-        return max(need - room for need, room in zip(self._bytes(placement), self._room))
+        return max(need - most for need, most in zip(self._bytes(placement), self._capacity))
 
     def _copies_too_much(self, slices: Placement) -> bool:
         """Whether slices would take more than MOST_COPIED of a machine that sets no limit."""
@@ -198,21 +204,21 @@ class Chooser:
                 memory[offer.machine] = max(offer.memory, memory.get(offer.machine, 0))
         return any(taken[name] > MOST_COPIED * memory[name] for name in taken)
 
-    def _check_room(self, way: str, placement: Placement) -> None:
+    def _check_capacity(self, way: str, placement: Placement) -> None:
         """Name the first expert of a file's placement that its node has no room for."""
         parts = placement.slices or ((0, self._info.expert_hidden),) * placement.nodes
-        for node, (room, (start, end)) in enumerate(zip(self._room, parts)):
+        for node, (capacity, (start, end)) in enumerate(zip(self._capacity, parts)):
             each = self._info.expert_bytes * (end - start) / self._info.expert_hidden
             taken = 0.0
             for layer, owned in enumerate(placement.owned):
                 for expert in owned[node]:
                     taken += each
-                    if taken > room:
+                    if taken > capacity:
                         need = self._bytes(placement)[node]
                         raise PlacementError(
                             f"placement {way}: node {node} has no room for expert {expert} of "
                             f"layer {layer}: {in_bytes(need)} of experts, "
-                            f"and room for {in_bytes(room)} {OVERRIDE}"
+                            f"and room for {in_bytes(capacity)} {OVERRIDE}"
                         )
 
     def _does_not_fit(self, missing: int) -> str:
@@ -239,7 +245,7 @@ class Chooser:
             considered or (chosen,),
             f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange",
             self._speeds,
-            tuple(self._room),
+            tuple(self._capacity),
             self._bytes(chosen.placement),
         )
 
@@ -257,7 +263,7 @@ def fastest(considered: Sequence[Alternative]) -> tuple[Alternative, str]:
         return (usable or [even])[0], "the only one that is possible"
     least = min(seconds for seconds, _ in timed)
     alike = [each for seconds, each in timed if seconds <= (1 + ALIKE) * least]
-    best = min(alike, key=_held)
+    best = min(alike, key=_resident)
     if even.seconds is None:
         return best, "the fastest by prediction that fits"
     gain = 1 - least / even.seconds
@@ -266,6 +272,6 @@ def fastest(considered: Sequence[Alternative]) -> tuple[Alternative, str]:
     return best, f"predicted to be {gain:.0%} faster than whole experts spread evenly"
 
 
-def _held(each: Alternative) -> float:
+def _resident(each: Alternative) -> float:
     assert each.prediction is not None
-    return sum(each.prediction.placed.held)
+    return sum(each.prediction.placed.resident)

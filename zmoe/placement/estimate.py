@@ -10,17 +10,17 @@ from pathlib import Path
 
 from zmoe.perf.cost import Cluster
 from zmoe.perf.hardware import Machine
-from zmoe.perf.links import LINKS, Link
+from zmoe.perf.links import Link, ethernet
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.shape import GATED_MATRICES, Format, ModelShape
-from zmoe.placement.build import held
+from zmoe.placement.build import resident
 from zmoe.placement.candidates import Placed
 from zmoe.placement.types import ModelInfo, Placement
 
 # An exchange within a running model, where each node has one core for all it does: 150 us
 # measured on two cores, 32 us with nothing else to do (bench/exchange.py).
 LOOPBACK = Link("loopback", 100e-6, 2e9, "estimate between the two that were measured")
-NETWORK = LINKS["10gbe"]  # what joins the machines is not known
+NETWORK = ethernet("10gbe", 10, 25)  # what joins the machines is not known
 NATIVE_LAYER_S = 60e-6  # measured: neither product nor exchange, a layer (zmoe-run --stats)
 UNKNOWN_SPEED = 20  # GB/s, where no node has measured
 
@@ -52,7 +52,7 @@ def speeds_of(offers: Sequence[Offer]) -> tuple[int, ...]:
     return tuple(round(sum(m) / len(m)) for m in (measured[offer.machine] for offer in offers))
 
 
-def room_for(
+def capacity_for(
     info: ModelInfo, offers: Sequence[Offer], dense: Sequence[int], mapped: bool
 ) -> list[int]:
     """Bytes of experts that each node has room for beside its `dense` weights; negative
@@ -66,15 +66,15 @@ def room_for(
     for node, offer in enumerate(offers):
         if offer.limit is None:
             together[offer.machine].append(node)
-    room = [(offer.limit or 0) - PROGRAM_BYTES - own for offer, own in zip(offers, dense)]
+    capacity = [(offer.limit or 0) - PROGRAM_BYTES - own for offer, own in zip(offers, dense)]
     for nodes in together.values():
         memory = max(offers[node].memory for node in nodes)
-        held_dense = [dense[node] for node in nodes]
-        memory -= PROGRAM_BYTES * len(nodes) + (max if mapped else sum)(held_dense)
+        resident_dense = [dense[node] for node in nodes]
+        memory -= PROGRAM_BYTES * len(nodes) + (max if mapped else sum)(resident_dense)
         shared = mapped and memory >= everything
         for node in nodes:
-            room[node] = everything if shared else memory // len(nodes)
-    return [min(everything, each) for each in room]
+            capacity[node] = everything if shared else memory // len(nodes)
+    return [min(everything, each) for each in capacity]
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ def shape_of(info: ModelInfo) -> ModelShape:
 def cluster_of(
     info: ModelInfo, offers: Sequence[Offer], mapped: bool, schedule: str, policy: str
 ) -> tuple[Cluster, list[int]]:
-    """The nodes with as much memory as leaves each its room for experts, and that room."""
+    """The nodes, and each one's capacity for experts in bytes, which its memory leaves it."""
     central = schedule == "centralized"
     dense = [0 if central and node else info.dense_bytes for node in range(len(offers))]
-    room = room_for(info, offers, dense, mapped)
+    capacity = capacity_for(info, offers, dense, mapped)
     default = Machine("", 0, 0.0, 0.0, "")
     machines = [
         Machine(
             name=f"node {node}",
-            memory_bytes=PROGRAM_BYTES + dense[node] + room[node],
+            memory_bytes=PROGRAM_BYTES + dense[node] + capacity[node],
             bandwidth=speed * 1e9,
             rate=inf,
             source="measured by the node",
@@ -137,7 +137,7 @@ def cluster_of(
         for node, speed in enumerate(speeds_of(offers))
     ]
     link = LOOPBACK if on_one_machine(offers) else NETWORK
-    return Cluster(tuple(machines), link, schedule, policy), room
+    return Cluster(tuple(machines), link, schedule, policy), capacity
 
 
 def on_one_machine(offers: Sequence[Offer]) -> bool:
@@ -151,7 +151,7 @@ def placed_of(placement: Placement, hidden: int, label: str) -> Placed | None:
     expert: the planner has no model of that.
     """
     layers, nodes = len(placement.owned), range(placement.nodes)
-    mean = tuple(total / layers for total in held(placement, hidden))
+    mean = tuple(total / layers for total in resident(placement, hidden))
     if len(set(placement.slices)) > 1:
         everything = all(len(ids) == placement.experts for of in placement.owned for ids in of)
         if not everything or len(set(placement.slices)) < placement.nodes:

@@ -146,10 +146,10 @@ def predict(setup: Setup, nodes: int) -> Prediction:
     work, cluster = setup.workload, setup.cluster(nodes)
     if setup.given is None:
         found = candidates(setup.placement, setup.shape, cluster, work.batch, work.context)
-    elif len(setup.given.held) == nodes:
+    elif len(setup.given.resident) == nodes:
         found = [setup.given]
     else:
-        wanted = len(setup.given.held)
+        wanted = len(setup.given.resident)
         raise PlacementError(f"{setup.given.label} is for {wanted} nodes, not for {nodes}")
     predictions = [evaluate(setup, cluster, placed) for placed in found]
     return min(predictions, key=lambda p: (p.missing, p.decode.total))
@@ -175,7 +175,7 @@ def evaluate(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
             heads=work.batch if last else 0,
         )
         prefill = prefill + _timed(shape, cluster, placed, step)[0]
-    memory = node_bytes(shape, cluster, placed.held, work.batch, work.context)
+    memory = node_bytes(shape, cluster, placed.resident, work.batch, work.context)
     return Prediction(setup, cluster, placed, decode, prefill, busiest, memory)
 
 

@@ -27,7 +27,7 @@ def proportional(
     nodes = range(len(weights))
     most = [total] * len(weights) if most is None else most
     if sum(most) < total:
-        raise PlacementError(f"{total} experts do not fit {sum(most)} places")
+        raise PlacementError(f"{total} experts do not fit {sum(most)} slots")
     counts = [least] * len(weights)
     if not least and not beside:  # what the rule gives each in any case
         share = total / sum(weights) * (1 - 1e-9)
@@ -64,22 +64,22 @@ def runs(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts))
 
 
-def copies(experts: int, room: Sequence[int], heat: Sequence[float]) -> list[int]:
+def copies(experts: int, slots: Sequence[int], heat: Sequence[float]) -> list[int]:
     """How many nodes shall own each expert: one at least, more for those with more `heat`.
 
-    The places in `room` are given one by one to the expert with most heat per
+    The `slots` of the nodes are given one by one to the expert with most heat per
     copy that can still be on a node of its own (the copies of all can be
     placed iff for every number k of nodes the copies that don't fit all other
-    nodes fit the k with least room: the cut of the flow experts -> nodes).
-    Raises PlacementError when there is too little room for one copy of each.
+    nodes fit the k with fewest slots: the cut of the flow experts -> nodes).
+    Raises PlacementError when there are too few slots for one copy of each.
     """
-    nodes, owners = len(room), [1] * experts
-    smallest = [0, *accumulate(sorted(room))]
+    nodes, owners = len(slots), [1] * experts
+    smallest = [0, *accumulate(sorted(slots))]
     # spare[k]: copies that the k smallest nodes could take beyond what they must.
     spare = [smallest[k] - (experts if k == nodes else 0) for k in range(nodes + 1)]
     if spare[nodes] < 0:
         raise PlacementError(
-            f"{experts} experts per layer do not fit the {sum(room)} places of {nodes} nodes"
+            f"{experts} experts per layer do not fit the {sum(slots)} slots of {nodes} nodes"
         )
     waiting = set(range(experts)) if nodes > 1 else set()
     while waiting and spare[nodes]:
@@ -98,30 +98,30 @@ def copies(experts: int, room: Sequence[int], heat: Sequence[float]) -> list[int
 def spread_replicas(
     experts: int, slots: Sequence[int], heat: Sequence[float] | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Owners of each expert when node n has room for slots[n] experts, every room used.
+    """Owners of each expert when node n has `slots[n]` slots, all of which are used.
 
     `heat`: how often each is chosen; None: all alike. The hottest come first;
-    the copies of each go to the nodes with most room left, among these to
+    the copies of each go to the nodes with most slots left, among these to
     those whose experts are coolest, then to those that share the fewest
     experts so far, so that the pairs of owners are spread evenly. Raises
-    PlacementError when there is too little room.
+    PlacementError when there are too few slots.
     """
-    room = [min(slot, experts) for slot in slots]
+    free = [min(slot, experts) for slot in slots]
     warmth = [1.0] * experts if heat is None else list(heat)
-    wanted = copies(experts, room, warmth)
-    nodes = range(len(room))
-    load = [0.0] * len(room)
-    together = [[0] * len(room) for _ in nodes]
+    wanted = copies(experts, free, warmth)
+    nodes = range(len(free))
+    load = [0.0] * len(free)
+    together = [[0] * len(free) for _ in nodes]
     owners: list[tuple[int, ...]] = [()] * experts
     for expert in sorted(range(experts), key=lambda e: (-wanted[e], -warmth[e], e)):
         mine: list[int] = []
         for _ in range(wanted[expert]):
             best = max(
                 (n for n in nodes if n not in mine),
-                key=lambda n: (room[n], -load[n], -sum(together[n][m] for m in mine), -n),
+                key=lambda n: (free[n], -load[n], -sum(together[n][m] for m in mine), -n),
             )
             mine.append(best)
-            room[best] -= 1
+            free[best] -= 1
         for node in mine:
             load[node] += warmth[expert] / len(mine) if heat is not None else 0.0
         for a, b in combinations(mine, 2):

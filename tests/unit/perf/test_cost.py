@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmoe.cli.plan.table import MODELS
+from zmoe.cli.plan.known_links import LINKS
+from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.busiest import Cost
 from zmoe.perf.cost import Cluster, Step, StepTime, busiest_node, step_time
-from zmoe.perf.hardware import MACHINES, Machine
-from zmoe.perf.links import LINKS, Link
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
 from zmoe.perf.messages import all_reduce, round_latency, scatter_gather
 from zmoe.perf.owners import Slices, Whole
 from zmoe.perf.places import Place

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from zmoe.cli.plan.table import MODELS
+from zmoe.cli.plan.known_models import MODELS
 from zmoe.errors import ModelError
 from zmoe.perf.model_config import read_shape
 from zmoe.perf.shape import BF16, FP8_BLOCKS, MXFP4, affine

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zmoe.cli.plan.table import MODELS
-from zmoe.perf.hardware import MACHINES
-from zmoe.perf.links import LINKS
+from zmoe.cli.plan.known_links import LINKS
+from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_models import MODELS
 from zmoe.placement.predict import Prediction, Setup, Workload, predict
 
 PAGE = (Path(__file__).parents[3] / "docs" / "performance-model.md").read_text()

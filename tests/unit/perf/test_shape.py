@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from zmoe.cli.plan.table import MODELS, PUBLISHED
+from zmoe.cli.plan.known_models import MODELS, PUBLISHED
 from zmoe.perf.shape import BF16, MXFP4, GroupedAttention, LatentAttention, affine
 
 

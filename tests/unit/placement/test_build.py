@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from tests.unit.placement.conftest import described
 from zmoe.errors import PlacementError
-from zmoe.placement.build import held, place_by_speed, place_evenly, place_replicas, place_slices
+from zmoe.placement.build import (
+    place_by_speed,
+    place_evenly,
+    place_replicas,
+    place_slices,
+    resident,
+)
 from zmoe.placement.check import check_placement
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -38,7 +44,7 @@ def test_evenly_is_once_and_differs_by_one(experts: int, layers: int, data: st.D
 def test_what_does_not_divide_evens_out_over_the_layers(experts: int, nodes: int) -> None:
     nodes = min(nodes, experts)
     placement = place_evenly(described(experts, nodes), nodes)
-    assert len(set(held(placement, 256))) == 1
+    assert len(set(resident(placement, 256))) == 1
 
 
 def test_digest_tells_placements_apart() -> None:
@@ -60,20 +66,20 @@ def test_whole_experts_go_to_the_fast_and_stay_within_memory(
 ) -> None:
     info = described(experts, layers)
     sizes = st.integers(0, experts * layers)
-    places = data.draw(st.lists(sizes, min_size=len(speeds), max_size=len(speeds)))
-    if sum(places) < experts * layers:
+    slots = data.draw(st.lists(sizes, min_size=len(speeds), max_size=len(speeds)))
+    if sum(slots) < experts * layers:
         with pytest.raises(PlacementError):
-            place_by_speed(info, speeds, places)
+            place_by_speed(info, speeds, slots)
         return
-    placement = place_by_speed(info, speeds, places)
+    placement = place_by_speed(info, speeds, slots)
     check(placement, info)
-    totals = held(placement, info.expert_hidden)
+    totals = resident(placement, info.expert_hidden)
     assert sum(totals) == experts * layers
-    assert all(total <= most for total, most in zip(totals, places))
+    assert all(total <= most for total, most in zip(totals, slots))
     for node, total in enumerate(totals):  # more for the faster, where there is room
         for other, less in enumerate(totals):
             if speeds[node] > speeds[other] and total < less:
-                assert total == places[node]
+                assert total == slots[node]
 
 
 @given(st.integers(1, 16), st.integers(1, 4), SPEEDS, st.data())
@@ -83,21 +89,21 @@ def test_replicas_stay_within_memory(
 ) -> None:
     info = described(experts, layers)
     sizes = st.integers(0, experts * layers)
-    places = data.draw(st.lists(sizes, min_size=len(speeds), max_size=len(speeds)))
+    slots = data.draw(st.lists(sizes, min_size=len(speeds), max_size=len(speeds)))
     counts = st.lists(st.integers(0, 9), min_size=experts, max_size=experts)
     usage = data.draw(st.none() | st.lists(counts, min_size=layers, max_size=layers))
-    if sum(places) < experts * layers:
+    if sum(slots) < experts * layers:
         with pytest.raises(PlacementError):
-            place_replicas(info, speeds, places, usage)
+            place_replicas(info, speeds, slots, usage)
         return
-    placement = place_replicas(info, speeds, places, usage)
+    placement = place_replicas(info, speeds, slots, usage)
     check(placement, info)
-    assert placement == place_replicas(info, speeds, places, usage)
+    assert placement == place_replicas(info, speeds, slots, usage)
     assert (placement.speeds == ()) == (len(set(speeds)) == 1)
     for speed, assigned in zip(speeds, placement.speeds):
         assert all(assigned >= b for a, b in zip(speeds, placement.speeds) if a < speed)
-    totals = held(placement, info.expert_hidden)
-    assert all(most - layers < total <= most for total, most in zip(totals, places))
+    totals = resident(placement, info.expert_hidden)
+    assert all(most - layers < total <= most for total, most in zip(totals, slots))
     for layer, owned in enumerate(placement.owned):
         copies = [sum(e in mine for mine in owned) for e in range(experts)]
         for one in range(experts):
@@ -120,7 +126,7 @@ def test_slices_tile_in_proportion_to_speed(
         return
     placement = place_slices(info, speeds, roomy)
     check(placement, info)
-    assert sum(held(placement, hidden)) == pytest.approx(16 * 4)
+    assert sum(resident(placement, hidden)) == pytest.approx(16 * 4)
     sizes = [(end - start) // granule for start, end in placement.slices]
     for speed, size in zip(speeds, sizes):
         assert all(size >= other for less, other in zip(speeds, sizes) if less < speed)
@@ -138,8 +144,8 @@ def test_slices_stay_within_memory() -> None:
 
 def test_what_nodes_do_besides_shifts_experts_to_the_fast() -> None:
     info, roomy = described(12, 1, hidden=12 * 64), [12, 12]
-    assert held(place_by_speed(info, [2, 1], roomy), 768) == (8, 4)
-    assert held(place_by_speed(info, [2, 1], roomy, beside=0.5), 768) == (10, 2)
+    assert resident(place_by_speed(info, [2, 1], roomy), 768) == (8, 4)
+    assert resident(place_by_speed(info, [2, 1], roomy, beside=0.5), 768) == (10, 2)
     assert place_slices(info, [2, 1], roomy, beside=0.5).slices == ((0, 640), (640, 768))
     assert place_replicas(info, [2, 1], roomy).speeds == (67, 33)
     assert place_replicas(info, [2, 1], roomy, beside=0.5).speeds == (21, 4)

@@ -16,7 +16,7 @@ from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.build import place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import MARGIN, Alternative, Choice, Chooser, fastest
-from zmoe.placement.estimate import Offer, placed_of, room_for, shape_of, speeds_of
+from zmoe.placement.estimate import Offer, capacity_for, placed_of, shape_of, speeds_of
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -61,12 +61,12 @@ def test_speeds() -> None:
 def test_room_on_one_machine_is_shared() -> None:
     dense, everything = 400 << 20, WEIGHTS
     roomy, tight = here(2, 20), here(2, 4)
-    assert room_for(MEDIUM, roomy, [dense] * 2, True) == [everything] * 2
+    assert capacity_for(MEDIUM, roomy, [dense] * 2, True) == [everything] * 2
     left = 4 * GIB - 2 * PROGRAM_BYTES
-    assert room_for(MEDIUM, tight, [dense] * 2, True) == [(left - dense) // 2] * 2
-    assert room_for(MEDIUM, tight, [dense] * 2, False) == [(left - 2 * dense) // 2] * 2
+    assert capacity_for(MEDIUM, tight, [dense] * 2, True) == [(left - dense) // 2] * 2
+    assert capacity_for(MEDIUM, tight, [dense] * 2, False) == [(left - 2 * dense) // 2] * 2
     limited = [replace(tight[0], limit=GIB), tight[1]]
-    assert room_for(MEDIUM, limited, [dense] * 2, True) == [
+    assert capacity_for(MEDIUM, limited, [dense] * 2, True) == [
         GIB - PROGRAM_BYTES - dense,
         min(everything, 4 * GIB - PROGRAM_BYTES - dense),
     ]
@@ -133,7 +133,7 @@ def test_unequal_machines() -> None:
         assert (considered[label].seconds or 0) < 0.8 * (considered["experts"].seconds or 0)
     # Where memory is short the fast machine takes what it has room for.
     short = choose(MEDIUM, apart((50, 1.5), (25, 20)), mapped=False)
-    assert short.held[0] <= short.room[0] < WEIGHTS / 2
+    assert short.resident[0] <= short.capacity[0] < WEIGHTS / 2
 
 
 def test_replicas_across_machines() -> None:
@@ -163,10 +163,10 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
     assert choose(info, offers, way, mapped=mapped).placement == choice.placement
     check_placement(choice.placement, 8, 3, info.expert_hidden, info.granule)
     assert choice.placement.nodes == len(offers)
-    assert all(held <= max(0, room) for held, room in zip(choice.held, choice.room))
+    assert all(held <= max(0, room) for held, room in zip(choice.resident, choice.capacity))
     own = sum(o.limit or 0 for o in offers)
     shared = {o.machine: o.memory for o in offers if o.limit is None}
-    assert sum(choice.held) <= (own + sum(shared.values())) * (len(offers) if mapped else 1)
+    assert sum(choice.resident) <= (own + sum(shared.values())) * (len(offers) if mapped else 1)
 
 
 # ---- what was asked for --------------------------------------------------------------
@@ -230,12 +230,12 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_placements_as_the_planner_sees_them() -> None:
     even = placed_of(place_evenly(MEDIUM, 3), 1024, "x")
-    assert even and sum(even.held) == pytest.approx(64) and len(even.owners) == 64
+    assert even and sum(even.resident) == pytest.approx(64) and len(even.owners) == 64
     everything = [64 * 16] * 2
     sliced = placed_of(place_slices(MEDIUM, [3, 1], everything), 1024, "x")
-    assert sliced and sliced.shares == (0.75, 0.25) and sliced.held == (48, 16)
+    assert sliced and sliced.shares == (0.75, 0.25) and sliced.resident == (48, 16)
     copied = placed_of(place_replicas(MEDIUM, [1, 1], everything), 1024, "x")
-    assert copied and copied.held == (64, 64) and set(copied.owners) == {(0, 1)}
+    assert copied and copied.resident == (64, 64) and set(copied.owners) == {(0, 1)}
     every = (tuple(range(64)),) * 4
     both = Placement(4, 64, (every,) * 16, ((0, 512), (0, 512), (512, 1024), (512, 1024)))
     assert placed_of(both, 1024, "x") is None

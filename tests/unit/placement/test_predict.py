@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmoe.cli.plan.table import MODELS
-from zmoe.errors import InputError, PlacementError
-from zmoe.perf.hardware import GIB, MACHINES
-from zmoe.perf.links import LINKS
-from zmoe.perf.lookup import look_up
-from zmoe.perf.shape import affine
-from zmoe.placement.advice import (
+from zmoe.cli.plan.advice import (
     best,
-    bits_that_fit,
     caveats,
     conclusions,
-    nodes_that_fit,
     purchases,
     what_to_buy,
 )
+from zmoe.cli.plan.known_links import LINKS
+from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_models import MODELS
+from zmoe.cli.plan.lookup import look_up
+from zmoe.errors import InputError, PlacementError
+from zmoe.perf.hardware import GIB
+from zmoe.perf.shape import affine
 from zmoe.placement.predict import Setup, Workload, predict, predict_all
+from zmoe.placement.remedy import bits_that_fit, nodes_that_fit
 
 
 def setup(

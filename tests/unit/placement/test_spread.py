@@ -33,7 +33,7 @@ def test_no_split_within_the_limits_ends_earlier(
     beside = data.draw(st.sampled_from((0, 3)))
     most = data.draw(st.lists(st.integers(0, 12), min_size=len(speeds), max_size=len(speeds)))
     if sum(most) < total:
-        with pytest.raises(PlacementError, match=f"{total} experts do not fit {sum(most)} places"):
+        with pytest.raises(PlacementError, match=f"{total} experts do not fit {sum(most)} slots"):
             proportional(total, speeds, most)
         return
     counts = proportional(total, speeds, most, beside=beside)

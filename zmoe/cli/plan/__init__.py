@@ -1,1 +1,1 @@
-"""zmoe-plan: the command, what it advises and reports, and its table of models."""
+"""zmoe-plan: the command, its advice and report, and the well-known models, machines and links."""

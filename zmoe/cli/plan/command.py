@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from zmoe.cli.common import Parser, run_command
-from zmoe.cli.plan.table import MODELS
+from zmoe.cli.plan.known_links import LINKS
+from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_models import MODELS
+from zmoe.cli.plan.lookup import look_up
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.cost import POLICIES, SCHEDULES
-from zmoe.perf.hardware import MACHINES, Machine
-from zmoe.perf.links import LINKS, Link
-from zmoe.perf.lookup import look_up
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
 from zmoe.perf.profile import read_profile
 from zmoe.perf.shape import ModelShape
 from zmoe.placement.candidates import PLACEMENTS, Placed
@@ -231,7 +233,7 @@ def _counts(nodes: str | None, setup: Setup) -> list[int]:
     if nodes is not None:
         return parse_nodes(nodes)
     if setup.given is not None:
-        return [len(setup.given.held)]
+        return [len(setup.given.resident)]
     return [count for count in NODES if count <= setup.shape.experts]
 
 

@@ -6,10 +6,10 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from zmoe.cli.plan.table import MODELS
+from zmoe.cli.plan.known_models import MODELS
+from zmoe.cli.plan.lookup import look_up
 from zmoe.config import DEFAULT_MODEL
 from zmoe.errors import InputError, ModelError
-from zmoe.perf.lookup import look_up
 from zmoe.perf.model_config import read_shape
 from zmoe.perf.shape import Format, ModelShape, affine
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from zmoe import __version__
+from zmoe.cli.plan.advice import best, caveats, conclusions, purchases, what_to_buy
+from zmoe.cli.plan.known_machines import MACHINES
 from zmoe.errors import InputError
-from zmoe.perf.hardware import GIB, MACHINES
-from zmoe.placement.advice import best, caveats, conclusions, purchases, what_to_buy
+from zmoe.perf.hardware import GIB
 from zmoe.placement.predict import Prediction, Setup
 
 TERMS = ("load", "compute", "latency", "transfer", "overhead")

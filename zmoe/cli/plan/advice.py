@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from zmoe.perf.hardware import Machine
-from zmoe.perf.shape import affine
 from zmoe.perf.units import in_bytes
 from zmoe.placement.predict import Prediction, Setup, predict
+from zmoe.placement.remedy import counted, remedy
 
 MOST_NODES = 8  # that advice on what to buy looks at
-MOST_NODES_TO_FIT = 64
-BITS = (8, 6, 5, 4, 3, 2)
 
 
 def best(predictions: Sequence[Prediction]) -> Prediction | None:
@@ -30,7 +28,7 @@ def conclusions(predictions: Sequence[Prediction]) -> list[str]:
         return said
     share = fastest.decode.communication_share
     said.append(
-        f"Fastest: {_nodes(fastest.nodes)}, {fastest.tokens_per_second:.3g} tokens/s, "
+        f"Fastest: {counted(fastest.nodes)}, {fastest.tokens_per_second:.3g} tokens/s, "
         f"{share:.0%} of the time for communication."
     )
     said += _slower(predictions)
@@ -38,7 +36,7 @@ def conclusions(predictions: Sequence[Prediction]) -> list[str]:
     if len(priced) > 1:
         per_dollar, cheapest = max(priced, key=lambda pair: (pair[0], -pair[1].nodes))
         said.append(
-            f"Most for the money: {_nodes(cheapest.nodes)}, {1000 * per_dollar:.3g} tokens/s "
+            f"Most for the money: {counted(cheapest.nodes)}, {1000 * per_dollar:.3g} tokens/s "
             "per 1000 USD."
         )
     return said
@@ -51,7 +49,7 @@ def _slower(predictions: Sequence[Prediction]) -> Iterator[str]:
         if more.tokens_per_second < fewer.tokens_per_second:
             lost = 1 - more.tokens_per_second / fewer.tokens_per_second
             yield (
-                f"More nodes are slower: {_nodes(more.nodes)} give {more.tokens_per_second:.3g} "
+                f"More nodes are slower: {counted(more.nodes)} give {more.tokens_per_second:.3g} "
                 f"tokens/s, {lost:.0%} less than {fewer.nodes}."
             )
             return
@@ -61,43 +59,7 @@ def does_not_fit(prediction: Prediction) -> str:
     """What is missing, and what would do."""
     setup, nodes = prediction.setup, prediction.nodes
     lacking = f"{in_bytes(prediction.missing)} are missing per node"
-    return f"{setup.shape.name} does not fit {_nodes(nodes)}: {lacking}; {remedy(setup, nodes)}."
-
-
-def remedy(setup: Setup, nodes: int, unit: str = "node") -> str:
-    """The fewest nodes, or the most bits on so many `nodes`, that would do."""
-    ways = []
-    enough = nodes_that_fit(setup)
-    if enough is not None:
-        ways.append(_nodes(enough, unit))
-    bits = bits_that_fit(setup, nodes)
-    if bits is not None:
-        ways.append(f"{bits} bits on {_nodes(nodes, unit)}")
-    return f"{' or '.join(ways)} would do" if ways else "neither more nodes nor fewer bits help"
-
-
-def nodes_that_fit(setup: Setup) -> int | None:
-    """The fewest nodes that hold the model, None when no number does."""
-    most = min(setup.shape.experts, MOST_NODES_TO_FIT)
-    return next((n for n in range(1, most + 1) if predict(_plain(setup), n).fits), None)
-
-
-def bits_that_fit(setup: Setup, nodes: int) -> int | None:
-    """The most bits per weight with which `nodes` nodes hold the model."""
-    now = setup.shape.expert_format.bits_per_weight
-    for bits in BITS:
-        weights = affine(bits)
-        smaller = replace(_plain(setup), shape=setup.shape.with_format(weights))
-        if weights.bits_per_weight < now and predict(smaller, nodes).fits:
-            return bits
-    return None
-
-
-def _plain(setup: Setup) -> Setup:
-    """The same without copies of experts: what fits, fits without."""
-    if setup.placement == "slices" and setup.given is None:
-        return setup
-    return replace(setup, placement="experts", given=None)
+    return f"{setup.shape.name} does not fit {counted(nodes)}: {lacking}; {remedy(setup, nodes)}."
 
 
 @dataclass(frozen=True)
@@ -139,7 +101,7 @@ def what_to_buy(setup: Setup, target: float, found: Sequence[Purchase]) -> list[
             f"over {link}: try fewer bits, another link or a smaller model."
         ]
     first = [
-        f"{_nodes(p.nodes)} of {p.machine} ({p.tokens_per_second:.3g} tokens/s, "
+        f"{counted(p.nodes)} of {p.machine} ({p.tokens_per_second:.3g} tokens/s, "
         f"{p.price_usd:,.0f} USD)"
         for p in found[:3]
     ]
@@ -161,7 +123,3 @@ def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
     if samples:
         said.append(f"Executed experts are sampled; standard error {samples:.1g}.")
     return said
-
-
-def _nodes(count: int, unit: str = "node") -> str:
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
