@@ -2,7 +2,7 @@
  * they flush subnormals, which the other variants keep. */
 #include <immintrin.h>
 
-#include "exchange/avx512_target.h"
+#include "common/avx512_target.h"
 
 #define TARGET AVX512_WIDE
 #define KERNEL static inline __attribute__((always_inline)) TARGET

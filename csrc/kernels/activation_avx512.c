@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "exchange/avx512_target.h"
+#include "common/avx512_target.h"
 
 #define ACTIVATE zmoe_activate_avx512
 #define TARGET AVX512_WIDE

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "common/reduce_scalar.h"
-#include "exchange/avx512_target.h"
+#include "common/avx512_target.h"
 #include "kernels.h"
 #include "weight.h"
 

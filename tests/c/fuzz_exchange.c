@@ -18,7 +18,7 @@
 #include <string.h>
 
 #include "exchange/zmq_api.h"
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 enum {
   SESSION = 0x5eed,

@@ -4,7 +4,7 @@
 #define ZMOE_RIG_H
 
 #include "exchange/zmq_api.h"
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 enum {
   RIG_SESSION = 0x5eed,
