@@ -32,7 +32,12 @@ def check_sdist(sdist: Path) -> None:
     """It holds the sources."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/zmoe.h", "csrc/exchange/exchange.c", "tools/build_native.py", "LICENSE"} <= names
+    assert {
+        "csrc/exchange/exchange.h",
+        "csrc/exchange/exchange.c",
+        "tools/build_native.py",
+        "LICENSE",
+    } <= names
 
 
 def check_runs(wheel: Path, folder: Path) -> None:

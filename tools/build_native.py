@@ -13,7 +13,11 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = (
-    "zmoe.h",
+    "common/status.h",
+    "common/dtype.h",
+    "common/isa.h",
+    "common/reduce.h",
+    "exchange/exchange.h",
     "exchange/assign.h",
     "kernels/compute.h",
     "kernels/decoder.h",
@@ -24,7 +28,6 @@ HEADERS = (
 def declarations(header: str) -> str:
     """The part of a C header that cffi's cdef() understands."""
     text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
-    text = re.sub(r'#ifdef __cplusplus\n(extern "C" \{|\})\n#endif', "", text)
     lines = [
         line
         for line in text.splitlines()

@@ -29,7 +29,7 @@ WINDOW = lib.ZMOE_WINDOW
 
 
 class Status(IntEnum):
-    """Return codes of csrc/zmoe.h."""
+    """Return codes of csrc/common/status.h."""
 
     OK = 0
     INVALID = -1
@@ -68,7 +68,7 @@ class Dtype(IntEnum):
 
 
 class Algorithm(IntEnum):
-    """How an all-reduce runs; zmoe_algorithm of csrc/zmoe.h."""
+    """How an all-reduce runs; zmoe_algorithm of csrc/exchange/exchange.h."""
 
     DIRECT = 0
     SCATTER = 1
@@ -124,7 +124,7 @@ class Activation(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """The frame header; see zmoe_header in csrc/zmoe.h."""
+    """The frame header; see zmoe_header in csrc/exchange/exchange.h."""
 
     kind: int = 1
     dtype: int = 0

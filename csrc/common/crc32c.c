@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "common/reduce_variants.h"
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 enum { STREAM_BYTES = 512, TABLES = 8 };
 

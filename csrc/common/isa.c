@@ -1,6 +1,6 @@
 /* Which SIMD variant this CPU, under this operating system, can run. */
+#include "common/isa.h"
 #include "reduce_variants.h"
-#include "zmoe.h"
 
 #if defined(ZMOE_ARM64) && defined(__linux__)
 #include <sys/auxv.h>

@@ -1,5 +1,6 @@
 /* The sum of partial outputs in rank order, and the routing digest. */
-#include "zmoe.h"
+#include "common/reduce.h"
+#include "common/status.h"
 
 #include <string.h>
 

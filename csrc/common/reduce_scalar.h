@@ -9,7 +9,7 @@
 
 #include <string.h>
 
-#include "zmoe.h"
+#include "common/reduce.h"
 
 #define ZMOE_F32_NAN 0x7fc00000u
 

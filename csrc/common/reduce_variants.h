@@ -7,7 +7,7 @@
 #ifndef ZMOE_REDUCE_VARIANTS_H
 #define ZMOE_REDUCE_VARIANTS_H
 
-#include "zmoe.h"
+#include "common/reduce.h"
 
 #if defined(__x86_64__)
 #define ZMOE_X86 1

@@ -6,7 +6,7 @@
 #ifndef ZMOE_ASSIGN_H
 #define ZMOE_ASSIGN_H
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 /* What reading an expert's weights takes, in the time of one row. */
 #define ZMOE_LOAD_ROWS 8

@@ -3,6 +3,7 @@
 #ifndef ZMOE_BENCH_LOOP_H
 #define ZMOE_BENCH_LOOP_H
 
+#include "exchange/exchange.h"
 #include "kernels/compute.h"
 
 /* Runs `count` exchanges like `call`, in steps of their own, from `src` to `out`

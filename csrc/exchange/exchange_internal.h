@@ -8,7 +8,7 @@
 
 #include <poll.h>
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 #include "zmq_api.h"
 
 enum {

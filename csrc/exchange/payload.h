@@ -2,7 +2,8 @@
 #ifndef ZMOE_PAYLOAD_H
 #define ZMOE_PAYLOAD_H
 
-#include "zmoe.h"
+#include "common/reduce.h"
+#include "exchange/exchange.h"
 
 /* A run of whole blocks of ZMOE_Q8_BLOCK elements; the last block of a row may have
  * fewer. */

@@ -1,8 +1,8 @@
-/* Inside of the pool that the exchange needs beside zmoe.h. */
+/* Inside of the pool that the exchange needs beside exchange.h. */
 #ifndef ZMOE_POOL_H
 #define ZMOE_POOL_H
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 #define ZMOE_POOL_MAX_CLASSES 8
 

@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 zmoe_zmq_api zmoe_zmq;
 static int loaded;

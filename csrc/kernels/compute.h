@@ -6,13 +6,16 @@
  * wherever it lies), linear and experts (all matmuls of one input, or of one
  * MoE layer, in one call), and the parts of a decoder layer in decoder.h.
  *
- * Return codes as in zmoe.h.  Nothing is allocated after the *_create and
+ * Return codes as in common/status.h.  Nothing is allocated after the *_create and
  * zmoe_thread_pool_reserve calls.  A result never depends on the number of threads.
  */
 #ifndef ZMOE_COMPUTE_H
 #define ZMOE_COMPUTE_H
 
-#include "zmoe.h"
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/reduce.h"
+#include "common/status.h"
 
 #define ZMOE_MAX_THREADS 256
 #define ZMOE_MAX_WEIGHTS 8      /* of one zmoe_linear call */

@@ -17,8 +17,8 @@
 #include <fcntl.h>
 #include <string.h>
 
+#include "exchange/exchange.h"
 #include "exchange/zmq_api.h"
-#include "zmoe.h"
 
 enum {
   SESSION = 0x5eed,

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 enum { MAX_PAYLOAD = 2048 };
 

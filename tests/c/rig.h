@@ -3,8 +3,8 @@
 #ifndef ZMOE_RIG_H
 #define ZMOE_RIG_H
 
+#include "exchange/exchange.h"
 #include "exchange/zmq_api.h"
-#include "zmoe.h"
 
 enum {
   RIG_SESSION = 0x5eed,

@@ -4,7 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "zmoe.h"
+#include "common/reduce.h"
+#include "common/status.h"
 
 enum { MOST = 300 };
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "zmoe.h"
+#include "exchange/exchange.h"
 
 enum { MAX_PAYLOAD = 1024 };
 

@@ -20,7 +20,9 @@ def test_the_process_holds_one_libzmq() -> None:
 
 
 def test_enums_match_the_header() -> None:
-    header = (Path(__file__).parents[2] / "csrc" / "zmoe.h").read_text()
+    csrc = Path(__file__).parents[2] / "csrc"
+    names = ("common/status.h", "common/dtype.h", "common/isa.h", "exchange/exchange.h")
+    header = "".join((csrc / name).read_text() for name in names)
     for status in Status:
         name = {"INVALID": "EINVAL", "INTERRUPTED": "EINTR", "MEMORY": "ENOMEM"}.get(
             status.name, f"E{status.name}" if status else "OK"

@@ -1,4 +1,4 @@
-"""zmoe_exchange of csrc/zmoe.h as typed Python: thin, one method a function."""
+"""zmoe_exchange of csrc/exchange/exchange.h as typed Python: thin, one method a function."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OutBuffer:
 
 
 class NativeExchange:
-    """zmoe_exchange of csrc/zmoe.h over sockets that the caller owns.
+    """zmoe_exchange of csrc/exchange/exchange.h over sockets that the caller owns.
 
     `xpub`, `sub`, `router`, `dealers`, `monitors` are `socket.underlying`
     addresses; dealers and monitors are 0 at `rank`. Used by one thread at a

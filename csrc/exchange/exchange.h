@@ -1,93 +1,29 @@
-/* zmoe: the C hot path of expert-parallel inference.
+/* The exchange: the sum of all ranks' partial outputs, once per MoE layer, over ZeroMQ.
  *
- * Four parts, bottom up: pool (pinned slots), wire (frame header), reduce
- * (sum of partial outputs in rank order) and exchange (one all-reduce per MoE
- * layer over ZeroMQ).  C11, libc only; the zmq_* functions are resolved at run
- * time from a libzmq that the process has already loaded, so that there is
- * never a second one.
+ * Three parts, bottom up: pool (pinned slots), wire (frame header) and exchange.
+ * C11, libc only; the zmq_* functions are resolved at run time from a libzmq that
+ * the process has already loaded, so that there is never a second one.
  *
- * Return codes: ZMOE_OK or a negative zmoe_status for what a caller, a peer or
- * the network can cause; assert() for broken invariants of our own.  Nothing
- * is allocated after the *_create calls.
+ * Functions return ZMOE_OK or a negative zmoe_status for what a caller, a peer or
+ * the network can cause; assert() is for broken invariants of our own.  Nothing is
+ * allocated after the *_create calls.
  */
-#ifndef ZMOE_H
-#define ZMOE_H
+#ifndef ZMOE_EXCHANGE_H
+#define ZMOE_EXCHANGE_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/reduce.h"
+#include "common/status.h"
 
 #define ZMOE_WIRE_VERSION 3
-#define ZMOE_MAX_NODES 64
 #define ZMOE_HEADER_BYTES 64
 #define ZMOE_PRESENCE_BYTES 18
 #define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
-
-typedef enum zmoe_status {
-  ZMOE_OK = 0,
-  ZMOE_EINVAL = -1,    /* an argument is out of range */
-  ZMOE_ETIMEOUT = -2,  /* the deadline passed; fault.missing tells for whom */
-  ZMOE_EPEER = -3,     /* a peer's link is gone; fault.lost tells whose */
-  ZMOE_EINTR = -4,     /* time to look at signals; call again to go on waiting */
-  ZMOE_EDIVERGED = -5, /* a peer is at another step, layer, shape or routing */
-  ZMOE_EPOOL = -6,     /* no slot became free before the deadline */
-  ZMOE_EZMQ = -7,      /* libzmq failed; fault.zmq_errno says how */
-  ZMOE_ENOMEM = -8,    /* no memory, in a *_create call */
-  ZMOE_EFORK = -9,     /* the exchange belongs to the process that forked this one */
-} zmoe_status;
-
-typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype;
-
-/* What may stand for a dtype between nodes: each row in blocks of 32 elements, the
- * last one padded with zeros; a block is a scale in bf16, then 32 integers of 8
- * bits.  Only reduce, wire and exchange know it. */
-#define ZMOE_Q8 3
-#define ZMOE_Q8_BLOCK 32
-#define ZMOE_Q8_BLOCK_BYTES 34
-
-/* Bytes of one element, 0 for ZMOE_Q8, which has none, and for an unknown dtype. */
-size_t zmoe_dtype_bytes(zmoe_dtype dtype);
-/* Bytes of rows x width elements; UINT64_MAX for an unknown dtype, and for more
- * than 2^32 - 1 elements. */
-uint64_t zmoe_payload_bytes(zmoe_dtype dtype, uint32_t rows, uint32_t width);
-
-/* ---- isa: which SIMD variant runs -------------------------------------- */
-
-typedef enum zmoe_isa {
-  ZMOE_ISA_GENERIC = 0,
-  ZMOE_ISA_AVX2 = 1,
-  ZMOE_ISA_AVX512 = 2,
-  ZMOE_ISA_NEON = 3,
-  /* Further steps for products alone; the sums of reduce know no difference. */
-  ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI */
-  ZMOE_ISA_NEON_DOT = 5,    /* dotprod */
-  ZMOE_ISA_NEON_BF16 = 6,   /* and bf16, i8mm */
-} zmoe_isa;
-
-zmoe_isa zmoe_isa_best(void);            /* the best this CPU can run */
-int zmoe_isa_supported(zmoe_isa isa);    /* 1 when it can run here */
-const char *zmoe_isa_name(zmoe_isa isa); /* "generic", "avx2", ... */
-
-/* ---- reduce: bit-identical in every variant ----------------------------- */
-
-/* dst[i] = convert(src[i]), round to nearest even, NaN kept as NaN.  In ZMOE_Q8 a
- * NaN or an infinity makes a NaN of its whole block.  `count` elements are one row,
- * or rows of whole blocks. */
-int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype src_dtype,
-                 size_t count, zmoe_isa isa);
-
-/* out[i] = ((parts[0][i] + parts[1][i]) + ...), accumulated in f32 in the order
- * given, then converted as above.  A NULL part counts as zeros and is skipped; with
- * every part NULL the result is zeros.  `out` may not alias a part. */
-int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
-                zmoe_dtype part_dtype, size_t count, zmoe_isa isa);
-
-/* 64-bit digest of `bytes` bytes (not cryptographic): the routing digest. */
-uint64_t zmoe_digest(const void *data, size_t bytes);
 
 /* CRC-32C (Castagnoli; RFC 3720, appendix B.4): 0 for no bytes.  The same value with
  * every instruction set. */
@@ -325,7 +261,4 @@ int zmoe_exchange_service(zmoe_exchange *ex, zmoe_fault *fault);
 void zmoe_exchange_stats_get(const zmoe_exchange *ex, zmoe_exchange_stats *out);
 void zmoe_exchange_pool_stats(const zmoe_exchange *ex, zmoe_pool_stats *out);
 
-#ifdef __cplusplus
-}
-#endif
 #endif
