@@ -27,7 +27,7 @@ from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.loading import inspect_model
 from zmoe.placement.build import place_evenly
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 
 GIB = 1 << 30
 TINY = resolve_model("zmoe-tiny")
@@ -54,7 +54,7 @@ class Impostor(threading.Thread):
         if isinstance(answer, Setup):
             info = inspect_model(TINY)
             here = Endpoint("127.0.0.1", 1, 2)
-            hello = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
+            hello = hello_of(info, arithmetic_of(EngineConfig()), NodeResources("m", GIB), here)
             bus.send(changed(hello, self._hello_changes))
             answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Place):
@@ -124,7 +124,7 @@ def test_what_differs_is_named_on_both_sides(
 @pytest.mark.parametrize("field", ["device", "compute", "mlx", "mlx_lm", "probe"])
 def test_workers_that_do_not_route_may_round_differently(field: str) -> None:
     info, here = inspect_model(TINY), Endpoint("127.0.0.1", 1, 2)
-    mine = hello_of(info, arithmetic_of(EngineConfig()), Offer("m", GIB), here)
+    mine = hello_of(info, arithmetic_of(EngineConfig()), NodeResources("m", GIB), here)
     theirs = changed(mine, {f"arithmetic.{field}": "another"})
     check_hello(mine, theirs, "node 1", "centralized")
     with pytest.raises(MismatchError, match="node 1 .*another"):

@@ -18,7 +18,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
-from zmoe.cluster.resources import offer_of
+from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.generate import Generation, StepFunction
@@ -201,7 +201,7 @@ class Cluster:
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
         else:
-            own = offer_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
+            own = resources_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
             node.place(self._resolver.resolve([own]))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices

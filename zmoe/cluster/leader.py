@@ -40,7 +40,7 @@ from zmoe.cluster.messages import (
 )
 from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resolver import PlacementResolver
-from zmoe.cluster.resources import offer_of
+from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
@@ -109,7 +109,7 @@ class Leader:
         """
         timing, node = self.spec.timing, self.node
         # While the others start:
-        offer = offer_of(self.spec.engine, self.spec.placement.memory_limit)
+        offer = resources_of(self.spec.engine, self.spec.placement.memory_limit)
         arithmetic = arithmetic_of(self.spec.engine)
         joins = self._collect(Join, "has not joined", timing.join)
         for rank, join in joins.items():

@@ -22,7 +22,7 @@ from zmoe.config import PROTOCOL_VERSION, EngineConfig, Setting, Timing
 from zmoe.errors import InputError, SettingError
 from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import Placement
 
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
@@ -85,7 +85,7 @@ Text = Annotated[str, _text(LONGEST_TEXT)]
 Address = Annotated[str, _address]
 Listener = Annotated[Endpoint, _Fields({"host": Address, "data_port": Port, "control_port": Port})]
 Resources = Annotated[
-    Offer,
+    NodeResources,
     _Fields({"memory": Size, "limit": Size | None, "speed": Annotated[int, _between(0, 2**20)]}),
 ]
 _UNLESS_ANNOTATED: dict[Any, Any] = {int: Whole, float: Seconds, str: Word}

@@ -25,7 +25,7 @@ from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
 from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
 
 
@@ -262,7 +262,9 @@ def peak_memory() -> int:
     return max(resident, mx.get_peak_memory())
 
 
-def hello_of(info: ModelInfo, arithmetic: Arithmetic, offer: Offer, endpoint: Endpoint) -> Hello:
+def hello_of(
+    info: ModelInfo, arithmetic: Arithmetic, offer: NodeResources, endpoint: Endpoint
+) -> Hello:
     """What a node tells the leader about itself."""
     return Hello(
         fingerprint=info.fingerprint,

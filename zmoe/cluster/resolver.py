@@ -12,7 +12,7 @@ from zmoe.kernels.threads import is_native
 from zmoe.placement.build import place_evenly, place_slices
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import Choice, Chooser
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 from zmoe.placement.file import read_placement
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import read_usage
@@ -46,7 +46,7 @@ class PlacementResolver:
         elif request.way != "replicas":
             place_evenly(info, nodes)
 
-    def resolve(self, resources: Sequence[Offer]) -> Placement:
+    def resolve(self, resources: Sequence[NodeResources]) -> Placement:
         """The placement on nodes with these `resources`, by rank.
 
         Raises PlacementError where the model does not fit.
@@ -68,7 +68,9 @@ class PlacementResolver:
 def check(placement: Placement, info: ModelInfo) -> None:
     """Raise PlacementError, which names expert, layer and node, for what does not fit `info`."""
     layers = len(info.moe_layers)
-    check_placement(placement, info.experts, layers, info.expert_hidden, info.granule)
+    check_placement(
+        placement, info.experts, layers, info.moe_intermediate_size, info.slice_alignment
+    )
 
 
 def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:

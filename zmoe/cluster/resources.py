@@ -14,7 +14,7 @@ import numpy as np
 
 from zmoe.config import EngineConfig
 from zmoe.kernels.threads import ThreadPool, is_native
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 from zmoe.topology.cgroups import memory_limit
 from zmoe.topology.cores import team_cores
 
@@ -25,13 +25,13 @@ _READ_S = 0.02
 _STEP = 1.1  # speeds are rounded to powers of it, so that like machines are equal
 
 
-def offer_of(config: EngineConfig, limit: int | None, measure: bool = True) -> Offer:
+def resources_of(config: EngineConfig, limit: int | None, measure: bool = True) -> NodeResources:
     """The resources of this node, of which it may take `limit` bytes (None: no limit).
 
     Its speed is 0 unless it shall `measure` it, which takes some 50 ms.
     """
     speed = read_speed(config) if measure else 0
-    return Offer(machine_id(), machine_memory(is_native(config)), limit, speed)
+    return NodeResources(machine_id(), machine_memory(is_native(config)), limit, speed)
 
 
 def machine_id() -> str:

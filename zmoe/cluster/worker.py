@@ -31,7 +31,7 @@ from zmoe.cluster.messages import (
     one_line,
 )
 from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
-from zmoe.cluster.resources import offer_of
+from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
@@ -125,7 +125,7 @@ class Worker:
         self._node, node.skeleton = node, skeleton
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
-        offer = offer_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
+        offer = resources_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
         endpoint = node.open_exchange(self.spec.bind)
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs

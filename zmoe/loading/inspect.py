@@ -108,8 +108,10 @@ def _sizes(skeleton: Skeleton, sliceable: bool) -> dict[str, int]:
     sizes = {name: array.nbytes for name, array in skeleton.parameters.items()}
     experts = sum(size for name, size in sizes.items() if name.startswith(inside))
     return {
-        "expert_hidden": max(widths),
-        "granule": max(groups, default=PLAIN_ALIGNMENT) if sliceable and len(widths) == 1 else 0,
+        "moe_intermediate_size": max(widths),
+        "slice_alignment": max(groups, default=PLAIN_ALIGNMENT)
+        if sliceable and len(widths) == 1
+        else 0,
         "expert_parameters": max(
             sum(int(layer.input_dims * layer.output_dims) for layer in of_site)
             for of_site in layers

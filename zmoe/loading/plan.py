@@ -88,8 +88,8 @@ def make_plan(
     experts_too = native or kept_slice is not None
     mapped = mappable(skeleton, untouched, native and dense, experts_too)
     if kept_slice is not None:
-        assert info.granule, "a placement that was checked slices no such experts"
-        cuts = cuts_of(skeleton.sites, kept_slice, info.expert_hidden)
+        assert info.slice_alignment, "a placement that was checked slices no such experts"
+        cuts = cuts_of(skeleton.sites, kept_slice, info.moe_intermediate_size)
     return Plan(kept, mapped, cuts, shapes, unused)
 
 

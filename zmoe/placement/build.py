@@ -86,21 +86,21 @@ def place_slices(
     """A range of every expert's hidden dimension for each node, so that all are done at once
     as far as there is room. Raises PlacementError when an expert cannot be cut so finely.
     """
-    nodes, hidden, granule = len(speeds), info.expert_hidden, info.granule
-    if not granule:
+    nodes, hidden, slice_alignment = len(speeds), info.moe_intermediate_size, info.slice_alignment
+    if not slice_alignment:
         raise PlacementError(f"the experts of {info.path} {NOT_SLICED}")
-    units = hidden // granule  # a remainder goes to the last node
+    units = hidden // slice_alignment  # a remainder goes to the last node
     if units < nodes:
         raise PlacementError(
-            f"the experts of {info.path} are {hidden} wide and cut in steps of {granule}: "
+            f"the experts of {info.path} are {hidden} wide and cut in steps of {slice_alignment}: "
             f"{units} slices at most, not {nodes}"
         )
     whole = _slots(info)
-    most = [total * hidden // (granule * whole) for total in slots]
+    most = [total * hidden // (slice_alignment * whole) for total in slots]
     if min(most) < 1 or sum(most) < units:
         raise PlacementError(f"slices of the experts of {info.path} do not fit the nodes' memory")
     sizes = proportional(units, speeds, most, least=1, beside=beside * units)
-    bounds = [granule * sum(sizes[:node]) for node in range(nodes)] + [hidden]
+    bounds = [slice_alignment * sum(sizes[:node]) for node in range(nodes)] + [hidden]
     everything = tuple(range(info.experts))
     owned = ((everything,) * nodes,) * len(info.moe_layers)
     return Placement(nodes, info.experts, owned, tuple(pairwise(bounds)))

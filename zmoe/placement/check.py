@@ -17,11 +17,11 @@ NOT_SLICED = (
 
 
 def check_placement(
-    placement: Placement, experts: int, layers: int, hidden: int, granule: int = 1
+    placement: Placement, experts: int, layers: int, hidden: int, slice_alignment: int = 1
 ) -> None:
     """Raise PlacementError, which names expert, layer and node, for what does not fit a
     model of `experts` in each of `layers` MoE layers, each `hidden` wide and cut in
-    steps of `granule` (0: not at all).
+    steps of `slice_alignment` (0: not at all).
     """
     nodes = placement.nodes
     if placement.experts != experts or len(placement.owned) != layers:
@@ -30,7 +30,7 @@ def check_placement(
             f"does not fit a model of {experts} in {layers}"
         )
     if placement.slices:
-        _check_slices(placement.slices, nodes, hidden, granule)
+        _check_slices(placement.slices, nodes, hidden, slice_alignment)
     if placement.speeds and (
         len(placement.speeds) != nodes or not all(0 < s <= MOST_SPEED for s in placement.speeds)
     ):
@@ -40,7 +40,9 @@ def check_placement(
         _check_layer(layer, owned, placement.slices or whole, experts, hidden)
 
 
-def _check_slices(slices: Sequence[tuple[int, int]], nodes: int, hidden: int, granule: int) -> None:
+def _check_slices(
+    slices: Sequence[tuple[int, int]], nodes: int, hidden: int, slice_alignment: int
+) -> None:
     if len(slices) != nodes:
         raise PlacementError(f"{len(slices)} slices for {nodes} nodes")
     for node, (start, end) in enumerate(slices):
@@ -50,12 +52,12 @@ def _check_slices(slices: Sequence[tuple[int, int]], nodes: int, hidden: int, gr
             )
         if (start, end) == (0, hidden):
             continue
-        if not granule:
+        if not slice_alignment:
             raise PlacementError(f"the experts of this model {NOT_SLICED}")
-        if start % granule or (end % granule and end != hidden):
+        if start % slice_alignment or (end % slice_alignment and end != hidden):
             raise PlacementError(
                 f"node {node} has the slice [{start}, {end}): "
-                f"this model's experts are cut at multiples of {granule}"
+                f"this model's experts are cut at multiples of {slice_alignment}"
             )
 
 

@@ -19,7 +19,7 @@ from zmoe.placement.build import (
     resident,
 )
 from zmoe.placement.estimate import (
-    Offer,
+    NodeResources,
     cluster_of,
     on_one_machine,
     placed_of,
@@ -83,7 +83,7 @@ class Chooser:
     def __init__(
         self,
         info: ModelInfo,
-        offers: Sequence[Offer],
+        offers: Sequence[NodeResources],
         *,
         mapped: bool,
         schedule: str = "decentralized",
@@ -176,7 +176,7 @@ class Chooser:
         return ""
 
     def _predicted(self, label: str, placement: Placement) -> Alternative:
-        placed = placed_of(placement, self._info.expert_hidden, label)
+        placed = placed_of(placement, self._info.moe_intermediate_size, label)
         if placed is None:
             return Alternative(label, placement, remark="slices with copies are not modelled")
         try:
@@ -188,7 +188,7 @@ class Chooser:
     # ---- memory --------------------------------------------------------------------
 
     def _bytes(self, placement: Placement) -> tuple[int, ...]:
-        shares = resident(placement, self._info.expert_hidden)
+        shares = resident(placement, self._info.moe_intermediate_size)
         return tuple(ceil(share * self._info.expert_bytes) for share in shares)
 
     def _missing(self, placement: Placement) -> int:
@@ -206,9 +206,9 @@ class Chooser:
 
     def _check_capacity(self, way: str, placement: Placement) -> None:
         """Name the first expert of a file's placement that its node has no room for."""
-        parts = placement.slices or ((0, self._info.expert_hidden),) * placement.nodes
+        parts = placement.slices or ((0, self._info.moe_intermediate_size),) * placement.nodes
         for node, (capacity, (start, end)) in enumerate(zip(self._capacity, parts)):
-            each = self._info.expert_bytes * (end - start) / self._info.expert_hidden
+            each = self._info.expert_bytes * (end - start) / self._info.moe_intermediate_size
             taken = 0.0
             for layer, owned in enumerate(placement.owned):
                 for expert in owned[node]:

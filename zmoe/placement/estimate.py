@@ -26,7 +26,7 @@ UNKNOWN_SPEED = 20  # GB/s, where no node has measured
 
 
 @dataclass(frozen=True)
-class Offer:
+class NodeResources:
     """What a node brings.
 
     machine: equal for nodes of one machine, which share its memory evenly.
@@ -41,7 +41,7 @@ class Offer:
     speed: int = 0
 
 
-def speeds_of(offers: Sequence[Offer]) -> tuple[int, ...]:
+def speeds_of(offers: Sequence[NodeResources]) -> tuple[int, ...]:
     """GB/s of each node: nodes of one machine are equal, as are all when one has not measured."""
     if not all(offer.speed for offer in offers):
         known = max(offer.speed for offer in offers)
@@ -53,7 +53,7 @@ def speeds_of(offers: Sequence[Offer]) -> tuple[int, ...]:
 
 
 def capacity_for(
-    info: ModelInfo, offers: Sequence[Offer], dense: Sequence[int], mapped: bool
+    info: ModelInfo, offers: Sequence[NodeResources], dense: Sequence[int], mapped: bool
 ) -> list[int]:
     """Bytes of experts that each node has room for beside its `dense` weights; negative
     where these do not fit.
@@ -115,7 +115,7 @@ def shape_of(info: ModelInfo) -> ModelShape:
 
 
 def cluster_of(
-    info: ModelInfo, offers: Sequence[Offer], mapped: bool, schedule: str, policy: str
+    info: ModelInfo, offers: Sequence[NodeResources], mapped: bool, schedule: str, policy: str
 ) -> tuple[Cluster, list[int]]:
     """The nodes, and each one's capacity for experts in bytes, which its memory leaves it."""
     central = schedule == "centralized"
@@ -140,7 +140,7 @@ def cluster_of(
     return Cluster(tuple(machines), link, schedule, policy), capacity
 
 
-def on_one_machine(offers: Sequence[Offer]) -> bool:
+def on_one_machine(offers: Sequence[NodeResources]) -> bool:
     return len({offer.machine for offer in offers}) == 1
 
 

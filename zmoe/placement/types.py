@@ -48,8 +48,8 @@ class ModelInfo:
     experts: int
     top_k: int
     hidden_size: int
-    expert_hidden: int  # the inner width of an expert
-    granule: int  # slices of it begin and end at multiples; 0: it has none
+    moe_intermediate_size: int  # the inner width of an expert
+    slice_alignment: int  # slices of it begin and end at multiples; 0: it has none
     expert_parameters: int  # of one expert
     expert_bytes: int  # of one expert of one layer, in the mean
     dense_bytes: int  # of everything but the routed experts

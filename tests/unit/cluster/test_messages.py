@@ -15,7 +15,7 @@ from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encod
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import Placement
 
 HERE, THERE = Endpoint("127.0.0.1", 1, 2), Endpoint("127.0.0.2", 3, 4)
@@ -25,7 +25,7 @@ HELLO = messages.Hello(
     quantization="none",
     isa="AVX2",
     arithmetic=Arithmetic("native", "cpu", "0.3", "0.4", "cd"),
-    resources=Offer("m", 1 << 40, None, 9),
+    resources=NodeResources("m", 1 << 40, None, 9),
     endpoint=HERE,
 )
 ENGINE = EngineConfig(max_kv_size=64, wire_dtype="q8", schedule="centralized")

@@ -11,12 +11,14 @@ from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.choose import Choice
-from zmoe.placement.estimate import Offer
+from zmoe.placement.estimate import NodeResources
 
 MODEL = described(dense_bytes=400 << 20)
 EXPERTS = 16 * 4 * MODEL.expert_bytes
-LEADER = Offer("a", 1 << 40, None, 25)
-WORKER = Offer("b", 1 << 40, PROGRAM_BYTES + EXPERTS, 25)  # for all experts, and nothing else
+LEADER = NodeResources("a", 1 << 40, None, 25)
+WORKER = NodeResources(
+    "b", 1 << 40, PROGRAM_BYTES + EXPERTS, 25
+)  # for all experts, and nothing else
 
 
 def test_the_schedule_and_the_policy_reach_the_choice() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zmoe.cluster import resources
-from zmoe.cluster.resources import machine_id, machine_memory, offer_of, read_speed
+from zmoe.cluster.resources import machine_id, machine_memory, read_speed, resources_of
 from zmoe.config import EngineConfig
 
 PHYSICAL = 64 << 30
@@ -29,10 +29,10 @@ def test_like_machines_are_equal(speed: float, noise: float) -> None:
 
 @pytest.mark.parametrize("compute", ["native", "mlx"])
 def test_a_measurement(compute: str) -> None:
-    offer = offer_of(EngineConfig(compute=compute), 1 << 30)
+    offer = resources_of(EngineConfig(compute=compute), 1 << 30)
     assert offer.speed >= 1 and offer.limit == 1 << 30
-    assert offer.machine == machine_id() == offer_of(EngineConfig(), None, False).machine
-    assert offer_of(EngineConfig(), None, measure=False).speed == 0
+    assert offer.machine == machine_id() == resources_of(EngineConfig(), None, False).machine
+    assert resources_of(EngineConfig(), None, measure=False).speed == 0
 
 
 @pytest.fixture

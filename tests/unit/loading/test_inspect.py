@@ -26,7 +26,7 @@ def test_a_description_in_full(tmp_path: Path) -> None:
     assert (info.layers, info.moe_layers) == (3, (1, 2))
     assert (info.experts, info.top_k) == (EXPERTS, 3)
     assert (info.hidden_size, info.exchange_width) == (64, 64)
-    assert (info.expert_hidden, info.granule) == (64, 64)
+    assert (info.moe_intermediate_size, info.slice_alignment) == (64, 64)
     assert (info.expert_parameters, info.expert_bytes) == (3 * 64 * 64, 2 * 3 * 64 * 64)
     assert info.context_length == 512
 
@@ -41,7 +41,10 @@ def test_every_family_can_be_described(family: str, tmp_path: Path) -> None:
     latent = family in ("nemotron_h", "kimi_k3")
     assert info.exchange_width == (32 if latent else 64)
     assert info.context_length == (None if family == "phixtral" else 512)
-    assert info.expert_hidden == (256 if family == "phixtral" else 64) and info.granule == 64
+    assert (
+        info.moe_intermediate_size == (256 if family == "phixtral" else 64)
+        and info.slice_alignment == 64
+    )
     model, _ = load_model(tmp_path, get_model_classes=model_classes)
     held: Any = tree_flatten(model.parameters())
     experts = info.expert_bytes * info.experts * len(info.moe_layers)
@@ -68,7 +71,7 @@ def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
     ):
         folder = build("mixtral", tmp_path / f"{mode}{group}", quantize=(mode, bits, group))
         info = inspect_model(folder)
-        assert (info.expert_hidden, info.granule) == (64, group)
+        assert (info.moe_intermediate_size, info.slice_alignment) == (64, group)
         assert info.expert_bytes == 3 * 64 * 64 * (bits + scales / group) / 8
 
 

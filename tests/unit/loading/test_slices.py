@@ -104,6 +104,6 @@ def test_what_cannot_be_sliced(tmp_path: Path) -> None:
     }
     folder = build("dbrx", tmp_path, layout="hf", ffn_config=config)
     info = inspect_model(folder)
-    assert info.granule == 0
+    assert info.slice_alignment == 0
     with pytest.raises(PlacementError, match="cannot be sliced: .* zmoe-prestack"):
-        check_placement(sliced(info), EXPERTS, 2, HIDDEN, info.granule)
+        check_placement(sliced(info), EXPERTS, 2, HIDDEN, info.slice_alignment)

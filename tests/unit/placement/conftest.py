@@ -6,9 +6,14 @@ from zmoe.placement.types import ModelInfo
 
 
 def described(
-    experts: int = 16, layers: int = 4, *, hidden: int = 256, granule: int = 64, **others: int
+    experts: int = 16,
+    layers: int = 4,
+    *,
+    hidden: int = 256,
+    slice_alignment: int = 64,
+    **others: int,
 ) -> ModelInfo:
-    """`layers` MoE layers of `experts` that are `hidden` wide and cut in steps of `granule`."""
+    """`layers` MoE layers of `experts`, each `hidden` wide, cut at multiples of the alignment."""
     sizes = {
         "top_k": 4,
         "expert_parameters": 1 << 19,
@@ -26,8 +31,8 @@ def described(
         moe_layers=tuple(range(layers)),
         experts=experts,
         hidden_size=128,
-        expert_hidden=hidden,
-        granule=granule,
+        moe_intermediate_size=hidden,
+        slice_alignment=slice_alignment,
         exchange_width=128,
         vocabulary=64,
         context_length=None,

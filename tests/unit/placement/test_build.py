@@ -24,7 +24,9 @@ SPEEDS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 def check(placement: Placement, info: ModelInfo) -> None:
     """Everything owned exactly once or in equal copies; see test_check.py."""
     layers = len(info.moe_layers)
-    check_placement(placement, info.experts, layers, info.expert_hidden, info.granule)
+    check_placement(
+        placement, info.experts, layers, info.moe_intermediate_size, info.slice_alignment
+    )
 
 
 @given(st.integers(1, 96), st.integers(1, 12), st.data())
@@ -73,7 +75,7 @@ def test_whole_experts_go_to_the_fast_and_stay_within_memory(
         return
     placement = place_by_speed(info, speeds, slots)
     check(placement, info)
-    totals = resident(placement, info.expert_hidden)
+    totals = resident(placement, info.moe_intermediate_size)
     assert sum(totals) == experts * layers
     assert all(total <= most for total, most in zip(totals, slots))
     for node, total in enumerate(totals):  # more for the faster, where there is room
@@ -102,7 +104,7 @@ def test_replicas_stay_within_memory(
     assert (placement.speeds == ()) == (len(set(speeds)) == 1)
     for speed, assigned in zip(speeds, placement.speeds):
         assert all(assigned >= b for a, b in zip(speeds, placement.speeds) if a < speed)
-    totals = resident(placement, info.expert_hidden)
+    totals = resident(placement, info.moe_intermediate_size)
     assert all(most - layers < total <= most for total, most in zip(totals, slots))
     for layer, owned in enumerate(placement.owned):
         copies = [sum(e in mine for mine in owned) for e in range(experts)]
@@ -115,10 +117,10 @@ def test_replicas_stay_within_memory(
 @given(st.integers(1, 12), SPEEDS, st.sampled_from((32, 64)), st.data())
 @settings(deadline=None)
 def test_slices_tile_in_proportion_to_speed(
-    units: int, speeds: list[int], granule: int, data: st.DataObject
+    units: int, speeds: list[int], slice_alignment: int, data: st.DataObject
 ) -> None:
-    hidden = units * granule + data.draw(st.integers(0, granule - 1))
-    info = described(hidden=hidden, granule=granule)
+    hidden = units * slice_alignment + data.draw(st.integers(0, slice_alignment - 1))
+    info = described(hidden=hidden, slice_alignment=slice_alignment)
     roomy = [16 * 4] * len(speeds)
     if units < len(speeds):
         with pytest.raises(PlacementError, match=f"{units} slices at most, not {len(speeds)}"):
@@ -127,7 +129,7 @@ def test_slices_tile_in_proportion_to_speed(
     placement = place_slices(info, speeds, roomy)
     check(placement, info)
     assert sum(resident(placement, hidden)) == pytest.approx(16 * 4)
-    sizes = [(end - start) // granule for start, end in placement.slices]
+    sizes = [(end - start) // slice_alignment for start, end in placement.slices]
     for speed, size in zip(speeds, sizes):
         assert all(size >= other for less, other in zip(speeds, sizes) if less < speed)
 
@@ -139,7 +141,7 @@ def test_slices_stay_within_memory() -> None:
     with pytest.raises(PlacementError, match="do not fit the nodes' memory"):
         place_slices(info, [1, 1], [16, 40])
     with pytest.raises(PlacementError, match="cannot be sliced: their widths differ"):
-        place_slices(described(granule=0), [1, 1], [64, 64])
+        place_slices(described(slice_alignment=0), [1, 1], [64, 64])
 
 
 def test_what_nodes_do_besides_shifts_experts_to_the_fast() -> None:

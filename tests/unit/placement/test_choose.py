@@ -16,7 +16,7 @@ from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.build import place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import MARGIN, Alternative, Choice, Chooser, fastest
-from zmoe.placement.estimate import Offer, capacity_for, placed_of, shape_of, speeds_of
+from zmoe.placement.estimate import NodeResources, capacity_for, placed_of, shape_of, speeds_of
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -33,17 +33,20 @@ MEDIUM = described(
 WEIGHTS = 64 * 16 * MEDIUM.expert_bytes
 
 
-def here(nodes: int, gib: float = 20) -> list[Offer]:
+def here(nodes: int, gib: float = 20) -> list[NodeResources]:
     """Processes of one machine, of which the first has measured."""
-    return [Offer("here", int(gib * GIB), None, 0 if node else 25) for node in range(nodes)]
+    return [NodeResources("here", int(gib * GIB), None, 0 if node else 25) for node in range(nodes)]
 
 
-def apart(*machines: tuple[int, float]) -> list[Offer]:
+def apart(*machines: tuple[int, float]) -> list[NodeResources]:
     """(speed, GiB) each."""
-    return [Offer(str(n), int(gib * GIB), None, speed) for n, (speed, gib) in enumerate(machines)]
+    return [
+        NodeResources(str(n), int(gib * GIB), None, speed)
+        for n, (speed, gib) in enumerate(machines)
+    ]
 
 
-def choose(info: ModelInfo, offers: list[Offer], way: str = "auto", **how: Any) -> Choice:
+def choose(info: ModelInfo, offers: list[NodeResources], way: str = "auto", **how: Any) -> Choice:
     return Chooser(info, offers, **{"mapped": True, **how}).choose(way)
 
 
@@ -54,7 +57,11 @@ def test_speeds() -> None:
     assert speeds_of(here(3)) == (25, 25, 25)
     assert speeds_of([replace(offer, speed=0) for offer in here(2)]) == (20, 20)
     assert speeds_of(apart((25, 1), (40, 1))) == (25, 40)
-    mixed = [Offer("a", 1, None, 20), Offer("b", 1, None, 50), Offer("a", 1, None, 30)]
+    mixed = [
+        NodeResources("a", 1, None, 20),
+        NodeResources("b", 1, None, 50),
+        NodeResources("a", 1, None, 30),
+    ]
     assert speeds_of(mixed) == (25, 50, 25)
 
 
@@ -150,7 +157,7 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
     machines = {name: data.draw(sizes) for name in "abc"}
     nodes = st.tuples(st.sampled_from("abc"), st.none() | sizes, st.integers(1, 40))
     offers = [
-        Offer(name, machines[name], limit, speed)
+        NodeResources(name, machines[name], limit, speed)
         for name, limit, speed in data.draw(st.lists(nodes, min_size=1, max_size=4))
     ]
     way = data.draw(st.sampled_from(("auto", "experts", "replicas", "slices")))
@@ -161,7 +168,7 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
         assert "are missing per node" in str(error) or "slices" in str(error)
         return
     assert choose(info, offers, way, mapped=mapped).placement == choice.placement
-    check_placement(choice.placement, 8, 3, info.expert_hidden, info.granule)
+    check_placement(choice.placement, 8, 3, info.moe_intermediate_size, info.slice_alignment)
     assert choice.placement.nodes == len(offers)
     assert all(held <= max(0, room) for held, room in zip(choice.resident, choice.capacity))
     own = sum(o.limit or 0 for o in offers)
@@ -220,7 +227,9 @@ def test_what_does_not_fit_says_what_would() -> None:
     choose(MEDIUM, apart((25, 2), (25, 9)), "auto")
     # All nodes together have room, but whole experts and what they share come out uneven.
     info = described(8, 3, top_k=2, expert_bytes=100 << 20)
-    crowded = [Offer("a", 1792 << 20, None, 1)] * 3 + [Offer("b", 1728 << 20, None, 1)]
+    crowded = [NodeResources("a", 1792 << 20, None, 1)] * 3 + [
+        NodeResources("b", 1728 << 20, None, 1)
+    ]
     with pytest.raises(PlacementError, match="does not fit 4 nodes: 269 MiB are missing per node"):
         choose(info, crowded, "auto", mapped=False)
 
