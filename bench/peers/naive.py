@@ -35,8 +35,8 @@ from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import encode_prompt, open_tokenizer
 from zmoe.errors import ZmoeError
 from zmoe.exchange.base import Call, Partial, nothing
+from zmoe.exchange.buffers import DTYPES
 from zmoe.exchange.local import SingleNode
-from zmoe.kernels.arrays import DTYPES
 from zmoe.kernels.threads import best_isa_name, is_native, make_thread_pool
 from zmoe.loading import inspect_model, load_experts, load_shard
 from zmoe.native import Dtype

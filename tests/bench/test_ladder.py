@@ -15,6 +15,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from tests.bench.programs import BENCH, call, make_model, report_of, run
+from zmoe import config
 
 PROMPT = "ROMEO:\nBut soft, "
 TINY = BENCH.parent / "zmoe" / "data" / "zmoe-tiny"
@@ -133,6 +134,7 @@ def test_zmoe_has_every_rung_and_refuses_what_it_does_not_have(
         if rung.settings:
             assert "zmoe" in told_to(peer, rung, monkeypatch)["build"]
     monkeypatch.setattr("zmoe.config.ACTIVATIONS", ("exact",))
+    monkeypatch.setattr("zmoe.config._fields_of", config._fields_of.__wrapped__)
     with pytest.raises(process.PeerFailure, match="activations is 'int8'") as failure:
         told_to(peer, rungs.RUNGS["int8"], monkeypatch)
     assert failure.value.status in importlib.import_module("ladder").REFUSED

@@ -14,11 +14,10 @@ def nothing() -> None:
     """What there is to do beside an exchange when there is nothing."""
 
 
-# Of all rows (None: it adds nothing); or what computes it for rows [start, stop),
-# None again where it adds nothing.
 T = TypeVar("T")
 
-
+# A partial sum of all rows (None: it adds nothing), or a function that computes it for
+# rows [start, stop) (None: these add nothing).
 Partial: TypeAlias = T | Callable[[int, int], T | None] | None
 
 

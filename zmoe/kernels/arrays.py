@@ -8,16 +8,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from zmoe.native import Dtype, ffi
+from zmoe.native import ffi
 
 if TYPE_CHECKING:
     from zmoe.native import CData
 
-DTYPES: dict[mx.Dtype, Dtype] = {
-    mx.float32: Dtype.F32,
-    mx.float16: Dtype.F16,
-    mx.bfloat16: Dtype.BF16,
-}
 _NUMPY: dict[mx.Dtype, Any] = {
     mx.float32: np.float32,
     mx.float16: np.float16,

@@ -11,7 +11,8 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from zmoe.errors import ZmoeError
-from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import as_array, empty, pointer, writable
 from zmoe.kernels.residual import NativeCache, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices

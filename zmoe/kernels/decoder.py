@@ -15,7 +15,8 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from zmoe.errors import ZmoeError
-from zmoe.kernels.arrays import DTYPES, as_array, empty, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import as_array, empty, writable
 from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.residual import NativeCache, ResidualBuffer

@@ -15,7 +15,8 @@ from mlx_lm.models.switch_layers import (
 )
 
 from zmoe.errors import ZmoeError
-from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import as_array, empty, pointer, writable
 from zmoe.kernels.linear import Parts, quantization_of, take_parts
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices, matrices

@@ -18,7 +18,8 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from zmoe.errors import ZmoeError
-from zmoe.kernels.arrays import DTYPES, as_array, empty, pointer, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import as_array, empty, pointer, writable
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import PARTS, Matrices, Quantization, Stored, matrices
 from zmoe.native import Status, ffi, lib

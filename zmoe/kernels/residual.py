@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from zmoe.kernels.arrays import DTYPES, Buffer, empty, pointer, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import Buffer, empty, pointer, writable
 from zmoe.native import Dtype, best_isa, ffi, lib
 
 if TYPE_CHECKING:

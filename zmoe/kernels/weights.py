@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from zmoe.errors import ModelError
-from zmoe.kernels.arrays import DTYPES, pointer
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import pointer
 from zmoe.native import Format, Status, ffi, lib
 
 if TYPE_CHECKING:

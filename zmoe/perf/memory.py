@@ -8,7 +8,7 @@ from zmoe.perf.cost import Cluster
 from zmoe.perf.shape import ModelShape
 
 # Interpreter, libraries, exchange buffers and the activations of one prefill
-# chunk: 168 and 172 MiB measured for two small models (README, "Measured"), more
+# chunk: 168 and 172 MiB measured for two small models, more
 # for a wide one. An estimate.
 PROGRAM_BYTES = 256 << 20
 
