@@ -1,0 +1,82 @@
+"""The plan of a step: which rows of which sequences the whole cluster runs next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BLOCK = 64  # positions of a block of keys and values
+PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one sequence.
+
+    `position` is that of the first row; what the sequence holds from there on is dropped.
+    Logits are wanted after the last `logits` of the `rows`.
+    """
+
+    sequence: int
+    position: int
+    rows: int
+    logits: int
+
+    @property
+    def end(self) -> int:
+        """The position after the last row."""
+        return self.position + self.rows
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Sequence `new` begins with the first `length` positions of `old`, on MLX's caches."""
+
+    new: int
+    old: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Block `to` becomes a copy of block `source`, in all layers."""
+
+    to: int
+    source: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step; equal on every node.
+
+    In this order the nodes end the sequences of `free`, make `forks` and `copies`, append
+    `blocks` to the tables of the spans' sequences, and run the rows. `tokens` are those of all
+    rows, in the order of `spans`, at most one span per sequence. A span takes as many of
+    `blocks` as its sequence's table lacks up to the span's end; on MLX's caches there are none.
+    `step` is the number of the first pass, which the frames of the exchange carry.
+    """
+
+    step: int
+    spans: tuple[Span, ...]
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+    forks: tuple[Fork, ...] = ()
+    copies: tuple[Copy, ...] = ()
+
+
+def blocks_of(positions: int) -> int:
+    """How many blocks hold that many positions."""
+    return -(-positions // BLOCK)
+
+
+def passes(spans: Sequence[Span], paged: bool) -> list[tuple[Span, ...]]:
+    """The spans as a node runs them, one exchange per MoE layer in each pass.
+
+    With paged caches that is all of them in one pass; on MLX's caches the sequences
+    that run one row in one pass, and every other one by itself.
+    """
+    if paged or len(spans) < 2:
+        return [tuple(spans)] if spans else []
+    single = tuple(span for span in spans if span.rows == 1)
+    return ([single] if single else []) + [(span,) for span in spans if span.rows > 1]
