@@ -141,6 +141,10 @@ _TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
 _TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 _MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 SECONDS = number("a positive number of seconds", lambda value: value > 0)
+_SPECULATE = Limit(
+    "auto, off or a whole number from 1 to 16",
+    lambda value: value in ("auto", "off", *map(str, range(1, 17))),
+)
 _COMPUTE_HELP = "large matmuls by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
 _ACTIVATIONS_HELP = "of the kernels' quantised matmuls; int8 is faster on some CPUs, and less exact"
 _WIRE_DTYPE_HELP = (
@@ -150,6 +154,9 @@ _SCHEDULE_HELP = "every node routes; or the first one does, and the others hold 
 _POLICY_HELP = (
     "experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
     "node; idle ones change no output, but keep their weights warm"
+)
+_SPECULATE_HELP = (
+    "tokens guessed from the text so far and checked in one step; the text stays the same"
 )
 _WINDOW_HELP = "attend to the first 4 and the latest tokens, that many in all, without end"
 
@@ -187,6 +194,24 @@ class Timing(Settings):
         float, Setting("seconds to wait for a busy peer", SECONDS, "--peer-timeout")
     ] = 120.0
     grace: Annotated[float, Setting(limit=SECONDS)] = 1.0
+
+
+@dataclass(frozen=True)
+class Batching(Settings):
+    """How the leader divides steps among sequences; the other nodes need not know.
+
+    `step_ms`: while sequences are generating, steps that also run a part of a new prompt aim at
+    that many milliseconds. `speculate`: how many tokens to guess from the text so far and
+    have checked in one step; "auto" adapts it to what pays. `max_queue`: most sequences that
+    wait, None for any number; `queue_timeout`: seconds until one that waits is given up.
+    """
+
+    step_ms: Annotated[
+        int, Setting("milliseconds of a step while a prompt is read beside others", _POSITIVE)
+    ] = 250
+    speculate: Annotated[str, Setting(_SPECULATE_HELP, _SPECULATE, metavar="auto|off|K")] = "auto"
+    max_queue: Annotated[int | None, Setting(limit=_POSITIVE)] = None
+    queue_timeout: Annotated[float | None, Setting(limit=SECONDS)] = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zmoe.errors import ZmoeError
+
 BLOCK = 64  # positions of a block of keys and values
 PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
 
@@ -63,6 +65,33 @@ class Plan:
     free: tuple[int, ...] = ()
     forks: tuple[Fork, ...] = ()
     copies: tuple[Copy, ...] = ()
+
+    @property
+    def digest(self) -> int:
+        return 0
+
+
+def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
+    """Raise ZmoeError for a plan whose parts do not go together, or of more than `max_rows` rows.
+
+    A token outside of the vocabulary would be read beyond the embedding.
+    """
+    rows = sum(span.rows for span in plan.spans)
+    sequences = [span.sequence for span in plan.spans]
+    if not 1 <= rows <= max_rows or len(plan.tokens) != rows:
+        raise ZmoeError(
+            f"step {plan.step} has {rows} rows and {len(plan.tokens)} tokens: "
+            f"expected as many, from 1 to {max_rows}"
+        )
+    if len(set(sequences)) != len(sequences) or any(
+        span.rows < 1 or span.position < 0 or not 0 <= span.logits <= span.rows
+        for span in plan.spans
+    ):
+        raise ZmoeError(f"step {plan.step} has spans that are none")
+    if PREVIOUS in plan.tokens:
+        raise ZmoeError(f"step {plan.step} refers to sampled tokens, which this node never sees")
+    if not 0 <= min(plan.tokens) <= max(plan.tokens) < vocabulary:
+        raise ZmoeError(f"step {plan.step} has a token outside of 0 to {vocabulary - 1}")
 
 
 def blocks_of(positions: int) -> int:

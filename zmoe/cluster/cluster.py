@@ -41,9 +41,10 @@ class Cluster:
     the cluster.
 
     A cluster is entered once, and holds sockets, processes and weights only until it
-    is closed. One generation runs at a time. Any thread may call any method: calls
-    wait for the step that another thread is running, and close() ends the generation
-    of another thread, which then raises ZmoeError. A forked child cannot use the
+    is closed. Many generations run at the same time: each step serves all of them, and
+    whoever waits for a token runs it. Any thread may call any method: calls
+    wait for the step that another thread is running, and close() ends the generations
+    of other threads, which then raise ZmoeError. A forked child cannot use the
     cluster of its parent.
     """
 
@@ -88,9 +89,9 @@ class Cluster:
         self._process = os.getpid()
         self._failed = ""  # why no step can follow
         self._closing = self._closed = False
-        self._step = 0
-        self._generations = 0
-        self._vocabulary = 0
+        self._steps = SharedSteps()
+        self._cancelled: list[int] = []  # appended by any thread
+        self._begun = 0
         self.notices: tuple[str, ...] = ()
         self.load_seconds = 0.0
 
@@ -198,24 +199,38 @@ class Cluster:
         self._warm_up(self._node)
 
     def _load(self, node: Node) -> None:
+        engine = self.spec.engine
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
+            resources = self._leader.resources
         else:
-            own = resources_of(self.spec.engine, self.spec.placement.memory_limit, measure=False)
-            node.place(self._resolver.resolve([own]))
+            resources = [
+                resources_of(engine, self.spec.placement.memory_limit, measure=False)
+            ]
+            node.place(self._resolver.resolve(resources))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
+        assert node.placement is not None
+        room = cache_room(
+            self.info, resources, node.placement, is_native(engine), engine.schedule
+        )
+        blocks = node.engine.blocks_in(room)
+        (self._leader or node).make_cache(blocks)
+        self._batcher = Batcher(
+            self._run, node.engine, blocks, engine, self.spec.batching, node.spans, usable_cores()
+        )
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
-        self._vocabulary = self._forward(node, [0], True).size
+        self._batcher.force([0], True)
+        self._batcher.end_forced()
         node.spans.take()
         if self._recorder is not None:
             self._recorder.take()
 
     # ---- use --------------------------------------------------------------------
 
-    def generate(
+    def submit(
         self,
         prompt: str | Sequence[int],
         sampling: Sampling | None = None,
@@ -226,8 +241,10 @@ class Cluster:
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generation:
-        """Iterate over the tokens that follow `prompt` (text, or token ids as they are).
+        """Begin to generate what follows `prompt` (text, or token ids as they are).
 
+        The result iterates over the tokens, also with `async for`. Others may be submitted
+        meanwhile: as many as `parallel` of the spec's engine says run at once, the others wait.
         `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
@@ -239,11 +256,11 @@ class Cluster:
         if sampling is not None and not isinstance(sampling, Sampling):
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
-        with self._running() as node:
-            spans, vocabulary = node.spans, self._vocabulary
-        if sampling.top_k >= vocabulary:
+        if sampling.top_k >= self.info.vocabulary:
             raise SettingError(
-                "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
+                "top_k",
+                f"is {sampling.top_k}: expected less than the model's "
+                f"{self.info.vocabulary} tokens",
             )
         if isinstance(prompt, str):
             ids = encode_prompt(
@@ -255,42 +272,58 @@ class Cluster:
             )
         else:
             ids = check_ids(prompt, self.tokenizer)
-        engine = self.spec.engine
-        context = self.info.context_length if engine.max_kv_size is None else None
+        context = self.info.context_length if self.spec.engine.max_kv_size is None else None
         check_length(len(ids), context)
+        eos = self.tokenizer.eos_token_ids
+        stream = Stream(ids, sampling, eos=eos, context=context, on_prefill=on_prefill)
+        with self._running():
+            self._begun += 1
+            self._end_cancelled()
+            sequence = self._batcher.submit(stream)
+        advance = partial(self._advance, stream)
         return Generation(
-            self.begin(),
+            stream,
             self.tokenizer,
-            ids,
-            sampling,
-            prefill_chunk=engine.prefill_chunk,
-            context=context,
-            spans=spans,
-            on_prefill=on_prefill,
+            advance=advance,
+            advance_async=partial(self._steps.advance, advance),
+            cancel=partial(self._cancelled.append, sequence),
         )
 
+    generate = submit  # of one prompt at a time
+
+    def _advance(self, stream: Stream) -> None:
+        """Run a step, unless another thread has meanwhile run one that served `stream`."""
+        with self._running():
+            if not stream.ready and not stream.ended:
+                self._end_cancelled()
+                self._batcher.step()
+
+    def _end_cancelled(self) -> None:
+        """End the generations whose consumers have gone away."""
+        cancelled, self._cancelled[:] = list(self._cancelled), []
+        self._batcher.end(cancelled)
+
     def begin(self) -> StepFunction:
-        """Begin a generation whose caller brings every token, and picks from the logits itself.
+        """Begin a sequence whose caller brings every token, and picks from the logits itself.
 
-        The result is called as `step(tokens, reset, logits)`: it appends `tokens` (1 to
-        `prefill_chunk` ids) to the sequence, which `reset` starts anew, and returns the logits
-        (vocabulary,) after the last of them, evaluated and the caller's to keep. Without
-        `logits` they are not computed, and the result means nothing. Steps of the generation
-        before are refused from now on.
+        The result is called as `step(tokens, reset)`: it appends `tokens` (ids) to the
+        sequence, which `reset` starts anew, and returns the logits (vocabulary,) float32
+        after the last of them, the caller's to keep. The sequence has the cluster for itself:
+        it ends when another one is begun or submitted, and its steps are refused from then on.
 
-        Raises ZmoeError when the cluster is not running. A step raises ZmoeError also once
-        another generation has begun, PeerError for a lost peer, and DivergenceError for
+        Raises ZmoeError when the cluster is not running. A step raises ZmoeError also while
+        generations are running, PeerError for a lost peer, and DivergenceError for
         one that routes differently; the latter two end the cluster.
         """
         with self._running():
-            self._generations += 1
-            mine = self._generations
+            self._begun += 1
+            mine = self._begun
 
-        def step(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-            with self._running() as node:
-                if mine != self._generations:
+        def step(tokens: Sequence[int], reset: bool) -> Floats:
+            with self._running():
+                if mine != self._begun:
                     raise ZmoeError("another generation has begun on this cluster")
-                return self._forward(node, tokens, reset, logits)
+                return self._batcher.force(tokens, reset)
 
         return step
 
@@ -332,14 +365,10 @@ class Cluster:
         """Process ids of the workers that were started on this machine (or of their ssh)."""
         return self._leader.worker_pids() if self._leader is not None else []
 
-    def _forward(
-        self, node: Node, tokens: Sequence[int], reset: bool, logits: bool = True
-    ) -> mx.array:
+    def _run(self, plan: Plan) -> Floats | None:
+        assert self._node is not None
         try:
-            if self._leader is not None:
-                return self._leader.forward(tokens, reset, logits)
-            self._step += 1
-            return node.forward(self._step, tokens, reset, logits)
+            return (self._leader or self._node).run(plan)
         except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
             self._failed = _reason(error)
             raise

@@ -6,13 +6,12 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import mlx.core as mx
-
 from zmoe import __version__
+from zmoe.batch.plan import Plan
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
 from zmoe.cluster.hosts import Host, is_loopback
 from zmoe.cluster.launch import (
@@ -24,6 +23,7 @@ from zmoe.cluster.launch import (
 )
 from zmoe.cluster.messages import (
     AskMemory,
+    Cache,
     Endpoints,
     Failed,
     Hello,
@@ -43,11 +43,13 @@ from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
+from zmoe.engine.engine import Floats
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
 from zmoe.loading import LoadedShard
+from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
 from zmoe.topology.cores import divide_cores
 
@@ -75,6 +77,7 @@ class Leader:
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
+        self.resources: list[NodeResources] = []  # by rank, once all have said hello
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         self._load_deadline = math.inf
         # By these the workers that we start are told from strangers.
@@ -132,7 +135,8 @@ class Leader:
             name = f"node {rank} ({joins[rank].host})"
             check_hello(mine, hello, name, self.spec.engine.schedule)
         everyone = [mine, *hellos.values()]
-        placement = self._resolver.resolve([hello.resources for hello in everyone])
+        self.resources = [hello.resources for hello in everyone]
+        placement = self._resolver.resolve(self.resources)
         node.place(placement)
         self._bus.broadcast(Place(placement))
         endpoints = tuple(hello.endpoint for hello in everyone)
@@ -150,6 +154,11 @@ class Leader:
                     f"the leader {placement.digest}"
                 )
         return shard, max(seconds, *(message.seconds for message in ready.values()))
+
+    def make_cache(self, blocks: int) -> None:
+        """Have every node hold `blocks` blocks of keys and values."""
+        self.node.make_cache(blocks)
+        self._bus.broadcast(Cache(blocks, self.node.paged))
 
     def launch(self) -> None:
         """Start the workers, or tell `on_manual` how to start them by hand.
@@ -252,17 +261,16 @@ class Leader:
 
     # ---- running --------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int], reset: bool, logits: bool = True) -> mx.array:
-        """Run one step on all ranks; the arguments and the result are those of Node.forward.
+    def run(self, plan: Plan) -> Floats | None:
+        """Run a step on all ranks; the argument and the result are those of Node.run.
 
         Raises PeerError, DivergenceError, and what a worker has failed with.
         """
-        self._step += 1
-        self._bus.step = self._step
+        self._step = self._bus.step = plan.step
         try:
-            self._bus.broadcast(Step(self._step, reset, list(tokens)))
+            self._bus.broadcast(Step(plan))
             self._hear()
-            return self.node.forward(self._step, tokens, reset, logits)
+            return self.node.run(plan)
         except PeerError as own:
             self._look_for_cause(own)
             raise

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import msgpack
 
+from zmoe.batch.plan import Plan
 from zmoe.cluster.hosts import check_address
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Setting, Timing
 from zmoe.errors import InputError, SettingError
@@ -179,12 +180,21 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Leader to worker: one forward pass over `tokens`; `reset` starts a new sequence."""
+class Cache:
+    """Leader to worker: hold this many blocks of keys and values.
 
-    step: Annotated[int, _between(1, 2**32 - 1)]
-    reset: bool
-    tokens: Annotated[list[Annotated[int, _between(0, 2**31 - 1)]], _items(1, 8192)]
+    `paged`: whether the nodes' caches are, which says how many passes a plan takes.
+    """
+
+    blocks: Annotated[int, _between(1, 2**31 - 1)]
+    paged: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """Leader to worker: run this plan. Nobody has checked yet that it goes with the caches."""
+
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -232,6 +242,7 @@ Message = (
     | Endpoints
     | Loading
     | Ready
+    | Cache
     | Step
     | AskMemory
     | Memory

@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
 
+from zmoe.batch.plan import Plan, passes
+from zmoe.batch.plan import check as check_plan
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.resolver import check
 from zmoe.config import EngineConfig, Timing
-from zmoe.engine.engine import Engine
+from zmoe.engine.engine import Engine, Floats, make_engine
 from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
@@ -61,6 +64,7 @@ class Node:
         self._config, self._timing = config, timing
         self._engine: Engine | None = None
         self._held: Sequence[Held] | None = None
+        self._paged = False
         self._connected = False
         self._affinity: set[int] | None = None
         self._isa = best_isa_name()
@@ -180,7 +184,7 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
-        self._engine = Engine(shard.model, reducer, self._config, shard.head)
+        self._engine = make_engine(shard.model, reducer, self._config, shard.head)
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:
@@ -196,40 +200,47 @@ class Node:
                 "activations", "is int8: expected exact, as MLX computes on this node"
             )
 
-    def follow(self, step: int, tokens: Sequence[int], reset: bool) -> None:
-        """A worker's part of one step: forward() without logits, or its experts only.
-
-        Raises ZmoeError for more tokens than a step may have, PeerError, DivergenceError.
-        """
-        if not 1 <= len(tokens) <= self._config.prefill_chunk:
-            most = self._config.prefill_chunk
-            raise ZmoeError(f"a step of {len(tokens)} tokens: expected 1 to {most}")
-        if self._held is None:
-            self.forward(step, tokens, reset, logits=False)
-            return
-        assert isinstance(self.exchange, CentralExchange)
-        self.exchange.step = step
-        serve_step(self.exchange, self._held, self.spans)
-
-    def forward(
-        self, step: int, tokens: Sequence[int], reset: bool, logits: bool = True
-    ) -> mx.array:
-        """Run step number `step` over `tokens` (ids); `reset` starts a new sequence.
-
-        Returns the evaluated logits (vocabulary,) after the last token;
-        without `logits` they are not computed, and the result means nothing.
-        Raises ZmoeError for an id outside of the vocabulary, where MLX would read beyond the
-        embedding; PeerError for a lost peer, DivergenceError for one that routes differently.
-        """
+    @property
+    def engine(self) -> Engine:
+        """What runs the model; for a node that has loaded more than experts."""
         assert self._engine is not None
-        vocabulary = self.info.vocabulary
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise ZmoeError(f"a step with a token outside of 0 to {vocabulary - 1}")
-        if reset:
-            self._engine.reset()
+        return self._engine
+
+    def make_cache(self, blocks: int, paged: bool | None = None) -> None:
+        """Have room for `blocks` blocks of keys and values, in every layer.
+
+        `paged`: whether the leader's caches are, for a worker that holds none.
+        """
+        if self._engine is not None:
+            self._engine.make_cache(blocks)
+            paged = self._engine.paged
+        self._paged = bool(paged)
+
+    def follow(self, plan: Plan) -> None:
+        """A worker's part of one step: run() without logits, or its experts only.
+
+        Raises ZmoeError for a plan that is none, PeerError, DivergenceError.
+        """
+        if self._held is None:
+            spans = tuple(replace(span, logits=0) for span in plan.spans)
+            self.run(replace(plan, spans=spans))
+            return
+        check_plan(plan, self._config.max_rows, self.info.vocabulary)
+        assert isinstance(self.exchange, CentralExchange)
+        for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
+            self.exchange.step = step
+            serve_step(self.exchange, self._held, self.spans)
+
+    def run(self, plan: Plan) -> Floats | None:
+        """Run one step: returns the evaluated logits (wanted rows, vocabulary) float32, or None.
+
+        Raises ZmoeError for a plan that is none, PeerError for a lost peer, DivergenceError for
+        one that routes differently, or that has another plan.
+        """
+        check_plan(plan, self._config.max_rows, self.info.vocabulary)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
-        out = self._engine.forward(step, tokens, logits)
+        out = self.engine.run(plan)
         if team is not None:
             self.spans.seconds["products"] += team.matmul_s - before
         return out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from zmoe.cluster.hosts import HostList, check_address, check_listener
-from zmoe.config import SECONDS, EngineConfig, Setting, Settings, Timing, whole
+from zmoe.config import SECONDS, Batching, EngineConfig, Setting, Settings, Timing, whole
 from zmoe.errors import InputError, SettingError
 
 _WAY_HELP = (
@@ -72,6 +72,7 @@ class ClusterSpec(Settings):
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    batching: Batching = field(default_factory=Batching)
     placement: PlacementRequest = field(default_factory=PlacementRequest)
     record_usage: bool = False
 

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import zmq
 
 from zmoe import __version__
+from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import (
     AskMemory,
+    Cache,
     Endpoints,
     Failed,
     Join,
@@ -157,9 +159,11 @@ class Worker:
                 node.service()
                 self._bus.wait(node.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
-                self._bus.step = message.step
-                self._follow(node, message)
+                self._bus.step = message.plan.step
+                self._follow(node, message.plan)
                 eager_until = time.monotonic() + EAGER_S
+            elif isinstance(message, Cache):  # once the slowest node has loaded
+                node.make_cache(message.blocks, message.paged)
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):
@@ -169,9 +173,9 @@ class Worker:
             else:
                 raise self._unexpected(message)
 
-    def _follow(self, node: Node, step: Step) -> None:
+    def _follow(self, node: Node, plan: Plan) -> None:
         try:
-            node.follow(step.step, step.tokens, step.reset)
+            node.follow(plan)
         except PeerError as lost:
             if lost.rank == 0:
                 self._look_for_cause(lost)

@@ -1,0 +1,124 @@
+"""Every family side by side on mlx-lm's caches says what mlx-lm says of each sequence alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from tests.families import FAMILIES, VOCAB, build
+from zmoe.batch.plan import Fork, Plan, Span
+from zmoe.engine.mlx_caches import MlxEngine
+from zmoe.errors import ZmoeError
+from zmoe.exchange.local import SingleNode
+from zmoe.loading import inspect_model, load_shard
+from zmoe.obs import Spans
+from zmoe.placement.build import place_evenly
+
+ONE_AT_A_TIME = {"llama4", "deepseek_v41"}  # their caches have no merge
+TEXTS = {s: [(s * 31 + 7 * i + i * i) % VOCAB for i in range(40)] for s in range(1, 5)}
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """MLX compiles fused functions with the C compiler on CPU; a minute for all families."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+class Driver:
+    """Runs spans of TEXTS on an engine, and compares each row's logits with mlx-lm's."""
+
+    def __init__(self, folder: Path, max_kv_size: int | None = None) -> None:
+        self._reference, _ = load_model(folder)
+        info = inspect_model(folder)
+        reducer = SingleNode()
+        shard = load_shard(info, place_evenly(info, 1), reducer, spans=Spans())
+        self.engine = MlxEngine(shard.model, reducer, shard.head, max_kv_size)
+        self._wanted: dict[int, np.ndarray] = {}
+        self._step = 1
+
+    def wanted(self, sequence: int) -> np.ndarray:
+        """mlx-lm's logits after each token of a text, alone and token by token."""
+        if sequence not in self._wanted:
+            self._wanted[sequence] = alone(self._reference, TEXTS[sequence])
+        return self._wanted[sequence]
+
+    def run(
+        self,
+        *spans: tuple[int, int, int],
+        free: Sequence[int] = (),
+        forks: Sequence[tuple[int, int, int]] = (),
+        texts: dict[int, int] | None = None,
+    ) -> None:
+        """Each span is (sequence, position, rows); `texts`: of which text a sequence is."""
+        of = {s: (texts or {}).get(s, s) for s, *_ in spans}
+        tokens = [t for s, at, n in spans for t in TEXTS[of[s]][at : at + n]]
+        plan = Plan(
+            self._step,
+            tuple(Span(s, at, n, 1) for s, at, n in spans),
+            tuple(tokens),
+            free=tuple(free),
+            forks=tuple(Fork(*fork) for fork in forks),
+        )
+        self._step += 8
+        logits = self.engine.run(plan)
+        assert logits is not None and logits.dtype == np.float32
+        want = np.stack([self.wanted(of[s])[at + n - 1] for s, at, n in spans])
+        np.testing.assert_allclose(logits, want, atol=2e-4 * np.abs(want).max(), rtol=0)
+
+
+def alone(model: Module, text: Sequence[int]) -> np.ndarray:
+    caches = make_prompt_cache(model)
+    rows = [model(mx.array([[token]]), cache=caches)[0, -1] for token in text]
+    return np.array(mx.stack(rows).astype(mx.float32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_side_by_side_is_as_alone(family: str, tmp_path: Path) -> None:
+    driver = Driver(build(family, tmp_path / family))
+    run = driver.run
+    if family in ONE_AT_A_TIME:
+        assert not driver.engine.can_batch
+        run((1, 0, 5))
+        run((1, 5, 1))
+        return
+    assert driver.engine.can_batch
+    run((1, 0, 9))
+    run((1, 9, 1), (2, 0, 4))  # one decodes while another begins
+    run((1, 10, 1), (2, 4, 1), (3, 0, 12))
+    for step in range(3):
+        run((3, 12 + step, 1), (1, 11 + step, 1), (2, 5 + step, 1))
+    run((2, 8, 1), (4, 0, 6), free=[1])  # 3 rests
+    run((4, 6, 1), (3, 15, 1), (2, 9, 1), free=[])
+    run((3, 16, 1), free=[2, 4])
+    run((1, 0, 3), (3, 17, 1))  # the number may come again
+    run((5, 18, 2), forks=[(5, 3, 18)], texts={5: 3})
+    run((5, 20, 1), (3, 18, 1), texts={5: 3})
+    if driver.engine.can_trim:
+        run((3, 10, 1), (1, 3, 1))  # back, then on
+        run((3, 11, 4))
+        run((6, 7, 1), forks=[(6, 3, 7)], texts={6: 3})
+    else:
+        with pytest.raises(ZmoeError, match="goes back in a sequence whose cache cannot"):
+            run((3, 10, 1))
+
+
+def test_what_does_not_go_with_the_sequences(tmp_path: Path) -> None:
+    driver = Driver(build("mixtral", tmp_path / "m"))
+    driver.run((1, 0, 4))
+    for problem, spans, given in [
+        ("at position 5 of a sequence of 4", [(1, 5, 1)], {}),
+        ("forks 9 of 4", [(1, 4, 1)], {"forks": [(2, 1, 9)]}),
+        ("forks 3 of 0", [(1, 4, 1)], {"forks": [(2, 7, 3)]}),
+    ]:
+        with pytest.raises(ZmoeError, match=problem):
+            driver.run(*spans, **given)
+    driver.run((1, 4, 1))

@@ -1,0 +1,48 @@
+"""What runs a plan on one node, whatever its caches are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.batch.plan import Plan
+
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.intp]
+
+
+class SteppedReducer(Protocol):
+    """A reducer whose frames carry the number of the step, and the digest of its plan."""
+
+    step: int
+    plan: int
+
+
+class LogitRows(Protocol):
+    """The model's last matmul: after which rows of the next pass it computes logits."""
+
+    rows: Rows
+
+
+class Engine(Protocol):
+    """A model and its caches of many sequences, in lock-step with the other ranks.
+
+    `paged`: whether the caches are blocks, which a plan deals out. `can_batch`: whether several
+    sequences may run in a step; `can_trim`: whether a sequence may go back.
+    """
+
+    paged: bool
+    can_batch: bool
+    can_trim: bool
+
+    def run(self, plan: Plan, logits: bool = True) -> Floats | None:
+        """Run a step that zmoe.batch.plan.check() has passed.
+
+        Returns the wanted logits (rows, vocabulary), in the rows' order, evaluated and the
+        caller's to keep; None without any, and for a node that needs no `logits`.
+        Raises ZmoeError for a plan that does not go with the sequences that this
+        node holds, having changed nothing; and what the reducer raises.
+        """
+        ...

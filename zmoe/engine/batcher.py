@@ -1,0 +1,195 @@
+"""The leader's loop: plan a step, run it on all nodes, sample, hand the tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from zmoe.batch.plan import Plan, Span
+from zmoe.batch.scheduler import Scheduler
+from zmoe.batch.sequence import Request
+from zmoe.config import Batching, EngineConfig
+from zmoe.engine.base import Engine, Floats
+from zmoe.engine.sampler import Pick, sample
+from zmoe.engine.stream import Stream
+from zmoe.errors import ZmoeError
+from zmoe.obs import Spans
+
+_WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
+
+
+class Batcher:
+    """Runs many streams on one cluster, step by step; one thread at a time."""
+
+    def __init__(
+        self,
+        run: Callable[[Plan], Floats | None],
+        engine: Engine,
+        blocks: int,
+        config: EngineConfig,
+        batching: Batching,
+        spans: Spans,
+        threads: int,
+    ) -> None:
+        """`run` runs a plan on all nodes, whose caches have `blocks` blocks; `threads` may
+        sample at the same time.
+        """
+        parallel = config.parallel if engine.can_batch else 1
+        waiting = _WAITING_PER_SEQUENCE * config.parallel
+        drafts = {"auto": None, "off": 0}.get(batching.speculate)
+        if batching.speculate not in ("auto", "off"):
+            drafts = int(batching.speculate)
+        self._run, self._spans, self._threads = run, spans, threads
+        self.scheduler = Scheduler(
+            blocks=blocks,
+            max_rows=config.max_rows,
+            parallel=parallel,
+            paged=engine.paged,
+            exact=not engine.can_trim,
+            step_seconds=batching.step_ms / 1e3,
+            max_queue=batching.max_queue or waiting,
+            queue_seconds=batching.queue_timeout,
+            drafts=drafts,
+        )
+        self._streams: dict[int, Stream] = {}
+        self._forced: int | None = None
+        self._held_back: Plan | None = None
+
+    # ---- streams ---------------------------------------------------------------------
+
+    def submit(self, stream: Stream) -> int:
+        """Queue `stream`; returns its number.
+
+        Raises InputError for one that can never run, QueueFullError where too many wait.
+        """
+        self.end_forced()
+        request = Request(stream.prompt, stream.limit)
+        sequence = self.scheduler.submit(request, time.monotonic())
+        stream.bound(sequence.limit - sequence.prompt)
+        self._streams[sequence.id] = stream
+        return sequence.id
+
+    def end(self, numbers: Iterable[int]) -> None:
+        """End streams, whether or not they have ended already."""
+        for number in numbers:
+            self._streams.pop(number, None)
+            self.scheduler.end(number)
+
+    def step(self) -> None:
+        """Run one step, which gives tokens to the streams that were in it."""
+        begun = time.perf_counter()
+        now = time.monotonic()
+        for late in self.scheduler.expire(now):
+            waited = f"{now - late.submitted:.0f} s"
+            self._streams.pop(late.id).fail(
+                ZmoeError(f"the request waited {waited} for others to end, and was given up")
+            )
+        plan = self.scheduler.plan(now)
+        if plan is None:
+            return
+        for span in plan.spans:
+            stream = self._streams[span.sequence]
+            stream.started = begun if stream.started is None else stream.started
+        self._spans.take()
+        logits = self._run(plan)
+        took = time.perf_counter() - begun
+        self.scheduler.rates.took(len(plan.tokens), took)
+        sampled = self._sample(plan, logits)
+        self.scheduler.advance(plan, sampled)
+        self._account(plan, sampled, begun, took)
+
+    def _sample(self, plan: Plan, logits: Floats | None) -> list[list[int]]:
+        """The tokens that each span gives: none, one, or the drafts that are right and one more."""
+        wanted: list[tuple[Span, Stream, Sequence[int], int]] = []  # with drafts and first row
+        rows = start = 0
+        for span in plan.spans:
+            drafts = plan.tokens[start + span.rows - span.logits + 1 : start + span.rows]
+            wanted.append((span, self._streams[span.sequence], drafts, rows))
+            rows, start = rows + span.logits, start + span.rows
+        firsts = [(span, stream, row) for span, stream, _, row in wanted if span.logits]
+        picks: list[Pick | ZmoeError] = []
+        if logits is not None:
+            picks = sample(
+                [stream.sampler for _, stream, _ in firsts],
+                [logits[row] for *_, row in firsts],
+                [span.end - span.logits + 1 for span, *_ in firsts],
+                threads=self._threads,
+            )
+        first = {span.sequence: pick for (span, *_), pick in zip(firsts, picks, strict=True)}
+        given = []
+        for span, stream, drafts, row in wanted:
+            tokens: list[int] = []
+            if span.logits:
+                assert logits is not None
+                position, pick = span.end - span.logits + 1, first[span.sequence]
+                while self._give(stream, pick, tokens) and len(tokens) <= len(drafts):
+                    if tokens[-1] != drafts[len(tokens) - 1]:
+                        break
+                    at = len(tokens)
+                    [pick] = sample([stream.sampler], [logits[row + at]], [position + at])
+            given.append(tokens)
+        return given
+
+    def _give(self, stream: Stream, pick: Pick | ZmoeError, tokens: list[int]) -> bool:
+        """Hand a token out; returns whether the stream goes on."""
+        if isinstance(pick, ZmoeError):
+            stream.fail(pick)
+            return False
+        tokens.append(pick.token)
+        return stream.take(pick)
+
+    def _account(
+        self, plan: Plan, sampled: Sequence[Sequence[int]], begun: float, took: float
+    ) -> None:
+        """Tell each stream what the step was for it, and end those that have ended."""
+        spans, whole = self._spans.take(), time.perf_counter() - begun
+        for span, tokens in zip(plan.spans, sampled, strict=True):
+            stream = self._streams[span.sequence]
+            timings = stream.timings
+            if stream.picked == len(tokens):
+                timings.prefill += took
+                stream.prefilled(min(span.end, len(stream.prompt)))
+                if tokens and stream.started is not None:
+                    timings.first_token = begun + whole - stream.started
+            else:
+                timings.count(whole, len(tokens), spans)
+                timings.drafted += max(0, span.logits - 1)
+                timings.accepted += max(0, len(tokens) - 1)
+            if stream.ended:
+                self.end([span.sequence])
+
+    # ---- one sequence whose caller brings the tokens -------------------------------------
+
+    def force(self, tokens: Sequence[int], reset: bool) -> Floats:
+        """Append `tokens` to a sequence, which `reset` begins anew: the logits (vocabulary,)
+        after the last. No stream may be running.
+        """
+        if self._streams:
+            raise ZmoeError("generations are running on this cluster: let them end first")
+        if reset or self._forced is None:
+            self.end_forced()
+            room = self.scheduler.capacity - len(tokens)
+            sequence = self.scheduler.submit(Request(tokens, max(1, room)), time.monotonic())
+            self._forced = sequence.id
+            return self._until_logits()
+        for token in tokens:
+            assert self._held_back is not None
+            self.scheduler.advance(self._held_back, [[token]])
+            logits = self._until_logits()
+        return logits
+
+    def end_forced(self) -> None:
+        """End the sequence of force(), if there is one."""
+        if self._forced is not None:
+            self.scheduler.end(self._forced)
+            self._forced = self._held_back = None
+
+    def _until_logits(self) -> Floats:
+        while True:
+            plan = self.scheduler.plan(time.monotonic())
+            assert plan is not None
+            logits = self._run(plan)
+            if logits is not None:
+                self._held_back = plan
+                return logits[0]
+            self.scheduler.advance(plan, [[]])

@@ -1,0 +1,191 @@
+"""Steps on mlx-lm's caches: for the families and devices whose layers are not in C."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import _extend_cache, _merge_caches
+from mlx_lm.models.cache import (
+    ConcatenateKVCache,
+    KVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+
+from zmoe.batch.plan import Plan, Span, passes
+from zmoe.engine.base import Floats, LogitRows, Rows, SteppedReducer
+from zmoe.errors import ZmoeError
+
+Caches = list[Any]  # one per layer
+
+
+class MlxEngine:
+    """Runs plans on the caches of mlx-lm, which hold each sequence apart, or many side by side.
+
+    The sequences that run one row share a pass, on batch caches; each other one has a pass of
+    its own. `can_batch`: whether the model's caches can be put side by side; `can_trim`:
+    whether a sequence can go back.
+    """
+
+    paged = False
+
+    def __init__(
+        self,
+        model: Callable[..., mx.array],
+        reducer: SteppedReducer,
+        head: LogitRows,
+        max_kv_size: int | None,
+    ) -> None:
+        self._model, self._reducer, self._head = model, reducer, head
+        self._max_kv_size = max_kv_size
+        self._alone: dict[int, Caches] = {}
+        self._side_by_side: list[int] = []  # the sequences in the rows of `_batch`
+        self._batch: Caches = []
+        self._lengths: dict[int, int] = {}
+        empty = make_prompt_cache(model, max_kv_size)
+        self.can_batch = max_kv_size is None and all(hasattr(c, "merge") for c in empty)
+        self.can_trim = can_trim_prompt_cache(empty) and all(
+            isinstance(c, (KVCache, ConcatenateKVCache)) for c in empty
+        )
+
+    def run(self, plan: Plan, logits: bool = True) -> Floats | None:
+        """See Engine. Everything is evaluated on return, since a lazy array would read buffers
+        of the exchange that the next steps rewrite.
+        """
+        self._check(plan)
+        self._reducer.plan = plan.digest
+        for sequence in plan.free:
+            self._end(sequence)
+        for fork in plan.forks:
+            self._fork(fork.new, fork.old, fork.length)
+        start, tokens = 0, {}
+        for span in plan.spans:
+            tokens[span.sequence] = plan.tokens[start : start + span.rows]
+            start += span.rows
+        found: dict[int, Floats] = {}
+        for step, spans in enumerate(passes(plan.spans, paged=False), plan.step):
+            self._reducer.step = step
+            if not logits:
+                spans = tuple(replace(span, logits=0) for span in spans)
+            if len(spans) == 1:
+                found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
+            else:
+                found.update(self._run_side_by_side(spans, tokens))
+        wanted = [found[s.sequence] for s in plan.spans if s.logits and logits]
+        return np.concatenate(wanted) if wanted else None
+
+    def _check(self, plan: Plan) -> None:
+        if plan.blocks or plan.copies:
+            raise ZmoeError("a plan with blocks, on a node without paged caches")
+        lengths = {s: n for s, n in self._lengths.items() if s not in plan.free}
+        for fork in plan.forks:
+            held = lengths.get(fork.old, 0)
+            if fork.new in lengths or not 0 < fork.length <= held:
+                raise ZmoeError(f"a plan that forks {fork.length} of {held} positions")
+            if fork.length < held and not self.can_trim:
+                raise ZmoeError("a plan that forks a part of a sequence whose cache cannot go back")
+            lengths[fork.new] = fork.length
+        if not self.can_batch and len(plan.spans) > 1:
+            raise ZmoeError("a plan of several sequences for a model that runs one at a time")
+        for span in plan.spans:
+            held = lengths.get(span.sequence, 0)
+            if span.position > held:
+                raise ZmoeError(f"a plan at position {span.position} of a sequence of {held}")
+            if 0 < span.position < held and not self.can_trim:
+                raise ZmoeError("a plan that goes back in a sequence whose cache cannot")
+
+    # ---- passes --------------------------------------------------------------------
+
+    def _run_alone(self, span: Span, tokens: Sequence[int]) -> dict[int, Floats]:
+        caches = self._take_out(span.sequence)
+        if surplus := self._lengths.get(span.sequence, 0) - span.position:
+            if span.position == 0:
+                caches = self._alone[span.sequence] = self._empty()
+            else:
+                trim_prompt_cache(caches, surplus)
+        self._lengths[span.sequence] = span.end
+        rows = np.arange(span.rows - span.logits, span.rows)
+        return {span.sequence: self._forward([tokens], caches, rows)}
+
+    def _run_side_by_side(
+        self, spans: Sequence[Span], tokens: dict[int, Sequence[int]]
+    ) -> dict[int, Floats]:
+        for span in spans:
+            if self._lengths.get(span.sequence, 0) != span.position:
+                self._go_back(span)
+        self._put_side_by_side([span.sequence for span in spans])
+        order = self._side_by_side
+        for span in spans:
+            self._lengths[span.sequence] = span.end
+        by_sequence = {span.sequence: span for span in spans}
+        rows = [row for row, s in enumerate(order) if by_sequence[s].logits]
+        ids = [tokens[s] for s in order]
+        out = self._forward(ids, self._batch, np.array(rows, np.intp))
+        return {order[row]: out[i : i + 1] for i, row in enumerate(rows)}
+
+    def _forward(
+        self, ids: Sequence[Sequence[int]], caches: Caches, rows: Rows
+    ) -> Floats:
+        """The logits after `rows` of the flattened `ids` (batch, tokens)."""
+        self._head.rows = rows
+        out = self._model(mx.array(ids), cache=caches)
+        logits = out.reshape(-1, out.shape[-1]).astype(mx.float32)
+        if len(logits) != len(rows):  # MLX's own lm_head knows nothing of `head`
+            logits = logits[mx.array(rows)]
+        mx.eval([c.state for c in caches], logits if len(rows) else [])
+        return np.array(logits if len(rows) else [], np.float32)
+
+    # ---- sequences -------------------------------------------------------------------
+
+    def _empty(self) -> Caches:
+        caches: Caches = make_prompt_cache(self._model, self._max_kv_size)
+        return caches
+
+    def _end(self, sequence: int) -> None:
+        if sequence in self._side_by_side:
+            self._leave([sequence])
+        self._alone.pop(sequence, None)
+        self._lengths.pop(sequence, None)
+
+    def _fork(self, new: int, old: int, length: int) -> None:
+        caches = copy.deepcopy(self._take_out(old))
+        if surplus := self._lengths[old] - length:
+            trim_prompt_cache(caches, surplus)
+        self._alone[new], self._lengths[new] = caches, length
+
+    def _go_back(self, span: Span) -> None:
+        caches = self._take_out(span.sequence)
+        trim_prompt_cache(caches, self._lengths[span.sequence] - span.position)
+        self._lengths[span.sequence] = span.position
+
+    def _take_out(self, sequence: int) -> Caches:
+        """The caches of one sequence, apart from the others; empty ones for a new sequence."""
+        if sequence in self._side_by_side:
+            row = self._side_by_side.index(sequence)
+            self._alone[sequence] = [cache.extract(row) for cache in self._batch]
+            self._leave([sequence])
+        return self._alone.setdefault(sequence, self._empty())
+
+    def _leave(self, sequences: Sequence[int]) -> None:
+        kept = [row for row, s in enumerate(self._side_by_side) if s not in sequences]
+        self._side_by_side = [self._side_by_side[row] for row in kept]
+        if not kept:
+            self._batch = []
+        for cache in self._batch:
+            cache.filter(mx.array(kept))
+
+    def _put_side_by_side(self, sequences: Sequence[int]) -> None:
+        """Make the batch caches hold exactly `sequences`, in any order."""
+        for sequence in set(self._side_by_side) - set(sequences):
+            self._take_out(sequence)
+        new = [s for s in sequences if s not in self._side_by_side]
+        if new:
+            merged = _merge_caches([self._alone.pop(s, None) or self._empty() for s in new])
+            self._batch = _extend_cache(self._batch, merged)
+            self._side_by_side += new

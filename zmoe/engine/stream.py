@@ -1,0 +1,131 @@
+"""A sequence as the engine sees it: what to sample, when to end, what its consumer has not taken."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from zmoe.config import Sampling
+from zmoe.engine.sampler import Pick, Sampler
+
+
+@dataclass
+class Timings:
+    """Seconds of a generation, filled in as it goes.
+
+    `prefill` is the forward passes over the prompt, of which `cached_tokens` were known
+    already, and `first_token` the time from the first of them until the first token is picked.
+    `decode` counts the steps after the first token, which other sequences may share,
+    and `spans` what these spent in `experts` and `exchange`. `drafted` tokens were guessed, and
+    `accepted` of them were right.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefill: float = 0.0
+    first_token: float = 0.0
+    decode: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    spans: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prompt_tps(self) -> float:
+        return self.prompt_tokens / self.prefill if self.prefill else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        return self.decode_tokens / self.decode if self.decode else 0.0
+
+    def overhead_us(self, layers: int) -> float | None:
+        """Mean microseconds per decoding step and layer that are neither matmul nor exchange.
+
+        None where MLX computes the matmuls, whose time nobody can tell from the rest.
+        """
+        if "products" not in self.spans or not self.decode_steps:
+            return None
+        spent = self.decode - self.spans["products"] - self.spans.get("exchange", 0.0)
+        return 1e6 * spent / self.decode_steps / layers
+
+    def breakdown_ms(self) -> dict[str, float]:
+        """Mean milliseconds per decoded token: experts, exchange, other."""
+        tokens = max(1, self.decode_tokens)
+        experts, exchange = self.spans.get("experts", 0.0), self.spans.get("exchange", 0.0)
+        other = max(0.0, self.decode - experts - exchange)
+        parts = {"experts_ms": experts, "exchange_ms": exchange, "other_ms": other}
+        return {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
+
+    def count(self, seconds: float, tokens: int, spans: dict[str, float]) -> None:
+        """A decoding step that gave `tokens` tokens."""
+        self.decode += seconds
+        self.decode_steps += 1
+        self.decode_tokens += tokens
+        for name, spent in spans.items():
+            self.spans[name] = self.spans.get(name, 0.0) + spent
+
+
+class Stream:
+    """One sequence's sampler, its limits, and the tokens that its consumer has not taken yet."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        eos: Collection[int],
+        context: int | None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`context`: most tokens of prompt and text. `on_prefill(done, total)` is told how many
+        tokens of the prompt have been run.
+        """
+        self.prompt, self.sampling = list(prompt), sampling
+        self.sampler = Sampler(sampling, self.prompt)
+        self.seed = self.sampler.seed
+        self.limit, self.context_full = sampling.max_tokens, False
+        if context is not None:
+            self.bound(context - len(self.prompt))
+        self._eos = frozenset() if sampling.ignore_eos else frozenset(eos)
+        self._on_prefill = on_prefill
+        self._error: Exception | None = None
+        self.picked = 0
+        self.ready: deque[tuple[Pick, str | None]] = deque()  # with the reason to end
+        self.ended = False
+        self.started: float | None = None  # when its first step began
+        self.timings = Timings(prompt_tokens=len(self.prompt))
+
+    def bound(self, tokens: int) -> None:
+        """No more than `tokens` will follow the prompt."""
+        self.limit = min(self.limit, tokens)
+        self.context_full = self.limit < self.sampling.max_tokens
+
+    def is_over(self) -> bool:
+        """Whether no further token comes. Raises what has ended it, if that was an error."""
+        if self._error is not None:
+            raise self._error
+        return self.ended
+
+    def prefilled(self, tokens: int) -> None:
+        """So many tokens of the prompt have been run."""
+        if self._on_prefill is not None:
+            self._on_prefill(tokens, len(self.prompt))
+
+    def take(self, pick: Pick) -> bool:
+        """The next token; returns whether the sequence goes on."""
+        self.picked += 1
+        self.sampler.accept(pick.token)
+        reason = None
+        if pick.token in self._eos:
+            reason = "stop"
+        elif self.picked >= self.limit:
+            reason = "length"
+        self.ready.append((pick, reason))
+        self.ended = self.ended or reason is not None
+        return not self.ended
+
+    def fail(self, error: Exception) -> None:
+        """End with `error`, which the consumer gets after the tokens that are ready."""
+        self._error, self.ended = error, True
