@@ -47,6 +47,14 @@ class MismatchError(InputError):
     """A node whose model, dtype, protocol, rounding or placement differs from the leader's."""
 
 
+class QueueFullError(ZmoeError):
+    """More requests than may wait; `waiting` is their number."""
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        super().__init__(f"{waiting} requests wait already, and no more may: try again later")
+
+
 class PeerError(ZmoeError):
     """A peer was lost, or missed its deadline, during a step.
 

@@ -1,0 +1,341 @@
+"""Which rows run next: admission, chunks of prompts, preemption.
+
+After the scheduler of vLLM's v1 engine: one budget of rows per step, running sequences first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Items
+
+from zmoe.batch.blocks import Blocks
+from zmoe.batch.drafts import Drafts
+from zmoe.batch.plan import BLOCK, PREVIOUS, Plan, Span, blocks_of, passes
+from zmoe.batch.rates import Rates
+from zmoe.batch.sequence import Request, Sequence
+from zmoe.batch.snapshots import Snapshots
+from zmoe.errors import InputError, QueueFullError
+
+FLOOR = 16  # rows of a chunk beside decoding sequences: fewer read almost as many experts
+
+
+class Scheduler:
+    """Plans the steps of a cluster; pure, so `now` is any clock's seconds.
+
+    `blocks` are those that every node has, `max_rows` the most rows of a step and `parallel` the
+    most sequences that run at a time. On MLX's caches (not `paged`) blocks only count
+    positions, and `exact` says that the caches cannot be cut. While sequences decode, chunks
+    of prompts are as large as a step of `step_seconds` allows. At most `max_queue` requests
+    wait, `queue_seconds` each. `drafts` is the number of draft rows per sequence, None to choose
+    it by what pays, 0 for none.
+
+    The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
+    step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks: int,
+        max_rows: int,
+        parallel: int = 32,
+        paged: bool = True,
+        exact: bool = False,
+        step_seconds: float = 0.25,
+        max_queue: int = 128,
+        queue_seconds: float = 600.0,
+        drafts: int | None = 0,
+    ) -> None:
+        if not 1 <= parallel <= max_rows:
+            raise InputError(f"{parallel} sequences in steps of {max_rows} rows: expected 1 to all")
+        if blocks < 1:
+            raise InputError(f"{blocks} blocks of keys and values: expected at least 1")
+        self._ids = itertools.count()
+        self._memory = Blocks(blocks) if paged else Snapshots(blocks, exact, self._ids)
+        self._paged, self._exact = paged, exact
+        self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
+        self._max_queue, self._queue_seconds = max_queue, queue_seconds
+        self._drafts = drafts
+        self._step = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: dict[int, Sequence] = {}  # these three by age
+        self._prefilling: dict[int, Sequence] = {}
+        self._decoding: dict[int, Sequence] = {}
+        self._long: Sequence | None = None  # the one long prompt among those prefilling
+        self._changed = False  # whether something happened that may let a waiting one in
+        self.rates = Rates()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait, those preempted included."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences prefill or decode."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def available(self) -> int:
+        """Blocks that belong to no running sequence."""
+        return self._memory.available
+
+    @property
+    def capacity(self) -> int:
+        """The most positions that a sequence can have."""
+        return self._memory.count * BLOCK
+
+    def submit(self, request: Request, now: float) -> Sequence:
+        """Queue a request.
+
+        Raises InputError where it could never run, QueueFullError where too many wait.
+        """
+        prompt = len(request.tokens)
+        if not prompt or request.max_tokens < 1:
+            raise InputError(f"{prompt} tokens of prompt, {request.max_tokens} to generate")
+        if prompt + 1 > self.capacity:
+            raise InputError(
+                f"the prompt has {prompt} tokens, and the cache of keys and values holds "
+                f"{self.capacity} positions: one fewer must be left free"
+            )
+        if len(self._waiting) >= self._max_queue:
+            raise QueueFullError(len(self._waiting))
+        sequence = Sequence(
+            id=next(self._ids),
+            tokens=list(request.tokens),
+            prompt=prompt,
+            limit=min(prompt + request.max_tokens, self.capacity + 1),
+            salt=request.salt,
+            submitted=now,
+            borders=self._memory.borders(prompt, request.borders),
+            drafts=None if self._drafts == 0 else Drafts(self._drafts),
+        )
+        self._sequences[sequence.id] = self._waiting[sequence.id] = sequence
+        self._changed = True
+        return sequence
+
+    def end(self, number: int) -> None:
+        """End a sequence, for whatever reason; its text stays cached. Nothing if it has ended."""
+        sequence = self._sequences.pop(number, None)
+        if sequence is None:
+            return
+        if self._waiting.pop(number, None) is None:
+            self._leave(sequence, keep=True)
+        self._changed = True
+
+    def expire(self, now: float) -> list[Sequence]:
+        """End the requests that have waited too long for their first step; returns them."""
+        late = [
+            sequence
+            for sequence in self._waiting.values()
+            if sequence.queued is None and now - sequence.submitted > self._queue_seconds
+        ]
+        for sequence in late:
+            self.end(sequence.id)
+        return late
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step; None where nothing can run, or not before `advance()`."""
+        rows = _Rows(self._paged)
+        self._decode(rows)
+        self._admit(now)
+        if self._prefilling:
+            self._prefill(rows)
+        if not rows.spans:
+            return None
+        memory = self._memory
+        plan = Plan(
+            self._step,
+            tuple(rows.spans),
+            tuple(rows.tokens),
+            tuple(rows.blocks),
+            tuple(memory.free),
+            tuple(memory.forks),
+        )
+        memory.free.clear()
+        memory.forks.clear()
+        self._step += len(passes(plan.spans, self._paged))
+        return plan
+
+    def advance(self, plan: Plan, sampled: Items[Items[int]]) -> list[Sequence]:
+        """Take in the results of a step: the tokens that each of the plan's spans gave.
+
+        None without logits; one; or, with drafts, those accepted and one more. Returns the
+        sequences that have ended because they reached their limit.
+        """
+        ended = []
+        for span, tokens in zip(plan.spans, sampled, strict=True):
+            sequence = self._sequences.get(span.sequence)
+            if sequence is None:
+                continue
+            end = span.position + span.rows
+            if span.logits:
+                sequence.tokens += tokens
+                sequence.ahead -= 1
+                if sequence.verifying:
+                    end = self._verified(sequence, span, len(tokens))
+            else:
+                self._changed = True  # others may find what is now computed
+            if not sequence.room:  # preempted meanwhile
+                self._changed = True
+                continue
+            end = min(end, sequence.position)  # it may have begun anew
+            if end // BLOCK > sequence.kept:
+                self._memory.keep(sequence, end)
+            if len(sequence.tokens) >= sequence.limit:
+                self.end(sequence.id)
+                ended.append(sequence)
+        return ended
+
+    def _verified(self, sequence: Sequence, span: Span, tokens: int) -> int:
+        """Go back to the last draft that was right; returns the position after it."""
+        assert sequence.drafts is not None
+        sequence.drafts.verified(span.rows - 1, tokens - 1)
+        sequence.verifying = False
+        sequence.position = span.position + tokens
+        return sequence.position
+
+    def _decode(self, rows: _Rows) -> None:
+        """One row for each sequence whose prompt is done, and drafts where they pay."""
+        memory, room = self._memory, self._room_for_drafts()
+        for sequence in list(self._decoding.values()):
+            end = sequence.position + 1
+            if sequence.verifying or len(sequence.tokens) + sequence.ahead >= sequence.limit:
+                continue  # no row before the results are there
+            if sequence.id not in self._decoding:
+                continue  # preempted for one before it
+            if end > sequence.room and not self._grow(sequence, end):
+                continue
+            if sequence.borders:
+                memory.snapshot(sequence)
+            if sequence.ahead:
+                rows.add(sequence, (PREVIOUS,), 1)
+                continue
+            last = sequence.tokens[-1]
+            draft = self._draft(sequence, room, len(self._decoding)) if room > 0 else ()
+            rows.add(sequence, (last, *draft), 1 + len(draft))
+            room -= len(draft)
+
+    def _room_for_drafts(self) -> int:
+        """How many draft rows the step may have: none beside prompts, or where it is full."""
+        alone = self._paged or (len(self._decoding) == 1 and not self._exact)
+        prompts = self._prefilling or (self._waiting and self._changed)
+        if self._drafts == 0 or prompts or not alone or not self._decoding:
+            return 0
+        most = self._max_rows
+        if self._drafts is None:
+            most = min(most, self.rates.rows(self._step_seconds))
+        return most - len(self._decoding)
+
+    def _draft(self, sequence: Sequence, room: int, rows: int) -> list[int]:
+        assert sequence.drafts is not None
+        room = min(room, sequence.limit - len(sequence.tokens) - 1)
+        draft = sequence.drafts.propose(sequence.tokens, room, rows, self.rates)
+        end = sequence.position + 1 + len(draft)
+        if end > sequence.room and not self._memory.grow(sequence, end):
+            return []
+        sequence.verifying = bool(draft)
+        return draft
+
+    def _grow(self, sequence: Sequence, end: int) -> bool:
+        """Make room up to `end`, by preempting the newest ones; False if itself was among them."""
+        while not self._memory.grow(sequence, end):
+            newest = self._sequences[max(*self._decoding, *self._prefilling, -1)]
+            self._leave(newest, keep=False)
+            newest.position = newest.kept = 0
+            newest.preemptions += 1
+            self._waiting[newest.id] = newest
+            self._waiting = dict(sorted(self._waiting.items()))
+            if newest is sequence:
+                return False
+        return True
+
+    def _leave(self, sequence: Sequence, keep: bool) -> None:
+        """It runs no longer."""
+        if self._decoding.pop(sequence.id, None) is None:
+            del self._prefilling[sequence.id]
+        if self._long is sequence:
+            self._long = None
+        self._memory.end(sequence, keep)
+        sequence.verifying = False
+
+    def _admit(self, now: float) -> None:
+        """Let waiting ones begin, in order, while there is room for them.
+
+        A long prompt waits while another one is prefilled, and lets short ones pass.
+        """
+        if not self._changed:
+            return
+        self._changed = False
+        for sequence in list(self._waiting.values()):
+            if self.running == self._parallel or sequence.ahead:
+                return
+            found = self._memory.find(sequence)
+            long = len(sequence.tokens) - found.length > self._max_rows // 2
+            if long and self._long:
+                continue
+            if not self._memory.begin(sequence, found, reserve=self.running):
+                return
+            del self._waiting[sequence.id]
+            self._prefilling[sequence.id] = sequence
+            if long:
+                self._long = sequence
+            if sequence.queued is None:
+                sequence.queued = now - sequence.submitted
+                sequence.cached = sequence.position
+
+    def _prefill(self, rows: _Rows) -> None:
+        """Chunks of prompts: at least half of what remains of the step is for the long one."""
+        room = self._max_rows - len(rows.tokens)
+        if self._decoding:
+            in_time = self.rates.rows(self._step_seconds) - len(rows.tokens)
+            room = min(room, max(FLOOR, in_time))
+        short = [s for s in self._prefilling.values() if s is not self._long]
+        if self._long:
+            wanted = sum(len(sequence.tokens) - sequence.position for sequence in short)
+            room -= self._chunk(rows, self._long, room - min(room // 2, wanted))
+        for sequence in short:
+            if not room:
+                return
+            room -= self._chunk(rows, sequence, room)
+
+    def _chunk(self, rows: _Rows, sequence: Sequence, room: int) -> int:
+        """The next rows of its prompt, at most `room`; returns their number."""
+        start, length = sequence.position, len(sequence.tokens)
+        stop = self._memory.snapshot(sequence) if sequence.borders else length
+        end = min(start + room, stop, length)
+        rows.add(sequence, sequence.tokens[start:end], int(end == length))
+        if end == length:
+            del self._prefilling[sequence.id]
+            if self._decoding and sequence.id < next(reversed(self._decoding)):
+                self._decoding = dict(sorted([*self._decoding.items(), (sequence.id, sequence)]))
+            else:
+                self._decoding[sequence.id] = sequence
+            if self._long is sequence:
+                self._long, self._changed = None, True
+        return end - start
+
+
+class _Rows:
+    """The rows of the plan in the making."""
+
+    def __init__(self, paged: bool) -> None:
+        self._paged = paged
+        self.spans: list[Span] = []
+        self.tokens: list[int] = []
+        self.blocks: list[int] = []
+
+    def add(self, sequence: Sequence, tokens: Items[int], logits: int) -> None:
+        """The next rows of a sequence, which then stands after them unless some are drafts."""
+        position = sequence.position
+        span = Span(sequence.id, position, len(tokens), logits)
+        self.spans.append(span)
+        self.tokens += tokens
+        if span.end > sequence.sent * BLOCK:
+            sent = blocks_of(span.end)
+            self.blocks += sequence.blocks[sequence.sent : sent]
+            sequence.sent = sent
+        if logits:
+            sequence.ahead += 1
+        if not sequence.verifying:
+            sequence.position = span.end
