@@ -203,7 +203,7 @@ class Batching(Settings):
     `step_ms`: while sequences are generating, steps that also run a part of a new prompt aim at
     that many milliseconds. `speculate`: how many tokens to guess from the text so far and
     have checked in one step; "auto" adapts it to what pays. `max_queue`: most sequences that
-    wait, None for any number; `queue_timeout`: seconds until one that waits is given up.
+    wait, None for four times as many as may run; `queue_timeout`: seconds until one that waits is given up.
     """
 
     step_ms: Annotated[
@@ -211,7 +211,7 @@ class Batching(Settings):
     ] = 250
     speculate: Annotated[str, Setting(_SPECULATE_HELP, _SPECULATE, metavar="auto|off|K")] = "auto"
     max_queue: Annotated[int | None, Setting(limit=_POSITIVE)] = None
-    queue_timeout: Annotated[float | None, Setting(limit=SECONDS)] = None
+    queue_timeout: Annotated[float, Setting(limit=SECONDS)] = 600.0
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import mlx.core as mx
-
+from zmoe.batch.plan import Plan, blocks_of
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
@@ -21,12 +22,21 @@ from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
-from zmoe.engine.generate import Generation, StepFunction
+from zmoe.engine.base import Engine, Floats
+from zmoe.engine.batcher import Batcher
+from zmoe.engine.generate import Generation, SharedSteps
 from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
+from zmoe.placement.estimate import cache_room
 from zmoe.placement.types import ModelInfo
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
+from zmoe.topology.cores import usable_cores
+
+StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
+_UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
 
 
 class Cluster:
@@ -90,7 +100,7 @@ class Cluster:
         self._failed = ""  # why no step can follow
         self._closing = self._closed = False
         self._steps = SharedSteps()
-        self._cancelled: list[int] = []  # appended by any thread
+        self._cancelled: deque[int] = deque()  # which any thread may append to
         self._begun = 0
         self.notices: tuple[str, ...] = ()
         self.load_seconds = 0.0
@@ -196,7 +206,6 @@ class Cluster:
             self._leader.launch()
         self.tokenizer = open_tokenizer(Path(self.info.path))
         self._load(self._node)
-        self._warm_up(self._node)
 
     def _load(self, node: Node) -> None:
         engine = self.spec.engine
@@ -211,13 +220,30 @@ class Cluster:
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
         assert node.placement is not None
-        room = cache_room(
-            self.info, resources, node.placement, is_native(engine), engine.schedule
-        )
-        blocks = node.engine.blocks_in(room)
-        (self._leader or node).make_cache(blocks)
-        self._batcher = Batcher(
-            self._run, node.engine, blocks, engine, self.spec.batching, node.spans, usable_cores()
+        mapped, schedule = is_native(engine), engine.schedule
+        room = cache_room(self.info, resources, node.placement, mapped, schedule)
+        if node.engine.paged:
+            blocks = self._blocks_in(room, node.engine)
+            (self._leader or node).make_cache(blocks)
+            self._batcher = self._make_batcher(node, blocks)
+            self._warm_up(node)
+        else:  # what a block of these caches takes is known once there is one
+            self._batcher = self._make_batcher(node, 1)
+            self._warm_up(node)
+            blocks = self._blocks_in(room, node.engine)
+            self._batcher = self._make_batcher(node, blocks)
+
+    def _blocks_in(self, room: int, engine: Engine) -> int:
+        """How many blocks of keys and values `room` bytes hold, of what could be used."""
+        context = self.info.context_length or _UNKNOWN_CONTEXT
+        most = self.spec.engine.parallel * blocks_of(context)
+        # One sequence must be able to run, even where memory is tight.
+        return max(blocks_of(context), min(room // engine.block_bytes, most))
+
+    def _make_batcher(self, node: Node, blocks: int) -> Batcher:
+        spec, threads = self.spec, len(usable_cores())
+        return Batcher(
+            self._run, node.engine, blocks, spec.engine, spec.batching, node.spans, threads
         )
 
     def _warm_up(self, node: Node) -> None:
@@ -300,8 +326,8 @@ class Cluster:
 
     def _end_cancelled(self) -> None:
         """End the generations whose consumers have gone away."""
-        cancelled, self._cancelled[:] = list(self._cancelled), []
-        self._batcher.end(cancelled)
+        while self._cancelled:
+            self._batcher.end(self._cancelled.popleft())
 
     def begin(self) -> StepFunction:
         """Begin a sequence whose caller brings every token, and picks from the logits itself.

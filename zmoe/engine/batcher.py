@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from zmoe.batch.plan import Plan, Span
 from zmoe.batch.scheduler import Scheduler
@@ -69,11 +69,10 @@ class Batcher:
         self._streams[sequence.id] = stream
         return sequence.id
 
-    def end(self, numbers: Iterable[int]) -> None:
-        """End streams, whether or not they have ended already."""
-        for number in numbers:
-            self._streams.pop(number, None)
-            self.scheduler.end(number)
+    def end(self, number: int) -> None:
+        """End a stream, whether or not it has ended already."""
+        self._streams.pop(number, None)
+        self.scheduler.end(number)
 
     def step(self) -> None:
         """Run one step, which gives tokens to the streams that were in it."""
@@ -156,7 +155,7 @@ class Batcher:
                 timings.drafted += max(0, span.logits - 1)
                 timings.accepted += max(0, len(tokens) - 1)
             if stream.ended:
-                self.end([span.sequence])
+                self.end(span.sequence)
 
     # ---- one sequence whose caller brings the tokens -------------------------------------
 

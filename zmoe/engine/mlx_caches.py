@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from zmoe.batch.plan import Plan, Span, passes
+from zmoe.batch.plan import BLOCK, Plan, Span, passes
 from zmoe.engine.base import Floats, LogitRows, Rows, SteppedReducer
 from zmoe.errors import ZmoeError
 
@@ -48,6 +48,7 @@ class MlxEngine:
         self._side_by_side: list[int] = []  # the sequences in the rows of `_batch`
         self._batch: Caches = []
         self._lengths: dict[int, int] = {}
+        self.block_bytes = 1
         empty = make_prompt_cache(model, max_kv_size)
         self.can_batch = max_kv_size is None and all(hasattr(c, "merge") for c in empty)
         self.can_trim = can_trim_prompt_cache(empty) and all(
@@ -111,7 +112,11 @@ class MlxEngine:
                 trim_prompt_cache(caches, surplus)
         self._lengths[span.sequence] = span.end
         rows = np.arange(span.rows - span.logits, span.rows)
-        return {span.sequence: self._forward([tokens], caches, rows)}
+        found = self._forward([tokens], caches, rows)
+        # A merge holds the caches of its sequences twice for a moment.
+        held = 2 * sum(cache.nbytes for cache in caches)
+        self.block_bytes = max(self.block_bytes, held * BLOCK // max(KVCache.step, span.end))
+        return {span.sequence: found}
 
     def _run_side_by_side(
         self, spans: Sequence[Span], tokens: dict[int, Sequence[int]]

@@ -77,6 +77,34 @@ def capacity_for(
     return [min(everything, each) for each in capacity]
 
 
+def cache_room(
+    info: ModelInfo,
+    offers: Sequence[NodeResources],
+    placement: Placement,
+    mapped: bool,
+    schedule: str,
+) -> int:
+    """Bytes that every node has left for keys and values; negative where weights take too much.
+
+    In the centralised schedule the first node alone has a cache.
+    """
+    of_expert = info.expert_bytes
+    weights = [of_expert * n for n in resident(placement, info.moe_intermediate_size)]
+    cached = [True] + [schedule != "centralized"] * (placement.nodes - 1)
+    rooms = []
+    for machine in {offer.machine for offer in offers}:
+        nodes = [node for node, offer in enumerate(offers) if offer.machine == machine]
+        dense = [info.dense_bytes for node in nodes if cached[node]]
+        taken = PROGRAM_BYTES * len(nodes) + (max if mapped else sum)([0, *dense])
+        taken += sum(weights[node] for node in nodes)
+        if dense:
+            rooms.append((max(offers[node].memory for node in nodes) - taken) / len(dense))
+    for node, offer in enumerate(offers):
+        if offer.limit is not None and cached[node]:
+            rooms.append(offer.limit - PROGRAM_BYTES - info.dense_bytes - weights[node])
+    return int(min(rooms))
+
+
 @dataclass(frozen=True)
 class _Lump:
     """All dense weights of a layer, read once a step, whatever they are."""
