@@ -27,7 +27,7 @@ class Scheduler:
     positions, and `exact` says that the caches cannot be cut. While sequences decode, chunks
     of prompts are as large as a step of `step_seconds` allows. At most `max_queue` requests
     wait, `queue_seconds` each. `drafts` is the number of draft rows per sequence, None to choose
-    it by what pays, 0 for none.
+    it by what pays, 0 for none. `step` is the number of the next step, at first `first_step`.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
@@ -45,6 +45,7 @@ class Scheduler:
         max_queue: int = 128,
         queue_seconds: float = 600.0,
         drafts: int | None = 0,
+        first_step: int = 1,
     ) -> None:
         if not 1 <= parallel <= max_rows:
             raise InputError(f"{parallel} sequences in steps of {max_rows} rows: expected 1 to all")
@@ -56,7 +57,7 @@ class Scheduler:
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
         self._drafts = drafts
-        self._step = 0
+        self.step = first_step
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[int, Sequence] = {}  # these three by age
         self._prefilling: dict[int, Sequence] = {}
@@ -145,7 +146,7 @@ class Scheduler:
             return None
         memory = self._memory
         plan = Plan(
-            self._step,
+            self.step,
             tuple(rows.spans),
             tuple(rows.tokens),
             tuple(rows.blocks),
@@ -154,7 +155,7 @@ class Scheduler:
         )
         memory.free.clear()
         memory.forks.clear()
-        self._step += len(passes(plan.spans, self._paged))
+        self.step += len(passes(plan.spans, self._paged))
         return plan
 
     def advance(self, plan: Plan, sampled: Items[Items[int]]) -> list[Sequence]:

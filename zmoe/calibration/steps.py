@@ -179,13 +179,13 @@ class Clock:
 
     def __call__(self, context: int) -> tuple[float, float]:
         """Seconds of a decode step around `context` tokens, and of its products on this node."""
-        self._step(self._tokens(max(1, context - STEPS // 2)), True, False)
+        self._step(self._tokens(max(1, context - STEPS // 2)), True)
         taken = []
         for _ in range(STEPS // TOGETHER):
             self._take_spans()
             start = time.perf_counter()
             for token in self._tokens(TOGETHER):
-                np.asarray(self._step([token], False, True)).argmax()
+                self._step([token], False).argmax()
             total = time.perf_counter() - start
             taken.append((total / TOGETHER, self._take_spans().get("products", 0.0) / TOGETHER))
         return statistics.median(t for t, _ in taken), statistics.median(p for _, p in taken)

@@ -231,7 +231,7 @@ class Cluster:
             self._batcher = self._make_batcher(node, 1)
             self._warm_up(node)
             blocks = self._blocks_in(room, node.engine)
-            self._batcher = self._make_batcher(node, blocks)
+            self._batcher = self._make_batcher(node, blocks, self._batcher.scheduler.step)
 
     def _blocks_in(self, room: int, engine: Engine) -> int:
         """How many blocks of keys and values `room` bytes hold, of what could be used."""
@@ -240,10 +240,17 @@ class Cluster:
         # One sequence must be able to run, even where memory is tight.
         return max(blocks_of(context), min(room // engine.block_bytes, most))
 
-    def _make_batcher(self, node: Node, blocks: int) -> Batcher:
+    def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
         spec, threads = self.spec, len(usable_cores())
         return Batcher(
-            self._run, node.engine, blocks, spec.engine, spec.batching, node.spans, threads
+            self._run,
+            node.engine,
+            blocks,
+            spec.engine,
+            spec.batching,
+            node.spans,
+            threads,
+            first_step,
         )
 
     def _warm_up(self, node: Node) -> None:

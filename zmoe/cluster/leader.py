@@ -43,7 +43,7 @@ from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
-from zmoe.engine.engine import Floats
+from zmoe.engine.base import Floats
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -158,7 +158,7 @@ class Leader:
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
-        self._bus.broadcast(Cache(blocks, self.node.paged))
+        self._bus.broadcast(Cache(blocks))
 
     def launch(self) -> None:
         """Start the workers, or tell `on_manual` how to start them by hand.

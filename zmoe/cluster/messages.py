@@ -181,13 +181,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Cache:
-    """Leader to worker: hold this many blocks of keys and values.
-
-    `paged`: whether the nodes' caches are, which says how many passes a plan takes.
-    """
+    """Leader to worker: our caches are paged, and every node's have this many blocks."""
 
     blocks: Annotated[int, _between(1, 2**31 - 1)]
-    paged: bool
 
 
 @dataclass(frozen=True)

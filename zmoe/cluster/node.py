@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -20,7 +19,8 @@ from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.resolver import check
 from zmoe.config import EngineConfig, Timing
-from zmoe.engine.engine import Engine, Floats, make_engine
+from zmoe.engine.base import Engine, Floats
+from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
@@ -184,7 +184,7 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
-        self._engine = make_engine(shard.model, reducer, self._config, shard.head)
+        self._engine = MlxEngine(shard.model, reducer, shard.head, self._config.max_kv_size)
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:
@@ -206,15 +206,14 @@ class Node:
         assert self._engine is not None
         return self._engine
 
-    def make_cache(self, blocks: int, paged: bool | None = None) -> None:
-        """Have room for `blocks` blocks of keys and values, in every layer.
+    def make_cache(self, blocks: int) -> None:
+        """Have paged caches of `blocks` blocks, as every node has that holds caches.
 
-        `paged`: whether the leader's caches are, for a worker that holds none.
+        Raises ZmoeError where this model's caches are not paged.
         """
+        self._paged = True
         if self._engine is not None:
             self._engine.make_cache(blocks)
-            paged = self._engine.paged
-        self._paged = bool(paged)
 
     def follow(self, plan: Plan) -> None:
         """A worker's part of one step: run() without logits, or its experts only.
@@ -222,8 +221,7 @@ class Node:
         Raises ZmoeError for a plan that is none, PeerError, DivergenceError.
         """
         if self._held is None:
-            spans = tuple(replace(span, logits=0) for span in plan.spans)
-            self.run(replace(plan, spans=spans))
+            self.run(plan, logits=False)
             return
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, CentralExchange)
@@ -231,8 +229,8 @@ class Node:
             self.exchange.step = step
             serve_step(self.exchange, self._held, self.spans)
 
-    def run(self, plan: Plan) -> Floats | None:
-        """Run one step: returns the evaluated logits (wanted rows, vocabulary) float32, or None.
+    def run(self, plan: Plan, logits: bool = True) -> Floats | None:
+        """Run one step; arguments and result are those of Engine.run().
 
         Raises ZmoeError for a plan that is none, PeerError for a lost peer, DivergenceError for
         one that routes differently, or that has another plan.
@@ -240,7 +238,7 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
-        out = self.engine.run(plan)
+        out = self.engine.run(plan, logits)
         if team is not None:
             self.spans.seconds["products"] += team.matmul_s - before
         return out

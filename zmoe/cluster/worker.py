@@ -163,7 +163,7 @@ class Worker:
                 self._follow(node, message.plan)
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, Cache):  # once the slowest node has loaded
-                node.make_cache(message.blocks, message.paged)
+                node.make_cache(message.blocks)
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):

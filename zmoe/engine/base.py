@@ -30,12 +30,21 @@ class Engine(Protocol):
     """A model and its caches of many sequences, in lock-step with the other ranks.
 
     `paged`: whether the caches are blocks, which a plan deals out. `can_batch`: whether several
-    sequences may run in a step; `can_trim`: whether a sequence may go back.
+    sequences may run in a step; `can_trim`: whether a sequence may go back. `block_bytes`: what a block
+    of keys and values takes in all layers; known from the first step on.
     """
 
     paged: bool
+    block_bytes: int
     can_batch: bool
     can_trim: bool
+
+    def make_cache(self, blocks: int) -> None:
+        """Have room for `blocks` blocks in every layer, and forget all sequences.
+
+        Raises ZmoeError where the caches are not paged.
+        """
+        ...
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
         """Run a step that zmoe.batch.plan.check() has passed.

@@ -30,6 +30,7 @@ class Batcher:
         batching: Batching,
         spans: Spans,
         threads: int,
+        first_step: int = 1,
     ) -> None:
         """`run` runs a plan on all nodes, whose caches have `blocks` blocks; `threads` may
         sample at the same time.
@@ -50,6 +51,7 @@ class Batcher:
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
             drafts=drafts,
+            first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}
         self._forced: int | None = None
@@ -102,9 +104,10 @@ class Batcher:
         wanted: list[tuple[Span, Stream, Sequence[int], int]] = []  # with drafts and first row
         rows = start = 0
         for span in plan.spans:
-            drafts = plan.tokens[start + span.rows - span.logits + 1 : start + span.rows]
+            start += span.rows
+            drafts = plan.tokens[start - span.logits + 1 : start]
             wanted.append((span, self._streams[span.sequence], drafts, rows))
-            rows, start = rows + span.logits, start + span.rows
+            rows += span.logits
         firsts = [(span, stream, row) for span, stream, _, row in wanted if span.logits]
         picks: list[Pick | ZmoeError] = []
         if logits is not None:
@@ -116,13 +119,13 @@ class Batcher:
             )
         first = {span.sequence: pick for (span, *_), pick in zip(firsts, picks, strict=True)}
         given = []
-        for span, stream, drafts, row in wanted:
+        for span, stream, guessed, row in wanted:
             tokens: list[int] = []
             if span.logits:
                 assert logits is not None
                 position, pick = span.end - span.logits + 1, first[span.sequence]
-                while self._give(stream, pick, tokens) and len(tokens) <= len(drafts):
-                    if tokens[-1] != drafts[len(tokens) - 1]:
+                while self._give(stream, pick, tokens) and len(tokens) <= len(guessed):
+                    if tokens[-1] != guessed[len(tokens) - 1]:
                         break
                     at = len(tokens)
                     [pick] = sample([stream.sampler], [logits[row + at]], [position + at])
@@ -190,5 +193,6 @@ class Batcher:
             logits = self._run(plan)
             if logits is not None:
                 self._held_back = plan
-                return logits[0]
+                row: Floats = logits[0]
+                return row
             self.scheduler.advance(plan, [[]])

@@ -55,6 +55,10 @@ class MlxEngine:
             isinstance(c, (KVCache, ConcatenateKVCache)) for c in empty
         )
 
+    def make_cache(self, blocks: int) -> None:
+        """See Engine."""
+        raise ZmoeError(f"{blocks} blocks of cache for a model whose caches are not paged")
+
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
         """See Engine. Everything is evaluated on return, since a lazy array would read buffers
         of the exchange that the next steps rewrite.
@@ -65,9 +69,9 @@ class MlxEngine:
             self._end(sequence)
         for fork in plan.forks:
             self._fork(fork.new, fork.old, fork.length)
-        start, tokens = 0, {}
+        start, tokens = 0, dict[int, list[int]]()
         for span in plan.spans:
-            tokens[span.sequence] = plan.tokens[start : start + span.rows]
+            tokens[span.sequence] = list(plan.tokens[start : start + span.rows])
             start += span.rows
         found: dict[int, Floats] = {}
         for step, spans in enumerate(passes(plan.spans, paged=False), plan.step):
@@ -103,7 +107,7 @@ class MlxEngine:
 
     # ---- passes --------------------------------------------------------------------
 
-    def _run_alone(self, span: Span, tokens: Sequence[int]) -> dict[int, Floats]:
+    def _run_alone(self, span: Span, tokens: list[int]) -> dict[int, Floats]:
         caches = self._take_out(span.sequence)
         if surplus := self._lengths.get(span.sequence, 0) - span.position:
             if span.position == 0:
@@ -119,7 +123,7 @@ class MlxEngine:
         return {span.sequence: found}
 
     def _run_side_by_side(
-        self, spans: Sequence[Span], tokens: dict[int, Sequence[int]]
+        self, spans: Sequence[Span], tokens: dict[int, list[int]]
     ) -> dict[int, Floats]:
         for span in spans:
             if self._lengths.get(span.sequence, 0) != span.position:
@@ -135,7 +139,7 @@ class MlxEngine:
         return {order[row]: out[i : i + 1] for i, row in enumerate(rows)}
 
     def _forward(
-        self, ids: Sequence[Sequence[int]], caches: Caches, rows: Rows
+        self, ids: list[list[int]], caches: Caches, rows: Rows
     ) -> Floats:
         """The logits after `rows` of the flattened `ids` (batch, tokens)."""
         self._head.rows = rows

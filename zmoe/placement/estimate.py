@@ -95,8 +95,8 @@ def cache_room(
     for machine in {offer.machine for offer in offers}:
         nodes = [node for node, offer in enumerate(offers) if offer.machine == machine]
         dense = [info.dense_bytes for node in nodes if cached[node]]
-        taken = PROGRAM_BYTES * len(nodes) + (max if mapped else sum)([0, *dense])
-        taken += sum(weights[node] for node in nodes)
+        taken = sum(weights[node] for node in nodes) + PROGRAM_BYTES * len(nodes)
+        taken += (max if mapped else sum)([0, *dense])
         if dense:
             rooms.append((max(offers[node].memory for node in nodes) - taken) / len(dense))
     for node, offer in enumerate(offers):
