@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, TypeVar, cast, get_origin
 
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, WorkerSpec
-from zmoe.config import EngineConfig, Sampling, Settings, Timing, fields_of
+from zmoe.config import Batching, EngineConfig, Sampling, Settings, Timing, fields_of
 from zmoe.errors import InputError, SettingError, ZmoeError
 
 MOST_GIB = 1 << 20
-_KINDS = (Sampling, Timing, EngineConfig, ClusterSpec, PlacementRequest, WorkerSpec)
+_KINDS = (Sampling, Timing, EngineConfig, Batching, ClusterSpec, PlacementRequest, WorkerSpec)
 _FLAGS = {field.name: field.flag for kind in _KINDS for field in fields_of(kind)}
 _MLX_LM_FILES = 4096
 

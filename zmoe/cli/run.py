@@ -24,7 +24,7 @@ from zmoe.cli.common import (
 )
 from zmoe.cluster.hosts import check_env, hosts_from
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
-from zmoe.config import DEFAULT_MODEL, EngineConfig, Sampling, Timing
+from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig, Sampling, Timing
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def _parser() -> Parser:
     to_text("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
     to_text("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
     add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
+    add_settings(to_text, Batching, "speculate")
     to_compute = parser.add_argument_group("compute").add_argument
     add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
     _add_placement(parser)
@@ -99,6 +100,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
         timing=Timing(**given_settings(options, Timing)),
         engine=EngineConfig(**given_settings(options, EngineConfig)),
+        batching=Batching(**given_settings(options, Batching)),
         placement=PlacementRequest(**given_settings(options, PlacementRequest)),
         record_usage=options.record_usage is not None,
     )

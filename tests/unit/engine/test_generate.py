@@ -1,4 +1,4 @@
-"""The token loop over a scripted model: what is stepped, picked, streamed and counted."""
+"""Generations over a scripted model: what is stepped, picked, streamed and counted."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 
-import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.config import Sampling
+from zmoe.config import Batching, EngineConfig, Sampling
+from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer
-from zmoe.errors import InputError, ModelError
+from zmoe.engine.stream import Stream
+from zmoe.errors import InputError, ModelError, ZmoeError
 from zmoe.obs import Spans
 
 
@@ -26,22 +29,35 @@ def tokenizer() -> TokenizerWrapper:
 
 
 class Script:
-    """A model that says `tokens` one after the other, whatever it is given."""
+    """A model that says `tokens` one after the other in every sequence, whatever it is given."""
+
+    paged, can_batch, can_trim, block_bytes = True, True, True, 1
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.vocabulary = list(tokens), vocabulary
-        self.steps: list[tuple[list[int], bool]] = []
-        self.wanted: list[bool] = []
+        self.plans: list[Plan] = []
         self.prompt_tokens = 0
 
-    def __call__(self, tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-        self.steps.append((list(tokens), reset))
-        self.wanted.append(logits)
-        seen = sum(len(t) for t, _ in self.steps)
-        at = max(0, seen - self.prompt_tokens)
-        row = mx.zeros(self.vocabulary)
-        row[self.tokens[min(at, len(self.tokens) - 1)]] = 20.0
-        return row
+    def run(self, plan: Plan, logits: bool = True) -> np.ndarray | None:
+        self.plans.append(plan)
+        said = [
+            span.end - span.logits + 1 + i - self.prompt_tokens
+            for span in plan.spans
+            for i in range(span.logits)
+        ]
+        if not said:
+            return None
+        rows = np.zeros((len(said), self.vocabulary), np.float32)
+        for row, at in zip(rows, said):
+            row[self.tokens[min(max(at, 0), len(self.tokens) - 1)]] = 20.0
+        return rows
+
+    def make_cache(self, blocks: int) -> None: ...
+
+
+def batcher(script: Script, chunk: int = 4, blocks: int = 100, speculate: str = "off") -> Batcher:
+    config, batching = EngineConfig(prefill_chunk=chunk, parallel=4), Batching(speculate=speculate)
+    return Batcher(script.run, script, blocks, config, batching, Spans(), threads=1)
 
 
 def generation(
@@ -50,19 +66,24 @@ def generation(
     prompt: Sequence[int],
     sampling: Sampling,
     context: int | None = None,
-    chunk: int = 4,
     on_prefill: Callable[[int, int], None] | None = None,
+    on: Batcher | None = None,
 ) -> Generation:
     script.prompt_tokens = len(prompt)
+    on = on or batcher(script)
+    eos = tokenizer.eos_token_ids
+    stream = Stream(prompt, sampling, eos=eos, context=context, on_prefill=on_prefill)
+    number = on.submit(stream)
+
+    async def advance_async() -> None:
+        on.step()
+
     return Generation(
-        script,
+        stream,
         tokenizer,
-        prompt,
-        sampling,
-        prefill_chunk=chunk,
-        context=context,
-        spans=Spans(),
-        on_prefill=on_prefill,
+        advance=on.step,
+        advance_async=advance_async,
+        cancel=lambda: on.end(number),
     )
 
 
@@ -98,37 +119,109 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: TokenizerWrapper) 
     assert any(piece == "" for piece in pieces), "bytes of a character were shown too early"
 
 
-def test_the_prompt_goes_in_chunks_then_alone(tokenizer: TokenizerWrapper) -> None:
+def test_the_prompt_goes_in_chunks(tokenizer: TokenizerWrapper) -> None:
     script = Script([5, 6, 7], len(tokenizer.get_vocab()))
-    prompt = list(range(10, 20))
     told: list[tuple[int, int, int]] = []
     run = generation(
         tokenizer,
         script,
-        prompt,
+        list(range(10, 20)),
         Sampling(max_tokens=3, ignore_eos=True),
-        on_prefill=lambda done, total: told.append((done, total, len(script.steps))),
+        on_prefill=lambda done, total: told.append((done, total, len(script.plans))),
     )
     assert [token.id for token in run] == [5, 6, 7]
-    assert told == [(4, 10, 1), (8, 10, 2), (9, 10, 3)]
-    assert script.steps == [
-        ([10, 11, 12, 13], True),
-        ([14, 15, 16, 17], False),
-        ([18], False),
-        ([19], False),
-        ([5], False),
-        ([6], False),
+    assert told == [(4, 10, 1), (8, 10, 2), (10, 10, 3)]
+    assert [plan.tokens for plan in script.plans] == [
+        (10, 11, 12, 13),
+        (14, 15, 16, 17),
+        (18, 19),
+        (5,),
+        (6,),
     ]
-    assert script.wanted == [False, False, False, True, True, True]
+    assert [plan.spans[0].position for plan in script.plans] == [0, 4, 8, 10, 11]
+    assert [plan.spans[0].logits for plan in script.plans] == [0, 0, 1, 1, 1]
+    assert [plan.step for plan in script.plans] == [1, 2, 3, 4, 5]
     assert run.finish_reason == "length"
     assert run.timings.prompt_tokens == 10
     assert run.timings.decode_steps == 2
 
 
-def test_a_prompt_of_one_token_starts_a_new_sequence(tokenizer: TokenizerWrapper) -> None:
+def test_tokens_wait_for_their_consumer(tokenizer: TokenizerWrapper) -> None:
+    script = Script([5, 6, 7, 8], len(tokenizer.get_vocab()))
+    on, sampling = batcher(script), Sampling(max_tokens=4, ignore_eos=True)
+    one, other = (generation(tokenizer, script, [9], sampling, on=on) for _ in range(2))
+    assert [token.id for token in one] == [5, 6, 7, 8]
+    steps = len(script.plans)
+    assert all(len(plan.spans) == 2 for plan in script.plans)
+    assert [token.id for token in other] == [5, 6, 7, 8]
+    assert len(script.plans) == steps
+    assert other.text == one.text == tokenizer.decode([5, 6, 7, 8])
+
+
+def test_who_has_gone_away_is_in_no_further_step(tokenizer: TokenizerWrapper) -> None:
+    script = Script([5, 6, 7, 8], len(tokenizer.get_vocab()))
+    on, sampling = batcher(script), Sampling(max_tokens=4, ignore_eos=True)
+    one, *others = (generation(tokenizer, script, [9], sampling, on=on) for _ in range(3))
+    next(one)
+    others.pop().close()
+    others.clear()  # dropped without a word
+    next(one)
+    assert [len(plan.spans) for plan in script.plans] == [3, 1]
+    one.close()
+    assert list(one) == []
+    assert on.scheduler.running == on.scheduler.waiting == 0
+
+
+def test_drafts_that_are_right_come_at_once(tokenizer: TokenizerWrapper) -> None:
+    vocabulary, said = len(tokenizer.get_vocab()), [5, 6, 7] * 8
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    plain, drafted = Script(said, vocabulary), Script(said, vocabulary)
+    on = batcher(drafted, chunk=8, speculate="3")
+    want = list(generation(tokenizer, plain, [9], sampling))
+    run = generation(tokenizer, drafted, [9], sampling, on=on)
+    assert list(run) == want
+    assert len(drafted.plans) < len(plain.plans) - 5
+    assert run.timings.decode_tokens == 19
+    assert run.timings.accepted > 8
+
+
+def test_an_end_token_among_drafts_ends_the_text(tokenizer: TokenizerWrapper) -> None:
+    (eos,) = list(tokenizer.eos_token_ids)[:1]
+    script = Script([5, 6, 7, 5, 6, 7, 5, eos], len(tokenizer.get_vocab()))
+    on = batcher(script, chunk=8, speculate="3")
+    run = generation(tokenizer, script, [9], Sampling(max_tokens=50), on=on)
+    assert [token.id for token in run] == [5, 6, 7, 5, 6, 7, 5, eos]
+    assert run.finish_reason == "stop"
+    assert on.scheduler.running == 0
+
+
+def test_a_sampler_that_fails_ends_its_own_sequence(tokenizer: TokenizerWrapper) -> None:
+    script = Script([5, 6, 7, 8], len(tokenizer.get_vocab()))
+    on, sampling = batcher(script), Sampling(max_tokens=4, ignore_eos=True)
+    run = script.run
+
+    def broken(plan: Plan) -> np.ndarray | None:
+        rows = run(plan)
+        if rows is not None and len(script.plans) == 2:
+            rows[0] = np.nan
+        return rows
+
+    on._run = broken
+    one, other = (generation(tokenizer, script, [9], sampling, on=on) for _ in range(2))
+    assert next(one).id == 5
+    with pytest.raises(ZmoeError, match="logits hold nan"):
+        next(one)
+    assert [token.id for token in other] == [5, 6, 7, 8]
+
+
+def test_the_cache_bounds_the_text(tokenizer: TokenizerWrapper) -> None:
     script = Script([5], len(tokenizer.get_vocab()))
-    list(generation(tokenizer, script, [9], Sampling(max_tokens=1)))
-    assert script.steps == [([9], True)]
+    sampling = Sampling(max_tokens=500, ignore_eos=True)
+    run = generation(tokenizer, script, [9] * 6, sampling, on=batcher(script, blocks=1))
+    assert len(list(run)) == 64 + 1 - 6  # the last one needs no place
+    assert (run.finish_reason, run.context_full) == ("length", True)
+    with pytest.raises(InputError, match="the prompt has 64 tokens, and the cache .* holds 64"):
+        generation(tokenizer, script, [9] * 64, sampling, on=batcher(script, blocks=1))
 
 
 def test_an_end_token_stops_and_is_not_text(tokenizer: TokenizerWrapper) -> None:
@@ -158,15 +251,12 @@ def test_the_context_bounds_the_text(tokenizer: TokenizerWrapper) -> None:
 def test_seeds_make_samples_repeat(tokenizer: TokenizerWrapper) -> None:
     vocabulary = len(tokenizer.get_vocab())
 
-    def flat(tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-        return mx.zeros(vocabulary)
-
     def sample(seed: int) -> list[int]:
+        script = Script([5], vocabulary)
+        on = batcher(script)
+        on._run = lambda plan: np.zeros((1, vocabulary), np.float32)
         sampling = Sampling(max_tokens=20, temp=1.0, seed=seed, ignore_eos=True)
-        run = Generation(
-            flat, tokenizer, [1], sampling, prefill_chunk=4, context=None, spans=Spans()
-        )
-        return [token.id for token in run]
+        return [token.id for token in generation(tokenizer, script, [1], sampling, on=on)]
 
     assert sample(1) == sample(1) != sample(2)
 
