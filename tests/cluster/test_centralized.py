@@ -34,7 +34,9 @@ def worker_memory(folder: Path, compute: str, schedule: str) -> int:
     try:
         leader.launch()
         leader.start()
-        mx.eval(leader.forward([1, 2, 3], True))
+        if leader.node.engine.paged:
+            leader.make_cache(ENOUGH_BLOCKS)
+        OneSequence(leader.run, leader.node.engine.paged)([1, 2, 3])
         status = Path(f"/proc/{leader.worker_pids()[0]}/status").read_text()
         error = ""
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]

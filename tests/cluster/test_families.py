@@ -101,15 +101,16 @@ def run(
     try:
         if leader is not None:
             leader.start()
-            forward = leader.forward
-        else:
-            forward = lambda tokens, reset: node.forward(1, tokens, reset)  # noqa: E731
+            node = leader.node
+        runner = leader or node
+        if node.engine.paged:
+            runner.make_cache(ENOUGH_BLOCKS)
+        forward = OneSequence(runner.run, node.engine.paged)
         tokens, logits = [], []
-        forward(PROMPT[:CHUNK], True)
+        forward(PROMPT[:CHUNK])
         todo = PROMPT[CHUNK:]
         for _ in range(TOKENS):
-            row = forward(todo, False).astype(mx.float32)
-            logits.append(np.array(row))
+            logits.append(forward(todo))
             tokens.append(int(logits[-1].argmax()))
             todo = tokens[-1:]
         return tokens, logits

@@ -12,6 +12,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster import bus
 from zmoe.cluster.cluster import Cluster
+from zmoe.batch.plan import PREVIOUS, Plan, Span
 from zmoe.cluster.messages import Endpoints, Message, Place, Setup, Step
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
@@ -20,7 +21,8 @@ from zmoe.exchange.local import Endpoint
 
 TINY = resolve_model("zmoe-tiny")
 SERVE = "import zmoe.cli.node as node; node.PAUSE_S = 0.0; node.main({arguments!r})"
-WARM_UP = Step(1, True, [0])  # which a cluster does by itself
+WARM_UP = Step(Plan(1, (Span(0, 0, 1, 1),), (0,), (0,)))  # which a cluster does by itself
+FURTHER = Step(Plan(9, (Span(5, 0, 1, 1),), (0,), (1,)))
 Instead = dict[str, Any] | Message | bytes
 # The message that is changed, how, and what the worker says of it.
 BAD: list[tuple[type[Message], Instead, str]] = [
@@ -30,17 +32,26 @@ BAD: list[tuple[type[Message], Instead, str]] = [
     (Setup, {"timing.grace": 1e300}, "Setup.timing.grace is"),
     (Setup, {"timing.peer": float("nan")}, "Setup.timing.peer is nan"),
     (Setup, {"engine.compute": "cuda"}, "compute is 'cuda'"),
-    (Setup, Step(2, True, [1]), "Step before Setup"),
+    (Setup, FURTHER, "Step before Setup"),
     (Setup, b"\xc1", "bad control data"),
     (Place, {"placement.owned": []}, "does not fit"),
-    (Place, Step(2, True, [1]), "unexpected Step"),
+    (Place, FURTHER, "unexpected Step"),
     (Endpoints, {"isa": "NOPE"}, "instruction set 'NOPE'"),
     (Endpoints, {"nodes": [Endpoint("a b", 1, 2)] * 2}, "Endpoints.nodes.host is 'a b'"),
-    (Step, {"tokens": [2**63]}, "Step.tokens is 9223372036854775808"),
-    (Step, {"tokens": [2**31 - 1]}, "a token outside of 0 to"),
-    (Step, {"tokens": [-1]}, "Step.tokens is -1"),
-    (Step, {"tokens": []}, "Step.tokens has 0 items"),
-    (Step, {"tokens": [1] * 1000}, "a step of 1000 tokens"),
+    (Step, {"plan.tokens": [2**63]}, "Step.plan.tokens is 9223372036854775808"),
+    (Step, {"plan.tokens": [2**31 - 1]}, "a token outside of 0 to"),
+    (Step, {"plan.tokens": [-2]}, "a token outside of 0 to"),
+    (Step, {"plan.tokens": [PREVIOUS]}, "refers to sampled tokens"),
+    (Step, {"plan.tokens": []}, "1 rows and 0 tokens"),
+    (Step, {"plan.tokens": [1] * 1000, "plan.spans": [[5, 0, 1000, 1]]}, "1000 rows and 1000"),
+    (Step, {"plan.spans": []}, "0 rows and 1 tokens"),
+    (Step, {"plan.spans": [[5, -1, 1, 1]]}, "spans that are none"),
+    (Step, {"plan.spans": [[5, 0, 1, 2]]}, "spans that are none"),
+    (Step, {"plan.spans": [[5, 1, 1, 1]]}, "at position 1 of a sequence of 0"),
+    (Step, {"plan.blocks": []}, "block"),
+    (Step, {"plan.blocks": [2**31 - 1]}, "block"),
+    (Step, {"plan.copies": [[0, 2**31 - 1]]}, "block"),
+    (Step, {"plan.forks": [[6, 5, 1]]}, "fork"),
     (Step, b"", "bad control data"),
 ]
 
@@ -81,7 +92,7 @@ def test_no_leader_ends_a_serving_worker(
         with pytest.raises(ZmoeError, match=words), Cluster(TINY, spec=spec) as cluster:
             leader = cluster._leader
             assert leader is not None
-            leader._bus.broadcast(Step(9, True, [0]))
+            leader._bus.broadcast(FURTHER)
             deadline = time.monotonic() + PATIENCE_S
             while time.monotonic() < deadline:
                 leader._listen()  # raises what the worker says

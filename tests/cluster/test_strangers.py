@@ -14,7 +14,7 @@ import zmq
 
 from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.messages import Failed, Join, Step, encode
+from zmoe.cluster.messages import Failed, Join, Cache, encode
 from zmoe.config import PROTOCOL_VERSION
 
 TOKENS = 40
@@ -57,7 +57,7 @@ class Strangers(threading.Thread):
                     encode(Join(PROTOCOL_VERSION, 9, "0", "stranger", "")),
                     encode(Join(PROTOCOL_VERSION, 1, "0", "stranger", "guess")),
                     encode(Failed("stranger", True, None, None, 0)),
-                    encode(Step(1, True, [1])),
+                    encode(Cache(1)),
                 ):
                     self._send(dealer, frame)
                 self._send(dealer, b"a", b"b", b"c")

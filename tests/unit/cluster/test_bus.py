@@ -228,14 +228,14 @@ def test_what_is_sent_to_a_dying_link_arrives(buses: Buses) -> None:
         for number in range(1, 10, 2):
             numbers += [number, number + 1]
             relay.hold()
-            leader.broadcast(Step(number, False, [7]))
+            leader.broadcast(Cache(number))
             worker.send(Memory(number))
             relay.cut()
-            leader.broadcast(Step(number + 1, False, [7]))
+            leader.broadcast(Cache(number + 1))
             worker.send(Memory(number + 1))
             relay.restore()
             until(look)
-        assert steps == [Step(number, False, [7]) for number in numbers]
+        assert steps == [Cache(number) for number in numbers]
         assert reports == [Memory(number) for number in numbers]
 
 

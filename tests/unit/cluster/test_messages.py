@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.changed import changed
+from zmoe.batch.plan import PREVIOUS, Copy, Fork, Plan, Span
 from zmoe.cluster import messages
 from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
@@ -32,6 +33,15 @@ ENGINE = EngineConfig(max_kv_size=64, wire_dtype="q8", schedule="centralized")
 SETUP = Setup(4, "m", ENGINE, Timing(peer=1.5, join=9), 1 << 33)
 ENDPOINTS = messages.Endpoints("AVX2", (HERE, THERE))
 PLACEMENT = Placement(2, 3, (((0, 1), (2,)), ((0,), (1, 2))), ((0, 64), (64, 128)), (1, 2))
+PLAN = Plan(
+    7,
+    (Span(3, 64, 2, 1), Span(4, 0, 1, 1)),
+    (5, 6, PREVIOUS),
+    (9, 8),
+    (1, 2),
+    (Fork(4, 3, 64),),
+    (Copy(8, 9),),
+)
 EXAMPLES = [
     Join(PROTOCOL_VERSION, 3, "0.1.0", "host", "token"),
     SETUP,
@@ -40,7 +50,8 @@ EXAMPLES = [
     ENDPOINTS,
     messages.Loading(1, 2),
     messages.Ready(0.5, "cd"),
-    Step(7, True, [1, 2, 3]),
+    messages.Cache(9),
+    Step(PLAN),
     messages.AskMemory(),
     messages.Memory(1 << 40),
     messages.Stop(""),
@@ -86,9 +97,11 @@ OUT_OF_RANGE = [
     (messages.Ready(0.5, "cd"), {"seconds": float("nan")}, "Ready.seconds is nan"),
     (messages.Loading(1, 2), {"total": -1}, "Loading.total is -1"),
     (messages.Memory(1), {"peak_memory": 1 << 62}, "Memory.peak_memory is"),
-    (Step(7, True, [1]), {"step": 0}, "Step.step is 0"),
-    (Step(7, True, [1]), {"tokens": []}, "Step.tokens has 0 items"),
-    (Step(7, True, [1]), {"tokens": [-1]}, "Step.tokens is -1"),
+    (messages.Cache(1), {"blocks": 0}, "Cache.blocks is 0"),
+    (Step(PLAN), {"plan.step": 1 << 32}, "Step.plan.step is 4294967296"),
+    (Step(PLAN), {"plan.tokens": [1.0]}, "Step.plan.tokens has the wrong type"),
+    (Step(PLAN), {"plan.spans": [[1, 2, 3]]}, "Step.plan.spans has 3 fields instead of 4"),
+    (Step(PLAN), {"plan.free": 7}, "Step.plan.free has the wrong type"),
     (messages.Failed("why", True, 1, None, 7), {"lost": 64}, "Failed.lost is 64"),
     (messages.Failed("why", True, 1, None, 7), {"layer": -1}, "Failed.layer is -1"),
     (messages.Stop(""), {"error": "x" * 4001}, "Stop.error has 4001 characters"),
