@@ -6,12 +6,12 @@ import re
 import signal
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
+from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest

@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 
 from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
+from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.node import Node
