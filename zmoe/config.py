@@ -6,11 +6,12 @@ the command line to the workers. Constructing one validates it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -134,6 +135,20 @@ class Settings:
 
 _POSITIVE = whole("a positive whole number", 1)
 _TOP_K = whole("0 or a positive whole number", 0)
+_LOGPROBS = whole("a whole number from 0 to 20", 0, 20)
+_REPETITION = number(
+    "0 or a number from 0.01 to 100", lambda value: value == 0 or 0.01 <= value <= 100
+)
+_RECENT = whole("a whole number from 1 to 1048576", 1, 1 << 20)
+_PENALTY = number("a number from -2 to 2", lambda value: -2 <= value <= 2)
+_LOGIT_BIAS = Limit(
+    "token ids with a number from -100 to 100 each",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(is_int(token, 0, 2**31 - 1) for token in value)
+        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+    ),
+)
 _SEED = whole("a whole number from 0 to 2^64-1", 0, 2**64 - 1)
 _CHUNK = whole("a whole number from 1 to 8192", 1, 8192)
 _WINDOW = whole("a whole number above 8", 9)
@@ -158,7 +173,12 @@ _WINDOW_HELP = "attend to the first 4 and the latest tokens, that many in all, w
 class Sampling(Settings):
     """How the leader picks tokens; names and meaning are mlx-lm's.
 
-    `seed` None leaves the random generator alone. `ignore_eos` goes on after an end token.
+    `repetition_penalty` divides the positive logits and multiplies the negative ones of the last
+    `repetition_context_size` tokens, those of the prompt included. `presence_penalty` and
+    `frequency_penalty` are OpenAI's: they are subtracted once, and once for each occurrence, from
+    the logits of generated tokens. `logit_bias` maps token ids to what is added to their logits.
+    `logprobs` asks for each token's log-probability and those of that many of the likeliest
+    tokens. `seed` None draws a fresh one. `ignore_eos` goes on after an end token.
     """
 
     max_tokens: Annotated[int, Setting("tokens to generate", _POSITIVE, short="-m")] = 100
@@ -166,8 +186,29 @@ class Sampling(Settings):
     top_p: Annotated[float, Setting("nucleus sampling; 1 is off", _TOP_P)] = 1.0
     top_k: Annotated[int, Setting("sample from the k likeliest; 0 is off", _TOP_K)] = 0
     min_p: Annotated[float, Setting("least probability relative to the top", _MIN_P)] = 0.0
+    repetition_penalty: Annotated[
+        float, Setting("factor against repeating recent tokens; 0 is off", _REPETITION)
+    ] = 0.0
+    repetition_context_size: Annotated[
+        int, Setting("recent tokens that --repetition-penalty is for", _RECENT)
+    ] = 20
+    presence_penalty: Annotated[
+        float, Setting("subtracted from logits of generated tokens", _PENALTY)
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Setting("the same for each time that a token was generated", _PENALTY)
+    ] = 0.0
+    logit_bias: Annotated[Mapping[int, float] | None, Setting(limit=_LOGIT_BIAS)] = (
+        dataclasses.field(default=None, hash=False)
+    )
+    logprobs: Annotated[int | None, Setting(limit=_LOGPROBS)] = None
     seed: Annotated[int | None, Setting("seed of the sampler", _SEED)] = None
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.logit_bias is not None:  # whoever gave it may change it
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from zmoe.config import Sampling
+from zmoe.engine.sampler import Pick, Sampler
 from zmoe.obs import Spans
 
 # Runs one step on all ranks: (tokens, starts a new sequence, logits are wanted)
@@ -24,12 +24,15 @@ class Token:
     """A generated token and the text that became certain with it.
 
     `text` is empty while a character's bytes are incomplete; `finish_reason`
-    is set on the last token: "stop" or "length".
+    is set on the last token: "stop" or "length". `logprob` and `top_logprobs` are those of
+    zmoe.engine.sampler.Pick, where the settings ask for them.
     """
 
     id: int
     text: str
     finish_reason: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -37,9 +40,8 @@ class Timings:
     """Seconds of a generation, filled in as it goes.
 
     `prefill` is the forward passes over the prompt, and `first_token` the time until the
-    first token is picked: `prefill`, and sampling, which MLX compiles when it is first used.
-    `decode` counts the steps after the first token, and `spans` what they
-    spent in `experts` and `exchange`.
+    first token is picked. `decode` counts the steps after the first token, and `spans` what
+    they spent in `experts` and `exchange`.
     """
 
     prompt_tokens: int = 0
@@ -79,6 +81,8 @@ class Timings:
 class Generation(Iterator[Token]):
     """Iterates over a generation's tokens; afterwards `tokens`, `text`, `timings`, `finish_reason`.
 
+    `seed` is the sampler's, None if it is greedy: with it the same prompt and settings give the
+    same tokens again.
     `context_full`: whether the "length" that it ended with is the model's context, with
     fewer tokens than `max_tokens`.
     Stopping early is fine: a step is never left half done between two tokens.
@@ -104,12 +108,8 @@ class Generation(Iterator[Token]):
         self._limit = sampling.max_tokens
         if context is not None:
             self._limit = min(self._limit, context - len(prompt))
-        self._sample = make_sampler(
-            temp=sampling.temp,
-            top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
-            min_p=sampling.min_p,
-            top_k=sampling.top_k,
-        )
+        self._sampler = Sampler(sampling, self._prompt)
+        self.seed = self._sampler.seed if sampling.temp else None
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
@@ -126,40 +126,36 @@ class Generation(Iterator[Token]):
 
     def _prefill(self) -> mx.array:
         """Logits after the prompt: chunks without lm_head, then the last token by itself."""
-        if self._sampling.seed is not None:
-            mx.random.seed(self._sampling.seed)
         body, last = self._prompt[:-1], self._prompt[-1:]
         for start in range(0, len(body), self._chunk):
             self._step(body[start : start + self._chunk], start == 0, False)
             self._on_prefill(min(start + self._chunk, len(body)), len(self._prompt))
         return self._step(last, not body, True)
 
-    def _pick(self, logits: mx.array) -> int:
-        if self._sampling.temp == 0:
-            return int(np.asarray(logits.astype(mx.float32)).argmax())
-        row = logits[None].astype(mx.float32)
-        token: mx.array = self._sample(row - mx.logsumexp(row, axis=-1, keepdims=True))
-        return int(np.asarray(token)[0])
+    def _pick(self, logits: mx.array) -> Pick:
+        position = len(self._prompt) + len(self.tokens)
+        return self._sampler.pick(np.asarray(logits.astype(mx.float32)), position)
 
     def _run(self) -> Generator[Token, None, None]:
         start = time.perf_counter()
         logits = self._prefill()
         self.timings.prefill = time.perf_counter() - start
-        token = self._pick(logits)
+        pick = self._pick(logits)
         self.timings.first_token = time.perf_counter() - start
         self._spans.take()
-        while token not in self._eos:
-            self.tokens.append(token)
-            self._detokenizer.add_token(token)
+        while pick.token not in self._eos:
+            self.tokens.append(pick.token)
+            self._sampler.accept(pick.token)
+            self._detokenizer.add_token(pick.token)
             if len(self.tokens) >= self._limit:
                 self.context_full = self._limit < self._sampling.max_tokens
-                yield self._finish(token, "length")
+                yield self._finish(pick, "length")
                 return
-            yield self._emit(token)
+            yield self._emit(pick)
             start = time.perf_counter()
-            token = self._pick(self._step([token], False, True))
+            pick = self._pick(self._step([pick.token], False, True))
             self._count(time.perf_counter() - start)
-        yield self._finish(token, "stop")
+        yield self._finish(pick, "stop")
 
     def _count(self, seconds: float) -> None:
         self.timings.decode += seconds
@@ -167,12 +163,12 @@ class Generation(Iterator[Token]):
         for name, spent in self._spans.take().items():
             self.timings.spans[name] = self.timings.spans.get(name, 0.0) + spent
 
-    def _emit(self, token: int, reason: str | None = None) -> Token:
+    def _emit(self, pick: Pick, reason: str | None = None) -> Token:
         text = self._detokenizer.last_segment
         self.text += text
-        return Token(token, text, reason)
+        return Token(pick.token, text, reason, pick.logprob, pick.top_logprobs)
 
-    def _finish(self, token: int, reason: str) -> Token:
+    def _finish(self, pick: Pick, reason: str) -> Token:
         self.finish_reason = reason
         self._detokenizer.finalize()
-        return self._emit(token, reason)
+        return self._emit(pick, reason)
