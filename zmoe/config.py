@@ -139,6 +139,7 @@ _LOGPROBS = whole("a whole number from 0 to 20", 0, 20)
 _REPETITION = number(
     "0 or a number from 0.01 to 100", lambda value: value == 0 or 0.01 <= value <= 100
 )
+_RECENT = whole("a whole number from 1 to 1048576", 1, 1 << 20)
 _PENALTY = number("a number from -2 to 2", lambda value: -2 <= value <= 2)
 _LOGIT_BIAS = Limit(
     "token ids with a number from -100 to 100 each",
@@ -196,7 +197,7 @@ class Sampling(Settings):
         float, Setting("factor against repeating recent tokens; 0 is off", _REPETITION)
     ] = 0.0
     repetition_context_size: Annotated[
-        int, Setting("recent tokens that --repetition-penalty is for", _POSITIVE)
+        int, Setting("recent tokens that --repetition-penalty is for", _RECENT)
     ] = 20
     presence_penalty: Annotated[
         float, Setting("subtracted from logits of generated tokens", _PENALTY)

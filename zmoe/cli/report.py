@@ -51,6 +51,8 @@ def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any
         table.add_row("outside matmuls and exchange", f"{overhead:.0f} us per layer")
     for rank, memory in enumerate(summary["peak_memory"]):
         table.add_row(f"peak memory, node {rank}", in_bytes(memory))
+    if generation.seed is not None:
+        table.add_row("seed", str(generation.seed))
     if buffers:
         table.add_row("buffers locked", f"{in_bytes(locked)} of {in_bytes(buffers)}")
     Console(stderr=True).print(table)
