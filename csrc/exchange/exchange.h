@@ -14,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/checksum.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/reduce.h"
@@ -24,10 +25,6 @@
 #define ZMOE_PRESENCE_BYTES 18
 #define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
-
-/* CRC-32C (Castagnoli; RFC 3720, appendix B.4): 0 for no bytes.  The same value with
- * every instruction set. */
-uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa);
 
 /* ---- pool: pinned slots, refcounted across threads ---------------------- */
 
