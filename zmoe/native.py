@@ -130,7 +130,6 @@ class Header:
     dtype: int = 0
     source: int = 0
     session: int = 0
-    epoch: int = 0
     step: int = 0
     layer: int = 0
     rows: int = 0

@@ -110,7 +110,6 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
       .dtype = (uint8_t)call->wire_dtype,
       .source = (uint16_t)ex->rank,
       .session = ex->session,
-      .epoch = ex->epoch,
       .step = call->step,
       .layer = call->layer,
       .rows = call->rows,

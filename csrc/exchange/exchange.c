@@ -214,26 +214,6 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
   free(ex);
 }
 
-int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
-  if (zmoe_is_forked(ex))
-    return ZMOE_EFORK;
-  if (epoch < ex->epoch || (epoch == ex->epoch && ex->published > 0))
-    return ZMOE_EINVAL;
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    zmoe_peer *peer = &ex->peers[r];
-    for (int i = 0; i < ZMOE_WINDOW; i++) {
-      zmoe_frame_drop(&peer->partials[i]);
-      zmoe_frame_drop(&peer->sums[i]);
-      if (peer->early[i].header.epoch < epoch) /* a peer may have begun the epoch before us */
-        zmoe_frame_drop(&peer->early[i]);
-    }
-  }
-  zmoe_collectives_clear(ex);
-  ex->epoch = epoch;
-  ex->diverged = 0;
-  return ZMOE_OK;
-}
-
 /* ---- between exchanges ------------------------------------------------------ */
 
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
@@ -245,7 +225,6 @@ void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
       .lost = lost,
       .diverged = ex->diverged,
       .zmq_errno = ex->zmq_errno,
-      .epoch = ex->epoch,
       .step = here->step,
       .layer = here->layer,
       .theirs = ex->theirs,

@@ -60,7 +60,7 @@ void zmoe_pool_stats_get(const zmoe_pool *pool, zmoe_pool_stats *out);
 
 typedef enum zmoe_kind {
   ZMOE_KIND_PARTIAL = 1, /* one rank's partial sum of one layer */
-  ZMOE_KIND_RESEND = 2,  /* please send your frame (epoch, step, layer) again */
+  ZMOE_KIND_RESEND = 2,  /* please send your frame (step, layer) again */
   /* Answer to a RESEND for what the sender skipped: the header tells where it
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
@@ -75,7 +75,6 @@ typedef struct zmoe_header {
   uint8_t dtype;
   uint16_t source;  /* rank */
   uint64_t session; /* random per run: frames of other runs are strangers */
-  uint32_t epoch;
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
@@ -146,8 +145,8 @@ typedef struct zmoe_fault {
   uint64_t lost;     /* bit r: the link to rank r is gone */
   uint64_t diverged; /* bit r: rank r is elsewhere, see theirs */
   int32_t zmq_errno;
-  uint32_t epoch, step, layer; /* where we are */
-  zmoe_header theirs;          /* of the lowest diverged rank */
+  uint32_t step, layer; /* where we are */
+  zmoe_header theirs;   /* of the lowest diverged rank */
 } zmoe_fault;
 
 typedef struct zmoe_exchange_stats {
@@ -155,7 +154,7 @@ typedef struct zmoe_exchange_stats {
   uint64_t bad_short, bad_magic, bad_version, bad_checksum, bad_field, bad_oversized;
   uint64_t bad_payload;  /* damaged: the checksum of the header is right, the payload's is not */
   uint64_t bad_stranger; /* another session, an unknown rank, a wrong link */
-  uint64_t bad_stale;    /* an old epoch or step, or a duplicate */
+  uint64_t bad_stale;    /* an old step, or a duplicate */
   uint64_t resend_asked, resend_served, resend_unknown;
   uint64_t link_drops, link_returns;
 } zmoe_exchange_stats;
@@ -172,9 +171,6 @@ uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex);
 /* Bit r: our control link to rank r stands, and theirs has reached our ROUTER, which
  * can answer it.  Reads pending events and messages. */
 uint64_t zmoe_exchange_links(zmoe_exchange *ex);
-
-/* Forget every frame held; what comes from older epochs is stale from now on. */
-int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
 
 /* Most exchanges that are published and not yet collected. */
 #define ZMOE_WINDOW 2

@@ -234,7 +234,7 @@ static void drop_all(fake_socket *socket) {
 /* ---- the exchange, and where it should be ---------------------------------------------- */
 
 static zmoe_exchange *ex;
-static uint32_t rank, nodes, step, layer, part_index, epoch;
+static uint32_t rank, nodes, step, layer, part_index;
 static int central, in_chunks, dispatched;
 static zmoe_received got;
 static uint64_t ranks[PAIRS];
@@ -291,7 +291,7 @@ static uint32_t payload_of(const zmoe_header *header) {
 }
 
 static void change(zmoe_header *header) {
-  switch (draw(14)) {
+  switch (draw(13)) {
   case 0:
     header->kind = (uint8_t)draw(7);
     break;
@@ -305,30 +305,27 @@ static void change(zmoe_header *header) {
     header->session += draw(2);
     break;
   case 4:
-    header->epoch += draw(3) - 1;
-    break;
-  case 5:
     header->step += draw(5) - 2;
     break;
-  case 6:
+  case 5:
     header->layer += draw(5) - 2;
     break;
-  case 7:
+  case 6:
     header->rows = odd();
     break;
-  case 8:
+  case 7:
     header->width = odd();
     break;
-  case 9:
+  case 8:
     header->rows = 1 + draw(2 * MAX_ROWS), header->width = 1 + draw(2 * WIDTH);
     break;
-  case 10:
+  case 9:
     header->part = (uint8_t)draw(4);
     break;
-  case 11:
+  case 10:
     header->chunks = (uint8_t)draw(MAX_NODES + 2), header->chunk = (uint8_t)draw(MAX_NODES + 1);
     break;
-  case 12:
+  case 11:
     header->busiest = (uint8_t)odd();
     break;
   default:
@@ -346,7 +343,6 @@ static size_t make_frame(uint32_t from, uint8_t *out) {
       .dtype = (uint8_t)call.wire_dtype,
       .source = (uint16_t)from,
       .session = SESSION,
-      .epoch = epoch,
       .step = step,
       .layer = layer,
       .part = (uint8_t)part_index,
@@ -505,7 +501,7 @@ static int receive(zmoe_fault *fault) {
 
 static int act(zmoe_fault *fault) {
   out_of_memory = chance(16);
-  switch (draw(16)) {
+  switch (draw(15)) {
   case 0:
     return zmoe_exchange_service(ex, fault);
   case 1:
@@ -515,19 +511,14 @@ static int act(zmoe_fault *fault) {
     event();
     return ZMOE_OK;
   case 3:
-    if (!chance(4) || zmoe_exchange_begin_epoch(ex, epoch + 1) != ZMOE_OK)
-      return ZMOE_OK;
-    epoch++, dispatched = 0, part_index = 0;
-    return ZMOE_OK;
-  case 4:
     zmoe_exchange_links(ex);
     zmoe_exchange_subscribers(ex);
     return ZMOE_OK;
+  case 4:
   case 5:
-  case 6:
     return central && rank == 0 && !dispatched ? dispatch(fault) : publish(fault);
+  case 6:
   case 7:
-  case 8:
     return central && rank > 0 ? receive(fault) : collect(fault);
   default:
     deliver();
@@ -540,7 +531,7 @@ static void open_exchange(void) {
   central = draw(2) == 0;
   rank = draw(nodes);
   in_chunks = !central && draw(2);
-  step = layer = part_index = epoch = 0;
+  step = layer = part_index = 0;
   dispatched = out_of_memory = 0;
   memset(ranks, 0, sizeof ranks);
   fake_us = 1000;

@@ -476,10 +476,6 @@ static void test_mistakes_of_a_leader(void) {
   CHECK_EQUAL(zmoe_exchange_publish(ex, &other, x, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, x, (zmoe_dtype)9, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, x, ZMOE_F32, 0, &fault), ZMOE_OK);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(ex, 1), ZMOE_OK); /* and all slots come back */
-  zmoe_pool_stats stats;
-  zmoe_exchange_pool_stats(ex, &stats);
-  CHECK(stats.acquired - stats.released <= NODES - 1); /* libzmq may still send some */
   rig_close(nodes, NODES);
 }
 

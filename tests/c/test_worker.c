@@ -414,12 +414,6 @@ static void test_mistakes_of_a_worker(void) {
   CHECK_EQUAL(zmoe_exchange_publish(ex, &other, partial, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, partial, ZMOE_F32, 0, &fault), ZMOE_OK);
   CHECK_EQUAL(receive(1, &got, 1, 0), ZMOE_EINVAL); /* never backwards */
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(ex, 1), ZMOE_OK);
-  frame = rows_of(0, 0);
-  frame.header.epoch = 1;
-  send_rows(&frame);
-  CHECK_EQUAL(receive(1, &got, 0, 0), ZMOE_OK);
-  expect_rows(&got);
   rig_close(nodes, NODES);
 }
 

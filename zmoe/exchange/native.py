@@ -27,7 +27,6 @@ class Fault:
     lost: tuple[int, ...]
     diverged: tuple[int, ...]
     zmq_errno: int
-    epoch: int
     step: int
     layer: int
     theirs: Header
@@ -119,10 +118,6 @@ class NativeExchange:
     def links(self) -> tuple[int, ...]:
         """Ranks to which our control link stands."""
         return _ranks(lib.zmoe_exchange_links(self._exchange))
-
-    def begin_epoch(self, epoch: int) -> Status:
-        """Forget the frames held; INVALID unless `epoch` is later than a used one."""
-        return Status(lib.zmoe_exchange_begin_epoch(self._exchange, epoch))
 
     def publish(
         self,
@@ -239,7 +234,6 @@ class NativeExchange:
             _ranks(raw.lost),
             _ranks(raw.diverged),
             int(raw.zmq_errno),
-            int(raw.epoch),
             int(raw.step),
             int(raw.layer),
             header_of(raw.theirs),

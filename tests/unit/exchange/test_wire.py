@@ -29,7 +29,6 @@ def decoded(frame: bytes) -> Header | int:
         dtype=st.integers(0, 3),
         source=st.integers(0, 63),
         session=U64,
-        epoch=U32,
         step=U32,
         layer=U32,
         rows=st.integers(0, 8),
