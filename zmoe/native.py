@@ -135,7 +135,7 @@ class Header:
     rows: int = 0
     width: int = 0
     payload_bytes: int = 0
-    part: int = 0
+    micro_batch: int = 0
     chunks: int = 0
     chunk: int = 0
     busiest: int = 0

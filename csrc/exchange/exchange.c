@@ -6,8 +6,8 @@
  * rank c alone, who adds up N chunks, and publishes that chunk of the sum.
  *
  * Lock-step is what bounds the buffers.  Call a rank's exchanges 0, 1, 2, ...; the
- * parts of one layer count each.  A first part is published when all before it are
- * collected, a further part when all but the one before it are: at most W = 2 are
+ * micro-batches of one layer count each.  A first one is published when all before it are
+ * collected, a further one when all but the one before it are: at most W = 2 are
  * open, published and not yet collected (ZMOE_WINDOW).  A rank that has collected i
  * had something of i from everybody, so everybody had published i.
  *
@@ -19,7 +19,7 @@
  *
  * What we may be asked for.  If we have collected up to c - 1, every peer has
  * published c - 1, and so it has collected all before c - 1 if that was a first
- * part, else all before c - W (first_wanted in collective.c).  With W open that leaves
+ * micro-batch, else all before c - W (first_wanted in collective.c).  With W open that leaves
  * 2 W collectives (ZMOE_COLLECTIVES); where layers are not split, two.  Chunks of a partial
  * can be asked for only until we have everybody's sums, since those were made of
  * them.

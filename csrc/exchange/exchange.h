@@ -80,7 +80,7 @@ typedef struct zmoe_header {
   uint32_t rows, width;
   uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros;
                            * of ROWS also the pairs' */
-  uint8_t part;           /* of a layer's exchanges, from 0 */
+  uint8_t micro_batch;    /* of a layer, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
   uint64_t digest;        /* of the routing that led here */
@@ -181,10 +181,10 @@ typedef enum zmoe_algorithm {
 } zmoe_algorithm;
 
 /* Which exchange, and of what; the same on every rank.  Order is by step, layer,
- * part.  A layer's rows may come in several parts, 0, 1, ...: a further part may
+ * micro-batch.  A layer's rows may come in several micro-batches, 0, 1, ...: a further one may
  * be published while the one before it is not yet collected. */
 typedef struct zmoe_call {
-  uint32_t step, layer, part;
+  uint32_t step, layer, micro_batch;
   uint32_t rows, width;
   zmoe_dtype wire_dtype;
   zmoe_algorithm algorithm;
@@ -209,7 +209,7 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
  * every worker the rows that it has experts for, publishes its own partial and
  * collects, as above; a worker receives, and publishes its partial of the rows
  * that it received.  That makes two messages a worker, empty ones included: from
- * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one part. */
+ * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one micro-batch. */
 
 typedef struct zmoe_routed {
   const void *x;         /* (rows, width) of x_dtype */
@@ -225,7 +225,7 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
                            uint64_t deadline_us, zmoe_fault *fault);
 
 /* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
-typedef struct zmoe_received {
+typedef struct zmoe_dispatch_batch {
   /* Room, this rank's number of each expert (-1 for another's), and how wide the
    * rows of this layer are. */
   void *x;
@@ -239,13 +239,13 @@ typedef struct zmoe_received {
   uint32_t rows, pairs, busiest;
   zmoe_dtype dtype;
   uint64_t digest; /* to be published with */
-} zmoe_received;
+} zmoe_dispatch_batch;
 
 /* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
  * for a pair whose expert is another rank's, for rows of another width and for more
  * rows than dispatch_rows.  What does not fit the room is dropped, as a bad frame. */
-int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
-                          uint64_t deadline_us, zmoe_fault *fault);
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_dispatch_batch *out, uint32_t step,
+                          uint32_t layer, uint64_t deadline_us, zmoe_fault *fault);
 
 /* ---- between exchanges --------------------------------------------------------- */
 

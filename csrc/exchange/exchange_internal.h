@@ -19,7 +19,7 @@ enum {
 
 /* Place in the run, compared in this order.  Exchanges only ever move forward. */
 typedef struct zmoe_key {
-  uint32_t step, layer, part;
+  uint32_t step, layer, micro_batch;
 } zmoe_key;
 
 typedef struct zmoe_frame {
@@ -106,7 +106,7 @@ struct zmoe_exchange {
 };
 
 static inline zmoe_key zmoe_key_of(const zmoe_header *header) {
-  return (zmoe_key){header->step, header->layer, header->part};
+  return (zmoe_key){header->step, header->layer, header->micro_batch};
 }
 
 static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
@@ -114,8 +114,8 @@ static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
     return a.step < b.step ? -1 : 1;
   if (a.layer != b.layer)
     return a.layer < b.layer ? -1 : 1;
-  if (a.part != b.part)
-    return a.part < b.part ? -1 : 1;
+  if (a.micro_batch != b.micro_batch)
+    return a.micro_batch < b.micro_batch ? -1 : 1;
   return 0;
 }
 

@@ -3,7 +3,7 @@
  *   0 magic "ZMOE"       16 zero       36 source, 2 bytes
  *   4 version, 1 byte    20 step       38 dtype, kind: 1 byte each
  *   5 zero, 3 bytes      24 layer      40 payload_bytes
- *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, busiest: 1 byte each
+ *   8 session, 8 bytes   28 rows       44 micro_batch, chunks, chunk, busiest: 1 byte each
  *                        32 width      48 digest, 8 bytes
  *                                      56 checksum of the payload
  *                                      60 checksum of 0..59
@@ -63,7 +63,7 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   out[38] = header->dtype;
   out[39] = header->kind;
   put32(out + 40, header->payload_bytes);
-  out[44] = header->part;
+  out[44] = header->micro_batch;
   out[45] = header->chunks;
   out[46] = header->chunk;
   out[47] = header->busiest;
@@ -134,7 +134,7 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .rows = get32(at + 28),
       .width = get32(at + 32),
       .payload_bytes = get32(at + 40),
-      .part = at[44],
+      .micro_batch = at[44],
       .chunks = at[45],
       .chunk = at[46],
       .busiest = at[47],

@@ -241,8 +241,8 @@ static void test_mistakes(void) {
                              rig_call(0, 0, UINT32_MAX, UINT32_MAX, ZMOE_F32),
                              rig_call(0, 0, 1, 4, (zmoe_dtype)7),
                              {.rows = 1, .width = 4, .algorithm = (zmoe_algorithm)2},
-                             {.rows = 1, .width = 4, .part = 256},
-                             {.rows = 1, .width = 4, .part = 1}};
+                             {.rows = 1, .width = 4, .micro_batch = 256},
+                             {.rows = 1, .width = 4, .micro_batch = 1}};
   for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
     CHECK_EQUAL(zmoe_exchange_publish(ex, &calls[i], data, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
   zmoe_call fits = rig_call(0, 0, 1, 4, ZMOE_F32);

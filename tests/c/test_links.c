@@ -189,7 +189,7 @@ static void test_a_reply_without_memory(void) {
 static void use_in_child(void) {
   zmoe_exchange *ex = nodes[0].ex;
   zmoe_call call = rig_call(0, 1, 1, 4, ZMOE_F32);
-  zmoe_received received = {.x = NULL};
+  zmoe_dispatch_batch received = {.x = NULL};
   zmoe_routed routed = {.x = NULL};
   zmoe_fault fault;
   float data[4] = {0};

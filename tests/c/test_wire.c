@@ -17,7 +17,7 @@ static const zmoe_header SAMPLE = {
     .rows = 2,
     .width = 5,
     .payload_bytes = 20,
-    .part = 1,
+    .micro_batch = 1,
     .digest = 0xfedcba9876543210u,
     .payload_checksum = 0x0badcafe,
 };
@@ -36,7 +36,7 @@ static void test_round_trip(void) {
   CHECK(out.layer == SAMPLE.layer && out.rows == SAMPLE.rows && out.width == SAMPLE.width);
   CHECK(out.payload_bytes == SAMPLE.payload_bytes && out.digest == SAMPLE.digest);
   CHECK(out.payload_checksum == SAMPLE.payload_checksum);
-  CHECK(out.part == SAMPLE.part && out.chunks == 0 && out.chunk == 0);
+  CHECK(out.micro_batch == SAMPLE.micro_batch && out.chunks == 0 && out.chunk == 0);
 }
 
 /* The bytes on the wire are a promise between machines: fixed for a version. */

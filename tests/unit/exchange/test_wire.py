@@ -33,7 +33,7 @@ def decoded(frame: bytes) -> Header | int:
         layer=U32,
         rows=st.integers(0, 8),
         width=st.integers(0, 100),
-        part=st.integers(0, 255),
+        micro_batch=st.integers(0, 255),
         digest=U64,
     )
 )
