@@ -38,7 +38,8 @@ def test_both_shapes_of_hostfile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ("{", "not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ([], "list of hosts"),
         ({"hosts": []}, "list of hosts"),
         ({"hosts": [{"ssh": "localhost"}], "speed": 1}, "unknown field 'speed'"),
@@ -55,7 +56,7 @@ def test_bad_hostfiles_name_the_file_and_the_fault(tmp_path: Path, data: Any, re
 
 
 def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none.json: No such file"):
+    with pytest.raises(InputError, match="none.json cannot be read: No such file"):
         hosts_from_file(tmp_path / "none.json")
 
 

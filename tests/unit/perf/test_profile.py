@@ -98,6 +98,13 @@ def test_files_that_are_no_profile(path: Path) -> None:
         write_profile(path.parent / "no" / "p.json", Profile(MACHINES["epyc"], LINKS["1gbe"]))
 
 
+def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder cannot be written: Is a directory"):
+        write_profile(tmp_path / "folder", Profile(MACHINES["epyc"], LINKS["1gbe"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_price_may_be_unknown_and_zero_time_is_time(path: Path) -> None:
     record = json.loads(path.read_text())
     record["machine"].update(price_usd=None, sync_s=0, wiring=None)
