@@ -160,8 +160,8 @@ def _serve(
     """A process: for each format that it is told, the rates of all kinds of products."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    team = ThreadPool(cores)
-    weights = Weights(team, path)
+    pool = ThreadPool(cores)
+    weights = Weights(pool, path)
     works: dict[str, list[Callable[[], float]]] = {}
     while True:
         try:
@@ -181,13 +181,13 @@ def _serve(
         rates = []
         for work in works[name]:
             barrier.wait(DEADLINE_S)
-            rates.append(_rate(team, work))
+            rates.append(_rate(pool, work))
         pipe.send(rates)
 
 
-def _rate(team: ThreadPool, work: Callable[[], float]) -> float:
+def _rate(pool: ThreadPool, work: Callable[[], float]) -> float:
     """Of what `work` does, a second of the kernels' time (of all, where it is no product)."""
-    before, done, start = team.matmul_s, 0.0, time.perf_counter()
+    before, done, start = pool.matmul_s, 0.0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < TURN_S:
         done += work()
-    return done / (team.matmul_s - before or elapsed)
+    return done / (pool.matmul_s - before or elapsed)

@@ -127,10 +127,10 @@ def _switch(shape: Shape, how: Quantization | None) -> SwitchGLU:
 
 
 class Weights:
-    """The file's weights on a team: products whose calls return what they have done."""
+    """The file's weights on a thread pool: matmuls whose calls return what they have done."""
 
-    def __init__(self, team: ThreadPool, path: Path) -> None:
-        self._team, self._size = team, path.stat().st_size
+    def __init__(self, pool: ThreadPool, path: Path) -> None:
+        self._pool, self._size = pool, path.stat().st_size
         self._mapped = np.memmap(path, np.uint8, "r")
         int(self._mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
         self._memory = ffi.from_buffer("uint8_t[]", self._mapped)
@@ -143,7 +143,7 @@ class Weights:
 
         def run() -> float:
             piece = next(pieces)
-            self._team.read(piece)
+            self._pool.read(piece)
             return len(piece)
 
         return run
@@ -173,7 +173,7 @@ class Weights:
     def _products(self, name: str) -> list[Matmul]:
         count, layers = _stacks(self._memory, self._size, name, LARGE)
         return [
-            Matmul(self._team, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
+            Matmul(self._pool, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
             for index in range(count)
             for layer in ("gate_proj", "up_proj")
         ]
@@ -187,7 +187,7 @@ class Weights:
         """
         count, layers = _stacks(self._memory, self._size, name, shape)
         mapped = {f".{layer}": parts for layer, parts in layers.items()}
-        experts = NativeExperts("", _switch(shape, FORMATS[name]), self._team, TOP_K, mapped)
+        experts = NativeExperts("", _switch(shape, FORMATS[name]), self._pool, TOP_K, mapped)
         part, parts = share
         own = range(part * count // parts, (part + 1) * count // parts)
         order, row = cycle(draw.sample(own, len(own))), _rows(1, shape, name)

@@ -151,7 +151,7 @@ class Node:
             self.placement,
             self.exchange,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             skeleton=self.skeleton,
         )
@@ -175,7 +175,7 @@ class Node:
             reducer,
             spans=self.spans,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
             skeleton=self.skeleton,

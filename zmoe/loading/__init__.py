@@ -13,7 +13,7 @@ fuse            whole layers on the kernels
 """
 
 from zmoe.loading.experts_only import LoadedExperts, load_experts
-from zmoe.loading.inspect import describe, inspect_model
+from zmoe.loading.inspect import describe
 from zmoe.loading.load import LoadedShard, load_shard
 from zmoe.loading.skeleton import Skeleton
 
@@ -22,7 +22,6 @@ __all__ = [
     "LoadedShard",
     "Skeleton",
     "describe",
-    "inspect_model",
     "load_experts",
     "load_shard",
 ]
