@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )
-        self.add_argument("--debug", action="store_true", help="show a traceback on errors")
+        self.add_argument("--debug", action="store_true", help="Show a traceback on errors")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -77,6 +77,17 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
             how["required"] = True
         flags = (setting.short, field.flag) if setting.short else (field.flag,)
         add(*flags, default=argparse.SUPPRESS, help=setting.help + shown, **how)
+
+
+def add_hosts(add: Callable[..., Any]) -> None:
+    """Add the flags whose values zmoe.cluster.hosts.hosts_from() takes."""
+    add("--hosts", help="Comma-separated hosts in rank order; the first is this machine")
+    add(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="The hosts as a JSON file in the format of mlx.launch",
+    )
 
 
 def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zmoe.cli.common import Parser, run_command
+from zmoe.cli.common import Parser, add_hosts, run_command
 from zmoe.cli.plan.known_links import LINKS
 from zmoe.cli.plan.known_machines import MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.cli.plan.lookup import look_up
+from zmoe.cluster.spec import PYTHON_HELP
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.cost import POLICIES, SCHEDULES
 from zmoe.perf.hardware import Machine
@@ -31,87 +32,137 @@ NODES = range(1, 9)  # unless --nodes says so, as many of them as the model has 
 
 
 def _parser() -> Parser:
-    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    parser = Parser(
+        PROG, "Predict how fast a cluster would run a model, before anybody buys the machines."
+    )
     _add_question(parser)
     _add_workload(parser)
     _add_parameters(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--target", type=float, metavar="TOKENS_PER_S", help="say what to buy for this speed")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg")
+    add(
+        "--target",
+        type=float,
+        metavar="TOKENS_PER_S",
+        help="Say which machines to buy for this speed",
+    )
+    add("--json", action="store_true", help="Print one JSON object instead of the table")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="Also draw the predictions into this .png or .svg file",
+    )
     _add_calibration(parser)
     return parser
 
 
 def _add_calibration(parser: Parser) -> None:
     add = parser.add_argument_group("calibration").add_argument
-    add("--calibrate", type=Path, metavar="FILE", help="measure this machine into a profile")
-    add("--hosts", help="and the exchange among these hosts, this machine first, comma separated")
-    add("--hostfile", type=Path, metavar="F", help="the same, in a hosts file of mlx.launch")
-    add("--python", help="interpreter on the other hosts (default: the path of this one)")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="Measure this machine, and the exchange among the hosts if there are any, and write "
+        "a profile to this file",
+    )
+    add_hosts(add)
+    add("--python", help=PYTHON_HELP)
 
 
 def _add_question(parser: Parser) -> None:
     add = parser.add_argument_group("what runs where").add_argument
     models, machines, links = (", ".join(table) for table in (MODELS, MACHINES, LINKS))
-    add("--model", metavar="M", help=f"{models}, a folder, or a Hugging Face name")
-    add("--hardware", metavar="H", help=f"{machines}, or a profile; a,b for unequal nodes in turn")
-    add("--link", metavar="L", help=f"{links}, or a profile; default: the one of --hardware")
-    add("--nodes", metavar="N", help="a number, a list 2,4 or a range (default: 1-8)")
-    add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
+    add("--model", metavar="M", help=f"One of {models}; a folder; or a Hugging Face name")
+    add(
+        "--hardware",
+        metavar="H",
+        help=f"One of {machines}; or a profile; several, as in a,b, for nodes of unlike machines",
+    )
+    add(
+        "--link",
+        metavar="L",
+        help=f"One of {links}; or a profile (default: the link in the profile of --hardware)",
+    )
+    add(
+        "--nodes",
+        metavar="N",
+        help="Number of nodes: one number, a list such as 2,4, or a range (default: 1-8)",
+    )
+    add("--bits", type=int, metavar="B", help="Bits per weight (default: as published)")
     add(
         "--group-size",
         type=int,
         metavar="G",
-        help="with --bits: weights that share a scale; 64 if not given",
+        help="With --bits: weights that share a scale (default: 64)",
     )
-    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
-    add("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default=SCHEDULES[0],
+        help="Which nodes compute attention: all, or only the first",
+    )
+    add(
+        "--policy",
+        choices=POLICIES,
+        default=POLICIES[0],
+        help="Experts that a node runs in each layer, as in zmoe-run",
+    )
     add(
         "--placement",
         metavar="P",
         default=PLACEMENTS[0],
-        help=f"who owns what: {', '.join(PLACEMENTS)}, or a JSON file (docs/placement.md)",
+        help=f"Which node owns which experts: {', '.join(PLACEMENTS)}, or a JSON file "
+        "(docs/placement.md)",
     )
-    add("--one-machine", action="store_true", help="the nodes share one machine evenly")
+    add("--one-machine", action="store_true", help="All nodes share one machine evenly")
 
 
 def _add_workload(parser: Parser) -> None:
     defaults = Workload()
     add = parser.add_argument_group("workload").add_argument
-    add("--batch", type=int, metavar="B", default=defaults.batch, help="sequences at once")
+    add("--batch", type=int, metavar="B", default=defaults.batch, help="Sequences at once")
     add(
         "--context",
         type=int,
         metavar="C",
         default=defaults.context,
-        help="tokens in each one's cache",
+        help="Tokens in the attention cache of each sequence",
     )
     add(
         "--prompt",
         type=int,
         metavar="P",
         default=defaults.prompt,
-        help="tokens of each one's prompt",
+        help="Tokens in the prompt of each sequence",
     )
 
 
 def _add_parameters(parser: Parser) -> None:
-    add = parser.add_argument_group("parameters, instead of the tables' own").add_argument
+    add = parser.add_argument_group("parameters that replace the tables' values").add_argument
     add(
         "--efficiency",
         type=float,
         metavar="SHARE",
-        help="share of the memory bandwidth that decode reaches",
+        help="Share of the memory bandwidth that decoding reaches, up to 1",
     )
-    add("--latency-us", type=float, metavar="US", help="one small exchange between two nodes")
-    add("--wiring", type=float, metavar="GB/S", help="Metal's driver wires cold weights at this")
+    add(
+        "--latency-us",
+        type=float,
+        metavar="US",
+        help="Microseconds of one small exchange between two nodes",
+    )
+    add(
+        "--wiring",
+        type=float,
+        metavar="GB/S",
+        help="Speed at which Metal's driver wires cold weights",
+    )
     add(
         "--wire-bits",
         type=int,
         choices=(8, 16, 32),
         default=16,
-        help="an element of an exchanged sum",
+        help="Bits per element of an exchanged sum",
     )
 
 
