@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from zmoe.cli import node, prestack, run
 
 COMMANDS = {"run": run, "node": node, "prestack": prestack}
 MARK = "ZMOE_TEST_MARK"
+# What is started ends with this process, even if that is killed and no fixture is torn down.
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 PATIENCE_S = 60  # longer than anything takes that does work, on a busy machine too
 
 
@@ -87,7 +90,7 @@ class Commands:
 
     def python(self, *arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [*ENDS_WITH_US, sys.executable, *map(str, arguments)],
             env=self.env,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,

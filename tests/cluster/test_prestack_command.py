@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -160,9 +161,9 @@ def test_a_killed_run_goes_on(commands: Commands, tmp_path: Path, how: signal.Si
     source = build("mixtral", tmp_path / "source")
     store, journal = tmp_path / "store", tmp_path / "store" / "zmoe-store.journal"
     (tmp_path / "sitecustomize.py").write_text(HOLD)
-    commands.env["PYTHONPATH"] = str(tmp_path)
-    process = commands.start("prestack", source, store)
-    del commands.env["PYTHONPATH"]
+    path = os.environ.get("PYTHONPATH", "")
+    with mock.patch.dict(commands.env, PYTHONPATH=f"{tmp_path}{os.pathsep}{path}"):
+        process = commands.start("prestack", source, store)
     # The dense tensors come first; then a header and some experts of the first layer.
     wait_until(
         lambda: journal.exists() and journal.read_text().count("experts-00000") == 4,
