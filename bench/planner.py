@@ -43,7 +43,7 @@ from zmoe.calibration.products import FILE_BYTES, Products
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.weights import FORMATS
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cli.plan.model import find_model
+from zmoe.cli.plan.names import find_model
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.errors import ZmoeError
 from zmoe.perf.profile import Profile, read_profile

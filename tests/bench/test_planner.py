@@ -13,8 +13,7 @@ import pytest
 
 from tests.bench.programs import BENCH, call, report_of
 from zmoe.calibration import products
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.perf.profile import Profile, read_profile, write_profile
 

@@ -17,8 +17,7 @@ from tests.cluster.conftest import Commands
 from zmoe.calibration import machine, products, steps
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cli.plan.command import main
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.hardware import Machine
 from zmoe.perf.measured import ProductRate

@@ -236,7 +236,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _explain(progress: Bars, choice: Choice) -> None:
-    from zmoe.cli.explain import explanation
+    from zmoe.cli.report import explanation
 
     progress.print(explanation(choice))
 

@@ -43,6 +43,7 @@ def test_both_shapes_of_hostfile(tmp_path: Path) -> None:
         ([], "list of hosts"),
         ({"hosts": []}, "list of hosts"),
         ({"hosts": [{"ssh": "localhost"}], "speed": 1}, "unknown field 'speed'"),
+        ({"hosts": [{"ssh": "localhost"}], "envs": 1}, '"envs" is no list'),
         ([{"ips": ["127.0.0.1"]}], "host 0"),
         ([{"ssh": "localhost", "port": 1}], "host 0: unknown field 'port'"),
         ([{"ssh": "localhost"}, {"ssh": "x", "ips": "127.0.0.1"}], "host 1.*no list"),

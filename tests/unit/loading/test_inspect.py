@@ -63,6 +63,16 @@ def test_more_experts_per_token_than_there_are(tmp_path: Path) -> None:
             describe(Skeleton(folder))
 
 
+def test_a_config_without_the_number_of_experts_per_token(tmp_path: Path) -> None:
+    """mlx-lm has a default for it, which may be another model's."""
+    folder = build("mixtral", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json names no number of experts per token"):
+        describe(Skeleton(folder))
+
+
 def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
     for mode, bits, group, scales in (
         ("affine", 4, 32, 64),  # bits of scale and bias for each group, as float32 here

@@ -14,7 +14,7 @@ from tests.ranks import Meeting, ThreadReducer
 from zmoe.loading import LoadedShard, Skeleton, describe, load_shard
 from zmoe.loading import plan as reading
 from zmoe.loading.places import Weights
-from zmoe.loading.unused_tensors import unused_names
+from zmoe.loading.plan import unused_names
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 

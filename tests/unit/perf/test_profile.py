@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.errors import InputError
 from zmoe.perf.measured import ProductRate, StepRate
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile

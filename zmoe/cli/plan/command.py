@@ -12,16 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from zmoe.cli.common import Parser, add_hosts, run_command
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
-from zmoe.cli.plan.lookup import look_up
+from zmoe.cli.plan.names import find_link, find_machines, find_model, is_file
 from zmoe.cluster.spec import PYTHON_HELP
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.cost import POLICIES, SCHEDULES
-from zmoe.perf.hardware import Machine
-from zmoe.perf.links import Link
-from zmoe.perf.profile import read_profile
 from zmoe.perf.shape import ModelShape
 from zmoe.placement.candidates import PLACEMENTS, Placed
 from zmoe.placement.predict import Setup, Workload, predict_all
@@ -187,31 +183,6 @@ def _positive(flag: str, value: float | None, most: float = math.inf) -> None:
         raise InputError(f"{flag} is {value:g}: expected a positive number{limit}")
 
 
-def _machines(text: str) -> tuple[list[Machine], Link | None]:
-    """Return the machines of --hardware, and the link of the first profile among them."""
-    machines, link = [], None
-    for name in text.split(","):
-        if _is_file(name):
-            profile = read_profile(Path(name))
-            machines.append(profile.machine)
-            link = link or profile.link
-        else:
-            machines.append(look_up("--hardware", name, MACHINES, "the path of a profile"))
-    return machines, link
-
-
-def _link(name: str | None, measured: Link | None) -> Link | None:
-    if name is None:
-        return measured
-    if _is_file(name):
-        return read_profile(Path(name)).link
-    return look_up("--link", name, LINKS, "the path of a profile")
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or "/" in name
-
-
 def setup_of(options: argparse.Namespace) -> Setup:
     """Return what the flags ask to predict. Raises InputError naming the flag."""
     for flag, value, most in (
@@ -226,8 +197,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
         _positive(flag, value, most)
     if options.model is None or options.hardware is None:
         raise InputError("--model and --hardware are needed, or --calibrate FILE")
-    machines, measured = _machines(options.hardware)
-    link = _link(options.link, measured)
+    machines, measured = find_machines(options.hardware)
+    link = find_link(options.link, measured)
     if options.one_machine and len(machines) > 1:
         raise InputError("--one-machine and several machines in --hardware exclude each other")
     if options.efficiency is not None:
@@ -236,8 +207,6 @@ def setup_of(options: argparse.Namespace) -> Setup:
         machines = [replace(m, wiring=options.wiring * 1e9) for m in machines]
     if options.latency_us is not None and link is not None:
         link = replace(link, latency_s=options.latency_us * 1e-6)
-    from zmoe.cli.plan.model import find_model
-
     shape = find_model(options.model, options.bits, options.group_size)
     return Setup(
         shape=shape,
@@ -258,7 +227,7 @@ def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
     name = options.placement
     if name in PLACEMENTS:
         return None
-    if not _is_file(name):
+    if not is_file(name):
         known = ", ".join(PLACEMENTS)
         raise InputError(f'--placement "{name}" is unknown (known: {known}, or a JSON file)')
     if options.target is not None:
