@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
 import select
 import shutil
 import signal
@@ -112,6 +113,26 @@ class Commands:
             text=True,
             timeout=120,
         )
+
+    def on_a_terminal(self, module: str, *arguments: object) -> bytes:
+        """What a command that succeeds writes to standard error, which is a terminal."""
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*ENDS_WITH_US, sys.executable, "-m", f"zmoe.cli.{module}", *map(str, arguments)],
+            env={**self.env, "TERM": "xterm"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal's end shows
+            while piece := os.read(ours, 4096):
+                shown += piece
+        os.close(ours)
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0
+        return shown
 
     def call(
         self, command: str, *arguments: object, stdin: str = ""
