@@ -1,4 +1,4 @@
-"""Weights to measure products with: a layer's experts in a mapped file, like a checkpoint's.
+"""Weights to measure matmuls with: a layer's experts in a mapped file, like a checkpoint's.
 
 Speed does not depend on what numbers they are, so that one file serves all formats.
 """
@@ -150,9 +150,9 @@ class Weights:
 
     def dense(self, name: str, draw: Random) -> Callable[[], float]:
         """One row through a matrix of a layer's projections' size, each in turn; bytes."""
-        products = self._products(name)
-        row, order = _rows(1, LARGE, name), cycle(draw.sample(products, len(products)))
-        size = sum(part.nbytes for part in products[0].weight.parts.values())
+        matmuls = self._matmuls(name)
+        row, order = _rows(1, LARGE, name), cycle(draw.sample(matmuls, len(matmuls)))
+        size = sum(part.nbytes for part in matmuls[0].weight.parts.values())
 
         def run() -> float:
             next(order)(row)
@@ -162,15 +162,15 @@ class Weights:
 
     def many(self, name: str) -> Callable[[], float]:
         """ROWS rows; operations."""
-        product, rows = self._products(name)[0], _rows(ROWS, LARGE, name)
+        matmul, rows = self._matmuls(name)[0], _rows(ROWS, LARGE, name)
 
         def run() -> float:
-            product(rows)
-            return 2.0 * ROWS * product.weight.out_features * product.weight.in_features
+            matmul(rows)
+            return 2.0 * ROWS * matmul.weight.out_features * matmul.weight.in_features
 
         return run
 
-    def _products(self, name: str) -> list[Matmul]:
+    def _matmuls(self, name: str) -> list[Matmul]:
         count, layers = _stacks(self._memory, self._size, name, LARGE)
         return [
             Matmul(self._pool, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
