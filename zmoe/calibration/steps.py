@@ -187,7 +187,7 @@ class Clock:
             for token in self._tokens(TOGETHER):
                 np.asarray(self._step([token], False, True)).argmax()
             total = time.perf_counter() - start
-            taken.append((total / TOGETHER, self._take_spans().get("products", 0.0) / TOGETHER))
+            taken.append((total / TOGETHER, self._take_spans().get("matmuls", 0.0) / TOGETHER))
         return statistics.median(t for t, _ in taken), statistics.median(p for _, p in taken)
 
 

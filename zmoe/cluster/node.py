@@ -231,7 +231,7 @@ class Node:
         before = team.matmul_s if team is not None else 0.0
         out = self._engine.forward(step, tokens, logits)
         if team is not None:
-            self.spans.seconds["products"] += team.matmul_s - before
+            self.spans.seconds["matmuls"] += team.matmul_s - before
         return out
 
     def close(self) -> None:
