@@ -54,14 +54,12 @@ def round_latency(link: Link, nodes: int) -> float:
 
 
 def all_reduce(link: Link, nodes: int, payload_bytes: float) -> Messages:
-    """The decentralised schedule: every node holds the sum of all `payload_bytes`.
+    """The decentralised schedule: each of 2 or more nodes holds the sum of all `payload_bytes`.
 
     Directly, each sends its payload to all others: one round, N-1 payloads out
     and as many in. Or in two rounds, each adds up an N-th of the rows and sends
     the sums: 2 (N-1)/N payloads. The faster one counts.
     """
-    if nodes == 1:
-        return Messages()
     one_round = round_latency(link, nodes)
     payload = payload_bytes / link.bandwidth
     direct = Messages(one_round, (nodes - 1) * payload)
@@ -70,10 +68,8 @@ def all_reduce(link: Link, nodes: int, payload_bytes: float) -> Messages:
 
 
 def scatter_gather(link: Link, nodes: int, payload_bytes: float) -> Messages:
-    """The centralised schedule: the leader sends the rows to all workers, and gets
-    as many bytes of outputs from each. Two rounds, through the leader's one link.
+    """The centralised schedule on 2 or more nodes: the leader sends the rows to all workers,
+    and gets as many bytes of outputs from each. Two rounds, through the leader's one link.
     """
-    if nodes == 1:
-        return Messages()
     transfer = 2 * (nodes - 1) * payload_bytes / link.bandwidth
     return Messages(2 * round_latency(link, nodes), transfer)

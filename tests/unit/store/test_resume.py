@@ -119,6 +119,16 @@ def test_nothing_else_is_overwritten(source: Path, whole: Path, tmp_path: Path) 
         assert after == before
 
 
+def test_a_journal_that_is_damaged_is_named(source: Path, tmp_path: Path) -> None:
+    info, out = describe(Skeleton(source)), tmp_path / "out"
+    with pytest.raises(Stopped):
+        prestack(info, out, None, stop_after(3))
+    journal = out / "zmoe-store.journal"
+    journal.write_bytes(journal.read_bytes() + b"{\n")
+    with pytest.raises(InputError, match=f"{journal} is corrupt: remove {out} to begin anew"):
+        prestack(info, out, None, quietly)
+
+
 def test_two_runs_do_not_write_one_store(source: Path, tmp_path: Path) -> None:
     info, out = describe(Skeleton(source)), tmp_path / "out"
     with pytest.raises(Stopped):
