@@ -143,19 +143,12 @@ _MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 SECONDS = number("a positive number of seconds", lambda value: value > 0)
 
 # Each help text is a phrase without a final full stop; the default follows in brackets.
-_TOP_P_HELP = (
-    "Sample from the most likely tokens whose probabilities add up to this value; 1 disables it"
-)
-_MIN_P_HELP = (
-    "Discard tokens whose probability is below this share of the most likely token's; 0 disables it"
-)
+_TOP_P_HELP = "Sample from the most likely tokens that together have this probability; 1 is off"
+_MIN_P_HELP = "Least probability of a token, relative to the most likely one; 0 is off"
 _JOIN_HELP = "Seconds within which all nodes must connect"
 _LOAD_HELP = "Seconds within which all nodes must load their weights"
 _PEER_HELP = "Seconds to wait in one exchange for a peer that is still connected"
-_COMPUTE_HELP = (
-    "Compute large matmuls with MLX (mlx) or with zmoe's CPU kernels (native); auto selects "
-    "native unless MLX runs on a GPU"
-)
+_COMPUTE_HELP = "Large matmuls in MLX or in zmoe's CPU kernels; auto: native unless there is a GPU"
 _ACTIVATIONS_HELP = (
     "Precision of the activations in quantised matmuls on the CPU kernels; int8 is faster on "
     "some CPUs but less exact"
@@ -165,13 +158,11 @@ _WIRE_DTYPE_HELP = (
     "q8 (8-bit blocks) suits slow links"
 )
 _SCHEDULE_HELP = (
-    "decentralized: every node computes attention and routing; centralized: only the first node "
-    "does, and the others hold experts only"
+    "Every node computes attention and routing, or the first one does and the others hold experts"
 )
 _POLICY_HELP = (
-    "Experts that a node runs in each layer: those that are selected, all of its own (busy-full), "
-    "or as many as the busiest node (router-aided). Experts that are not selected do not change "
-    "the output; running them keeps their weights warm"
+    "Experts that a node runs in each layer: the selected ones, all of its own, or as many as the "
+    "busiest node runs; those not selected do not change the output, but stay warm"
 )
 _WINDOW_HELP = (
     "Keep only this many tokens in the attention cache, the first 4 and the most recent ones, so "
@@ -186,16 +177,10 @@ class Sampling(Settings):
     `seed` None leaves the random generator alone. `ignore_eos` goes on after an end token.
     """
 
-    max_tokens: Annotated[
-        int, Setting("Maximum number of tokens to generate", _POSITIVE, short="-m")
-    ] = 100
-    temp: Annotated[
-        float, Setting("Sampling temperature; 0 always selects the most likely token", _TEMPERATURE)
-    ] = 0.0
+    max_tokens: Annotated[int, Setting("Maximum tokens to generate", _POSITIVE, short="-m")] = 100
+    temp: Annotated[float, Setting("Sampling temperature; 0 is greedy", _TEMPERATURE)] = 0.0
     top_p: Annotated[float, Setting(_TOP_P_HELP, _TOP_P)] = 1.0
-    top_k: Annotated[
-        int, Setting("Sample from this many most likely tokens; 0 disables it", _TOP_K)
-    ] = 0
+    top_k: Annotated[int, Setting("Sample from the k most likely tokens; 0 is off", _TOP_K)] = 0
     min_p: Annotated[float, Setting(_MIN_P_HELP, _MIN_P)] = 0.0
     seed: Annotated[int | None, Setting("Seed of the random numbers for sampling", _SEED)] = None
     ignore_eos: bool = False

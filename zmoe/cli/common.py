@@ -81,12 +81,7 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
 def add_hosts(add: Callable[..., Any]) -> None:
     """Add the flags whose values zmoe.cluster.hosts.hosts_from() takes."""
     add("--hosts", help="Comma-separated hosts in rank order; the first is this machine")
-    add(
-        "--hostfile",
-        type=Path,
-        metavar="FILE",
-        help="The hosts as a JSON file in the format of mlx.launch",
-    )
+    add("--hostfile", type=Path, metavar="FILE", help="The hosts as a JSON file of mlx.launch")
 
 
 def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:

@@ -21,17 +21,11 @@ _DEFAULTS = {"affine": (4, 64)}  # as mlx_lm.convert; other modes have one forma
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        PROG, "Write a model as a store, of which a node reads only the pages of its own experts."
-    )
+    parser = Parser(PROG, "Write a model as a store, of which a node reads only its own experts.")
     add = parser.add_argument
     add("model", metavar="MODEL", help="Checkpoint folder, prestacked store, or Hugging Face name")
     add("out", metavar="OUT", type=Path, nargs="?", help="Folder to write, for zmoe-run --model")
-    add(
-        "--verify",
-        action="store_true",
-        help="Compare the store OUT, or else MODEL, with its checksums",
-    )
+    add("--verify", action="store_true", help="Compare the store (OUT or MODEL) with its checksums")
     add = parser.add_argument_group("quantisation, as by mlx_lm.convert -q").add_argument
     add(
         "--bits",

@@ -44,39 +44,24 @@ def _parser() -> Parser:
     add = parser.add_argument
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        help="Text to continue or to answer; - reads it from standard input",
+        "prompt", nargs="?", metavar="PROMPT", help="Text to continue or answer; - reads from stdin"
     )
     text.add_argument(
         "-p", "--prompt", dest="prompt_option", metavar="TEXT", help="The prompt, given as a flag"
     )
     add("--version", action="version", version=f"zmoe {__version__}", help="Print the version")
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="Checkpoint folder, prestacked store, or Hugging Face name",
-    )
+    add("--model", default=DEFAULT_MODEL, help="Checkpoint folder, store, or Hugging Face name")
     to_text = parser.add_argument_group("generation").add_argument
     add_settings(to_text, Sampling)
     to_text("--system-prompt", help="System message for the chat template")
-    to_text(
-        "--ignore-chat-template",
-        action="store_true",
-        help="Use the prompt without the chat template",
-    )
-    to_text(
-        "--chat-template-config",
-        metavar="JSON",
-        help="JSON object of additional arguments for the chat template",
-    )
+    to_text("--ignore-chat-template", action="store_true", help="Do not apply the chat template")
+    to_text("--chat-template-config", metavar="JSON", help="More arguments of the chat template")
     add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
     to_compute = parser.add_argument_group("compute").add_argument
     add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
     _add_placement(parser)
     _add_nodes(parser)
-    add("--stats", action="store_true", help="Print a table of times and memory to standard error")
+    add("--stats", action="store_true", help="Print a table of times and memory to stderr")
     add("--json", action="store_true", help="Print one JSON object instead of the text")
     return parser
 
@@ -84,18 +69,9 @@ def _parser() -> Parser:
 def _add_placement(parser: Parser) -> None:
     add = parser.add_argument_group("placement of the experts").add_argument
     add_settings(add, PlacementRequest, "way")
-    add(
-        "--explain",
-        action="store_true",
-        help="Print to standard error which node owns which experts, and why",
-    )
+    add("--explain", action="store_true", help="Print who owns which experts, and why, to stderr")
     add_settings(add, PlacementRequest, "usage")
-    add(
-        "--record-usage",
-        type=Path,
-        metavar="FILE",
-        help="Add to this usage profile how often the run selects each expert",
-    )
+    add("--record-usage", type=Path, metavar="FILE", help="Add the run's selections to a profile")
     add_settings(add, PlacementRequest, "memory_limit")
 
 

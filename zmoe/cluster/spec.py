@@ -22,6 +22,7 @@ _NODES = whole("a whole number from 1 to 64", 1, 64)
 _RANK = whole("a number from 1 to 63", 1, 63)
 _PORT = whole("0 to 65535", 0, 65535)
 _BIND_HELP = "IPv4 address to listen on (default: 127.0.0.1, or the address of the first host)"
+_ENV_HELP = "Environment variable for the other hosts; may be repeated"
 PYTHON_HELP = "Python interpreter on the other hosts (default: the same path as on this machine)"
 _OWN_MODEL_HELP = "Checkpoint on this machine (default: the one that the leader names)"
 _OWN_MEMORY_HELP = "Memory in GiB that this node may use (default: as the leader says)"
@@ -34,10 +35,7 @@ class RemoteOptions(Settings):
 
     python: Annotated[str | None, Setting(PYTHON_HELP)] = None
     cwd: Annotated[str | None, Setting("Working directory on the other hosts")] = None
-    env: Annotated[
-        tuple[str, ...],
-        Setting("Environment variable for the other hosts; may be repeated", metavar="K=V"),
-    ] = ()
+    env: Annotated[tuple[str, ...], Setting(_ENV_HELP, metavar="K=V")] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,7 @@ class ClusterSpec(Settings):
     hosts: HostList | None = None
     manual: Annotated[bool, Setting("Wait for nodes that are started by hand")] = False
     bind: Annotated[str | None, Setting(_BIND_HELP, metavar="ADDRESS")] = None
-    port: Annotated[
-        int, Setting("Port of the leader; 0 selects a free one", _PORT, "--starting-port")
-    ] = 0
+    port: Annotated[int, Setting("Port of the leader; 0: any", _PORT, "--starting-port")] = 0
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)

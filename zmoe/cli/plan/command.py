@@ -28,39 +28,21 @@ NODES = range(1, 9)  # unless --nodes says so, as many of them as the model has 
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        PROG, "Predict how fast a cluster would run a model, before anybody buys the machines."
-    )
+    parser = Parser(PROG, "Predict how fast a cluster would run a model, before anybody buys it.")
     _add_question(parser)
     _add_workload(parser)
     _add_parameters(parser)
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--target",
-        type=float,
-        metavar="TOKENS_PER_S",
-        help="Say which machines to buy for this speed",
-    )
+    add("--target", type=float, metavar="TOKENS_PER_S", help="Say what to buy for this speed")
     add("--json", action="store_true", help="Print one JSON object instead of the table")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="Also draw the predictions into this .png or .svg file",
-    )
+    add("--plot", type=Path, metavar="FILE", help="Also draw a plot to this .png or .svg file")
     _add_calibration(parser)
     return parser
 
 
 def _add_calibration(parser: Parser) -> None:
-    add = parser.add_argument_group("calibration").add_argument
-    add(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="Measure this machine, and the exchange among the hosts if there are any, and write "
-        "a profile to this file",
-    )
+    add = parser.add_argument_group("calibration of this machine and its links").add_argument
+    add("--calibrate", type=Path, metavar="FILE", help="Measure and write a profile to this file")
     add_hosts(add)
     add("--python", help=PYTHON_HELP)
 
@@ -68,22 +50,10 @@ def _add_calibration(parser: Parser) -> None:
 def _add_question(parser: Parser) -> None:
     add = parser.add_argument_group("what runs where").add_argument
     models, machines, links = (", ".join(table) for table in (MODELS, MACHINES, LINKS))
-    add("--model", metavar="M", help=f"One of {models}; a folder; or a Hugging Face name")
-    add(
-        "--hardware",
-        metavar="H",
-        help=f"One of {machines}; or a profile; several, as in a,b, for nodes of unlike machines",
-    )
-    add(
-        "--link",
-        metavar="L",
-        help=f"One of {links}; or a profile (default: the link in the profile of --hardware)",
-    )
-    add(
-        "--nodes",
-        metavar="N",
-        help="Number of nodes: one number, a list such as 2,4, or a range (default: 1-8)",
-    )
+    add("--model", metavar="M", help=f"One of {models}, a folder, or a Hugging Face name")
+    add("--hardware", metavar="H", help=f"One of {machines}, or a profile; a,b for unlike nodes")
+    add("--link", metavar="L", help=f"One of {links}, or a profile (default: that of --hardware)")
+    add("--nodes", metavar="N", help="Node counts: a number, list (2,4) or range (default: 1-8)")
     add("--bits", type=int, metavar="B", help="Bits per weight (default: as published)")
     add(
         "--group-size",
@@ -91,18 +61,8 @@ def _add_question(parser: Parser) -> None:
         metavar="G",
         help="With --bits: weights that share a scale (default: 64)",
     )
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        default=SCHEDULES[0],
-        help="Which nodes compute attention: all, or only the first",
-    )
-    add(
-        "--policy",
-        choices=POLICIES,
-        default=POLICIES[0],
-        help="Experts that a node runs in each layer, as in zmoe-run",
-    )
+    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="Nodes that compute attention")
+    add("--policy", choices=POLICIES, default=POLICIES[0], help="Experts that each node runs")
     add(
         "--placement",
         metavar="P",
@@ -141,18 +101,8 @@ def _add_parameters(parser: Parser) -> None:
         metavar="SHARE",
         help="Share of the memory bandwidth that decoding reaches, up to 1",
     )
-    add(
-        "--latency-us",
-        type=float,
-        metavar="US",
-        help="Microseconds of one small exchange between two nodes",
-    )
-    add(
-        "--wiring",
-        type=float,
-        metavar="GB/S",
-        help="Speed at which Metal's driver wires cold weights",
-    )
+    add("--latency-us", type=float, metavar="US", help="Latency between two nodes in microseconds")
+    add("--wiring", type=float, metavar="GB/S", help="Speed of wiring cold weights with Metal")
     add(
         "--wire-bits",
         type=int,
