@@ -11,21 +11,9 @@ from pathlib import Path
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
-from zmoe.placement.build import (
-    place_by_speed,
-    place_evenly,
-    place_replicas,
-    place_slices,
-    resident,
-)
-from zmoe.placement.estimate import (
-    NodeResources,
-    cluster_of,
-    on_one_machine,
-    placed_of,
-    shape_of,
-    speeds_of,
-)
+from zmoe.placement.build import resident, ways
+from zmoe.placement.estimate import NodeResources, cluster_of, on_one_machine, speeds_of
+from zmoe.placement.placed import placed_of
 from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
 from zmoe.placement.remedy import remedy
 from zmoe.placement.types import ModelInfo, Placement
@@ -95,7 +83,7 @@ class Chooser:
         self._speeds = speeds_of(offers)
         self._cluster, self._capacity = cluster_of(info, offers, mapped, schedule, policy)
         machines, link = self._cluster.machines, self._cluster.link
-        self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule, policy)
+        self._setup = Setup(info.shape, machines, link, Workload(prompt=0), schedule, policy)
         self._slots = [max(0, each // info.expert_bytes) for each in self._capacity]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
@@ -113,34 +101,25 @@ class Chooser:
             lacking = max(lacking, (whole - sum(self._slots)) * self._info.expert_bytes)
         if (missing := max(ceil(lacking / len(self._capacity)), -min(self._capacity))) > 0:
             raise PlacementError(self._does_not_fit(missing))
-        ways = self._ways()
+        made = ways(
+            self._info.shape, self._speeds, self._slots, self._cluster.is_central, self._counts
+        )
         if way != "auto":
-            placement = ways[way]()
+            placement = made[way]()
             if (missing := self._missing(placement)) > 0:
                 raise PlacementError(self._does_not_fit(missing))
             return self._choice(self._predicted(way, placement), "as was asked for", ())
         if len(self._offers) == 1:
-            alone = self._predicted("experts", ways["experts"]())
+            alone = self._predicted("experts", made["experts"]())
             return self._choice(alone, "there is one node", ())
         considered: list[Alternative] = []
-        for label, make in ways.items():
+        for label, make in made.items():
             considered.append(self._considered(label, make, considered))
         best, why = fastest(considered)
         if best.placement is None:
             short = [each.missing for each in considered if each.missing]
             raise PlacementError(self._does_not_fit(min(short)) if short else best.remark)
         return self._choice(best, why, tuple(considered))
-
-    def _ways(self) -> dict[str, Callable[[], Placement]]:
-        info, speeds, slots = self._info, self._speeds, self._slots
-        dense = 0 if self._setup.schedule == "centralized" else info.dense_bytes
-        beside = dense / (info.layers * info.top_k * info.expert_bytes)
-        return {
-            "experts": lambda: place_evenly(info, len(speeds)),
-            "experts by speed": lambda: place_by_speed(info, speeds, slots, beside),
-            "replicas": lambda: place_replicas(info, speeds, slots, self._counts, beside),
-            "slices": lambda: place_slices(info, speeds, slots, beside),
-        }
 
     # ---- auto ----------------------------------------------------------------------
 
