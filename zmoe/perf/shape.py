@@ -234,12 +234,8 @@ class ModelShape:
 
     def with_format(self, weights: Format) -> ModelShape:
         """The same model with all weights stored as `weights`."""
-        return replace(
-            self,
-            dense_format=weights,
-            expert_format=weights,
-            slice_alignment=weights.slice_alignment,
-        )
+        step = weights.slice_alignment
+        return replace(self, dense_format=weights, expert_format=weights, slice_alignment=step)
 
     @property
     def dense_bytes(self) -> float:

@@ -25,13 +25,11 @@ def ways(
     shape: ModelShape,
     speeds: Sequence[float],
     slots: Sequence[int],
-    is_central: bool,
+    schedule: str,
     usage: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Callable[[], Placement]]:
-    """What "auto" looks at, and what makes it; each raises PlacementError where it is
-    impossible. `is_central`: the nodes do nothing but experts, the leader apart.
-    """
-    dense = 0.0 if is_central else shape.dense_bytes
+    """What "auto" considers, by label: functions that build it, or raise PlacementError."""
+    dense = 0.0 if schedule == "centralized" else shape.dense_bytes
     beside = dense / (shape.layers * shape.top_k * shape.expert_bytes)
     return {
         "experts": lambda: place_evenly(shape, len(speeds)),

@@ -12,10 +12,10 @@ from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
 from zmoe.placement.build import resident, ways
-from zmoe.placement.estimate import NodeResources, cluster_of, on_one_machine, speeds_of
+from zmoe.placement.estimate import NodeResources, on_one_machine, setup_of, speeds_of
 from zmoe.placement.placed import placed_of
-from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
-from zmoe.placement.remedy import remedy
+from zmoe.placement.predict import Prediction, evaluate
+from zmoe.placement.remedy import counted, remedy
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -81,9 +81,7 @@ class Chooser:
         self._info, self._offers, self._mapped = info, tuple(offers), mapped
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
-        self._cluster, self._capacity = cluster_of(info, offers, mapped, schedule, policy)
-        machines, link = self._cluster.machines, self._cluster.link
-        self._setup = Setup(info.shape, machines, link, Workload(prompt=0), schedule, policy)
+        self._setup, self._capacity = setup_of(info, offers, mapped, schedule, policy)
         self._slots = [max(0, each // info.expert_bytes) for each in self._capacity]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
@@ -101,9 +99,7 @@ class Chooser:
             lacking = max(lacking, (whole - sum(self._slots)) * self._info.expert_bytes)
         if (missing := max(ceil(lacking / len(self._capacity)), -min(self._capacity))) > 0:
             raise PlacementError(self._does_not_fit(missing))
-        made = ways(
-            self._info.shape, self._speeds, self._slots, self._cluster.is_central, self._counts
-        )
+        made = ways(self._info.shape, self._speeds, self._slots, self._setup.schedule, self._counts)
         if way != "auto":
             placement = made[way]()
             if (missing := self._missing(placement)) > 0:
@@ -159,7 +155,7 @@ class Chooser:
         if placed is None:
             return Alternative(label, placement, remark="slices with copies are not modelled")
         try:
-            prediction = evaluate(self._setup, self._cluster, placed)
+            prediction = evaluate(self._setup, placed)
         except PlacementError as error:  # replicas on more nodes than can be counted
             return Alternative(label, placement, remark=str(error))
         return Alternative(label, placement, prediction)
@@ -205,17 +201,17 @@ class Chooser:
         name, nodes = Path(self._info.path).name, len(self._offers)
         lacking = f"{in_bytes(missing)} are missing per node"
         if not on_one_machine(self._offers) or any(o.limit is not None for o in self._offers):
-            many = f"{nodes} node{'s' if nodes > 1 else ''}"
-            return f"{name} does not fit {many}: {lacking}; {remedy(self._setup, nodes)} {OVERRIDE}"
+            would = remedy(self._setup, nodes)
+            return f"{name} does not fit {counted(nodes)}: {lacking}; {would} {OVERRIDE}"
         # More nodes would not add memory here, but more machines would.
         memory = max(offer.memory for offer in self._offers) - (nodes - 1) * PROGRAM_BYTES
-        machine = replace(self._cluster.machines[0], memory_bytes=memory)
+        machine = replace(self._setup.machines[0], memory_bytes=memory)
         setup = replace(self._setup, machines=(machine,))
         would = remedy(setup, 1, "machine")
         return f"{name} does not fit this machine: {lacking}; {would} {OVERRIDE}"
 
     def _choice(self, chosen: Alternative, why: str, considered: tuple[Alternative, ...]) -> Choice:
-        link = self._cluster.link
+        link = self._setup.link
         assert chosen.placement is not None and link is not None
         return Choice(
             chosen.placement,

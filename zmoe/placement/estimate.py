@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from zmoe.perf.cost import Cluster
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link, ethernet
 from zmoe.perf.memory import PROGRAM_BYTES
+from zmoe.placement.predict import Setup, Workload
 from zmoe.placement.types import ModelInfo
 
 # An exchange within a running model, where each node has one core for all it does: 150 us
@@ -73,10 +73,10 @@ def capacity_for(
     return [min(everything, each) for each in capacity]
 
 
-def cluster_of(
+def setup_of(
     info: ModelInfo, offers: Sequence[NodeResources], mapped: bool, schedule: str, policy: str
-) -> tuple[Cluster, list[int]]:
-    """The nodes, and each one's capacity for experts in bytes, which its memory leaves it."""
+) -> tuple[Setup, list[int]]:
+    """What to predict of a decoded token, and each node's capacity for experts in bytes."""
     central = schedule == "centralized"
     dense = [0 if central and node else info.dense_bytes for node in range(len(offers))]
     capacity = capacity_for(info, offers, dense, mapped)
@@ -96,7 +96,8 @@ def cluster_of(
         for node, speed in enumerate(speeds_of(offers))
     ]
     link = LOOPBACK if on_one_machine(offers) else NETWORK
-    return Cluster(tuple(machines), link, schedule, policy), capacity
+    work = Workload(prompt=0)
+    return Setup(info.shape, tuple(machines), link, work, schedule, policy), capacity
 
 
 def on_one_machine(offers: Sequence[NodeResources]) -> bool:

@@ -146,9 +146,8 @@ def predict(setup: Setup, nodes: int) -> Prediction:
     Raises PlacementError when there are more nodes than experts, or when the
     placement that is given is for another number of nodes.
     """
-    cluster = setup.cluster(nodes)
     if setup.given is None:
-        found = _built(setup, cluster)
+        found = _built(setup, setup.cluster(nodes))
     elif len(setup.given.resident) == nodes:
         found = [setup.given]
     else:
@@ -157,7 +156,7 @@ def predict(setup: Setup, nodes: int) -> Prediction:
     predictions = []
     for placed in found:
         try:
-            predictions.append(evaluate(setup, cluster, placed))
+            predictions.append(evaluate(setup, placed))
         except PlacementError:  # replicas on more nodes than can be counted
             if len(found) == 1:
                 raise
@@ -171,7 +170,7 @@ def _built(setup: Setup, cluster: Cluster) -> list[Placed]:
     shape, work = setup.shape, setup.workload
     speeds = [machine.reached_bandwidth for machine in cluster.machines]
     slots = expert_slots(shape, cluster, work.batch, work.context)
-    makers = ways(shape, speeds, slots, cluster.is_central)
+    makers = ways(shape, speeds, slots, cluster.schedule)
     even = makers["experts"]()  # which refuses more nodes than experts
     made: dict[Placement, str] = {}
     if cluster.nodes > 1:
@@ -188,9 +187,9 @@ def predict_all(setup: Setup, counts: Sequence[int]) -> list[Prediction]:
     return [predict(setup, nodes) for nodes in counts]
 
 
-def evaluate(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
-    """The prediction for `cluster` with its experts `placed`."""
-    shape, work = setup.shape, setup.workload
+def evaluate(setup: Setup, placed: Placed) -> Prediction:
+    """The prediction for as many nodes as the experts are `placed` on."""
+    shape, work, cluster = setup.shape, setup.workload, setup.cluster(len(placed.resident))
     step = Step(rows=work.batch, sequences=work.batch, context=work.context, heads=work.batch)
     decode, busiest = _timed(shape, cluster, placed, step)
     prefill = StepTime()
