@@ -9,7 +9,8 @@ from pathlib import Path
 from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import of_experts
 from zmoe.loading import Skeleton, describe
-from zmoe.perf.routing import distinct_experts, even_split, expected_largest
+from zmoe.perf.routing import distinct_experts, expected_largest
+from zmoe.placement.spread import proportional
 from zmoe.placement.types import ModelInfo
 
 EMBEDDINGS = ("embed_tokens", "wte")
@@ -54,7 +55,7 @@ class Rung:
             return info.top_k / nodes
         if placement != "experts":
             return None
-        local = even_split(info.experts, nodes)
+        local = proportional(info.experts, [1] * nodes)
         if self.settings.get("policy") == "busy-full":
             return max(local)
         return expected_largest(local, distinct_experts(info.experts, info.top_k, 1))

@@ -90,7 +90,7 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     info = describe(Skeleton(resolve_model(options.model)))
     config = EngineConfig()
     pool = make_thread_pool(config, best_isa_name()) if is_native(config) else None
-    placement = place_evenly(info, options.nodes)
+    placement = place_evenly(info.shape, options.nodes)
     worker = Worker()
     worker.rank = options.rank
     layers = load_experts(info, placement, worker, pool=pool).layers
@@ -247,7 +247,7 @@ class Naive:
         start = time.perf_counter()
         folder, config = resolve_model(model), EngineConfig()
         self.info = describe(Skeleton(folder))
-        placement = place_evenly(self.info, nodes)
+        placement = place_evenly(self.info.shape, nodes)
         self.tokenizer = open_tokenizer(folder)
         self._spans, self._workers = Recorder(), workers
         self._reducer = NaiveReducer(workers, placement, self._spans)

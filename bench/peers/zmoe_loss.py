@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     info = describe(Skeleton(folder))
     node = Node(info, engine_config(options), Timing())
     try:
-        node.place(place_evenly(info, 1))
+        node.place(place_evenly(info.shape, 1))
         shard, _ = node.load(lambda done, total: None)
         # The kernels compute the last row's logits only, so there each token is a step.
         by_step = options.step_by_step or options.compute != "mlx"

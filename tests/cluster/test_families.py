@@ -86,7 +86,7 @@ def run(
     leader = None
     if nodes == 1:
         node = Node(info, engine, Timing())
-        node.place(place_evenly(info, 1))
+        node.place(place_evenly(info.shape, 1))
         node.load(lambda done, total: None)
     else:
         spec = ClusterSpec(

@@ -165,7 +165,7 @@ def test_another_placement_is_named_on_both_sides(
     impostor.start()
     evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)
     spec = ClusterSpec(2, manual=True, port=free_port, timing=timing, placement=evenly)
-    ours = place_evenly(describe(Skeleton(TINY)), 2).digest
+    ours = place_evenly(describe(Skeleton(TINY)).shape, 2).digest
     words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
@@ -202,7 +202,7 @@ def test_a_worker_refuses_what_is_no_placement(
         timing = Timing(peer=60.0, grace=60.0, load=60.0, join=60.0)
         bus.broadcast(Setup(2, str(TINY), EngineConfig(), timing, None))
         answer()
-        placement = dataclasses.replace(place_evenly(describe(Skeleton(TINY)), 2), **changes)
+        placement = dataclasses.replace(place_evenly(describe(Skeleton(TINY)).shape, 2), **changes)
         bus.broadcast(Place(placement))
         nodes = (Endpoint("127.0.0.1", 1, 3), Endpoint("127.0.0.1", 2, 4))
         bus.broadcast(Endpoints("GENERIC", nodes))

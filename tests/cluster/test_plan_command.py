@@ -208,6 +208,13 @@ def test_the_default_is_as_many_nodes_as_there_are_experts(plan: Plan, tmp_path:
     assert "field moe_top_k is 4: more experts per token than the 3" in refused(plan, *few)
 
 
+def test_the_default_is_as_many_nodes_as_an_expert_has_slices(plan: Plan) -> None:
+    """An expert of zmoe-tiny is 64 wide, which is one slice."""
+    tiny = ("--model", "zmoe-tiny", "--hardware", "epyc", "--link", "1gbe", "--placement", "slices")
+    assert [row["nodes"] for row in answer(plan, *tiny)["results"]] == [1]
+    assert "64 wide and cut in steps of 64" in refused(plan, *tiny, "--nodes", 2)
+
+
 def test_a_hub_out_of_reach_is_told_at_once(commands: Commands, tmp_path: Path) -> None:
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     rest = ("--model", "org/some-moe", "--hardware", "epyc", "--nodes", 1)
@@ -394,7 +401,7 @@ def test_placement_files(plan: Plan, tmp_path: Path) -> None:
     for arguments, words in (
         (("--placement", file, "--nodes", "1-2"), f"{file} is for 2 nodes, not for 1"),
         (("--placement", file, "--target", 9), "--target and a placement file exclude"),
-        (("--placement", "copies"), 'placement "copies" is unknown (known: experts, replicas'),
+        (("--placement", "copies"), 'placement "copies" is unknown (known: auto, experts, rep'),
         (("--placement", tmp_path / "no.json"), "no.json cannot be read"),
     ):
         assert words in refused(plan, *mixtral, *arguments)

@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.resolver import check
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.engine import Engine
 from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
@@ -25,6 +24,7 @@ from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
 from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
+from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -82,7 +82,7 @@ class Node:
         """Take the part that `placement` gives this rank. Raises PlacementError."""
         if placement.nodes != self.nodes:
             raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
-        check(placement, self.info)
+        check_placement(placement, self.info.shape)
         self.placement = placement
         if isinstance(self.exchange, CentralExchange):
             self.exchange.place(placement)

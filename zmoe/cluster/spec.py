@@ -40,7 +40,7 @@ class RemoteOptions(Settings):
 
 @dataclass(frozen=True)
 class PlacementRequest(Settings):
-    """What a user asks: `way` is one of zmoe.cluster.resolver.WAYS, or a placement file.
+    """What a user asks: `way` is one of zmoe.placement.build.WAYS, or a placement file.
 
     `usage`: a profile of which experts are selected, for replicas.
     `memory_limit`: bytes that a node may take, None: what its machine has.

@@ -108,6 +108,7 @@ class _Config:
             tied=self.get(("tie_word_embeddings",))[1] is True,
             dense_format=dense_format,
             expert_format=expert_format,
+            slice_alignment=expert_format.slice_alignment,
         )
 
     def _attention(self, hidden: int, layers: int) -> Attention:

@@ -19,7 +19,10 @@ from zmoe.cluster.spec import PYTHON_HELP
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.cost import POLICIES, SCHEDULES
 from zmoe.perf.shape import ModelShape
-from zmoe.placement.candidates import PLACEMENTS, Placed
+from zmoe.placement.build import WAYS, most_nodes
+from zmoe.placement.check import check_placement
+from zmoe.placement.file import read_placement
+from zmoe.placement.placed import Placed, placed_of
 from zmoe.placement.predict import Setup, Workload, predict_all
 
 PROG = "zmoe-plan"
@@ -66,8 +69,8 @@ def _add_question(parser: Parser) -> None:
     add(
         "--placement",
         metavar="P",
-        default=PLACEMENTS[0],
-        help=f"Which node owns which experts: {', '.join(PLACEMENTS)}, or a JSON file "
+        default="experts",
+        help=f"Which node owns which experts: {', '.join(WAYS)}, or a JSON file "
         "(docs/placement.md)",
     )
     add("--one-machine", action="store_true", help="All nodes share one machine evenly")
@@ -175,21 +178,16 @@ def setup_of(options: argparse.Namespace) -> Setup:
 def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
     """Return the placement of `shape` in the file that --placement names, or None."""
     name = options.placement
-    if name in PLACEMENTS:
+    if name in WAYS:
         return None
     if not is_file(name):
-        known = ", ".join(PLACEMENTS)
+        known = ", ".join(WAYS)
         raise InputError(f'--placement "{name}" is unknown (known: {known}, or a JSON file)')
     if options.target is not None:
         raise InputError("--target and a placement file exclude each other")
-    # Only here: they import MLX, which is not needed otherwise.
-    from zmoe.placement.check import check_placement
-    from zmoe.placement.estimate import placed_of
-    from zmoe.placement.file import read_placement
-
     placement = read_placement(Path(name), shape.moe_layers)
     try:
-        check_placement(placement, shape.experts, shape.moe_layers, shape.expert_hidden)
+        check_placement(placement, shape)
     except PlacementError as error:
         raise PlacementError(f"placement {name}: {error}") from None
     placed = placed_of(placement, shape.expert_hidden, name)
@@ -204,7 +202,7 @@ def _counts(nodes: str | None, setup: Setup) -> list[int]:
         return parse_nodes(nodes)
     if setup.given is not None:
         return [len(setup.given.resident)]
-    return [count for count in NODES if count <= setup.shape.experts]
+    return [count for count in NODES if count <= most_nodes(setup.placement, setup.shape)]
 
 
 def _plan(options: argparse.Namespace) -> None:
