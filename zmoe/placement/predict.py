@@ -15,7 +15,7 @@ from zmoe.perf.links import Link
 from zmoe.perf.memory import expert_slots, node_bytes
 from zmoe.perf.routing import distinct_experts
 from zmoe.perf.shape import ModelShape
-from zmoe.placement.build import check_way, ways
+from zmoe.placement.build import check_way, place_by_speed, ways
 from zmoe.placement.placed import Placed, placed_of
 from zmoe.placement.types import Placement
 
@@ -179,6 +179,10 @@ def _built(setup: Setup, cluster: Cluster) -> list[Placed]:
             with suppress(PlacementError):
                 made.setdefault(makers[way](), way)
     made = made or {even: "experts"}
+    whole = shape.experts * shape.moe_layers
+    if setup.placement == "auto" and sum(slots) < whole:  # what lacks least
+        room = [whole] * cluster.nodes
+        made.setdefault(place_by_speed(shape, [s + 1 for s in slots], room), "experts by memory")
     placed = (placed_of(each, shape.expert_hidden, way) for each, way in made.items())
     return [each for each in placed if each is not None]
 

@@ -160,6 +160,15 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert predict(eight, 1).fits
 
 
+def test_what_auto_lacks_is_spread_by_memory() -> None:
+    """Whole experts spread evenly would leave the smaller node without most of its half."""
+    unequal = setup("kimi-k2", "m3-ultra,m4-max")
+    unequal = replace(unequal, shape=unequal.shape.with_format(affine(4)))
+    even, auto = predict(unequal, 2), predict(replace(unequal, placement="auto"), 2)
+    assert not auto.fits and auto.placed.label == "experts by memory"
+    assert auto.missing < even.missing / 2
+
+
 def test_slices_that_fit_nowhere() -> None:
     """No more nodes are tried than an expert has slices."""
     huge = setup("qwen3-30b-a3b", placement="slices", workload=Workload(batch=4096, context=10**7))
