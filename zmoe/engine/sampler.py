@@ -31,7 +31,7 @@ Mask = NDArray[np.bool_] | NDArray[np.int32]
 _HEADS = (512, 4096)  # tokens that are looked at first, and if they do not suffice
 _BLOCK = 512  # weights that are summed before they are searched
 _LEAST_TEMPERATURE = 1e-30  # float32 has it, and below it nothing but the likeliest is left
-_ROWS_PER_THREAD = 4  # handing over fewer takes longer than picking them here
+_ROWS_PER_THREAD = 4  # that a further thread gets at least
 
 
 @dataclass(frozen=True)
