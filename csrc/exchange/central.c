@@ -304,6 +304,7 @@ int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   size_t row_bytes = zmoe_payload_bytes(dtype, 1, ours->width);
   size_t out_bytes = zmoe_payload_bytes(out_dtype, 1, ours->width);
+  zmoe_range row = zmoe_chunk(dtype, 1, ours->width, 1, 0);
   const uint8_t *at[ZMOE_MAX_NODES]; /* each rank's next row */
   const void *parts[ZMOE_MAX_NODES];
   for (uint32_t r = 0; r < ex->nodes; r++)
@@ -313,11 +314,11 @@ int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
   for (uint32_t i = 0; i < ours->rows && rc == ZMOE_OK; i++) {
     for (uint32_t r = 0; r < ex->nodes; r++) {
       int has_row = r == 0 || (ex->dispatched[i] & zmoe_bit(r)) != 0;
-      parts[r] = at[r] == NULL ? NULL : has_row ? at[r] : ex->zeros;
-      at[r] = at[r] != NULL && has_row ? at[r] + row_bytes : at[r];
+      parts[r] = has_row ? at[r] : NULL;
+      at[r] = parts[r] != NULL ? at[r] + row_bytes : at[r];
     }
-    rc = zmoe_reduce((uint8_t *)out + i * out_bytes, out_dtype, parts, ex->nodes, dtype,
-                     ours->width, ex->isa);
+    rc = zmoe_sum_range((uint8_t *)out + i * out_bytes, out_dtype, parts, ex->nodes, dtype,
+                        ours->width, &row, ex->isa);
   }
   return rc;
 }

@@ -143,8 +143,7 @@ static int init_role(zmoe_exchange *ex, const zmoe_exchange_config *config) {
   if (ex->role == ZMOE_WORKER)
     return ZMOE_OK;
   ex->dispatched = calloc(ex->dispatch_rows, sizeof *ex->dispatched);
-  ex->zeros = calloc(1, ex->max_payload_bytes); /* its pages are only read */
-  return ex->dispatched != NULL && ex->zeros != NULL ? ZMOE_OK : ZMOE_ENOMEM;
+  return ex->dispatched != NULL ? ZMOE_OK : ZMOE_ENOMEM;
 }
 
 /* The frames of the session first: whoever sees our presence knows that they
@@ -210,7 +209,6 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
   free(ex->dispatched);
-  free(ex->zeros);
   free(ex);
 }
 

@@ -204,8 +204,9 @@ typedef struct zmoe_call {
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
 /* Wait for the oldest exchange that was published and not collected, and write the
- * sum, in rank order, of all ranks' encoded partials: with ZMOE_SCATTER as it was
- * encoded once more, on every rank alike.  `deadline_us` is from now.
+ * sum, in rank order, of all ranks' encoded partials, rounded to the wire's dtype.  A
+ * row's sum is the same bits whatever the other rows, the algorithm and the parts.
+ * `deadline_us` is from now.
  * After ZMOE_EINTR (a signal, or 100 ms without one: the caller may have missed
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
