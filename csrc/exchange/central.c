@@ -92,6 +92,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   held->header.rows = rows;
   held->header.busiest = (uint8_t)(routed->busiest < UINT8_MAX ? routed->busiest : UINT8_MAX);
   held->header.payload_bytes = (uint32_t)bytes;
+  held->header.digest = call->digest; /* the worker adds its own plan's */
   held->frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   fill(ex, routed, call, rank, pairs, zmoe_slot_payload(held->slot));
   zmoe_held_encode(ex, held);
@@ -257,23 +258,25 @@ int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, 
 
 /* ---- both: publish ----------------------------------------------------------------- */
 
-/* Whether a partial is that of the open exchange, and the time for it has come. */
+/* Whether a partial is that of the open exchange, and the time for it has come.  A worker was
+ * told the routing alone. */
 static int is_due(const zmoe_exchange *ex, const zmoe_collective *collective,
-                  const zmoe_header *header) {
+                  const zmoe_header *header, uint64_t routing) {
   if (collective == NULL || collective->partial != NULL ||
       (ex->role == ZMOE_WORKER && collective->missing != 0))
     return 0;
   const zmoe_header *due = &collective->header;
-  return zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(due)) == 0 && header->chunks == 0 &&
-         header->rows == due->rows && header->width == due->width &&
-         header->digest == due->digest && (ex->role == ZMOE_WORKER || header->dtype == due->dtype);
+  int same = ex->role == ZMOE_WORKER ? routing == due->digest
+                                     : header->digest == due->digest && header->dtype == due->dtype;
+  return same && zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(due)) == 0 &&
+         header->chunks == 0 && header->rows == due->rows && header->width == due->width;
 }
 
 int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                          zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   zmoe_collective *collective = open_collective(ex), made = {.partial = NULL};
   int rc = zmoe_collective_header(ex, call, &made.header);
-  if (rc == ZMOE_OK && !is_due(ex, collective, &made.header))
+  if (rc == ZMOE_OK && !is_due(ex, collective, &made.header, call->digest))
     rc = ZMOE_EINVAL;
   if (rc != ZMOE_OK)
     return rc;

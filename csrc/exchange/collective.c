@@ -118,7 +118,7 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
       .payload_bytes = (uint32_t)bytes,
       .part = (uint8_t)call->part,
       .chunks = (uint8_t)(call->algorithm == ZMOE_SCATTER ? ex->nodes : 0),
-      .digest = call->digest,
+      .digest = call->digest ^ call->plan,
   };
   return ZMOE_OK;
 }

@@ -87,7 +87,7 @@ typedef struct zmoe_header {
   uint8_t part;           /* of a layer's exchanges, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
-  uint64_t digest;        /* of the routing that led here */
+  uint64_t digest;        /* of the routing that led here and, but in ROWS, of the plan */
   /* CRC-32C of the payload; 0 where the exchange has no_payload_checksum. */
   uint32_t payload_checksum;
 } zmoe_header;
@@ -195,7 +195,8 @@ typedef struct zmoe_call {
   uint32_t rows, width;
   zmoe_dtype wire_dtype;
   zmoe_algorithm algorithm;
-  uint64_t digest;
+  uint64_t digest; /* of the routing */
+  uint64_t plan;   /* of the step's plan, as this rank has it: its partial shows both */
 } zmoe_call;
 
 /* Encode src (rows x width) in the wire's dtype and publish it.  src NULL: this

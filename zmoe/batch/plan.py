@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
 BLOCK = 64  # positions of a block of keys and values
 PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
+_NUMBERS_OF_SPAN = attrgetter("sequence", "position", "rows", "logits")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,20 @@ class Plan:
     free: tuple[int, ...] = ()
     forks: tuple[Fork, ...] = ()
     copies: tuple[Copy, ...] = ()
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """64 bits that equal plans have in common, on every machine, and no others."""
+        parts = (self.spans, self.tokens, self.blocks, self.free, self.forks, self.copies)
+        numbers = [self.step, *map(len, parts)]
+        numbers.extend(chain.from_iterable(map(_NUMBERS_OF_SPAN, self.spans)))
+        numbers += self.tokens + self.blocks + self.free
+        for fork in self.forks:
+            numbers += fork.new, fork.old, fork.length
+        for copy in self.copies:
+            numbers += copy.to, copy.source
+        packed = struct.pack(f"<{len(numbers)}q", *numbers)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 def blocks_of(positions: int) -> int:

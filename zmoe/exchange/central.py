@@ -113,7 +113,7 @@ class CentralExchange(Exchange):
                 sharing.busiest,
             )
             native, step, wire = self.native, self.step, self._wire_dtype(call)
-            status = self._again(lambda s: native.dispatch(step, call, wire, *routed, s))
+            status = self._again(lambda s: native.dispatch(step, call, wire, *routed, s, self.plan))
         if status == Status.INVALID:
             raise InputError(
                 f"{call.rows} rows of {call.width} {x_dtype} do not fit the exchange's "

@@ -133,19 +133,21 @@ class NativeExchange:
         deadline_s: float,
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
+        plan: int = 0,
     ) -> int:
         """Encode this rank's partial in `wire_dtype` and send it; returns a Status.
 
         `source` is a C-contiguous buffer of call.rows * call.width elements and
         their dtype (F32, F16 or BF16); a buffer of None adds nothing. The bytes
         are copied before this returns. `part` counts a call's micro-batches from
-        0. OK; INTERRUPTED after 100 ms without a free send buffer or after a
-        signal, with nothing sent (call again to go on waiting); POOL when
-        `deadline_s` seconds have passed so; INVALID when the payload is too large
-        or the call does not come after the last one; PEER, ZMQ, FORK: see `fault`.
+        0, `plan` is the digest of the step's plan. OK; INTERRUPTED after 100 ms
+        without a free send buffer or after a signal, with nothing sent (call again
+        to go on waiting); POOL when `deadline_s` seconds have passed so; INVALID
+        when the payload is too large or the call does not come after the last one;
+        PEER, ZMQ, FORK: see `fault`.
         """
         data, data_dtype = source
-        raw = self._call_of(step, call, wire_dtype, algorithm, part)
+        raw = self._call_of(step, call, wire_dtype, algorithm, part, plan)
         pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
         return lib.zmoe_exchange_publish(
             self._exchange, raw, pointer, data_dtype, _microseconds(deadline_s), self._fault
@@ -158,9 +160,10 @@ class NativeExchange:
         wire_dtype: Dtype,
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
+        plan: int = 0,
     ) -> CData:
         raw = self._call
-        raw.step, raw.part = step, part
+        raw.step, raw.part, raw.plan = step, part, plan
         raw.layer, raw.rows, raw.width, _, raw.digest = call
         raw.wire_dtype, raw.algorithm = wire_dtype, algorithm
         return raw
@@ -177,6 +180,7 @@ class NativeExchange:
         ranks: npt.NDArray[np.uint64],
         busiest: int,
         deadline_s: float,
+        plan: int = 0,
     ) -> int:
         """Send every worker its rows of x; `publish` and `collect` then end the call.
 
@@ -192,7 +196,7 @@ class NativeExchange:
         ]
         routed.x, routed.ids, routed.weights, routed.ranks = keep
         routed.top_k, routed.x_dtype, routed.busiest = ids.shape[1], x_dtype, busiest
-        raw = self._call_of(step, call, wire_dtype)
+        raw = self._call_of(step, call, wire_dtype, plan=plan)
         return lib.zmoe_exchange_dispatch(
             self._exchange, raw, routed, _microseconds(deadline_s), self._fault
         )

@@ -375,14 +375,35 @@ def test_an_expert_of_another_rank(groups: Callable[..., list[CentralExchange]])
     group = groups(2, ALL_ON_1)
     dispatch(group[0])
     nothing = np.full(EXPERTS, -1, np.int32)
-    with pytest.raises(DivergenceError, match="rank 0 has another routing"):
+    with pytest.raises(DivergenceError, match="rank 0 has another plan, routing"):
         group[1].receive(0, WIDTH, nothing)
+
+
+def test_a_worker_with_another_plan(groups: Callable[..., list[CentralExchange]]) -> None:
+    group = groups(2)
+    given = [routed(3, layer) for layer in range(LAYERS)]
+    for exchange in group:
+        exchange.plan = 77
+    jobs = [lambda: leader(group[0], given, 0), lambda: worker(group[1], 0)]
+    sums, told = together(jobs)
+    assert isinstance(sums, list) and told is None
+    group[1].plan = 78
+    jobs = [lambda: leader(group[0], given, 1), lambda: layer_0(group[1])]
+    problem, _ = together(jobs)
+    assert isinstance(problem, DivergenceError)
+    assert "rank 1 has another plan, routing" in str(problem) and "layer 0, step 1" in str(problem)
+
+
+def layer_0(exchange: CentralExchange) -> None:
+    held = NumpyExperts(0, exchange.rank, placement(exchange.nodes).owned[0][exchange.rank])
+    exchange.step = 1
+    serve_step(exchange, [held], Spans())
 
 
 def test_rows_of_another_width(groups: Callable[..., list[CentralExchange]]) -> None:
     group = groups(2, ALL_ON_1)
     dispatch(group[0])
-    with pytest.raises(DivergenceError, match="rank 0 has another routing, shape"):
+    with pytest.raises(DivergenceError, match="rank 0 has another plan, routing, shape"):
         group[1].receive(0, WIDTH + 1, np.zeros(EXPERTS, np.int32))
 
 
