@@ -141,17 +141,33 @@ _TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
 _TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 _MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 SECONDS = number("a positive number of seconds", lambda value: value > 0)
-_COMPUTE_HELP = "large matmuls by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
-_ACTIVATIONS_HELP = "of the kernels' quantised matmuls; int8 is faster on some CPUs, and less exact"
+
+# Each help text is a phrase without a final full stop; the default follows in brackets.
+_TOP_P_HELP = "Sample from the most likely tokens that together have this probability; 1 is off"
+_MIN_P_HELP = "Least probability of a token, relative to the most likely one; 0 is off"
+_JOIN_HELP = "Seconds within which all nodes must connect"
+_LOAD_HELP = "Seconds within which all nodes must load their weights"
+_PEER_HELP = "Seconds to wait in one exchange for a peer that is still connected"
+_COMPUTE_HELP = "Large matmuls in MLX or in zmoe's CPU kernels; auto: native unless there is a GPU"
+_ACTIVATIONS_HELP = (
+    "Precision of the activations in quantised matmuls on the CPU kernels; int8 is faster on "
+    "some CPUs but less exact"
+)
 _WIRE_DTYPE_HELP = (
-    "type of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links"
+    "Data type of the partial sums that nodes exchange; auto selects the dtype of the model, and "
+    "q8 (8-bit blocks) suits slow links"
 )
-_SCHEDULE_HELP = "every node routes; or the first one does, and the others hold experts only"
+_SCHEDULE_HELP = (
+    "Every node computes attention and routing, or the first one does and the others hold experts"
+)
 _POLICY_HELP = (
-    "experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
-    "node; idle ones change no output, but keep their weights warm"
+    "Experts that a node runs in each layer: the selected ones, all of its own, or as many as the "
+    "busiest node runs; those not selected do not change the output, but stay warm"
 )
-_WINDOW_HELP = "attend to the first 4 and the latest tokens, that many in all, without end"
+_WINDOW_HELP = (
+    "Keep only this many tokens in the attention cache, the first 4 and the most recent ones, so "
+    "that the text may exceed the model's context (default: no limit)"
+)
 
 
 @dataclass(frozen=True)
@@ -161,12 +177,12 @@ class Sampling(Settings):
     `seed` None leaves the random generator alone. `ignore_eos` goes on after an end token.
     """
 
-    max_tokens: Annotated[int, Setting("tokens to generate", _POSITIVE, short="-m")] = 100
-    temp: Annotated[float, Setting("temperature; 0 is greedy", _TEMPERATURE)] = 0.0
-    top_p: Annotated[float, Setting("nucleus sampling; 1 is off", _TOP_P)] = 1.0
-    top_k: Annotated[int, Setting("sample from the k likeliest; 0 is off", _TOP_K)] = 0
-    min_p: Annotated[float, Setting("least probability relative to the top", _MIN_P)] = 0.0
-    seed: Annotated[int | None, Setting("seed of the sampler", _SEED)] = None
+    max_tokens: Annotated[int, Setting("Maximum tokens to generate", _POSITIVE, short="-m")] = 100
+    temp: Annotated[float, Setting("Sampling temperature; 0 is greedy", _TEMPERATURE)] = 0.0
+    top_p: Annotated[float, Setting(_TOP_P_HELP, _TOP_P)] = 1.0
+    top_k: Annotated[int, Setting("Sample from the k most likely tokens; 0 is off", _TOP_K)] = 0
+    min_p: Annotated[float, Setting(_MIN_P_HELP, _MIN_P)] = 0.0
+    seed: Annotated[int | None, Setting("Seed of the random numbers for sampling", _SEED)] = None
     ignore_eos: bool = False
 
 
@@ -179,13 +195,9 @@ class Timing(Settings):
     `grace`: how long a broken link may take to come back.
     """
 
-    join: Annotated[float, Setting("seconds for nodes to come up", SECONDS, "--join-timeout")] = (
-        60.0
-    )
-    load: Annotated[float, Setting("seconds for loading", SECONDS, "--load-timeout")] = 3600.0
-    peer: Annotated[
-        float, Setting("seconds to wait for a busy peer", SECONDS, "--peer-timeout")
-    ] = 120.0
+    join: Annotated[float, Setting(_JOIN_HELP, SECONDS, "--join-timeout")] = 60.0
+    load: Annotated[float, Setting(_LOAD_HELP, SECONDS, "--load-timeout")] = 3600.0
+    peer: Annotated[float, Setting(_PEER_HELP, SECONDS, "--peer-timeout")] = 120.0
     grace: Annotated[float, Setting(limit=SECONDS)] = 1.0
 
 
@@ -205,7 +217,7 @@ class EngineConfig(Settings):
     """
 
     prefill_chunk: Annotated[
-        int, Setting("prompt tokens per step", _CHUNK, "--prefill-step-size")
+        int, Setting("Prompt tokens to process per step", _CHUNK, "--prefill-step-size")
     ] = 512
     max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"

@@ -24,7 +24,7 @@ from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Timing
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
 
 Run = tuple[list[int], list[np.ndarray]]
@@ -81,7 +81,7 @@ def run(
     schedule: str = "decentralized",
 ) -> Run:
     """The same on `nodes` nodes, prompt in chunks."""
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     engine = EngineConfig(prefill_chunk=CHUNK, compute=compute, schedule=schedule)
     leader = None
     if nodes == 1:

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import Commands
-from zmoe.calibration import machine, products, steps
+from zmoe.calibration import machine, matmuls, steps
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cli.plan.command import main
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.hardware import Machine
 from zmoe.perf.measured import ProductRate
@@ -318,7 +317,7 @@ def test_only_a_profile_is_overwritten(plan: Plan, tmp_path: Path) -> None:
     assert precious.read_text() == '{"mine": 1}'
 
 
-class FewProducts(products.Products):
+class FewMatmuls(matmuls.Matmuls):
     """In the first round a plain format, in the second a quantised one."""
 
     def __init__(self, folder: Path) -> None:
@@ -347,10 +346,10 @@ def test_a_calibrated_profile_plans(
 ) -> None:
     """All kinds of measurements, few of each, with few repetitions, of 1 and 2 nodes only."""
     monkeypatch.setattr(machine, "MOST_NODES", 2)
-    monkeypatch.setattr(machine, "Products", FewProducts)
-    alone, *_, together = products.core_sharings(2)
-    monkeypatch.setattr(products, "core_sharings", lambda: [alone, together])
-    monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
+    monkeypatch.setattr(machine, "Matmuls", FewMatmuls)
+    alone, *_, together = matmuls.core_sharings(2)
+    monkeypatch.setattr(matmuls, "core_sharings", lambda: [alone, together])
+    monkeypatch.setattr(matmuls, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
     few = {"STEPS": 16, "FAR": 300, "FEW": 1, "MANY": 2, "HIDDEN": 128, "cases": few_cases}
     for name, value in few.items():
         monkeypatch.setattr(steps, name, value)

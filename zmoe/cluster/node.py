@@ -151,7 +151,7 @@ class Node:
             self.placement,
             self.exchange,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             skeleton=self.skeleton,
         )
@@ -175,7 +175,7 @@ class Node:
             reducer,
             spans=self.spans,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
             skeleton=self.skeleton,
@@ -231,7 +231,7 @@ class Node:
         before = team.matmul_s if team is not None else 0.0
         out = self._engine.forward(step, tokens, logits)
         if team is not None:
-            self.spans.seconds["products"] += team.matmul_s - before
+            self.spans.seconds["matmuls"] += team.matmul_s - before
         return out
 
     def close(self) -> None:

@@ -60,11 +60,11 @@ class Timings:
     def overhead_us(self, layers: int) -> float | None:
         """Mean microseconds per decoded token and layer that are neither product nor exchange.
 
-        None where MLX computes the products, whose time nobody can tell from the rest.
+        None where MLX computes the matmuls, whose time nobody can tell from the rest.
         """
-        if "products" not in self.spans or not self.decode_steps:
+        if "matmuls" not in self.spans or not self.decode_steps:
             return None
-        spent = self.decode - self.spans["products"] - self.spans.get("exchange", 0.0)
+        spent = self.decode - self.spans["matmuls"] - self.spans.get("exchange", 0.0)
         return 1e6 * spent / self.decode_steps / layers
 
     def breakdown_ms(self) -> dict[str, float]:

@@ -46,11 +46,6 @@ _CONTEXTS = (
 )
 
 
-def inspect_model(path: Path) -> ModelInfo:
-    """Describe the checkpoint in the folder `path`, reading no weights. Raises as `describe`."""
-    return describe(Skeleton(path))
-
-
 def describe(skeleton: Skeleton) -> ModelInfo:
     """Describe a checkpoint, reading no weights.
 

@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.busiest import Cost
 from zmoe.perf.cost import Cluster, Step, StepTime, busiest_node, step_time
 from zmoe.perf.hardware import Machine
-from zmoe.perf.links import Link
-from zmoe.perf.messages import all_reduce, round_latency, scatter_gather
+from zmoe.perf.links import Link, all_reduce, round_latency, scatter_gather
 from zmoe.perf.owners import Slices, Whole
 from zmoe.perf.places import Place
 from zmoe.perf.routing import distinct_experts, even_split

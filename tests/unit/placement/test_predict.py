@@ -15,10 +15,9 @@ from zmoe.cli.plan.advice import (
     purchases,
     what_to_buy,
 )
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
-from zmoe.cli.plan.lookup import look_up
+from zmoe.cli.plan.names import look_up
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.hardware import GIB
 from zmoe.perf.shape import affine
