@@ -119,7 +119,8 @@ typedef struct zmoe_exchange_config {
   uint32_t rank, nodes;
   uint64_t session;
   size_t max_payload_bytes;   /* of one frame */
-  size_t small_payload_bytes; /* of one decode frame: its own size class */
+  size_t small_payload_bytes; /* of one row: its own size class */
+  size_t batch_payload_bytes; /* of a row of every sequence: likewise; 0: of one row at most */
   int scatter;                /* 1 when ZMOE_SCATTER may be asked for, which takes more slots */
   /* Sockets, created, bound and connected by the caller, used from here on by
    * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this

@@ -92,22 +92,23 @@ class Node:
 
         Raises InputError where that is not possible.
         """
-        info, chunk = self.info, self._config.prefill_chunk
+        info, most = self.info, self._config.max_rows
         wire_dtype, width = self._config.wire_dtype, info.exchange_width
         row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
         make: Callable[..., Exchange] = Exchange
         if self._is_central:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
             row_bytes = width * 4 + info.top_k * PAIR_BYTES
-            pairs = chunk * info.top_k  # and as many rows, where each pair has its own
+            pairs = most * info.top_k  # and as many rows, where each pair has its own
             make = partial(CentralExchange, max_rows=pairs, max_pairs=pairs)
         self.exchange = make(
             self.rank,
             self.nodes,
             session=self.session,
             bind_host=host,
-            max_payload_bytes=row_bytes * chunk,
+            max_payload_bytes=row_bytes * most,
             small_payload_bytes=row_bytes,
+            batch_payload_bytes=row_bytes * self._config.parallel,
             deadline_s=self._timing.peer,
             grace_s=self._timing.grace,
             spans=self.spans,
@@ -201,8 +202,8 @@ class Node:
 
         Raises ZmoeError for more tokens than a step may have, PeerError, DivergenceError.
         """
-        if not 1 <= len(tokens) <= self._config.prefill_chunk:
-            most = self._config.prefill_chunk
+        most = self._config.max_rows
+        if not 1 <= len(tokens) <= most:
             raise ZmoeError(f"a step of {len(tokens)} tokens: expected 1 to {most}")
         if self._held is None:
             self.forward(step, tokens, reset, logits=False)

@@ -81,6 +81,7 @@ class NativeExchange:
         resend_ms: int,
         grace_ms: int,
         max_rows: int = 0,
+        batch_payload_bytes: int = 0,
         payload_checksum: bool = True,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
@@ -89,6 +90,7 @@ class NativeExchange:
         config.rank, config.nodes, config.session = rank, nodes, session
         config.max_payload_bytes = max_payload_bytes
         config.small_payload_bytes, config.scatter = small_payload_bytes, scatter
+        config.batch_payload_bytes = batch_payload_bytes
         config.xpub = ffi.cast("void *", xpub)
         config.sub = ffi.cast("void *", sub)
         config.router = ffi.cast("void *", router)
