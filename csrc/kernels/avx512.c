@@ -152,11 +152,8 @@ AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32
   case ZMOE_FORMAT_F16:
     ZMOE_BY_ROWS(dot_floats, w, ZMOE_F16);
     return;
-  case ZMOE_FORMAT_BF16:
-    ZMOE_BY_ROWS(dot_floats, w, ZMOE_BF16);
-    return;
   default:
-    zmoe_generic_dot(w, ZMOE_LAYOUT_PLAIN, xs, rows, first, last, ys);
+    ZMOE_BY_ROWS(dot_floats, w, ZMOE_BF16);
   }
 }
 

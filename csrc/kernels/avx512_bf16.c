@@ -192,13 +192,13 @@ BF16_INLINE void dot_block(const zmoe_weight *w, enum product product, uint32_t 
       }
     }
   }
-  if (rows == 1 && n_out == 4) {
-    _mm_storeu_ps(ys[0] + y, reduce_4(sum));
-    return;
-  }
+  for (uint32_t i = rows * n_out; i < 4; i++)
+    sum[i] = sum[0];
+  float folded[4];
+  _mm_storeu_ps(folded, reduce_4(sum));
   for (uint32_t i = 0; i < n_out; i++)
     for (uint32_t r = 0; r < rows; r++)
-      ys[r][y + i] = _mm512_reduce_add_ps(sum[i * rows + r]);
+      ys[r][y + i] = folded[i * rows + r];
 }
 
 BF16_INLINE void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout layout,
