@@ -240,7 +240,8 @@ DOT(dot_fp4_int8, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT
 DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
 static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                     uint32_t first, uint32_t last, float *const *ys) {
+                     uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+  (void)scratch;
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     (affine ? dot_codes4 : dot_fp4)(w, xs, rows, first, last, ys);

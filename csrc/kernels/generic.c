@@ -23,8 +23,9 @@ static float dot_plain(const float *restrict a, const float *restrict b, uint32_
 }
 
 static void generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
-                        uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  (void)layout; /* always plain, and w f32 */
+                        uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                        float *const *ys) {
+  (void)layout, (void)scratch; /* always plain, and w f32 */
   for (uint32_t o = first; o < last; o++)
     for (uint32_t r = 0; r < rows; r++)
       ys[r][o - first] = dot_plain((const float *)w->data + (size_t)o * w->in_features,

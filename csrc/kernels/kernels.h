@@ -29,7 +29,8 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_BF16,      /* bf16, in order */
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
-  ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8,       /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8_WORDS, /* f32, in the order in which words of 8-bit codes are decoded */
   ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
@@ -67,9 +68,10 @@ typedef struct zmoe_kernels {
   zmoe_layout (*layout)(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision);
   /* x (w->in_features) f32 into `row`.  Whatever is not finite is found before. */
   void (*pack_input)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
-  /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), at most ZMOE_PANEL of them. */
+  /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), at most ZMOE_PANEL of them;
+   * `scratch`: ZMOE_PANEL_BYTES of the thread's own, aligned to 64 bytes. */
   void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-              uint32_t first, uint32_t last, float *const *ys);
+              uint32_t first, uint32_t last, void *scratch, float *const *ys);
   /* panel[k - k0][o - first] = w[o][k] for o in [first, last), k in [k0, k1);
    * outputs beyond `last`, up to ZMOE_PANEL, are zeros. */
   void (*pack_panel)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,

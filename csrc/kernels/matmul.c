@@ -8,9 +8,10 @@
 
 const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
 #if defined(__x86_64__)
-  if (isa == ZMOE_ISA_AVX512_BF16)
+  if (isa == ZMOE_ISA_AVX512_BF16 &&
+      __builtin_cpu_supports("avx512vbmi")) /* Cooper Lake has none */
     return &zmoe_kernels_avx512_bf16;
-  if (isa == ZMOE_ISA_AVX512)
+  if (isa == ZMOE_ISA_AVX512 || isa == ZMOE_ISA_AVX512_BF16)
     return &zmoe_kernels_avx512;
   if (isa == ZMOE_ISA_AVX2)
     return &zmoe_kernels_avx2;
@@ -46,7 +47,7 @@ static void dot_decoded(const zmoe_kernels *kernels, const zmoe_weight *w, const
         from[r] = (const float *)xs[r] + k;
         to[r] = k == 0 ? ys[r] + (o - first) : sums[r];
       }
-      kernels->dot(&part, ZMOE_LAYOUT_PLAIN, from, rows, 0, outs, to);
+      kernels->dot(&part, ZMOE_LAYOUT_PLAIN, from, rows, 0, outs, NULL, to);
       for (uint32_t r = 0; r < rows && k > 0; r++)
         for (uint32_t i = 0; i < outs; i++)
           ys[r][o - first + i] += sums[r][i];
@@ -72,9 +73,9 @@ void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_r
     }
   }
   if (n_packed > 0)
-    kernels->dot(w, x->layout, packed, n_packed, first, last, packed_ys);
+    kernels->dot(w, x->layout, packed, n_packed, first, last, panel, packed_ys);
   if (n_plain > 0 && zmoe_is_float(w) && kernels != &zmoe_kernels_generic)
-    kernels->dot(w, ZMOE_LAYOUT_PLAIN, plain, n_plain, first, last, plain_ys);
+    kernels->dot(w, ZMOE_LAYOUT_PLAIN, plain, n_plain, first, last, panel, plain_ys);
   else if (n_plain > 0)
     dot_decoded(kernels, w, plain, n_plain, first, last, panel, plain_ys);
 }

@@ -251,7 +251,7 @@ DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
 /* At most ZMOE_DOT_ROWS rows. */
 static void dot_few(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                    uint32_t first, uint32_t last, float *const *ys) {
+                    uint32_t first, uint32_t last, void *scratch, float *const *ys) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_BF16)
     dot_halves(w, xs, rows, first, last, ys);
@@ -264,14 +264,14 @@ static void dot_few(const zmoe_weight *w, zmoe_layout layout, const void *const 
   else if (layout == ZMOE_LAYOUT_CODES8_INT8)
     dot_codes8_int8(w, xs, rows, first, last, ys);
   else
-    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, ys);
+    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, scratch, ys);
 }
 
 static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                uint32_t first, uint32_t last, float *const *ys) {
+                uint32_t first, uint32_t last, void *scratch, float *const *ys) {
   for (; rows > ZMOE_DOT_ROWS; rows -= ZMOE_DOT_ROWS, xs += ZMOE_DOT_ROWS, ys += ZMOE_DOT_ROWS)
-    dot_few(w, layout, xs, ZMOE_DOT_ROWS, first, last, ys);
-  dot_few(w, layout, xs, rows, first, last, ys);
+    dot_few(w, layout, xs, ZMOE_DOT_ROWS, first, last, scratch, ys);
+  dot_few(w, layout, xs, rows, first, last, scratch, ys);
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
