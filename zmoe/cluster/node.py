@@ -180,7 +180,7 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
-        self._engine = Engine(shard.model, reducer, self._config, shard.head)
+        self._engine = Engine(shard.model, reducer, self._config, shard.head, shard.paged)
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:

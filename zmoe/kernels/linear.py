@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
@@ -66,27 +67,33 @@ class Matmul:
 
 @dataclass
 class Head:
-    """The model's last matmul, which only the leader needs, and of the last token alone.
+    """The model's last matmul, which only the leader needs, and of some rows only.
 
-    Unless `wanted`, logits are zeros that were never computed.
+    `rows`: those whose logits are wanted; None: the last one of the pass.
+    `vocabulary`: how many logits a row has.
     """
 
     dtype: mx.Dtype  # what x is rounded to
-    wanted: bool = True
+    rows: npt.NDArray[np.int32] | None = None
+    vocabulary: int = 0
 
 
 class _HeadMatmul(Matmul):
-    """From x (..., tokens, in_features): the last logits, (..., 1, out_features) float32."""
+    """From x (..., tokens, in_features): logits (..., wanted rows, out_features) float32."""
 
     def __init__(self, pool: ThreadPool, weight: Matrices, head: Head) -> None:
         super().__init__(pool, weight)
         self._head = head
+        head.vocabulary = weight.out_features
 
     def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-        if not self._head.wanted:
-            return mx.zeros((*x.shape[:-2], 1, self.weight.out_features))
-        if x.shape[-2] > 1:
+        rows = self._head.rows
+        if rows is None:
             x = x[..., -1:, :]
+        elif len(rows) == 0:
+            return mx.zeros((*x.shape[:-2], 0, self.weight.out_features))
+        elif len(rows) < x.shape[-2]:
+            x = x[..., mx.array(rows), :]
         return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
 
 
