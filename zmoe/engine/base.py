@@ -38,9 +38,11 @@ class Engine(Protocol):
     """
 
     paged: bool
-    block_bytes: int
     can_batch: bool
     can_trim: bool
+
+    @property
+    def block_bytes(self) -> int: ...
 
     def make_cache(self, blocks: int) -> None:
         """Have room for `blocks` blocks in every layer, and forget all sequences.
