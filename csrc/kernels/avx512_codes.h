@@ -5,6 +5,7 @@
  *                         the two registers of a block,
  *   added_to(codes)       what an affine code's value is above the code,
  *   lane_code(codes, lane)  the first code in a block that belongs to `lane` of a value,
+ *   panel_rows(codes)     from how many rows on decoding once pays for storing what it gives,
  *   multiply_add(sum, value, x)   adds the products of ELEMENTS elements, lane by lane;
  * and afterwards calls dot_codes.
  *
@@ -22,8 +23,7 @@
 #define BLOCK_VALUES(codes) (BLOCK_CODES(codes) / ELEMENTS)
 #define EACH_VALUE(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
-/* From PANEL_ROWS rows on, decoding once pays for storing what it gives. */
-enum { PANEL_ROWS = 12, PANEL_OUTS = 4, PANEL_DEPTH = 64 * ELEMENTS, TILE_OUTS = 2 };
+enum { PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS, TILE_OUTS = 2 };
 
 /* The registers of a block; even lanes are of the first 64 bytes. */
 INLINE void load_block(const unsigned char *at, uint32_t bytes, __m512i words[2]) {
@@ -208,7 +208,7 @@ INLINE void add_tile(const enum codes codes, const struct panel *panel, uint32_t
       EACH(o, TILE_OUTS)
         part[0][r][o] = part[1][r][o] = _mm512_setzero_ps();
     EACH(c, 2)
-      EACH(i, half) {
+      _Pragma("GCC unroll 4") for (uint32_t i = 0; i < half; i++) { /* of more, sums would spill */
         __m512i value[TILE_OUTS];
         EACH(o, TILE_OUTS)
           value[o] = panel->values[j + o][(2 * b + c) * half + i];
@@ -294,7 +294,7 @@ INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *
                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
                       float *const *ys) {
   const table t = table_of(w, codes);
-  if (rows >= PANEL_ROWS)
+  if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else
     ZMOE_BY_ROWS(dot_few, w, codes, t);
