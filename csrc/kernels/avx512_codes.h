@@ -166,6 +166,7 @@ struct panel {
   __m512 factors[PANEL_OUTS][PANEL_DEPTH / 128];
   __m512 sums[ZMOE_ROW_BLOCK][PANEL_OUTS];
 };
+_Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread's scratch");
 
 /* Codes [begin, end) of one output, the panel's j. */
 INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const table t,
@@ -250,7 +251,9 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
       store_sums(rows, TILE_OUTS, sum, ys, y + j);
     else
       store_sums(rows, 1, sum, ys, y + j);
-    out.biases += TILE_OUTS * out.scale_bytes, out.scales += TILE_OUTS * out.scale_bytes;
+    out.scales += TILE_OUTS * out.scale_bytes;
+    if (codes != FP4)
+      out.biases += TILE_OUTS * out.scale_bytes;
   }
 }
 
