@@ -64,7 +64,9 @@ def found(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
     patch.syspath_prepend(str(BENCH))
     decode, engines = importlib.import_module("decode"), importlib.import_module("engines")
     patch.setattr(sys, "argv", ["decode.py", *arguments])
-    return engines.find_peers(decode.arguments())
+    options = decode.arguments()
+    makers = {name: engines.MAKERS[name] for name in options.peers}
+    return engines.find_peers(options, makers)
 
 
 def test_without_its_file_llama_cpp_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
