@@ -6,7 +6,7 @@ own that are started anew in each round; the configurations take turns. Figures
 are medians over the rounds.
 
 What memory gives may change from minute to minute where a machine is shared with
-others. With --beside the products of the model's format are measured again right
+others. With --beside the matmuls of the model's format are measured again right
 before and after each run, and a second prediction has these in the profile's place.
 """
 
@@ -39,11 +39,11 @@ from common import (
 from decode import BREAKDOWN
 from engines import script
 
-from zmoe.calibration.products import FILE_BYTES, Products
+from zmoe.calibration.matmuls import FILE_BYTES, Matmuls
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.weights import FORMATS
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cli.plan.model import find_model
+from zmoe.cli.plan.names import find_model
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.errors import ZmoeError
 from zmoe.perf.profile import Profile, read_profile
@@ -51,7 +51,7 @@ from zmoe.placement.predict import Prediction, Setup, Workload, predict
 
 PLACEMENT = "experts"
 CALIBRATION_S = 600.0
-ROUNDS = 2  # of products, before a run and after it
+ROUNDS = 2  # of matmuls, before a run and after it
 TERMS = ("load", "compute", "latency", "transfer", "overhead")
 
 
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--repetitions", type=positive, default=2, help="in each round's processes; default 2")
     add("--runs", type=positive, default=1, help="rounds; default 1")
     add("--deadline", type=positive, default=600, help="seconds for one run")
-    add("--beside", action="store_true", help="also predict from products measured beside each run")
+    add("--beside", action="store_true", help="also predict from matmuls measured beside each run")
     add("--kept", action="store_true", help="measure nothing: show what --save kept")
     add("--markdown", action="store_true", help="print the table of docs/performance-model.md")
     options = made.parse_args()
@@ -145,24 +145,24 @@ def configurations(options: argparse.Namespace, profile: Profile) -> list[Config
     return found
 
 
-def measure(options: argparse.Namespace, each: Configuration, products: Products | None) -> None:
-    """One run, between two measurements by `products` of those that it consists of."""
+def measure(options: argparse.Namespace, each: Configuration, matmuls: Matmuls | None) -> None:
+    """One run, between two measurements by `matmuls` of those that it consists of."""
     words = ["-p", str(options.prompt_tokens), "-n", str(options.max_tokens)]
     words += ["-r", str(options.repetitions), "--nodes", str(each.nodes)]
     words += [f"--schedule={each.schedule}", f"--policy={each.policy}", f"--placement={PLACEMENT}"]
     command = script("zmoe_cluster.py", each.model, None, *words)
-    if products is None:
+    if matmuls is None:
         each.runs.append(run_json(command, options.deadline))
         return
     (machine,), shape = each.setup.machines, each.setup.shape
     formats = {shape.dense_format.name, shape.expert_format.name} & set(FORMATS)
     for _ in range(ROUNDS):
-        products.measure(formats)
+        matmuls.measure(formats)
     each.runs.append(run_json(command, options.deadline))
     for _ in range(ROUNDS):
-        products.measure(formats)
+        matmuls.measure(formats)
     others = [rate for rate in machine.rates if rate.format not in formats]
-    machine = replace(machine, rates=(*others, *products.rates(formats, 2 * ROUNDS)))
+    machine = replace(machine, rates=(*others, *matmuls.rates(formats, 2 * ROUNDS)))
     each.beside.append(predict(replace(each.setup, machines=(machine,)), each.nodes))
 
 
@@ -193,13 +193,13 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     except ZmoeError as error:
         raise BenchError(str(error)) from None
     with ExitStack() as stack:
-        products = None
+        matmuls = None
         if options.beside:
-            products = stack.enter_context(Products(stack.enter_context(scratch(FILE_BYTES))))
+            matmuls = stack.enter_context(Matmuls(stack.enter_context(scratch(FILE_BYTES))))
         for turn, each in product(range(options.runs), todo):
             name = f"{short_name(each.model)}, {each.nodes} nodes, {each.schedule}, {each.policy}"
             print(f"run {turn + 1}, {name}", file=sys.stderr)
-            measure(options, each, products)
+            measure(options, each, matmuls)
     block["load_average_after"] = environment()["load_average"]
     rows = [each.row() for each in todo]
     report = {"environment": block, "results": rows, "errors": errors(rows, "error")}
@@ -221,7 +221,7 @@ def _sentence(report: Mapping[str, Any]) -> str:
         f"worst {found['worst']:.1%}."
     )
     if beside:
-        text += f" From products measured beside: {beside['median']:.1%}, {beside['worst']:.1%}."
+        text += f" From matmuls measured beside: {beside['median']:.1%}, {beside['worst']:.1%}."
     return text
 
 
@@ -257,7 +257,7 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{_sentence(report)} Tokens/s; beside: the error with products measured beside the run. "
+        f"{_sentence(report)} Tokens/s; beside: the error with matmuls measured beside the run. "
         "Behind it, ms/token: predicted by term, then measured by the leader.",
         highlight=False,
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import of_experts
-from zmoe.loading import inspect_model
-from zmoe.perf.routing import distinct_experts, even_split, expected_largest
+from zmoe.loading import Skeleton, describe
+from zmoe.perf.routing import distinct_experts, expected_largest
+from zmoe.placement.spread import proportional
 from zmoe.placement.types import ModelInfo
 
 EMBEDDINGS = ("embed_tokens", "wte")
@@ -54,7 +55,7 @@ class Rung:
             return info.top_k / nodes
         if placement != "experts":
             return None
-        local = even_split(info.experts, nodes)
+        local = proportional(info.experts, [1] * nodes)
         if self.settings.get("policy") == "busy-full":
             return max(local)
         return expected_largest(local, distinct_experts(info.experts, info.top_k, 1))
@@ -116,7 +117,7 @@ class Bytes:
 
 def model_bytes(folder: Path) -> tuple[ModelInfo, Bytes]:
     """What a model is, and its sizes, from the headers of its files."""
-    info, dense, head, experts = inspect_model(folder), 0, 0, 0
+    info, dense, head, experts = describe(Skeleton(folder)), 0, 0, 0
     for name, tensor in read_tensors(folder).items():
         words = name.split(".")
         if of_experts(tensor, info.experts, info.moe_layers):

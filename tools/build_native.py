@@ -16,6 +16,7 @@ HEADERS = (
     "common/status.h",
     "common/dtype.h",
     "common/isa.h",
+    "common/checksum.h",
     "common/reduce.h",
     "exchange/exchange.h",
     "exchange/assign.h",
@@ -27,7 +28,7 @@ HEADERS = (
 
 def declarations(header: str) -> str:
     """The part of a C header that cffi's cdef() understands."""
-    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    text = re.sub(r"/\*.*?\*/|\\\n", "", header, flags=re.DOTALL)
     lines = [
         line
         for line in text.splitlines()

@@ -139,6 +139,7 @@ _LOGPROBS = whole("a whole number from 0 to 20", 0, 20)
 _REPETITION = number(
     "0 or a number from 0.01 to 100", lambda value: value == 0 or 0.01 <= value <= 100
 )
+_RECENT = whole("a whole number from 1 to 1048576", 1, 1 << 20)
 _PENALTY = number("a number from -2 to 2", lambda value: -2 <= value <= 2)
 _LOGIT_BIAS = Limit(
     "token ids with a number from -100 to 100 each",
@@ -159,20 +160,36 @@ _SPECULATE = Limit(
     "auto, off or a whole number from 1 to 16",
     lambda value: value in ("auto", "off", *map(str, range(1, 17))),
 )
-_COMPUTE_HELP = "large matmuls by MLX, or by zmoe's CPU kernels; auto: native on a CPU"
-_ACTIVATIONS_HELP = "of the kernels' quantised matmuls; int8 is faster on some CPUs, and less exact"
-_WIRE_DTYPE_HELP = (
-    "type of partial sums between nodes; auto: the model's; q8: 8-bit blocks, for slow links"
+
+# Each help text is a phrase without a final full stop; the default follows in brackets.
+_TOP_P_HELP = "Sample from the most likely tokens that together have this probability; 1 is off"
+_MIN_P_HELP = "Least probability of a token, relative to the most likely one; 0 is off"
+_JOIN_HELP = "Seconds within which all nodes must connect"
+_LOAD_HELP = "Seconds within which all nodes must load their weights"
+_PEER_HELP = "Seconds to wait in one exchange for a peer that is still connected"
+_COMPUTE_HELP = "Large matmuls in MLX or in zmoe's CPU kernels; auto: native unless there is a GPU"
+_ACTIVATIONS_HELP = (
+    "Precision of the activations in quantised matmuls on the CPU kernels; int8 is faster on "
+    "some CPUs but less exact"
 )
-_SCHEDULE_HELP = "every node routes; or the first one does, and the others hold experts only"
+_WIRE_DTYPE_HELP = (
+    "Data type of the partial sums that nodes exchange; auto selects the dtype of the model, and "
+    "q8 (8-bit blocks) suits slow links"
+)
+_SCHEDULE_HELP = (
+    "Every node computes attention and routing, or the first one does and the others hold experts"
+)
 _POLICY_HELP = (
-    "experts that a node runs: the chosen ones, all of its own, or as many as the busiest "
-    "node; idle ones change no output, but keep their weights warm"
+    "Experts that a node runs in each layer: the selected ones, all of its own, or as many as the "
+    "busiest node runs; those not selected do not change the output, but stay warm"
+)
+_WINDOW_HELP = (
+    "Keep only this many tokens in the attention cache, the first 4 and the most recent ones, so "
+    "that the text may exceed the model's context (default: no limit)"
 )
 _SPECULATE_HELP = (
-    "tokens guessed from the text so far and checked in one step; the text stays the same"
+    "Guess tokens from the text so far and check them in one step; the text stays the same"
 )
-_WINDOW_HELP = "attend to the first 4 and the latest tokens, that many in all, without end"
 
 
 @dataclass(frozen=True)
@@ -187,28 +204,28 @@ class Sampling(Settings):
     tokens. `seed` None draws a fresh one. `ignore_eos` goes on after an end token.
     """
 
-    max_tokens: Annotated[int, Setting("tokens to generate", _POSITIVE, short="-m")] = 100
-    temp: Annotated[float, Setting("temperature; 0 is greedy", _TEMPERATURE)] = 0.0
-    top_p: Annotated[float, Setting("nucleus sampling; 1 is off", _TOP_P)] = 1.0
-    top_k: Annotated[int, Setting("sample from the k likeliest; 0 is off", _TOP_K)] = 0
-    min_p: Annotated[float, Setting("least probability relative to the top", _MIN_P)] = 0.0
+    max_tokens: Annotated[int, Setting("Maximum tokens to generate", _POSITIVE, short="-m")] = 100
+    temp: Annotated[float, Setting("Sampling temperature; 0 is greedy", _TEMPERATURE)] = 0.0
+    top_p: Annotated[float, Setting(_TOP_P_HELP, _TOP_P)] = 1.0
+    top_k: Annotated[int, Setting("Sample from the k most likely tokens; 0 is off", _TOP_K)] = 0
+    min_p: Annotated[float, Setting(_MIN_P_HELP, _MIN_P)] = 0.0
     repetition_penalty: Annotated[
-        float, Setting("factor against repeating recent tokens; 0 is off", _REPETITION)
+        float, Setting("Divide the logits of recent tokens by this; 0 is off", _REPETITION)
     ] = 0.0
     repetition_context_size: Annotated[
-        int, Setting("recent tokens that --repetition-penalty is for", _POSITIVE)
+        int, Setting("Recent tokens to which --repetition-penalty applies", _RECENT)
     ] = 20
     presence_penalty: Annotated[
-        float, Setting("subtracted from logits of generated tokens", _PENALTY)
+        float, Setting("Subtract this from the logits of generated tokens", _PENALTY)
     ] = 0.0
     frequency_penalty: Annotated[
-        float, Setting("the same for each time that a token was generated", _PENALTY)
+        float, Setting("Subtract this for each time that a token was generated", _PENALTY)
     ] = 0.0
     logit_bias: Annotated[Mapping[int, float] | None, Setting(limit=_LOGIT_BIAS)] = (
         dataclasses.field(default=None, hash=False)
     )
     logprobs: Annotated[int | None, Setting(limit=_LOGPROBS)] = None
-    seed: Annotated[int | None, Setting("seed of the sampler", _SEED)] = None
+    seed: Annotated[int | None, Setting("Seed of the random numbers for sampling", _SEED)] = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -226,13 +243,9 @@ class Timing(Settings):
     `grace`: how long a broken link may take to come back.
     """
 
-    join: Annotated[float, Setting("seconds for nodes to come up", SECONDS, "--join-timeout")] = (
-        60.0
-    )
-    load: Annotated[float, Setting("seconds for loading", SECONDS, "--load-timeout")] = 3600.0
-    peer: Annotated[
-        float, Setting("seconds to wait for a busy peer", SECONDS, "--peer-timeout")
-    ] = 120.0
+    join: Annotated[float, Setting(_JOIN_HELP, SECONDS, "--join-timeout")] = 60.0
+    load: Annotated[float, Setting(_LOAD_HELP, SECONDS, "--load-timeout")] = 3600.0
+    peer: Annotated[float, Setting(_PEER_HELP, SECONDS, "--peer-timeout")] = 120.0
     grace: Annotated[float, Setting(limit=SECONDS)] = 1.0
 
 
@@ -270,7 +283,7 @@ class EngineConfig(Settings):
     """
 
     prefill_chunk: Annotated[
-        int, Setting("prompt tokens per step", _CHUNK, "--prefill-step-size")
+        int, Setting("Prompt tokens to process per step", _CHUNK, "--prefill-step-size")
     ] = 512
     max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"

@@ -130,13 +130,12 @@ class Header:
     dtype: int = 0
     source: int = 0
     session: int = 0
-    epoch: int = 0
     step: int = 0
     layer: int = 0
     rows: int = 0
     width: int = 0
     payload_bytes: int = 0
-    part: int = 0
+    micro_batch: int = 0
     chunks: int = 0
     chunk: int = 0
     busiest: int = 0
@@ -168,7 +167,7 @@ def _load_zmq() -> None:
 _load_zmq()
 
 
-# ---- isa, reduce, wire --------------------------------------------------------
+# ---- isa, digest, wire --------------------------------------------------------
 
 
 def best_isa() -> Isa:
@@ -180,60 +179,6 @@ def digest(data: Any) -> int:
     """64-bit digest, not cryptographic, of a buffer's bytes."""
     view = ffi.from_buffer("uint8_t[]", data)
     return lib.zmoe_digest(view, len(memoryview(data).cast("B")))
-
-
-def reduce(
-    out: Any,
-    out_dtype: Dtype,
-    parts: Sequence[Any],
-    part_dtype: Dtype,
-    isa: Isa | None = None,
-) -> None:
-    """Add `parts` (buffers, or None for zeros) in their order, in f32, into `out`."""
-    target, count = _elements(out, out_dtype, writable=True)
-    pointers = ffi.new("void *[]", max(1, len(parts)))
-    views = []
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
-        view, part_count = _elements(part, part_dtype)
-        if part_count != count:
-            raise ValueError(f"part {i} has {part_count} elements, the sum {count}")
-        views.append(view)
-        pointers[i] = view
-    isa = best_isa() if isa is None else isa
-    raw = ffi.cast("const void *const *", pointers)
-    if lib.zmoe_reduce(target, out_dtype, raw, len(parts), part_dtype, count, isa) != Status.OK:
-        raise ValueError(f"cannot reduce {len(parts)} parts with {isa.name}")
-
-
-def _elements(data: Any, dtype: Dtype, writable: bool = False) -> tuple[CData, int]:
-    size = memoryview(data).nbytes
-    if dtype is Dtype.Q8 or size % dtype.itemsize:
-        raise ValueError(f"{size} bytes are no whole number of {dtype.name} elements")
-    return ffi.from_buffer("uint8_t[]", data, require_writable=writable), size // dtype.itemsize
-
-
-def encode_header(header: Header) -> bytes:
-    """The 64 bytes of a header on the wire."""
-    raw = ffi.new("zmoe_header *", {k: getattr(header, k) for k in Header.__dataclass_fields__})
-    out = ffi.new("uint8_t[]", HEADER_BYTES)
-    lib.zmoe_wire_encode(raw, out)
-    return bytes(ffi.buffer(out))
-
-
-def decode_frame(frame: bytes, max_payload_bytes: int) -> Header | int:
-    """Validate all but the payload's checksum: the header, or a positive zmoe_wire_error."""
-    raw = ffi.new("zmoe_header *")
-    view = ffi.from_buffer("uint8_t[]", frame)
-    error = lib.zmoe_wire_decode(view, len(frame), max_payload_bytes, raw)
-    return error if error else header_of(raw)
-
-
-def crc32c(data: Any, isa: Isa | None = None) -> int:
-    """CRC-32C of a buffer's bytes, the same with every instruction set."""
-    view = ffi.from_buffer("uint8_t[]", data)
-    return lib.zmoe_crc32c(view, memoryview(data).nbytes, best_isa() if isa is None else isa)
 
 
 def presence(session: int, rank: int) -> bytes:

@@ -31,7 +31,7 @@ class Spans:
 
     A step records `experts` (matmuls of the local experts) and `exchange` (publish and
     collect), which do not overlap; the rest of the step is called `other`. With the CPU
-    kernels it also records `products`: the time of all matmuls, those of the experts included.
+    kernels it also records `matmuls`: the time of all matmuls, those of the experts included.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ def program() -> dict[str, Any]:
     made.add_argument("cores", type=cores, help="such as 0,1")
     wanted = made.parse_args().cores
     pin(wanted)
-    memory, team = np.ones(READ_BYTES, np.uint8), ThreadPool(wanted)
-    taken = seconds(lambda: team.read(memory), BUDGET_S)
+    memory, pool = np.ones(READ_BYTES, np.uint8), ThreadPool(wanted)
+    taken = seconds(lambda: pool.read(memory), BUDGET_S)
     return {"gb_per_s": round(READ_BYTES / taken / 1e9, 2)}
 
 

@@ -38,7 +38,7 @@ from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES
 from zmoe.exchange.local import SingleNode
 from zmoe.kernels.threads import best_isa_name, is_native, make_thread_pool
-from zmoe.loading import inspect_model, load_experts, load_shard
+from zmoe.loading import Skeleton, describe, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.placement.build import place_evenly
 from zmoe.placement.pairs import LocalPairs
@@ -87,13 +87,13 @@ class Worker(SingleNode):
 
 def serve(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what the leader asks for until it says that this was all."""
-    info = inspect_model(resolve_model(options.model))
+    info = describe(Skeleton(resolve_model(options.model)))
     config = EngineConfig()
-    team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
-    placement = place_evenly(info, options.nodes)
+    pool = make_thread_pool(config, best_isa_name()) if is_native(config) else None
+    placement = place_evenly(info.shape, options.nodes)
     worker = Worker()
     worker.rank = options.rank
-    layers = load_experts(info, placement, worker, team=team).layers
+    layers = load_experts(info, placement, worker, pool=pool).layers
     context = zmq.Context()
     link = context.socket(zmq.PAIR)
     link.connect(options.serve)
@@ -246,13 +246,13 @@ class Naive:
     def __init__(self, model: str, nodes: int, workers: Workers) -> None:
         start = time.perf_counter()
         folder, config = resolve_model(model), EngineConfig()
-        self.info = inspect_model(folder)
-        placement = place_evenly(self.info, nodes)
+        self.info = describe(Skeleton(folder))
+        placement = place_evenly(self.info.shape, nodes)
         self.tokenizer = open_tokenizer(folder)
         self._spans, self._workers = Recorder(), workers
         self._reducer = NaiveReducer(workers, placement, self._spans)
-        team = make_thread_pool(config, best_isa_name()) if is_native(config) else None
-        shard = load_shard(self.info, placement, self._reducer, spans=self._spans, team=team)
+        pool = make_thread_pool(config, best_isa_name()) if is_native(config) else None
+        shard = load_shard(self.info, placement, self._reducer, spans=self._spans, pool=pool)
         self._engine = Engine(shard.model, self._reducer, config, shard.head)
         self._chunk = config.prefill_chunk
         for rank in range(1, nodes):

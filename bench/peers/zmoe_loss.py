@@ -21,7 +21,7 @@ from zmoe.cluster.node import Node
 from zmoe.config import Timing
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import ZmoeError
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
 
 Logits = Callable[[Sequence[int]], mx.array]  # of a window: (tokens,) -> (tokens, vocabulary)
@@ -62,10 +62,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         text = tokenizer.decode(ids)
     if len(ids) < 2:
         raise PeerFailure("the text has fewer than 2 tokens: nothing to predict")
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     node = Node(info, engine_config(options), Timing())
     try:
-        node.place(place_evenly(info, 1))
+        node.place(place_evenly(info.shape, 1))
         shard, _ = node.load(lambda done, total: None)
         # The kernels compute the last row's logits only, so there each token is a step.
         by_step = options.step_by_step or options.compute != "mlx"

@@ -50,29 +50,3 @@ KERNEL size_t blocks_body(unsigned char *out, zmoe_dtype out_dtype,
   }
   return blocks * ZMOE_Q8_BLOCK;
 }
-
-KERNEL size_t blocks_from_q8(unsigned char *out, zmoe_dtype out_dtype,
-                             const unsigned char *const *parts, uint32_t n_parts, size_t blocks) {
-  switch (out_dtype) {
-  case ZMOE_F32:
-    return blocks_body(out, ZMOE_F32, parts, n_parts, ZMOE_Q8, blocks);
-  case ZMOE_F16:
-    return blocks_body(out, ZMOE_F16, parts, n_parts, ZMOE_Q8, blocks);
-  case ZMOE_BF16:
-    return blocks_body(out, ZMOE_BF16, parts, n_parts, ZMOE_Q8, blocks);
-  }
-  return blocks_body(out, ZMOE_Q8, parts, n_parts, ZMOE_Q8, blocks);
-}
-
-KERNEL size_t blocks_to_q8(unsigned char *out, const unsigned char *const *parts, uint32_t n_parts,
-                           zmoe_dtype part_dtype, size_t blocks) {
-  switch (part_dtype) {
-  case ZMOE_F32:
-    return blocks_body(out, ZMOE_Q8, parts, n_parts, ZMOE_F32, blocks);
-  case ZMOE_F16:
-    return blocks_body(out, ZMOE_Q8, parts, n_parts, ZMOE_F16, blocks);
-  case ZMOE_BF16:
-    return blocks_body(out, ZMOE_Q8, parts, n_parts, ZMOE_BF16, blocks);
-  }
-  return 0;
-}

@@ -1,14 +1,15 @@
-/* Which SIMD variant this CPU, under this operating system, can run. */
+/* The instruction sets, and which this CPU, under this operating system, can run. */
 #include "common/isa.h"
-#include "reduce_variants.h"
 
-#if defined(ZMOE_ARM64) && defined(__linux__)
+#include <stdint.h>
+
+#if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-#elif defined(ZMOE_ARM64) && defined(__APPLE__)
+#elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
 
-#ifdef ZMOE_X86
+#if defined(__x86_64__)
 #include <cpuid.h>
 
 enum { XCR0_AVX = 0x6, XCR0_AVX512 = 0xe6 };
@@ -35,7 +36,7 @@ static zmoe_isa detect(void) {
     return ZMOE_ISA_AVX512_BF16;
   return ZMOE_ISA_AVX512;
 }
-#elif defined(ZMOE_ARM64) && defined(__linux__)
+#elif defined(__aarch64__) && defined(__linux__)
 /* Bits of AT_HWCAP and AT_HWCAP2; older headers lack the names. */
 enum { HAS_DOT = 1 << 20, HAS_I8MM = 1 << 13, HAS_BF16 = 1 << 14 };
 
@@ -45,7 +46,7 @@ static zmoe_isa detect(void) {
   unsigned long wanted = HAS_I8MM | HAS_BF16;
   return (getauxval(AT_HWCAP2) & wanted) == wanted ? ZMOE_ISA_NEON_BF16 : ZMOE_ISA_NEON_DOT;
 }
-#elif defined(ZMOE_ARM64) && defined(__APPLE__)
+#elif defined(__aarch64__) && defined(__APPLE__)
 static int has(const char *feature) {
   int value = 0;
   size_t bytes = sizeof value;
@@ -57,14 +58,17 @@ static zmoe_isa detect(void) {
     return ZMOE_ISA_NEON_BF16;
   return ZMOE_ISA_NEON_DOT; /* every Mac with such a CPU has it */
 }
-#elif defined(ZMOE_ARM64)
+#else
 static zmoe_isa detect(void) {
+#ifdef __aarch64__
   return ZMOE_ISA_NEON;
+#else
+  return ZMOE_ISA_GENERIC;
+#endif
 }
 #endif
 
 zmoe_isa zmoe_isa_best(void) {
-#if defined(ZMOE_X86) || defined(ZMOE_ARM64)
   static int known = -1; /* racing threads write the same value */
   int isa = __atomic_load_n(&known, __ATOMIC_RELAXED);
   if (isa < 0) {
@@ -72,47 +76,33 @@ zmoe_isa zmoe_isa_best(void) {
     __atomic_store_n(&known, isa, __ATOMIC_RELAXED);
   }
   return (zmoe_isa)isa;
-#else
-  return ZMOE_ISA_GENERIC;
-#endif
 }
 
-int zmoe_isa_supported(zmoe_isa isa) {
-  zmoe_isa best = zmoe_isa_best();
-  switch (isa) {
-  case ZMOE_ISA_GENERIC:
-    return 1;
-  case ZMOE_ISA_AVX2:
-    return best == ZMOE_ISA_AVX2 || best == ZMOE_ISA_AVX512 || best == ZMOE_ISA_AVX512_BF16;
-  case ZMOE_ISA_AVX512:
-    return best == ZMOE_ISA_AVX512 || best == ZMOE_ISA_AVX512_BF16;
-  case ZMOE_ISA_NEON:
-    return best == ZMOE_ISA_NEON || best == ZMOE_ISA_NEON_DOT || best == ZMOE_ISA_NEON_BF16;
-  case ZMOE_ISA_NEON_DOT:
-    return best == ZMOE_ISA_NEON_DOT || best == ZMOE_ISA_NEON_BF16;
-  case ZMOE_ISA_AVX512_BF16:
-  case ZMOE_ISA_NEON_BF16:
-    return isa == best;
-  }
-  return 0;
+/* Each with the set that it includes; the chains end at the generic one. */
+static const struct {
+  const char *name;
+  zmoe_isa included;
+} SETS[ZMOE_ISAS] = {
+    [ZMOE_ISA_GENERIC] = {"generic", ZMOE_ISA_GENERIC},
+    [ZMOE_ISA_AVX2] = {"avx2", ZMOE_ISA_GENERIC},
+    [ZMOE_ISA_AVX512] = {"avx512", ZMOE_ISA_AVX2},
+    [ZMOE_ISA_AVX512_BF16] = {"avx512_bf16", ZMOE_ISA_AVX512},
+    [ZMOE_ISA_NEON] = {"neon", ZMOE_ISA_GENERIC},
+    [ZMOE_ISA_NEON_DOT] = {"neon_dot", ZMOE_ISA_NEON},
+    [ZMOE_ISA_NEON_BF16] = {"neon_bf16", ZMOE_ISA_NEON_DOT},
+};
+
+zmoe_isa zmoe_isa_included(zmoe_isa isa) {
+  return SETS[isa].included;
 }
 
 const char *zmoe_isa_name(zmoe_isa isa) {
-  switch (isa) {
-  case ZMOE_ISA_GENERIC:
-    return "generic";
-  case ZMOE_ISA_AVX2:
-    return "avx2";
-  case ZMOE_ISA_AVX512:
-    return "avx512";
-  case ZMOE_ISA_NEON:
-    return "neon";
-  case ZMOE_ISA_AVX512_BF16:
-    return "avx512_bf16";
-  case ZMOE_ISA_NEON_DOT:
-    return "neon_dot";
-  case ZMOE_ISA_NEON_BF16:
-    return "neon_bf16";
-  }
-  return "unknown";
+  return SETS[isa].name;
+}
+
+int zmoe_isa_supported(zmoe_isa isa) {
+  zmoe_isa runs = zmoe_isa_best();
+  while (runs != isa && runs != ZMOE_ISA_GENERIC)
+    runs = zmoe_isa_included(runs);
+  return runs == isa;
 }

@@ -1,4 +1,4 @@
-/* The sum of partial outputs in rank order, and the routing digest. */
+/* The sum of partial outputs in rank order. */
 #include "common/reduce.h"
 #include "common/status.h"
 
@@ -24,28 +24,16 @@ static size_t bytes_of(zmoe_dtype dtype, size_t count) {
                           : count * zmoe_dtype_bytes(dtype);
 }
 
-static size_t reduce_vectors(unsigned char *out, zmoe_dtype out_dtype,
-                             const unsigned char *const *parts, uint32_t n_parts,
-                             zmoe_dtype part_dtype, size_t count, zmoe_isa isa) {
-  switch (isa) {
-#ifdef ZMOE_X86
-  case ZMOE_ISA_AVX2:
-    return zmoe_reduce_avx2(out, out_dtype, parts, n_parts, part_dtype, count);
-  case ZMOE_ISA_AVX512:
-  case ZMOE_ISA_AVX512_BF16:
-    return zmoe_reduce_avx512(out, out_dtype, parts, n_parts, part_dtype, count);
+static zmoe_reduce_fn *const VARIANTS[ZMOE_ISAS] = {
+#if defined(__x86_64__)
+    [ZMOE_ISA_AVX2] = zmoe_reduce_avx2,
+    [ZMOE_ISA_AVX512] = zmoe_reduce_avx512,
+#elif defined(__aarch64__)
+    [ZMOE_ISA_NEON] = zmoe_reduce_neon,
+#else
+    NULL,
 #endif
-#ifdef ZMOE_ARM64
-  case ZMOE_ISA_NEON:
-  case ZMOE_ISA_NEON_DOT:
-  case ZMOE_ISA_NEON_BF16:
-    return zmoe_reduce_neon(out, out_dtype, parts, n_parts, part_dtype, count);
-#endif
-  default:
-    (void)out, (void)out_dtype, (void)parts, (void)n_parts, (void)part_dtype, (void)count;
-    return 0;
-  }
-}
+};
 
 static void reduce_block(unsigned char *out, zmoe_dtype out_dtype,
                          const unsigned char *const *parts, uint32_t n_parts, zmoe_dtype part_dtype,
@@ -75,7 +63,8 @@ int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint3
       memset(out, 0, bytes_of(out_dtype, count));
     return ZMOE_OK;
   }
-  size_t i = reduce_vectors(out, out_dtype, present, n, part_dtype, count, isa);
+  zmoe_reduce_fn *vectors = ZMOE_VARIANT(VARIANTS, isa);
+  size_t i = vectors == NULL ? 0 : vectors(out, out_dtype, present, n, part_dtype, count);
   int in_blocks = part_dtype == ZMOE_Q8 || out_dtype == ZMOE_Q8;
   for (; in_blocks && i < count; i += ZMOE_Q8_BLOCK)
     reduce_block(out, out_dtype, present, n, part_dtype, i / ZMOE_Q8_BLOCK,
@@ -98,30 +87,4 @@ int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype sr
   if (count > 0)
     memcpy(dst, src, bytes_of(dst_dtype, count));
   return ZMOE_OK;
-}
-
-/* ---- digest -------------------------------------------------------------
- * Every step is a bijection of the running value, so that two inputs that
- * differ in one word always differ in the digest. */
-
-static uint64_t mix(uint64_t value) {
-  value ^= value >> 32;
-  value *= 0x9e3779b97f4a7c15u;
-  return value ^ value >> 29;
-}
-
-uint64_t zmoe_digest(const void *data, size_t bytes) {
-  const unsigned char *at = data;
-  uint64_t digest = mix(bytes + 1);
-  for (; bytes >= 8; bytes -= 8, at += 8) {
-    uint64_t word;
-    memcpy(&word, at, sizeof word);
-    digest = mix(digest ^ word);
-  }
-  if (bytes > 0) {
-    uint64_t word = 0;
-    memcpy(&word, at, bytes);
-    digest = mix(digest ^ word);
-  }
-  return mix(digest);
 }

@@ -1,4 +1,4 @@
-/* Conversions and sums, bit-identical with every instruction set; the routing digest. */
+/* Conversions and sums, bit-identical with every instruction set. */
 #ifndef ZMOE_REDUCE_H
 #define ZMOE_REDUCE_H
 
@@ -18,8 +18,5 @@ int zmoe_convert(void *dst, zmoe_dtype dst_dtype, const void *src, zmoe_dtype sr
  * every part NULL the result is zeros.  `out` may not alias a part. */
 int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                 zmoe_dtype part_dtype, size_t count, zmoe_isa isa);
-
-/* 64-bit digest of `bytes` bytes (not cryptographic): the routing digest. */
-uint64_t zmoe_digest(const void *data, size_t bytes);
 
 #endif

@@ -1,10 +1,11 @@
-/* The loop that the SIMD variants share, each with its own vectors (vec.h).
- * They call reduce_dispatch() from their zmoe_reduce_*().
+/* The loops that the SIMD variants share, each with its own vectors (vec.h).
+ * Before including this, define REDUCE, the function's name.
  *
  * The dtypes are constants in each call below, so that the compiler removes
  * the choice from the loops.  Four vectors at a time hide the latency of the
  * additions, whose order is fixed. */
 #include "block_body.h"
+#include "reduce_variants.h"
 
 KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
                           const unsigned char *const *parts, uint32_t n_parts,
@@ -35,26 +36,30 @@ KERNEL size_t reduce_body(unsigned char *out, zmoe_dtype out_dtype,
   return i;
 }
 
+/* The same for two dtypes that are constants. */
+KERNEL size_t reduce_rows(unsigned char *out, zmoe_dtype out_dtype,
+                          const unsigned char *const *parts, uint32_t n_parts,
+                          zmoe_dtype part_dtype, size_t count) {
+  if (out_dtype == ZMOE_Q8 || part_dtype == ZMOE_Q8)
+    return blocks_body(out, out_dtype, parts, n_parts, part_dtype, count / ZMOE_Q8_BLOCK);
+  return reduce_body(out, out_dtype, parts, n_parts, part_dtype, count);
+}
+
 KERNEL size_t reduce_to(unsigned char *out, zmoe_dtype out_dtype, const unsigned char *const *parts,
                         uint32_t n_parts, zmoe_dtype part_dtype, size_t count) {
   switch (part_dtype) {
   case ZMOE_F32:
-    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_F32, count);
+    return reduce_rows(out, out_dtype, parts, n_parts, ZMOE_F32, count);
   case ZMOE_F16:
-    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_F16, count);
+    return reduce_rows(out, out_dtype, parts, n_parts, ZMOE_F16, count);
   case ZMOE_BF16:
-    return reduce_body(out, out_dtype, parts, n_parts, ZMOE_BF16, count);
+    return reduce_rows(out, out_dtype, parts, n_parts, ZMOE_BF16, count);
   }
-  return 0;
+  return reduce_rows(out, out_dtype, parts, n_parts, ZMOE_Q8, count);
 }
 
-KERNEL size_t reduce_dispatch(unsigned char *out, zmoe_dtype out_dtype,
-                              const unsigned char *const *parts, uint32_t n_parts,
-                              zmoe_dtype part_dtype, size_t count) {
-  if (part_dtype == ZMOE_Q8)
-    return blocks_from_q8(out, out_dtype, parts, n_parts, count / ZMOE_Q8_BLOCK);
-  if (out_dtype == ZMOE_Q8)
-    return blocks_to_q8(out, parts, n_parts, part_dtype, count / ZMOE_Q8_BLOCK);
+TARGET size_t REDUCE(unsigned char *out, zmoe_dtype out_dtype, const unsigned char *const *parts,
+                     uint32_t n_parts, zmoe_dtype part_dtype, size_t count) {
   switch (out_dtype) {
   case ZMOE_F32:
     return reduce_to(out, ZMOE_F32, parts, n_parts, part_dtype, count);
@@ -63,5 +68,5 @@ KERNEL size_t reduce_dispatch(unsigned char *out, zmoe_dtype out_dtype,
   case ZMOE_BF16:
     return reduce_to(out, ZMOE_BF16, parts, n_parts, part_dtype, count);
   }
-  return 0;
+  return reduce_to(out, ZMOE_Q8, parts, n_parts, part_dtype, count);
 }

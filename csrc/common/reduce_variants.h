@@ -9,22 +9,10 @@
 
 #include "common/reduce.h"
 
-#if defined(__x86_64__)
-#define ZMOE_X86 1
-#elif defined(__aarch64__)
-#define ZMOE_ARM64 1
-#endif
-
 typedef size_t zmoe_reduce_fn(unsigned char *out, zmoe_dtype out_dtype,
                               const unsigned char *const *parts, uint32_t n_parts,
                               zmoe_dtype part_dtype, size_t count);
 
-#ifdef ZMOE_X86
-zmoe_reduce_fn zmoe_reduce_avx2;
-zmoe_reduce_fn zmoe_reduce_avx512;
-#endif
-#ifdef ZMOE_ARM64
-zmoe_reduce_fn zmoe_reduce_neon;
-#endif
+zmoe_reduce_fn zmoe_reduce_avx2, zmoe_reduce_avx512, zmoe_reduce_neon;
 
 #endif

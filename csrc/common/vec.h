@@ -14,13 +14,12 @@
  *
  * vec_store rounds to nearest even and writes the NaN of reduce_scalar.h. */
 #include "reduce_scalar.h"
-#include "reduce_variants.h"
 
 #if defined(VEC_AVX2)
 #include "vec_avx2.h"
 #elif defined(VEC_AVX512)
 #include "vec_avx512.h"
-#elif defined(ZMOE_ARM64)
+#elif defined(__aarch64__)
 #include "vec_neon.h"
 #else
 #include "vec_generic.h"

@@ -99,7 +99,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
 }
 
 static int may_dispatch(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_header *header) {
-  return ex->role == ZMOE_LEADER && header->chunks == 0 && header->part == 0 &&
+  return ex->role == ZMOE_LEADER && header->chunks == 0 && header->micro_batch == 0 &&
          header->rows <= ex->dispatch_rows && zmoe_dtype_bytes(routed->x_dtype) != 0 &&
          zmoe_collective_may_begin(ex, header);
 }
@@ -139,7 +139,7 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
 /* ---- a worker: receive ---------------------------------------------------------- */
 
 /* Rows in order, experts that exist, none twice in a row. */
-static int pairs_are_valid(const zmoe_received *got) {
+static int pairs_are_valid(const zmoe_dispatch_batch *got) {
   uint32_t first = 0; /* pair of this row */
   for (uint32_t i = 0; i < got->pairs; i++) {
     int32_t row = got->pair_rows[i], expert = got->pair_experts[i];
@@ -156,7 +156,7 @@ static int pairs_are_valid(const zmoe_received *got) {
 }
 
 /* What a frame holds; 0 when it cannot be trusted, or has no room. */
-static int take_rows(zmoe_frame *frame, zmoe_received *out) {
+static int take_rows(zmoe_frame *frame, zmoe_dispatch_batch *out) {
   const zmoe_header *header = &frame->header;
   const uint8_t *at = zmoe_frame_body(frame);
   zmoe_dtype dtype = (zmoe_dtype)header->dtype;
@@ -180,7 +180,7 @@ static int take_rows(zmoe_frame *frame, zmoe_received *out) {
 }
 
 /* From expert ids to this rank's numbers; 0 for one that is another's. */
-static int renumber(zmoe_received *out) {
+static int renumber(zmoe_dispatch_batch *out) {
   for (uint32_t i = 0; i < out->pairs; i++) {
     out->pair_experts[i] = out->local[out->pair_experts[i]];
     if (out->pair_experts[i] < 0)
@@ -190,7 +190,7 @@ static int renumber(zmoe_received *out) {
 }
 
 /* Waits until rows have come that can be trusted. */
-static int wait_for_rows(zmoe_exchange *ex, zmoe_received *out, uint64_t deadline_us,
+static int wait_for_rows(zmoe_exchange *ex, zmoe_dispatch_batch *out, uint64_t deadline_us,
                          uint64_t *lost) {
   zmoe_frame *frame = &ex->peers[0].partials[ex->collected % ZMOE_WINDOW];
   uint64_t until_us = zmoe_later_us(zmoe_now_us(), deadline_us);
@@ -232,8 +232,8 @@ static int await_rows(zmoe_exchange *ex, uint32_t step, uint32_t layer) {
   return ZMOE_OK;
 }
 
-int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
-                          uint64_t deadline_us, zmoe_fault *fault) {
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_dispatch_batch *out, uint32_t step,
+                          uint32_t layer, uint64_t deadline_us, zmoe_fault *fault) {
   uint64_t lost = 0;
   int rc = await_rows(ex, step, layer);
   if (rc == ZMOE_OK)

@@ -38,17 +38,17 @@ zmoe_held zmoe_collective_whole(const zmoe_collective *collective) {
 
 /* ---- publish ---------------------------------------------------------------- */
 
-/* A first part needs all before it collected; a further one belongs to the exchange
- * before, of which at most one part may be open. */
+/* A first micro-batch needs all before it collected; a further one belongs to the exchange
+ * before, of which at most one may be open. */
 int zmoe_collective_may_begin(zmoe_exchange *ex, const zmoe_header *header) {
   uint64_t open = ex->published - ex->collected;
   if (ex->published == 0)
-    return header->part == 0;
+    return header->micro_batch == 0;
   const zmoe_header *last = &zmoe_collective_at(ex, ex->published - 1)->header;
-  if (header->part == 0)
+  if (header->micro_batch == 0)
     return open == 0 && zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(last)) > 0;
   return open < ZMOE_WINDOW && header->step == last->step && header->layer == last->layer &&
-         header->part == last->part + 1;
+         header->micro_batch == last->micro_batch + 1;
 }
 
 /* What a peer may still ask for; see exchange.c. */
@@ -56,7 +56,7 @@ static uint64_t first_wanted(zmoe_exchange *ex) {
   if (ex->collected == 0)
     return 0;
   const zmoe_header *last = &zmoe_collective_at(ex, ex->collected - 1)->header;
-  return ex->collected - (last->part > 0 ? ZMOE_WINDOW : 1);
+  return ex->collected - (last->micro_batch > 0 ? ZMOE_WINDOW : 1);
 }
 
 static int send_collective(zmoe_exchange *ex, const zmoe_collective *collective) {
@@ -80,7 +80,7 @@ zmoe_collective *zmoe_collective_begin(zmoe_exchange *ex, const zmoe_collective 
 
 static int begin(zmoe_exchange *ex, const zmoe_collective *made, zmoe_fault *fault) {
   if (zmoe_is_open(ex))
-    zmoe_wait_drain(ex); /* chunks of the part before may have come: its sum goes first */
+    zmoe_wait_drain(ex); /* chunks of the micro-batch before may have come: its sum goes first */
   const zmoe_collective *collective = zmoe_collective_begin(ex, made);
   int error = send_collective(ex, collective);
   if (error != 0)
@@ -102,7 +102,7 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
   if (zmoe_is_forked(ex))
     return ZMOE_EFORK;
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
-  if (bytes > ex->max_payload_bytes || call->part > UINT8_MAX ||
+  if (bytes > ex->max_payload_bytes || call->micro_batch > UINT8_MAX ||
       call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
     return ZMOE_EINVAL;
   *out = (zmoe_header){
@@ -110,13 +110,12 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
       .dtype = (uint8_t)call->wire_dtype,
       .source = (uint16_t)ex->rank,
       .session = ex->session,
-      .epoch = ex->epoch,
       .step = call->step,
       .layer = call->layer,
       .rows = call->rows,
       .width = call->width,
       .payload_bytes = (uint32_t)bytes,
-      .part = (uint8_t)call->part,
+      .micro_batch = (uint8_t)call->micro_batch,
       .chunks = (uint8_t)(call->algorithm == ZMOE_SCATTER ? ex->nodes : 0),
       .digest = call->digest,
   };

@@ -6,8 +6,8 @@
  * rank c alone, who adds up N chunks, and publishes that chunk of the sum.
  *
  * Lock-step is what bounds the buffers.  Call a rank's exchanges 0, 1, 2, ...; the
- * parts of one layer count each.  A first part is published when all before it are
- * collected, a further part when all but the one before it are: at most W = 2 are
+ * micro-batches of one layer count each.  A first one is published when all before it are
+ * collected, a further one when all but the one before it are: at most W = 2 are
  * open, published and not yet collected (ZMOE_WINDOW).  A rank that has collected i
  * had something of i from everybody, so everybody had published i.
  *
@@ -19,7 +19,7 @@
  *
  * What we may be asked for.  If we have collected up to c - 1, every peer has
  * published c - 1, and so it has collected all before c - 1 if that was a first
- * part, else all before c - W (first_wanted in collective.c).  With W open that leaves
+ * micro-batch, else all before c - W (first_wanted in collective.c).  With W open that leaves
  * 2 W collectives (ZMOE_COLLECTIVES); where layers are not split, two.  Chunks of a partial
  * can be asked for only until we have everybody's sums, since those were made of
  * them.
@@ -214,26 +214,6 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
   free(ex);
 }
 
-int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch) {
-  if (zmoe_is_forked(ex))
-    return ZMOE_EFORK;
-  if (epoch < ex->epoch || (epoch == ex->epoch && ex->published > 0))
-    return ZMOE_EINVAL;
-  for (uint32_t r = 0; r < ex->nodes; r++) {
-    zmoe_peer *peer = &ex->peers[r];
-    for (int i = 0; i < ZMOE_WINDOW; i++) {
-      zmoe_frame_drop(&peer->partials[i]);
-      zmoe_frame_drop(&peer->sums[i]);
-      if (peer->early[i].header.epoch < epoch) /* a peer may have begun the epoch before us */
-        zmoe_frame_drop(&peer->early[i]);
-    }
-  }
-  zmoe_collectives_clear(ex);
-  ex->epoch = epoch;
-  ex->diverged = 0;
-  return ZMOE_OK;
-}
-
 /* ---- between exchanges ------------------------------------------------------ */
 
 void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
@@ -245,7 +225,6 @@ void zmoe_fault_set(zmoe_exchange *ex, uint64_t lost, zmoe_fault *fault) {
       .lost = lost,
       .diverged = ex->diverged,
       .zmq_errno = ex->zmq_errno,
-      .epoch = ex->epoch,
       .step = here->step,
       .layer = here->layer,
       .theirs = ex->theirs,

@@ -14,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/checksum.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/reduce.h"
@@ -24,10 +25,6 @@
 #define ZMOE_PRESENCE_BYTES 18
 #define ZMOE_PAIR_BYTES 12
 #define ZMOE_TOPIC_BYTES 16 /* of a frame: what its readers subscribe to */
-
-/* CRC-32C (Castagnoli; RFC 3720, appendix B.4): 0 for no bytes.  The same value with
- * every instruction set. */
-uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa);
 
 /* ---- pool: pinned slots, refcounted across threads ---------------------- */
 
@@ -63,7 +60,7 @@ void zmoe_pool_stats_get(const zmoe_pool *pool, zmoe_pool_stats *out);
 
 typedef enum zmoe_kind {
   ZMOE_KIND_PARTIAL = 1, /* one rank's partial sum of one layer */
-  ZMOE_KIND_RESEND = 2,  /* please send your frame (epoch, step, layer) again */
+  ZMOE_KIND_RESEND = 2,  /* please send your frame (step, layer) again */
   /* Answer to a RESEND for what the sender skipped: the header tells where it
    * is instead, `digest` repeats the request's step << 32 | layer. */
   ZMOE_KIND_ELSEWHERE = 3,
@@ -78,13 +75,12 @@ typedef struct zmoe_header {
   uint8_t dtype;
   uint16_t source;  /* rank */
   uint64_t session; /* random per run: frames of other runs are strangers */
-  uint32_t epoch;
   uint32_t step;
   uint32_t layer; /* ordinal of the MoE layer, 0-based */
   uint32_t rows, width;
   uint32_t payload_bytes; /* those of rows x width in dtype, or of a chunk; or 0: all zeros;
                            * of ROWS also the pairs' */
-  uint8_t part;           /* of a layer's exchanges, from 0 */
+  uint8_t micro_batch;    /* of a layer, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
   uint64_t digest;        /* of the routing that led here */
@@ -149,8 +145,8 @@ typedef struct zmoe_fault {
   uint64_t lost;     /* bit r: the link to rank r is gone */
   uint64_t diverged; /* bit r: rank r is elsewhere, see theirs */
   int32_t zmq_errno;
-  uint32_t epoch, step, layer; /* where we are */
-  zmoe_header theirs;          /* of the lowest diverged rank */
+  uint32_t step, layer; /* where we are */
+  zmoe_header theirs;   /* of the lowest diverged rank */
 } zmoe_fault;
 
 typedef struct zmoe_exchange_stats {
@@ -158,7 +154,7 @@ typedef struct zmoe_exchange_stats {
   uint64_t bad_short, bad_magic, bad_version, bad_checksum, bad_field, bad_oversized;
   uint64_t bad_payload;  /* damaged: the checksum of the header is right, the payload's is not */
   uint64_t bad_stranger; /* another session, an unknown rank, a wrong link */
-  uint64_t bad_stale;    /* an old epoch or step, or a duplicate */
+  uint64_t bad_stale;    /* an old step, or a duplicate */
   uint64_t resend_asked, resend_served, resend_unknown;
   uint64_t link_drops, link_returns;
 } zmoe_exchange_stats;
@@ -176,9 +172,6 @@ uint64_t zmoe_exchange_subscribers(zmoe_exchange *ex);
  * can answer it.  Reads pending events and messages. */
 uint64_t zmoe_exchange_links(zmoe_exchange *ex);
 
-/* Forget every frame held; what comes from older epochs is stale from now on. */
-int zmoe_exchange_begin_epoch(zmoe_exchange *ex, uint32_t epoch);
-
 /* Most exchanges that are published and not yet collected. */
 #define ZMOE_WINDOW 2
 
@@ -188,10 +181,10 @@ typedef enum zmoe_algorithm {
 } zmoe_algorithm;
 
 /* Which exchange, and of what; the same on every rank.  Order is by step, layer,
- * part.  A layer's rows may come in several parts, 0, 1, ...: a further part may
+ * micro-batch.  A layer's rows may come in several micro-batches, 0, 1, ...: a further one may
  * be published while the one before it is not yet collected. */
 typedef struct zmoe_call {
-  uint32_t step, layer, part;
+  uint32_t step, layer, micro_batch;
   uint32_t rows, width;
   zmoe_dtype wire_dtype;
   zmoe_algorithm algorithm;
@@ -216,7 +209,7 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
  * every worker the rows that it has experts for, publishes its own partial and
  * collects, as above; a worker receives, and publishes its partial of the rows
  * that it received.  That makes two messages a worker, empty ones included: from
- * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one part. */
+ * the leader's ROUTER to the worker's DEALER, and back.  ZMOE_DIRECT, one micro-batch. */
 
 typedef struct zmoe_routed {
   const void *x;         /* (rows, width) of x_dtype */
@@ -232,7 +225,7 @@ int zmoe_exchange_dispatch(zmoe_exchange *ex, const zmoe_call *call, const zmoe_
                            uint64_t deadline_us, zmoe_fault *fault);
 
 /* A worker's rows, renumbered from 0, and its pairs, ordered by row. */
-typedef struct zmoe_received {
+typedef struct zmoe_dispatch_batch {
   /* Room, this rank's number of each expert (-1 for another's), and how wide the
    * rows of this layer are. */
   void *x;
@@ -246,13 +239,13 @@ typedef struct zmoe_received {
   uint32_t rows, pairs, busiest;
   zmoe_dtype dtype;
   uint64_t digest; /* to be published with */
-} zmoe_received;
+} zmoe_dispatch_batch;
 
 /* Wait for the leader's rows; call again after ZMOE_EINTR.  ZMOE_EDIVERGED also
  * for a pair whose expert is another rank's, for rows of another width and for more
  * rows than dispatch_rows.  What does not fit the room is dropped, as a bad frame. */
-int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_received *out, uint32_t step, uint32_t layer,
-                          uint64_t deadline_us, zmoe_fault *fault);
+int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_dispatch_batch *out, uint32_t step,
+                          uint32_t layer, uint64_t deadline_us, zmoe_fault *fault);
 
 /* ---- between exchanges --------------------------------------------------------- */
 

@@ -19,7 +19,7 @@ enum {
 
 /* Place in the run, compared in this order.  Exchanges only ever move forward. */
 typedef struct zmoe_key {
-  uint32_t epoch, step, layer, part;
+  uint32_t step, layer, micro_batch;
 } zmoe_key;
 
 typedef struct zmoe_frame {
@@ -83,8 +83,7 @@ struct zmoe_exchange {
   void *xpub, *sub, *router;
   zmoe_pool *pool;
 
-  uint32_t epoch;
-  /* Exchanges of this epoch: `collected` <= i < `published` are open.  The i-th is
+  /* Exchanges: `collected` <= i < `published` are open.  The i-th is
    * at i % ZMOE_COLLECTIVES; those before `held` have lost their slots. */
   uint64_t published, collected, held;
   zmoe_collective collectives[ZMOE_COLLECTIVES];
@@ -107,18 +106,16 @@ struct zmoe_exchange {
 };
 
 static inline zmoe_key zmoe_key_of(const zmoe_header *header) {
-  return (zmoe_key){header->epoch, header->step, header->layer, header->part};
+  return (zmoe_key){header->step, header->layer, header->micro_batch};
 }
 
 static inline int zmoe_key_compare(zmoe_key a, zmoe_key b) {
-  if (a.epoch != b.epoch)
-    return a.epoch < b.epoch ? -1 : 1;
   if (a.step != b.step)
     return a.step < b.step ? -1 : 1;
   if (a.layer != b.layer)
     return a.layer < b.layer ? -1 : 1;
-  if (a.part != b.part)
-    return a.part < b.part ? -1 : 1;
+  if (a.micro_batch != b.micro_batch)
+    return a.micro_batch < b.micro_batch ? -1 : 1;
   return 0;
 }
 

@@ -176,8 +176,6 @@ static void take_routed(zmoe_exchange *ex, zmq_msg_t *part) {
   } else if (zmoe_receive_header(ex, part, &header)) {
     if (rank != header.source)
       ex->stats.bad_stranger++;
-    else if (header.epoch < ex->epoch)
-      ex->stats.bad_stale++;
     else if (header.kind == ZMOE_KIND_RESEND)
       zmoe_resend_answer(ex, &header);
     else

@@ -126,7 +126,7 @@ static int64_t find(zmoe_exchange *ex, zmoe_key key) {
 static int is_skipped(zmoe_exchange *ex, zmoe_key key) {
   uint64_t oldest = ex->published > ZMOE_COLLECTIVES ? ex->published - ZMOE_COLLECTIVES : 0;
   zmoe_key first = zmoe_key_of(&zmoe_collective_at(ex, oldest)->header);
-  return key.epoch == ex->epoch && (oldest == 0 || zmoe_key_compare(key, first) > 0);
+  return oldest == 0 || zmoe_key_compare(key, first) > 0;
 }
 
 /* A partial of the i-th exchange, which is open, or a chunk of it. */
@@ -146,23 +146,19 @@ static void take_open(zmoe_exchange *ex, uint64_t i, zmq_msg_t *message,
   }
 }
 
-/* A partial of an exchange that we have not begun.  A later epoch replaces one
- * that was given up. */
+/* A partial of an exchange that we have not begun. */
 static void take_early(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
   zmoe_frame *frames = ex->peers[header->source].early, *place = NULL;
-  for (int i = 0; i < ZMOE_WINDOW; i++) {
-    if (frames[i].full &&
-        zmoe_key_compare(zmoe_key_of(&frames[i].header), zmoe_key_of(header)) == 0)
-      break; /* a duplicate */
-    if (!frames[i].full || (place == NULL && frames[i].header.epoch < header->epoch))
+  int is_duplicate = 0;
+  for (int i = 0; i < ZMOE_WINDOW; i++)
+    if (!frames[i].full)
       place = &frames[i];
-  }
-  if (place == NULL || header->epoch < ex->epoch) {
+    else if (zmoe_key_compare(zmoe_key_of(&frames[i].header), zmoe_key_of(header)) == 0)
+      is_duplicate = 1;
+  if (place == NULL || is_duplicate)
     ex->stats.bad_stale++;
-    return;
-  }
-  zmoe_frame_drop(place);
-  frame_take(place, message, header);
+  else
+    frame_take(place, message, header);
 }
 
 static void take_partial(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_header *header) {
@@ -221,7 +217,7 @@ void zmoe_receive_promote(zmoe_exchange *ex) {
 /* We are past an exchange that the sender asked us for. */
 static void take_elsewhere(zmoe_exchange *ex, const zmoe_header *header) {
   const zmoe_header *oldest = &zmoe_collective_at(ex, ex->collected)->header;
-  if ((zmoe_missing(ex) & zmoe_bit(header->source)) && header->epoch == ex->epoch &&
+  if ((zmoe_missing(ex) & zmoe_bit(header->source)) &&
       header->digest == ((uint64_t)oldest->step << 32 | oldest->layer))
     zmoe_set_diverged(ex, header);
   else

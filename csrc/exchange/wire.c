@@ -1,9 +1,9 @@
 /* The frame header.
  *
- *   0 magic "ZMOE"       16 epoch      36 source, 2 bytes
+ *   0 magic "ZMOE"       16 zero       36 source, 2 bytes
  *   4 version, 1 byte    20 step       38 dtype, kind: 1 byte each
  *   5 zero, 3 bytes      24 layer      40 payload_bytes
- *   8 session, 8 bytes   28 rows       44 part, chunks, chunk, busiest: 1 byte each
+ *   8 session, 8 bytes   28 rows       44 micro_batch, chunks, chunk, busiest: 1 byte each
  *                        32 width      48 digest, 8 bytes
  *                                      56 checksum of the payload
  *                                      60 checksum of 0..59
@@ -55,7 +55,6 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   memcpy(out, MAGIC, sizeof MAGIC);
   out[4] = ZMOE_WIRE_VERSION;
   put64(out + 8, header->session);
-  put32(out + 16, header->epoch);
   put32(out + 20, header->step);
   put32(out + 24, header->layer);
   put32(out + 28, header->rows);
@@ -64,7 +63,7 @@ void zmoe_wire_encode(const zmoe_header *header, uint8_t out[ZMOE_HEADER_BYTES])
   out[38] = header->dtype;
   out[39] = header->kind;
   put32(out + 40, header->payload_bytes);
-  out[44] = header->part;
+  out[44] = header->micro_batch;
   out[45] = header->chunks;
   out[46] = header->chunk;
   out[47] = header->busiest;
@@ -106,7 +105,7 @@ static int sizes_agree(const zmoe_header *header) {
 }
 
 static int fields_are_valid(const uint8_t *at, const zmoe_header *header) {
-  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0;
+  int reserved_is_zero = at[5] == 0 && get16(at + 6) == 0 && get32(at + 16) == 0;
   int only_rows = header->kind == ZMOE_KIND_ROWS || header->busiest == 0;
   return reserved_is_zero && only_rows && header->kind >= ZMOE_KIND_PARTIAL &&
          header->kind <= ZMOE_KIND_ROWS &&
@@ -130,13 +129,12 @@ zmoe_wire_error zmoe_wire_decode(const void *frame, size_t frame_bytes, size_t m
       .dtype = at[38],
       .source = get16(at + 36),
       .session = get64(at + 8),
-      .epoch = get32(at + 16),
       .step = get32(at + 20),
       .layer = get32(at + 24),
       .rows = get32(at + 28),
       .width = get32(at + 32),
       .payload_bytes = get32(at + 40),
-      .part = at[44],
+      .micro_batch = at[44],
       .chunks = at[45],
       .chunk = at[46],
       .busiest = at[47],

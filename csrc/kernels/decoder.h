@@ -72,17 +72,14 @@ size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
 typedef enum zmoe_route_kind {
   ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
   ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
-  ZMOE_SIGMOID_TOP_K = 2, /* the k best of the logits' sigmoids */
 } zmoe_route_kind;
 
 typedef struct zmoe_router {
-  zmoe_norm input;          /* of h */
-  const zmoe_weight *gate;  /* width -> experts */
-  const float *choice_bias; /* (experts), added for the choice alone; or NULL */
-  uint32_t kind;            /* zmoe_route_kind */
+  zmoe_norm input;         /* of h */
+  const zmoe_weight *gate; /* width -> experts */
+  uint32_t kind;           /* zmoe_route_kind */
   uint32_t top_k;
-  uint32_t normalize; /* 1: a row's weights are divided by their sum + floor */
-  float floor, scale; /* scale: what they are multiplied with at last */
+  uint32_t normalize; /* 1: a row's weights are divided by their sum */
 } zmoe_router;
 
 /* x (rows, width) of `x_dtype` = norm(h); ids, weights (rows, top_k): the experts of

@@ -1,7 +1,6 @@
 /* All matmuls of a node's experts in one layer, in one call: which pairs, in what
  * order, and the memory for them. */
 #include "experts.h"
-#include "activation.h"
 
 #include <string.h>
 
@@ -149,6 +148,7 @@ static int run(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, const voi
       pair_end++;
     struct zmoe_experts_job job = {
         .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
+        .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(pool)),
         .isa = zmoe_thread_pool_isa(pool),
         .threads = zmoe_thread_pool_threads(pool),
         .layer = layer,
@@ -179,7 +179,7 @@ int zmoe_experts(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, const v
                  const int32_t *pair_experts, const float *pair_weights, uint32_t n_pairs,
                  void *out, zmoe_dtype out_dtype, zmoe_precision precision) {
   if (layer->activation > ZMOE_GELU_TANH_ONLY || layer->experts == 0 ||
-      zmoe_activation_has_gate(layer->activation) != (layer->gate != NULL) ||
+      (layer->activation <= ZMOE_CLAMPED_SWIGLU) != (layer->gate != NULL) ||
       layer->down->in_features != layer->up->out_features)
     return ZMOE_EINVAL;
   return run(pool, layer, x, x_dtype, rows, pair_rows, pair_experts, pair_weights, n_pairs, out,

@@ -4,6 +4,7 @@
 #define ZMOE_EXPERTS_H
 
 #include "matmul.h"
+#include "vector_ops.h"
 
 /* The pairs of one expert: [begin, end) of the sorted ones. */
 struct zmoe_group {
@@ -12,6 +13,7 @@ struct zmoe_group {
 
 struct zmoe_experts_job {
   const zmoe_kernels *kernels;
+  const zmoe_vector_ops *ops;
   zmoe_isa isa;
   const zmoe_expert_layer *layer;
   zmoe_precision precision;

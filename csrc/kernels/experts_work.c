@@ -5,7 +5,6 @@
  * activation; pack what comes out; down, weighted and summed per row in the
  * order of the experts.  A task is one panel of outputs of one expert, or, in
  * the last stage, of all experts, so that no two threads add to one sum. */
-#include "activation.h"
 #include "experts.h"
 
 #include <string.h>
@@ -55,8 +54,8 @@ static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group
   uint32_t count = zmoe_panel_end(first, job->hidden) - first;
   for (uint32_t i = group->begin; i < group->end; i++) {
     size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
-    zmoe_activate(job->isa, layer, gate + at, up + at, count,
-                  job->activations + (size_t)i * job->hidden + first);
+    job->ops->activate(layer, gate + at, up + at, count,
+                       job->activations + (size_t)i * job->hidden + first);
   }
 }
 

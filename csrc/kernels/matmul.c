@@ -6,26 +6,23 @@
 #include "common/reduce_scalar.h"
 #include "weight.h"
 
-const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
+static const zmoe_kernels *const VARIANTS[ZMOE_ISAS] = {
+    [ZMOE_ISA_GENERIC] = &zmoe_kernels_generic,
 #if defined(__x86_64__)
-  if (isa == ZMOE_ISA_AVX512_BF16)
-    return &zmoe_kernels_avx512_bf16;
-  if (isa == ZMOE_ISA_AVX512)
-    return &zmoe_kernels_avx512;
-  if (isa == ZMOE_ISA_AVX2)
-    return &zmoe_kernels_avx2;
+    [ZMOE_ISA_AVX2] = &zmoe_kernels_avx2,
+    [ZMOE_ISA_AVX512] = &zmoe_kernels_avx512,
+    [ZMOE_ISA_AVX512_BF16] = &zmoe_kernels_avx512_bf16,
 #elif defined(__aarch64__)
+    [ZMOE_ISA_NEON] = &zmoe_kernels_neon,
+    [ZMOE_ISA_NEON_DOT] = &zmoe_kernels_neon_dot,
 #ifdef ZMOE_NEON_BF16
-  if (isa == ZMOE_ISA_NEON_BF16)
-    return &zmoe_kernels_neon_bf16;
+    [ZMOE_ISA_NEON_BF16] = &zmoe_kernels_neon_bf16,
 #endif
-  if (isa == ZMOE_ISA_NEON_DOT || isa == ZMOE_ISA_NEON_BF16)
-    return &zmoe_kernels_neon_dot;
-  if (isa == ZMOE_ISA_NEON)
-    return &zmoe_kernels_neon;
 #endif
-  (void)isa;
-  return &zmoe_kernels_generic;
+};
+
+const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
+  return ZMOE_VARIANT(VARIANTS, isa);
 }
 
 static void gemv(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,

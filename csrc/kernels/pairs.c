@@ -1,6 +1,8 @@
 /* Of a routing, the pairs that are this node's to compute. */
 #include "decoder.h"
 
+#include "common/checksum.h"
+
 #include <string.h>
 
 /* The chosen experts of one row, ascending: their order may differ between

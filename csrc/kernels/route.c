@@ -22,21 +22,14 @@ static int is_better(float a, float b) {
   return a > b || (isnan(b) && !isnan(a));
 }
 
-static float choice(const zmoe_router *router, const float *scores, int32_t expert) {
-  return router->choice_bias == NULL ? scores[expert]
-                                     : scores[expert] + router->choice_bias[expert];
-}
-
 /* The k best, best first, by insertion: after the first few hardly any expert is one. */
-static void select_experts(const zmoe_router *router, const float *scores, uint32_t experts,
-                           int32_t *ids) {
-  uint32_t k = router->top_k, found = 0;
+static void select_experts(const float *scores, uint32_t experts, uint32_t k, int32_t *ids) {
+  uint32_t found = 0;
   for (uint32_t e = 0; e < experts; e++) {
-    float value = choice(router, scores, (int32_t)e);
-    if (found == k && !is_better(value, choice(router, scores, ids[k - 1])))
+    if (found == k && !is_better(scores[e], scores[ids[k - 1]]))
       continue;
     uint32_t at = found < k ? found++ : k - 1;
-    for (; at > 0 && is_better(value, choice(router, scores, ids[at - 1])); at--)
+    for (; at > 0 && is_better(scores[e], scores[ids[at - 1]]); at--)
       ids[at] = ids[at - 1];
     ids[at] = (int32_t)e;
   }
@@ -50,12 +43,12 @@ static void softmax(const zmoe_vector_ops *ops, float *x, uint32_t count) {
     x[i] /= state.sum;
 }
 
-static void normalize(const zmoe_router *router, float *weights) {
+static void normalize(float *weights, uint32_t k) {
   float sum = 0;
-  for (uint32_t i = 0; i < router->top_k; i++)
+  for (uint32_t i = 0; i < k; i++)
     sum += weights[i];
-  for (uint32_t i = 0; i < router->top_k; i++)
-    weights[i] /= sum + router->floor;
+  for (uint32_t i = 0; i < k; i++)
+    weights[i] /= sum;
 }
 
 static void route_row(const struct route *job, float *scores, int32_t *ids, float *weights) {
@@ -63,17 +56,13 @@ static void route_row(const struct route *job, float *scores, int32_t *ids, floa
   uint32_t k = router->top_k;
   if (router->kind == ZMOE_SOFTMAX_TOP_K)
     softmax(job->ops, scores, job->experts);
-  else if (router->kind == ZMOE_SIGMOID_TOP_K)
-    job->ops->sigmoid(scores, job->experts);
-  select_experts(router, scores, job->experts, ids);
+  select_experts(scores, job->experts, k, ids);
   for (uint32_t i = 0; i < k; i++)
     weights[i] = scores[ids[i]];
   if (router->kind == ZMOE_TOP_K_SOFTMAX)
     softmax(job->ops, weights, k);
   if (router->normalize)
-    normalize(router, weights);
-  for (uint32_t i = 0; i < k; i++)
-    weights[i] *= router->scale;
+    normalize(weights, k);
 }
 
 static void work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
@@ -89,7 +78,7 @@ static void work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
 static int check(const zmoe_router *router, zmoe_dtype x_dtype) {
   const zmoe_weight *gate = router->gate;
   if (zmoe_weight_check(gate) != ZMOE_OK || gate->out_features > INT32_MAX ||
-      !zmoe_norm_fits(&router->input, gate->in_features) || router->kind > ZMOE_SIGMOID_TOP_K ||
+      !zmoe_norm_fits(&router->input, gate->in_features) || router->kind > ZMOE_TOP_K_SOFTMAX ||
       router->top_k < 1 || router->top_k > gate->out_features || zmoe_dtype_bytes(x_dtype) == 0)
     return ZMOE_EINVAL;
   return ZMOE_OK;

@@ -2,13 +2,14 @@
 #define TABLE zmoe_vector_ops_generic
 #include "vector_ops_body.h"
 
-const zmoe_vector_ops *zmoe_vector_ops_for(zmoe_isa isa) {
+static const zmoe_vector_ops *const VARIANTS[ZMOE_ISAS] = {
+    [ZMOE_ISA_GENERIC] = &zmoe_vector_ops_generic,
 #if defined(__x86_64__)
-  if (isa == ZMOE_ISA_AVX2)
-    return &zmoe_vector_ops_avx2;
-  if (isa == ZMOE_ISA_AVX512 || isa == ZMOE_ISA_AVX512_BF16)
-    return &zmoe_vector_ops_avx512;
+    [ZMOE_ISA_AVX2] = &zmoe_vector_ops_avx2,
+    [ZMOE_ISA_AVX512] = &zmoe_vector_ops_avx512,
 #endif
-  (void)isa;
-  return &zmoe_vector_ops_generic;
+};
+
+const zmoe_vector_ops *zmoe_vector_ops_for(zmoe_isa isa) {
+  return ZMOE_VARIANT(VARIANTS, isa);
 }

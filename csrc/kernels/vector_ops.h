@@ -1,5 +1,5 @@
 /* Vector operations of a decoder layer, once per instruction set: on one row,
- * one head, or some queries and a block of keys.
+ * one head, some queries and a block of keys, or the outputs of an expert's matmul.
  *
  * They give the same bits everywhere: elements are rounded one by one, and a sum
  * has 16 lanes (element i in lane i % 16), added by halves, then what fills no lanes. */
@@ -57,7 +57,9 @@ typedef struct zmoe_vector_ops {
   /* Values in f32 in panels of `panel` elements, zeros after the last:
    * panels[p][j][d] = values[j][p * panel + d], `panel` a multiple of 16. */
   void (*pack_values)(const zmoe_head_rows *values, uint32_t panel, float *panels);
-  void (*sigmoid)(float *x, uint32_t count);
+  /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
+  void (*activate)(const zmoe_expert_layer *layer, const float *gate, const float *up,
+                   uint32_t count, float *out);
 } zmoe_vector_ops;
 
 const zmoe_vector_ops *zmoe_vector_ops_for(zmoe_isa isa);

@@ -157,12 +157,8 @@ TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
   return correction;
 }
 
-TARGET static void sigmoid(float *x, uint32_t count) {
-  for (uint32_t i = 0; i < count; i++)
-    x[i] = sigmoid_of(x[i]);
-}
-
+#include "activation_body.h"
 #include "attention_body.h"
 
 const zmoe_vector_ops TABLE = {norm_row, clip,       rotate,      score,
-                               soften,   add_values, pack_values, sigmoid};
+                               soften,   add_values, pack_values, activate};

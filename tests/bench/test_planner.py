@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.programs import BENCH, call, report_of
-from zmoe.calibration import products
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.calibration import matmuls
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.config import POLICIES, SCHEDULES
 from zmoe.perf.profile import Profile, read_profile, write_profile
 
@@ -31,12 +30,12 @@ def profile(tmp_path: Path) -> str:
 def test_every_configuration_is_predicted_and_run(
     profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside each run little is measured: a small file's products, once, in one process."""
+    """Beside each run little is measured: a small file's matmuls, once, in one process."""
     monkeypatch.syspath_prepend(str(BENCH))
     planner = importlib.import_module("planner")
     monkeypatch.setattr(planner, "ROUNDS", 1)
-    monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)
-    monkeypatch.setattr(products, "core_sharings", partial(products.core_sharings, 1))
+    monkeypatch.setattr(matmuls, "FILE_BYTES", 256 << 20)
+    monkeypatch.setattr(matmuls, "core_sharings", partial(matmuls.core_sharings, 1))
     few = ("--nodes", "1,2", "--schedules", "centralized", "--policies", "selected")
     report = report_of("planner.py", "zmoe-tiny", *few, "--profile", profile, "--beside", *FEW)
     rows = report["results"]

@@ -9,7 +9,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from zmoe import native
-from zmoe.native import Dtype, Isa
+from zmoe.native import Dtype, Isa, Status, ffi, lib
 
 SIZES = {"12KiB": 12 * 1024, "1.5MiB": 1536 * 1024}
 NUMPY: dict[Dtype, np.dtype[Any]] = {
@@ -34,7 +34,12 @@ def encoded(value: float, dtype: Dtype, size: int) -> bytearray:
 def test_reduce(benchmark: BenchmarkFixture, size: str, nodes: int, dtype: Dtype, isa: Isa) -> None:
     parts = [encoded(rank + 0.5, dtype, SIZES[size]) for rank in range(nodes)]
     out = bytearray(SIZES[size])
-    benchmark(native.reduce, out, dtype, parts, dtype, isa)
+    views = [ffi.from_buffer(part) for part in parts]
+    pointers = ffi.new("void *[]", views)
+    raw, target = ffi.cast("const void *const *", pointers), ffi.from_buffer(out)
+    elements = len(out) // dtype.itemsize
+    status = benchmark(lib.zmoe_reduce, target, dtype, raw, nodes, dtype, elements, isa)
+    assert status == Status.OK
     assert out == encoded(nodes * nodes / 2, dtype, SIZES[size])
 
 

@@ -41,23 +41,23 @@ static struct room {
 
 static uint32_t row_width = WIDTH; /* of what a worker expects */
 
-static zmoe_received received(uint32_t rank, uint64_t others) {
+static zmoe_dispatch_batch received(uint32_t rank, uint64_t others) {
   struct room *room = &rooms[rank];
   memset(room, 0xee, sizeof *room);
   for (int32_t e = 0; e < EXPERTS; e++)
     room->local[e] = others >> e & 1 ? -1 : e + 1;
-  return (zmoe_received){.x = room->x,
-                         .pair_rows = room->pair_rows,
-                         .pair_experts = room->pair_experts,
-                         .pair_weights = room->pair_weights,
-                         .x_bytes = sizeof room->x,
-                         .max_pairs = PAIRS,
-                         .experts = EXPERTS,
-                         .local = room->local,
-                         .width = row_width};
+  return (zmoe_dispatch_batch){.x = room->x,
+                               .pair_rows = room->pair_rows,
+                               .pair_experts = room->pair_experts,
+                               .pair_weights = room->pair_weights,
+                               .x_bytes = sizeof room->x,
+                               .max_pairs = PAIRS,
+                               .experts = EXPERTS,
+                               .local = room->local,
+                               .width = row_width};
 }
 
-static int receive_for(uint32_t rank, zmoe_received *out, uint32_t step, uint32_t layer,
+static int receive_for(uint32_t rank, zmoe_dispatch_batch *out, uint32_t step, uint32_t layer,
                        uint64_t span_us, zmoe_fault *fault) {
   uint64_t until_us = rig_now_us() + span_us;
   int rc;
@@ -69,12 +69,12 @@ static int receive_for(uint32_t rank, zmoe_received *out, uint32_t step, uint32_
   return rc;
 }
 
-static int receive(uint32_t rank, zmoe_received *out, uint32_t step, uint32_t layer) {
+static int receive(uint32_t rank, zmoe_dispatch_batch *out, uint32_t step, uint32_t layer) {
   zmoe_fault fault;
   return receive_for(rank, out, step, layer, RIG_PATIENCE_US, &fault);
 }
 
-static int answer(uint32_t rank, const zmoe_received *got, uint32_t step, uint32_t layer,
+static int answer(uint32_t rank, const zmoe_dispatch_batch *got, uint32_t step, uint32_t layer,
                   zmoe_dtype wire, const float *partial) {
   zmoe_fault fault;
   zmoe_call call = rig_call(step, layer, got->rows, got->width, wire);

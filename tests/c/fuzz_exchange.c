@@ -234,9 +234,9 @@ static void drop_all(fake_socket *socket) {
 /* ---- the exchange, and where it should be ---------------------------------------------- */
 
 static zmoe_exchange *ex;
-static uint32_t rank, nodes, step, layer, part_index, epoch;
+static uint32_t rank, nodes, step, layer, micro_batch;
 static int central, in_chunks, dispatched;
-static zmoe_received got;
+static zmoe_dispatch_batch got;
 static uint64_t ranks[PAIRS];
 static long long taken[2]; /* sums, and rows of a worker */
 
@@ -244,7 +244,7 @@ static zmoe_call due(void) {
   return (zmoe_call){
       .step = step,
       .layer = layer,
-      .part = part_index,
+      .micro_batch = micro_batch,
       .rows = central && rank > 0 ? got.rows : 3,
       .width = WIDTH,
       .wire_dtype = (zmoe_dtype)(step % 4),
@@ -291,7 +291,7 @@ static uint32_t payload_of(const zmoe_header *header) {
 }
 
 static void change(zmoe_header *header) {
-  switch (draw(14)) {
+  switch (draw(13)) {
   case 0:
     header->kind = (uint8_t)draw(7);
     break;
@@ -305,30 +305,27 @@ static void change(zmoe_header *header) {
     header->session += draw(2);
     break;
   case 4:
-    header->epoch += draw(3) - 1;
-    break;
-  case 5:
     header->step += draw(5) - 2;
     break;
-  case 6:
+  case 5:
     header->layer += draw(5) - 2;
     break;
-  case 7:
+  case 6:
     header->rows = odd();
     break;
-  case 8:
+  case 7:
     header->width = odd();
     break;
-  case 9:
+  case 8:
     header->rows = 1 + draw(2 * MAX_ROWS), header->width = 1 + draw(2 * WIDTH);
     break;
-  case 10:
-    header->part = (uint8_t)draw(4);
+  case 9:
+    header->micro_batch = (uint8_t)draw(4);
     break;
-  case 11:
+  case 10:
     header->chunks = (uint8_t)draw(MAX_NODES + 2), header->chunk = (uint8_t)draw(MAX_NODES + 1);
     break;
-  case 12:
+  case 11:
     header->busiest = (uint8_t)odd();
     break;
   default:
@@ -346,10 +343,9 @@ static size_t make_frame(uint32_t from, uint8_t *out) {
       .dtype = (uint8_t)call.wire_dtype,
       .source = (uint16_t)from,
       .session = SESSION,
-      .epoch = epoch,
       .step = step,
       .layer = layer,
-      .part = (uint8_t)part_index,
+      .micro_batch = (uint8_t)micro_batch,
       .rows = central && rank > 0 ? 1 + draw(MAX_ROWS) : call.rows,
       .width = WIDTH,
       .digest = 7,
@@ -428,7 +424,7 @@ static void event(void) {
 }
 
 static void next_exchange(void) {
-  part_index = 0;
+  micro_batch = 0;
   dispatched = 0;
   if (draw(2))
     layer++;
@@ -475,7 +471,7 @@ static int publish(zmoe_fault *fault) {
   if (rc == ZMOE_OK && central && rank > 0)
     next_exchange();
   else if (rc == ZMOE_OK && !central)
-    part_index++;
+    micro_batch++;
   return rc;
 }
 
@@ -487,7 +483,7 @@ static int collect(zmoe_fault *fault) {
   if (rc == ZMOE_OK) {
     read_through(out, 3 * WIDTH * zmoe_dtype_bytes(dtype));
     taken[0]++;
-    if (part_index <= 1 || chance(2))
+    if (micro_batch <= 1 || chance(2))
       next_exchange();
   }
   free(out);
@@ -505,7 +501,7 @@ static int receive(zmoe_fault *fault) {
 
 static int act(zmoe_fault *fault) {
   out_of_memory = chance(16);
-  switch (draw(16)) {
+  switch (draw(15)) {
   case 0:
     return zmoe_exchange_service(ex, fault);
   case 1:
@@ -515,19 +511,14 @@ static int act(zmoe_fault *fault) {
     event();
     return ZMOE_OK;
   case 3:
-    if (!chance(4) || zmoe_exchange_begin_epoch(ex, epoch + 1) != ZMOE_OK)
-      return ZMOE_OK;
-    epoch++, dispatched = 0, part_index = 0;
-    return ZMOE_OK;
-  case 4:
     zmoe_exchange_links(ex);
     zmoe_exchange_subscribers(ex);
     return ZMOE_OK;
+  case 4:
   case 5:
-  case 6:
     return central && rank == 0 && !dispatched ? dispatch(fault) : publish(fault);
+  case 6:
   case 7:
-  case 8:
     return central && rank > 0 ? receive(fault) : collect(fault);
   default:
     deliver();
@@ -540,7 +531,7 @@ static void open_exchange(void) {
   central = draw(2) == 0;
   rank = draw(nodes);
   in_chunks = !central && draw(2);
-  step = layer = part_index = epoch = 0;
+  step = layer = micro_batch = 0;
   dispatched = out_of_memory = 0;
   memset(ranks, 0, sizeof ranks);
   fake_us = 1000;
@@ -567,7 +558,7 @@ static void open_exchange(void) {
   };
   CHECK_EQUAL(zmoe_exchange_create(&config, &ex), ZMOE_OK);
   static const int32_t local[EXPERTS] = {0, 1, 2, -1};
-  got = (zmoe_received){
+  got = (zmoe_dispatch_batch){
       .x = malloc(MAX_ROWS * WIDTH * 4),
       .pair_rows = malloc(PAIRS * 4),
       .pair_experts = malloc(PAIRS * 4),

@@ -55,7 +55,7 @@ static int partial_of(const routing *given, uint32_t rank, float *out) {
 }
 
 /* The same of what a worker received: it cannot see the rows that it has no part in. */
-static void work(uint32_t rank, const zmoe_received *got, zmoe_dtype x_dtype, float *out) {
+static void work(uint32_t rank, const zmoe_dispatch_batch *got, zmoe_dtype x_dtype, float *out) {
   static float x[ROWS * WIDTH];
   CHECK_EQUAL(got->dtype, x_dtype);
   CHECK_EQUAL(got->width, WIDTH);
@@ -114,7 +114,7 @@ static void exchange(const routing *given, uint32_t n, zmoe_dtype x_dtype, zmoe_
   CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, RIG_PATIENCE_US, &fault),
               ZMOE_OK);
   for (uint32_t r = 1; r < n; r++) {
-    zmoe_received got = received(r, 0);
+    zmoe_dispatch_batch got = received(r, 0);
     CHECK_EQUAL(receive(r, &got, call.step, call.layer), ZMOE_OK);
     CHECK_EQUAL(got.digest, call.digest);
     CHECK_EQUAL(got.busiest, 3);
@@ -167,7 +167,7 @@ static void test_what_a_worker_is_sent(void) {
   zmoe_routed routed = {x, ids, weights, ranks, 2, ZMOE_BF16, 0};
   zmoe_fault fault;
   CHECK_EQUAL(zmoe_exchange_dispatch(nodes[0].ex, &call, &routed, 0, &fault), ZMOE_OK);
-  zmoe_received got = received(1, 0);
+  zmoe_dispatch_batch got = received(1, 0);
   got.width = 2;
   CHECK_EQUAL(receive(1, &got, 4, 2), ZMOE_OK);
   CHECK(got.rows == 2 && got.width == 2 && got.dtype == ZMOE_BF16 && got.pairs == 3);
@@ -442,7 +442,7 @@ static void test_mistakes_of_a_leader(void) {
   static const uint64_t ranks[ROWS + 2] = {0};
   zmoe_fault fault;
   zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32, 0};
-  zmoe_received got = received(0, 0);
+  zmoe_dispatch_batch got = received(0, 0);
   zmoe_exchange *ex = nodes[0].ex;
   zmoe_call call = rig_call(0, 0, 1, 4, ZMOE_F32), other = call;
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, x, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
@@ -452,7 +452,7 @@ static void test_mistakes_of_a_leader(void) {
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &other, &routed, 0, &fault), ZMOE_EINVAL);
   other = call, other.algorithm = ZMOE_SCATTER;
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &other, &routed, 0, &fault), ZMOE_EINVAL);
-  other = call, other.part = 1;
+  other = call, other.micro_batch = 1;
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &other, &routed, 0, &fault), ZMOE_EINVAL);
   routed.x_dtype = (zmoe_dtype)ZMOE_Q8;
   CHECK_EQUAL(zmoe_exchange_dispatch(ex, &call, &routed, 0, &fault), ZMOE_EINVAL);
@@ -476,10 +476,6 @@ static void test_mistakes_of_a_leader(void) {
   CHECK_EQUAL(zmoe_exchange_publish(ex, &other, x, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, x, (zmoe_dtype)9, 0, &fault), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_exchange_publish(ex, &call, x, ZMOE_F32, 0, &fault), ZMOE_OK);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(ex, 1), ZMOE_OK); /* and all slots come back */
-  zmoe_pool_stats stats;
-  zmoe_exchange_pool_stats(ex, &stats);
-  CHECK(stats.acquired - stats.released <= NODES - 1); /* libzmq may still send some */
   rig_close(nodes, NODES);
 }
 

@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "exchange/exchange.h"
+#include "common/checksum.h"
 
 static const zmoe_isa ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
                                 ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON, ZMOE_ISA_NEON_DOT,

@@ -156,42 +156,6 @@ static void test_a_peer_one_ahead(void) {
   rig_close(nodes, 3);
 }
 
-/* ---- epochs ---------------------------------------------------------------- */
-
-static void test_epochs(void) {
-  rig_node nodes[2];
-  rig_options options = USUAL;
-  options.puppets = 2;
-  rig_open(nodes, options);
-  zmoe_fault fault;
-  float sum;
-  CHECK_EQUAL(rig_node_publish(&nodes[0], 5, 0, 1), ZMOE_OK);
-  rig_publish(&nodes[1], 5, 0, 1);
-  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 0), ZMOE_EINVAL);
-  /* The peer was in the middle of a step, then began the epoch before us. */
-  rig_publish(&nodes[1], 5, 1, 1);
-  zmoe_header header = rig_header(1, 0, 0);
-  uint8_t frame[ZMOE_HEADER_BYTES + 16];
-  header.epoch = 3;
-  rig_send(nodes[1].xpub, frame, rig_frame(&header, 2, frame), 0);
-  RIG_UNTIL(&nodes[0], frames_received, 3);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 3), ZMOE_OK);
-  rig_publish(&nodes[1], 5, 2, 1); /* replayed from the old epoch */
-  RIG_UNTIL(&nodes[0], bad_stale, 1);
-  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
-  rig_publish(&nodes[1], 5, 3, 1);
-  CHECK_EQUAL(rig_collect(&nodes[0], &sum, &fault), ZMOE_OK);
-  CHECK(sum == 3);
-  RIG_UNTIL(&nodes[0], bad_stale, 2);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 4), ZMOE_OK);
-  rig_publish(&nodes[1], 5, 4, 1); /* nor is it kept for later when nothing else is */
-  RIG_UNTIL(&nodes[0], bad_stale, 3);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 3), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_exchange_begin_epoch(nodes[0].ex, 2), ZMOE_EINVAL);
-  rig_close(nodes, 2);
-}
-
 /* ---- deadlines and signals --------------------------------------------------- */
 
 static void test_deadline(void) {
@@ -277,8 +241,8 @@ static void test_mistakes(void) {
                              rig_call(0, 0, UINT32_MAX, UINT32_MAX, ZMOE_F32),
                              rig_call(0, 0, 1, 4, (zmoe_dtype)7),
                              {.rows = 1, .width = 4, .algorithm = (zmoe_algorithm)2},
-                             {.rows = 1, .width = 4, .part = 256},
-                             {.rows = 1, .width = 4, .part = 1}};
+                             {.rows = 1, .width = 4, .micro_batch = 256},
+                             {.rows = 1, .width = 4, .micro_batch = 1}};
   for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
     CHECK_EQUAL(zmoe_exchange_publish(ex, &calls[i], data, ZMOE_F32, 0, &fault), ZMOE_EINVAL);
   zmoe_call fits = rig_call(0, 0, 1, 4, ZMOE_F32);
@@ -370,7 +334,6 @@ int main(int argc, char **argv) {
       {"sums of 2, 3, 4 and 8 nodes, every dtype, both algorithms, some without a part", test_sums},
       {"64 nodes", test_64_nodes},
       {"a peer one exchange ahead", test_a_peer_one_ahead},
-      {"epochs", test_epochs},
       {"deadlines name who is missing", test_deadline},
       {"signals end a wait", test_signals},
       {"a caller's mistakes are refused", test_mistakes},

@@ -213,7 +213,6 @@ static uint32_t next_random(void) {
 static size_t random_frame(uint8_t *frame) {
   zmoe_header header = rig_header(1 + next_random() % 2, next_random() % 2, 0);
   header.kind = (uint8_t)(next_random() % 6);
-  header.epoch = next_random() % 4 == 0;
   if (header.kind != ZMOE_KIND_PARTIAL)
     header.payload_bytes = 0;
   size_t bytes = rig_frame(&header, 9, frame);

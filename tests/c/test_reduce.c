@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/checksum.h"
 #include "common/reduce.h"
 #include "common/status.h"
 

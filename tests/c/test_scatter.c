@@ -366,8 +366,8 @@ static void test_a_link_that_is_down(void) {
   rig_close(nodes, NODES);
 }
 
-/* The sum of a part does not wait for a collect: the next part is computed first. */
-static void test_a_sum_goes_before_the_next_part(void) {
+/* The sum of a micro-batch does not wait for a collect: the next one is computed first. */
+static void test_a_sum_goes_before_the_next(void) {
   open_with(1000, 1000);
   uint8_t frame[FRAME_BYTES];
   zmoe_header header;
@@ -377,11 +377,11 @@ static void test_a_sum_goes_before_the_next_part(void) {
   struct timespec moment = {.tv_nsec = 200000000}; /* they are at the ROUTER by then */
   nanosleep(&moment, NULL);
   zmoe_call call = call_of(0, 0);
-  call.part = 1;
+  call.micro_batch = 1;
   CHECK_EQUAL(rig_node_send(&nodes[0], &call, data), ZMOE_OK);
   CHECK_EQUAL(rig_receive(nodes[1].sub, frame, FRAME_BYTES, 5000), FRAME_BYTES);
   CHECK_EQUAL(zmoe_wire_decode(frame, FRAME_BYTES, 4 * CHUNK, &header), ZMOE_WIRE_OK);
-  CHECK(header.kind == ZMOE_KIND_SUM && header.part == 0);
+  CHECK(header.kind == ZMOE_KIND_SUM && header.micro_batch == 0);
   rig_close(nodes, NODES);
 }
 
@@ -412,7 +412,7 @@ int main(int argc, char **argv) {
       {"two nodes with different algorithms", test_two_algorithms},
       {"misplaced frames, duplicates and replays", test_misplaced_frames},
       {"a link that is down takes no chunk", test_a_link_that_is_down},
-      {"a sum goes before the next part", test_a_sum_goes_before_the_next_part},
+      {"a sum goes before the next micro-batch", test_a_sum_goes_before_the_next},
       {"damaged chunks are asked for again", test_damaged_chunks},
   };
   rig_start(argc, argv);

@@ -66,7 +66,6 @@ static void check_heads(const zmoe_vector_ops *plain, const zmoe_vector_ops *fas
       memcpy(out[v], x, dim * sizeof *x);
       ops->clip(out[v], dim, 2.0f);
       ops->rotate(out[v], angles, angles + dim / 2, dim / 2 * 2, traditional);
-      ops->sigmoid(out[v], dim);
     }
     CHECK(memcmp(out[0], out[1], dim * sizeof *x) == 0);
   }
@@ -77,10 +76,27 @@ static void test_heads(void) {
   each_variant(check_heads);
 }
 
+static void check_activations(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast,
+                              uint32_t dim) {
+  float *gate = random_floats(dim, 3.0f), *up = random_floats(dim, 3.0f), out[2][MOST];
+  for (uint32_t activation = ZMOE_SILU; activation <= ZMOE_GELU_TANH_ONLY; activation++) {
+    const zmoe_expert_layer layer = {.activation = activation, .alpha = 1.702f, .limit = 2.0f};
+    plain->activate(&layer, gate, up, dim, out[0]);
+    fast->activate(&layer, gate, up, dim, out[1]);
+    CHECK(memcmp(out[0], out[1], dim * sizeof *gate) == 0);
+  }
+  free(gate), free(up);
+}
+
+static void test_activations(void) {
+  each_variant(check_activations);
+}
+
 int main(void) {
   static const test_case tests[] = {
       {"scores, softmax and sums", test_attention},
-      {"clip, rotations, sigmoid", test_heads},
+      {"clip and rotations", test_heads},
+      {"activations", test_activations},
   };
   RUN(tests);
   return 0;

@@ -12,13 +12,12 @@ static const zmoe_header SAMPLE = {
     .dtype = ZMOE_BF16,
     .source = 3,
     .session = 0x1122334455667788u,
-    .epoch = 7,
     .step = 0x01020304,
     .layer = 39,
     .rows = 2,
     .width = 5,
     .payload_bytes = 20,
-    .part = 1,
+    .micro_batch = 1,
     .digest = 0xfedcba9876543210u,
     .payload_checksum = 0x0badcafe,
 };
@@ -33,18 +32,18 @@ static void test_round_trip(void) {
   zmoe_header out;
   CHECK_EQUAL(decode(&SAMPLE, ZMOE_HEADER_BYTES + 20, &out), ZMOE_WIRE_OK);
   CHECK(out.kind == SAMPLE.kind && out.dtype == SAMPLE.dtype && out.source == SAMPLE.source);
-  CHECK(out.session == SAMPLE.session && out.epoch == SAMPLE.epoch && out.step == SAMPLE.step);
+  CHECK(out.session == SAMPLE.session && out.step == SAMPLE.step);
   CHECK(out.layer == SAMPLE.layer && out.rows == SAMPLE.rows && out.width == SAMPLE.width);
   CHECK(out.payload_bytes == SAMPLE.payload_bytes && out.digest == SAMPLE.digest);
   CHECK(out.payload_checksum == SAMPLE.payload_checksum);
-  CHECK(out.part == SAMPLE.part && out.chunks == 0 && out.chunk == 0);
+  CHECK(out.micro_batch == SAMPLE.micro_batch && out.chunks == 0 && out.chunk == 0);
 }
 
 /* The bytes on the wire are a promise between machines: fixed for a version. */
 static void test_golden_bytes(void) {
   static const uint8_t golden[60] = {
       'Z',  'M', 'O', 'E',  3,    0,    0,    0,    0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22,
-      0x11, 7,   0,   0,    0,    4,    3,    2,    1,    39,   0,    0,    0,    2,    0,
+      0x11, 0,   0,   0,    0,    4,    3,    2,    1,    39,   0,    0,    0,    2,    0,
       0,    0,   5,   0,    0,    0,    3,    0,    2,    1,    20,   0,    0,    0,    1,
       0,    0,   0,   0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, 0xfe, 0xca, 0xad, 0x0b,
   };

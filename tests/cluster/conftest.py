@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from zmoe.cli import node, prestack, run
 
 COMMANDS = {"run": run, "node": node, "prestack": prestack}
 MARK = "ZMOE_TEST_MARK"
+# What is started ends with this process, even if that is killed and no fixture is torn down.
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 PATIENCE_S = 60  # longer than anything takes that does work, on a busy machine too
 
 
@@ -87,7 +91,7 @@ class Commands:
 
     def python(self, *arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [*ENDS_WITH_US, sys.executable, *map(str, arguments)],
             env=self.env,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -109,6 +113,26 @@ class Commands:
             text=True,
             timeout=120,
         )
+
+    def on_a_terminal(self, module: str, *arguments: object) -> bytes:
+        """What a command that succeeds writes to standard error, which is a terminal."""
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*ENDS_WITH_US, sys.executable, "-m", f"zmoe.cli.{module}", *map(str, arguments)],
+            env={**self.env, "TERM": "xterm"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal's end shows
+            while piece := os.read(ours, 4096):
+                shown += piece
+        os.close(ours)
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0
+        return shown
 
     def call(
         self, command: str, *arguments: object, stdin: str = ""

@@ -6,17 +6,17 @@ import re
 import signal
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.cluster.test_failure import ENDLESS, first_output
 from tests.families import build
+from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 
 CENTRAL = ("--schedule", "centralized")
 
@@ -27,7 +27,7 @@ def worker_memory(folder: Path, compute: str, schedule: str) -> int:
     Not as it tells them itself: in those it counts what it was forked from, this process.
     """
     engine = EngineConfig(compute=compute, schedule=schedule)
-    info, spec = inspect_model(folder), ClusterSpec(nodes=2, engine=engine)
+    info, spec = describe(Skeleton(folder)), ClusterSpec(nodes=2, engine=engine)
     resolver = PlacementResolver(PlacementRequest("experts"), info, 2, engine)
     leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
     error = "the test failed"

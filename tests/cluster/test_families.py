@@ -18,13 +18,14 @@ from mlx_lm.utils import load_model
 
 from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
+from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from tests.families import FAMILIES, build
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Timing
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
 
 Run = tuple[list[int], list[np.ndarray]]
@@ -81,12 +82,12 @@ def run(
     schedule: str = "decentralized",
 ) -> Run:
     """The same on `nodes` nodes, prompt in chunks."""
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     engine = EngineConfig(prefill_chunk=CHUNK, compute=compute, schedule=schedule)
     leader = None
     if nodes == 1:
         node = Node(info, engine, Timing())
-        node.place(place_evenly(info, 1))
+        node.place(place_evenly(info.shape, 1))
         node.load(lambda done, total: None)
     else:
         spec = ClusterSpec(

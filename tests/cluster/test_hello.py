@@ -25,7 +25,7 @@ from zmoe.errors import MismatchError, ZmoeError
 from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
 from zmoe.placement.estimate import NodeResources
 
@@ -52,7 +52,7 @@ class Impostor(threading.Thread):
         bus = WorkerBus(context, f"127.0.0.1:{self._port}", join, 5.0)
         answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Setup):
-            info = inspect_model(TINY)
+            info = describe(Skeleton(TINY))
             here = Endpoint("127.0.0.1", 1, 2)
             hello = hello_of(info, arithmetic_of(EngineConfig()), NodeResources("m", GIB), here)
             bus.send(changed(hello, self._hello_changes))
@@ -123,7 +123,7 @@ def test_what_differs_is_named_on_both_sides(
 
 @pytest.mark.parametrize("field", ["device", "compute", "mlx", "mlx_lm", "probe"])
 def test_workers_that_do_not_route_may_round_differently(field: str) -> None:
-    info, here = inspect_model(TINY), Endpoint("127.0.0.1", 1, 2)
+    info, here = describe(Skeleton(TINY)), Endpoint("127.0.0.1", 1, 2)
     mine = hello_of(info, arithmetic_of(EngineConfig()), NodeResources("m", GIB), here)
     theirs = changed(mine, {f"arithmetic.{field}": "another"})
     check_hello(mine, theirs, "node 1", "centralized")
@@ -165,7 +165,7 @@ def test_another_placement_is_named_on_both_sides(
     impostor.start()
     evenly, timing = PlacementRequest("experts"), Timing(join=PATIENCE_S)
     spec = ClusterSpec(2, manual=True, port=free_port, timing=timing, placement=evenly)
-    ours = place_evenly(inspect_model(TINY), 2).digest
+    ours = place_evenly(describe(Skeleton(TINY)).shape, 2).digest
     words = f"node 1 .otherhost. has loaded placement 0123, the leader {ours}"
     with pytest.raises(MismatchError, match=words), Cluster(TINY, spec=spec):
         pass
@@ -202,7 +202,7 @@ def test_a_worker_refuses_what_is_no_placement(
         timing = Timing(peer=60.0, grace=60.0, load=60.0, join=60.0)
         bus.broadcast(Setup(2, str(TINY), EngineConfig(), timing, None))
         answer()
-        placement = dataclasses.replace(place_evenly(inspect_model(TINY), 2), **changes)
+        placement = dataclasses.replace(place_evenly(describe(Skeleton(TINY)).shape, 2), **changes)
         bus.broadcast(Place(placement))
         nodes = (Endpoint("127.0.0.1", 1, 3), Endpoint("127.0.0.1", 2, 4))
         bus.broadcast(Endpoints("GENERIC", nodes))

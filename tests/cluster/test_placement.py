@@ -10,9 +10,9 @@ import pytest
 
 from tests.cluster.conftest import Commands
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 
-TINY = inspect_model(resolve_model("zmoe-tiny"))
+TINY = describe(Skeleton(resolve_model("zmoe-tiny")))
 RUN = ("--temp", 0, "-m", 24, "ROMEO:")
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import Commands
-from zmoe.calibration import machine, products, steps
+from zmoe.calibration import machine, matmuls, steps
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cli.plan.command import main
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.hardware import Machine
 from zmoe.perf.measured import ProductRate
@@ -209,6 +208,13 @@ def test_the_default_is_as_many_nodes_as_there_are_experts(plan: Plan, tmp_path:
     assert "field moe_top_k is 4: more experts per token than the 3" in refused(plan, *few)
 
 
+def test_the_default_is_as_many_nodes_as_an_expert_has_slices(plan: Plan) -> None:
+    """An expert of zmoe-tiny is 64 wide, which is one slice."""
+    tiny = ("--model", "zmoe-tiny", "--hardware", "epyc", "--link", "1gbe", "--placement", "slices")
+    assert [row["nodes"] for row in answer(plan, *tiny)["results"]] == [1]
+    assert "64 wide and cut in steps of 64" in refused(plan, *tiny, "--nodes", 2)
+
+
 def test_a_hub_out_of_reach_is_told_at_once(commands: Commands, tmp_path: Path) -> None:
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     rest = ("--model", "org/some-moe", "--hardware", "epyc", "--nodes", 1)
@@ -318,7 +324,7 @@ def test_only_a_profile_is_overwritten(plan: Plan, tmp_path: Path) -> None:
     assert precious.read_text() == '{"mine": 1}'
 
 
-class FewProducts(products.Products):
+class FewMatmuls(matmuls.Matmuls):
     """In the first round a plain format, in the second a quantised one."""
 
     def __init__(self, folder: Path) -> None:
@@ -347,10 +353,10 @@ def test_a_calibrated_profile_plans(
 ) -> None:
     """All kinds of measurements, few of each, with few repetitions, of 1 and 2 nodes only."""
     monkeypatch.setattr(machine, "MOST_NODES", 2)
-    monkeypatch.setattr(machine, "Products", FewProducts)
-    alone, *_, together = products.core_sharings(2)
-    monkeypatch.setattr(products, "core_sharings", lambda: [alone, together])
-    monkeypatch.setattr(products, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
+    monkeypatch.setattr(machine, "Matmuls", FewMatmuls)
+    alone, *_, together = matmuls.core_sharings(2)
+    monkeypatch.setattr(matmuls, "core_sharings", lambda: [alone, together])
+    monkeypatch.setattr(matmuls, "FILE_BYTES", 256 << 20)  # 4 experts in float32 for each process
     few = {"STEPS": 16, "FAR": 300, "FEW": 1, "MANY": 2, "HIDDEN": 128, "cases": few_cases}
     for name, value in few.items():
         monkeypatch.setattr(steps, name, value)
@@ -395,7 +401,7 @@ def test_placement_files(plan: Plan, tmp_path: Path) -> None:
     for arguments, words in (
         (("--placement", file, "--nodes", "1-2"), f"{file} is for 2 nodes, not for 1"),
         (("--placement", file, "--target", 9), "--target and a placement file exclude"),
-        (("--placement", "copies"), 'placement "copies" is unknown (known: experts, replicas'),
+        (("--placement", "copies"), 'placement "copies" is unknown (known: auto, experts, rep'),
         (("--placement", tmp_path / "no.json"), "no.json cannot be read"),
     ):
         assert words in refused(plan, *mixtral, *arguments)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -160,9 +158,9 @@ def test_a_killed_run_goes_on(commands: Commands, tmp_path: Path, how: signal.Si
     source = build("mixtral", tmp_path / "source")
     store, journal = tmp_path / "store", tmp_path / "store" / "zmoe-store.journal"
     (tmp_path / "sitecustomize.py").write_text(HOLD)
-    commands.env["PYTHONPATH"] = str(tmp_path)
-    process = commands.start("prestack", source, store)
-    del commands.env["PYTHONPATH"]
+    path = os.environ.get("PYTHONPATH", "")
+    with mock.patch.dict(commands.env, PYTHONPATH=f"{tmp_path}{os.pathsep}{path}"):
+        process = commands.start("prestack", source, store)
     # The dense tensors come first; then a header and some experts of the first layer.
     wait_until(
         lambda: journal.exists() and journal.read_text().count("experts-00000") == 4,
@@ -186,22 +184,7 @@ def test_a_killed_run_goes_on(commands: Commands, tmp_path: Path, how: signal.Si
 
 
 def test_a_terminal_shows_a_bar(commands: Commands, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zmoe.cli.prestack", "zmoe-tiny", str(tmp_path / "s"), "--verify"],
-        env={**commands.env, "TERM": "xterm"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal's end shows
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    shown = commands.on_a_terminal("prestack", "zmoe-tiny", tmp_path / "s", "--verify")
     assert b"writing" in shown and b"comparing" in shown
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.cluster.conftest import Commands
@@ -14,21 +12,9 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def python(commands: Commands, snippet: str, *arguments: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", snippet, *arguments],
-        env=commands.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    commands.started.append(process)
-    return process
-
-
 def test_the_cluster_snippet(commands: Commands) -> None:
     assert len(SNIPPETS[0].strip().splitlines()) < 15
-    process = python(commands, SNIPPETS[0])
+    process = commands.python("-c", SNIPPETS[0])
     text, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert text == commands.run("--temp", 0, "-m", 32, "ROMEO:").stdout.removesuffix("\n")
@@ -36,7 +22,7 @@ def test_the_cluster_snippet(commands: Commands) -> None:
 
 def test_the_exchange_snippet(commands: Commands) -> None:
     assert len(SNIPPETS[1].strip().splitlines()) < 15
-    ranks = [python(commands, SNIPPETS[1], str(rank)) for rank in range(2)]
+    ranks = [commands.python("-c", SNIPPETS[1], rank) for rank in range(2)]
     for process in ranks:
         text, errors = process.communicate(timeout=90)
         assert process.returncode == 0, errors

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from typing import Any
 
 import mlx_lm
@@ -114,22 +109,7 @@ def test_stats_leave_the_text_alone(commands: Commands, alone: str) -> None:
 
 
 def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zmoe.cli.run", "-n", "2", "-m", "2", 200 * PROMPT],
-        env={**commands.env, "TERM": "xterm"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal's end shows
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    shown = commands.on_a_terminal("run", "-n", "2", "-m", "2", 200 * PROMPT)
     assert b"loading node 0" in shown
     assert b"loading node 1" in shown
     assert re.search(rb"reading the prompt, tokens .*\d+/400", shown)

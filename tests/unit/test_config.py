@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -30,6 +31,18 @@ from zmoe.errors import SettingError
         (Sampling, "top_k", -1),
         (Sampling, "min_p", 2.0),
         (Sampling, "seed", -1),
+        (Sampling, "repetition_penalty", -1.0),
+        (Sampling, "repetition_penalty", 0.001),
+        (Sampling, "repetition_context_size", 0),
+        (Sampling, "presence_penalty", 2.5),
+        (Sampling, "frequency_penalty", float("nan")),
+        (Sampling, "logit_bias", [1, 2]),
+        (Sampling, "logit_bias", {"5": 1.0}),
+        (Sampling, "logit_bias", {-1: 1.0}),
+        (Sampling, "logit_bias", {5: 101}),
+        (Sampling, "logit_bias", {5: None}),
+        (Sampling, "logprobs", 21),
+        (Sampling, "logprobs", True),
         (ClusterSpec, "nodes", 0),
         (ClusterSpec, "nodes", "2"),
         (ClusterSpec, "nodes", True),
@@ -64,3 +77,12 @@ def test_a_command_names_its_flag(
 
 def test_defaults_are_greedy() -> None:
     assert Sampling().temp == 0.0
+
+
+def test_a_bias_is_the_settings_own() -> None:
+    given = {5: -1.0}
+    sampling = Sampling(logit_bias=given, seed=1)
+    given[5] = 1000.0
+    assert sampling.logit_bias == {5: -1.0}
+    assert hash(sampling) == hash(Sampling(**asdict(sampling)))
+    assert sampling == Sampling(**asdict(sampling)) != Sampling(logit_bias={5: 1.0}, seed=1)

@@ -22,6 +22,7 @@ class Rates:
     def took(self, rows: int, seconds: float) -> None:
         """A step of `rows` took `seconds`."""
         self._count += 1
+        seconds = max(seconds, 1e-6)
         mean_rows, mean_seconds, _ = self._means.get(rows.bit_length(), (rows, seconds, 0))
         self._means[rows.bit_length()] = (
             mean_rows + FADE * (rows - mean_rows),
@@ -56,4 +57,4 @@ class Rates:
             if after > seconds:
                 return int(below + (seconds - before) / (after - before) * (above - below))
             below, before = above, after
-        return int(below * seconds / before) if before else 0
+        return int(below * seconds / before)

@@ -1,0 +1,1 @@
+"""Measuring this machine and its links for the performance model, for zmoe-plan --calibrate."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from zmoe.calibration.products import Progress
+from zmoe.calibration.matmuls import Progress
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.launch import NodeProcess, end_all, over_ssh
 from zmoe.cluster.spec import RemoteOptions

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe import __version__
-from zmoe.calibration.products import MOST_NODES, Products, Progress
+from zmoe.calibration.matmuls import MOST_NODES, Matmuls, Progress
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.steps import Steps
 from zmoe.config import POLICIES, EngineConfig
@@ -22,12 +22,12 @@ from zmoe.perf.hardware import Machine
 from zmoe.perf.measured import ProductRate
 from zmoe.topology.cores import usable_cores
 
-REPEATS = 9  # of a product; the fastest counts, as noise only slows
+REPEATS = 9  # of a matmul; the fastest counts, as noise only slows
 EVALS = 300  # of a small graph, likewise
 WIDTH = 8192  # of the matrix that a GPU reads: beyond its caches
-PRODUCT = 2048  # rows, columns and depth of the product whose rate is taken
+MATMUL = 2048  # rows, columns and depth of the matmul whose rate is taken
 OPERATIONS = 25  # of one layer's graph, roughly
-SCRATCH_BYTES = 2_000_000_000  # more than what Products and Steps write
+SCRATCH_BYTES = 2_000_000_000  # more than what Matmuls and Steps write
 REFERENCE = "bf16"  # whose rates stand for formats that are not measured
 
 
@@ -47,15 +47,15 @@ def measure_machine(progress: Progress) -> Machine:
 
 def _of_kernels(made: Machine, progress: Progress) -> Machine:
     progress(f"this takes some minutes, and up to {SCRATCH_BYTES / 1e9:.0f} GB of temporary space")
-    with scratch(SCRATCH_BYTES) as folder, Products(folder) as products:
+    with scratch(SCRATCH_BYTES) as folder, Matmuls(folder) as matmuls:
         steps = Steps(folder)
         for nodes in range(1, MOST_NODES + 1):
-            progress(f"products, round {nodes} of {MOST_NODES}")
-            products.measure()
+            progress(f"matmuls, round {nodes} of {MOST_NODES}")
+            matmuls.measure()
             steps.measure(nodes, progress)
         for nodes in range(1, MOST_NODES + 1):
             steps.measure(nodes, progress, POLICIES[:1])  # the others take their step_s from it
-        rates = products.rates()
+        rates = matmuls.rates()
         whole, cores = _whole(rates), len(usable_cores())
         made = replace(made, bandwidth=whole.dense, rate=whole.many, cores=cores, rates=rates)
         return steps.add_to(made)
@@ -68,12 +68,12 @@ def _whole(rates: tuple[ProductRate, ...]) -> ProductRate:
 
 
 def _of_mlx(made: Machine, progress: Progress) -> Machine:
-    progress("products and graphs of MLX")
+    progress("matmuls and graphs of MLX")
     sync_s = fastest_seconds(lambda: mx.eval(mx.array(1.0) + 1), EVALS)
     return replace(
         made,
-        bandwidth=WIDTH * WIDTH * 2 / fastest_seconds(_product(WIDTH, 1)),
-        rate=2 * PRODUCT**3 / fastest_seconds(_product(PRODUCT, PRODUCT)),
+        bandwidth=WIDTH * WIDTH * 2 / fastest_seconds(_matmul(WIDTH, 1)),
+        rate=2 * MATMUL**3 / fastest_seconds(_matmul(MATMUL, MATMUL)),
         sync_s=sync_s,
         layer_s=max(0.0, fastest_seconds(_layer_graph, EVALS) - sync_s),
     )
@@ -90,7 +90,7 @@ def fastest_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     return min(taken)
 
 
-def _product(width: int, rows: int) -> Callable[[], object]:
+def _matmul(width: int, rows: int) -> Callable[[], object]:
     """A (width, width) matrix times (width, rows) in float16."""
     left, right = (mx.ones((width, n), mx.float16) for n in (width, rows))
     mx.eval(left, right)

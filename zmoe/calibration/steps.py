@@ -1,10 +1,10 @@
-"""What a step takes beside products, with one node and with several on this machine.
+"""What a step takes beside matmuls, with one node and with several on this machine.
 
 Measured on a model of random weights, once with few layers and once with many:
-what more layers add is the layers', the rest the step's. The time of the products
+what more layers add is the layers', the rest the step's. The time of the matmuls
 is taken off: as the planner has it, as much slower or faster as the leader's were
 found to be in the same steps. The experts are as large as those of real models:
-a node that has none waits long enough to go to sleep, and between products
+a node that has none waits long enough to go to sleep, and between matmuls
 everything else begins cold.
 """
 
@@ -23,7 +23,7 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 
-from zmoe.calibration.products import Progress
+from zmoe.calibration.matmuls import Progress
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
@@ -65,7 +65,7 @@ def cases(nodes: int) -> Iterator[Case]:
 
 
 class Steps:
-    """The measured times of steps, by case; from them what is no product."""
+    """The measured times of steps, by case; from them what is no matmul."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is where the models are written."""
@@ -94,28 +94,28 @@ class Steps:
         self._found[case, model] = min(found, self._found.get((case, model), found))
 
     def add_to(self, machine: Machine) -> Machine:
-        """`machine`, whose products are measured, with its steps, and the rates of its caches."""
+        """`machine`, whose matmuls are measured, with its steps, and the rates of its caches."""
         machine = replace(machine, layer_s=0.0, step_s=0.0, sync_s=0.0, steps=())
         machine = replace(machine, rates=(*machine.rates, *self._cache_rates(machine)))
         few, many = self._models
         steps = []
         for case in (case for case, model in self._found if model == many):
-            layers = self._beside_products(machine, case, many)
+            layers = self._outside_matmuls(machine, case, many)
             if case.policy == POLICIES[0]:
-                fewer = self._beside_products(machine, case, few)
+                fewer = self._outside_matmuls(machine, case, few)
                 once = max(0.0, fewer - FEW * (layers - fewer) / (MANY - FEW))
             layer_s = max(0.0, layers - once) / MANY  # a policy is a matter of the layers
             steps.append(StepRate(case.nodes, case.schedule, case.policy, layer_s, once))
         first = steps[0]
         return replace(machine, layer_s=first.layer_s, step_s=first.step_s, steps=tuple(steps))
 
-    def _beside_products(self, machine: Machine, case: Case, model: Path) -> float:
-        """Seconds of a step; the products that are taken off are the planner's, times what
+    def _outside_matmuls(self, machine: Machine, case: Case, model: Path) -> float:
+        """Seconds of a step; the matmuls that are taken off are the planner's, times what
         the leader's really took, in the same steps, over what the planner has for them.
         """
         total, of_leader = self._found[case, model]
         planned = _planned(model, machine, case)
-        return total - planned.decode.total * of_leader / _leaders_products(planned)
+        return total - planned.decode.total * of_leader / _leaders_matmuls(planned)
 
     def _cache_rates(self, machine: Machine) -> Iterator[ProductRate]:
         """Bytes of cache a second that a step of one row attends to."""
@@ -178,7 +178,7 @@ class Clock:
         return [self._draw.randrange(self._known) for _ in range(count)]
 
     def __call__(self, context: int) -> tuple[float, float]:
-        """Seconds of a decode step around `context` tokens, and of its products on this node."""
+        """Seconds of a decode step around `context` tokens, and of its matmuls on this node."""
         self._step(self._tokens(max(1, context - STEPS // 2)), True)
         taken = []
         for _ in range(STEPS // TOGETHER):
@@ -187,7 +187,7 @@ class Clock:
             for token in self._tokens(TOGETHER):
                 self._step([token], False).argmax()
             total = time.perf_counter() - start
-            taken.append((total / TOGETHER, self._take_spans().get("products", 0.0) / TOGETHER))
+            taken.append((total / TOGETHER, self._take_spans().get("matmuls", 0.0) / TOGETHER))
         return statistics.median(t for t, _ in taken), statistics.median(p for _, p in taken)
 
 
@@ -207,7 +207,7 @@ def _shape(model: Path) -> ModelShape:
 
 
 def _planned(model: Path, machine: Machine, case: Case) -> Prediction:
-    """Of the products of a step, and of nothing else."""
+    """Of the matmuls of a step, and of nothing else."""
     setup = Setup(
         shape=_shape(model),
         machines=(machine,),
@@ -220,7 +220,7 @@ def _planned(model: Path, machine: Machine, case: Case) -> Prediction:
     return predict(setup, case.nodes)
 
 
-def _leaders_products(planned: Prediction) -> float:
+def _leaders_matmuls(planned: Prediction) -> float:
     """Seconds that the leader itself computes in a step, in the mean."""
     cluster, shape = planned.cluster, planned.setup.shape
     place, central, step = cluster.places[0], cluster.is_central, Step(1, 1, NEAR, 1)

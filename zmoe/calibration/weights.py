@@ -1,4 +1,4 @@
-"""Weights to measure products with: a layer's experts in a mapped file, like a checkpoint's.
+"""Weights to measure matmuls with: a layer's experts in a mapped file, like a checkpoint's.
 
 Speed does not depend on what numbers they are, so that one file serves all formats.
 """
@@ -127,10 +127,10 @@ def _switch(shape: Shape, how: Quantization | None) -> SwitchGLU:
 
 
 class Weights:
-    """The file's weights on a team: products whose calls return what they have done."""
+    """The file's weights on a thread pool: matmuls whose calls return what they have done."""
 
-    def __init__(self, team: ThreadPool, path: Path) -> None:
-        self._team, self._size = team, path.stat().st_size
+    def __init__(self, pool: ThreadPool, path: Path) -> None:
+        self._pool, self._size = pool, path.stat().st_size
         self._mapped = np.memmap(path, np.uint8, "r")
         int(self._mapped[:: os.sysconf("SC_PAGE_SIZE")].sum())  # paged in, as loading does it
         self._memory = ffi.from_buffer("uint8_t[]", self._mapped)
@@ -143,16 +143,16 @@ class Weights:
 
         def run() -> float:
             piece = next(pieces)
-            self._team.read(piece)
+            self._pool.read(piece)
             return len(piece)
 
         return run
 
     def dense(self, name: str, draw: Random) -> Callable[[], float]:
         """One row through a matrix of a layer's projections' size, each in turn; bytes."""
-        products = self._products(name)
-        row, order = _rows(1, LARGE, name), cycle(draw.sample(products, len(products)))
-        size = sum(part.nbytes for part in products[0].weight.parts.values())
+        matmuls = self._matmuls(name)
+        row, order = _rows(1, LARGE, name), cycle(draw.sample(matmuls, len(matmuls)))
+        size = sum(part.nbytes for part in matmuls[0].weight.parts.values())
 
         def run() -> float:
             next(order)(row)
@@ -162,18 +162,18 @@ class Weights:
 
     def many(self, name: str) -> Callable[[], float]:
         """ROWS rows; operations."""
-        product, rows = self._products(name)[0], _rows(ROWS, LARGE, name)
+        matmul, rows = self._matmuls(name)[0], _rows(ROWS, LARGE, name)
 
         def run() -> float:
-            product(rows)
-            return 2.0 * ROWS * product.weight.out_features * product.weight.in_features
+            matmul(rows)
+            return 2.0 * ROWS * matmul.weight.out_features * matmul.weight.in_features
 
         return run
 
-    def _products(self, name: str) -> list[Matmul]:
+    def _matmuls(self, name: str) -> list[Matmul]:
         count, layers = _stacks(self._memory, self._size, name, LARGE)
         return [
-            Matmul(self._team, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
+            Matmul(self._pool, matrices(layer, _matrix(layers[layer], index), FORMATS[name]))
             for index in range(count)
             for layer in ("gate_proj", "up_proj")
         ]
@@ -187,7 +187,7 @@ class Weights:
         """
         count, layers = _stacks(self._memory, self._size, name, shape)
         mapped = {f".{layer}": parts for layer, parts in layers.items()}
-        experts = NativeExperts("", _switch(shape, FORMATS[name]), self._team, TOP_K, mapped)
+        experts = NativeExperts("", _switch(shape, FORMATS[name]), self._pool, TOP_K, mapped)
         part, parts = share
         own = range(part * count // parts, (part + 1) * count // parts)
         order, row = cycle(draw.sample(own, len(own))), _rows(1, shape, name)

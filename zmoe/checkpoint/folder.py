@@ -10,6 +10,7 @@ from zmoe.checkpoint.manifest import is_unfinished
 from zmoe.checkpoint.safetensors import Tensor, read_header
 from zmoe.checkpoint.verify import open_store
 from zmoe.errors import ModelError
+from zmoe.json_files import read_json
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -19,14 +20,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is not a model folder: no such directory")
     if is_unfinished(folder):
         raise ModelError(f"{folder} is an unfinished store: run zmoe-prestack again to finish it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} holds no config.json") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+    config = read_json(path, str(path), ModelError, absent=f"{folder} holds no config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} names no model_type")
     return config

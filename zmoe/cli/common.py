@@ -28,14 +28,15 @@ _MLX_LM_FILES = 4096
 Result = TypeVar("Result")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A formatter that adds "(default: ...)" unless there is none, or the help states it."""
+def _with_default(text: str, default: object) -> str:
+    """Return the help `text` with the default, unless there is none or `text` states it."""
+    has_none = default is None or default is False or default in ((), argparse.SUPPRESS)
+    return text if has_none or "(default: " in text else f"{text} (default: {default})"
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_plain = action.default is None or action.default is False or action.default == []
-        if is_plain or "(default: " in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return _with_default(action.help or "", action.default)
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )
-        self.add_argument("--debug", action="store_true", help="show a traceback on errors")
+        self.add_argument("--debug", action="store_true", help="Show a traceback on errors")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -63,9 +64,6 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
         setting, how = field.setting, dict[str, Any]()
         if field.name not in names if names else not setting.help:
             continue
-        default = getattr(kind, field.name, None)
-        is_plain = default is None or default is False or default == ()
-        shown = "" if is_plain or "(default: " in setting.help else f" (default: {default})"
         if field.kind is bool:
             how["action"] = "store_true"
         elif get_origin(field.kind) is tuple:
@@ -76,7 +74,14 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
         if not hasattr(kind, field.name):
             how["required"] = True
         flags = (setting.short, field.flag) if setting.short else (field.flag,)
-        add(*flags, default=argparse.SUPPRESS, help=setting.help + shown, **how)
+        text = _with_default(setting.help, getattr(kind, field.name, None))
+        add(*flags, default=argparse.SUPPRESS, help=text, **how)
+
+
+def add_hosts(add: Callable[..., Any]) -> None:
+    """Add the flags whose values zmoe.cluster.hosts.hosts_from() takes."""
+    add("--hosts", help="Comma-separated hosts in rank order; the first is this machine")
+    add("--hostfile", type=Path, metavar="FILE", help="The hosts as a JSON file of mlx.launch")
 
 
 def given_settings(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:

@@ -30,19 +30,19 @@ PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 def _parser() -> Parser:
     parser = Parser(
         PROG,
-        "Hold a share of a model's experts for a zmoe-run that leads. Waits for its leader, "
-        "works for it, and then waits for the next, until it is stopped.",
+        "Hold a share of a model's experts for a zmoe-run on this or another machine. The node "
+        "waits for its leader, works for it, and then waits for the next one, until it is stopped.",
     )
     add = parser.add_argument
     add_settings(add, WorkerSpec, "leader", "rank", "bind", "model", "memory_limit")
-    add("--cores", metavar="CPUS", help="CPUs to stay on, such as 0-3,8 (Linux)")
+    add("--cores", metavar="CPUS", help="CPUs to run on, such as 0-3,8 (Linux)")
     add(
         "--tied",
         action="store_true",
-        help="read a token, by which the leader knows us, from the first line of standard input; "
-        "end when it closes",
+        help="Read the token by which the leader recognises this node from the first line of "
+        "standard input, and end when standard input closes",
     )
-    add("--once", action="store_true", help="end after one run")
+    add("--once", action="store_true", help="End after one run")
     add_settings(add, WorkerSpec, "join_timeout")
     return parser
 

@@ -21,25 +21,25 @@ _DEFAULTS = {"affine": (4, 64)}  # as mlx_lm.convert; other modes have one forma
 
 
 def _parser() -> Parser:
-    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    parser = Parser(PROG, "Write a model as a store, of which a node reads only its own experts.")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="checkpoint folder or Hugging Face name; or a store")
-    add("out", metavar="OUT", type=Path, nargs="?", help="folder to write, which zmoe-run takes")
-    add("--verify", action="store_true", help="compare the store OUT, or MODEL, with its checksums")
-    add = parser.add_argument_group("quantise on the way, as mlx_lm.convert -q does").add_argument
+    add("model", metavar="MODEL", help="Checkpoint folder, prestacked store, or Hugging Face name")
+    add("out", metavar="OUT", type=Path, nargs="?", help="Folder to write, for zmoe-run --model")
+    add("--verify", action="store_true", help="Compare the store (OUT or MODEL) with its checksums")
+    add = parser.add_argument_group("quantisation, as by mlx_lm.convert -q").add_argument
     add(
         "--bits",
         type=int,
         metavar="N",
-        help="bits per weight; 4 if not given, or what the mode has",
+        help="Bits per weight (default: 4, or the only value of the mode)",
     )
     add(
         "--group-size",
         type=int,
         metavar="G",
-        help="weights that share a scale; 64 if not given, or what the mode has",
+        help="Weights that share a scale (default: 64, or the only value of the mode)",
     )
-    add("--mode", choices=QUANTIZATIONS, help="format; affine if not given")
+    add("--mode", choices=QUANTIZATIONS, help="Format of the quantised weights (default: affine)")
     return parser
 
 

@@ -1,7 +1,8 @@
-"""The statistics and the JSON object of zmoe-run."""
+"""What zmoe-run tells of a run beside the text: --explain, --json and --stats."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,72 @@ from rich.table import Table
 from zmoe.cluster.cluster import Cluster
 from zmoe.engine.generate import Generation
 from zmoe.perf.units import in_bytes
+from zmoe.placement.choose import Alternative, Choice
+from zmoe.placement.types import Placement
+
+
+def explanation(choice: Choice) -> str:
+    """The choice and its alternatives in a few lines of text."""
+    return "\n".join(_lines(choice))
+
+
+def _lines(choice: Choice) -> Iterator[str]:
+    yield f"placement: {choice.label} ({choice.why})"
+    total = sum(choice.resident)
+    for node, resident in enumerate(choice.resident):
+        yield (
+            f"  node {node}: {_owned(choice.placement, node)}; {in_bytes(resident)} of experts "
+            f"({resident / total:.0%}), room for {in_bytes(choice.capacity[node])}; "
+            f"reads {choice.speeds[node]} GB/s"
+        )
+    yield f"  predicted by the cost model, {choice.assumed}:"
+    width = max(len(each.label) for each in choice.considered)
+    for each in choice.considered:
+        yield f"  {each.label:{width}}  {_outcome(each)}"
+
+
+def _owned(placement: Placement, node: int) -> str:
+    """How many experts `node` owns per layer, which ones, which part; how many others own too."""
+    layers = [layer[node] for layer in placement.owned]
+    counts = sorted({len(ids) for ids in layers})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    where = "each layer" if len(set(layers)) == 1 else "the first layer"
+    text = f"{many} experts per layer ({where}: {_ranges(layers[0])})"
+    parts = placement.slices or ((0, 0),) * placement.nodes
+    copies = sum(
+        any(
+            expert in ids
+            for other, ids in enumerate(layer)
+            if other != node and parts[other] == parts[node]
+        )
+        for layer in placement.owned
+        for expert in layer[node]
+    )
+    if copies:
+        text += f", {copies / len(layers):.3g} of them also elsewhere"
+    if placement.slices:
+        text += f", [{parts[node][0]}, {parts[node][1]}) of their intermediate size"
+    return text
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """Write 0, 1, 2, 5 as "0-2, 5"."""
+    found: list[list[int]] = []
+    for number in ids:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in found) or "none"
+
+
+def _outcome(each: Alternative) -> str:
+    if each.prediction is None:
+        return each.remark
+    return (
+        f"{1e3 * each.prediction.decode.total:.2f} ms per token, "
+        f"the busiest node computes {each.prediction.busiest.count:.3g} experts per layer"
+    )
 
 
 def summarize(cluster: Cluster, generation: Generation) -> dict[str, Any]:
@@ -51,6 +118,8 @@ def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any
         table.add_row("outside matmuls and exchange", f"{overhead:.0f} us per layer")
     for rank, memory in enumerate(summary["peak_memory"]):
         table.add_row(f"peak memory, node {rank}", in_bytes(memory))
+    if generation.seed is not None:
+        table.add_row("seed", str(generation.seed))
     if buffers:
         table.add_row("buffers locked", f"{in_bytes(locked)} of {in_bytes(buffers)}")
     Console(stderr=True).print(table)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zmoe import __version__
 from zmoe.cli.common import (
     Parser,
+    add_hosts,
     add_settings,
     check_writable,
     given_settings,
@@ -39,47 +40,46 @@ PROG = "zmoe-run"
 
 
 def _parser() -> Parser:
-    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    parser = Parser(PROG, "Generate text with a model whose experts are spread over several nodes.")
     add = parser.add_argument
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads stdin"
+        "prompt", nargs="?", metavar="PROMPT", help="Text to continue or answer; - reads from stdin"
     )
     text.add_argument(
-        "-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, as a flag"
+        "-p", "--prompt", dest="prompt_option", metavar="TEXT", help="The prompt, given as a flag"
     )
-    add("--version", action="version", version=f"zmoe {__version__}")
-    add("--model", default=DEFAULT_MODEL, help="checkpoint folder, store, or Hugging Face name")
+    add("--version", action="version", version=f"zmoe {__version__}", help="Print the version")
+    add("--model", default=DEFAULT_MODEL, help="Checkpoint folder, store, or Hugging Face name")
     to_text = parser.add_argument_group("generation").add_argument
     add_settings(to_text, Sampling)
-    to_text("--system-prompt", help="system message for the chat template")
-    to_text("--ignore-chat-template", action="store_true", help="take the prompt as raw text")
-    to_text("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
+    to_text("--system-prompt", help="System message for the chat template")
+    to_text("--ignore-chat-template", action="store_true", help="Do not apply the chat template")
+    to_text("--chat-template-config", metavar="JSON", help="More arguments of the chat template")
     add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
     add_settings(to_text, Batching, "speculate")
     to_compute = parser.add_argument_group("compute").add_argument
     add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
     _add_placement(parser)
     _add_nodes(parser)
-    add("--stats", action="store_true", help="print a table of times and memory to stderr")
-    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--stats", action="store_true", help="Print a table of times and memory to stderr")
+    add("--json", action="store_true", help="Print one JSON object instead of the text")
     return parser
 
 
 def _add_placement(parser: Parser) -> None:
     add = parser.add_argument_group("placement of the experts").add_argument
     add_settings(add, PlacementRequest, "way")
-    add("--explain", action="store_true", help="say on stderr who owns what, and why")
+    add("--explain", action="store_true", help="Print who owns which experts, and why, to stderr")
     add_settings(add, PlacementRequest, "usage")
-    add("--record-usage", type=Path, metavar="FILE", help="add the run's choices to this profile")
+    add("--record-usage", type=Path, metavar="FILE", help="Add the run's selections to a profile")
     add_settings(add, PlacementRequest, "memory_limit")
 
 
 def _add_nodes(parser: Parser) -> None:
     add = parser.add_argument_group("nodes").add_argument
     add_settings(add, ClusterSpec, "nodes")
-    add("--hosts", help="comma separated hosts in rank order, this machine first")
-    add("--hostfile", type=Path, help="the same as a JSON file of mlx.launch")
+    add_hosts(add)
     add_settings(add, EngineConfig, "schedule")
     add_settings(add, ClusterSpec, "manual", "bind", "port")
     add_settings(add, RemoteOptions)
@@ -214,7 +214,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _explain(progress: Bars, choice: Choice) -> None:
-    from zmoe.cli.explain import explanation
+    from zmoe.cli.report import explanation
 
     progress.print(explanation(choice))
 

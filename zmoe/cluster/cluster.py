@@ -295,6 +295,11 @@ class Cluster:
                 f"is {sampling.top_k}: expected less than the model's "
                 f"{self.info.vocabulary} tokens",
             )
+        for token in sampling.logit_bias or ():
+            if token >= vocabulary:
+                raise SettingError(
+                    "logit_bias", f"has token {token}: the model's are below {vocabulary}"
+                )
         if isinstance(prompt, str):
             ids = encode_prompt(
                 self.tokenizer,

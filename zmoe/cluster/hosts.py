@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import socket
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zmoe.errors import InputError, SettingError
+from zmoe.json_files import read_json
 
 _HOST_KEYS = {"ssh", "ips", "rdma"}
 _FILE_KEYS = {"backend", "envs", "hosts"}
@@ -55,12 +55,7 @@ def hosts_from_names(text: str) -> HostList:
 def hosts_from_file(path: Path) -> HostList:
     """The hosts of a hostfile of mlx.launch. Raises InputError, which names file and fault."""
     source = f"--hostfile {path}"
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{source}: not JSON: {error}") from error
+    data = read_json(path, source)
     envs: Sequence[Any] = ()
     if isinstance(data, dict):
         _refuse_unknown(data, _FILE_KEYS, source)

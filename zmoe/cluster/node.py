@@ -17,7 +17,6 @@ from zmoe.batch.plan import Plan, passes
 from zmoe.batch.plan import check as check_plan
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.resolver import check
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.mlx_caches import MlxEngine
@@ -28,6 +27,7 @@ from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
 from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
+from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -86,7 +86,7 @@ class Node:
         """Take the part that `placement` gives this rank. Raises PlacementError."""
         if placement.nodes != self.nodes:
             raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
-        check(placement, self.info)
+        check_placement(placement, self.info.shape)
         self.placement = placement
         if isinstance(self.exchange, CentralExchange):
             self.exchange.place(placement)
@@ -155,7 +155,7 @@ class Node:
             self.placement,
             self.exchange,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             skeleton=self.skeleton,
         )
@@ -179,7 +179,7 @@ class Node:
             reducer,
             spans=self.spans,
             progress=progress,
-            team=self._team,
+            pool=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
             skeleton=self.skeleton,
@@ -240,7 +240,7 @@ class Node:
         before = team.matmul_s if team is not None else 0.0
         out = self.engine.run(plan, logits)
         if team is not None:
-            self.spans.seconds["products"] += team.matmul_s - before
+            self.spans.seconds["matmuls"] += team.matmul_s - before
         return out
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
 from zmoe.kernels.threads import is_native
-from zmoe.placement.build import place_evenly, place_slices
+from zmoe.placement.build import WAYS, check_way
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import Choice, Chooser
 from zmoe.placement.estimate import NodeResources
@@ -17,7 +17,6 @@ from zmoe.placement.file import read_placement
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import read_usage
 
-WAYS = ("auto", "experts", "replicas", "slices")
 OnChoice = Callable[[Choice], None]
 
 
@@ -41,10 +40,8 @@ class PlacementResolver:
         self._usage = read_usage(request.usage, info) if request.usage is not None else None
         if request.way not in WAYS:
             self._from_file = _read_file(Path(request.way), info, nodes)
-        elif request.way == "slices":
-            place_slices(info, [1] * nodes, [info.experts * len(info.moe_layers)] * nodes)
-        elif request.way != "replicas":
-            place_evenly(info, nodes)
+        else:
+            check_way(request.way, info.shape, nodes)
 
     def resolve(self, resources: Sequence[NodeResources]) -> Placement:
         """The placement on nodes with these `resources`, by rank.
@@ -65,14 +62,6 @@ class PlacementResolver:
         return choice.placement
 
 
-def check(placement: Placement, info: ModelInfo) -> None:
-    """Raise PlacementError, which names expert, layer and node, for what does not fit `info`."""
-    layers = len(info.moe_layers)
-    check_placement(
-        placement, info.experts, layers, info.moe_intermediate_size, info.slice_alignment
-    )
-
-
 def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
     if not path.exists():
         expected = f"{', '.join(WAYS)}, or a file that is there"
@@ -83,7 +72,7 @@ def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:
             f"placement {path} is for {placement.nodes} nodes, the run has {nodes}"
         )
     try:
-        check(placement, info)
+        check_placement(placement, info.shape)
     except PlacementError as error:
         raise PlacementError(f"placement {path}: {error}") from None
     return placement

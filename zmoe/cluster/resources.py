@@ -16,7 +16,7 @@ from zmoe.config import EngineConfig
 from zmoe.kernels.threads import ThreadPool, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.topology.cgroups import memory_limit
-from zmoe.topology.cores import team_cores
+from zmoe.topology.cores import pool_cores
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = Path("/proc/meminfo")
@@ -78,11 +78,11 @@ def _speeds(config: EngineConfig) -> list[float]:
     if is_native(config):
         data = np.empty(_READ_BYTES, np.uint8)
         data.fill(1)  # memory that nobody has written is not there
-        team = ThreadPool(team_cores())
+        pool = ThreadPool(pool_cores())
         try:
-            return _passes(lambda: team.read(data))
+            return _passes(lambda: pool.read(data))
         finally:
-            team.close()
+            pool.close()
     array = mx.ones(_READ_BYTES // 4, mx.float32)
     mx.eval(array)
     return _passes(lambda: mx.eval(mx.sum(array)))

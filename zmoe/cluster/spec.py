@@ -11,31 +11,36 @@ from zmoe.config import SECONDS, Batching, EngineConfig, Setting, Settings, Timi
 from zmoe.errors import InputError, SettingError
 
 _WAY_HELP = (
-    "auto (the fastest by prediction), experts (whole ones, spread evenly, none twice), "
-    "replicas (copies as far as there is memory), slices (a part of each on every node), "
-    "or a JSON file (docs/placement.md)"
+    "Which node owns which experts. experts: whole experts, spread evenly, each on one node; "
+    "replicas: whole experts, with copies as far as memory allows; slices: a part of every expert "
+    "on every node; auto: the placement with the fastest predicted step; or a JSON file "
+    "(docs/placement.md)"
 )
-_USAGE_HELP = "replicate the experts that this profile shows as hottest"
+_USAGE_HELP = "Replicate the experts that this usage profile shows as hottest"
+_MEMORY_HELP = "Memory in GiB that each node may use (default: all of its machine's)"
 _NODES = whole("a whole number from 1 to 64", 1, 64)
 _RANK = whole("a number from 1 to 63", 1, 63)
 _PORT = whole("0 to 65535", 0, 65535)
-_BIND_HELP = "address to listen on (default: loopback, or the host's)"
+_BIND_HELP = "IPv4 address to listen on (default: 127.0.0.1, or the address of the first host)"
+_ENV_HELP = "Environment variable for the other hosts; may be repeated"
+PYTHON_HELP = "Python interpreter on the other hosts (default: the same path as on this machine)"
+_OWN_MODEL_HELP = "Checkpoint on this machine (default: the one that the leader names)"
+_OWN_MEMORY_HELP = "Memory in GiB that this node may use (default: as the leader says)"
+_OWN_JOIN_HELP = f"With --once: seconds to wait for a leader (default: {Timing().join:g})"
 
 
 @dataclass(frozen=True)
 class RemoteOptions(Settings):
     """How workers are started on other machines over ssh; `env` holds `K=V` settings."""
 
-    python: Annotated[
-        str | None, Setting("interpreter on the other hosts (default: the path of this one)")
-    ] = None
-    cwd: Annotated[str | None, Setting("working directory on the other hosts")] = None
-    env: Annotated[tuple[str, ...], Setting("set on the other hosts", metavar="K=V")] = ()
+    python: Annotated[str | None, Setting(PYTHON_HELP)] = None
+    cwd: Annotated[str | None, Setting("Working directory on the other hosts")] = None
+    env: Annotated[tuple[str, ...], Setting(_ENV_HELP, metavar="K=V")] = ()
 
 
 @dataclass(frozen=True)
 class PlacementRequest(Settings):
-    """What a user asks: `way` is one of zmoe.cluster.resolver.WAYS, or a placement file.
+    """What a user asks: `way` is one of zmoe.placement.build.WAYS, or a placement file.
 
     `usage`: a profile of which experts are selected, for replicas.
     `memory_limit`: bytes that a node may take, None: what its machine has.
@@ -43,9 +48,7 @@ class PlacementRequest(Settings):
 
     way: Annotated[str, Setting(_WAY_HELP, flag="--placement", metavar="WAY")] = "auto"
     usage: Annotated[Path | None, Setting(_USAGE_HELP, metavar="FILE")] = None
-    memory_limit: Annotated[
-        int | None, Setting("GiB that each node may take", metavar="GB", in_gib=True)
-    ] = None
+    memory_limit: Annotated[int | None, Setting(_MEMORY_HELP, metavar="GIB", in_gib=True)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,11 +67,11 @@ class ClusterSpec(Settings):
     Raises SettingError and InputError for what no leader on this machine could do.
     """
 
-    nodes: Annotated[int, Setting("processes on this machine (default: 1)", _NODES, short="-n")] = 1
+    nodes: Annotated[int, Setting("Number of nodes on this machine", _NODES, short="-n")] = 1
     hosts: HostList | None = None
-    manual: Annotated[bool, Setting("start no node: zmoe-node is started by hand")] = False
+    manual: Annotated[bool, Setting("Wait for nodes that are started by hand")] = False
     bind: Annotated[str | None, Setting(_BIND_HELP, metavar="ADDRESS")] = None
-    port: Annotated[int, Setting("port of the leader; 0 is any", _PORT, "--starting-port")] = 0
+    port: Annotated[int, Setting("Port of the leader; 0: any", _PORT, "--starting-port")] = 0
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -100,22 +103,12 @@ class WorkerSpec(Settings):
     `join_timeout`: seconds to wait for the leader, None for as long as it takes.
     """
 
-    leader: Annotated[str, Setting("where zmoe-run listens", metavar="HOST:PORT")]
-    rank: Annotated[int, Setting("which node this is, from 1 on", _RANK)]
-    bind: Annotated[str, Setting("address to listen on for peers", metavar="ADDRESS")] = "127.0.0.1"
-    model: Annotated[
-        str | None, Setting("checkpoint here, when it lies elsewhere than at the leader")
-    ] = None
-    memory_limit: Annotated[
-        int | None,
-        Setting("GiB to take (default: as the leader says)", metavar="GB", in_gib=True),
-    ] = None
+    leader: Annotated[str, Setting("Where zmoe-run listens", metavar="HOST:PORT")]
+    rank: Annotated[int, Setting("Rank of this node, counted from 1", _RANK)]
+    bind: Annotated[str, Setting("IPv4 address to listen on", metavar="ADDRESS")] = "127.0.0.1"
+    model: Annotated[str | None, Setting(_OWN_MODEL_HELP)] = None
+    memory_limit: Annotated[int | None, Setting(_OWN_MEMORY_HELP, metavar="GIB", in_gib=True)] = (
+        None
+    )
     token: str = ""
-    join_timeout: Annotated[
-        float | None,
-        Setting(
-            f"with --once: seconds to wait for a leader (default: {Timing().join:g})",
-            SECONDS,
-            metavar="S",
-        ),
-    ] = None
+    join_timeout: Annotated[float | None, Setting(_OWN_JOIN_HELP, SECONDS, metavar="S")] = None

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ Mask = NDArray[np.bool_] | NDArray[np.int32]
 _HEADS = (512, 4096)  # tokens that are looked at first, and if they do not suffice
 _BLOCK = 512  # weights that are summed before they are searched
 _LEAST_TEMPERATURE = 1e-30  # float32 has it, and below it nothing but the likeliest is left
-_ROWS_PER_THREAD = 4  # handing over fewer takes longer than picking them here
+_ROWS_PER_THREAD = 4  # that a further thread gets at least
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Sampler:
     ) -> None:
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._sampling, self._name = sampling, name
-        self._recent = list(prompt)[-sampling.repetition_context_size :]
+        self._recent = deque(prompt, sampling.repetition_context_size)
         self._counts: Counter[int] = Counter()
         for token in generated:
             self.accept(token)
 
     def accept(self, token: int) -> None:
         """Append `token` to the sequence."""
-        self._recent = [*self._recent, token][-self._sampling.repetition_context_size :]
+        self._recent.append(token)
         self._counts[token] += 1
 
     def pick(self, logits: Logits, position: int, mask: Mask | None = None) -> Pick:
@@ -103,35 +103,29 @@ class Sampler:
 
     def _adjusted(self, logits: Logits) -> Logits:
         """`logits` with bias and penalties."""
-        sampling, counts = self._sampling, self._counts
-        penalty = sampling.repetition_penalty
-        repeats = self._recent if penalty not in (0, 1) else []
-        counts = counts if sampling.presence_penalty or sampling.frequency_penalty else Counter()
-        if not (sampling.logit_bias or repeats or counts):
+        sampling = self._sampling
+        bias, penalty = sampling.logit_bias, sampling.repetition_penalty
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        if not (bias or penalty or presence or frequency):
             return logits
         row = logits.copy()
-        if sampling.logit_bias:
-            row[list(sampling.logit_bias)] += np.array([*sampling.logit_bias.values()], np.float32)
-        if repeats:
-            some = row[repeats]
-            row[repeats] = np.where(some < 0, some * penalty, some / penalty)
-        if counts:
-            often = np.fromiter(counts.values(), np.float64, len(counts))
-            less = sampling.presence_penalty + sampling.frequency_penalty * often
-            row[list(counts)] -= less.astype(np.float32)
+        if bias:
+            row[list(bias)] += np.array(list(bias.values()), np.float32)
+        if penalty and self._recent:
+            recent = list(self._recent)
+            row[recent] = np.where(row[recent] < 0, row[recent] * penalty, row[recent] / penalty)
+        if self._counts:
+            often = np.array(list(self._counts.values()), np.float32)
+            row[list(self._counts)] -= presence + frequency * often
         return row
 
     def _choose(self, row: Logits, position: int) -> int:
         """The index of the greedy or drawn logit of `row`."""
-        sampling = self._sampling
-        if sampling.temp == 0:
+        if self._sampling.temp == 0:
             return int(row.argmax())
-        kept = keep(row, sampling.top_p, sampling.min_p, sampling.top_k)
-        likely = row if kept is None else row[kept].astype(np.float64)
-        with np.errstate(over="ignore"):  # to -inf
-            weights = np.exp((likely - likely.max()) / max(sampling.temp, _LEAST_TEMPERATURE))
+        ids, weights = distribution(row, self._sampling)
         at = _invert(weights, uniform(self.seed, position))
-        return at if kept is None else int(kept[at])
+        return at if ids is None else int(ids[at])
 
 
 def sample(
@@ -182,6 +176,17 @@ def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) that belongs to (seed, position)."""
     bits = int(np.random.Philox(key=seed, counter=position).random_raw())
     return (bits >> 11) * 2.0**-53
+
+
+def distribution(row: Logits, sampling: Sampling) -> tuple[Ids | None, NDArray[np.floating[Any]]]:
+    """The ids, ascending, that filters leave of `row` (None for all), and the weight of each.
+
+    A weight is the probability divided by that of the likeliest.
+    """
+    kept = keep(row, sampling.top_p, sampling.min_p, sampling.top_k)
+    likely = row if kept is None else row[kept].astype(np.float64)
+    with np.errstate(over="ignore"):  # to -inf
+        return kept, np.exp((likely - likely.max()) / max(sampling.temp, _LEAST_TEMPERATURE))
 
 
 def keep(row: Logits, top_p: float, min_p: float, top_k: int) -> Ids | None:

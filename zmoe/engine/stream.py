@@ -45,9 +45,9 @@ class Timings:
 
         None where MLX computes the matmuls, whose time nobody can tell from the rest.
         """
-        if "products" not in self.spans or not self.decode_steps:
+        if "matmuls" not in self.spans or not self.decode_steps:
             return None
-        spent = self.decode - self.spans["products"] - self.spans.get("exchange", 0.0)
+        spent = self.decode - self.spans["matmuls"] - self.spans.get("exchange", 0.0)
         return 1e6 * spent / self.decode_steps / layers
 
     def breakdown_ms(self) -> dict[str, float]:

@@ -222,7 +222,7 @@ class Exchange(Collective):
         """The sum of all ranks' arrays, of one shape (1-D or 2-D) and dtype (f32 or f16).
 
         Returns a new array. It counts its own steps: don't mix it with `all_reduce`
-        in one epoch. Raises InputError, PeerError and DivergenceError.
+        on one exchange. Raises InputError, PeerError and DivergenceError.
         """
         dtypes = _NUMPY_DTYPES.get(array.dtype)
         if dtypes is None or array.ndim not in (1, 2) or array.size == 0:

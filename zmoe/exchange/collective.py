@@ -44,17 +44,6 @@ class Collective:
             raise ZmoeError("the exchange is not connected")
         return self._native
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Start afresh: frames of earlier epochs are stale from now on.
-
-        Raises ZmoeError unless `epoch` is later than the last one that was used.
-        """
-        status = self.native.begin_epoch(epoch)
-        if status is Status.INVALID:
-            raise ZmoeError(f"epoch {epoch} is not later than the one before")
-        if status is not Status.OK:
-            self._fail(status, None)
-
     def cancel(self) -> None:
         """From any thread: waits for a peer, also those to come, end with a ZmoeError."""
         self._cancelled = True

@@ -18,14 +18,14 @@ class DispatchBatch:
     """The rows and pairs (row, expert, weight) that a worker was sent for one layer.
 
     It is memory for `x_bytes` bytes of rows and `max_pairs` pairs, which the next
-    layer overwrites; `raw` is the zmoe_received that C fills.
+    layer overwrites; `raw` is the zmoe_dispatch_batch that C fills.
     """
 
     def __init__(self, x_bytes: int, max_pairs: int) -> None:
         self._x = np.empty(x_bytes, np.uint8)
         self._rows, self._experts = (np.empty(max_pairs, np.int32) for _ in range(2))
         self._weights = np.empty(max_pairs, np.float32)
-        self.raw = ffi.new("zmoe_received *")
+        self.raw = ffi.new("zmoe_dispatch_batch *")
         memory = (self._x, self._rows, self._experts, self._weights)
         self._keep = [
             ffi.from_buffer(kind, m, require_writable=True) for kind, m in zip(_RECEIVED, memory)

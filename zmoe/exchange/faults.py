@@ -43,10 +43,9 @@ def error_of(
 
 def _divergence(fault: Fault, rank: int) -> DivergenceError:
     theirs = fault.theirs
-    same = (theirs.epoch, theirs.step, theirs.layer) == (fault.epoch, fault.step, fault.layer)
+    same = (theirs.step, theirs.layer) == (fault.step, fault.layer)
     what = "has another routing, shape, dtype or algorithm" if same else "is elsewhere"
     return DivergenceError(
-        f"rank {fault.diverged[0]} {what}: layer {theirs.layer}, step {theirs.step}, epoch "
-        f"{theirs.epoch}; rank {rank} is at layer {fault.layer}, step {fault.step}, epoch "
-        f"{fault.epoch}"
+        f"rank {fault.diverged[0]} {what}: layer {theirs.layer}, step {theirs.step}; "
+        f"rank {rank} is at layer {fault.layer}, step {fault.step}"
     )

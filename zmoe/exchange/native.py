@@ -27,7 +27,6 @@ class Fault:
     lost: tuple[int, ...]
     diverged: tuple[int, ...]
     zmq_errno: int
-    epoch: int
     step: int
     layer: int
     theirs: Header
@@ -120,10 +119,6 @@ class NativeExchange:
         """Ranks to which our control link stands."""
         return _ranks(lib.zmoe_exchange_links(self._exchange))
 
-    def begin_epoch(self, epoch: int) -> Status:
-        """Forget the frames held; INVALID unless `epoch` is later than a used one."""
-        return Status(lib.zmoe_exchange_begin_epoch(self._exchange, epoch))
-
     def publish(
         self,
         step: int,
@@ -132,20 +127,20 @@ class NativeExchange:
         source: Source,
         deadline_s: float,
         algorithm: Algorithm = Algorithm.DIRECT,
-        part: int = 0,
+        micro_batch: int = 0,
     ) -> int:
         """Encode this rank's partial in `wire_dtype` and send it; returns a Status.
 
         `source` is a C-contiguous buffer of call.rows * call.width elements and
         their dtype (F32, F16 or BF16); a buffer of None adds nothing. The bytes
-        are copied before this returns. `part` counts a call's micro-batches from
+        are copied before this returns. `micro_batch` counts a call's micro-batches from
         0. OK; INTERRUPTED after 100 ms without a free send buffer or after a
         signal, with nothing sent (call again to go on waiting); POOL when
         `deadline_s` seconds have passed so; INVALID when the payload is too large
         or the call does not come after the last one; PEER, ZMQ, FORK: see `fault`.
         """
         data, data_dtype = source
-        raw = self._call_of(step, call, wire_dtype, algorithm, part)
+        raw = self._call_of(step, call, wire_dtype, algorithm, micro_batch)
         pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
         return lib.zmoe_exchange_publish(
             self._exchange, raw, pointer, data_dtype, _microseconds(deadline_s), self._fault
@@ -157,10 +152,10 @@ class NativeExchange:
         call: Call,
         wire_dtype: Dtype,
         algorithm: Algorithm = Algorithm.DIRECT,
-        part: int = 0,
+        micro_batch: int = 0,
     ) -> CData:
         raw = self._call
-        raw.step, raw.part = step, part
+        raw.step, raw.micro_batch = step, micro_batch
         raw.layer, raw.rows, raw.width, _, raw.digest = call
         raw.wire_dtype, raw.algorithm = wire_dtype, algorithm
         return raw
@@ -239,7 +234,6 @@ class NativeExchange:
             _ranks(raw.lost),
             _ranks(raw.diverged),
             int(raw.zmq_errno),
-            int(raw.epoch),
             int(raw.step),
             int(raw.layer),
             header_of(raw.theirs),

@@ -63,8 +63,7 @@ class NativeMoE:
         raw = ffi.new("zmoe_router *")
         fill_norm(raw.input, norm, self._keep)
         raw.gate = self._keep[1]
-        raw.kind, raw.top_k = router.kind, router.top_k
-        raw.normalize, raw.scale = router.normalize, 1.0
+        raw.kind, raw.top_k, raw.normalize = router.kind, router.top_k, router.normalize
         self._raw = raw
         pool.reserve(lib.zmoe_route_scratch(raw))
         self._buffers = buffers

@@ -10,7 +10,7 @@ import mlx.core as mx
 from zmoe.config import EngineConfig
 from zmoe.errors import InputError, ZmoeError
 from zmoe.native import Isa, Precision, Status, best_isa, ffi, lib
-from zmoe.topology.cores import team_cores
+from zmoe.topology.cores import pool_cores
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -81,7 +81,7 @@ def make_thread_pool(config: EngineConfig, isa: str) -> ThreadPool:
     precision = Precision.INT8 if config.activations == "int8" else Precision.EXACT
     if precision is Precision.INT8 and Isa[isa] is Isa.GENERIC:
         raise InputError("--activations int8 needs AVX2 or NEON on every node")
-    return ThreadPool(team_cores(), precision, Isa[isa])
+    return ThreadPool(pool_cores(), precision, Isa[isa])
 
 
 def check_isa(name: str) -> str:

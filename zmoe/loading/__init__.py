@@ -1,19 +1,18 @@
 """From a checkpoint folder to the model of one node, which reads its share alone.
 
-skeleton        the model without weights, built once per node
-inspect         a skeleton's ModelInfo
-places          where in the checkpoint the model's arrays lie
-unused_tensors  the tensors that the model has no use for
-slices          a node's slice of its experts
-plan            what to read, what to map, what to leave alone
-mapping         weights that stay in their files
-load            a node's share as a model that computes with its peers
-experts_only    the share of a worker of the centralised schedule
-fuse            whole layers on the kernels
+skeleton      the model without weights, built once per node
+inspect       a skeleton's ModelInfo
+places        where in the checkpoint the model's arrays lie
+slices        a node's slice of its experts
+plan          what to read, what to map, what to leave alone
+mapping       weights that stay in their files
+load          a node's share as a model that computes with its peers
+experts_only  the share of a worker of the centralised schedule
+fuse          whole layers on the kernels
 """
 
 from zmoe.loading.experts_only import LoadedExperts, load_experts
-from zmoe.loading.inspect import describe, inspect_model
+from zmoe.loading.inspect import describe
 from zmoe.loading.load import LoadedShard, load_shard
 from zmoe.loading.skeleton import Skeleton
 
@@ -22,7 +21,6 @@ __all__ = [
     "LoadedShard",
     "Skeleton",
     "describe",
-    "inspect_model",
     "load_experts",
     "load_shard",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zmoe.exchange.base import Reducer
-from zmoe.kernels.held import HeldExperts
 from zmoe.kernels.threads import ThreadPool
+from zmoe.kernels.worker_experts import WorkerExperts
 from zmoe.loading.load import DTYPES, native_experts, owned_by, pairs_per_row, slice_of, take_share
 from zmoe.loading.plan import Progress
 from zmoe.loading.skeleton import Skeleton
@@ -18,7 +18,7 @@ from zmoe.placement.types import ModelInfo, Placement
 class LoadedExperts:
     """A node's own experts of every MoE layer and nothing else; see LoadedShard."""
 
-    layers: tuple[HeldExperts, ...]
+    layers: tuple[WorkerExperts, ...]
     bytes_read: int
     share_bytes: int
     largest_tensor_bytes: int
@@ -31,7 +31,7 @@ def load_experts(
     reducer: Reducer,
     *,
     progress: Progress | None = None,
-    team: ThreadPool | None = None,
+    pool: ThreadPool | None = None,
     policy: str = "selected",
     skeleton: Skeleton | None = None,
 ) -> LoadedExperts:
@@ -41,12 +41,12 @@ def load_experts(
     """
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
-    share = take_share(info, owned, team, progress, False, kept, skeleton)
+    share = take_share(info, owned, pool, progress, False, kept, skeleton)
     widths = [site.width for site in share.sites]  # the kernels take the weights that tell them
-    experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), team)
+    experts = native_experts(share, pairs_per_row(info, max(map(len, owned))), pool)
     sizes = share.sizes([site.switch for site in share.sites])
     layers = tuple(
-        HeldExperts(
+        WorkerExperts(
             info.experts,
             ids,
             width,

@@ -23,7 +23,7 @@ from zmoe.moe.block import ExpertParallelMoE, Layer
 class _Shared:
     """What the layers of one model have in common."""
 
-    team: ThreadPool
+    pool: ThreadPool
     dtype: mx.Dtype
     residual: ResidualBuffer
     buffers: BufferPool
@@ -56,7 +56,7 @@ def fuse_layers(
     sites: Sequence[Site],
     layers: Sequence[Layer],
     experts: dict[str, NativeExperts],
-    team: ThreadPool,
+    pool: ThreadPool,
     dtype: mx.Dtype,
 ) -> bool:
     """Replace all decoder layers by NativeLayers, and return True, if each of them is known.
@@ -70,19 +70,19 @@ def fuse_layers(
         return False
     width = parts[0].attention.output._matmul.weight.out_features
     padding = max(layer.ownership.most_padding for layer in layers)
-    shared = _Shared(team, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
+    shared = _Shared(pool, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)
     for index, (layer, part) in enumerate(zip(originals, parts)):
         rope_tables = shared.tables_of(part.attention.rope, part.attention.head_dim)
-        attention = NativeAttention(part.attention, rope_tables, team, dtype)
+        attention = NativeAttention(part.attention, rope_tables, pool, dtype)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
         native = NativeLayer(layer, attention, feed_forward, shared.residual)
         replace_module(model, paths[id(layer)], native)
     holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)
-    replace_module(model, paths[id(norm)], NativeNorm(norm, team, dtype))
+    replace_module(model, paths[id(norm)], NativeNorm(norm, pool, dtype))
     return True
 
 
@@ -110,6 +110,6 @@ def _feed_forward(
         site.adapter,
         own,
         place,
-        shared.team,
+        shared.pool,
         shared.buffers,
     )

@@ -17,6 +17,7 @@ from zmoe.families.sites import projections
 from zmoe.loading.plan import mappable
 from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import can_be_sliced
+from zmoe.perf.shape import PLAIN_ALIGNMENT
 from zmoe.placement.types import ModelInfo
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -35,7 +36,6 @@ _TOP_KS = (
     "moe_top_k",
     "moe_k",
 )
-PLAIN_ALIGNMENT = 64  # of slices without quantisation: whole vectors and cache lines
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -44,11 +44,6 @@ _CONTEXTS = (
     "model_max_length",
     "seq_length",
 )
-
-
-def inspect_model(path: Path) -> ModelInfo:
-    """Describe the checkpoint in the folder `path`, reading no weights. Raises as `describe`."""
-    return describe(Skeleton(path))
 
 
 def describe(skeleton: Skeleton) -> ModelInfo:

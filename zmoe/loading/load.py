@@ -62,7 +62,7 @@ def load_shard(
     *,
     spans: Spans,
     progress: Progress | None = None,
-    team: ThreadPool | None = None,
+    pool: ThreadPool | None = None,
     fuse: bool = True,
     policy: str = "selected",
     recorder: Recorder | None = None,
@@ -74,14 +74,14 @@ def load_shard(
     never holds more than they take and one more tensor. `skeleton` is used up,
     so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it, its large matmuls on `team` if there is one; then what lies in
+    loads it, its large matmuls on `pool` if there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
     """
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
-    share = take_share(info, owned, team, progress, kept_slice=kept, skeleton=skeleton)
+    share = take_share(info, owned, pool, progress, kept_slice=kept, skeleton=skeleton)
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
@@ -91,14 +91,14 @@ def load_shard(
         for m in range(len(owned))
     ]
     padding = max(layer.ownership.most_padding for layer in layers)
-    experts = native_experts(share, pairs_per_row(info, padding), team)
-    if team is not None:
-        make_native(model, team, share.mapped, head)
+    experts = native_experts(share, pairs_per_row(info, padding), pool)
+    if pool is not None:
+        make_native(model, pool, share.mapped, head)
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
-    if team is not None and fuse:
-        fuse_layers(model, sites, layers, experts, team, dtype)
+    if pool is not None and fuse:
+        fuse_layers(model, sites, layers, experts, pool, dtype)
     notices = (*share.notices, *_notices(sites))
     return LoadedShard(model, share.config, head, share.bytes_read, sum(sizes), max(sizes), notices)
 
@@ -123,7 +123,7 @@ class Share:
 def take_share(
     info: ModelInfo,
     owned: list[tuple[int, ...]],
-    team: ThreadPool | None,
+    pool: ThreadPool | None,
     progress: Progress | None,
     dense: bool = True,
     kept_slice: tuple[int, int] | None = None,
@@ -137,7 +137,7 @@ def take_share(
     count = max(1, *(len(ids) for ids in owned))
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
     skeleton = skeleton or Skeleton(path)
-    plan = make_plan(info, skeleton, owned, count, team is not None, dense, kept_slice)
+    plan = make_plan(info, skeleton, owned, count, pool is not None, dense, kept_slice)
     report = progress or (lambda done, total: None)
     checked = check_share(path, own, lambda: report(0, plan.total), dense)
     with Reader() as reader:
@@ -152,7 +152,7 @@ def take_share(
         _trim(site, len(ids), count, mapped)
         if kept_slice is not None:
             cut_biases(site, kept_slice)
-            if team is None:
+            if pool is None:
                 put_back(site, mapped)
     bytes_read = reader.bytes_read + mapping.bytes_read
     return Share(model, config, sites, mapped, bytes_read, (*checked, *_far_away(mapping)))
@@ -180,14 +180,14 @@ def pairs_per_row(info: ModelInfo, padding: int) -> int:
 
 
 def native_experts(
-    share: Share, pairs_per_row: int, team: ThreadPool | None
+    share: Share, pairs_per_row: int, pool: ThreadPool | None
 ) -> dict[str, NativeExperts]:
-    """The experts that `team` can compute, by path of their block."""
+    """The experts that `pool` can compute, by path of their block."""
     experts = {}
     for site in share.sites:
-        if team is not None and can_be_native(site.switch):
+        if pool is not None and can_be_native(site.switch):
             experts[site.path] = NativeExperts(
-                site.switch_name, site.switch, team, pairs_per_row, share.mapped
+                site.switch_name, site.switch, pool, pairs_per_row, share.mapped
             )
     return experts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,6 @@ from zmoe.loading.mapping import Mapping
 from zmoe.loading.places import Place, Sanitize, Weights, trace
 from zmoe.loading.skeleton import Feed, Skeleton
 from zmoe.loading.slices import Cut, cuts_of
-from zmoe.loading.unused_tensors import unused_names
 from zmoe.placement.types import ModelInfo
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -91,6 +91,46 @@ def make_plan(
         assert info.slice_alignment, "a placement that was checked slices no such experts"
         cuts = cuts_of(skeleton.sites, kept_slice, info.moe_intermediate_size)
     return Plan(kept, mapped, cuts, shapes, unused)
+
+
+def unused_names(sanitize: Sanitize, weights: Weights) -> set[str]:
+    """Names of whole parts of the checkpoint that `sanitize` drops; `weights` are never evaluated.
+
+    Checkpoints hold more than a text model needs (image encoders, layers for
+    drafting). A part is what names have in common up to their first number,
+    or a module outside the layers. It is in use if any of its arrays comes out
+    as it went in, or if the result has other names without it.
+    """
+    result = sanitize(dict(weights))
+    survivors = {id(array) for array in result.values()}
+    parts: defaultdict[str, set[str]] = defaultdict(set)
+    for name in weights:
+        parts[_part_of(name)].add(name)
+
+    def is_idle(names: set[str]) -> bool:
+        rest = {name: array for name, array in weights.items() if name not in names}
+        try:
+            return sanitize(rest).keys() == result.keys()
+        except Exception:  # whatever it raises, it cannot do without them
+            return False
+
+    suspects = [
+        names
+        for names in parts.values()
+        if not any(id(weights[name]) in survivors for name in names)
+    ]
+    together: set[str] = set().union(*suspects)
+    if not together or is_idle(together):
+        return together
+    return set().union(*(names for names in suspects if is_idle(names)))
+
+
+def _part_of(name: str) -> str:
+    words = name.split(".")
+    for place, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join(words[: place + 1])
+    return ".".join(words[:-1])
 
 
 def _in_switches(skeleton: Skeleton, untouched: dict[str, Place]) -> set[str]:

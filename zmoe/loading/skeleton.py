@@ -78,7 +78,7 @@ class Skeleton:
         def sanitize(offered: Weights) -> Weights:
             with expert_count(module, experts, count), _missing(self.path):
                 weights = feed(_sanitize_of(module), offered)
-            # Views would keep what they were cut from, and strides slow products.
+            # Views would keep what they were cut from, and strides slow matmuls down.
             return {name: mx.contiguous(array) for name, array in weights.items()}
 
         return self._load(lambda *_: _StandIn(sanitize, module.load_weights))[1]

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 from zmoe.perf.busiest import Busiest, Cost, all_local, router_aided, selected
 from zmoe.perf.hardware import Machine
-from zmoe.perf.links import Link
+from zmoe.perf.links import Link, Messages, all_reduce, round_latency, scatter_gather
 from zmoe.perf.measured import step_rate
-from zmoe.perf.messages import Messages, all_reduce, round_latency, scatter_gather
 from zmoe.perf.owners import Owners, Slices
 from zmoe.perf.places import Place
 from zmoe.perf.routing import mean_distinct

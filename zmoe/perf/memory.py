@@ -11,6 +11,7 @@ from zmoe.perf.shape import ModelShape
 # chunk: 168 and 172 MiB measured for two small models, more
 # for a wide one. An estimate.
 PROGRAM_BYTES = 256 << 20
+ROUNDING = 0.5  # bytes that none are missing for, as in Prediction.missing
 
 
 def dense_node_bytes(
@@ -24,14 +25,12 @@ def dense_node_bytes(
     return [PROGRAM_BYTES + (resident if node < holders else 0.0) for node in range(cluster.nodes)]
 
 
-def expert_capacity(
-    shape: ModelShape, cluster: Cluster, sequences: int, context: int
-) -> list[float]:
-    """How many experts per layer each node has memory for, at most all; a fraction counts."""
+def expert_slots(shape: ModelShape, cluster: Cluster, sequences: int, context: int) -> list[int]:
+    """How many experts of one layer each node has memory for, over all layers, at most all."""
     taken = dense_node_bytes(shape, cluster, sequences, context)
-    one = shape.expert_bytes * shape.moe_layers
+    most = shape.experts * shape.moe_layers
     return [
-        min(shape.experts, max(0.0, machine.usable_bytes - dense) / one)
+        min(most, int(max(0.0, machine.usable_bytes - dense + ROUNDING) / shape.expert_bytes))
         for machine, dense in zip(cluster.machines, taken)
     ]
 

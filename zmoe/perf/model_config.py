@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zmoe.errors import ModelError
+from zmoe.json_files import read_json
 from zmoe.perf.routing import MOST_EXPERTS
 from zmoe.perf.shape import (
     BF16,
@@ -40,14 +41,7 @@ def read_shape(path: Path, name: str, weights: Format | None = None) -> ModelSha
 
     Raises ModelError naming file and field.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} holds no config.json") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
+    config = read_json(path, str(path), ModelError, absent=f"{path.parent} holds no config.json")
     if not isinstance(config, dict):
         raise ModelError(f"{path}: expected a JSON object")
     fields = _Config(str(path), config)
@@ -114,6 +108,7 @@ class _Config:
             tied=self.get(("tie_word_embeddings",))[1] is True,
             dense_format=dense_format,
             expert_format=expert_format,
+            slice_alignment=expert_format.slice_alignment,
         )
 
     def _attention(self, hidden: int, layers: int) -> Attention:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from zmoe.errors import InputError
+from zmoe.json_files import read_json, write_json
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
 from zmoe.perf.measured import ProductRate, StepRate
@@ -47,31 +47,21 @@ class Profile:
 def write_profile(path: Path, profile: Profile) -> None:
     """Write `profile` whole or not at all. Raises InputError naming the file."""
     record = {"zmoe_profile": VERSION, **asdict(profile)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    write_json(path, str(path), record, indent=1)
 
 
 def is_profile(path: Path) -> bool:
     """Whether the file `path` is a profile of any version, of which another may take the place."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(path, str(path))
+    except InputError:
         return False
     return isinstance(record, dict) and record.keys() == {"zmoe_profile", "machine", "link"}
 
 
 def read_profile(path: Path) -> Profile:
     """The profile in the file `path`. Raises InputError naming file and field."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    record = read_json(path, str(path))
     if not isinstance(record, dict):
         raise InputError(f"{path} is not a profile: expected a JSON object")
     _only(path, "", record, {"zmoe_profile", "machine", "link"})

@@ -91,9 +91,3 @@ def expected_largest(local: Sequence[int], drawn: Sequence[float]) -> float:
     return sum(
         1 - probability_within(sizes, (limit,) * len(sizes), chances) for limit in range(max(sizes))
     )
-
-
-def even_split(experts: int, nodes: int) -> tuple[int, ...]:
-    """Experts of each node, counts differing by at most one."""
-    base, extra = divmod(experts, nodes)
-    return tuple(base + (node < extra) for node in range(nodes))

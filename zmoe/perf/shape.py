@@ -11,6 +11,8 @@ from typing import Protocol
 
 GATED_MATRICES = 3  # gate, up and down
 CACHE_BYTES = 2  # an element of the attention cache: bfloat16 or float16
+PLAIN_ALIGNMENT = 64  # of slices without quantisation: whole vectors and cache lines
+MOST_GROUP = 128  # weights that share a scale; fp8's larger blocks become plain when loaded
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Format:
     @property
     def bits_per_weight(self) -> float:
         return self.bits + self.group_bits / self.group
+
+    @property
+    def slice_alignment(self) -> int:
+        """A slice of such weights begins and ends at multiples of this."""
+        return self.group if 1 < self.group <= MOST_GROUP else PLAIN_ALIGNMENT
 
     def bytes(self, parameters: float) -> float:
         return parameters * self.bits_per_weight / 8
@@ -145,10 +152,12 @@ class LatentAttention:
 class ModelShape:
     """A decoder whose layers hold experts, but for `dense_layers` of them.
 
-    `expert_hidden`: the expert's inner width. `shared_hidden`: that of all
-    shared experts together, 0 for none. `dense_hidden`: that of the layers
-    without experts. `tied`: the output head is the embedding. `dense_format`
-    is everything's format but the routed experts'.
+    `expert_hidden`: the expert's inner width, of which slices begin and end at
+    multiples of `slice_alignment` (0: it has none). `expert_matrices`: how many
+    of hidden x expert_hidden weights an expert has. `shared_hidden`: the inner
+    width of all shared experts together, 0 for none. `dense_hidden`: that of
+    the layers without experts. `tied`: the output head is the embedding.
+    `dense_format` is everything's format but the routed experts'.
     """
 
     name: str
@@ -165,6 +174,8 @@ class ModelShape:
     tied: bool = False
     dense_format: Format = BF16
     expert_format: Format = BF16
+    expert_matrices: float = GATED_MATRICES
+    slice_alignment: int = PLAIN_ALIGNMENT
 
     @property
     def moe_layers(self) -> int:
@@ -183,7 +194,7 @@ class ModelShape:
     @property
     def expert_parameters(self) -> int:
         """Of one expert of one layer."""
-        return GATED_MATRICES * self.hidden * self.expert_hidden
+        return round(self.expert_matrices * self.hidden * self.expert_hidden)
 
     @property
     def shared_parameters(self) -> int:
@@ -223,7 +234,8 @@ class ModelShape:
 
     def with_format(self, weights: Format) -> ModelShape:
         """The same model with all weights stored as `weights`."""
-        return replace(self, dense_format=weights, expert_format=weights)
+        step = weights.slice_alignment
+        return replace(self, dense_format=weights, expert_format=weights, slice_alignment=step)
 
     @property
     def dense_bytes(self) -> float:

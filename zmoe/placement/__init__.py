@@ -1,12 +1,12 @@
 """Who owns which experts: pure functions, and the files that steer them.
 
-types       a placement, and the model that is placed
+types       a placement, and a checkpoint whose experts are placed
 spread      experts dealt out to nodes, as plain numbers
-build       the same as a Placement, for every layer of a model
+build       the ways to place a model's experts, as placements
 check       whether a placement is one of a model
 file        a placement as a JSON file
 usage       how often each expert was chosen, as a JSON file
-candidates  ways to spread experts over nodes, as the performance model sees them
+placed      a placement as the performance model sees it
 predict     predictions over numbers of nodes
 estimate    what the nodes of a run offer, as the performance model takes it
 remedy      what would make a model fit

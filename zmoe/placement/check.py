@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zmoe.errors import PlacementError
+from zmoe.perf.shape import ModelShape
 from zmoe.placement.types import Placement
 
 MOST_SPEED = 1 << 20
@@ -16,21 +17,19 @@ NOT_SLICED = (
 )
 
 
-def check_placement(
-    placement: Placement, experts: int, layers: int, hidden: int, slice_alignment: int = 1
-) -> None:
+def check_placement(placement: Placement, shape: ModelShape) -> None:
     """Raise PlacementError, which names expert, layer and node, for what does not fit a
-    model of `experts` in each of `layers` MoE layers, each `hidden` wide and cut in
-    steps of `slice_alignment` (0: not at all).
+    model of this `shape`.
     """
-    nodes = placement.nodes
+    nodes, experts, layers = placement.nodes, shape.experts, shape.moe_layers
+    hidden = shape.expert_hidden
     if placement.experts != experts or len(placement.owned) != layers:
         raise PlacementError(
             f"a placement of {placement.experts} experts in {len(placement.owned)} layers "
             f"does not fit a model of {experts} in {layers}"
         )
     if placement.slices:
-        _check_slices(placement.slices, nodes, hidden, slice_alignment)
+        _check_slices(placement.slices, nodes, hidden, shape.slice_alignment)
     if placement.speeds and (
         len(placement.speeds) != nodes or not all(0 < s <= MOST_SPEED for s in placement.speeds)
     ):

@@ -11,23 +11,11 @@ from pathlib import Path
 from zmoe.errors import PlacementError
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
-from zmoe.placement.build import (
-    place_by_speed,
-    place_evenly,
-    place_replicas,
-    place_slices,
-    resident,
-)
-from zmoe.placement.estimate import (
-    NodeResources,
-    cluster_of,
-    on_one_machine,
-    placed_of,
-    shape_of,
-    speeds_of,
-)
-from zmoe.placement.predict import Prediction, Setup, Workload, evaluate
-from zmoe.placement.remedy import remedy
+from zmoe.placement.build import resident, ways
+from zmoe.placement.estimate import NodeResources, on_one_machine, setup_of, speeds_of
+from zmoe.placement.placed import placed_of
+from zmoe.placement.predict import Prediction, evaluate
+from zmoe.placement.remedy import counted, remedy
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -93,9 +81,7 @@ class Chooser:
         self._info, self._offers, self._mapped = info, tuple(offers), mapped
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
-        self._cluster, self._capacity = cluster_of(info, offers, mapped, schedule, policy)
-        machines, link = self._cluster.machines, self._cluster.link
-        self._setup = Setup(shape_of(info), machines, link, Workload(prompt=0), schedule, policy)
+        self._setup, self._capacity = setup_of(info, offers, mapped, schedule, policy)
         self._slots = [max(0, each // info.expert_bytes) for each in self._capacity]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
@@ -113,34 +99,23 @@ class Chooser:
             lacking = max(lacking, (whole - sum(self._slots)) * self._info.expert_bytes)
         if (missing := max(ceil(lacking / len(self._capacity)), -min(self._capacity))) > 0:
             raise PlacementError(self._does_not_fit(missing))
-        ways = self._ways()
+        made = ways(self._info.shape, self._speeds, self._slots, self._setup.schedule, self._counts)
         if way != "auto":
-            placement = ways[way]()
+            placement = made[way]()
             if (missing := self._missing(placement)) > 0:
                 raise PlacementError(self._does_not_fit(missing))
             return self._choice(self._predicted(way, placement), "as was asked for", ())
         if len(self._offers) == 1:
-            alone = self._predicted("experts", ways["experts"]())
+            alone = self._predicted("experts", made["experts"]())
             return self._choice(alone, "there is one node", ())
         considered: list[Alternative] = []
-        for label, make in ways.items():
+        for label, make in made.items():
             considered.append(self._considered(label, make, considered))
         best, why = fastest(considered)
         if best.placement is None:
             short = [each.missing for each in considered if each.missing]
             raise PlacementError(self._does_not_fit(min(short)) if short else best.remark)
         return self._choice(best, why, tuple(considered))
-
-    def _ways(self) -> dict[str, Callable[[], Placement]]:
-        info, speeds, slots = self._info, self._speeds, self._slots
-        dense = 0 if self._setup.schedule == "centralized" else info.dense_bytes
-        beside = dense / (info.layers * info.top_k * info.expert_bytes)
-        return {
-            "experts": lambda: place_evenly(info, len(speeds)),
-            "experts by speed": lambda: place_by_speed(info, speeds, slots, beside),
-            "replicas": lambda: place_replicas(info, speeds, slots, self._counts, beside),
-            "slices": lambda: place_slices(info, speeds, slots, beside),
-        }
 
     # ---- auto ----------------------------------------------------------------------
 
@@ -180,7 +155,7 @@ class Chooser:
         if placed is None:
             return Alternative(label, placement, remark="slices with copies are not modelled")
         try:
-            prediction = evaluate(self._setup, self._cluster, placed)
+            prediction = evaluate(self._setup, placed)
         except PlacementError as error:  # replicas on more nodes than can be counted
             return Alternative(label, placement, remark=str(error))
         return Alternative(label, placement, prediction)
@@ -226,17 +201,17 @@ class Chooser:
         name, nodes = Path(self._info.path).name, len(self._offers)
         lacking = f"{in_bytes(missing)} are missing per node"
         if not on_one_machine(self._offers) or any(o.limit is not None for o in self._offers):
-            many = f"{nodes} node{'s' if nodes > 1 else ''}"
-            return f"{name} does not fit {many}: {lacking}; {remedy(self._setup, nodes)} {OVERRIDE}"
+            would = remedy(self._setup, nodes)
+            return f"{name} does not fit {counted(nodes)}: {lacking}; {would} {OVERRIDE}"
         # More nodes would not add memory here, but more machines would.
         memory = max(offer.memory for offer in self._offers) - (nodes - 1) * PROGRAM_BYTES
-        machine = replace(self._cluster.machines[0], memory_bytes=memory)
+        machine = replace(self._setup.machines[0], memory_bytes=memory)
         setup = replace(self._setup, machines=(machine,))
         would = remedy(setup, 1, "machine")
         return f"{name} does not fit this machine: {lacking}; {would} {OVERRIDE}"
 
     def _choice(self, chosen: Alternative, why: str, considered: tuple[Alternative, ...]) -> Choice:
-        link = self._cluster.link
+        link = self._setup.link
         assert chosen.placement is not None and link is not None
         return Choice(
             chosen.placement,

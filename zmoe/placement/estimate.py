@@ -1,4 +1,4 @@
-"""A run's model, nodes and placements as the planner sees them."""
+"""What the nodes of a run offer, as the performance model takes it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 
-from zmoe.perf.cost import Cluster
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link, ethernet
 from zmoe.perf.memory import PROGRAM_BYTES
-from zmoe.perf.shape import GATED_MATRICES, Format, ModelShape
 from zmoe.placement.build import resident
-from zmoe.placement.candidates import Placed
+from zmoe.placement.predict import Setup, Workload
 from zmoe.placement.types import ModelInfo, Placement
 
 # An exchange within a running model, where each node has one core for all it does: 150 us
@@ -105,47 +102,10 @@ def cache_room(
     return int(min(rooms))
 
 
-@dataclass(frozen=True)
-class _Lump:
-    """All dense weights of a layer, read once a step, whatever they are."""
-
-    weights: int
-    cache_elements: int = 0
-
-    def parameters(self, hidden: int) -> int:
-        return self.weights
-
-    def attended(self, context: float, layers: int) -> float:
-        return 0.0
-
-    def score_operations(self, attended: float) -> float:
-        return 0.0
-
-
-def shape_of(info: ModelInfo) -> ModelShape:
-    """A shape of as many bytes, for any family: all weights count as stored like the experts."""
-    weights = Format(8 * info.expert_bytes / info.expert_parameters)
-    router = len(info.moe_layers) * info.hidden_size * info.experts
-    dense = 8 * info.dense_bytes / weights.bits_per_weight
-    return ModelShape(
-        name=Path(info.path).name,
-        hidden=info.hidden_size,
-        layers=info.layers,
-        attention=_Lump(max(0, round((dense - router) / info.layers))),
-        experts=info.experts,
-        top_k=info.top_k,
-        expert_hidden=round(info.expert_parameters / (GATED_MATRICES * info.hidden_size)),
-        vocabulary=0,
-        dense_layers=info.layers - len(info.moe_layers),
-        dense_format=weights,
-        expert_format=weights,
-    )
-
-
-def cluster_of(
+def setup_of(
     info: ModelInfo, offers: Sequence[NodeResources], mapped: bool, schedule: str, policy: str
-) -> tuple[Cluster, list[int]]:
-    """The nodes, and each one's capacity for experts in bytes, which its memory leaves it."""
+) -> tuple[Setup, list[int]]:
+    """What to predict of a decoded token, and each node's capacity for experts in bytes."""
     central = schedule == "centralized"
     dense = [0 if central and node else info.dense_bytes for node in range(len(offers))]
     capacity = capacity_for(info, offers, dense, mapped)
@@ -165,26 +125,9 @@ def cluster_of(
         for node, speed in enumerate(speeds_of(offers))
     ]
     link = LOOPBACK if on_one_machine(offers) else NETWORK
-    return Cluster(tuple(machines), link, schedule, policy), capacity
+    work = Workload(prompt=0)
+    return Setup(info.shape, tuple(machines), link, work, schedule, policy), capacity
 
 
 def on_one_machine(offers: Sequence[NodeResources]) -> bool:
     return len({offer.machine for offer in offers}) == 1
-
-
-def placed_of(placement: Placement, hidden: int, label: str) -> Placed | None:
-    """A placement of experts that are `hidden` wide as that of its first MoE layer.
-
-    None where some nodes hold slices and others the same or none of an
-    expert: the planner has no model of that.
-    """
-    layers, nodes = len(placement.owned), range(placement.nodes)
-    mean = tuple(total / layers for total in resident(placement, hidden))
-    if len(set(placement.slices)) > 1:
-        everything = all(len(ids) == placement.experts for of in placement.owned for ids in of)
-        if not everything or len(set(placement.slices)) < placement.nodes:
-            return None
-        return Placed(label, mean, shares=tuple((b - a) / hidden for a, b in placement.slices))
-    on = [set(ids) for ids in placement.owned[0]]
-    owners = (tuple(node for node in nodes if e in on[node]) for e in range(placement.experts))
-    return Placed(label, mean, tuple(owners))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zmoe.errors import PlacementError
+from zmoe.json_files import read_json
 from zmoe.placement.types import Placement
 
 MOST_NODES = 64
@@ -21,12 +22,7 @@ def read_placement(path: Path, layers: int) -> Placement:
     Its form is checked, not whether it fits the model (check.py). Raises
     PlacementError naming file and field.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlacementError(f"placement {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise PlacementError(f"placement {path} is not JSON: {error}") from None
+    record = read_json(path, f"placement {path}", PlacementError)
     if not isinstance(record, dict):
         raise PlacementError(f"placement {path}: expected a JSON object")
     return _placement(path, record, layers)

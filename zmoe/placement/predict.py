@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,12 @@ from zmoe.perf.busiest import Busiest
 from zmoe.perf.cost import Cluster, Step, StepTime, step_time
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
-from zmoe.perf.memory import node_bytes
+from zmoe.perf.memory import expert_slots, node_bytes
 from zmoe.perf.routing import distinct_experts
 from zmoe.perf.shape import ModelShape
-from zmoe.placement.candidates import Placed, candidates
+from zmoe.placement.build import check_way, place_by_speed, ways
+from zmoe.placement.placed import Placed, placed_of
+from zmoe.placement.types import Placement
 
 
 @dataclass(frozen=True)
@@ -143,25 +146,54 @@ def predict(setup: Setup, nodes: int) -> Prediction:
     Raises PlacementError when there are more nodes than experts, or when the
     placement that is given is for another number of nodes.
     """
-    work, cluster = setup.workload, setup.cluster(nodes)
     if setup.given is None:
-        found = candidates(setup.placement, setup.shape, cluster, work.batch, work.context)
+        found = _built(setup, setup.cluster(nodes))
     elif len(setup.given.resident) == nodes:
         found = [setup.given]
     else:
         wanted = len(setup.given.resident)
         raise PlacementError(f"{setup.given.label} is for {wanted} nodes, not for {nodes}")
-    predictions = [evaluate(setup, cluster, placed) for placed in found]
+    predictions = []
+    for placed in found:
+        try:
+            predictions.append(evaluate(setup, placed))
+        except PlacementError:  # replicas on more nodes than can be counted
+            if len(found) == 1:
+                raise
     return min(predictions, key=lambda p: (p.missing, p.decode.total))
+
+
+def _built(setup: Setup, cluster: Cluster) -> list[Placed]:
+    """What a run on `cluster` would choose from; whole experts spread evenly where nothing
+    of it has room.
+    """
+    shape, work = setup.shape, setup.workload
+    speeds = [machine.reached_bandwidth for machine in cluster.machines]
+    slots = expert_slots(shape, cluster, work.batch, work.context)
+    makers = ways(shape, speeds, slots, cluster.schedule)
+    even = makers["experts"]()  # which refuses more nodes than experts
+    made: dict[Placement, str] = {}
+    if cluster.nodes > 1:
+        check_way(setup.placement, shape, cluster.nodes)
+        for way in makers if setup.placement == "auto" else [setup.placement]:
+            with suppress(PlacementError):
+                made.setdefault(makers[way](), way)
+    made = made or {even: "experts"}
+    whole = shape.experts * shape.moe_layers
+    if setup.placement == "auto" and sum(slots) < whole:  # what lacks least
+        room = [whole] * cluster.nodes
+        made.setdefault(place_by_speed(shape, [s + 1 for s in slots], room), "experts by memory")
+    placed = (placed_of(each, shape.expert_hidden, way) for each, way in made.items())
+    return [each for each in placed if each is not None]
 
 
 def predict_all(setup: Setup, counts: Sequence[int]) -> list[Prediction]:
     return [predict(setup, nodes) for nodes in counts]
 
 
-def evaluate(setup: Setup, cluster: Cluster, placed: Placed) -> Prediction:
-    """The prediction for `cluster` with its experts `placed`."""
-    shape, work = setup.shape, setup.workload
+def evaluate(setup: Setup, placed: Placed) -> Prediction:
+    """The prediction for as many nodes as the experts are `placed` on."""
+    shape, work, cluster = setup.shape, setup.workload, setup.cluster(len(placed.resident))
     step = Step(rows=work.batch, sequences=work.batch, context=work.context, heads=work.batch)
     decode, busiest = _timed(shape, cluster, placed, step)
     prefill = StepTime()

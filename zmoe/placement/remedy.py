@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from zmoe.perf.shape import affine
+from zmoe.placement.build import most_nodes
 from zmoe.placement.predict import Setup, predict
 
 MOST_NODES = 64
@@ -25,8 +26,9 @@ def remedy(setup: Setup, nodes: int, unit: str = "node") -> str:
 
 def nodes_that_fit(setup: Setup) -> int | None:
     """The fewest nodes that hold the model, None when no number does."""
-    most = min(setup.shape.experts, MOST_NODES)
-    return next((n for n in range(1, most + 1) if predict(_plain(setup), n).fits), None)
+    plain = _plain(setup)
+    most = min(most_nodes(plain.placement, plain.shape), MOST_NODES)
+    return next((n for n in range(1, most + 1) if predict(plain, n).fits), None)
 
 
 def bits_that_fit(setup: Setup, nodes: int) -> int | None:

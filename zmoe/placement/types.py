@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
+
+from zmoe.perf.shape import Format, ModelShape
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,45 @@ class ModelInfo:
     context_length: int | None
     vocabulary: int  # token ids lie below it
     has_own_cache: bool = False  # not one of keys and values alone, so it can be no window
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """A shape of as many bytes, for any family: all weights count as stored like the
+        experts, and the dense ones as read once a step.
+        """
+        weights = Format(8 * self.expert_bytes / self.expert_parameters)
+        router = len(self.moe_layers) * self.hidden_size * self.experts
+        dense = 8 * self.dense_bytes / weights.bits_per_weight
+        matrix = self.hidden_size * self.moe_intermediate_size
+        return ModelShape(
+            name=self.path,
+            hidden=self.hidden_size,
+            layers=self.layers,
+            attention=_DenseWeights(max(0, int((dense - router) / self.layers))),
+            experts=self.experts,
+            top_k=self.top_k,
+            expert_hidden=self.moe_intermediate_size,
+            vocabulary=0,
+            dense_layers=self.layers - len(self.moe_layers),
+            dense_format=weights,
+            expert_format=weights,
+            expert_matrices=self.expert_parameters / matrix,
+            slice_alignment=self.slice_alignment,
+        )
+
+
+@dataclass(frozen=True)
+class _DenseWeights:
+    """All dense weights of a layer in the place of its attention."""
+
+    weights: int
+    cache_elements: int = 0
+
+    def parameters(self, hidden: int) -> int:
+        return self.weights
+
+    def attended(self, context: float, layers: int) -> float:
+        return 0.0
+
+    def score_operations(self, attended: float) -> float:
+        return 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zmoe.errors import InputError
+from zmoe.json_files import read_json, write_json
 from zmoe.placement.types import ModelInfo
 
 VERSION = 1
@@ -57,12 +56,7 @@ def read_usage(path: Path, info: ModelInfo) -> Usage:
     """The profile in the file `path`. Raises InputError naming the file when it is none,
     or that of another model than `info`.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"usage profile {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"usage profile {path} is not JSON: {error}") from None
+    record = read_json(path, f"usage profile {path}")
     if not isinstance(record, dict) or record.get("zmoe_usage") != VERSION:
         raise InputError(f'{path} is no usage profile: expected {{"zmoe_usage": {VERSION}, ...}}')
     if record.keys() != _FIELDS:
@@ -108,10 +102,4 @@ def add_usage(path: Path, usage: Usage, info: ModelInfo) -> None:
     if path.exists():
         usage = read_usage(path, info) + usage
     record = {"zmoe_usage": VERSION, "fingerprint": usage.fingerprint, "counts": usage.counts}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"usage profile {path} cannot be written: {error.strerror}") from None
+    write_json(path, f"usage profile {path}", record)

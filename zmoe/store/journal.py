@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 from pathlib import Path
-from types import TracebackType
 
 from zmoe.checkpoint.manifest import Range
 from zmoe.errors import InputError
@@ -66,10 +65,5 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()

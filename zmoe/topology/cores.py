@@ -38,7 +38,7 @@ def usable_cores() -> list[int]:
     return [core.cpu for core in _own_cores()]
 
 
-def team_cores() -> list[int] | int:
+def pool_cores() -> list[int] | int:
     """Return the usable cores for the threads of one process to be pinned to.
 
     Under a quota the result is only their number: other containers of the machine, which are

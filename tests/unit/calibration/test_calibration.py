@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from zmoe.calibration import products, steps, weights
-from zmoe.calibration.products import core_sharings, line_of_experts
+from zmoe.calibration import matmuls, steps, weights
+from zmoe.calibration.matmuls import core_sharings, line_of_experts
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
 from zmoe.kernels.threads import ThreadPool
 from zmoe.native import ffi
@@ -60,14 +60,14 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_products_of_the_file(name: str, file: Path) -> None:
+def test_matmuls_of_the_file(name: str, file: Path) -> None:
     """Each says how much it has done, of weights that are all the same number."""
     with patch.object(weights, "LARGE", SMALL):
         made = Weights(ThreadPool(1), file)
         dense, many = made.dense(name, Random(1)), made.many(name)
-        (product,) = {p.weight.out_features: p for p in made._products(name)}.values()
+        (matmul,) = {p.weight.out_features: p for p in made._matmuls(name)}.values()
     x = mx.random.normal((3, SMALL.width)).astype(mx.float32 if name == "f32" else mx.bfloat16)
-    y = np.array(product(x).astype(mx.float32))
+    y = np.array(matmul(x).astype(mx.float32))
     assert np.isfinite(y).all() and np.ptp(y, axis=1).max() == 0  # all rows of the weight are alike
     if FORMATS[name] is None:
         bits = 0x3C3C3C3C if name == "f32" else 0x3C3C0000
@@ -115,13 +115,13 @@ def test_cores_are_shared_as_by_nodes() -> None:
         each = max(1, 4 // nodes)
         return [cores[(n * each) % 4 :][:each] for n in range(nodes)]
 
-    with patch.object(products, "divide_cores", dealt):
+    with patch.object(matmuls, "divide_cores", dealt):
         found = {(len(cores), len(cores[0])) for cores in core_sharings(6)}
     assert found == {(1, 4), (1, 2), (2, 2), (1, 1), (3, 1), (4, 1)}
 
 
 def test_steps_are_found_again_from_their_times(tmp_path: Path) -> None:
-    """Times as the planner has them, with products slower by a tenth than it thinks."""
+    """Times as the planner has them, with matmuls slower by a tenth than it thinks."""
     rates = tuple(
         ProductRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e12)
         for format in ("bf16", "cache")
@@ -140,7 +140,7 @@ def test_steps_are_found_again_from_their_times(tmp_path: Path) -> None:
                 bare = replace(machine, rates=rates, layer_s=0.0)
                 planned = steps._planned(model, bare, case)
                 total = 1.1 * planned.decode.total + layers * layer_s + step_s
-                found._found[case, model] = (total, 1.1 * steps._leaders_products(planned))
+                found._found[case, model] = (total, 1.1 * steps._leaders_matmuls(planned))
         size = steps.MANY * (steps.FAR - steps.NEAR) * 2 * steps.WIDTH * 2
         near = {nodes: found._found[steps.Case(nodes), found._models[1]][0] for nodes in (1, 2)}
         found._far = {nodes: seconds + size / 1e10 for nodes, seconds in near.items()}
@@ -169,7 +169,7 @@ def test_the_leader_computes_as_much_as_all_where_all_compute_alike(tmp_path: Pa
         (2, "selected", False),  # the others wait for the busiest
     ):
         planned = steps._planned(model, machine, steps.Case(nodes, policy=policy))
-        share = steps._leaders_products(planned) / planned.decode.total
+        share = steps._leaders_matmuls(planned) / planned.decode.total
         assert share == pytest.approx(1) if whole else 0.5 < share < 0.95
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_is_for_the_command_alone(tmp_path: Path) -> None:
     """A terminal sends it to the processes that measure, too; each would print a traceback."""
     path = tmp_path / "weights"
     write_weights(path, 8 * expert_bytes("f32", LARGE))
-    with products._group([(min(usable_cores()),)], path) as group:
+    with matmuls._group([(min(usable_cores()),)], path) as group:
         (process,) = multiprocessing.active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)

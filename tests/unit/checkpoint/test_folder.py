@@ -122,7 +122,7 @@ def test_a_folder_must_be_complete(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no config"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"config\.json is not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": 3}')
     with pytest.raises(ModelError, match="no model_type"):

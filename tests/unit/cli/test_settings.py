@@ -14,8 +14,20 @@ from zmoe.config import EngineConfig, Sampling, Settings, Timing, fields_of
 # All flags of settings of zmoe-run, and what they say.
 RUN: list[tuple[str, Settings]] = [
     (
-        "-m 3 --temp 1 --top-p .5 --top-k 7 --min-p .1 --seed 4",
-        Sampling(max_tokens=3, temp=1.0, top_p=0.5, top_k=7, min_p=0.1, seed=4),
+        "-m 3 --temp 1 --top-p .5 --top-k 7 --min-p .1 --seed 4 --repetition-penalty 1.1 "
+        "--repetition-context-size 9 --presence-penalty -.5 --frequency-penalty .25",
+        Sampling(
+            max_tokens=3,
+            temp=1.0,
+            top_p=0.5,
+            top_k=7,
+            min_p=0.1,
+            seed=4,
+            repetition_penalty=1.1,
+            repetition_context_size=9,
+            presence_penalty=-0.5,
+            frequency_penalty=0.25,
+        ),
     ),
     (
         "--prefill-step-size 9 --max-kv-size 64 --compute native --activations int8 "

@@ -63,6 +63,13 @@ def test_top_k_above_the_vocabulary(cluster: Cluster) -> None:
     assert len(list(cluster.generate("x", top_k=1023, temp=1.0, max_tokens=2))) == 2
 
 
+def test_a_bias_of_a_token_that_is_none(cluster: Cluster) -> None:
+    with pytest.raises(SettingError, match="^logit_bias has token 1024: the model's are below"):
+        cluster.generate("x", logit_bias={3: 1.0, 1024: 1.0})
+    (token,) = cluster.generate("x", logit_bias={1023: 100.0}, max_tokens=1, ignore_eos=True)
+    assert token.id == 1023
+
+
 def test_a_window_goes_on_past_the_context(cluster: Cluster) -> None:
     context = cluster.info.context_length
     assert context == 1024

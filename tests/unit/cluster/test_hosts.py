@@ -38,10 +38,12 @@ def test_both_shapes_of_hostfile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ("{", "not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ([], "list of hosts"),
         ({"hosts": []}, "list of hosts"),
         ({"hosts": [{"ssh": "localhost"}], "speed": 1}, "unknown field 'speed'"),
+        ({"hosts": [{"ssh": "localhost"}], "envs": 1}, '"envs" is no list'),
         ([{"ips": ["127.0.0.1"]}], "host 0"),
         ([{"ssh": "localhost", "port": 1}], "host 0: unknown field 'port'"),
         ([{"ssh": "localhost"}, {"ssh": "x", "ips": "127.0.0.1"}], "host 1.*no list"),
@@ -55,7 +57,7 @@ def test_bad_hostfiles_name_the_file_and_the_fault(tmp_path: Path, data: Any, re
 
 
 def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none.json: No such file"):
+    with pytest.raises(InputError, match="none.json cannot be read: No such file"):
         hosts_from_file(tmp_path / "none.json")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,14 +253,47 @@ def test_the_context_bounds_the_text(tokenizer: TokenizerWrapper) -> None:
 def test_seeds_make_samples_repeat(tokenizer: TokenizerWrapper) -> None:
     vocabulary = len(tokenizer.get_vocab())
 
-    def sample(seed: int) -> list[int]:
+    seeds: list[int] = []
+
+    def sample(seed: int | None) -> list[int]:
         script = Script([5], vocabulary)
         on = batcher(script)
         on._run = lambda plan: np.zeros((1, vocabulary), np.float32)
         sampling = Sampling(max_tokens=20, temp=1.0, seed=seed, ignore_eos=True)
-        return [token.id for token in generation(tokenizer, script, [1], sampling, on=on)]
+        run = generation(tokenizer, script, [1], sampling, on=on)
+        seeds.append(run.seed)
+        return [token.id for token in run]
 
     assert sample(1) == sample(1) != sample(2)
+    unseeded = sample(None)
+    assert sample(seeds[-1]) == unseeded != sample(None)
+
+
+def test_tokens_carry_log_probabilities(tokenizer: TokenizerWrapper) -> None:
+    vocabulary = len(tokenizer.get_vocab())
+    script = Script([5, 6], vocabulary)
+    sampling = Sampling(max_tokens=2, ignore_eos=True, logprobs=1, presence_penalty=2.0)
+    norm = math.log(math.exp(20) + vocabulary - 1)
+    tokens = list(generation(tokenizer, script, [9], sampling))
+    assert [token.logprob for token in tokens] == pytest.approx([20 - norm] * 2, abs=1e-12)
+    assert [token.top_logprobs[0][0] for token in tokens] == [5, 6]
+    (plain,) = generation(tokenizer, Script([5], vocabulary), [9], Sampling(max_tokens=1))
+    assert plain.logprob is None and plain.top_logprobs == ()
+
+
+def test_penalties_know_the_text(tokenizer: TokenizerWrapper) -> None:
+    vocabulary = len(tokenizer.get_vocab())
+
+    def greedy(**options: Any) -> list[int]:
+        script = Script([5], vocabulary)
+        on = batcher(script)
+        on._run = lambda plan: np.arange(vocabulary, dtype=np.float32)[None] * -0.6
+        sampling = Sampling(max_tokens=5, ignore_eos=True, **options)
+        return [token.id for token in generation(tokenizer, script, [0], sampling, on=on)]
+
+    assert greedy() == [0, 0, 0, 0, 0]
+    assert greedy(presence_penalty=1.0) == [0, 1, 0, 0, 0]
+    assert greedy(frequency_penalty=1.0) == [0, 1, 0, 2, 1]
 
 
 def test_prompts_that_cannot_be(tokenizer: TokenizerWrapper) -> None:

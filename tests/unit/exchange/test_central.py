@@ -25,7 +25,7 @@ from zmoe.exchange.central import CentralExchange, Held, Sharing, serve_step
 from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.exchange.local import Exchange, connect_group, local_group
 from zmoe.families.table import ADAPTERS
-from zmoe.loading import inspect_model, load_experts, load_shard
+from zmoe.loading import Skeleton, describe, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
@@ -284,7 +284,7 @@ def test_a_block_without_adapter(
     """Every chosen expert's output is a row of its own then; as mlx-lm computes it."""
     monkeypatch.delitem(ADAPTERS, "qwen2_moe.Qwen2MoeSparseMoeBlock")
     folder = build("qwen2_moe", tmp_path)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     want = np.array(load_model(folder)[0](tokens))
     spread = round_robin(3, info.experts, len(info.moe_layers))

@@ -189,7 +189,7 @@ def test_an_idle_wait_wakes_for_a_lost_peer(group: list[Exchange]) -> None:
     [
         (0, 4, 8, "rank 1 has another routing, shape, dtype or algorithm: layer 0, step 0"),
         (0, 3, 7, "rank 1 has another routing, shape, dtype or algorithm"),
-        (2, 4, 7, "rank 1 is elsewhere: layer 2, step 0, epoch 0; rank 0 is at layer 0"),
+        (2, 4, 7, "rank 1 is elsewhere: layer 2, step 0; rank 0 is at layer 0"),
     ],
 )
 def test_divergence(
@@ -296,14 +296,8 @@ def test_close_is_final_and_idempotent(group: list[Exchange]) -> None:
         group[0].service()
 
 
-def test_epochs_start_afresh(group: list[Exchange]) -> None:
-    for epoch in (1, 2):
-        for exchange in group:
-            exchange.begin_epoch(epoch)
-            exchange.step = 0
-        together([lambda r=r: group[r].all_reduce_numpy(np.ones(2, "f4")) for r in range(2)])
-    with pytest.raises(ZmoeError, match="epoch 1 is not later"):
-        group[0].begin_epoch(1)
+def test_a_step_that_was_taken_is_refused(group: list[Exchange]) -> None:
+    together([lambda r=r: group[r].all_reduce_numpy(np.ones(2, "f4")) for r in range(2)])
     group[0].step = 0
     with pytest.raises(ZmoeError, match="does not come after"):
         group[0].all_reduce_numpy(np.ones(2, np.float32))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zmoe import native
-from zmoe.native import Dtype, Isa
+from zmoe.native import Dtype, Isa, Status, ffi, lib
 
 ISAS = [isa for isa in Isa if isa.supported]
 
@@ -22,27 +22,12 @@ def test_sum_in_rank_order(isa: Isa, ranks: int, kind: type[np.floating]) -> Non
         expected = expected + part.astype(np.float32)
     out = np.empty(1003, kind)
     dtype = Dtype.F32 if kind is np.float32 else Dtype.F16
-    native.reduce(out, dtype, parts, dtype, isa)
+    views = [ffi.from_buffer(part) for part in parts]
+    pointers = ffi.new("void *[]", views)
+    raw = ffi.cast("const void *const *", pointers)
+    target = ffi.from_buffer(out)
+    assert lib.zmoe_reduce(target, dtype, raw, ranks, dtype, out.size, isa) == Status.OK
     np.testing.assert_array_equal(out, expected.astype(kind))
-
-
-def test_a_missing_part_adds_nothing() -> None:
-    out = np.empty(3, np.float32)
-    part = np.array([1, 2, 3], np.float32)
-    native.reduce(out, Dtype.F32, [None, part, None], Dtype.F32)
-    np.testing.assert_array_equal(out, part)
-    native.reduce(out, Dtype.F32, [None, None], Dtype.F32)
-    np.testing.assert_array_equal(out, np.zeros(3))
-
-
-def test_sizes_must_agree() -> None:
-    out = np.empty(3, np.float32)
-    with pytest.raises(ValueError, match="part 1 has 2 elements, the sum 3"):
-        native.reduce(out, Dtype.F32, [out, np.zeros(2, np.float32)], Dtype.F32)
-    with pytest.raises(ValueError, match="no whole number of F32"):
-        native.reduce(bytearray(5), Dtype.F32, [], Dtype.F32)
-    with pytest.raises(ValueError, match="cannot reduce 65 parts"):
-        native.reduce(out, Dtype.F32, [None] * 65, Dtype.F32)
 
 
 def test_digest_depends_on_every_byte() -> None:

@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, VOCAB, build
 from tests.ranks import ThreadReducer, on_ranks, round_robin
-from zmoe.loading import LoadedShard, inspect_model, load_shard
+from zmoe.loading import LoadedShard, Skeleton, describe, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo
 
@@ -59,7 +59,7 @@ def load(info: ModelInfo, reducer: ThreadReducer) -> LoadedShard:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_number_of_nodes_agrees_with_one_process(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path / family)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     reference, _ = load_model(folder)
     tokens, scores = generate(reference)
     batch = np.array(reference(mx.array(BATCH)))

@@ -264,7 +264,7 @@ def check_route(pool: Any, expected: Route, x: mx.array, structs: Structs, **rou
     out = np.empty(x.shape, np.float32)
     status = lib.zmoe_route(
         pool,
-        ffi.new("zmoe_router *", {"scale": 1.0, **router}),
+        ffi.new("zmoe_router *", router),
         structs.floats(x),
         rows,
         ffi.from_buffer(out),
@@ -284,7 +284,6 @@ def check_route(pool: Any, expected: Route, x: mx.array, structs: Structs, **rou
 def test_routers_are_those_of_the_adapters(rows: int, pool: Any) -> None:
     structs = Structs()
     gate, norm = nn.Linear(WIDTH, EXPERTS), nn.RMSNorm(WIDTH)
-    bias = 0.2 * mx.random.normal((EXPERTS,))
     x = mx.random.normal((rows, WIDTH))
 
     def logits(h: mx.array) -> mx.array:
@@ -304,29 +303,3 @@ def test_routers_are_those_of_the_adapters(rows: int, pool: Any) -> None:
             normalize=normalize,
         )
     check(lambda h: routers.top_k_then_softmax(logits(h), TOP_K), kind=lib.ZMOE_TOP_K_SOFTMAX)
-    check(
-        lambda h: routers.biased_sigmoid(logits(h), bias, TOP_K, floor=0.5),
-        kind=lib.ZMOE_SIGMOID_TOP_K,
-        choice_bias=structs.floats(bias),
-        normalize=1,
-        floor=0.5,
-    )
-
-
-def test_the_gate_of_glm4_moe_without_groups(pool: Any) -> None:
-    model = model_of("glm4_moe", {"n_group": 1, "topk_group": 1})
-    layer, structs = model.model.layers[1], Structs()
-    gate, norm = layer.mlp.gate, layer.post_attention_layernorm
-    check_route(
-        pool,
-        lambda h: gate(norm(h)),
-        mx.random.normal((4, norm.weight.shape[0])),
-        structs,
-        input=structs.norm(norm),
-        gate=structs.weight(gate),
-        choice_bias=structs.floats(gate.e_score_correction_bias),
-        kind=lib.ZMOE_SIGMOID_TOP_K,
-        top_k=gate.top_k,
-        normalize=gate.norm_topk_prob,
-        scale=gate.routed_scaling_factor,
-    )

@@ -20,7 +20,7 @@ from zmoe.families.sites import model_classes
 from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
 from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.loading.load import LoadedShard
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
@@ -30,10 +30,10 @@ STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
 
 
 def load(folder: Path, reducer: Any, fuse: bool, threads: int = 1) -> LoadedShard:
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = round_robin(reducer.nodes, EXPERTS, len(info.moe_layers))
     pool = ThreadPool(threads)
-    return load_shard(info, placement, reducer, spans=Spans(), team=pool, fuse=fuse)
+    return load_shard(info, placement, reducer, spans=Spans(), pool=pool, fuse=fuse)
 
 
 def logits(shard: LoadedShard, reducer: Any) -> list[np.ndarray]:
@@ -136,13 +136,13 @@ def test_experts_apart_in_the_file_are_stacked_once(tmp_path: Path) -> None:
 
 def test_a_node_without_experts_of_a_layer(tmp_path: Path) -> None:
     folder = build("mixtral", tmp_path)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = Placement(2, EXPERTS, (((), tuple(range(EXPERTS))),) * len(info.moe_layers))
     want = np.array(load_model(folder)[0](mx.array([STEPS[0]])))[0, -1]
 
     def work(reducer: ThreadReducer) -> list[np.ndarray]:
         pool = ThreadPool()
-        shard = load_shard(info, placement, reducer, spans=Spans(), team=pool)
+        shard = load_shard(info, placement, reducer, spans=Spans(), pool=pool)
         return logits(shard, reducer)
 
     for rows in on_ranks(2, work):

@@ -15,11 +15,11 @@ from mlx_lm.utils import load_model
 from tests.families import EXPERTS, FAMILIES, build, save
 from zmoe.errors import ModelError
 from zmoe.families.sites import model_classes
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 
 
 def test_a_description_in_full(tmp_path: Path) -> None:
-    info = inspect_model(build("deepseek_v3", tmp_path, dtype="bfloat16"))
+    info = describe(Skeleton(build("deepseek_v3", tmp_path, dtype="bfloat16")))
     assert info.path == str(tmp_path)
     assert info.model_type == "deepseek_v3"
     assert (info.dtype, info.quantization) == ("bfloat16", "none")
@@ -33,7 +33,7 @@ def test_a_description_in_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_described(family: str, tmp_path: Path) -> None:
-    info = inspect_model(build(family, tmp_path))
+    info = describe(Skeleton(build(family, tmp_path)))
     assert info.experts == EXPERTS and info.hidden_size == 64
     assert info.top_k == (1 if family == "llama4" else 3)
     assert 1 <= len(info.moe_layers) <= info.layers
@@ -60,7 +60,17 @@ def test_more_experts_per_token_than_there_are(tmp_path: Path) -> None:
         )
         said = f"{config}: num_experts_per_tok is {count}: expected 1 to {EXPERTS}"
         with pytest.raises(ModelError, match=said):
-            inspect_model(folder)
+            describe(Skeleton(folder))
+
+
+def test_a_config_without_the_number_of_experts_per_token(tmp_path: Path) -> None:
+    """mlx-lm has a default for it, which may be another model's."""
+    folder = build("mixtral", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json names no number of experts per token"):
+        describe(Skeleton(folder))
 
 
 def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
@@ -70,7 +80,7 @@ def test_slices_are_of_whole_groups(tmp_path: Path) -> None:
         ("mxfp4", 4, 32, 8),
     ):
         folder = build("mixtral", tmp_path / f"{mode}{group}", quantize=(mode, bits, group))
-        info = inspect_model(folder)
+        info = describe(Skeleton(folder))
         assert (info.moe_intermediate_size, info.slice_alignment) == (64, group)
         assert info.expert_bytes == 3 * 64 * 64 * (bits + scales / group) / 8
 
@@ -81,7 +91,7 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr(os, "preadv")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    inspect_model(folder)
+    describe(Skeleton(folder))
     assert mx.get_peak_memory() - before < 65536
 
 
@@ -95,16 +105,16 @@ def test_the_activations_are_as_wide_as_the_norms(tmp_path: Path) -> None:
     mxfp4 = ("mxfp4", 4, 32)
     for dtype, want in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")):
         folder = build("mixtral", tmp_path / dtype, dtype=dtype, quantize=mxfp4)
-        assert inspect_model(folder).dtype == want
+        assert describe(Skeleton(folder)).dtype == want
         model, _ = load_model(folder)
         assert str(model(mx.array([[1]])).dtype).endswith(want)
     folder = build("mixtral", tmp_path / "affine", dtype="float16", quantize=("affine", 4, 64))
-    assert inspect_model(folder).dtype == "float16"
+    assert describe(Skeleton(folder)).dtype == "float16"
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
-    one = inspect_model(build("mixtral", tmp_path / "one")).fingerprint
-    assert inspect_model(build("mixtral", tmp_path / "two")).fingerprint == one
+    one = describe(Skeleton(build("mixtral", tmp_path / "one"))).fingerprint
+    assert describe(Skeleton(build("mixtral", tmp_path / "two"))).fingerprint == one
     others = [
         build("mixtral", tmp_path / "seed", seed=1),
         build("mixtral", tmp_path / "half", dtype="float16"),
@@ -112,16 +122,16 @@ def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
     ]
     change_config(tmp_path / "two", rope_theta=5000.0)
     others.append(tmp_path / "two")
-    marks = {inspect_model(folder).fingerprint for folder in others}
+    marks = {describe(Skeleton(folder)).fingerprint for folder in others}
     assert len(marks) == 4 and one not in marks
 
 
 def test_the_order_of_the_config_does_not_matter(tmp_path: Path) -> None:
     folder = build("mixtral", tmp_path)
-    one = inspect_model(folder).fingerprint
+    one = describe(Skeleton(folder)).fingerprint
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=2))
-    assert inspect_model(folder).fingerprint == one
+    assert describe(Skeleton(folder)).fingerprint == one
 
 
 DENSE = {
@@ -143,12 +153,12 @@ def test_models_that_cannot_be_spread_are_refused(tmp_path: Path) -> None:
     model = llama.Model(llama.ModelArgs.from_dict(DENSE))
     folder = save(tmp_path / "dense", DENSE, dict(tree_flatten(model.parameters())))
     with pytest.raises(ModelError, match="no Mixture of Experts: type llama"):
-        inspect_model(folder)
+        describe(Skeleton(folder))
     folder = build("mixtral", tmp_path / "odd")
     for kind in ("nosuchmodel", "switch_layers", "base"):
         change_config(folder, model_type=kind)
         with pytest.raises(ModelError, match=f"model type {kind} is not known"):
-            inspect_model(folder)
+            describe(Skeleton(folder))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +172,5 @@ def test_configs_that_do_not_fit_are_refused_in_one_line(
     folder = build("mixtral", tmp_path)
     change_config(folder, **changes)
     with pytest.raises(ModelError) as raised:
-        inspect_model(folder)
+        describe(Skeleton(folder))
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)

@@ -15,7 +15,7 @@ from tests.families import EXPERTS, FAMILIES, build, random_model, save
 from tests.families.layouts import deepseek_fp8_hf
 from tests.ranks import Meeting, ThreadReducer
 from zmoe.checkpoint.folder import read_tensors
-from zmoe.loading import LoadedShard, inspect_model, load_shard
+from zmoe.loading import LoadedShard, Skeleton, describe, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
@@ -24,7 +24,7 @@ OWNED = ((0, 3, 5), (1, 2, 4))
 
 
 def shard(folder: Path, rank: int = 0, owned: tuple[tuple[int, ...], ...] = OWNED) -> LoadedShard:
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = Placement(len(owned), EXPERTS, (owned,) * len(info.moe_layers))
     return load_shard(info, placement, ThreadReducer(rank, Meeting(len(owned))), spans=Spans())
 
@@ -79,7 +79,7 @@ def test_published_layouts(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe"])
 def test_half_precision_checkpoints(family: str, dtype: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path, dtype=dtype, layout="hf")
-    assert inspect_model(folder).dtype == dtype
+    assert describe(Skeleton(folder)).dtype == dtype
     check_against_mlx(folder, family == "dbrx")
 
 
@@ -89,8 +89,8 @@ def test_quantised_checkpoints(mode: tuple[str, int, int], layout: str, tmp_path
     """With the experts stacked, and one by one as older conversions have them."""
     folder = build("mixtral", tmp_path, dtype="bfloat16", quantize=mode, layout=layout)
     check_against_mlx(folder)
-    assert inspect_model(folder).quantization == f"{mode[0]}-{mode[1]}bit-g{mode[2]}"
-    assert inspect_model(folder).dtype == "bfloat16"
+    assert describe(Skeleton(folder)).quantization == f"{mode[0]}-{mode[1]}bit-g{mode[2]}"
+    assert describe(Skeleton(folder)).dtype == "bfloat16"
 
 
 def test_quantised_dbrx_as_mlx_lm_converts_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.families import EXPERTS, build, save
 from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.errors import ModelError, PlacementError
 from zmoe.families.table import ADAPTERS
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
 
@@ -35,7 +35,7 @@ def test_layers_may_own_different_numbers_of_experts_or_none(
     family: str, layout: str, tmp_path: Path
 ) -> None:
     folder = build(family, tmp_path, layout=layout)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = Placement(3, EXPERTS, (((), (0, 1, 2, 3, 5), (4,)), ((1, 2), (), (0, 3, 4, 5))))
     want = np.array(load_model(folder)[0](mx.array(TOKENS)))
 
@@ -70,7 +70,7 @@ def test_half_models_stay_near_the_same_weights_in_float32(
     reference, _ = load_model(folder)
     reference.set_dtype(mx.float32)
     want = np.array(reference(mx.array(TOKENS)))
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
 
     def work(reducer: ThreadReducer) -> np.ndarray:
         placement = round_robin(reducer.nodes, EXPERTS, len(info.moe_layers))
@@ -89,7 +89,7 @@ def test_half_models_stay_near_the_same_weights_in_float32(
 
 def test_progress_ends_at_exactly_what_was_read(tmp_path: Path) -> None:
     folder = build("qwen3_moe", tmp_path)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     seen: list[tuple[int, int]] = []
     loaded = load_shard(
         info, everything(info), alone(), spans=Spans(), progress=lambda *p: seen.append(p)
@@ -103,7 +103,7 @@ def test_memory_stays_below_the_share_and_one_tensor(layout: str, tmp_path: Path
     """As MLX counts it: evaluated arrays alone."""
     size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     folder = build("mixtral", tmp_path, layout=layout, **size)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     owned = (tuple(range(4)), (4, 5))
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -124,7 +124,7 @@ def test_an_unknown_block_falls_back_to_its_switch_layer(
 ) -> None:
     monkeypatch.delitem(ADAPTERS, "qwen2_moe.Qwen2MoeSparseMoeBlock")
     folder = build("qwen2_moe", tmp_path)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     assert info.exchange_width == info.top_k * info.hidden_size
     want = np.array(load_model(folder)[0](mx.array(TOKENS)))
     placement = Placement(2, EXPERTS, (((0, 1, 2, 3, 4, 5), ()), ((1, 4), (0, 2, 3, 5))))
@@ -139,7 +139,7 @@ def test_an_unknown_block_falls_back_to_its_switch_layer(
 
 
 def test_a_placement_of_another_model_is_refused(tmp_path: Path) -> None:
-    info = inspect_model(build("mixtral", tmp_path))
+    info = describe(Skeleton(build("mixtral", tmp_path)))
     for placement in (
         Placement(1, 8, ((tuple(range(8)),),) * 2),
         Placement(1, EXPERTS, ((tuple(range(EXPERTS)),),)),
@@ -179,17 +179,17 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_tensors_that_do_not_make_up_the_model_are_named(fault: str, tmp_path: Path) -> None:
-    """By `inspect_model` already, so before anything is launched, and in one line."""
+    """By `describe` already, so before anything is launched, and in one line."""
     layout, change, reason = BROKEN[fault]
     folder = rewritten(build("mixtral", tmp_path, layout=layout), dict(change))
     with pytest.raises(ModelError) as raised:
-        inspect_model(folder)
+        describe(Skeleton(folder))
     message = str(raised.value)
     assert reason in message and "\n" not in message
 
 
 def test_a_checkpoint_damaged_after_inspection_is_still_named(tmp_path: Path) -> None:
-    info = inspect_model(build("mixtral", tmp_path, layout="hf"))
+    info = describe(Skeleton(build("mixtral", tmp_path, layout="hf")))
     rewritten(tmp_path, {EXPERT: None})
     with pytest.raises(ModelError, match=r"experts\.4\.w3\.weight is missing"):
         load_shard(info, everything(info), alone(), spans=Spans())

@@ -17,7 +17,7 @@ from tests.ranks import Meeting, ThreadReducer, on_ranks
 from zmoe.checkpoint.folder import read_tensors
 from zmoe.checkpoint.select import whole
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import LoadedShard, inspect_model, load_shard, mapping
+from zmoe.loading import LoadedShard, Skeleton, describe, load_shard, mapping
 from zmoe.loading.places import trace
 from zmoe.obs import Spans
 from zmoe.placement.types import ModelInfo, Placement
@@ -28,19 +28,19 @@ SIZE = {"hidden_size": 256, "intermediate_size": 512}
 EXPERT = 3 * 256 * 512 * 4  # bytes
 
 
-def load(info: ModelInfo, reducer: ThreadReducer, team: ThreadPool | None) -> LoadedShard:
+def load(info: ModelInfo, reducer: ThreadReducer, pool: ThreadPool | None) -> LoadedShard:
     placement = Placement(2, EXPERTS, (OWNED,) * len(info.moe_layers))
-    return load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=False)
+    return load_shard(info, placement, reducer, spans=Spans(), pool=pool, fuse=False)
 
 
-def held_by_mlx(folder: Path, team: ThreadPool | None) -> tuple[int, int]:
+def held_by_mlx(folder: Path, pool: ThreadPool | None) -> tuple[int, int]:
     """Bytes that MLX holds and held at most for a share, and those of the share."""
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     gc.collect()  # or what earlier tests left would be freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded = load(info, ThreadReducer(0, Meeting(2)), team)
+    loaded = load(info, ThreadReducer(0, Meeting(2)), pool)
     assert loaded.bytes_read == loaded.share_bytes
     return mx.get_peak_memory() - before, loaded.share_bytes
 
@@ -50,7 +50,7 @@ def test_weights_in_the_memory_of_other_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With CPUs of a NUMA node that there is none of, all that is mapped lies far away."""
-    info = inspect_model(build("mixtral", tmp_path, **SIZE))
+    info = describe(Skeleton(build("mixtral", tmp_path, **SIZE)))
     assert load(info, ThreadReducer(0, Meeting(2)), ThreadPool()).notices == ()
     monkeypatch.setattr(mapping, "near_numa_nodes", lambda: frozenset({63}))
     (notice,) = load(info, ThreadReducer(0, Meeting(2)), ThreadPool()).notices
@@ -88,11 +88,11 @@ def test_experts_stay_where_they_are(layout: str, tmp_path: Path) -> None:
 def test_mapped_experts_compute_the_same(
     family: str, layout: str, quantize: Any, tmp_path: Path
 ) -> None:
-    info = inspect_model(build(family, tmp_path, layout=layout, quantize=quantize))
+    info = describe(Skeleton(build(family, tmp_path, layout=layout, quantize=quantize)))
 
-    def logits(team: ThreadPool | None) -> list[np.ndarray]:
+    def logits(pool: ThreadPool | None) -> list[np.ndarray]:
         def work(reducer: ThreadReducer) -> np.ndarray:
-            model = load(info, reducer, ThreadPool() if team else None).model
+            model = load(info, reducer, ThreadPool() if pool else None).model
             return np.array(model(mx.array(TOKENS)))[:, -1]
 
         return on_ranks(2, work)
@@ -131,12 +131,12 @@ def test_only_what_is_renamed_or_stacked_has_a_place(tmp_path: Path) -> None:
 def test_slices_take_no_page_of_the_experts_in_the_checkpoint(tmp_path: Path) -> None:
     """They are copies, of which a node holds exactly as much as its placement says."""
     folder = build("mixtral", tmp_path, **SIZE)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     everything = tuple(range(EXPERTS))
     layers = ((everything, everything),) * len(info.moe_layers)
     placement = Placement(2, EXPERTS, layers, ((0, 256), (256, 512)))
     shard = load_shard(
-        info, placement, ThreadReducer(1, Meeting(2)), spans=Spans(), team=ThreadPool()
+        info, placement, ThreadReducer(1, Meeting(2)), spans=Spans(), pool=ThreadPool()
     )
     experts = len(info.moe_layers) * EXPERTS * EXPERT
     assert resident(folder) < info.dense_bytes + (1 << 20) < experts / 4

@@ -19,7 +19,7 @@ from zmoe.engine.engine import Engine
 from zmoe.families.table import ADAPTERS
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.moe import experts as mlx_experts
 from zmoe.native import ffi
 from zmoe.obs import Spans
@@ -59,18 +59,18 @@ def run(
     folder: Path, policy: str, native: bool, fuse: bool
 ) -> tuple[list[list[np.ndarray]], list[Trace]]:
     """Each rank's logits of each step, and what its recorder heard."""
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     owned = tuple(OWNED[m % len(OWNED)] for m in range(len(info.moe_layers)))
     placement = Placement(NODES, EXPERTS, owned)
 
     def work(reducer: ThreadReducer) -> tuple[list[np.ndarray], Trace]:
-        trace, team = Trace(), ThreadPool() if native else None
+        trace, pool = Trace(), ThreadPool() if native else None
         shard = load_shard(
             info,
             placement,
             reducer,
             spans=Spans(),
-            team=team,
+            pool=pool,
             fuse=fuse,
             policy=policy,
             recorder=trace,

@@ -14,7 +14,7 @@ from tests.ranks import Meeting, ThreadReducer, on_ranks
 from tests.unit.store.stores import store_of
 from zmoe.errors import PlacementError
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_experts, load_shard
+from zmoe.loading import Skeleton, describe, load_experts, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.types import ModelInfo, Placement
@@ -38,12 +38,12 @@ def sliced(info: ModelInfo) -> Placement:
 
 
 def check(folder: Path, native: bool, original: Path | None = None) -> None:
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     want = np.array(load_model(original or folder)[0](TOKENS).astype(mx.float32))
 
     def work(reducer: ThreadReducer) -> np.ndarray:
-        team = ThreadPool() if native else None
-        shard = load_shard(info, sliced(info), reducer, spans=Spans(), team=team, fuse=False)
+        pool = ThreadPool() if native else None
+        shard = load_shard(info, sliced(info), reducer, spans=Spans(), pool=pool, fuse=False)
         return np.array(shard.model(TOKENS).astype(mx.float32))
 
     for logits in on_ranks(3, work):
@@ -70,17 +70,17 @@ def test_published_layouts_and_stores(native: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("team", [None, ThreadPool(1)], ids=["mlx", "native"])
+@pytest.mark.parametrize("pool", [None, ThreadPool(1)], ids=["mlx", "native"])
 def test_a_node_reads_and_holds_its_slice(
-    team: ThreadPool | None, dense: bool, tmp_path: Path
+    pool: ThreadPool | None, dense: bool, tmp_path: Path
 ) -> None:
-    info = inspect_model(build("mixtral", tmp_path, hidden_size=64, **WIDTHS["mixtral"]))
+    info = describe(Skeleton(build("mixtral", tmp_path, hidden_size=64, **WIDTHS["mixtral"])))
     whole = Placement(1, EXPERTS, ((EVERYTHING,),) * len(info.moe_layers))
     reports: list[tuple[int, int]] = []
 
     def load(placement: Placement, rank: int) -> tuple[int, int]:
         reducer = ThreadReducer(rank, Meeting(placement.nodes))
-        told = {"team": team, "progress": lambda done, total: reports.append((done, total))}
+        told = {"pool": pool, "progress": lambda done, total: reports.append((done, total))}
         if dense:
             shard = load_shard(info, placement, reducer, spans=Spans(), **told)
         else:
@@ -103,7 +103,7 @@ def test_what_cannot_be_sliced(tmp_path: Path) -> None:
         "moe_top_k": 2,
     }
     folder = build("dbrx", tmp_path, layout="hf", ffn_config=config)
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     assert info.slice_alignment == 0
     with pytest.raises(PlacementError, match="cannot be sliced: .* zmoe-prestack"):
-        check_placement(sliced(info), EXPERTS, 2, HIDDEN, info.slice_alignment)
+        check_placement(sliced(info), info.shape)

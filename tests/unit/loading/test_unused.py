@@ -11,10 +11,10 @@ from mlx.utils import tree_flatten
 from tests.families import EXPERTS, FAMILIES, build, random_model, save
 from tests.families.layouts import deepseek_fp8_hf
 from tests.ranks import Meeting, ThreadReducer
-from zmoe.loading import LoadedShard, inspect_model, load_shard
+from zmoe.loading import LoadedShard, Skeleton, describe, load_shard
 from zmoe.loading import plan as reading
 from zmoe.loading.places import Weights
-from zmoe.loading.unused_tensors import unused_names
+from zmoe.loading.plan import unused_names
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
@@ -69,7 +69,7 @@ def test_parts_are_tried_apart_when_something_else_is_amiss_without_them() -> No
 
 
 def shard(folder: Path) -> LoadedShard:
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = Placement(2, EXPERTS, (((0, 2, 5), (1, 3, 4)),) * len(info.moe_layers))
     return load_shard(info, placement, ThreadReducer(0, Meeting(2)), spans=Spans())
 

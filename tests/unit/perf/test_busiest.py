@@ -6,7 +6,8 @@ import pytest
 
 from zmoe.perf.busiest import Cost, all_local, router_aided, selected
 from zmoe.perf.owners import Replicated, Whole
-from zmoe.perf.routing import distinct_experts, even_split, expected_largest
+from zmoe.perf.routing import distinct_experts, expected_largest
+from zmoe.placement.spread import proportional
 
 DRAWN = distinct_experts(16, 4, 1)
 
@@ -16,7 +17,7 @@ def costs(local: tuple[int, ...], seconds: tuple[float, ...]) -> list[list[Cost]
 
 
 def test_equal_nodes_wait_for_the_largest_count() -> None:
-    local = even_split(16, 4)
+    local = proportional(16, [1] * 4)
     busiest = selected(Whole(local, DRAWN), costs(local, (1.0,) * 4))
     assert busiest.count == pytest.approx(expected_largest(local, DRAWN))
     assert busiest.cost.load == pytest.approx(busiest.count)
@@ -40,7 +41,7 @@ def test_what_comes_before_the_experts_counts_on_every_node() -> None:
 
 
 def test_router_aided_takes_as_long_as_selected_on_equal_nodes() -> None:
-    local = even_split(16, 3)
+    local = proportional(16, [1] * 3)
     owners, equal = Whole(local, DRAWN), costs(local, (1.0,) * 3)
     assert router_aided(owners, equal).count == pytest.approx(selected(owners, equal).count)
     unequal = costs(local, (1.0, 1.0, 2.0))

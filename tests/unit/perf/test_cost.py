@@ -8,18 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.busiest import Cost
 from zmoe.perf.cost import Cluster, Step, StepTime, busiest_node, step_time
 from zmoe.perf.hardware import Machine
-from zmoe.perf.links import Link
-from zmoe.perf.messages import all_reduce, round_latency, scatter_gather
+from zmoe.perf.links import Link, all_reduce, round_latency, scatter_gather
 from zmoe.perf.owners import Slices, Whole
 from zmoe.perf.places import Place
-from zmoe.perf.routing import distinct_experts, even_split
+from zmoe.perf.routing import distinct_experts
 from zmoe.perf.shape import BF16, GroupedAttention, ModelShape, affine
+from zmoe.placement.spread import proportional
 
 ROUND = Machine(  # round figures to reckon with
     "round",
@@ -50,7 +49,7 @@ def timed(
     experts = (
         Slices((1 / cluster.nodes,) * cluster.nodes)
         if slices
-        else Whole(even_split(shape.experts, cluster.nodes), drawn)
+        else Whole(proportional(shape.experts, [1] * cluster.nodes), drawn)
     )
     return step_time(shape, cluster, step, experts)[0]
 

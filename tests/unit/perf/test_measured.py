@@ -12,7 +12,7 @@ from zmoe.perf.measured import ProductRate, StepRate, rates_of, step_rate
 from zmoe.perf.shape import BF16, GroupedAttention, ModelShape, affine
 from zmoe.placement.predict import Setup, Workload, predict
 
-LAYERS, HIDDEN, EXPERTS, TOP_K, INNER, VOCABULARY = 10, 1000, 4, 2, 500, 8000
+LAYERS, HIDDEN, EXPERTS, TOP_K, INNER, VOCABULARY = 10, 1000, 4, 2, 512, 8000
 SHAPE = ModelShape(
     "s", HIDDEN, LAYERS, GroupedAttention(10, 10, 100), EXPERTS, TOP_K, INNER, VOCABULARY
 )

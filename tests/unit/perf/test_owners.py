@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from zmoe.errors import PlacementError
 from zmoe.perf.owners import SAMPLES, Replicated, Whole
-from zmoe.perf.routing import distinct_experts, even_split, expected_largest
-from zmoe.placement.spread import spread_replicas
+from zmoe.perf.routing import distinct_experts, expected_largest
+from zmoe.placement.spread import proportional, spread_replicas
 
 
 def mean_busiest(owners: Replicated | Whole) -> float:
@@ -51,12 +51,12 @@ def test_half_of_the_experts_on_each_of_four_nodes() -> None:
     owners = spread_replicas(16, [8] * 4)
     assert all(len(each) == 2 for each in owners)
     assert mean_busiest(Replicated(owners, drawn)) <= 1.25 * 4 / 4
-    assert expected_largest(even_split(16, 4), drawn) > 1.9
+    assert expected_largest(proportional(16, [1] * 4), drawn) > 1.9
 
 
 def test_one_copy_is_the_same_as_whole_experts() -> None:
     drawn = distinct_experts(12, 3, 1)
-    local = even_split(12, 3)
+    local = proportional(12, [1] * 3)
     single = [(node,) for node, count in enumerate(local) for _ in range(count)]
     assert mean_busiest(Replicated(single, drawn)) == pytest.approx(
         mean_busiest(Whole(local, drawn))
@@ -68,7 +68,7 @@ def test_sampling_is_near_the_exact_value_and_repeats() -> None:
     single = [(expert % 4,) for expert in range(64)]
     sampled = Replicated(single, drawn)
     assert sampled.samples == SAMPLES
-    exact = Whole(even_split(64, 4), drawn)
+    exact = Whole(proportional(64, [1] * 4), drawn)
     for limit in range(9):
         p = exact.within([limit] * 4)
         assert abs(sampled.within([limit] * 4) - p) <= 4 * (p * (1 - p) / SAMPLES) ** 0.5 + 1e-6

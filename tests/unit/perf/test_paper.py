@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.placement.predict import Prediction, Setup, Workload, predict
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.errors import InputError
 from zmoe.perf.measured import ProductRate, StepRate
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
@@ -96,6 +95,13 @@ def test_files_that_are_no_profile(path: Path) -> None:
         read_profile(path.parent / "absent.json")
     with pytest.raises(InputError, match="cannot be written"):
         write_profile(path.parent / "no" / "p.json", Profile(MACHINES["epyc"], LINKS["1gbe"]))
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder cannot be written: Is a directory"):
+        write_profile(tmp_path / "folder", Profile(MACHINES["epyc"], LINKS["1gbe"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_price_may_be_unknown_and_zero_time_is_time(path: Path) -> None:

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from zmoe.perf.routing import (
     MOST_EXPERTS,
     distinct_experts,
-    even_split,
     expected_largest,
     mean_distinct,
     probability_within,
 )
+from zmoe.placement.spread import proportional
 
 
 def one_row(experts: int, top_k: int, nodes: int) -> float:
     drawn = distinct_experts(experts, top_k, 1)
-    return expected_largest(even_split(experts, nodes), drawn)
+    return expected_largest(proportional(experts, [1] * nodes), drawn)
 
 
 @pytest.mark.parametrize(
@@ -86,19 +86,16 @@ def test_bounds_and_monotonicity(experts: int, data: st.DataObject) -> None:
     largest = one_row(experts, top_k, nodes)
     assert max(top_k / nodes, 1) - 1e-9 <= largest <= min(top_k, -(-experts // nodes)) + 1e-9
     assert largest <= one_row(experts, top_k + 1, nodes) + 1e-9
-    more_rows = expected_largest(even_split(experts, nodes), distinct_experts(experts, top_k, 2))
+    even, drawn = proportional(experts, [1] * nodes), distinct_experts(experts, top_k, 2)
+    more_rows = expected_largest(even, drawn)
     assert largest <= more_rows + 1e-9
 
 
 def test_many_experts_stay_in_a_floats_range() -> None:
     assert one_row(MOST_EXPERTS, 16, 8) == pytest.approx(one_row(1000, 16, 8), rel=0.01)
     half = distinct_experts(MOST_EXPERTS, 512, 1)
-    assert 64 <= expected_largest(even_split(MOST_EXPERTS, 8), half) < 128
+    assert 64 <= expected_largest(proportional(MOST_EXPERTS, [1] * 8), half) < 128
 
 
 def test_no_node_can_get_fewer_than_none() -> None:
     assert probability_within((2, 2), (-1, 2), distinct_experts(4, 1, 1)) == 0.0
-
-
-def test_even_split_differs_by_one_at_most() -> None:
-    assert even_split(16, 3) == (6, 5, 5)

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.placement.conftest import described
 from zmoe.errors import PlacementError
 from zmoe.placement.check import check_placement
 from zmoe.placement.types import Placement
 
 ONE = ((0, 1), (2,))
+ONE_LAYER, TWO_LAYERS = (described(3, n, hidden=128).shape for n in (1, 2))
+UNSLICED = described(3, 1, hidden=128, slice_alignment=0).shape
 
 
 def make(*layers: Any, **others: Any) -> Placement:
@@ -43,21 +46,21 @@ def make(*layers: Any, **others: Any) -> Placement:
 )
 def test_what_is_refused(placement: Placement, words: str) -> None:
     with pytest.raises(PlacementError, match=words):
-        check_placement(placement, 3, 2, 128, 64)
+        check_placement(placement, TWO_LAYERS)
 
 
 def test_parts_that_overlap() -> None:
     all_of_it = ((0, 1, 2),) * 3
     overlapping = Placement(3, 3, (all_of_it,), ((0, 128), (0, 64), (64, 128)))
     with pytest.raises(PlacementError, match="layer 0, expert 0: several nodes own parts of"):
-        check_placement(overlapping, 3, 1, 128, 64)
+        check_placement(overlapping, ONE_LAYER)
 
 
 def test_where_slices_cannot_be() -> None:
     both = (((0, 1, 2), (0, 1, 2)),)
     with pytest.raises(PlacementError, match="cannot be sliced"):
-        check_placement(Placement(2, 3, both, ((0, 64), (64, 128))), 3, 1, 128, 0)
-    check_placement(Placement(2, 3, both, ((0, 128), (0, 128))), 3, 1, 128, 0)
+        check_placement(Placement(2, 3, both, ((0, 64), (64, 128))), UNSLICED)
+    check_placement(Placement(2, 3, both, ((0, 128), (0, 128))), UNSLICED)
 
 
 @given(st.data())
@@ -80,7 +83,7 @@ def test_accepts_just_what_covers_every_unit_alike(data: st.DataObject) -> None:
         parts = {slices[n] for n in range(nodes) if expert in owned[n]}
         fine &= all(sum(a <= unit < b for a, b in parts) == 1 for unit in range(units))
     try:
-        check_placement(placement, experts, 1, 64 * units, 64)
+        check_placement(placement, described(experts, 1, hidden=64 * units).shape)
         accepted = True
     except PlacementError:
         accepted = False

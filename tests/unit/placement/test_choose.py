@@ -16,7 +16,9 @@ from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.build import place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import MARGIN, Alternative, Choice, Chooser, fastest
-from zmoe.placement.estimate import NodeResources, capacity_for, placed_of, shape_of, speeds_of
+from zmoe.placement.estimate import NodeResources, capacity_for, speeds_of
+from zmoe.placement.placed import placed_of
+from zmoe.placement.predict import predict
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
@@ -80,7 +82,7 @@ def test_room_on_one_machine_is_shared() -> None:
 
 
 def test_the_shape_has_as_many_bytes() -> None:
-    shape = shape_of(MEDIUM)
+    shape = MEDIUM.shape
     assert shape.expert_bytes * shape.experts * shape.moe_layers == pytest.approx(WEIGHTS)
     assert shape.dense_bytes == pytest.approx(400 << 20, rel=1e-3)
     assert shape.expert_format.bits_per_weight == 4.5
@@ -91,7 +93,7 @@ def test_the_shape_has_as_many_bytes() -> None:
 
 def test_one_node_has_no_choice() -> None:
     choice = choose(MEDIUM, here(1))
-    assert choice.placement == place_evenly(MEDIUM, 1)
+    assert choice.placement == place_evenly(MEDIUM.shape, 1)
     assert choice.why == "there is one node"
 
 
@@ -127,7 +129,7 @@ def test_without_the_kernels_slices_are_not_tried() -> None:
 def test_a_small_gain_is_not_worth_it() -> None:
     tiny = described(16, 4, hidden=128, expert_bytes=98304, dense_bytes=2 << 20)
     choice = choose(tiny, here(2))
-    assert choice.placement == place_evenly(tiny, 2)
+    assert choice.placement == place_evenly(tiny.shape, 2)
     assert choice.why == "no other is predicted to be 3% faster"
 
 
@@ -146,7 +148,7 @@ def test_unequal_machines() -> None:
 def test_replicas_across_machines() -> None:
     choice = choose(MEDIUM, apart((25, 20), (25, 20), (25, 20)), mapped=False)
     assert choice.label == "replicas"
-    assert choice.placement == place_replicas(MEDIUM, [25] * 3, [64 * 16] * 3)
+    assert choice.placement == place_replicas(MEDIUM.shape, [25] * 3, [64 * 16] * 3)
 
 
 @given(st.data())
@@ -168,7 +170,7 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
         assert "are missing per node" in str(error) or "slices" in str(error)
         return
     assert choose(info, offers, way, mapped=mapped).placement == choice.placement
-    check_placement(choice.placement, 8, 3, info.moe_intermediate_size, info.slice_alignment)
+    check_placement(choice.placement, info.shape)
     assert choice.placement.nodes == len(offers)
     assert all(held <= max(0, room) for held, room in zip(choice.resident, choice.capacity))
     own = sum(o.limit or 0 for o in offers)
@@ -181,11 +183,11 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
 
 def test_ways() -> None:
     offers, everything = apart((20, 9), (30, 9)), [64 * 16] * 2
-    assert choose(MEDIUM, offers, "experts").placement == place_evenly(MEDIUM, 2)
+    assert choose(MEDIUM, offers, "experts").placement == place_evenly(MEDIUM.shape, 2)
     beside = MEDIUM.dense_bytes / (16 * 8 * MEDIUM.expert_bytes)
-    sliced = place_slices(MEDIUM, [20, 30], everything, beside)
+    sliced = place_slices(MEDIUM.shape, [20, 30], everything, beside)
     assert choose(MEDIUM, offers, "slices").placement == sliced
-    copied = place_replicas(MEDIUM, [20, 30], everything, None, beside)
+    copied = place_replicas(MEDIUM.shape, [20, 30], everything, None, beside)
     assert choose(MEDIUM, offers, "replicas").placement == copied
 
 
@@ -198,7 +200,7 @@ def test_usage_steers_the_copies() -> None:
 
 
 def test_a_given_placement_is_taken_unless_a_node_lacks_room() -> None:
-    given_one = place_by_speed(MEDIUM, [3, 1], [64 * 16] * 2)
+    given_one = place_by_speed(MEDIUM.shape, [3, 1], [64 * 16] * 2)
     chooser = Chooser(MEDIUM, apart((25, 4), (25, 2)), mapped=True)
     choice = chooser.choose("my.json", given_one)
     assert choice.placement is given_one and choice.why == "as the file says"
@@ -237,13 +239,24 @@ def test_what_does_not_fit_says_what_would() -> None:
 # ---- what the planner can say of a placement -----------------------------------------
 
 
+@pytest.mark.parametrize("way", ["experts", "replicas", "slices"])
+@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
+def test_the_planner_predicts_what_a_run_builds(way: str, schedule: str) -> None:
+    offers = apart((50, 2.5), (25, 20), (25, 1.9))
+    chosen = choose(MEDIUM, offers, way, schedule=schedule).considered[0].prediction
+    assert chosen
+    planned = predict(replace(chosen.setup, placement=way), 3)
+    assert planned.placed == chosen.placed
+    assert planned.decode == chosen.decode
+
+
 def test_placements_as_the_planner_sees_them() -> None:
-    even = placed_of(place_evenly(MEDIUM, 3), 1024, "x")
+    even = placed_of(place_evenly(MEDIUM.shape, 3), 1024, "x")
     assert even and sum(even.resident) == pytest.approx(64) and len(even.owners) == 64
     everything = [64 * 16] * 2
-    sliced = placed_of(place_slices(MEDIUM, [3, 1], everything), 1024, "x")
+    sliced = placed_of(place_slices(MEDIUM.shape, [3, 1], everything), 1024, "x")
     assert sliced and sliced.shares == (0.75, 0.25) and sliced.resident == (48, 16)
-    copied = placed_of(place_replicas(MEDIUM, [1, 1], everything), 1024, "x")
+    copied = placed_of(place_replicas(MEDIUM.shape, [1, 1], everything), 1024, "x")
     assert copied and copied.resident == (64, 64) and set(copied.owners) == {(0, 1)}
     every = (tuple(range(64)),) * 4
     both = Placement(4, 64, (every,) * 16, ((0, 512), (0, 512), (512, 1024), (512, 1024)))
@@ -251,6 +264,6 @@ def test_placements_as_the_planner_sees_them() -> None:
 
 
 def test_fastest_of_none_that_is_predicted() -> None:
-    placement = place_evenly(MEDIUM, 2)
+    placement = place_evenly(MEDIUM.shape, 2)
     blind = [Alternative("experts", remark="no room"), Alternative("replicas", placement)]
     assert fastest(blind)[0].label == "replicas"

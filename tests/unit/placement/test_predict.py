@@ -15,10 +15,9 @@ from zmoe.cli.plan.advice import (
     purchases,
     what_to_buy,
 )
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
-from zmoe.cli.plan.lookup import look_up
+from zmoe.cli.plan.names import look_up
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.hardware import GIB
 from zmoe.perf.shape import affine
@@ -116,6 +115,24 @@ def test_replicas_need_room_and_spare_the_busiest() -> None:
     assert tight.placed.label == "experts" and not tight.fits
 
 
+def test_auto_leaves_out_what_cannot_be() -> None:
+    """Replicas on more nodes than are counted, and slices finer than experts can be cut."""
+    many = predict(setup("qwen3-30b-a3b", placement="auto"), 64)
+    assert many.placed.label == "experts" and many.fits
+    for way, words in (("replicas", "at most 10 are planned"), ("slices", "12 slices at most")):
+        with pytest.raises(PlacementError, match=words):
+            predict(setup("qwen3-30b-a3b", placement=way), 64)
+
+
+def test_slices_are_whole_groups_and_fit_where_all_nodes_together_have_room() -> None:
+    """Shares in proportion to speed alone would not fit the slower of the two."""
+    sliced = predict(setup("dbrx", "m3-ultra,m4-max", placement="slices"), 2)
+    assert sliced.fits and sliced.placed.shares[0] + sliced.placed.shares[1] == 1
+    assert all(10752 * share % 64 == 0 for share in sliced.placed.shares)
+    uneven = predict(setup("gpt-oss-20b", placement="slices"), 4)  # 90 steps of 32
+    assert sorted(2880 * share / 32 for share in uneven.placed.shares) == [22, 22, 23, 23]
+
+
 def test_nodes_of_one_machine_share_it() -> None:
     alone = predict(setup("olmoe", one_machine=True), 1)
     shared = predict(setup("olmoe", one_machine=True), 4)
@@ -141,6 +158,21 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert bits_that_fit(setup(), 1) == 8
     eight = replace(setup(), shape=MODELS["dbrx"].with_format(affine(8)))
     assert predict(eight, 1).fits
+
+
+def test_what_auto_lacks_is_spread_by_memory() -> None:
+    """Whole experts spread evenly would leave the smaller node without most of its half."""
+    unequal = setup("kimi-k2", "m3-ultra,m4-max")
+    unequal = replace(unequal, shape=unequal.shape.with_format(affine(4)))
+    even, auto = predict(unequal, 2), predict(replace(unequal, placement="auto"), 2)
+    assert not auto.fits and auto.placed.label == "experts by memory"
+    assert auto.missing < even.missing / 2
+
+
+def test_slices_that_fit_nowhere() -> None:
+    """No more nodes are tried than an expert has slices."""
+    huge = setup("qwen3-30b-a3b", placement="slices", workload=Workload(batch=4096, context=10**7))
+    assert "neither more nodes nor fewer bits help" in conclusions([predict(huge, 8)])[0]
 
 
 def test_what_fits_nowhere() -> None:

@@ -25,6 +25,10 @@ def test_proportional(total: int, weights: list[float], nobody_without: bool) ->
         assert all(count >= other for less, other in zip(weights, counts) if less < weight)
 
 
+def test_equal_weights_differ_by_one_at_most() -> None:
+    assert proportional(16, [1] * 3) == (6, 5, 5)
+
+
 @given(st.integers(1, 12), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.data())
 @settings(deadline=None)
 def test_no_split_within_the_limits_ends_earlier(

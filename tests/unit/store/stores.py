@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.store.writer import Quantization, prestack
 
 EXPERTS_1 = "experts-00001.safetensors"
@@ -15,7 +15,7 @@ def quietly(done: int, total: int) -> None:
 
 
 def store_of(source: Path, out: Path, quantization: Quantization | None = None) -> Path:
-    prestack(inspect_model(source), out, quantization, quietly)
+    prestack(describe(Skeleton(source)), out, quantization, quietly)
     return out
 
 

@@ -17,7 +17,7 @@ from tests.unit.store.stores import EXPERTS_1, flip, quietly
 from zmoe.checkpoint.manifest import JOURNAL
 from zmoe.checkpoint.verify import verify
 from zmoe.errors import InputError, ModelError, ZmoeError
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.store.convert import Source
 from zmoe.store.journal import Journal
 from zmoe.store.writer import Quantization, prestack
@@ -45,11 +45,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_run_is_no_model_and_goes_on_where_it_was(
     ranges: int, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info, out = inspect_model(source), tmp_path / "out"
+    info, out = describe(Skeleton(source)), tmp_path / "out"
     with pytest.raises(Stopped):
         prestack(info, out, None, stop_after(ranges))
     with pytest.raises(ModelError, match="out is an unfinished store: run zmoe-prestack again"):
-        inspect_model(out)
+        describe(Skeleton(out))
     with pytest.raises(ModelError, match="out is no store: it is unfinished"):
         verify(out, quietly)
     made: list[tuple[int, int]] = []
@@ -75,7 +75,7 @@ def test_what_was_written_is_compared_before_it_is_kept(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Bytes that never reached the disk, and a journal that was cut in a line."""
-    info, out = inspect_model(source), tmp_path / "out"
+    info, out = describe(Skeleton(source)), tmp_path / "out"
     with pytest.raises(Stopped):
         prestack(info, out, None, stop_after(31))
     size = (out / EXPERTS_1).stat().st_size
@@ -91,13 +91,13 @@ def test_a_finished_store_stays_as_it_is(source: Path, whole: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     # Killed between the manifest and the end, so to speak.
     (whole / JOURNAL).write_text("")
-    prestack(inspect_model(source), whole, None, quietly)
+    prestack(describe(Skeleton(source)), whole, None, quietly)
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
 def test_nothing_else_is_overwritten(source: Path, whole: Path, tmp_path: Path) -> None:
-    info, affine = inspect_model(source), Quantization("affine", 4, 32)
-    other = inspect_model(build("mixtral", tmp_path / "other", layout="hf", seed=1))
+    info, affine = describe(Skeleton(source)), Quantization("affine", 4, 32)
+    other = describe(Skeleton(build("mixtral", tmp_path / "other", layout="hf", seed=1)))
     unfinished = tmp_path / "unfinished"
     with pytest.raises(Stopped):
         prestack(info, unfinished, None, stop_after(3))
@@ -119,8 +119,18 @@ def test_nothing_else_is_overwritten(source: Path, whole: Path, tmp_path: Path) 
         assert after == before
 
 
+def test_a_journal_that_is_damaged_is_named(source: Path, tmp_path: Path) -> None:
+    info, out = describe(Skeleton(source)), tmp_path / "out"
+    with pytest.raises(Stopped):
+        prestack(info, out, None, stop_after(3))
+    journal = out / "zmoe-store.journal"
+    journal.write_bytes(journal.read_bytes() + b"{\n")
+    with pytest.raises(InputError, match=f"{journal} is corrupt: remove {out} to begin anew"):
+        prestack(info, out, None, quietly)
+
+
 def test_two_runs_do_not_write_one_store(source: Path, tmp_path: Path) -> None:
-    info, out = inspect_model(source), tmp_path / "out"
+    info, out = describe(Skeleton(source)), tmp_path / "out"
     with pytest.raises(Stopped):
         prestack(info, out, None, stop_after(3))
     identity = json.loads((out / JOURNAL).read_text().splitlines()[0])
@@ -138,7 +148,7 @@ def test_a_disk_that_is_too_small(
     class Usage(NamedTuple):
         free: int
 
-    info, out = inspect_model(source), tmp_path / "out"
+    info, out = describe(Skeleton(source)), tmp_path / "out"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000))
     with pytest.raises(InputError, match=r"out would take 0\.00 GiB more.*disk has 0\.00 GiB"):
         prestack(info, out, None, quietly)

@@ -18,7 +18,7 @@ from zmoe.checkpoint.manifest import MANIFEST, Range, checksum_of, read_manifest
 from zmoe.checkpoint.verify import verify
 from zmoe.cli import prestack
 from zmoe.errors import ModelError
-from zmoe.loading import inspect_model
+from zmoe.loading import Skeleton, describe
 from zmoe.store.writer import Quantization
 
 
@@ -71,7 +71,7 @@ def test_what_does_not_belong_together_is_no_model(kind: str, whole: Path) -> No
     damage, reason = DAMAGE[kind]
     damage(whole)
     with pytest.raises(ModelError, match=reason) as raised:
-        inspect_model(whole)
+        describe(Skeleton(whole))
     assert "\n" not in str(raised.value)
     with pytest.raises(ModelError):
         verify(whole, quietly)
@@ -103,7 +103,7 @@ def test_an_altered_byte_is_found(name: str, part: str, whole: Path) -> None:
     where = rf"{name} is damaged: {part} \(bytes {place.start} to {place.end}\)"
     with pytest.raises(ModelError, match=where):
         verify(whole, quietly)
-    inspect_model(whole)  # reads no weights, so it cannot know
+    describe(Skeleton(whole))  # reads no weights, so it cannot know
     for rank, ids in enumerate(OWNED):
         if place.expert in (None, *ids):
             with pytest.raises(ModelError, match=where):
@@ -174,12 +174,12 @@ def test_stores_of_one_model_have_one_fingerprint(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     moved = Path(shutil.copytree(source, tmp_path / "elsewhere"))
-    again = inspect_model(store_of(moved, tmp_path / "again"))
-    assert again.fingerprint == inspect_model(whole).fingerprint
+    again = describe(Skeleton(store_of(moved, tmp_path / "again")))
+    assert again.fingerprint == describe(Skeleton(whole)).fingerprint
     manifest = read_manifest(whole)
     assert manifest is not None and again.fingerprint == manifest.digest  # of every byte
     affine = store_of(source, tmp_path / "affine", Quantization("affine", 4, 32))
-    assert inspect_model(affine).fingerprint != again.fingerprint
+    assert describe(Skeleton(affine)).fingerprint != again.fingerprint
 
 
 def test_a_folder_without_a_manifest_is_no_store(source: Path) -> None:

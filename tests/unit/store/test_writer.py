@@ -28,7 +28,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.checkpoint.manifest import read_manifest
 from zmoe.errors import InputError, ModelError
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.places import Place
 from zmoe.obs import Spans
@@ -76,7 +76,7 @@ def test_a_store_loads_to_what_its_source_does(family: str, layout: str, tmp_pat
     source = build(family, tmp_path / "source", layout=layout)
     store = store_of(source, tmp_path / "store")
     check(store, mlx_arrays(family, load_model(source)[0]))
-    before, after = inspect_model(source), inspect_model(store)
+    before, after = describe(Skeleton(source)), describe(Skeleton(store))
     for field in ("model_type", "dtype", "moe_layers", "experts", "top_k", "exchange_width"):
         assert getattr(after, field) == getattr(before, field)
     assert after.fingerprint != before.fingerprint
@@ -114,14 +114,14 @@ def test_a_whole_conversion_by_mlx_lm(
         )
     store = store_of(source, tmp_path / "store", Quantization(name, bits, group))
     wanted = stacked(arrays(load_model(theirs)[0]))
-    info = inspect_model(store)
+    info = describe(Skeleton(store))
     whole = Placement(1, 16, ((tuple(range(16)),),) * 4)
     (ours,) = on_ranks(1, lambda r: arrays(load_shard(info, whole, r, spans=Spans()).model))
     assert ours.keys() == wanted.keys()
     for key, array in ours.items():
         np.testing.assert_array_equal(array, wanted[key], err_msg=key)
     assert info.quantization == f"{name}-{bits}bit-g{group}"
-    assert info.dtype == inspect_model(theirs).dtype == dtype
+    assert info.dtype == describe(Skeleton(theirs)).dtype == dtype
 
 
 def logits(info: ModelInfo, native: bool) -> list[np.ndarray]:
@@ -129,8 +129,8 @@ def logits(info: ModelInfo, native: bool) -> list[np.ndarray]:
     placement = Placement(2, EXPERTS, (OWNED,) * len(info.moe_layers))
 
     def work(reducer: ThreadReducer) -> np.ndarray:
-        team = ThreadPool() if native else None
-        loaded = load_shard(info, placement, reducer, spans=Spans(), team=team, fuse=False)
+        pool = ThreadPool() if native else None
+        loaded = load_shard(info, placement, reducer, spans=Spans(), pool=pool, fuse=False)
         rows, tokens = [], list(TOKENS[0])
         for _ in range(4):
             rows.append(np.array(loaded.model(mx.array([tokens]))[0, -1].astype(mx.float32)))
@@ -155,7 +155,9 @@ def test_the_same_logits_to_the_bit(
         once = store_of(source, tmp_path / "quantised", affine)
         source = twice
     for ours, theirs in zip(
-        logits(inspect_model(once), native), logits(inspect_model(source), native), strict=True
+        logits(describe(Skeleton(once)), native),
+        logits(describe(Skeleton(source)), native),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -206,11 +208,11 @@ def test_only_own_ranges_are_read(
 
     monkeypatch.setattr(os, "preadv", read)
     monkeypatch.setattr(Mapping, "stored", mapped)
-    info = inspect_model(store)
+    info = describe(Skeleton(store))
     placement = Placement(2, EXPERTS, (OWNED,) * 2)
     reducer = ThreadReducer(1, Meeting(2))
     loaded = load_shard(
-        info, placement, reducer, spans=Spans(), team=ThreadPool() if native else None
+        info, placement, reducer, spans=Spans(), pool=ThreadPool() if native else None
     )
     files = ("experts-00000.safetensors", "experts-00001.safetensors")
     experts = {(name, expert): 3 * 64 * 64 * 4 for name in files for expert in OWNED[1]}
@@ -258,7 +260,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
-    info = inspect_model(build("mixtral", tmp_path / "source"))
+    info = describe(Skeleton(build("mixtral", tmp_path / "source")))
     path = tmp_path / "source" / "model-00002-of-00002.safetensors"
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors is truncated"):

@@ -19,7 +19,7 @@ from zmoe.topology.cores import (
     parse_cpus,
     performance_cores,
     physical_cores,
-    team_cores,
+    pool_cores,
     usable_cores,
 )
 
@@ -174,7 +174,7 @@ def sixty_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("sixty_four")
 def test_without_a_quota() -> None:
-    assert usable_cores() == team_cores() == list(range(64))
+    assert usable_cores() == pool_cores() == list(range(64))
     assert divide_cores(2) == [list(range(32)), list(range(32, 64))]
 
 
@@ -184,16 +184,16 @@ def test_a_quota(limit: float, threads: int, monkeypatch: pytest.MonkeyPatch) ->
     """As of `docker --cpus=2`: threads stay nowhere, since other containers' would stay there."""
     monkeypatch.setattr(cores, "cpu_limit", lambda: limit)
     assert usable_cores() == list(range(threads))
-    assert team_cores() == threads
+    assert pool_cores() == threads
     assert divide_cores(threads) == [[cpu] for cpu in range(threads)]
 
 
 def test_more_cores_than_a_team_has_threads() -> None:
     most = lib.ZMOE_MAX_THREADS
     for wanted in (most + 100, list(range(most + 100))):
-        team = ThreadPool(wanted)
-        assert team.threads == most
-        team.close()
+        pool = ThreadPool(wanted)
+        assert pool.threads == most
+        pool.close()
 
 
 # ---- lists -----------------------------------------------------------------------------

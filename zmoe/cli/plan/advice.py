@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from zmoe.perf.hardware import Machine
 from zmoe.perf.units import in_bytes
+from zmoe.placement.build import most_nodes
 from zmoe.placement.predict import Prediction, Setup, predict
 from zmoe.placement.remedy import counted, remedy
 
@@ -83,7 +84,7 @@ def purchases(setup: Setup, target: float, machines: Mapping[str, Machine]) -> l
         if machine.price_usd is None or not machine.supported:
             continue
         kind = replace(setup, machines=(machine,), one_machine=False)
-        for nodes in range(1, min(MOST_NODES, setup.shape.experts) + 1):
+        for nodes in range(1, min(MOST_NODES, most_nodes(setup.placement, setup.shape)) + 1):
             made = predict(kind, nodes)
             if made.fits and made.tokens_per_second >= target:
                 speed, price = made.tokens_per_second, nodes * machine.price_usd

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zmoe.cli.common import Parser, run_command
-from zmoe.cli.plan.known_links import LINKS
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.common import Parser, add_hosts, run_command
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
-from zmoe.cli.plan.lookup import look_up
+from zmoe.cli.plan.names import find_link, find_machines, find_model, is_file
+from zmoe.cluster.spec import PYTHON_HELP
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.cost import POLICIES, SCHEDULES
-from zmoe.perf.hardware import Machine
-from zmoe.perf.links import Link
-from zmoe.perf.profile import read_profile
 from zmoe.perf.shape import ModelShape
-from zmoe.placement.candidates import PLACEMENTS, Placed
+from zmoe.placement.build import WAYS, most_nodes
+from zmoe.placement.check import check_placement
+from zmoe.placement.file import read_placement
+from zmoe.placement.placed import Placed, placed_of
 from zmoe.placement.predict import Setup, Workload, predict_all
 
 PROG = "zmoe-plan"
@@ -31,87 +31,87 @@ NODES = range(1, 9)  # unless --nodes says so, as many of them as the model has 
 
 
 def _parser() -> Parser:
-    parser = Parser(PROG, __doc__.partition(": ")[2] if __doc__ else "")
+    parser = Parser(PROG, "Predict how fast a cluster would run a model, before anybody buys it.")
     _add_question(parser)
     _add_workload(parser)
     _add_parameters(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--target", type=float, metavar="TOKENS_PER_S", help="say what to buy for this speed")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg")
+    add("--target", type=float, metavar="TOKENS_PER_S", help="Say what to buy for this speed")
+    add("--json", action="store_true", help="Print one JSON object instead of the table")
+    add("--plot", type=Path, metavar="FILE", help="Also draw a plot to this .png or .svg file")
     _add_calibration(parser)
     return parser
 
 
 def _add_calibration(parser: Parser) -> None:
-    add = parser.add_argument_group("calibration").add_argument
-    add("--calibrate", type=Path, metavar="FILE", help="measure this machine into a profile")
-    add("--hosts", help="and the exchange among these hosts, this machine first, comma separated")
-    add("--hostfile", type=Path, metavar="F", help="the same, in a hosts file of mlx.launch")
-    add("--python", help="interpreter on the other hosts (default: the path of this one)")
+    add = parser.add_argument_group("calibration of this machine and its links").add_argument
+    add("--calibrate", type=Path, metavar="FILE", help="Measure and write a profile to this file")
+    add_hosts(add)
+    add("--python", help=PYTHON_HELP)
 
 
 def _add_question(parser: Parser) -> None:
     add = parser.add_argument_group("what runs where").add_argument
     models, machines, links = (", ".join(table) for table in (MODELS, MACHINES, LINKS))
-    add("--model", metavar="M", help=f"{models}, a folder, or a Hugging Face name")
-    add("--hardware", metavar="H", help=f"{machines}, or a profile; a,b for unequal nodes in turn")
-    add("--link", metavar="L", help=f"{links}, or a profile; default: the one of --hardware")
-    add("--nodes", metavar="N", help="a number, a list 2,4 or a range (default: 1-8)")
-    add("--bits", type=int, metavar="B", help="bits per weight, instead of the published ones")
+    add("--model", metavar="M", help=f"One of {models}, a folder, or a Hugging Face name")
+    add("--hardware", metavar="H", help=f"One of {machines}, or a profile; a,b for unlike nodes")
+    add("--link", metavar="L", help=f"One of {links}, or a profile (default: that of --hardware)")
+    add("--nodes", metavar="N", help="Node counts: a number, list (2,4) or range (default: 1-8)")
+    add("--bits", type=int, metavar="B", help="Bits per weight (default: as published)")
     add(
         "--group-size",
         type=int,
         metavar="G",
-        help="with --bits: weights that share a scale; 64 if not given",
+        help="With --bits: weights that share a scale (default: 64)",
     )
-    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="who does attention")
-    add("--policy", choices=POLICIES, default=POLICIES[0], help="what a node computes")
+    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="Nodes that compute attention")
+    add("--policy", choices=POLICIES, default=POLICIES[0], help="Experts that each node runs")
     add(
         "--placement",
         metavar="P",
-        default=PLACEMENTS[0],
-        help=f"who owns what: {', '.join(PLACEMENTS)}, or a JSON file (docs/placement.md)",
+        default="experts",
+        help=f"Which node owns which experts: {', '.join(WAYS)}, or a JSON file "
+        "(docs/placement.md)",
     )
-    add("--one-machine", action="store_true", help="the nodes share one machine evenly")
+    add("--one-machine", action="store_true", help="All nodes share one machine evenly")
 
 
 def _add_workload(parser: Parser) -> None:
     defaults = Workload()
     add = parser.add_argument_group("workload").add_argument
-    add("--batch", type=int, metavar="B", default=defaults.batch, help="sequences at once")
+    add("--batch", type=int, metavar="B", default=defaults.batch, help="Sequences at once")
     add(
         "--context",
         type=int,
         metavar="C",
         default=defaults.context,
-        help="tokens in each one's cache",
+        help="Tokens in the attention cache of each sequence",
     )
     add(
         "--prompt",
         type=int,
         metavar="P",
         default=defaults.prompt,
-        help="tokens of each one's prompt",
+        help="Tokens in the prompt of each sequence",
     )
 
 
 def _add_parameters(parser: Parser) -> None:
-    add = parser.add_argument_group("parameters, instead of the tables' own").add_argument
+    add = parser.add_argument_group("parameters that replace the tables' values").add_argument
     add(
         "--efficiency",
         type=float,
         metavar="SHARE",
-        help="share of the memory bandwidth that decode reaches",
+        help="Share of the memory bandwidth that decoding reaches, up to 1",
     )
-    add("--latency-us", type=float, metavar="US", help="one small exchange between two nodes")
-    add("--wiring", type=float, metavar="GB/S", help="Metal's driver wires cold weights at this")
+    add("--latency-us", type=float, metavar="US", help="Latency between two nodes in microseconds")
+    add("--wiring", type=float, metavar="GB/S", help="Speed of wiring cold weights with Metal")
     add(
         "--wire-bits",
         type=int,
         choices=(8, 16, 32),
         default=16,
-        help="an element of an exchanged sum",
+        help="Bits per element of an exchanged sum",
     )
 
 
@@ -136,31 +136,6 @@ def _positive(flag: str, value: float | None, most: float = math.inf) -> None:
         raise InputError(f"{flag} is {value:g}: expected a positive number{limit}")
 
 
-def _machines(text: str) -> tuple[list[Machine], Link | None]:
-    """Return the machines of --hardware, and the link of the first profile among them."""
-    machines, link = [], None
-    for name in text.split(","):
-        if _is_file(name):
-            profile = read_profile(Path(name))
-            machines.append(profile.machine)
-            link = link or profile.link
-        else:
-            machines.append(look_up("--hardware", name, MACHINES, "the path of a profile"))
-    return machines, link
-
-
-def _link(name: str | None, measured: Link | None) -> Link | None:
-    if name is None:
-        return measured
-    if _is_file(name):
-        return read_profile(Path(name)).link
-    return look_up("--link", name, LINKS, "the path of a profile")
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or "/" in name
-
-
 def setup_of(options: argparse.Namespace) -> Setup:
     """Return what the flags ask to predict. Raises InputError naming the flag."""
     for flag, value, most in (
@@ -175,8 +150,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
         _positive(flag, value, most)
     if options.model is None or options.hardware is None:
         raise InputError("--model and --hardware are needed, or --calibrate FILE")
-    machines, measured = _machines(options.hardware)
-    link = _link(options.link, measured)
+    machines, measured = find_machines(options.hardware)
+    link = find_link(options.link, measured)
     if options.one_machine and len(machines) > 1:
         raise InputError("--one-machine and several machines in --hardware exclude each other")
     if options.efficiency is not None:
@@ -185,8 +160,6 @@ def setup_of(options: argparse.Namespace) -> Setup:
         machines = [replace(m, wiring=options.wiring * 1e9) for m in machines]
     if options.latency_us is not None and link is not None:
         link = replace(link, latency_s=options.latency_us * 1e-6)
-    from zmoe.cli.plan.model import find_model
-
     shape = find_model(options.model, options.bits, options.group_size)
     return Setup(
         shape=shape,
@@ -205,21 +178,16 @@ def setup_of(options: argparse.Namespace) -> Setup:
 def _given(options: argparse.Namespace, shape: ModelShape) -> Placed | None:
     """Return the placement of `shape` in the file that --placement names, or None."""
     name = options.placement
-    if name in PLACEMENTS:
+    if name in WAYS:
         return None
-    if not _is_file(name):
-        known = ", ".join(PLACEMENTS)
+    if not is_file(name):
+        known = ", ".join(WAYS)
         raise InputError(f'--placement "{name}" is unknown (known: {known}, or a JSON file)')
     if options.target is not None:
         raise InputError("--target and a placement file exclude each other")
-    # Only here: they import MLX, which is not needed otherwise.
-    from zmoe.placement.check import check_placement
-    from zmoe.placement.estimate import placed_of
-    from zmoe.placement.file import read_placement
-
     placement = read_placement(Path(name), shape.moe_layers)
     try:
-        check_placement(placement, shape.experts, shape.moe_layers, shape.expert_hidden)
+        check_placement(placement, shape)
     except PlacementError as error:
         raise PlacementError(f"placement {name}: {error}") from None
     placed = placed_of(placement, shape.expert_hidden, name)
@@ -234,7 +202,7 @@ def _counts(nodes: str | None, setup: Setup) -> list[int]:
         return parse_nodes(nodes)
     if setup.given is not None:
         return [len(setup.given.resident)]
-    return [count for count in NODES if count <= setup.shape.experts]
+    return [count for count in NODES if count <= most_nodes(setup.placement, setup.shape)]
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -74,6 +74,7 @@ _SHAPES = (
         expert_hidden=2880,
         vocabulary=201088,
         expert_format=MXFP4,
+        slice_alignment=MXFP4.slice_alignment,
     ),
     ModelShape(
         "gpt-oss-20b",
@@ -85,6 +86,7 @@ _SHAPES = (
         expert_hidden=2880,
         vocabulary=201088,
         expert_format=MXFP4,
+        slice_alignment=MXFP4.slice_alignment,
     ),
     ModelShape(
         "glm-4.5",

@@ -11,7 +11,7 @@ from typing import Any
 
 from zmoe import __version__
 from zmoe.cli.plan.advice import best, caveats, conclusions, purchases, what_to_buy
-from zmoe.cli.plan.known_machines import MACHINES
+from zmoe.cli.plan.known_hardware import MACHINES
 from zmoe.errors import InputError
 from zmoe.perf.hardware import GIB
 from zmoe.placement.predict import Prediction, Setup

@@ -17,9 +17,9 @@ from zmoe.checkpoint.manifest import DENSE
 from zmoe.errors import ModelError
 from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.families.sites import find_sites
-from zmoe.kernels.held import HeldExperts
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_experts, load_shard
+from zmoe.kernels.worker_experts import WorkerExperts
+from zmoe.loading import Skeleton, describe, load_experts, load_shard
 from zmoe.native import Dtype
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
@@ -36,14 +36,14 @@ CASES += [(name, "hf" if FAMILIES[name].to_hf else "mlx") for name in sorted(FAM
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_the_same_experts_as_beside_dense_weights(name: str, layout: str, tmp_path: Path) -> None:
-    info = inspect_model(build(name, tmp_path, layout=layout))
+    info = describe(Skeleton(build(name, tmp_path, layout=layout)))
     placement = round_robin(2, EXPERTS, len(info.moe_layers))
     full = load_shard(info, placement, rank_1(), spans=Spans())
-    held = load_experts(info, placement, rank_1())
+    loaded = load_experts(info, placement, rank_1())
     switches = [site.switch for site in find_sites(full.model)]
-    assert len(held.layers) == len(switches)
+    assert len(loaded.layers) == len(switches)
     total = 0
-    for layer, switch, owned in zip(held.layers, switches, placement.owned):
+    for layer, switch, owned in zip(loaded.layers, switches, placement.owned):
         mine = dict(tree_flatten(layer._experts._switch.parameters()))
         wanted = dict(tree_flatten(switch.parameters()))
         assert mine.keys() == wanted.keys()
@@ -53,51 +53,51 @@ def test_the_same_experts_as_beside_dense_weights(name: str, layout: str, tmp_pa
         assert layer.local.tolist() == [
             owned[1].index(e) if e in owned[1] else -1 for e in range(EXPERTS)
         ]
-    assert held.share_bytes == total
-    assert 0 < held.bytes_read < full.bytes_read
+    assert loaded.share_bytes == total
+    assert 0 < loaded.bytes_read < full.bytes_read
 
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
 def test_memory_holds_nothing_dense(layout: str, tmp_path: Path) -> None:
     """As MLX counts it, beside dense weights that are larger than all experts."""
     size = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 16384}
-    info = inspect_model(build("mixtral", tmp_path, layout=layout, **size))
+    info = describe(Skeleton(build("mixtral", tmp_path, layout=layout, **size)))
     placement = Placement(2, EXPERTS, (((0, 1), (2, 3, 4, 5)),) * 2)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    held = load_experts(info, placement, rank_1())
+    loaded = load_experts(info, placement, rank_1())
     stacked = 4 * 256 * 256 * 4  # the largest array of the finished share
-    assert held.share_bytes == 2 * 3 * stacked == held.bytes_read
-    assert mx.get_peak_memory() - before <= held.share_bytes + stacked + 65536
-    assert mx.get_active_memory() - before <= held.share_bytes + 65536
-    assert held.largest_tensor_bytes == stacked
+    assert loaded.share_bytes == 2 * 3 * stacked == loaded.bytes_read
+    assert mx.get_peak_memory() - before <= loaded.share_bytes + stacked + 65536
+    assert mx.get_active_memory() - before <= loaded.share_bytes + 65536
+    assert loaded.largest_tensor_bytes == stacked
 
 
 @pytest.mark.parametrize("pool", [None, ThreadPool(1)], ids=["mlx", "native"])
 def test_a_layer_without_own_experts(pool: ThreadPool | None, tmp_path: Path) -> None:
-    info = inspect_model(build("mixtral", tmp_path, layout="hf"))
+    info = describe(Skeleton(build("mixtral", tmp_path, layout="hf")))
     everything = tuple(range(EXPERTS))
     placement = Placement(2, EXPERTS, ((everything, ()), ((0, 1), (2, 3, 4, 5))))
     seen: list[tuple[int, int]] = []
-    held = load_experts(
-        info, placement, rank_1(), team=pool, progress=lambda *given: seen.append(given)
+    loaded = load_experts(
+        info, placement, rank_1(), pool=pool, progress=lambda *given: seen.append(given)
     )
-    assert held.layers[0].local.tolist() == [-1] * EXPERTS
-    assert held.bytes_read == 4 * 3 * 64 * 64 * 4
-    assert seen[-1] == (held.bytes_read, held.bytes_read)
+    assert loaded.layers[0].local.tolist() == [-1] * EXPERTS
+    assert loaded.bytes_read == 4 * 3 * 64 * 64 * 4
+    assert seen[-1] == (loaded.bytes_read, loaded.bytes_read)
 
 
 def test_a_stores_dense_ranges_are_not_compared(tmp_path: Path) -> None:
     """They are damaged here, in a store that is compared since its files changed."""
     store = store_of(build("mixtral", tmp_path / "model"), tmp_path / "store")
-    info = inspect_model(store)
+    info = describe(Skeleton(store))
     flip(store / DENSE, (store / DENSE).stat().st_size - 1)
     placement = round_robin(2, EXPERTS, len(info.moe_layers))
     with pytest.raises(ModelError, match="is damaged"):
         load_shard(info, placement, rank_1(), spans=Spans())
-    held = load_experts(info, placement, rank_1())
-    assert held.bytes_read == held.share_bytes > 0
+    loaded = load_experts(info, placement, rank_1())
+    assert loaded.bytes_read == loaded.share_bytes > 0
     mine = store / "experts-00000.safetensors"  # whose last expert is this rank's
     flip(mine, mine.stat().st_size - 1)
     with pytest.raises(ModelError, match="is damaged"):
@@ -125,14 +125,14 @@ PAIRS = [(0, 1, 0.5), (0, 0, 0.25), (1, 2, 1.0), (3, 0, 2.0), (3, 1, 0.125), (3,
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_partial_sums(name: str, pool: ThreadPool | None, tmp_path: Path) -> None:
     """Against each expert of the same switch layer on its own, summed in float64."""
-    info = inspect_model(build(name, tmp_path))
+    info = describe(Skeleton(build(name, tmp_path)))
     placement = Placement(2, EXPERTS, (((0, 2, 5), (1, 3, 4)),) * len(info.moe_layers))
-    held = load_experts(info, placement, rank_1(), team=pool)
+    loaded = load_experts(info, placement, rank_1(), pool=pool)
     plain = load_experts(info, placement, rank_1()).layers[0]
     switch = plain._experts._switch
     width = int(switch.parameters()[next(iter(switch.parameters()))]["weight"].shape[-1])
     x = np.random.default_rng(3).standard_normal((4, width)).astype(np.float32)
-    got = np.array(held.layers[0].partial(received(x, PAIRS))).reshape(4, width)
+    got = np.array(loaded.layers[0].partial(received(x, PAIRS))).reshape(4, width)
     want = np.zeros((4, width))
     for row, e, weight in PAIRS:
         y = switch(mx.array(x[row][None]), mx.array([[e]]))
@@ -145,22 +145,22 @@ def test_a_norm_in_the_switch_layer_is_loaded_too(tmp_path: Path) -> None:
     """muse_spark's, which every expert's output goes through."""
     config = {"model_type": "muse_spark", "text_config": MUSE}
     weights = dict(tree_flatten(random_model(config).parameters()))
-    info = inspect_model(save(tmp_path, config, weights))
-    held = load_experts(info, round_robin(2, EXPERTS, 1), rank_1()).layers[0]
+    info = describe(Skeleton(save(tmp_path, config, weights)))
+    loaded = load_experts(info, round_robin(2, EXPERTS, 1), rank_1()).layers[0]
     path = "model.language_model.layers.0.mlp.experts.post_expert_norm.weight"
-    norm = held._experts._switch.post_expert_norm
+    norm = loaded._experts._switch.post_expert_norm
     assert mx.array_equal(norm.weight, weights[path])
     x = mx.ones((1, 32))
-    assert held._hook is not None and mx.array_equal(held._hook(x), norm(x))
+    assert loaded._hook is not None and mx.array_equal(loaded._hook(x), norm(x))
 
 
 def test_what_each_output_goes_through_is_applied(tmp_path: Path) -> None:
-    info = inspect_model(build("mixtral", tmp_path))
+    info = describe(Skeleton(build("mixtral", tmp_path)))
     placement = round_robin(2, EXPERTS, len(info.moe_layers))
     switch = load_experts(info, placement, rank_1()).layers[0]._experts._switch
     x = np.random.default_rng(3).standard_normal((4, WIDTH)).astype(np.float32)
     owned = placement.owned[0][1]
-    make = lambda hook: HeldExperts(EXPERTS, owned, WIDTH, switch, None, hook, mx.float32)  # noqa: E731
+    make = lambda hook: WorkerExperts(EXPERTS, owned, WIDTH, switch, None, hook, mx.float32)  # noqa: E731
     squared = np.array(make(mx.square).partial(received(x, PAIRS)))
     want = np.zeros_like(x)
     for row, e, weight in PAIRS:

@@ -1,4 +1,4 @@
-/* CRC-32C: what finds a payload that was damaged on its way.
+/* CRC-32C, which finds a payload that was damaged on its way; and the routing digest.
  *
  * x86-64 and Arm have an instruction for 8 bytes of it.  Each needs the result of the
  * one before, which takes three cycles, but one may begin in every cycle: so long data
@@ -7,11 +7,10 @@
  * here, and Arm's dotprod for its crc: whichever CPU has the one has the other. */
 #include "platform.h"
 
+#include "common/checksum.h"
+
 #include <pthread.h>
 #include <string.h>
-
-#include "common/reduce_variants.h"
-#include "exchange/exchange.h"
 
 enum { STREAM_BYTES = 512, TABLES = 8 };
 
@@ -63,9 +62,7 @@ static uint32_t by_tables(uint32_t crc, const uint8_t *at, size_t bytes) {
 
 /* In assembly, since compilers differ in what they call these instructions, and in
  * which features must be asked for. */
-#if defined(ZMOE_X86)
-#define HAS_INSTRUCTION
-
+#if defined(__x86_64__)
 static inline uint32_t take_8(uint32_t crc, uint64_t word) {
   __asm__("crc32q %1, %q0" : "+r"(crc) : "rm"(word));
   return crc;
@@ -75,9 +72,7 @@ static inline uint32_t take_1(uint32_t crc, uint8_t byte) {
   __asm__("crc32b %1, %0" : "+r"(crc) : "rm"(byte));
   return crc;
 }
-#elif defined(ZMOE_ARM64)
-#define HAS_INSTRUCTION
-
+#elif defined(__aarch64__)
 static inline uint32_t take_8(uint32_t crc, uint64_t word) {
   __asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(crc) : "r"(word));
   return crc;
@@ -89,7 +84,7 @@ static inline uint32_t take_1(uint32_t crc, uint8_t byte) {
 }
 #endif
 
-#ifdef HAS_INSTRUCTION
+#if defined(__x86_64__) || defined(__aarch64__)
 static inline uint32_t skip_stream(uint32_t crc) {
   return skips[0][crc & 0xff] ^ skips[1][crc >> 8 & 0xff] ^ skips[2][crc >> 16 & 0xff] ^
          skips[3][crc >> 24];
@@ -115,11 +110,43 @@ static uint32_t by_instruction(uint32_t crc, const uint8_t *at, size_t bytes) {
 }
 #endif
 
-uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa) {
-#ifdef HAS_INSTRUCTION
-  if (isa != ZMOE_ISA_GENERIC && isa != ZMOE_ISA_NEON)
-    return ~by_instruction(~UINT32_C(0), data, bytes);
+typedef uint32_t crc32c_fn(uint32_t crc, const uint8_t *at, size_t bytes);
+
+static crc32c_fn *const VARIANTS[ZMOE_ISAS] = {
+    [ZMOE_ISA_GENERIC] = by_tables,
+#if defined(__x86_64__)
+    [ZMOE_ISA_AVX2] = by_instruction,
+#elif defined(__aarch64__)
+    [ZMOE_ISA_NEON_DOT] = by_instruction,
 #endif
-  (void)isa;
-  return ~by_tables(~UINT32_C(0), data, bytes);
+};
+
+uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa) {
+  return ~ZMOE_VARIANT(VARIANTS, isa)(~UINT32_C(0), data, bytes);
+}
+
+/* ---- digest -------------------------------------------------------------
+ * Every step is a bijection of the running value, so that two inputs that
+ * differ in one word always differ in the digest. */
+
+static uint64_t mix(uint64_t value) {
+  value ^= value >> 32;
+  value *= 0x9e3779b97f4a7c15u;
+  return value ^ value >> 29;
+}
+
+uint64_t zmoe_digest(const void *data, size_t bytes) {
+  const unsigned char *at = data;
+  uint64_t digest = mix(bytes + 1);
+  for (; bytes >= 8; bytes -= 8, at += 8) {
+    uint64_t word;
+    memcpy(&word, at, sizeof word);
+    digest = mix(digest ^ word);
+  }
+  if (bytes > 0) {
+    uint64_t word = 0;
+    memcpy(&word, at, bytes);
+    digest = mix(digest ^ word);
+  }
+  return mix(digest);
 }

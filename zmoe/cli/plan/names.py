@@ -1,21 +1,44 @@
-"""Find the shape of the model that a user names to zmoe-plan, without reading weights."""
+"""The model, machines and link that a user names to zmoe-plan: known ones, files, or the hub's."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
+from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
-from zmoe.cli.plan.lookup import look_up
 from zmoe.config import DEFAULT_MODEL
 from zmoe.errors import InputError, ModelError
+from zmoe.perf.hardware import Machine
+from zmoe.perf.links import Link
 from zmoe.perf.model_config import read_shape
+from zmoe.perf.profile import read_profile
 from zmoe.perf.shape import Format, ModelShape, affine
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 GROUPS = (32, 64, 128)
 _HUB_S = 10.0  # to answer
+
+Entry = TypeVar("Entry")
+
+
+def look_up(flag: str, name: str, table: Mapping[str, Entry], otherwise: str = "") -> Entry:
+    """The entry of `table` called `name`, in any case.
+
+    Raises InputError with close names, all known names, and `otherwise`: what
+    else the flag takes.
+    """
+    found = table.get(name.lower())
+    if found is not None:
+        return found
+    close = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.6)
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    also = f", or {otherwise}" if otherwise else ""
+    raise InputError(f'{flag} "{name}" is unknown{meant} (known: {", ".join(sorted(table))}{also})')
 
 
 def find_model(name: str, bits: int | None, group_size: int | None) -> ModelShape:
@@ -80,3 +103,30 @@ def _download(repo: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {repo}: cannot be had from the hub: {reason}") from error
+
+
+def find_machines(text: str) -> tuple[list[Machine], Link | None]:
+    """Return the machines of --hardware, and the link of the first profile among them."""
+    machines, link = [], None
+    for name in text.split(","):
+        if is_file(name):
+            profile = read_profile(Path(name))
+            machines.append(profile.machine)
+            link = link or profile.link
+        else:
+            machines.append(look_up("--hardware", name, MACHINES, "the path of a profile"))
+    return machines, link
+
+
+def find_link(name: str | None, measured: Link | None) -> Link | None:
+    """Return the link of --link or, without that flag, `measured`, that of --hardware."""
+    if name is None:
+        return measured
+    if is_file(name):
+        return read_profile(Path(name)).link
+    return look_up("--link", name, LINKS, "the path of a profile")
+
+
+def is_file(name: str) -> bool:
+    """Return whether `name` is meant as the path of a file, and not as an entry of a table."""
+    return name.endswith(".json") or "/" in name

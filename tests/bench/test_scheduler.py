@@ -1,4 +1,4 @@
-"""How long the leader takes for its own part of a step of 32 sequences."""
+"""How long a step of 32 sequences takes to be planned, sent and taken in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from zmoe.batch.rates import Rates
 from zmoe.batch.scheduler import Scheduler
 from zmoe.batch.sequence import Request, Sequence
 from zmoe.cluster.messages import Step, decode, encode
-from zmoe.config import Sampling
-from zmoe.engine.sampler import Sampler, sample
 
 SEQUENCES = 32
 PROMPT = 128
@@ -126,20 +124,3 @@ def test_draft(benchmark: BenchmarkFixture) -> None:
     draft = benchmark(turn)
     after = len(text) - LONG
     assert draft == text[after : after + 4]
-
-
-@pytest.mark.parametrize("top_p", [0.95, 1.0])
-@pytest.mark.parametrize("shape", ["sharp", "flat"])
-def test_sample(benchmark: BenchmarkFixture, shape: str, top_p: float) -> None:
-    """A row of logits per sequence: some tokens far above the others, as trained models have it,
-    or none, so that half of the vocabulary makes up top_p.
-    """
-    draws = np.random.default_rng(0)
-    logits = draws.normal(scale=2.0, size=(SEQUENCES, VOCABULARY)).astype(np.float32)
-    if shape == "sharp":
-        logits[:, draws.permutation(VOCABULARY)[:64]] = np.linspace(22.0, 9.0, 64)
-    settings = [Sampling(temp=0.8, top_p=top_p, seed=number) for number in range(SEQUENCES)]
-    samplers = [Sampler(each) for each in settings]
-    positions = range(SEQUENCES)
-    picks = benchmark(sample, samplers, logits, positions, threads=2)
-    assert picks == sample(samplers, logits, positions)

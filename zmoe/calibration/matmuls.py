@@ -1,4 +1,4 @@
-"""Rates of the kernels' products, by format, and by how many processes compute at once.
+"""Rates of the kernels' matmuls, by format, and by how many processes compute at once.
 
 The processes map one file, as nodes of one machine map a checkpoint: they read
 the same dense weights at the same time, and experts of their own.
@@ -46,8 +46,8 @@ def core_sharings(most: int = MOST_NODES) -> list[tuple[Cores, ...]]:
     return list(found.values())
 
 
-class Products:
-    """Processes that measure products, in rounds between which anything may happen: what
+class Matmuls:
+    """Processes that measure matmuls, in rounds between which anything may happen: what
     memory gives changes from minute to minute. A context manager.
     """
 
@@ -55,7 +55,7 @@ class Products:
         """`folder` is where a file of FILE_BYTES is written."""
         self._folder, self._stack = folder, ExitStack()
 
-    def __enter__(self) -> Products:
+    def __enter__(self) -> Matmuls:
         with self._stack as stack:
             path = self._folder / "weights"
             write_weights(path, FILE_BYTES)
@@ -91,15 +91,15 @@ class _Group:
         answers: list[list[float]] = []
         for pipe in self._pipes:
             if not pipe.poll(DEADLINE_S):
-                raise ZmoeError(f"products of {name} took longer than {DEADLINE_S:g} s")
+                raise ZmoeError(f"matmuls of {name} took longer than {DEADLINE_S:g} s")
             try:
                 answers.append(pipe.recv())
             except EOFError:
-                raise ZmoeError(f"a process that measured products of {name} ended") from None
+                raise ZmoeError(f"a process that measured matmuls of {name} ended") from None
         self._found[name].append([statistics.mean(kind) for kind in zip(*answers)])
 
     def rate(self, name: str, rounds: int) -> ProductRate:
-        """See Products.rates."""
+        """See Matmuls.rates."""
         found = self._found[name][-rounds:]
         read, dense, many, large, small = map(statistics.median, zip(*found))
         of_large, of_small = (expert_bytes(name, shape) for shape in (LARGE, SMALL))
@@ -157,11 +157,11 @@ def _without_interrupts() -> Iterator[None]:
 def _serve(
     cores: Cores, share: tuple[int, int], path: Path, barrier: Any, pipe: Connection
 ) -> None:
-    """A process: for each format that it is told, the rates of all kinds of products."""
+    """A process: for each format that it is told, the rates of all kinds of matmuls."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    team = ThreadPool(cores)
-    weights = Weights(team, path)
+    pool = ThreadPool(cores)
+    weights = Weights(pool, path)
     works: dict[str, list[Callable[[], float]]] = {}
     while True:
         try:
@@ -181,13 +181,13 @@ def _serve(
         rates = []
         for work in works[name]:
             barrier.wait(DEADLINE_S)
-            rates.append(_rate(team, work))
+            rates.append(_rate(pool, work))
         pipe.send(rates)
 
 
-def _rate(team: ThreadPool, work: Callable[[], float]) -> float:
-    """Of what `work` does, a second of the kernels' time (of all, where it is no product)."""
-    before, done, start = team.matmul_s, 0.0, time.perf_counter()
+def _rate(pool: ThreadPool, work: Callable[[], float]) -> float:
+    """Of what `work` does, a second of the kernels' time (of all, where it is no matmul)."""
+    before, done, start = pool.matmul_s, 0.0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < TURN_S:
         done += work()
-    return done / (team.matmul_s - before or elapsed)
+    return done / (pool.matmul_s - before or elapsed)

@@ -20,7 +20,7 @@ from zmoe.placement.pairs import Ints, LocalPairs, no_experts
 _MLX = {dtype: mlx for mlx, dtype in DTYPES.items()}
 
 
-class HeldExperts:
+class WorkerExperts:
     """One layer's own experts: from received rows and pairs to partial sums.
 
     `local` maps expert ids to this node's numbering; `width` is that of the rows, `dtype`
