@@ -59,7 +59,7 @@ class ThreadReducer:
         self.rank, self.nodes, self._meeting = rank, meeting.nodes, meeting
         self._results: list[mx.array | None] = [None, None]
         self._turn = 0
-        self.step = 0
+        self.step = self.plan = 0
         self.calls: list[Seen] = []
 
     def dispatch(self, *given: object) -> None:
@@ -85,7 +85,7 @@ class ThreadReducer:
         self.calls.append(Seen(call.layer, shape, contributed))
         overlap()
         meeting.parts[self.rank] = mine if contributed else None
-        meeting.keys[self.rank] = (call.layer, shape, call.digest)
+        meeting.keys[self.rank] = (call.layer, shape, call.digest, self.plan)
         meeting.barrier.wait()
         assert len(set(meeting.keys)) == 1, meeting.keys
         total = sum((p for p in meeting.parts if p is not None), np.zeros(shape, np.float32))

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
@@ -151,6 +151,7 @@ _LOGIT_BIAS = Limit(
 )
 _SEED = whole("a whole number from 0 to 2^64-1", 0, 2**64 - 1)
 _CHUNK = whole("a whole number from 1 to 8192", 1, 8192)
+_PARALLEL = whole("a whole number from 1 to 256", 1, 256)
 _WINDOW = whole("a whole number above 8", 9)
 _TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
 _TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
@@ -271,7 +272,8 @@ class Batching(Settings):
 class EngineConfig(Settings):
     """What every node must agree on to run the same steps.
 
-    `prefill_chunk`: most tokens of one step. `max_kv_size`: tokens that the rotating
+    `prefill_chunk`: most tokens of a prompt in one step. `parallel`: most sequences that run
+    at the same time. `max_kv_size`: tokens that the rotating
     attention cache keeps, None for the whole context. `compute`: who computes the large
     matmuls. `activations`: their precision in quantised matmuls on the C kernels.
     `wire_dtype`: how partial sums travel between nodes; "auto" as the model's activations are.
@@ -285,6 +287,7 @@ class EngineConfig(Settings):
     prefill_chunk: Annotated[
         int, Setting("Prompt tokens to process per step", _CHUNK, "--prefill-step-size")
     ] = 512
+    parallel: Annotated[int, Setting("sequences that run at the same time", _PARALLEL)] = 32
     max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"
     activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
@@ -302,3 +305,8 @@ class EngineConfig(Settings):
         super().__post_init__()
         if self.compute == "mlx" and self.activations != "exact":
             raise SettingError("activations", "is int8: expected exact where MLX computes")
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows of a step."""
+        return max(self.prefill_chunk, self.parallel)

@@ -221,22 +221,31 @@ class Owners:
             ffi.new("uint32_t[]", list(speeds) or [1] * nodes),
         )
         self._raw = ffi.new("zmoe_owners *", (nodes, experts, len(of_slice), *self._keep))
-        self._scratch = ffi.new("uint64_t[]", lib.zmoe_assign_scratch(self._raw) // 8 + 1)
-        self.ranks = np.full((len(of_slice), experts), -1, np.int32)
         self.counts = np.zeros(nodes, np.uint32)
-        self._out = (
-            ffi.from_buffer("int32_t[]", self.ranks, require_writable=True),
-            ffi.from_buffer("uint32_t[]", self.counts, require_writable=True),
-        )
+        self._counts = ffi.from_buffer("uint32_t[]", self.counts, require_writable=True)
+        self._reserve(1, 1)
 
-    def assign(self, ids: npt.NDArray[np.int32]) -> None:
-        """Share out the experts `ids` (rows, k) that the rows have selected.
+    def _reserve(self, rows: int, top_k: int) -> None:
+        """Have memory for an assignment of so many rows."""
+        size = lib.zmoe_assign_scratch(self._raw, top_k)
+        self._room = (rows, top_k)
+        self._scratch = ffi.new("uint64_t[]", size // 8 + 1)
+        self._ranks = np.empty(rows * top_k, np.uint64)
+        self.pointer = ffi.from_buffer("uint64_t[]", self._ranks, require_writable=True)
 
-        Then `ranks` (slices, experts) is who computes each, -1 where nobody does,
-        and `counts` (nodes,) how many each rank computes, until the next call.
+    def assign(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+        """Share out the experts `ids` (rows, k) that the rows have chosen, row by row.
+
+        Returns uint64 (rows, k), also at `pointer`: bit r where rank r computes the pair. Then
+        `counts` (nodes,) is how many experts each rank computes. All until the next call.
         """
+        rows, top_k = ids.shape
+        if rows > self._room[0] or top_k != self._room[1]:
+            self._reserve(rows, top_k)
         view = ffi.from_buffer("int32_t[]", ids)
-        lib.zmoe_assign(self._raw, view, ids.shape[0], ids.shape[1], self._scratch, *self._out)
+        out = self.pointer, self._counts
+        lib.zmoe_assign(self._raw, view, rows, top_k, self._scratch, *out)
+        return self._ranks[: rows * top_k].reshape(rows, top_k)
 
 
 # ---- benchmarks ---------------------------------------------------------------

@@ -8,9 +8,6 @@
 
 #include "exchange/exchange.h"
 
-/* What reading an expert's weights takes, in the time of one row. */
-#define ZMOE_LOAD_ROWS 8
-
 /* Who holds the experts of a layer. A rank holds the same slice of each of its
  * experts; ranks with an expert and a slice in common are replicas. */
 typedef struct zmoe_owners {
@@ -21,16 +18,16 @@ typedef struct zmoe_owners {
   const uint32_t *speeds;    /* (nodes): relative, at least 1 */
 } zmoe_owners;
 
-/* Give every selected (expert, slice) to one of its owners, all its rows together.
+/* Give every pair (row, chosen expert), slice by slice, to one of the expert's owners.
  *
- * ids (rows, top_k): the selected experts; those outside [0, experts) are nobody's.
- * ranks (slices, experts) = who computes it, -1 where nobody does; counts (nodes) =
- * how many each rank computes. With (ZMOE_LOAD_ROWS + rows) / speed for the time of
- * each, the busiest node's time is the least possible where all have as many rows;
- * else it is near (greedy, then improved by chains of moves as long as any helps, up
- * to nodes * tasks of them). `scratch`: zmoe_assign_scratch bytes, aligned to 8. */
+ * A row's pairs go where that row alone would have the busiest node done first, experts
+ * divided by speed: whatever rows are beside it, the same ranks add to its sum.
+ *
+ * ids (rows, top_k): the chosen experts; those outside [0, experts) are nobody's.
+ * ranks (rows, top_k): bit r where rank r computes the pair; counts (nodes) = how many
+ * experts each rank computes in all.  `scratch`: zmoe_assign_scratch bytes, aligned to 8. */
 void zmoe_assign(const zmoe_owners *owners, const int32_t *ids, uint32_t rows, uint32_t top_k,
-                 void *scratch, int32_t *ranks, uint32_t *counts);
-size_t zmoe_assign_scratch(const zmoe_owners *owners);
+                 void *scratch, uint64_t *ranks, uint32_t *counts);
+size_t zmoe_assign_scratch(const zmoe_owners *owners, uint32_t top_k);
 
 #endif

@@ -92,6 +92,7 @@ static int prepare(zmoe_exchange *ex, const zmoe_routed *routed, const zmoe_call
   held->header.rows = rows;
   held->header.busiest = (uint8_t)(routed->busiest < UINT8_MAX ? routed->busiest : UINT8_MAX);
   held->header.payload_bytes = (uint32_t)bytes;
+  held->header.digest = call->digest; /* the worker adds its own plan's */
   held->frame = (uint8_t *)zmoe_slot_payload(held->slot) - ZMOE_HEADER_BYTES;
   fill(ex, routed, call, rank, pairs, zmoe_slot_payload(held->slot));
   zmoe_held_encode(ex, held);
@@ -257,23 +258,25 @@ int zmoe_exchange_receive(zmoe_exchange *ex, zmoe_dispatch_batch *out, uint32_t 
 
 /* ---- both: publish ----------------------------------------------------------------- */
 
-/* Whether a partial is that of the open exchange, and the time for it has come. */
+/* Whether a partial is that of the open exchange, and the time for it has come.  A worker was
+ * told the routing alone. */
 static int is_due(const zmoe_exchange *ex, const zmoe_collective *collective,
-                  const zmoe_header *header) {
+                  const zmoe_header *header, uint64_t routing) {
   if (collective == NULL || collective->partial != NULL ||
       (ex->role == ZMOE_WORKER && collective->missing != 0))
     return 0;
   const zmoe_header *due = &collective->header;
-  return zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(due)) == 0 && header->chunks == 0 &&
-         header->rows == due->rows && header->width == due->width &&
-         header->digest == due->digest && (ex->role == ZMOE_WORKER || header->dtype == due->dtype);
+  int same = ex->role == ZMOE_WORKER ? routing == due->digest
+                                     : header->digest == due->digest && header->dtype == due->dtype;
+  return same && zmoe_key_compare(zmoe_key_of(header), zmoe_key_of(due)) == 0 &&
+         header->chunks == 0 && header->rows == due->rows && header->width == due->width;
 }
 
 int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                          zmoe_dtype src_dtype, uint64_t deadline_us, uint64_t *lost) {
   zmoe_collective *collective = open_collective(ex), made = {.partial = NULL};
   int rc = zmoe_collective_header(ex, call, &made.header);
-  if (rc == ZMOE_OK && !is_due(ex, collective, &made.header))
+  if (rc == ZMOE_OK && !is_due(ex, collective, &made.header, call->digest))
     rc = ZMOE_EINVAL;
   if (rc != ZMOE_OK)
     return rc;
@@ -304,6 +307,7 @@ int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   size_t row_bytes = zmoe_payload_bytes(dtype, 1, ours->width);
   size_t out_bytes = zmoe_payload_bytes(out_dtype, 1, ours->width);
+  zmoe_range row = zmoe_chunk(dtype, 1, ours->width, 1, 0);
   const uint8_t *at[ZMOE_MAX_NODES]; /* each rank's next row */
   const void *parts[ZMOE_MAX_NODES];
   for (uint32_t r = 0; r < ex->nodes; r++)
@@ -313,11 +317,11 @@ int zmoe_central_sum(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype) {
   for (uint32_t i = 0; i < ours->rows && rc == ZMOE_OK; i++) {
     for (uint32_t r = 0; r < ex->nodes; r++) {
       int has_row = r == 0 || (ex->dispatched[i] & zmoe_bit(r)) != 0;
-      parts[r] = at[r] == NULL ? NULL : has_row ? at[r] : ex->zeros;
-      at[r] = at[r] != NULL && has_row ? at[r] + row_bytes : at[r];
+      parts[r] = has_row ? at[r] : NULL;
+      at[r] = parts[r] != NULL ? at[r] + row_bytes : at[r];
     }
-    rc = zmoe_reduce((uint8_t *)out + i * out_bytes, out_dtype, parts, ex->nodes, dtype,
-                     ours->width, ex->isa);
+    rc = zmoe_sum_range((uint8_t *)out + i * out_bytes, out_dtype, parts, ex->nodes, dtype,
+                        ours->width, &row, ex->isa);
   }
   return rc;
 }

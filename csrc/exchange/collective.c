@@ -117,7 +117,7 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
       .payload_bytes = (uint32_t)bytes,
       .micro_batch = (uint8_t)call->micro_batch,
       .chunks = (uint8_t)(call->algorithm == ZMOE_SCATTER ? ex->nodes : 0),
-      .digest = call->digest,
+      .digest = call->digest ^ call->plan,
   };
   return ZMOE_OK;
 }
@@ -189,7 +189,7 @@ static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype ou
   parts[ex->rank] = ours->payload_bytes > 0 ? zmoe_slot_payload(collective->partial) : NULL;
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   zmoe_range all = zmoe_chunk(dtype, ours->rows, ours->width, 1, 0);
-  return zmoe_reduce_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
+  return zmoe_sum_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
 }
 
 /* Of chunks, nobody can lack one any more: whoever did could not have added up its

@@ -43,7 +43,7 @@
 
 enum {
   LARGE_SLOTS = ZMOE_COLLECTIVES + 2, /* see above */
-  SMALL_SLOTS = 16, /* cheap: a peer that is slow to read may leave some more with libzmq */
+  DECODE_SLOTS = 16,
   SLOT_ALIGNMENT = 64,
 };
 
@@ -94,28 +94,37 @@ static int config_is_valid(const zmoe_exchange_config *config) {
   return zmoe_zmq_is_loaded();
 }
 
-/* The leader: a frame for each worker, its own partial, and one in libzmq's hands;
- * a worker: see above, for a window of one. */
-static int create_central_pool(zmoe_exchange *ex, size_t small_bytes) {
-  uint32_t large = ex->role == ZMOE_LEADER ? ex->nodes + 1 : 3;
-  uint32_t small = ex->role == ZMOE_LEADER ? 2 * ex->nodes + SMALL_SLOTS : SMALL_SLOTS;
-  int both = small_bytes < ex->max_payload_bytes;
-  zmoe_pool_class classes[2] = {{small_bytes, small}, {ex->max_payload_bytes, large}};
-  return zmoe_pool_create(classes + !both, 1u + (uint32_t)both, SLOT_ALIGNMENT, &ex->pool);
+typedef struct class_list {
+  zmoe_pool_class classes[4];
+  uint32_t count;
+} class_list;
+
+/* Adds a class where it is larger than those before it; else these serve. */
+static void add_class(class_list *list, size_t slot_bytes, uint32_t slots) {
+  if (list->count == 0 || slot_bytes > list->classes[list->count - 1].slot_bytes)
+    list->classes[list->count++] = (zmoe_pool_class){slot_bytes, slots};
 }
 
-static int create_pool(zmoe_exchange *ex, size_t small_bytes) {
-  if (ex->role != ZMOE_PEER)
-    return create_central_pool(ex, small_bytes);
-  uint32_t chunks = ex->scatter ? ex->nodes : 1;
+/* `chunks`: those of a scattered payload, else 1.  Decode frames are cheap to have more of:
+ * a peer that is slow to read may leave some with libzmq. */
+static int create_pool(zmoe_exchange *ex, const zmoe_exchange_config *config) {
+  uint32_t chunks = ex->scatter ? ex->nodes : 1, few = LARGE_SLOTS, many = DECODE_SLOTS;
+  if (ex->role == ZMOE_LEADER) /* a frame for each worker, its own partial, one with libzmq */
+    few = ex->nodes + 1, many = 2 * ex->nodes + DECODE_SLOTS;
+  else if (ex->role == ZMOE_WORKER) /* see above, for a window of one */
+    few = 3;
   size_t large_bytes = zmoe_scatter_slot_bytes(ex->max_payload_bytes, chunks);
+  size_t batch_bytes = zmoe_scatter_slot_bytes(config->batch_payload_bytes, chunks);
+  class_list list = {.count = 0};
+  if (config->small_payload_bytes < large_bytes)
+    add_class(&list, config->small_payload_bytes, many);
+  if (config->batch_payload_bytes > config->small_payload_bytes && batch_bytes < large_bytes)
+    add_class(&list, batch_bytes, many);
   size_t sum_bytes = zmoe_chunk_most(ex->max_payload_bytes, chunks);
-  zmoe_pool_class classes[3] = {{small_bytes, SMALL_SLOTS}};
-  uint32_t n = small_bytes < large_bytes;
-  if (ex->scatter && sum_bytes > small_bytes && sum_bytes < large_bytes)
-    classes[n++] = (zmoe_pool_class){sum_bytes, LARGE_SLOTS};
-  classes[n++] = (zmoe_pool_class){large_bytes, LARGE_SLOTS};
-  return zmoe_pool_create(classes, n, SLOT_ALIGNMENT, &ex->pool);
+  if (ex->scatter && sum_bytes < large_bytes)
+    add_class(&list, sum_bytes, few);
+  add_class(&list, large_bytes, few);
+  return zmoe_pool_create(list.classes, list.count, SLOT_ALIGNMENT, &ex->pool);
 }
 
 static void init_peers(zmoe_exchange *ex, const zmoe_exchange_config *config) {
@@ -143,8 +152,7 @@ static int init_role(zmoe_exchange *ex, const zmoe_exchange_config *config) {
   if (ex->role == ZMOE_WORKER)
     return ZMOE_OK;
   ex->dispatched = calloc(ex->dispatch_rows, sizeof *ex->dispatched);
-  ex->zeros = calloc(1, ex->max_payload_bytes); /* its pages are only read */
-  return ex->dispatched != NULL && ex->zeros != NULL ? ZMOE_OK : ZMOE_ENOMEM;
+  return ex->dispatched != NULL ? ZMOE_OK : ZMOE_ENOMEM;
 }
 
 /* The frames of the session first: whoever sees our presence knows that they
@@ -186,7 +194,7 @@ int zmoe_exchange_create(const zmoe_exchange_config *config, zmoe_exchange **out
   ex->router = config->router;
   init_peers(ex, config);
   int rc = init_role(ex, config);
-  rc = rc == ZMOE_OK ? create_pool(ex, config->small_payload_bytes) : rc;
+  rc = rc == ZMOE_OK ? create_pool(ex, config) : rc;
   rc = rc == ZMOE_OK ? zmoe_wait_prepare(ex) : rc;
   rc = rc == ZMOE_OK ? subscribe(ex) : rc;
   if (rc != ZMOE_OK) {
@@ -210,7 +218,6 @@ void zmoe_exchange_destroy(zmoe_exchange *ex) {
   if (ex->pool != NULL)
     zmoe_pool_abandon(ex->pool);
   free(ex->dispatched);
-  free(ex->zeros);
   free(ex);
 }
 

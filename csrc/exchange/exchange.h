@@ -83,7 +83,7 @@ typedef struct zmoe_header {
   uint8_t micro_batch;    /* of a layer, from 0 */
   uint8_t chunks, chunk;  /* 0: the payload is whole; else it is chunk `chunk` of `chunks` */
   uint8_t busiest;        /* of ROWS: experts that the busiest rank computes, at most 255 */
-  uint64_t digest;        /* of the routing that led here */
+  uint64_t digest;        /* of the routing that led here and, but in ROWS, of the plan */
   /* CRC-32C of the payload; 0 where the exchange has no_payload_checksum. */
   uint32_t payload_checksum;
 } zmoe_header;
@@ -119,7 +119,8 @@ typedef struct zmoe_exchange_config {
   uint32_t rank, nodes;
   uint64_t session;
   size_t max_payload_bytes;   /* of one frame */
-  size_t small_payload_bytes; /* of one decode frame: its own size class */
+  size_t small_payload_bytes; /* of one row: its own size class */
+  size_t batch_payload_bytes; /* of a row of every sequence: likewise; 0: of one row at most */
   int scatter;                /* 1 when ZMOE_SCATTER may be asked for, which takes more slots */
   /* Sockets, created, bound and connected by the caller, used from here on by
    * one thread at a time.  The XPUB has ZMQ_XPUB_MANUAL set: only who names this
@@ -188,7 +189,8 @@ typedef struct zmoe_call {
   uint32_t rows, width;
   zmoe_dtype wire_dtype;
   zmoe_algorithm algorithm;
-  uint64_t digest;
+  uint64_t digest; /* of the routing */
+  uint64_t plan;   /* of the step's plan, as this rank has it: its partial shows both */
 } zmoe_call;
 
 /* Encode src (rows x width) in the wire's dtype and publish it.  src NULL: this
@@ -197,8 +199,9 @@ typedef struct zmoe_call {
 int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *src,
                           zmoe_dtype src_dtype, uint64_t deadline_us, zmoe_fault *fault);
 /* Wait for the oldest exchange that was published and not collected, and write the
- * sum, in rank order, of all ranks' encoded partials: with ZMOE_SCATTER as it was
- * encoded once more, on every rank alike.  `deadline_us` is from now.
+ * sum, in rank order, of all ranks' encoded partials, rounded to the wire's dtype.  A
+ * row's sum is the same bits whatever the other rows, the algorithm and the parts.
+ * `deadline_us` is from now.
  * After ZMOE_EINTR (a signal, or 100 ms without one: the caller may have missed
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,

@@ -89,7 +89,6 @@ struct zmoe_exchange {
   zmoe_collective collectives[ZMOE_COLLECTIVES];
   uint32_t dispatch_rows;
   uint64_t *dispatched; /* the leader, by row: the ranks that got it */
-  void *zeros;          /* a row of them */
   uint64_t diverged;
   zmoe_header theirs; /* of the lowest rank in `diverged` */
 

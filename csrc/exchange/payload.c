@@ -22,16 +22,20 @@ static size_t element_of(uint64_t block, uint32_t width) {
   return per_row > 0 ? block / per_row * width + block % per_row * ZMOE_Q8_BLOCK : 0;
 }
 
-zmoe_range zmoe_chunk(zmoe_dtype dtype, uint32_t rows, uint32_t width, uint32_t chunks,
-                      uint32_t index) {
-  uint64_t blocks = rows * blocks_of(width);
-  size_t begin = blocks * index / chunks, end = blocks * (index + 1) / chunks;
+/* Blocks [begin, end) of rows of `width`. */
+static zmoe_range range_of(zmoe_dtype dtype, uint32_t width, size_t begin, size_t end) {
   zmoe_range range = {.block = begin, .blocks = end - begin, .element = element_of(begin, width)};
   range.elements = element_of(end, width) - range.element;
   size_t item = zmoe_dtype_bytes(dtype);
   range.byte = item > 0 ? range.element * item : begin * ZMOE_Q8_BLOCK_BYTES;
   range.bytes = item > 0 ? range.elements * item : range.blocks * ZMOE_Q8_BLOCK_BYTES;
   return range;
+}
+
+zmoe_range zmoe_chunk(zmoe_dtype dtype, uint32_t rows, uint32_t width, uint32_t chunks,
+                      uint32_t index) {
+  uint64_t blocks = rows * blocks_of(width);
+  return range_of(dtype, width, blocks * index / chunks, blocks * (index + 1) / chunks);
 }
 
 /* A run of blocks has at most one block more than its share of the elements, and
@@ -74,4 +78,34 @@ int zmoe_reduce_range(void *out, zmoe_dtype out_dtype, const void *const *parts,
     block += blocks;
   }
   return ZMOE_OK;
+}
+
+/* A row's sum must not depend on the rows beside it.  So every algorithm rounds it alike: to
+ * what would travel.  And a missing part must add as its zeros would, had other rows made
+ * it present: they turn a sum of -0 into 0. */
+int zmoe_sum_range(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
+                   zmoe_dtype part_dtype, uint32_t width, const zmoe_range *range, zmoe_isa isa) {
+  enum { PIECE = 64 }; /* blocks, few enough to stay in the nearest cache */
+  static const uint8_t ZEROS[PIECE * ZMOE_Q8_BLOCK * sizeof(float)];
+  uint8_t rounded[sizeof ZEROS];
+  const void *of_piece[ZMOE_MAX_NODES], *again = rounded;
+  int rounds = part_dtype != out_dtype && part_dtype != ZMOE_F32;
+  int rc = n_parts > ZMOE_MAX_NODES ? ZMOE_EINVAL : ZMOE_OK;
+  size_t end = range->block + range->blocks;
+  for (size_t block = range->block; block < end && rc == ZMOE_OK; block += PIECE) {
+    zmoe_range piece =
+        range_of(part_dtype, width, block, end - block < PIECE ? end : block + PIECE);
+    const void *zeros = ZEROS;
+    for (uint32_t p = 0; p < n_parts; p++) {
+      of_piece[p] = parts[p] != NULL ? (const uint8_t *)parts[p] + piece.byte - range->byte : zeros;
+      zeros = parts[p] != NULL ? zeros : NULL;
+    }
+    size_t element = piece.element - range->element, first = piece.block - range->block;
+    void *to = (uint8_t *)out + bytes_of(out_dtype, first, element);
+    rc = zmoe_reduce_range(rounds ? rounded : to, rounds ? part_dtype : out_dtype, of_piece,
+                           n_parts, part_dtype, width, &piece, isa);
+    if (rounds && rc == ZMOE_OK)
+      rc = zmoe_reduce_range(to, out_dtype, &again, 1, part_dtype, width, &piece, isa);
+  }
+  return rc;
 }

@@ -2,9 +2,8 @@
  * that a rank sends and receives 2 (N - 1) / N payloads instead of N - 1.
  *
  * The chunk of the sum travels encoded as the partials do, and every rank takes it
- * as it travels, its owner too.  So the sum is rounded once more than when each
- * rank adds whole partials for itself: not at all in f32; in f16 and bf16 a caller
- * who asks for the sum in the wire's own dtype sees no difference.
+ * as it travels, its owner too.  Where each rank adds whole partials for itself, it
+ * rounds the sum just so (zmoe_sum_range): the bits are the same.
  *
  * A slot holds the chunks one after the other, each behind its header. */
 #include "common/platform.h"
@@ -92,8 +91,8 @@ void zmoe_scatter_sum(zmoe_exchange *ex, uint64_t index) {
   }
   if (some != NULL) {
     collective->sum_bytes = (uint32_t)range.bytes;
-    int rc = zmoe_reduce_range(zmoe_slot_payload(collective->sum), dtype, parts, ex->nodes, dtype,
-                               collective->header.width, &range, ex->isa);
+    int rc = zmoe_sum_range(zmoe_slot_payload(collective->sum), dtype, parts, ex->nodes, dtype,
+                            collective->header.width, &range, ex->isa);
     assert(rc == ZMOE_OK);
     (void)rc;
   }

@@ -97,11 +97,11 @@ typedef struct zmoe_pairs {
 } zmoe_pairs;
 
 /* Of ids and weights (rows, top_k) the pairs whose expert is in `local` (experts):
- * this node's number of each expert, -1 for another's.  Those of an expert with
- * several owners are only the ones of `rank` by `ranks` (experts), where it is not
- * NULL: what zmoe_assign said.  `sorted` (rows, top_k) is working memory. */
+ * this node's number of each expert, -1 for another's.  Of an expert with several
+ * owners only the pairs of `rank` by `ranks` (rows, top_k), where it is not NULL:
+ * what zmoe_assign said.  `sorted` (rows, top_k) is working memory. */
 void zmoe_own_pairs(const int32_t *ids, const float *weights, uint32_t rows, uint32_t top_k,
-                    const int32_t *local, uint32_t experts, const int32_t *ranks, int32_t rank,
+                    const int32_t *local, uint32_t experts, const uint64_t *ranks, uint32_t rank,
                     int32_t *sorted, zmoe_pairs *out);
 
 #endif

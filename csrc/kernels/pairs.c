@@ -17,14 +17,14 @@ static void sort_ids(int32_t *ids, uint32_t count) {
 }
 
 void zmoe_own_pairs(const int32_t *ids, const float *weights, uint32_t rows, uint32_t top_k,
-                    const int32_t *local, uint32_t experts, const int32_t *ranks, int32_t rank,
+                    const int32_t *local, uint32_t experts, const uint64_t *ranks, uint32_t rank,
                     int32_t *sorted, zmoe_pairs *out) {
   out->count = 0;
   memcpy(sorted, ids, (size_t)rows * top_k * sizeof *ids);
   for (uint32_t r = 0; r < rows; r++) {
     for (uint32_t i = r * top_k; i < (r + 1) * top_k; i++) {
       if (ids[i] < 0 || (uint32_t)ids[i] >= experts || local[ids[i]] < 0 ||
-          (ranks != NULL && ranks[ids[i]] != rank))
+          (ranks != NULL && !(ranks[i] >> rank & 1)))
         continue;
       out->rows[out->count] = (int32_t)r;
       out->experts[out->count] = local[ids[i]];

@@ -18,24 +18,23 @@ static const rig_options USUAL = {.nodes = 2, .resend_ms = 1000, .grace_ms = 100
 
 enum { MOST_NODES = 8, MOST_FLOATS = 8192 };
 
-/* What every rank must end with, in plain steps: encode, add in rank order, and
- * where chunks were added up, encode again.  Rows one by one, as blocks end there. */
+/* What every rank must end with, in plain steps: encode, add in rank order, encode
+ * again.  Rows one by one, as blocks end there; a silent rank adds zeros. */
 static void expect(float *out, float (*sources)[MOST_FLOATS], uint32_t n, uint32_t silent,
                    const zmoe_call *call) {
   static uint8_t encoded[MOST_NODES][4 * MOST_FLOATS];
   for (uint32_t row = 0; row < call->rows; row++) {
+    static const float zeros[MOST_FLOATS];
     const void *parts[MOST_NODES];
     for (uint32_t r = 0; r < n; r++) {
-      parts[r] = silent >> r & 1 ? NULL : encoded[r];
-      zmoe_convert(encoded[r], call->wire_dtype, sources[r] + (size_t)row * call->width, ZMOE_F32,
-                   call->width, ZMOE_ISA_GENERIC);
+      const float *given = silent >> r & 1 ? zeros : sources[r] + (size_t)row * call->width;
+      parts[r] = encoded[r];
+      zmoe_convert(encoded[r], call->wire_dtype, given, ZMOE_F32, call->width, ZMOE_ISA_GENERIC);
     }
     float *to = out + (size_t)row * call->width;
     zmoe_reduce(to, ZMOE_F32, parts, n, call->wire_dtype, call->width, ZMOE_ISA_GENERIC);
-    if (call->algorithm == ZMOE_SCATTER) {
-      zmoe_convert(encoded[0], call->wire_dtype, to, ZMOE_F32, call->width, ZMOE_ISA_GENERIC);
-      zmoe_convert(to, ZMOE_F32, encoded[0], call->wire_dtype, call->width, ZMOE_ISA_GENERIC);
-    }
+    zmoe_convert(encoded[0], call->wire_dtype, to, ZMOE_F32, call->width, ZMOE_ISA_GENERIC);
+    zmoe_convert(to, ZMOE_F32, encoded[0], call->wire_dtype, call->width, ZMOE_ISA_GENERIC);
   }
 }
 
@@ -77,6 +76,64 @@ static void test_sums(void) {
     CHECK_EQUAL(stats.exchanges, 48);
     CHECK_EQUAL(stats.frames_sent, 24 + 24 * n);
     CHECK_EQUAL(stats.frames_received, 24 * 3 * (n - 1));
+    rig_close(nodes, n);
+  }
+}
+
+/* ---- rows and their neighbours --------------------------------------------------- */
+
+enum { KINDS = 40, MOST_ROWS = 33, ROW = 61 };
+
+/* Rank r's part of a row of that kind: zeros where it has none. */
+static int row_part(uint32_t kind, uint32_t r, float *out) {
+  int mine = (kind + r) % 3 != 0; /* with two ranks, in a third of the rows one alone */
+  for (uint32_t c = 0; c < ROW; c++) {
+    uint32_t hash = (kind * 64 + r) * 2654435761u ^ c * 40503u;
+    float value = sinf((float)(hash >> 8)) * ldexpf(1, (int)(kind % 5) * 9 - 30);
+    out[c] = !mine ? 0.0f : hash >> 5 & 3 ? value : -0.0f;
+  }
+  return mine;
+}
+
+/* The sum of rows of those kinds, as rank 1 has it; a rank without any part says so. */
+static void sum_rows(rig_node *nodes, uint32_t n, const zmoe_call *call, const uint32_t *kinds,
+                     float *sum) {
+  static float source[MOST_FLOATS], others[MOST_NODES][MOST_FLOATS];
+  float *outs[MOST_NODES];
+  for (uint32_t r = 0; r < n; r++) {
+    int any = 0;
+    for (uint32_t i = 0; i < call->rows; i++)
+      any |= row_part(kinds[i], r, source + i * ROW);
+    CHECK_EQUAL(rig_node_send(&nodes[r], call, any ? source : NULL), ZMOE_OK);
+    outs[r] = r == 1 ? sum : others[r];
+  }
+  rig_collect_all(nodes, n, outs);
+}
+
+static void test_rows_and_their_neighbours(void) {
+  static float alone[KINDS][ROW], sums[MOST_FLOATS];
+  for (uint32_t n = 2; n <= 4; n++) {
+    rig_node nodes[MOST_NODES];
+    rig_options options = USUAL;
+    options.nodes = n;
+    rig_open(nodes, options);
+    uint32_t step = 0;
+    for (zmoe_dtype wire = ZMOE_F32; wire <= ZMOE_Q8; wire++) {
+      for (uint32_t kind = 0; kind < KINDS; kind++) {
+        zmoe_call call = rig_call(step++, 0, 1, ROW, wire);
+        sum_rows(nodes, n, &call, &kind, alone[kind]);
+      }
+      for (uint32_t rows = 1; rows <= MOST_ROWS; rows++) {
+        uint32_t kinds[MOST_ROWS];
+        for (uint32_t i = 0; i < rows; i++)
+          kinds[i] = (rows * 7 + i * i * 3 + step) % KINDS;
+        zmoe_call call = rig_call(step++, 0, rows, ROW, wire);
+        call.algorithm = (zmoe_algorithm)(step % 2);
+        sum_rows(nodes, n, &call, kinds, sums);
+        for (uint32_t i = 0; i < rows; i++)
+          CHECK(memcmp(sums + i * ROW, alone[kinds[i]], sizeof alone[0]) == 0);
+      }
+    }
     rig_close(nodes, n);
   }
 }
@@ -332,6 +389,7 @@ static void test_exhaustion_behind_a_link(void) {
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"sums of 2, 3, 4 and 8 nodes, every dtype, both algorithms, some without a part", test_sums},
+      {"a row's sum does not depend on its neighbours", test_rows_and_their_neighbours},
       {"64 nodes", test_64_nodes},
       {"a peer one exchange ahead", test_a_peer_one_ahead},
       {"deadlines name who is missing", test_deadline},

@@ -18,8 +18,8 @@ from mlx_lm.utils import load_model
 
 from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.conftest import unused_port
-from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from tests.families import FAMILIES, build
+from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver

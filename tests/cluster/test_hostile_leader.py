@@ -9,10 +9,10 @@ import pytest
 
 from tests.changed import changed
 from tests.cluster.conftest import PATIENCE_S, Commands
+from zmoe.batch.plan import PREVIOUS, Plan, Span
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster import bus
 from zmoe.cluster.cluster import Cluster
-from zmoe.batch.plan import PREVIOUS, Plan, Span
 from zmoe.cluster.messages import Endpoints, Message, Place, Setup, Step
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing

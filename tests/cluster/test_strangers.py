@@ -14,7 +14,7 @@ import zmq
 
 from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
-from zmoe.cluster.messages import Failed, Join, Cache, encode
+from zmoe.cluster.messages import Cache, Failed, Join, encode
 from zmoe.config import PROTOCOL_VERSION
 
 TOKENS = 40

@@ -21,7 +21,6 @@ from pathlib import Path
 from random import Random
 
 import mlx.core as mx
-import numpy as np
 
 from zmoe.calibration.matmuls import Progress
 from zmoe.checkpoint.hub import resolve_model

@@ -99,7 +99,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         hosts=hosts,
         remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
         timing=Timing(**given_settings(options, Timing)),
-        engine=EngineConfig(**given_settings(options, EngineConfig)),
+        engine=EngineConfig(parallel=1, **given_settings(options, EngineConfig)),
         batching=Batching(**given_settings(options, Batching)),
         placement=PlacementRequest(**given_settings(options, PlacementRequest)),
         record_usage=options.record_usage is not None,

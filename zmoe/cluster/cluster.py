@@ -213,9 +213,7 @@ class Cluster:
             shard, self.load_seconds = self._leader.start()
             resources = self._leader.resources
         else:
-            resources = [
-                resources_of(engine, self.spec.placement.memory_limit, measure=False)
-            ]
+            resources = [resources_of(engine, self.spec.placement.memory_limit, measure=False)]
             node.place(self._resolver.resolve(resources))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
@@ -289,11 +287,10 @@ class Cluster:
         if sampling is not None and not isinstance(sampling, Sampling):
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
-        if sampling.top_k >= self.info.vocabulary:
+        vocabulary = self.info.vocabulary
+        if sampling.top_k >= vocabulary:
             raise SettingError(
-                "top_k",
-                f"is {sampling.top_k}: expected less than the model's "
-                f"{self.info.vocabulary} tokens",
+                "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
             )
         for token in sampling.logit_bias or ():
             if token >= vocabulary:

@@ -20,7 +20,7 @@ from zmoe.cluster.messages import Hello
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.mlx_caches import MlxEngine
-from zmoe.errors import MismatchError, PlacementError, SettingError, ZmoeError
+from zmoe.errors import MismatchError, PlacementError, SettingError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
@@ -96,22 +96,23 @@ class Node:
 
         Raises InputError where that is not possible.
         """
-        info, chunk = self.info, self._config.prefill_chunk
+        info, most = self.info, self._config.max_rows
         wire_dtype, width = self._config.wire_dtype, info.exchange_width
         row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
         make: Callable[..., Exchange] = Exchange
         if self._is_central:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
             row_bytes = width * 4 + info.top_k * PAIR_BYTES
-            pairs = chunk * info.top_k  # and as many rows, where each pair has its own
+            pairs = most * info.top_k  # and as many rows, where each pair has its own
             make = partial(CentralExchange, max_rows=pairs, max_pairs=pairs)
         self.exchange = make(
             self.rank,
             self.nodes,
             session=self.session,
             bind_host=host,
-            max_payload_bytes=row_bytes * chunk,
+            max_payload_bytes=row_bytes * most,
             small_payload_bytes=row_bytes,
+            batch_payload_bytes=row_bytes * self._config.parallel,
             deadline_s=self._timing.peer,
             grace_s=self._timing.grace,
             spans=self.spans,
@@ -225,6 +226,7 @@ class Node:
             return
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, CentralExchange)
+        self.exchange.plan = plan.digest
         for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
             self.exchange.step = step
             serve_step(self.exchange, self._held, self.spans)

@@ -12,9 +12,10 @@ from zmoe.config import EngineConfig
 
 
 class SteppedReducer(Protocol):
-    """A reducer whose frames carry the number of the step."""
+    """A reducer whose frames carry the number of the step and the digest of its plan."""
 
     step: int
+    plan: int
 
 
 class LogitsSwitch(Protocol):

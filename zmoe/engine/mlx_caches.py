@@ -138,9 +138,7 @@ class MlxEngine:
         out = self._forward(ids, self._batch, np.array(rows, np.intp))
         return {order[row]: out[i : i + 1] for i, row in enumerate(rows)}
 
-    def _forward(
-        self, ids: list[list[int]], caches: Caches, rows: Rows
-    ) -> Floats:
+    def _forward(self, ids: list[list[int]], caches: Caches, rows: Rows) -> Floats:
         """The logits after `rows` of the flattened `ids` (batch, tokens)."""
         self._head.rows = rows
         out = self._model(mx.array(ids), cache=caches)

@@ -41,7 +41,9 @@ class Exchange(Collective):
     others. `session` (64 bits) keeps runs apart: what others send is counted
     and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
     link may take to come back. `wire_dtype` is how partials travel ("f32",
-    "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so.
+    "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so. There are
+    more slots for payloads of up to `small_payload_bytes` (a row) and `batch_payload_bytes`
+    (one of every sequence; 0: there are none).
     `algorithm` "direct" (one-shot) or "scatter" (reduce-scatter + all-gather) and
     `parts` (micro-batches per call) other than 0 fix what `calibrate` otherwise
     finds out. `max_rows` is CentralExchange's. Without `payload_checksum` a payload
@@ -63,6 +65,7 @@ class Exchange(Collective):
         deadline_s: float = 30.0,
         grace_s: float = 1.0,
         max_rows: int = 0,
+        batch_payload_bytes: int = 0,
         spin_us: int = SPIN_US,
         spans: Spans | None = None,
         wire_dtype: str = "auto",
@@ -79,6 +82,7 @@ class Exchange(Collective):
         self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
         self._max_rows, self._payload_checksum = max_rows, payload_checksum
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
+        self._batch_bytes = batch_payload_bytes
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._results = ResultPool(max_payload_bytes, self.wire)
         self._own_context = context is None
@@ -120,6 +124,7 @@ class Exchange(Collective):
             session=self._session,
             max_payload_bytes=self._max_bytes,
             small_payload_bytes=self._small_bytes,
+            batch_payload_bytes=self._batch_bytes,
             scatter=self.choice.may_scatter,
             xpub=sockets.xpub.underlying,
             sub=sockets.sub.underlying,

@@ -36,20 +36,14 @@ class Sharing:
 
     def __init__(self, placement: Placement, layer: int) -> None:
         """`layer` is the ordinal."""
-        self._owners, self._experts = layer_owners(placement, layer), placement.experts
+        self._owners = layer_owners(placement, layer)
 
     def masks(self, ids: Ints) -> Masks:
         """For expert ids (rows, k): uint64 (rows, k) with bit r set where rank r computes the pair.
 
-        No bit is set for an id that is not an expert's.
+        No bit is set for an id that is not an expert's. Valid until the next call.
         """
-        self._owners.assign(np.ascontiguousarray(ids))
-        ranks = self._owners.ranks
-        bits = np.where(ranks >= 0, np.uint64(1) << ranks.astype(np.uint64), np.uint64(0))
-        table = np.append(np.bitwise_or.reduce(bits, axis=0), np.uint64(0))
-        known = (ids >= 0) & (ids < self._experts)
-        found: Masks = table[np.where(known, ids, self._experts)]
-        return found
+        return self._owners.assign(np.ascontiguousarray(ids))
 
     @property
     def busiest(self) -> int:
@@ -119,7 +113,7 @@ class CentralExchange(Exchange):
                 sharing.busiest,
             )
             native, step, wire = self.native, self.step, self._wire_dtype(call)
-            status = self._again(lambda s: native.dispatch(step, call, wire, *routed, s))
+            status = self._again(lambda s: native.dispatch(step, call, wire, *routed, s, self.plan))
         if status == Status.INVALID:
             raise InputError(
                 f"{call.rows} rows of {call.width} {x_dtype} do not fit the exchange's "

@@ -23,6 +23,8 @@ from zmoe.obs import Spans
 class Collective:
     """What an exchange does once it is connected; `native` is set by then.
 
+    Frames carry the number of the `step` and, folded into the routing's digest, `plan`: the
+    digest of the step's plan, 64 bits. A rank with another one is a DivergenceError.
     `wire`: how all partials travel; None: as each call says. `tick` is called
     every 0.1 s of a wait for peers, and may raise to give up.
     """
@@ -30,7 +32,7 @@ class Collective:
     def __init__(
         self, rank: int, max_bytes: int, deadline_s: float, spans: Spans, choice: Choice
     ) -> None:
-        self.rank, self.step, self.choice = rank, 0, choice
+        self.rank, self.step, self.plan, self.choice = rank, 0, 0, choice
         self.wire: Dtype | None = None
         self.tick: Callable[[], None] = nothing
         self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
@@ -134,9 +136,9 @@ class Collective:
         algorithm: Algorithm = Algorithm.DIRECT,
         part: int = 0,
     ) -> None:
-        native, step = self.native, self.step
+        native, step, plan = self.native, self.step, self.plan
         status = self._again(
-            lambda deadline_s: native.publish(step, call, wire, source, deadline_s, algorithm, part)
+            lambda s: native.publish(step, call, wire, source, s, algorithm, part, plan)
         )
         if status == Status.OK:
             return

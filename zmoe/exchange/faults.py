@@ -44,7 +44,7 @@ def error_of(
 def _divergence(fault: Fault, rank: int) -> DivergenceError:
     theirs = fault.theirs
     same = (theirs.step, theirs.layer) == (fault.step, fault.layer)
-    what = "has another routing, shape, dtype or algorithm" if same else "is elsewhere"
+    what = "has another plan, routing, shape, dtype or algorithm" if same else "is elsewhere"
     return DivergenceError(
         f"rank {fault.diverged[0]} {what}: layer {theirs.layer}, step {theirs.step}; "
         f"rank {rank} is at layer {fault.layer}, step {fault.step}"

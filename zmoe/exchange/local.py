@@ -30,6 +30,7 @@ class SingleNode:
     rank = 0
     nodes = 1
     step = 0
+    plan = 0
 
     def dispatch(
         self,

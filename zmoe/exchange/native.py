@@ -81,6 +81,7 @@ class NativeExchange:
         resend_ms: int,
         grace_ms: int,
         max_rows: int = 0,
+        batch_payload_bytes: int = 0,
         payload_checksum: bool = True,
     ) -> None:
         dealer_array = ffi.new("void *[]", [ffi.cast("void *", address) for address in dealers])
@@ -89,6 +90,7 @@ class NativeExchange:
         config.rank, config.nodes, config.session = rank, nodes, session
         config.max_payload_bytes = max_payload_bytes
         config.small_payload_bytes, config.scatter = small_payload_bytes, scatter
+        config.batch_payload_bytes = batch_payload_bytes
         config.xpub = ffi.cast("void *", xpub)
         config.sub = ffi.cast("void *", sub)
         config.router = ffi.cast("void *", router)
@@ -128,19 +130,21 @@ class NativeExchange:
         deadline_s: float,
         algorithm: Algorithm = Algorithm.DIRECT,
         micro_batch: int = 0,
+        plan: int = 0,
     ) -> int:
         """Encode this rank's partial in `wire_dtype` and send it; returns a Status.
 
         `source` is a C-contiguous buffer of call.rows * call.width elements and
         their dtype (F32, F16 or BF16); a buffer of None adds nothing. The bytes
-        are copied before this returns. `micro_batch` counts a call's micro-batches from
-        0. OK; INTERRUPTED after 100 ms without a free send buffer or after a
-        signal, with nothing sent (call again to go on waiting); POOL when
-        `deadline_s` seconds have passed so; INVALID when the payload is too large
-        or the call does not come after the last one; PEER, ZMQ, FORK: see `fault`.
+        are copied before this returns. `micro_batch` counts a call's micro-batches
+        from 0, `plan` is the digest of the step's plan. OK; INTERRUPTED after 100 ms
+        without a free send buffer or after a signal, with nothing sent (call again
+        to go on waiting); POOL when `deadline_s` seconds have passed so; INVALID
+        when the payload is too large or the call does not come after the last one;
+        PEER, ZMQ, FORK: see `fault`.
         """
         data, data_dtype = source
-        raw = self._call_of(step, call, wire_dtype, algorithm, micro_batch)
+        raw = self._call_of(step, call, wire_dtype, algorithm, micro_batch, plan)
         pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
         return lib.zmoe_exchange_publish(
             self._exchange, raw, pointer, data_dtype, _microseconds(deadline_s), self._fault
@@ -153,9 +157,10 @@ class NativeExchange:
         wire_dtype: Dtype,
         algorithm: Algorithm = Algorithm.DIRECT,
         micro_batch: int = 0,
+        plan: int = 0,
     ) -> CData:
         raw = self._call
-        raw.step, raw.micro_batch = step, micro_batch
+        raw.step, raw.micro_batch, raw.plan = step, micro_batch, plan
         raw.layer, raw.rows, raw.width, _, raw.digest = call
         raw.wire_dtype, raw.algorithm = wire_dtype, algorithm
         return raw
@@ -172,6 +177,7 @@ class NativeExchange:
         ranks: npt.NDArray[np.uint64],
         busiest: int,
         deadline_s: float,
+        plan: int = 0,
     ) -> int:
         """Send every worker its rows of x; `publish` and `collect` then end the call.
 
@@ -187,7 +193,7 @@ class NativeExchange:
         ]
         routed.x, routed.ids, routed.weights, routed.ranks = keep
         routed.top_k, routed.x_dtype, routed.busiest = ids.shape[1], x_dtype, busiest
-        raw = self._call_of(step, call, wire_dtype)
+        raw = self._call_of(step, call, wire_dtype, plan=plan)
         return lib.zmoe_exchange_dispatch(
             self._exchange, raw, routed, _microseconds(deadline_s), self._fault
         )

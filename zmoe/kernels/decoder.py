@@ -95,7 +95,6 @@ class NativeMoE:
     def _find_pairs(self, at: Buffers, rows: int) -> None:
         """What this node has to compute of the routing, and what it runs besides."""
         own = self._layer.ownership
-        own.assign(at.ids)
         lib.zmoe_own_pairs(
             at.ids_pointer,
             at.weights_pointer,
@@ -103,7 +102,7 @@ class NativeMoE:
             self._top_k,
             own.local_pointer,
             own.experts,
-            own.ranks_pointer,
+            own.assign(at.ids),
             own.rank,
             at.sorted_pointer,
             at.pairs,

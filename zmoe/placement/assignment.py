@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from zmoe.native import Owners, ffi
 from zmoe.obs import Recorder
 from zmoe.placement.pairs import Ints, LocalPairs, no_experts
 from zmoe.placement.types import Placement
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
 
 
 def layer_owners(placement: Placement, layer: int) -> Owners:
@@ -89,36 +93,31 @@ class Ownership:
         self._layer, self._recorder = layer, recorder
         self._idle = Idle(policy, len(self.owned))
         self._owners = layer_owners(placement, layer)
-        self._ranks: Ints | None = None
-        if _have_replicas([ids for ids, n in zip(owned, numbers) if n == numbers[rank]]):
-            self._ranks = self._owners.ranks[numbers[rank]]
+        self._shared = _have_replicas([ids for ids, n in zip(owned, numbers) if n == numbers[rank]])
         self.local_pointer = ffi.from_buffer("int32_t[]", self.local)
-        self.ranks_pointer = (
-            ffi.NULL if self._ranks is None else ffi.from_buffer("int32_t[]", self._ranks)
-        )
 
     @property
     def most_padding(self) -> int:
         """How many experts may be run on no row at all."""
         return self._idle.most
 
-    def assign(self, ids: Ints) -> None:
-        """Share out the experts `ids` (rows, k) among their owners: see `ranks_pointer`.
+    def assign(self, ids: Ints) -> CData:
+        """Share out the experts `ids` (rows, k) among their owners, each row by itself.
 
-        That are the ranks (experts) that compute each, or NULL where this
-        rank's experts are nobody else's.
+        Returns where C finds who computes each pair, uint64 (rows, k) with bit r for rank r,
+        or NULL where this rank's experts are nobody else's. Valid until the next call.
         """
-        if self._ranks is not None or self._idle.needs_busiest:
+        if self._shared or self._idle.needs_busiest:
             self._owners.assign(ids)
+        return self._owners.pointer if self._shared else ffi.NULL
 
     def pairs(self, ids: Ints) -> LocalPairs:
         """What there is to compute of `ids` (rows, k) here."""
         ids = np.ascontiguousarray(ids)
-        self.assign(ids)
-        known = np.where((ids >= 0) & (ids < self.experts), ids, -1)
-        local = self.local[known]
-        if self._ranks is not None:
-            local = np.where(self._ranks[known] == self.rank, local, -1)
+        local = self.local[np.where((ids >= 0) & (ids < self.experts), ids, -1)]
+        if self._shared or self._idle.needs_busiest:
+            mine = self._owners.assign(ids) >> np.uint64(self.rank) & np.uint64(1)
+            local = np.where(mine, local, -1)
         rows, slots = np.nonzero(local >= 0)
         own = local[rows, slots]
         padding = self.padding(ids, own)

@@ -22,7 +22,6 @@ from zmoe.cluster.messages import (
     Memory,
     Message,
     Setup,
-    Step,
     Stop,
     encode,
 )

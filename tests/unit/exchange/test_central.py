@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model
 
 from tests.families import build
 from tests.ranks import round_robin
-from tests.unit.exchange.test_algorithms import ENCODE
+from tests.unit.exchange.test_algorithms import expected
 from tests.unit.exchange.test_exchange import together
 from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
 from zmoe.exchange.base import Call
@@ -202,10 +202,35 @@ def test_sums_are_those_of_the_other_schedule_bit_for_bit(
         for layer, (mine, theirs) in enumerate(zip(found, other, strict=True)):
             np.testing.assert_array_equal(mine.view(np.uint32), theirs.view(np.uint32))
             parts = [partial_of(nodes, layer, rank, given[layer]) for rank in range(nodes)]
-            exact = sum(ENCODE[wire](p).astype(np.float64) for p in parts if p is not None)
-            np.testing.assert_allclose(mine, exact, atol=1e-4, rtol=1e-5)
+            zeros = np.zeros_like(mine)
+            want = expected([zeros if part is None else part for part in parts], wire)
+            np.testing.assert_array_equal(mine, want)
     assert group[0].stats["frames_sent"] == 4 * LAYERS * (nodes - 1)
     assert group[1].stats["frames_sent"] == 4 * LAYERS
+
+
+@pytest.mark.parametrize("wire", ["f32", "bf16", "f16", "q8"])
+def test_a_row_is_summed_alike_among_any_others(
+    wire: str, groups: Callable[..., list[CentralExchange]]
+) -> None:
+    """In passes of 1 to 64 rows, one step number each."""
+    group, rows, draw = groups(3, wire_dtype=wire), routed(40, 1), np.random.default_rng(2)
+    passes = [[number] for number in range(40)]
+    passes += [draw.integers(0, 40, size).tolist() for size in (*range(1, 34), 64)]
+
+    def lead() -> list[Array]:
+        given = [tuple(each[numbers] for each in rows) for numbers in passes]
+        return [leader(group[0], [one] * LAYERS, step)[1] for step, one in enumerate(given)]
+
+    def follow(exchange: CentralExchange) -> None:
+        for step in range(len(passes)):
+            worker(exchange, step)
+
+    sums, *others = together([lead, *(partial(follow, exchange) for exchange in group[1:])])
+    assert others == [None, None] and isinstance(sums, list)
+    for numbers, found in zip(passes[40:], sums[40:], strict=True):
+        want = np.concatenate([sums[number] for number in numbers])
+        np.testing.assert_array_equal(found.view(np.uint32), want.view(np.uint32))
 
 
 def test_mlx_arrays_go_out_as_they_are(groups: Callable[..., list[CentralExchange]]) -> None:
@@ -350,14 +375,35 @@ def test_an_expert_of_another_rank(groups: Callable[..., list[CentralExchange]])
     group = groups(2, ALL_ON_1)
     dispatch(group[0])
     nothing = np.full(EXPERTS, -1, np.int32)
-    with pytest.raises(DivergenceError, match="rank 0 has another routing"):
+    with pytest.raises(DivergenceError, match="rank 0 has another plan, routing"):
         group[1].receive(0, WIDTH, nothing)
+
+
+def test_a_worker_with_another_plan(groups: Callable[..., list[CentralExchange]]) -> None:
+    group = groups(2)
+    given = [routed(3, layer) for layer in range(LAYERS)]
+    for exchange in group:
+        exchange.plan = 77
+    jobs = [lambda: leader(group[0], given, 0), lambda: worker(group[1], 0)]
+    sums, told = together(jobs)
+    assert isinstance(sums, list) and told is None
+    group[1].plan = 78
+    jobs = [lambda: leader(group[0], given, 1), lambda: layer_0(group[1])]
+    problem, _ = together(jobs)
+    assert isinstance(problem, DivergenceError)
+    assert "rank 1 has another plan, routing" in str(problem) and "layer 0, step 1" in str(problem)
+
+
+def layer_0(exchange: CentralExchange) -> None:
+    held = NumpyExperts(0, exchange.rank, placement(exchange.nodes).owned[0][exchange.rank])
+    exchange.step = 1
+    serve_step(exchange, [held], Spans())
 
 
 def test_rows_of_another_width(groups: Callable[..., list[CentralExchange]]) -> None:
     group = groups(2, ALL_ON_1)
     dispatch(group[0])
-    with pytest.raises(DivergenceError, match="rank 0 has another routing, shape"):
+    with pytest.raises(DivergenceError, match="rank 0 has another plan, routing, shape"):
         group[1].receive(0, WIDTH + 1, np.zeros(EXPERTS, np.int32))
 
 

@@ -187,8 +187,8 @@ def test_an_idle_wait_wakes_for_a_lost_peer(group: list[Exchange]) -> None:
 @pytest.mark.parametrize(
     ("layer", "width", "digest", "message"),
     [
-        (0, 4, 8, "rank 1 has another routing, shape, dtype or algorithm: layer 0, step 0"),
-        (0, 3, 7, "rank 1 has another routing, shape, dtype or algorithm"),
+        (0, 4, 8, "rank 1 has another plan, routing, shape, dtype or algorithm: layer 0, step 0"),
+        (0, 3, 7, "rank 1 has another plan, routing, shape, dtype or algorithm"),
         (2, 4, 7, "rank 1 is elsewhere: layer 2, step 0; rank 0 is at layer 0"),
     ],
 )
@@ -203,6 +203,16 @@ def test_divergence(
     )
     assert isinstance(ours, DivergenceError) and message in str(ours)
     assert isinstance(theirs, DivergenceError)
+
+
+def test_ranks_with_different_plans(group: list[Exchange]) -> None:
+    """Found in the first layer, though the routing is the same."""
+    group[0].plan, group[1].plan = 2**64 - 1, 2**64 - 2
+    call = Call(0, 1, 4, mx.float32, 7)
+    results = together([lambda e=e: e.all_reduce(call, None) for e in group])
+    for rank, result in enumerate(results):
+        assert isinstance(result, DivergenceError)
+        assert f"rank {1 - rank} has another plan, routing" in str(result)
 
 
 def test_a_lost_frame_is_recovered() -> None:

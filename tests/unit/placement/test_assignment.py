@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zmoe.native import Owners, lib
-from zmoe.placement.assignment import Ownership
+from zmoe.native import Owners
+from zmoe.placement.assignment import Ownership, layer_owners
 from zmoe.placement.types import Placement
 
 HIDDEN = 96
@@ -65,22 +65,27 @@ def test_everything_selected_is_computed_exactly_once(case: Case) -> None:
         if 0 <= expert < case.placement.experts
         for each in set(case.placement.slices)
     ]
-    work = computed(case)
-    assert sorted(part[1:] for part in work) == sorted(want)
-    doer = {}
-    for rank, _, expert, each in work:  # all rows of an expert go to the same rank
-        assert doer.setdefault((expert, each), rank) == rank
+    assert sorted(part[1:] for part in computed(case)) == sorted(want)
 
 
 @given(cases(), st.randoms(use_true_random=False))
-def test_the_order_within_a_row_and_of_rows_is_nothing_to_it(case: Case, random: object) -> None:
+def test_who_computes_a_row_depends_on_the_set_of_its_experts_alone(
+    case: Case, random: object
+) -> None:
     rng = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]
-    other = rng.permuted(rng.permutation(case.ids), axis=1)
-    doers = [
-        {(rank, expert, each) for rank, _, expert, each in computed(Case(case.placement, ids))}
-        for ids in (case.ids, other)
-    ]
-    assert doers[0] == doers[1]
+    among_others = computed(case)
+    for row, ids in enumerate(case.ids):
+        alone = computed(Case(case.placement, rng.permuted(ids)[None]))
+        assert {(rank, expert, each) for rank, _, expert, each in alone} == {
+            (rank, expert, each) for rank, at, expert, each in among_others if at == row
+        }
+
+
+def test_an_expert_that_a_row_has_twice_goes_to_one_rank() -> None:
+    owners = Owners(3, [[0, 1, 2], [0, 1, 2]])
+    ranks = owners.assign(np.array([[2, 0, 2, 1], [1, 1, 1, 1]], np.int32))
+    assert ranks.tolist() == [[1, 1, 1, 2], [1, 1, 1, 1]]
+    assert owners.counts.tolist() == [3, 1]  # expert 1 runs on both
 
 
 # ---- how long the busiest node takes ----------------------------------------------
@@ -88,15 +93,11 @@ def test_the_order_within_a_row_and_of_rows_is_nothing_to_it(case: Case, random:
 
 class Tasks(NamedTuple):
     owners: list[list[int]]  # of each task
-    rows: list[int]
     speeds: list[int]
 
 
 def busiest(tasks: Tasks, ranks: tuple[int, ...]) -> Fraction:
-    loads = [0] * len(tasks.speeds)
-    for rows, rank in zip(tasks.rows, ranks, strict=True):
-        loads[rank] += lib.ZMOE_LOAD_ROWS + rows
-    return max(map(Fraction, loads, tasks.speeds))
+    return max(Fraction(ranks.count(rank), speed) for rank, speed in enumerate(tasks.speeds))
 
 
 def best(tasks: Tasks) -> Fraction:
@@ -104,55 +105,41 @@ def best(tasks: Tasks) -> Fraction:
 
 
 def assigned(tasks: Tasks) -> Fraction:
-    nodes, experts = len(tasks.speeds), len(tasks.rows)
+    nodes, experts = len(tasks.speeds), len(tasks.owners)
     owned = [[e for e in range(experts) if rank in tasks.owners[e]] for rank in range(nodes)]
     owners = Owners(experts, owned, (), tasks.speeds)
-    ids = [[expert] for expert, rows in enumerate(tasks.rows) for _ in range(rows)]
-    owners.assign(np.array(ids, np.int32))
-    (ranks,) = owners.ranks.tolist()
+    (masks,) = owners.assign(np.arange(experts, dtype=np.int32)[None]).tolist()
+    ranks = tuple(mask.bit_length() - 1 for mask in masks)
+    assert [1 << rank for rank in ranks] == masks
     assert owners.counts.tolist() == [ranks.count(rank) for rank in range(nodes)]
     return busiest(tasks, ranks)
 
 
 @st.composite
-def tasks(draw: st.DrawFn, most_rows: int) -> Tasks:
+def tasks(draw: st.DrawFn) -> Tasks:
     nodes, count = draw(st.integers(2, 4)), draw(st.integers(1, 6))
     able = st.sets(st.integers(0, nodes - 1), min_size=1).map(sorted)
-    rows = st.lists(st.integers(1, most_rows), min_size=count, max_size=count)
     speeds = st.lists(st.integers(1, 5), min_size=nodes, max_size=nodes)
-    return Tasks(draw(st.lists(able, min_size=count, max_size=count)), draw(rows), draw(speeds))
+    return Tasks(draw(st.lists(able, min_size=count, max_size=count)), draw(speeds))
 
 
-@given(tasks(most_rows=1))
-def test_tasks_that_are_alike_are_shared_out_as_well_as_can_be(each: Tasks) -> None:
+@given(tasks())
+def test_experts_are_shared_out_as_well_as_can_be(each: Tasks) -> None:
     assert assigned(each) == best(each)
 
 
-def test_every_small_case_of_tasks_that_are_alike() -> None:
+def test_every_small_case() -> None:
     able = [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]]
     for owners in product(able, repeat=4):
         for speeds in ([1, 1, 1], [1, 2, 3]):
-            each = Tasks([*owners], [1] * 4, speeds)
+            each = Tasks([*owners], speeds)
             assert assigned(each) == best(each), each
 
 
-@given(tasks(most_rows=60))
-def test_unlike_tasks_never_take_twice_as_long_as_they_must(each: Tasks) -> None:
-    assert assigned(each) < 2 * best(each)
-
-
-def test_every_small_case_of_unlike_tasks() -> None:
-    """Three nodes, three tasks with 1, 8 or 40 rows: within a quarter."""
-    able = [[0], [0, 1], [0, 2], [1, 2], [0, 1, 2]]
-    for owners in product(able, repeat=3):
-        for rows in product([1, 8, 40], repeat=3):
-            each = Tasks([*owners], [*rows], [1, 1, 2])
-            assert assigned(each) <= Fraction(5, 4) * best(each), each
-
-
-def test_rows_count_beside_the_weights() -> None:
-    """One expert of many rows alone; four of one row each on the other node."""
-    everywhere = [[0, 1]] * 5
-    each = Tasks(everywhere, [40, 1, 1, 1, 1], [1, 1])
-    assert assigned(each) == 48
-    assert assigned(each._replace(speeds=[1, 3])) == best(each._replace(speeds=[1, 3]))
+@given(cases())
+def test_counts_are_the_experts_that_ranks_run_for_any_row(case: Case) -> None:
+    owners = layer_owners(case.placement, 0)
+    owners.assign(case.ids)
+    run = {(rank, expert) for rank, _, expert, _ in computed(case)}
+    counts = [sum(rank == r for rank, _ in run) for r in range(case.placement.nodes)]
+    assert owners.counts.tolist() == counts
