@@ -257,11 +257,12 @@ class Batching(Settings):
     `step_ms`: while sequences are generating, steps that also run a part of a new prompt aim at
     that many milliseconds. `speculate`: how many tokens to guess from the text so far and
     have checked in one step; "auto" adapts it to what pays. `max_queue`: most sequences that
-    wait, None for four times as many as may run; `queue_timeout`: seconds until one that waits is given up.
+    wait, None for four times as many as may run; `queue_timeout`: seconds until one that waits
+    is given up.
     """
 
     step_ms: Annotated[
-        int, Setting("milliseconds of a step while a prompt is read beside others", _POSITIVE)
+        int, Setting("Milliseconds per step while prompts are processed beside others", _POSITIVE)
     ] = 250
     speculate: Annotated[str, Setting(_SPECULATE_HELP, _SPECULATE, metavar="auto|off|K")] = "auto"
     max_queue: Annotated[int | None, Setting(limit=_POSITIVE)] = None
@@ -287,19 +288,13 @@ class EngineConfig(Settings):
     prefill_chunk: Annotated[
         int, Setting("Prompt tokens to process per step", _CHUNK, "--prefill-step-size")
     ] = 512
-    parallel: Annotated[int, Setting("sequences that run at the same time", _PARALLEL)] = 32
+    parallel: Annotated[int, Setting("Sequences that run at the same time", _PARALLEL)] = 32
     max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"
     activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
     wire_dtype: Annotated[str, Setting(_WIRE_DTYPE_HELP, one_of(*WIRE_DTYPES))] = "auto"
     schedule: Annotated[str, Setting(_SCHEDULE_HELP, one_of(*SCHEDULES))] = "decentralized"
     policy: Annotated[str, Setting(_POLICY_HELP, one_of(*POLICIES))] = "selected"
-
-    parallel: Annotated[int, Setting(limit=_POSITIVE)] = 32
-
-    @property
-    def max_rows(self) -> int:
-        return max(self.prefill_chunk, self.parallel)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,15 +7,17 @@ over, each token once: the measure of zmoe-tiny's model card.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+import numpy as np
 from process import BAD_INPUT, PeerFailure, count, main
 from zmoe_cluster import add_settings, engine_config
 
+from zmoe.batch.plan import Plan, Span, blocks_of
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.node import Node
 from zmoe.config import Timing
@@ -24,19 +26,24 @@ from zmoe.errors import ZmoeError
 from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
 
-Logits = Callable[[Sequence[int]], mx.array]  # of a window: (tokens,) -> (tokens, vocabulary)
+Logits = Callable[[Sequence[int]], np.ndarray]  # of a window: (tokens,) -> (tokens, vocabulary)
 
 
-def batched(model: Callable[[mx.array], mx.array]) -> Logits:
-    """A window as one step, as a prompt is run."""
-    return lambda window: model(mx.array([list(window)]))[0]
+def windows(node: Node, chunk: int) -> Logits:
+    """A window as steps of `chunk` tokens, with logits after each of them."""
+    sequences = itertools.count(1)
+    steps = itertools.count(1)
 
-
-def stepped(node: Node) -> Logits:
-    """A window token by token, as decoding runs."""
-
-    def logits(window: Sequence[int]) -> mx.array:
-        return mx.array(np.stack([step([token], at == 0) for at, token in enumerate(window)]))
+    def logits(window: Sequence[int]) -> np.ndarray:
+        sequence, rows = next(sequences), []
+        for start in range(0, len(window), chunk):
+            tokens = tuple(window[start : start + chunk])
+            end = start + len(tokens)
+            blocks = range(blocks_of(start), blocks_of(end)) if node.engine.paged else ()
+            span = Span(sequence, start, len(tokens), len(tokens))
+            free = (sequence - 1,) if sequence > 1 and start == 0 else ()
+            rows.append(node.run(Plan(next(steps), (span,), tokens, tuple(blocks), free)))
+        return np.concatenate(rows)
 
     return logits
 
@@ -46,9 +53,10 @@ def nats(logits: Logits, ids: Sequence[int], context: int) -> float:
     total = 0.0
     for start in range(0, len(ids) - 1, context):
         window = ids[start : start + context + 1]
-        rows = logits(window[:-1]).astype(mx.float32)
-        chosen = mx.take_along_axis(rows, mx.array(list(window[1:]))[:, None], axis=-1)[:, 0]
-        total += float((mx.logsumexp(rows, axis=-1) - chosen).sum())
+        rows = logits(window[:-1]).astype(np.float64)
+        rows -= rows.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(rows, np.array(window[1:])[:, None], axis=-1)[:, 0]
+        total += float((np.log(np.exp(rows).sum(axis=-1)) - chosen).sum())
     return total
 
 
@@ -63,14 +71,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(ids) < 2:
         raise PeerFailure("the text has fewer than 2 tokens: nothing to predict")
     info = describe(Skeleton(folder))
-    node = Node(info, engine_config(options), Timing())
+    engine = engine_config(options)
+    node = Node(info, engine, Timing())
     try:
         node.place(place_evenly(info.shape, 1))
-        shard, _ = node.load(lambda done, total: None)
-        # The kernels compute the last row's logits only, so there each token is a step.
-        by_step = options.step_by_step or options.compute != "mlx"
-        logits = stepped(node) if by_step else batched(shard.model)
-        total = nats(logits, ids, options.context)
+        node.load(lambda done, total: None)
+        if node.engine.paged:
+            node.make_cache(blocks_of(options.context))
+        chunk = 1 if options.step_by_step else engine.prefill_chunk
+        total = nats(windows(node, chunk), ids, options.context)
     finally:
         node.close()
     scored = len(ids) - 1
@@ -88,7 +97,7 @@ def program() -> dict[str, Any]:
     made.add_argument("text", type=Path, help="UTF-8 text to score, all of it")
     made.add_argument("--context", type=int, default=256, help="tokens of a window; default 256")
     made.add_argument("--tokens", type=count, default=0, help="score only so many; 0 is all")
-    made.add_argument("--step-by-step", action="store_true", help="token by token, also with mlx")
+    made.add_argument("--step-by-step", action="store_true", help="token by token")
     add_settings(made)
     options = made.parse_args()
     if options.context < 1:

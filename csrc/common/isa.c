@@ -31,8 +31,8 @@ static zmoe_isa detect(void) {
   uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if ((saved & XCR0_AVX512) != XCR0_AVX512 || (b & wanted) != wanted)
     return ZMOE_ISA_AVX2;
-  int vnni = (c & bit_AVX512VNNI) != 0;
-  if (vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16))
+  uint32_t bytes = bit_AVX512VNNI | bit_AVX512VBMI; /* Cooper Lake lacks VBMI */
+  if ((c & bytes) == bytes && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16))
     return ZMOE_ISA_AVX512_BF16;
   return ZMOE_ISA_AVX512;
 }

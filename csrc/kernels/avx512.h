@@ -45,13 +45,16 @@ AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const unsigned char *scal
                                          : load_e8m0(scales + g, lanes);
 }
 
-/* For codes of 4 bits, 128 in a register: which of 16 scales each lane, of 8
- * codes, is multiplied with in the first block. */
-AVX512_INLINE __m512i scale_lanes(uint32_t codes_per_lane, uint32_t group) {
-  uint32_t lanes[16];
-  for (uint32_t l = 0; l < 16; l++)
-    lanes[l] = l * codes_per_lane / group;
-  return _mm512_loadu_si512(lanes);
+/* What is in a register of codes: affine ones but for FP4. */
+enum codes { FP4, CODES4, CODES8 };
+
+AVX512_INLINE uint32_t bits_of(const enum codes codes) {
+  return codes == CODES8 ? 8 : 4;
+}
+
+/* Of the 32 words in a block of avx512_codes.h, the one in a lane of its first register. */
+static inline uint32_t lane_word(uint32_t lane) {
+  return lane % 2 * 16 + lane / 4 * 4 + lane % 4 / 2;
 }
 
 /* ---- prefetching -------------------------------------------------------------------
@@ -71,8 +74,39 @@ AVX512_INLINE void prefetch_scales(const zmoe_weight *w, size_t o, size_t scale_
     _mm_prefetch((const char *)w->biases + o * scale_bytes, _MM_HINT_T0);
 }
 
+/* ---- folding ---------------------------------------------------------------------------- */
+
+/* The sums of the lanes of four registers at once. */
+AVX512_INLINE __m128 reduce_4(const __m512 v[4]) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  __m512d low = _mm512_castps_pd(ab), high = _mm512_castps_pd(cd);
+  __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* `rows` x `n_out` sums into ys, from y on. */
+AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
+                              __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS], float *const *ys,
+                              uint32_t y) {
+  const uint32_t n = rows * n_out;
+  EACH(q, (n + 3) / 4) {
+    __m512 four[4];
+    float folded[4];
+    EACH(i, 4) {
+      const uint32_t at = 4 * q + i < n ? 4 * q + i : 0;
+      four[i] = sum[at / n_out][at % n_out];
+    }
+    _mm_storeu_ps(folded, reduce_4(four));
+    for (uint32_t i = 0; i < 4 && 4 * q + i < n; i++)
+      ys[(4 * q + i) / n_out][y + (4 * q + i) % n_out] = folded[i];
+  }
+}
+
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                     uint32_t first, uint32_t last, float *const *ys);
+                     uint32_t first, uint32_t last, void *scratch, float *const *ys);
 void zmoe_avx512_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
                             uint32_t k1, float *panel);
 void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,

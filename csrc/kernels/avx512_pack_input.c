@@ -22,54 +22,69 @@ AVX512 static void sum_groups(const float *x, uint32_t in_features, uint32_t gro
     sums[g] = 0;
 }
 
-/* ---- one block of 128 elements ------------------------------------------------------ */
+/* ---- one block of codes ------------------------------------------------------------- */
 
+/* Codes that lie `code` after the first of each word: for a block's value registers. */
+AVX512_INLINE __m512 gather(const float *x, uint32_t per_word, uint32_t code) {
+  uint32_t first[16];
+  for (uint32_t l = 0; l < 16; l++)
+    first[l] = per_word * lane_word(l);
+  return _mm512_i32gather_ps(_mm512_loadu_si512(first), x + code, 4);
+}
+
+/* 256 elements for 4 bits, or 128 for 8: code by code, of the words of both registers of a block.
+ */
 AVX512 static void block_codes4(const float *x, float *to) {
-  __m512i words =
-      _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
-  for (int i = 0; i < 8; i++)
-    _mm512_storeu_ps(to + 16 * i, _mm512_i32gather_ps(words, x + i, 4));
+  for (uint32_t i = 0; i < 16; i++)
+    _mm512_storeu_ps(to + 16 * i, gather(x, 8, i / 8 * 16 + i % 8));
 }
 
-BF16_INLINE __m512i round_32(const float *x) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+AVX512 static void block_codes8(const float *x, float *to) {
+  for (uint32_t i = 0; i < 8; i++)
+    _mm512_storeu_ps(to + 16 * i, gather(x, 4, i / 4 * 8 + i % 4));
 }
 
-/* 32 elements are four words of eight: codes 0 and 4 of each word first, then 1
- * and 5, ...; four such registers make the same of 16 words by 128-bit parts. */
+BF16_INLINE __m512i round_32(__m512 low, __m512 high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Codes i and i + 4 of a word are neighbours.  32 elements are four words; first codes 0 and 4 of
+ * each, then 1 and 5, ...; words of both registers of a block take turns, and 128-bit parts of four
+ * such registers are exchanged. */
 BF16 static void block_codes4_bf16(const float *x, uint16_t *to) {
   const uint16_t order[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
                               2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
-  __m512i index = _mm512_loadu_si512(order), v[4];
-  for (int i = 0; i < 4; i++)
-    v[i] = _mm512_permutexvar_epi16(index, round_32(x + 32 * i));
-  __m512i low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44),
-          low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-  __m512i high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee),
-          high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(low01, low23, 0x88));
-  _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-  _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(high01, high23, 0x88));
-  _mm512_storeu_si512(to + 96, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  __m512i index = _mm512_loadu_si512(order), v[8], u[4];
+  for (int i = 0; i < 8; i++)
+    v[i] = _mm512_permutexvar_epi16(
+        index, round_32(_mm512_loadu_ps(x + 32 * i), _mm512_loadu_ps(x + 32 * i + 16)));
+  for (int half = 0; half < 2; half++, to += 128) {
+    for (int i = 0; i < 4; i++)
+      u[i] =
+          half == 0 ? _mm512_unpacklo_epi32(v[i], v[i + 4]) : _mm512_unpackhi_epi32(v[i], v[i + 4]);
+    __m512i low01 = _mm512_shuffle_i32x4(u[0], u[1], 0x44),
+            low23 = _mm512_shuffle_i32x4(u[2], u[3], 0x44);
+    __m512i high01 = _mm512_shuffle_i32x4(u[0], u[1], 0xee),
+            high23 = _mm512_shuffle_i32x4(u[2], u[3], 0xee);
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + 96, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
 }
 
 BF16 static void block_bf16(const float *x, uint16_t *to) {
   for (int i = 0; i < 4; i++)
-    _mm512_storeu_si512(to + 32 * i, round_32(x + 32 * i));
+    _mm512_storeu_si512(to + 32 * i,
+                        round_32(_mm512_loadu_ps(x + 32 * i), _mm512_loadu_ps(x + 32 * i + 16)));
 }
 
-/* Even elements of 64, then odd ones. */
+/* Word i of each four of both registers of a block, in turns. */
 BF16 static void block_codes8_bf16(const float *x, uint16_t *to) {
-  for (int i = 0; i < 2; i++) {
-    __m512i low = round_32(x + 64 * i), high = round_32(x + 64 * i + 32);
-    __m256i even[2] = {_mm512_cvtepi32_epi16(low), _mm512_cvtepi32_epi16(high)};
-    __m256i odd[2] = {_mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16))};
-    for (int half = 0; half < 2; half++) {
-      _mm256_storeu_si256((__m256i *)(void *)(to + 64 * i + 16 * half), even[half]);
-      _mm256_storeu_si256((__m256i *)(void *)(to + 64 * i + 32 + 16 * half), odd[half]);
-    }
-  }
+  uint16_t words[32][4];
+  block_bf16(x, words[0]);
+  for (uint32_t i = 0; i < 32; i++)
+    memcpy(to + 4 * i, words[i % 2 * 16 + i / 2 % 4 * 4 + i / 8], sizeof words[0]);
 }
 
 /* ---- one block in 8 bits ------------------------------------------------------------- */
@@ -154,8 +169,8 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
   case ZMOE_LAYOUT_BF16:
     block_bf16(x, (uint16_t *)elements + first);
     return;
-  default: /* ZMOE_LAYOUT_CODES8 */
-    memcpy((float *)elements + first, x, ZMOE_BLOCK * sizeof *x);
+  default: /* ZMOE_LAYOUT_CODES8_WORDS */
+    block_codes8(x, (float *)elements + first);
   }
 }
 
@@ -163,11 +178,14 @@ void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const floa
   zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
   if (w->group != 0)
     sum_groups(x, w->in_features, w->group, to.sums);
+  const uint32_t step = layout == ZMOE_LAYOUT_CODES4 || layout == ZMOE_LAYOUT_CODES4_BF16
+                            ? 2 * ZMOE_BLOCK
+                            : ZMOE_BLOCK;
   uint32_t k = 0;
-  for (; k + ZMOE_BLOCK <= w->in_features; k += ZMOE_BLOCK)
+  for (; k + step <= w->in_features; k += step)
     block(layout, w, x + k, to, k);
   if (k < w->in_features) {
-    float padded[ZMOE_BLOCK] = {0};
+    float padded[2 * ZMOE_BLOCK] = {0};
     memcpy(padded, x + k, (w->in_features - k) * sizeof *x);
     block(layout, w, padded, to, k);
   }

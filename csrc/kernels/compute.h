@@ -7,7 +7,8 @@
  * MoE layer, in one call), and the parts of a decoder layer in decoder.h.
  *
  * Return codes as in common/status.h.  Nothing is allocated after the *_create and
- * zmoe_thread_pool_reserve calls.  A result never depends on the number of threads.
+ * zmoe_thread_pool_reserve calls.  A row's result never depends on the number of threads, nor
+ * on which other rows are in the call: not in a single bit.
  */
 #ifndef ZMOE_COMPUTE_H
 #define ZMOE_COMPUTE_H

@@ -56,23 +56,14 @@ static int take_scratch(zmoe_thread_pool *pool, struct zmoe_experts_job *job, ui
   job->mid.packed = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->mid.packed);
   job->copies = zmoe_thread_pool_scratch(pool, copies * sizeof *job->copies);
   job->activations = zmoe_thread_pool_scratch(pool, middle * sizeof *job->activations);
-  job->mid_infinite = zmoe_thread_pool_scratch(pool, pairs);
   job->per_thread =
       zmoe_thread_pool_scratch(pool, (size_t)ZMOE_EXPERTS_THREAD * zmoe_thread_pool_threads(pool));
   if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_packed == NULL ||
       job->in.plain == NULL || job->in.packed == NULL || job->mid.plain == NULL ||
       job->mid.packed == NULL || job->copies == NULL || job->activations == NULL ||
-      job->mid_infinite == NULL || job->per_thread == NULL)
+      job->per_thread == NULL)
     return ZMOE_ENOMEM;
   return ZMOE_OK;
-}
-
-/* Whether there is a group of pairs that takes x in `layout`. */
-static int is_used(const struct zmoe_experts_job *job, zmoe_layout layout) {
-  for (uint32_t g = 0; g < job->n_groups; g++)
-    if (job->groups[g].end - job->groups[g].begin <= zmoe_gemv_rows(layout))
-      return 1;
-  return 0;
 }
 
 /* Room for `rows` rows in the layout that the kernels want for `w`. */
@@ -80,8 +71,6 @@ static int take_packed(zmoe_thread_pool *pool, const struct zmoe_experts_job *jo
                        const zmoe_weight *w, uint32_t rows, zmoe_layout *layout, void **to) {
   /* What MLX would round to the type of x, activations too, may be rounded to it. */
   *layout = job->kernels->layout(w, job->x_dtype, job->precision);
-  if (!is_used(job, *layout))
-    *layout = ZMOE_LAYOUT_PLAIN;
   size_t bytes = zmoe_round_up(zmoe_packed_bytes(*layout, w->in_features), 64);
   unsigned char *memory = zmoe_thread_pool_scratch(pool, rows * bytes);
   for (uint32_t r = 0; r < rows && memory != NULL; r++)

@@ -32,8 +32,6 @@ struct zmoe_experts_job {
   float *activations;
   unsigned char *per_thread;
   void *out;
-  _Atomic int infinite;
-  unsigned char *mid_infinite; /* [n_pairs], sorted: whether its activation is not finite */
   zmoe_tasks take_tasks, up_tasks, mid_tasks, down_tasks;
 };
 

@@ -11,7 +11,7 @@
 
 /* ---- stages ---------------------------------------------------------------- */
 
-/* 0 for a row that no layout can hold. */
+/* 0 for a row that no layout but the plain one can hold. */
 static int pack_row(const zmoe_kernels *kernels, zmoe_layout layout, const zmoe_weight *w,
                     const float *x, void *to) {
   if (layout == ZMOE_LAYOUT_PLAIN)
@@ -27,19 +27,17 @@ static void take_rows(struct zmoe_experts_job *job) {
   for (uint32_t r; (r = zmoe_take(&job->take_tasks)) < job->rows;) {
     zmoe_widen(job->x, job->x_dtype, r, w->in_features, job->copies, job->isa);
     const float *x = zmoe_plain_row(job->x, job->x_dtype, r, w->in_features, job->copies);
-    if (!pack_row(job->kernels, job->in.layout, w, x, job->x_packed[r]))
-      atomic_store(&job->infinite, 1);
+    int packed = pack_row(job->kernels, job->in.layout, w, x, job->x_packed[r]);
+    for (uint32_t i = 0; i < job->n_pairs && !packed; i++)
+      if (job->in.plain[i] == x)
+        job->in.packed[i] = NULL;
   }
 }
 
-static void matmul(const struct zmoe_experts_job *job, int infinite, const zmoe_weight *w,
-                   const zmoe_rows *x, const struct zmoe_group *group, uint32_t first, float *panel,
-                   float *sums) {
+static void matmul(const struct zmoe_experts_job *job, const zmoe_weight *w, const zmoe_rows *x,
+                   const struct zmoe_group *group, uint32_t first, float *panel, float *sums) {
   uint32_t last = zmoe_panel_end(first, w->out_features);
-  zmoe_rows rows = *x;
-  if (infinite)
-    rows.layout = ZMOE_LAYOUT_PLAIN;
-  zmoe_matmul(job->kernels, w, &rows, group->begin, group->end, first, last, panel, sums);
+  zmoe_matmul(job->kernels, w, x, group->begin, group->end, first, last, panel, sums);
   zmoe_add_bias(w, group->end - group->begin, first, last, sums);
 }
 
@@ -47,10 +45,9 @@ static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group
                            uint32_t first, float *scratch) {
   const zmoe_expert_layer *layer = job->layer;
   float *panel = scratch, *up = scratch + ZMOE_PANEL_BYTES / 4, *gate = up + ZMOE_SUMS;
-  int infinite = atomic_load(&job->infinite);
-  matmul(job, infinite, &layer->up[group->expert], &job->in, group, first, panel, up);
+  matmul(job, &layer->up[group->expert], &job->in, group, first, panel, up);
   if (layer->gate != NULL)
-    matmul(job, infinite, &layer->gate[group->expert], &job->in, group, first, panel, gate);
+    matmul(job, &layer->gate[group->expert], &job->in, group, first, panel, gate);
   uint32_t count = zmoe_panel_end(first, job->hidden) - first;
   for (uint32_t i = group->begin; i < group->end; i++) {
     size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
@@ -72,16 +69,9 @@ static void activate(struct zmoe_experts_job *job, float *scratch) {
 
 static void pack_activations(struct zmoe_experts_job *job) {
   for (uint32_t i; (i = zmoe_take(&job->mid_tasks)) < job->n_pairs;)
-    job->mid_infinite[i] = !pack_row(job->kernels, job->mid.layout, job->layer->down,
-                                     job->mid.plain[i], job->mid.packed[i]);
-}
-
-/* Of one expert: what another makes of a row must not change its own matmuls. */
-static int is_mid_infinite(const struct zmoe_experts_job *job, const struct zmoe_group *group) {
-  int found = 0;
-  for (uint32_t i = group->begin; i < group->end && job->mid.layout != ZMOE_LAYOUT_PLAIN; i++)
-    found |= job->mid_infinite[i];
-  return found;
+    if (!pack_row(job->kernels, job->mid.layout, job->layer->down, job->mid.plain[i],
+                  job->mid.packed[i]))
+      job->mid.packed[i] = NULL;
 }
 
 static void store(const struct zmoe_experts_job *job, size_t row, uint32_t width, uint32_t first,
@@ -119,8 +109,7 @@ static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
     memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
     for (uint32_t g = 0; g < job->n_groups; g++) {
       const struct zmoe_group *group = &job->groups[g];
-      matmul(job, is_mid_infinite(job, group), &job->layer->down[group->expert], &job->mid, group,
-             first, panel, sums);
+      matmul(job, &job->layer->down[group->expert], &job->mid, group, first, panel, sums);
       if (job->pair_weights == NULL)
         store_pairs(job, group, job->width, first, sums);
       else
@@ -153,12 +142,11 @@ void zmoe_gather_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   float *sums = panel + ZMOE_PANEL_BYTES / 4;
   take_rows(job);
   zmoe_thread_pool_barrier(pool);
-  int infinite = atomic_load(&job->infinite);
   uint32_t panels = zmoe_panels(job->hidden);
   for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;) {
     const struct zmoe_group *group = &job->groups[task / panels];
     uint32_t first = task % panels * ZMOE_PANEL;
-    matmul(job, infinite, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
+    matmul(job, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
     store_pairs(job, group, job->hidden, first, sums);
   }
 }

@@ -24,54 +24,56 @@ KERNEL VEC load_x(const float *x) {
 
 /* ---- floats ------------------------------------------------------------------ */
 
-/* `n_out` outputs from o on.  The sums are eight, or four of one row: enough to
- * hide the latency of each. */
+enum { MOST_OUTS = 4, STEP = 32 };
+
+/* `n_out` outputs from o on: several hide the latency of each sum, and share the loads of x. */
 KERNEL void dot_outputs(const zmoe_weight *w, uint32_t format, const void *const *xs,
                         const uint32_t rows, const uint32_t n_out, uint32_t o, uint32_t first,
                         float *const *ys) {
-  const uint32_t n = rows * n_out, chains = n == 1 ? 4 : 8 / n;
   const size_t in_features = w->in_features, item = format == ZMOE_FORMAT_F32 ? 4 : 2,
-               row_bytes = in_features * item;
+               row_bytes = in_features * item,
+               ahead = zmoe_rows_ahead(row_bytes, n_out) * row_bytes;
   const unsigned char *data = zmoe_row(w, o);
-  VEC sum[8][4], value[2];
-  EACH(i, n)
-    EACH(c, chains)
-      sum[i][c] = vec_splat(0.0f);
+  VEC sum[ZMOE_DOT_ROWS][MOST_OUTS], value[MOST_OUTS];
+  EACH(r, rows)
+    EACH(j, n_out)
+      sum[r][j] = vec_splat(0.0f);
   size_t k = 0;
-  for (; k + 4 * LANES <= in_features; k += 4 * LANES)
-    EACH(c, 4) {
-      EACH(j, n_out) {
-        const unsigned char *at = data + j * row_bytes + (k + LANES * c) * item;
-        if (LANES * c * item % 64 == 0)
-          zmoe_prefetch(at);
-        value[j] = vec_load(at, 0, (zmoe_dtype)format);
-      }
-      EACH(i, n) {
-        VEC x = load_x((const float *)xs[i / n_out] + k + LANES * c);
-        sum[i][c % chains] = vec_fma(value[i % n_out], x, sum[i][c % chains]);
+  for (; k + STEP <= in_features; k += STEP) {
+    EACH(j, n_out)
+      for (size_t line = 0; line < STEP * item; line += 64)
+        __builtin_prefetch(data + j * row_bytes + k * item + line + ahead);
+    EACH(c, STEP / LANES) {
+      EACH(j, n_out)
+        value[j] = vec_load(data + j * row_bytes, k + LANES * c, (zmoe_dtype)format);
+      EACH(r, rows) {
+        VEC x = load_x((const float *)xs[r] + k + LANES * c);
+        EACH(j, n_out)
+          sum[r][j] = vec_fma(value[j], x, sum[r][j]);
       }
     }
+  }
   for (; k < in_features; k += LANES) {
     uint32_t left = (uint32_t)(in_features - k);
     EACH(j, n_out)
       value[j] = load_some(data + j * row_bytes, k, format, left);
-    EACH(i, n)
-      sum[i][0] = vec_fma(value[i % n_out], load_some(xs[i / n_out], k, ZMOE_F32, left), sum[i][0]);
+    EACH(r, rows) {
+      VEC x = load_some(xs[r], k, ZMOE_F32, left);
+      EACH(j, n_out)
+        sum[r][j] = vec_fma(value[j], x, sum[r][j]);
+    }
   }
-  EACH(i, n) {
-    EACH(c, chains - 1)
-      sum[i][0] += sum[i][c + 1];
-    ys[i / n_out][o + i % n_out - first] = vec_fold(sum[i][0]);
-  }
+  EACH(r, rows)
+    EACH(j, n_out)
+      ys[r][o + j - first] = vec_fold(sum[r][j]);
 }
 
-/* Four rows of x and a stream of weights crowd the smallest cache: two outputs
- * at a time read the rows half as often. */
 KERNEL void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
                        const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
+  const uint32_t n_out = rows <= 2 ? MOST_OUTS : 2;
   uint32_t o = first;
-  for (; rows == 4 && o + 2 <= last; o += 2)
-    dot_outputs(w, format, xs, rows, 2, o, first, ys);
+  for (; o + n_out <= last; o += n_out)
+    dot_outputs(w, format, xs, rows, n_out, o, first, ys);
   for (; o < last; o++)
     dot_outputs(w, format, xs, rows, 1, o, first, ys);
 }
@@ -238,7 +240,8 @@ DOT(dot_fp4_int8, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT
 DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
 static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                     uint32_t first, uint32_t last, float *const *ys) {
+                     uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+  (void)scratch;
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     (affine ? dot_codes4 : dot_fp4)(w, xs, rows, first, last, ys);
@@ -252,10 +255,8 @@ static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const
     dot_f32(w, xs, rows, first, last, ys);
   else if (w->format == ZMOE_FORMAT_F16)
     dot_f16(w, xs, rows, first, last, ys);
-  else if (w->format == ZMOE_FORMAT_BF16)
-    dot_bf16(w, xs, rows, first, last, ys);
   else
-    zmoe_generic_dot(w, layout, xs, rows, first, last, ys);
+    dot_bf16(w, xs, rows, first, last, ys);
 }
 
 static zmoe_layout gemv_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {

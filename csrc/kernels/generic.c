@@ -5,7 +5,7 @@
 
 #include "weight.h"
 
-enum { CHUNK = 512, LANES = 16 };
+enum { LANES = 16 };
 
 /* ---- GEMV ------------------------------------------------------------------------- */
 
@@ -22,21 +22,14 @@ static float dot_plain(const float *restrict a, const float *restrict b, uint32_
   return sum;
 }
 
-void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
-                      uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  (void)layout; /* always plain */
-  float decoded[CHUNK];
-  for (uint32_t o = first; o < last; o++) {
-    float sums[ZMOE_DOT_ROWS] = {0};
-    for (uint32_t k = 0; k < w->in_features; k += CHUNK) {
-      uint32_t end = w->in_features - k < CHUNK ? w->in_features : k + CHUNK;
-      zmoe_decode_range(w, o, k, end, decoded);
-      for (uint32_t r = 0; r < rows; r++)
-        sums[r] += dot_plain(decoded, (const float *)xs[r] + k, end - k);
-    }
+static void generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                        uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                        float *const *ys) {
+  (void)layout, (void)scratch; /* always plain, and w f32 */
+  for (uint32_t o = first; o < last; o++)
     for (uint32_t r = 0; r < rows; r++)
-      ys[r][o - first] = sums[r];
-  }
+      ys[r][o - first] = dot_plain((const float *)w->data + (size_t)o * w->in_features,
+                                   (const float *)xs[r], w->in_features);
 }
 
 /* ---- GEMM ------------------------------------------------------------------------- */
@@ -72,5 +65,5 @@ static zmoe_layout plain_layout(const zmoe_weight *w, zmoe_dtype x_dtype,
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_pack_input, zmoe_generic_dot,
+const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_pack_input, generic_dot,
                                            zmoe_generic_pack_panel, generic_tile};

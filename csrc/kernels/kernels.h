@@ -1,13 +1,13 @@
 /* The inner loops, once per instruction set.
  *
- * Two ways to a matmul.  For a few rows of x, `dot`: every weight is decoded
- * into registers once and multiplied with each row; it runs at the speed of the
- * memory.  For many rows, `pack` decodes ZMOE_PANEL rows of the weight into f32,
- * transposed, and `tile` multiplies that with all rows of x; it runs at the
- * speed of the multipliers.
+ * A row's sums are the same bits whatever the number of rows: `dot` sums each
+ * product of a row and an output by lanes of K, in one order, and folds the lanes
+ * in one way.  More rows share what decoding a weight costs, nothing else.
  *
  * `dot` wants x in a layout of its own, where neighbours in a register are what
- * one instruction decodes.  Packed once per row, it serves all outputs. */
+ * one instruction decodes.  Packed once per row, it serves all outputs.
+ *
+ * `pack_panel` and `tile` multiply f32 panels, for attention. */
 #ifndef ZMOE_KERNELS_H
 #define ZMOE_KERNELS_H
 
@@ -29,7 +29,8 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_BF16,      /* bf16, in order */
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
-  ZMOE_LAYOUT_CODES8, /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8,       /* f32, in order, with sums */
+  ZMOE_LAYOUT_CODES8_WORDS, /* f32, in the order in which words of 8-bit codes are decoded */
   ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
@@ -67,9 +68,10 @@ typedef struct zmoe_kernels {
   zmoe_layout (*layout)(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision);
   /* x (w->in_features) f32 into `row`.  Whatever is not finite is found before. */
   void (*pack_input)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
-  /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), r < rows <= ZMOE_DOT_ROWS. */
+  /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), at most ZMOE_PANEL of them;
+   * `scratch`: ZMOE_PANEL_BYTES of the thread's own, aligned to 64 bytes. */
   void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-              uint32_t first, uint32_t last, float *const *ys);
+              uint32_t first, uint32_t last, void *scratch, float *const *ys);
   /* panel[k - k0][o - first] = w[o][k] for o in [first, last), k in [k0, k1);
    * outputs beyond `last`, up to ZMOE_PANEL, are zeros. */
   void (*pack_panel)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
@@ -79,17 +81,18 @@ typedef struct zmoe_kernels {
                float *sums, int add);
 } zmoe_kernels;
 
-/* The `body` of a dot with `rows` as a constant, so that its sums stay in
- * registers: ZMOE_DOT_ROWS and 2 at a time, the rest row by row. */
+/* The `body` of a dot for all rows, ZMOE_DOT_ROWS at a time; how many is a constant, so
+ * that sums stay in registers. */
 #define ZMOE_BY_ROWS(body, ...)                                                                    \
   do {                                                                                             \
-    if (rows == ZMOE_DOT_ROWS)                                                                     \
+    for (; rows >= ZMOE_DOT_ROWS; rows -= ZMOE_DOT_ROWS, xs += ZMOE_DOT_ROWS, ys += ZMOE_DOT_ROWS) \
       body(__VA_ARGS__, xs, ZMOE_DOT_ROWS, first, last, ys);                                       \
+    if (rows == 3)                                                                                 \
+      body(__VA_ARGS__, xs, 3, first, last, ys);                                                   \
     else if (rows == 2)                                                                            \
       body(__VA_ARGS__, xs, 2, first, last, ys);                                                   \
-    else                                                                                           \
-      for (uint32_t r = 0; r < rows; r++)                                                          \
-        body(__VA_ARGS__, xs + r, 1, first, last, ys + r);                                         \
+    else if (rows == 1)                                                                            \
+      body(__VA_ARGS__, xs, 1, first, last, ys);                                                   \
   } while (0)
 
 const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa);
@@ -112,9 +115,7 @@ extern const zmoe_kernels zmoe_kernels_neon_bf16;
 
 /* Every layout; the one place that knows their orders. */
 void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
-/* The parts of `generic` that others fall back to. */
-void zmoe_generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
-                      uint32_t rows, uint32_t first, uint32_t last, float *const *ys);
+/* Any format, for those that have no faster way. */
 void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
                              uint32_t k1, float *panel);
 

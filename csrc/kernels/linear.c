@@ -30,8 +30,7 @@ struct linear {
   uint32_t of_weight[ZMOE_MAX_WEIGHTS]; /* index of its packing */
   uint32_t first_task[ZMOE_MAX_WEIGHTS + 1];
   unsigned char *per_thread;
-  _Atomic int infinite; /* a row holds what only the plain way gets right */
-  uint32_t run;         /* of tasks */
+  uint32_t run; /* of tasks */
   zmoe_tasks input_tasks, tasks;
 };
 
@@ -44,14 +43,14 @@ static void take_rows(struct linear *job) {
     zmoe_widen(job->x, job->x_dtype, r, job->in_features, job->copies, job->isa);
     if (job->n_packings == 0)
       continue;
-    if (!zmoe_is_finite(job->plain[r], job->in_features)) {
-      atomic_store(&job->infinite, 1);
-      continue;
+    int finite = zmoe_is_finite(job->plain[r], job->in_features);
+    for (uint32_t a = 0; a < job->n_packings; a++) {
+      const struct packing *to = &job->packings[a];
+      if (!finite)
+        to->rows[r] = NULL;
+      else if (to->layout != ZMOE_LAYOUT_PLAIN)
+        job->kernels->pack_input(to->layout, to->like, job->plain[r], to->rows[r]);
     }
-    for (uint32_t a = 0; a < job->n_packings; a++)
-      if (job->packings[a].layout != ZMOE_LAYOUT_PLAIN)
-        job->kernels->pack_input(job->packings[a].layout, job->packings[a].like, job->plain[r],
-                                 job->packings[a].rows[r]);
   }
 }
 
@@ -68,7 +67,6 @@ static void multiply(struct linear *job, uint32_t thread) {
   float *panel = (float *)(void *)(job->per_thread + (size_t)thread * PER_THREAD);
   float *sums = panel + ZMOE_PANEL_BYTES / 4;
   uint32_t n_tasks = job->first_task[job->n_weights], i = 0;
-  int infinite = atomic_load(&job->infinite);
   zmoe_run mine = {0, 0};
   for (uint32_t task; zmoe_take_of_run(&job->tasks, n_tasks, job->run, &mine, &task);) {
     while (task >= job->first_task[i + 1])
@@ -77,7 +75,7 @@ static void multiply(struct linear *job, uint32_t thread) {
     uint32_t first = (task - job->first_task[i]) * ZMOE_PANEL,
              last = zmoe_panel_end(first, w->out_features);
     zmoe_rows rows = {job->plain, NULL, ZMOE_LAYOUT_PLAIN};
-    if (job->n_packings > 0 && !infinite) {
+    if (job->n_packings > 0) {
       const struct packing *a = &job->packings[job->of_weight[i]];
       rows.packed = a->rows;
       rows.layout = a->layout;
@@ -106,8 +104,6 @@ static void plan_packings(struct linear *job, zmoe_precision precision) {
   for (uint32_t i = 0; i < job->n_weights; i++) {
     const zmoe_weight *w = job->weights[i];
     zmoe_layout layout = job->kernels->layout(w, job->x_dtype, precision);
-    if (job->rows > zmoe_gemv_rows(layout))
-      layout = ZMOE_LAYOUT_PLAIN;
     uint32_t a = 0;
     while (a < job->n_packings &&
            !(job->packings[a].layout == layout && same_packing(layout, job->packings[a].like, w)))

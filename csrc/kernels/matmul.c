@@ -1,4 +1,4 @@
-/* The matmul of some rows with one panel of a weight, by whichever way is faster. */
+/* The matmul of some rows with one panel of a weight. */
 #include "matmul.h"
 
 #include <string.h>
@@ -25,44 +25,55 @@ const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa) {
   return ZMOE_VARIANT(VARIANTS, isa);
 }
 
-static void gemv(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *sums) {
-  int plain = x->layout == ZMOE_LAYOUT_PLAIN;
-  for (uint32_t r = begin; r < end; r += ZMOE_DOT_ROWS) {
-    uint32_t rows = end - r < ZMOE_DOT_ROWS ? end - r : ZMOE_DOT_ROWS;
-    const void *xs[ZMOE_DOT_ROWS];
-    float *ys[ZMOE_DOT_ROWS];
-    for (uint32_t i = 0; i < rows; i++) {
-      xs[i] = plain ? (const void *)x->plain[r + i] : x->packed[r + i];
-      ys[i] = sums + (size_t)(r + i - begin) * ZMOE_PANEL;
+/* Of a weight that the kernels do not read: a part is decoded, and multiplied with all rows. */
+static void dot_decoded(const zmoe_kernels *kernels, const zmoe_weight *w, const void *const *xs,
+                        uint32_t rows, uint32_t first, uint32_t last, float *panel,
+                        float *const *ys) {
+  enum { OUTS = 4, DEPTH = ZMOE_PANEL_BYTES / 4 / OUTS };
+  float sums[ZMOE_ROW_BLOCK][OUTS], *to[ZMOE_ROW_BLOCK];
+  const void *from[ZMOE_ROW_BLOCK];
+  for (uint32_t o = first; o < last; o += OUTS)
+    for (uint32_t k = 0; k < w->in_features; k += DEPTH) {
+      uint32_t outs = last - o < OUTS ? last - o : OUTS;
+      uint32_t depth = w->in_features - k < DEPTH ? w->in_features - k : DEPTH;
+      zmoe_weight part = {.data = panel, .out_features = outs, .in_features = depth};
+      for (uint32_t i = 0; i < outs; i++)
+        zmoe_decode_range(w, o + i, k, k + depth, panel + (size_t)i * depth);
+      for (uint32_t r = 0; r < rows; r++) {
+        from[r] = (const float *)xs[r] + k;
+        to[r] = k == 0 ? ys[r] + (o - first) : sums[r];
+      }
+      kernels->dot(&part, ZMOE_LAYOUT_PLAIN, from, rows, 0, outs, NULL, to);
+      for (uint32_t r = 0; r < rows && k > 0; r++)
+        for (uint32_t i = 0; i < outs; i++)
+          ys[r][o - first + i] += sums[r][i];
     }
-    kernels->dot(w, x->layout, xs, rows, first, last, ys);
-  }
 }
 
-static void gemm(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
-                 float *sums) {
-  for (uint32_t k = 0; k < w->in_features; k += ZMOE_DEPTH) {
-    uint32_t k_end = w->in_features - k < ZMOE_DEPTH ? w->in_features : k + ZMOE_DEPTH;
-    kernels->pack_panel(w, first, last, k, k_end, panel);
-    for (uint32_t r = begin; r < end; r += ZMOE_TILE_ROWS) {
-      uint32_t rows = end - r < ZMOE_TILE_ROWS ? end - r : ZMOE_TILE_ROWS;
-      const float *xs[ZMOE_TILE_ROWS];
-      for (uint32_t i = 0; i < rows; i++)
-        xs[i] = x->plain[r + i] + k;
-      kernels->tile(panel, k_end - k, xs, rows, sums + (size_t)(r - begin) * ZMOE_PANEL, k > 0);
-    }
-  }
-}
-
+/* Every row in the layout of its own, never in one that another row needs: its sums
+ * must not depend on its neighbours. */
 void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
                  uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
                  float *sums) {
-  if (end - begin <= zmoe_gemv_rows(x->layout))
-    gemv(kernels, w, x, begin, end, first, last, sums);
-  else
-    gemm(kernels, w, x, begin, end, first, last, panel, sums);
+  const void *packed[ZMOE_ROW_BLOCK], *plain[ZMOE_ROW_BLOCK];
+  float *packed_ys[ZMOE_ROW_BLOCK], *plain_ys[ZMOE_ROW_BLOCK];
+  uint32_t n_packed = 0, n_plain = 0;
+  for (uint32_t r = begin; r < end; r++) {
+    float *y = sums + (size_t)(r - begin) * ZMOE_PANEL;
+    if (x->layout != ZMOE_LAYOUT_PLAIN && x->packed[r] != NULL) {
+      packed_ys[n_packed] = y;
+      packed[n_packed++] = x->packed[r];
+    } else {
+      plain_ys[n_plain] = y;
+      plain[n_plain++] = x->plain[r];
+    }
+  }
+  if (n_packed > 0)
+    kernels->dot(w, x->layout, packed, n_packed, first, last, panel, packed_ys);
+  if (n_plain > 0 && zmoe_is_float(w) && kernels != &zmoe_kernels_generic)
+    kernels->dot(w, ZMOE_LAYOUT_PLAIN, plain, n_plain, first, last, panel, plain_ys);
+  else if (n_plain > 0)
+    dot_decoded(kernels, w, plain, n_plain, first, last, panel, plain_ys);
 }
 
 void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t last,

@@ -13,26 +13,10 @@ enum {
 /* Rows as the kernels see them; a matmul may take any run of them. */
 typedef struct zmoe_rows {
   const float **plain; /* [rows]: in f32, in order */
-  void **packed;       /* [rows]: in `layout`; unused when that is plain */
+  void **packed;       /* [rows]: in `layout`; NULL for one that is not finite, which no
+                        * layout but the plain one holds; unused when `layout` is plain */
   zmoe_layout layout;
 } zmoe_rows;
-
-/* Up to how many rows decoding the weight again for every four of them costs less
- * than a panel; where a decoded block is multiplied at twice the rate, always. */
-static inline uint32_t zmoe_gemv_rows(zmoe_layout layout) {
-  switch (layout) {
-  case ZMOE_LAYOUT_BF16:
-  case ZMOE_LAYOUT_CODES4_BF16:
-  case ZMOE_LAYOUT_CODES8_BF16:
-  case ZMOE_LAYOUT_CODES4_INT8:
-  case ZMOE_LAYOUT_CODES8_INT8:
-    return ZMOE_ROW_BLOCK;
-  case ZMOE_LAYOUT_PLAIN:
-    return 8;
-  default:
-    return 16;
-  }
-}
 
 /* sums[r][o - first] of rows [begin, end), at most ZMOE_ROW_BLOCK, and outputs
  * [first, last), at most ZMOE_PANEL.  `panel` is ZMOE_PANEL_BYTES of the thread's own. */

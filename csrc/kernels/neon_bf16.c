@@ -1,15 +1,14 @@
 /* GEMV, NEON with BF16 and I8MM.
  *
  * Codes become bf16 in registers, which holds all their values exactly, and x is
- * bf16 already: nothing is lost but what f32 sums round.  One row of x is multiplied
- * by bfdot.  Of more, pairs take turns of 8 bytes in memory, as pairs of outputs do
- * in registers, and one instruction adds to four sums: bfmmla, or smmla where x is
- * in 8 bits.
+ * bf16 already: nothing is lost but what f32 sums round.  Pairs of rows take turns of
+ * 8 bytes in memory, as pairs of outputs do in registers, and one instruction adds to
+ * four sums: bfmmla, or smmla where x is in 8 bits.
  *
- * bfdot and bfmmla are no fused multiply-adds: two products are added, and that to
- * the sum, either rounded to odd (an inexact number to its odd neighbour), with
- * subnormals taken and given as zero.  Each error may be twice that of f32's
- * rounding, but there are half as many, and they have no direction either. */
+ * bfmmla is no fused multiply-add: two products are added, and that to the sum, either rounded to
+ * odd (an inexact number to its odd neighbour), with subnormals taken and given as zero.  Each
+ * error may be twice that of f32's rounding, but there are half as many, and they have no direction
+ * either. */
 #if defined(__aarch64__)
 #include "common/vec.h"
 
@@ -49,7 +48,7 @@ KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[N
     const unsigned char *at = line->data[i] + k * 16 / unit_of(t);
     bytes[i] = t.product == HALVES ? load_bytes(at, 2 * line->left) : vld1q_u8(at);
   }
-  for (uint32_t i = 0; i < N_OUT && t.pairs > 0; i += 2) {
+  for (uint32_t i = 0; i < N_OUT; i += 2) {
     uint8x16_t even = bytes[i], odd = bytes[i + 1];
     bytes[i] = halves_of(even, odd, 0);
     bytes[i + 1] = halves_of(even, odd, 1);
@@ -58,8 +57,6 @@ KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[N
     const uint32_t n = decode(t, bytes[i], values);
     EACH(j, n) {
       const size_t place = place_in_line(t, k, j);
-      if (t.pairs == 0)
-        part[i] = multiply(t, part[i], values[j], vld1q_u8(line->x[0] + place));
       EACH(p, t.pairs) {
         const unsigned char *x = line->x[p] + 2 * place + i % 2 * 16;
         part[sum_of(i / 2, p)] = multiply(t, part[sum_of(i / 2, p)], values[j], vld1q_u8(x));
@@ -68,10 +65,10 @@ KERNEL void add_unit(const kind t, const struct line *line, size_t k, VEC part[N
   }
 }
 
-/* Of four outputs: where they lie, and the scales of a run; for pairs one for each sum. */
+/* Of four outputs: where they lie, and the scales of a run, one for each sum of a pair. */
 struct outputs {
   const unsigned char *data[N_OUT], *scales[N_OUT];
-  float of_one[N_OUT][RUN_GROUPS], of_pair[N_OUT / 2][RUN_GROUPS][4];
+  float of_pair[N_OUT / 2][RUN_GROUPS][4];
 };
 
 /* Adds `units` units from element k of the line on, whose scales are those of
@@ -97,9 +94,7 @@ KERNEL void add_part(const kind t, const struct line *line, size_t k, const uint
     if (is_integer(t))
       part[i] = vcvtq_f32_s32(vreinterpretq_s32_f32(part[i])) *
                 vld1q_f32(x->scales[i % 2][at / ZMOE_INT_GROUP]);
-    if (t.pairs == 0)
-      sum[i] = vfmaq_n_f32(sum[i], part[i], out->of_one[i][at / t.group]);
-    else if (i % 2 < t.pairs)
+    if (i % 2 < t.pairs)
       sum[i] = vec_fma(part[i], vld1q_f32(out->of_pair[i / 2][at / t.group]), sum[i]);
   }
 }
@@ -115,12 +110,9 @@ KERNEL void convert_scales(const zmoe_weight *w, const kind t, struct outputs *o
                            uint32_t count) {
   for (uint32_t g = 0; g < count; g += LANES) {
     VEC v[N_OUT];
-    EACH(i, N_OUT) {
+    EACH(i, N_OUT)
       v[i] = load_scales(w, t, out->scales[i], first + g, count - g);
-      if (t.pairs == 0)
-        vst1q_f32(out->of_one[i] + g, v[i]);
-    }
-    for (uint32_t i = 0; i < N_OUT && t.pairs > 0; i++) {
+    EACH(i, N_OUT) {
       VEC both = i % 2 == 0 ? vzip1q_f32(v[i], v[i + 1]) : vzip2q_f32(v[i - 1], v[i]);
       vst1q_f32(out->of_pair[i / 2][g + i % 2 * 2], vzip1q_f32(both, both));
       vst1q_f32(out->of_pair[i / 2][g + i % 2 * 2 + 1], vzip2q_f32(both, both));
@@ -129,7 +121,7 @@ KERNEL void convert_scales(const zmoe_weight *w, const kind t, struct outputs *o
 }
 
 KERNEL void advance(const kind t, struct line *line, uint32_t units) {
-  const size_t x_bytes = (is_integer(t) ? 1 : 2) * (t.pairs == 0 ? 1 : 2);
+  const size_t x_bytes = is_integer(t) ? 2 : 4; /* of a pair */
   EACH(i, N_OUT)
     line->data[i] += 16 * (size_t)units;
   EACH(p, 2)
@@ -165,8 +157,7 @@ KERNEL void add_run(const zmoe_weight *w, const kind t, struct outputs *out, siz
 /* What the sums of x's groups add, affine biases and centres: where outputs start. */
 KERNEL void start_outputs(const zmoe_weight *w, const kind t, const zmoe_packed x[ZMOE_DOT_ROWS],
                           uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  const uint32_t most = t.pairs == 0 ? 1 : 2 * t.pairs,
-                 groups = t.affine ? w->in_features / t.group : 0;
+  const uint32_t most = 2 * t.pairs, groups = t.affine ? w->in_features / t.group : 0;
   for (uint32_t o = first; o < last; o++) {
     VEC sum[ZMOE_DOT_ROWS];
     EACH(r, most)
@@ -186,8 +177,6 @@ KERNEL void start_outputs(const zmoe_weight *w, const kind t, const zmoe_packed 
 KERNEL void store_sums(const kind t, const VEC sum[N_OUT], uint32_t rows, uint32_t count,
                        float *const *ys, uint32_t y) {
   float sums[ZMOE_DOT_ROWS][N_OUT];
-  if (t.pairs == 0)
-    vst1q_f32(sums[0], vpaddq_f32(vpaddq_f32(sum[0], sum[1]), vpaddq_f32(sum[2], sum[3])));
   EACH(p, t.pairs) {
     vst1q_f32(sums[2 * p], vuzp1q_f32(sum[sum_of(0, p)], sum[sum_of(1, p)]));
     vst1q_f32(sums[2 * p + 1], vuzp2q_f32(sum[sum_of(0, p)], sum[sum_of(1, p)]));
@@ -197,22 +186,22 @@ KERNEL void store_sums(const kind t, const VEC sum[N_OUT], uint32_t rows, uint32
       ys[r][y + i] += sums[r][i];
 }
 
-/* Pairs of rows are turned run by run, and all outputs multiplied with each; one
- * row is taken as it is, and each output read to its end. */
+/* Pairs of rows are turned run by run, and all outputs multiplied with each; a row without
+ * another is a pair of itself, since its sums must not depend on that. */
 KERNEL void dot_rows(const kind t, zmoe_layout layout, const zmoe_weight *w, const void *const *xs,
                      uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
   const size_t row_bytes = zmoe_weight_row_bytes(w);
   const size_t ahead = zmoe_rows_ahead(row_bytes, N_OUT) * row_bytes;
-  const uint32_t in_features = w->in_features, turn = t.pairs == 0 ? in_features : RUN;
+  const uint32_t in_features = w->in_features;
   unsigned char turns[2][4 * RUN];
   zmoe_packed x[ZMOE_DOT_ROWS];
   for (uint32_t r = 0; r < ZMOE_DOT_ROWS; r++)
     x[r] = zmoe_packed_at((void *)xs[r < rows ? r : rows - 1], layout, in_features);
   start_outputs(w, t, x, rows, first, last, ys);
-  for (uint32_t k0 = 0; k0 < in_features; k0 += turn) {
+  for (uint32_t k = 0; k < in_features; k += RUN) {
     struct inputs in;
-    if (t.pairs > 0)
-      take_turns(t, x, k0, in_features - k0 < turn ? in_features - k0 : turn, turns, &in);
+    const uint32_t count = in_features - k < RUN ? in_features - k : RUN;
+    take_turns(t, x, k, count, turns, &in);
     for (uint32_t o = first; o < last; o += N_OUT) {
       struct outputs out;
       VEC sum[N_OUT];
@@ -222,11 +211,7 @@ KERNEL void dot_rows(const kind t, zmoe_layout layout, const zmoe_weight *w, con
         out.scales[i] = t.product == HALVES ? NULL : zmoe_row_scales(w, row);
         sum[i] = vec_splat(0.0f);
       }
-      for (uint32_t k = k0; k < in_features && k < k0 + turn; k += RUN) {
-        if (t.pairs == 0)
-          in.elements[0] = (const unsigned char *)x[0].elements + 2 * (size_t)k;
-        add_run(w, t, &out, k, in_features - k < RUN ? in_features - k : RUN, ahead, &in, sum);
-      }
+      add_run(w, t, &out, k, count, ahead, &in, sum);
       store_sums(t, sum, rows, last - o < N_OUT ? last - o : N_OUT, ys, o - first);
     }
   }
@@ -236,9 +221,7 @@ KERNEL void dot_rows(const kind t, zmoe_layout layout, const zmoe_weight *w, con
 
 #define ROWS(product, layout, affine, group)                                                       \
   do {                                                                                             \
-    if (rows == 1 && !is_integer((kind){product, affine, group, 0}))                               \
-      dot_rows((kind){product, affine, group, 0}, layout, w, xs, rows, first, last, ys);           \
-    else if (rows == 2)                                                                            \
+    if (rows <= 2)                                                                                 \
       dot_rows((kind){product, affine, group, 1}, layout, w, xs, rows, first, last, ys);           \
     else                                                                                           \
       dot_rows((kind){product, affine, group, 2}, layout, w, xs, rows, first, last, ys);           \
@@ -266,8 +249,9 @@ DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
 DOT(dot_fp4_int8, ROWS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
 DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
-static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                uint32_t first, uint32_t last, float *const *ys) {
+/* At most ZMOE_DOT_ROWS rows. */
+static void dot_few(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+                    uint32_t first, uint32_t last, void *scratch, float *const *ys) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_BF16)
     dot_halves(w, xs, rows, first, last, ys);
@@ -275,12 +259,19 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
     (affine ? dot_codes4 : dot_fp4)(w, xs, rows, first, last, ys);
   else if (layout == ZMOE_LAYOUT_CODES8_BF16)
     dot_codes8(w, xs, rows, first, last, ys);
-  else if (layout == ZMOE_LAYOUT_CODES4_INT8 && rows > 1)
+  else if (layout == ZMOE_LAYOUT_CODES4_INT8)
     (affine ? dot_codes4_int8 : dot_fp4_int8)(w, xs, rows, first, last, ys);
-  else if (layout == ZMOE_LAYOUT_CODES8_INT8 && rows > 1)
+  else if (layout == ZMOE_LAYOUT_CODES8_INT8)
     dot_codes8_int8(w, xs, rows, first, last, ys);
   else
-    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, ys);
+    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, scratch, ys);
+}
+
+static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
+                uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+  for (; rows > ZMOE_DOT_ROWS; rows -= ZMOE_DOT_ROWS, xs += ZMOE_DOT_ROWS, ys += ZMOE_DOT_ROWS)
+    dot_few(w, layout, xs, ZMOE_DOT_ROWS, first, last, scratch, ys);
+  dot_few(w, layout, xs, rows, first, last, scratch, ys);
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {

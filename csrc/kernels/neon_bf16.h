@@ -9,7 +9,7 @@
 
 enum product { HALVES, CODES4, CODES8, CODES4_INT8, CODES8_INT8 };
 
-/* Constants of each inlined loop.  `pairs`: of rows of x; 0 for one row alone. */
+/* Constants of each inlined loop.  `pairs`: of rows of x. */
 typedef struct kind {
   enum product product;
   int affine;
@@ -105,14 +105,13 @@ KERNEL uint32_t decode(kind t, uint8x16_t bytes, uint8x16_t values[4]) {
 
 /* ---- multiplying ------------------------------------------------------------------- */
 
-/* `pairs` 0: each of 4 sums is of two neighbours in w and x.  Else w has two outputs
- * and x two rows, 8 bytes of each, and their four sums are whole. */
+/* w has two outputs and x two rows, 8 bytes of each: four sums. */
 KERNEL VEC multiply(kind t, VEC sum, uint8x16_t w, uint8x16_t x) {
   if (is_integer(t))
     return vreinterpretq_f32_s32(
         vmmlaq_s32(vreinterpretq_s32_f32(sum), vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x)));
   bfloat16x8_t a = vreinterpretq_bf16_u8(w), b = vreinterpretq_bf16_u8(x);
-  return t.pairs == 0 ? vbfdotq_f32(sum, a, b) : vbfmmlaq_f32(sum, a, b);
+  return vbfmmlaq_f32(sum, a, b);
 }
 
 /* The low or high halves of two registers. */
@@ -126,8 +125,7 @@ KERNEL uint8x16_t halves_of(uint8x16_t a, uint8x16_t b, int high) {
 /* Elements whose scales are converted, and pairs of rows brought together, at a time. */
 enum { RUN = 1024, RUN_GROUPS = RUN / ZMOE_INT_GROUP };
 
-/* The elements of a run, of one row or of pairs of rows in turns; of integers, the
- * scale of each sum. */
+/* The elements of a run, of pairs of rows in turns; of integers, the scale of each sum. */
 struct inputs {
   const unsigned char *elements[2];
   float scales[2][RUN_GROUPS][4];

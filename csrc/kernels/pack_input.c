@@ -55,7 +55,7 @@ size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features) {
   if (layout == ZMOE_LAYOUT_PLAIN)
     return 0;
   return sums_bytes(in_features) + 2 * integer_bytes(layout, in_features) +
-         zmoe_round_up(in_features, ZMOE_BLOCK) * element_bytes(layout);
+         zmoe_round_up(in_features, 2 * ZMOE_BLOCK) * element_bytes(layout);
 }
 
 size_t zmoe_packed_most(uint32_t in_features) {

@@ -1,4 +1,4 @@
-"""A sequence as the engine sees it: what to sample, when to end, what its consumer has not taken."""
+"""A sequence as the engine sees it: how to sample, when to end, which tokens are ready."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.channel import Channel
 from zmoe.cluster.messages import (
     AskMemory,
+    Cache,
     Failed,
     Join,
     Loading,
