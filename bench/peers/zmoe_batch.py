@@ -59,6 +59,9 @@ def opened(options: Any, **batching: Any) -> Iterator[tuple[Cluster, Prompts]]:
     engine = replace(engine, parallel=max(engine.parallel, *options.sequences))
     spec = ClusterSpec(nodes=options.nodes, engine=engine, batching=Batching(**batching))
     with Cluster(options.model, spec=spec) as cluster:
+        assert cluster._node is not None
+        if not cluster._node.engine.can_batch:
+            raise PeerFailure(f"{cluster.info.model_type} runs one sequence at a time")
         prompts = Prompts(cluster)
         finish(start(cluster, prompts.take(options.prompt_tokens), prompts.take(2), 2))
         yield cluster, prompts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from zmoe.batch.plan import Plan, Span
@@ -22,3 +24,10 @@ def test_encode(benchmark: BenchmarkFixture) -> None:
 
 def test_decode(benchmark: BenchmarkFixture) -> None:
     assert benchmark(decode, encode(Step(PLAN))) == Step(PLAN)
+
+
+def test_digest(benchmark: BenchmarkFixture) -> None:
+    assert (
+        benchmark(lambda: replace(PLAN).digest)
+        != Plan(PLAN.step + 1, PLAN.spans, PLAN.tokens).digest
+    )
