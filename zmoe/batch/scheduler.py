@@ -180,7 +180,7 @@ class Scheduler:
             if not sequence.room:  # preempted meanwhile
                 self._changed = True
                 continue
-            end = min(end, sequence.position)  # it may have begun anew
+            assert end <= sequence.position  # it has not begun anew since: no room in that step
             if end // BLOCK > sequence.kept:
                 self._memory.keep(sequence, end)
             if len(sequence.tokens) >= sequence.limit:
@@ -243,7 +243,6 @@ class Scheduler:
         while not self._memory.grow(sequence, end):
             newest = self._sequences[max(*self._decoding, *self._prefilling, -1)]
             self._leave(newest, keep=False)
-            newest.position = newest.kept = 0
             newest.preemptions += 1
             self._waiting[newest.id] = newest
             self._waiting = dict(sorted(self._waiting.items()))

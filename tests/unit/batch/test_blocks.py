@@ -134,7 +134,6 @@ def test_what_lost_its_beginning_is_not_found_behind_another(
     while first_is_cached := blocks.find(sequence(range(BLOCK + 1))).length:
         taken = sequence([0] * BLOCK, number=2)
         assert first_is_cached == BLOCK and blocks.begin(taken, blocks.find(taken), 0)
-    blocks = blocks
     other = [5] * BLOCK
     blocks.end(taken)
     computed(blocks, sequence(other, number=3))

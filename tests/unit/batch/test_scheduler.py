@@ -50,7 +50,7 @@ def test_one_sequence_from_prompt_to_limit() -> None:
     ]
     assert plans[1].tokens == tuple(range(40, 80)) and plans[3].tokens == (5,)
     assert [plan.blocks for plan in plans] == [(0,), (1,), (), (), ()]
-    assert [plan.step for plan in plans] == list(range(5))
+    assert [plan.step for plan in plans] == list(range(1, 6))
     assert sequence.tokens[100:] == [5, 5, 5]
     assert one.plan(0.0) is None
     other = submit(one, 10)
