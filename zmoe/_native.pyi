@@ -34,6 +34,7 @@ class _Lib:
     ZMOE_PRESENCE_BYTES: int
     ZMOE_MAX_THREADS: int
     ZMOE_ROW_BLOCK: int
+    ZMOE_KEY_BLOCK: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
     def zmoe_isa_best(self) -> int: ...
@@ -180,13 +181,14 @@ class _Lib:
         team: CData,
         attention: CData,
         cache: CData,
+        spans: CData,
+        n_spans: int,
         cosines: CData,
         sines: CData,
-        rows: int,
         h: CData,
         precision: int,
     ) -> int: ...
-    def zmoe_attention_scratch(self, attention: CData, keys: int) -> int: ...
+    def zmoe_attention_scratch(self, attention: CData, threads: int) -> int: ...
     def zmoe_route(
         self,
         team: CData,

@@ -12,7 +12,6 @@
 #include <string.h>
 
 #include "kernels/attention.h"
-#include "kernels/matmul.h"
 
 enum { LAYERS = 24, RUNS = 401, WIDTH = 2048, EXPERTS = 64, TOP_K = 8, PREFILL = 128 };
 
@@ -33,7 +32,7 @@ typedef struct scene {
   zmoe_kv_cache caches[LAYERS];
   float *h, *cosines, *sines, *qkv;
   void *out;
-  uint32_t rows, keys, layers, call;
+  uint32_t *blocks, n_blocks, rows, keys, layers, call;
 } scene;
 
 typedef void operation(scene *s);
@@ -57,24 +56,23 @@ static void norm(scene *s) {
 
 /* Everything between the projections and the output projection. */
 static void heads(scene *s) {
+  zmoe_piece pieces[PREFILL];
+  const zmoe_span span = {s->blocks, s->n_blocks, s->rows, s->keys - s->rows};
   zmoe_attend job = {.attention = &s->attention,
                      .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(s->pool)),
-                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(s->pool)),
                      .isa = zmoe_thread_pool_isa(s->pool),
                      .dtype = ZMOE_BF16,
                      .cache = &s->caches[s->call % s->layers],
                      .cosines = s->cosines,
                      .sines = s->sines,
+                     .pieces = pieces,
                      .rows = s->rows,
-                     .position = s->keys - s->rows,
                      .qkv = s->qkv,
                      .out = s->out};
-  zmoe_attend_plan(&job);
-  size_t mark = zmoe_thread_pool_mark(s->pool), vectors = zmoe_attend_vectors(&s->attention);
-  job.floats_per_thread = zmoe_attend_panel_floats(&s->attention);
-  job.panels = zmoe_thread_pool_scratch(s->pool, job.floats_per_thread * 4);
-  job.sums = zmoe_thread_pool_scratch(s->pool, vectors * job.padded * sizeof(float));
-  job.softmax = zmoe_thread_pool_scratch(s->pool, vectors * sizeof *job.softmax);
+  job.n_pieces = zmoe_attend_cut(&s->attention, &span, 0, s->rows, pieces);
+  zmoe_attend_plan(&job, 1);
+  size_t mark = zmoe_thread_pool_mark(s->pool);
+  job.own = zmoe_thread_pool_scratch(s->pool, zmoe_attend_own_floats(&s->attention) * 4);
   zmoe_thread_pool_run(s->pool, zmoe_attend_work, &job);
   zmoe_thread_pool_release(s->pool, mark);
 }
@@ -128,6 +126,7 @@ int main(int argc, char **argv) {
   uint32_t keys = shape[0], heads = shape[1], kv_heads = shape[2], dim = shape[3];
   const float *ones = random_floats(WIDTH);
   zmoe_weight output = {.out_features = WIDTH, .in_features = heads * dim};
+  uint32_t n_blocks = (keys + PREFILL + ZMOE_KEY_BLOCK - 1) / ZMOE_KEY_BLOCK;
   scene s = {.attention = {.input = {ZMOE_NORM_RMS, WIDTH, 1e-5f, ones, NULL},
                            .query_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},
                            .key_norm = {ZMOE_NORM_RMS, dim, 1e-5f, ones, NULL},
@@ -139,14 +138,17 @@ int main(int argc, char **argv) {
                            .rope_dims = dim,
                            .dtype = ZMOE_BF16},
              .h = random_floats(WIDTH),
-             .cosines = random_floats((size_t)PREFILL * dim),
-             .sines = random_floats((size_t)PREFILL * dim),
+             .blocks = malloc(n_blocks * sizeof(uint32_t)),
+             .n_blocks = n_blocks,
+             .cosines = random_floats((size_t)(keys + PREFILL) * dim),
+             .sines = random_floats((size_t)(keys + PREFILL) * dim),
              .qkv = random_floats((size_t)PREFILL * (heads + 2 * kv_heads) * dim),
              .out = malloc((size_t)PREFILL * (heads * dim + WIDTH) * 4)};
-  size_t cache_bytes = (size_t)kv_heads * (keys + PREFILL) * dim * 2;
+  size_t cache_bytes = (size_t)kv_heads * n_blocks * ZMOE_KEY_BLOCK * dim * 2;
+  for (uint32_t i = 0; i < n_blocks; i++)
+    s.blocks[i] = (i + n_blocks / 2) % n_blocks;
   for (int i = 0; i < LAYERS; i++)
-    s.caches[i] =
-        (zmoe_kv_cache){calloc(1, cache_bytes), calloc(1, cache_bytes), keys + PREFILL, 0};
+    s.caches[i] = (zmoe_kv_cache){malloc(cache_bytes), malloc(cache_bytes), n_blocks};
   for (int i = 0; i < LAYERS; i++)
     memset(s.caches[i].keys, 0x3d, cache_bytes), memset(s.caches[i].values, 0x3d, cache_bytes);
   static const zmoe_isa isas[] = {ZMOE_ISA_GENERIC, ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,

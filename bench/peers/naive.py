@@ -253,7 +253,7 @@ class Naive:
         self._reducer = NaiveReducer(workers, placement, self._spans)
         pool = make_thread_pool(config, best_isa_name()) if is_native(config) else None
         shard = load_shard(self.info, placement, self._reducer, spans=self._spans, pool=pool)
-        self._engine = Engine(shard.model, self._reducer, config, shard.head)
+        self._engine = Engine(shard.model, self._reducer, config, shard.head, shard.paged)
         self._chunk = config.prefill_chunk
         for rank in range(1, nodes):
             workers.receive(rank)

@@ -11,8 +11,7 @@ struct memory {
   float *qkv; /* (rows, heads + 2 kv_heads, head_dim) */
   void *out;  /* (rows, heads, head_dim) of dtype: what the output projection takes */
   float *y;   /* (rows, width): what it gives */
-  float *sums;
-  zmoe_softmax *softmax;
+  zmoe_piece *pieces;
 };
 
 /* ---- checks ------------------------------------------------------------------------ */
@@ -39,16 +38,36 @@ static int shapes_fit(const zmoe_attention *a) {
          head_norm_fits(&a->key_norm, a->head_dim, a->kv_heads);
 }
 
-static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, uint32_t rows,
-                 const float *cosines, const float *sines) {
-  if (a->heads == 0 || a->kv_heads == 0 || a->heads % a->kv_heads != 0 || a->head_dim == 0 ||
-      a->head_dim > ZMOE_MAX_HEAD_DIM || a->heads > ZMOE_MAX_COLUMNS || a->rope_dims % 2 != 0 ||
-      a->rope_dims > a->head_dim || (a->n_projections != 1 && a->n_projections != 3) ||
-      zmoe_dtype_bytes((zmoe_dtype)a->dtype) == 0 || !shapes_fit(a))
+static int is_known(const zmoe_attention *a) {
+  return a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0 && a->head_dim > 0 &&
+         a->head_dim <= ZMOE_MAX_HEAD_DIM && a->heads <= ZMOE_MAX_COLUMNS &&
+         a->rope_dims % 2 == 0 && a->rope_dims <= a->head_dim &&
+         (a->n_projections == 1 || a->n_projections == 3) &&
+         (a->window == 0 ? a->keep == 0 : a->keep < a->window) &&
+         zmoe_dtype_bytes((zmoe_dtype)a->dtype) != 0 && shapes_fit(a);
+}
+
+/* Whether all of a span's positions lie in blocks of the cache. */
+static int span_fits(const zmoe_span *span, const zmoe_kv_cache *cache) {
+  uint64_t end = (uint64_t)span->position + span->rows;
+  if (end > (uint64_t)span->n_blocks * ZMOE_KEY_BLOCK)
+    return 0;
+  for (uint64_t i = 0; i * ZMOE_KEY_BLOCK < end; i++)
+    if (span->blocks[i] >= cache->blocks)
+      return 0;
+  return 1;
+}
+
+static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, const zmoe_span *spans,
+                 uint32_t n_spans, const float *cosines, const float *sines, uint32_t *rows) {
+  if (!is_known(a) || (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
     return ZMOE_EINVAL;
-  if (cache->length > cache->capacity || rows > cache->capacity - cache->length ||
-      (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
-    return ZMOE_EINVAL;
+  *rows = 0;
+  for (uint32_t i = 0; i < n_spans; i++) {
+    if (!span_fits(&spans[i], cache) || spans[i].rows > UINT32_MAX - *rows)
+      return ZMOE_EINVAL;
+    *rows += spans[i].rows;
+  }
   return ZMOE_OK;
 }
 
@@ -59,30 +78,33 @@ static uint32_t widest(const zmoe_attention *a) {
                                                           : a->output->out_features;
 }
 
+/* For the heads: what all threads have of their own, and sums of ranges. */
+static size_t attend_bytes(const zmoe_attention *a, size_t threads) {
+  return (threads * zmoe_attend_own_floats(a) + zmoe_attend_most_sums(a)) * sizeof(float) + 64;
+}
+
 /* Takes all that the call needs, or finds out that there is too little. */
 static int take_memory(zmoe_thread_pool *pool, const zmoe_attention *a, uint32_t rows,
                        struct memory *m) {
   size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), n = zmoe_min(rows, ZMOE_ROW_BLOCK);
-  size_t vectors = zmoe_attend_vectors(a), padded = zmoe_round_up(a->head_dim, ZMOE_PANEL);
   m->x = zmoe_thread_pool_scratch(pool, n * a->output->out_features * item);
   m->qkv = zmoe_thread_pool_scratch(pool, n * zmoe_qkv_width(a) * sizeof *m->qkv);
   m->out = zmoe_thread_pool_scratch(pool, n * a->output->in_features * item);
   m->y = zmoe_thread_pool_scratch(pool, n * a->output->out_features * sizeof *m->y);
-  m->sums = zmoe_thread_pool_scratch(pool, vectors * padded * sizeof *m->sums);
-  m->softmax = zmoe_thread_pool_scratch(pool, vectors * sizeof *m->softmax);
-  int all = m->x != NULL && m->qkv != NULL && m->out != NULL && m->y != NULL && m->sums != NULL &&
-            m->softmax != NULL;
-  return all && zmoe_linear_has_room(pool, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
+  m->pieces = zmoe_thread_pool_scratch(pool, n * sizeof *m->pieces);
+  size_t mark = zmoe_thread_pool_mark(pool), threads = zmoe_thread_pool_threads(pool);
+  const void *attend = zmoe_thread_pool_scratch(pool, attend_bytes(a, threads));
+  zmoe_thread_pool_release(pool, mark);
+  int all = m->x != NULL && m->qkv != NULL && m->out != NULL && m->y != NULL && m->pieces != NULL;
+  return all && attend != NULL && zmoe_linear_has_room(pool, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
 }
 
-size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t keys) {
-  (void)keys; /* they are looked at block by block */
-  size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype), padded = zmoe_round_up(a->head_dim, 32);
+size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t threads) {
+  size_t item = zmoe_dtype_bytes((zmoe_dtype)a->dtype);
   size_t row = a->output->out_features * (item + sizeof(float)) +
-               zmoe_qkv_width(a) * sizeof(float) + a->output->in_features * item;
-  size_t vector = padded * sizeof(float) + sizeof(zmoe_softmax);
-  return ZMOE_ROW_BLOCK * row + zmoe_attend_vectors(a) * vector + 6 * 64 +
-         zmoe_linear_scratch(widest(a));
+               zmoe_qkv_width(a) * sizeof(float) + a->output->in_features * item +
+               sizeof(zmoe_piece);
+  return ZMOE_ROW_BLOCK * row + attend_bytes(a, threads) + 8 * 64 + zmoe_linear_scratch(widest(a));
 }
 
 /* ---- the parts of a step -------------------------------------------------------------- */
@@ -102,17 +124,14 @@ static int project(zmoe_thread_pool *pool, const zmoe_attention *a, const struct
                      ZMOE_F32, precision);
 }
 
-static int attend(zmoe_thread_pool *pool, zmoe_attend *job) {
-  zmoe_attend_plan(job);
-  size_t mark = zmoe_thread_pool_mark(pool);
-  job->floats_per_thread = job->gemv ? 0 : zmoe_attend_panel_floats(job->attention);
-  size_t bytes = job->floats_per_thread * sizeof *job->panels;
-  job->panels = zmoe_thread_pool_scratch(pool, zmoe_thread_pool_threads(pool) * bytes);
-  int status = job->panels == NULL ? ZMOE_ENOMEM : ZMOE_OK;
-  if (status == ZMOE_OK)
-    zmoe_thread_pool_run(pool, zmoe_attend_work, job);
+static void attend(zmoe_thread_pool *pool, zmoe_attend *job) {
+  uint32_t threads = zmoe_thread_pool_threads(pool);
+  size_t mark = zmoe_thread_pool_mark(pool), floats = zmoe_attend_plan(job, threads);
+  job->own_floats = zmoe_attend_own_floats(job->attention);
+  job->own = zmoe_thread_pool_scratch(pool, threads * job->own_floats * sizeof *job->own);
+  job->sums = zmoe_thread_pool_scratch(pool, floats * sizeof *job->sums);
+  zmoe_thread_pool_run(pool, zmoe_attend_work, job);
   zmoe_thread_pool_release(pool, mark);
-  return status;
 }
 
 struct addition {
@@ -146,46 +165,45 @@ static int put_out(zmoe_thread_pool *pool, const zmoe_attention *a, const struct
 /* ---- the call ---------------------------------------------------------------------------- */
 
 /* Rows [first, first + rows), at most ZMOE_ROW_BLOCK: each sees those before it in the cache. */
-static int step_block(zmoe_thread_pool *pool, const zmoe_attention *a, const zmoe_kv_cache *cache,
-                      const float *cosines, const float *sines, uint32_t first, uint32_t rows,
-                      float *h, const struct memory *m, zmoe_precision precision) {
-  size_t angle = (size_t)first * (a->rope_dims / 2);
+static int step_block(zmoe_thread_pool *pool, const zmoe_attention *a, zmoe_attend *job,
+                      const zmoe_span *spans, uint32_t first, uint32_t rows, float *h,
+                      const struct memory *m, zmoe_precision precision) {
   h += (size_t)first * a->output->out_features;
   zmoe_norm_all(pool, &a->input, a->output->out_features, h, rows, m->x, (zmoe_dtype)a->dtype);
   int status = project(pool, a, m, rows, precision);
-  zmoe_attend job = {.attention = a,
-                     .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(pool)),
-                     .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
-                     .isa = zmoe_thread_pool_isa(pool),
-                     .dtype = (zmoe_dtype)a->dtype,
-                     .cache = cache,
-                     .cosines = a->rope_dims > 0 ? cosines + angle : NULL,
-                     .sines = a->rope_dims > 0 ? sines + angle : NULL,
-                     .rows = rows,
-                     .position = cache->length + first,
-                     .qkv = m->qkv,
-                     .out = m->out,
-                     .sums = m->sums,
-                     .softmax = m->softmax};
-  if (status == ZMOE_OK)
-    status = attend(pool, &job);
-  return status == ZMOE_OK ? put_out(pool, a, m, rows, h, precision) : status;
+  if (status != ZMOE_OK)
+    return status;
+  job->rows = rows;
+  job->n_pieces = zmoe_attend_cut(a, spans, first, rows, m->pieces);
+  attend(pool, job);
+  return put_out(pool, a, m, rows, h, precision);
 }
 
 int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
-                        zmoe_kv_cache *cache, const float *cosines, const float *sines,
-                        uint32_t rows, float *h, zmoe_precision precision) {
-  int status = check(attention, cache, rows, cosines, sines);
+                        const zmoe_kv_cache *cache, const zmoe_span *spans, uint32_t n_spans,
+                        const float *cosines, const float *sines, float *h,
+                        zmoe_precision precision) {
+  uint32_t rows;
+  int status = check(attention, cache, spans, n_spans, cosines, sines, &rows);
   if (status != ZMOE_OK || rows == 0)
     return status;
   size_t mark = zmoe_thread_pool_mark(pool);
   struct memory memory;
   status = take_memory(pool, attention, rows, &memory);
-  for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK)
-    status = step_block(pool, attention, cache, cosines, sines, first,
-                        zmoe_min(rows - first, ZMOE_ROW_BLOCK), h, &memory, precision);
+  for (uint32_t first = 0; first < rows && status == ZMOE_OK; first += ZMOE_ROW_BLOCK) {
+    zmoe_attend job = {.attention = attention,
+                       .ops = zmoe_vector_ops_for(zmoe_thread_pool_isa(pool)),
+                       .isa = zmoe_thread_pool_isa(pool),
+                       .dtype = (zmoe_dtype)attention->dtype,
+                       .cache = cache,
+                       .cosines = cosines,
+                       .sines = sines,
+                       .pieces = memory.pieces,
+                       .qkv = memory.qkv,
+                       .out = memory.out};
+    status = step_block(pool, attention, &job, spans, first, zmoe_min(rows - first, ZMOE_ROW_BLOCK),
+                        h, &memory, precision);
+  }
   zmoe_thread_pool_release(pool, mark);
-  if (status == ZMOE_OK)
-    cache->length += rows;
   return status;
 }

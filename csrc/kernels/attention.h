@@ -1,53 +1,56 @@
-/* Inside an attention step: the rows of one block, between their projections and
+/* Inside an attention step: some rows of its spans, between their projections and
  * what goes into the output projection.
  *
- * The work is cut into units, some rows of one head of keys and all the queries
- * that share it, and a unit into ranges of keys where there are too few units for
- * many threads.  The cuts depend on the shape alone, and each part is computed by
- * one thread in a fixed order, so the number of threads changes nothing. */
+ * The work is cut into units, a few rows of one span by one head of keys, with all
+ * the queries that share it.  A unit's keys are looked at in blocks, and their sums are
+ * put together range by range, at borders fixed by position: the cut into units, and
+ * whether one thread takes a unit or one of its ranges, changes nothing. */
 #ifndef ZMOE_ATTENTION_H
 #define ZMOE_ATTENTION_H
 
-#include "kernels.h"
 #include "layer.h"
 
 enum {
-  ZMOE_UNIT_VECTORS = 128, /* queries of a unit: a block of keys is made f32 once for all */
-  ZMOE_GEMV_VECTORS = 4,   /* up to here keys and values are used as they lie in the cache */
-  ZMOE_RANGE_KEYS = 512,   /* the least that is worth a task of its own */
-  ZMOE_PARTS = 32,         /* so many are enough for the threads */
-  ZMOE_KEY_BLOCK = 64,     /* keys that are looked at at a time */
+  ZMOE_UNIT_VECTORS = 64,   /* queries of a unit: a block of keys is made f32 once for all */
+  ZMOE_UNIT_ROWS = 32,      /* at most: two units' keys share no cache line of 16-bit elements */
+  ZMOE_DIRECT_VECTORS = 8,  /* up to here keys and values are used as they lie in the cache */
+  ZMOE_RANGE_KEYS = 512,    /* of a range, the least that is worth a task of its own */
+  ZMOE_SPLIT_RANGES = 256,  /* with more, a unit is one task */
+  ZMOE_UNITS_PER_THREAD = 4 /* so many share the work well, and are not split */
 };
+
+/* Rows [first, first + rows) of the call, all of `span`. */
+typedef struct zmoe_piece {
+  const zmoe_span *span;
+  uint32_t first, rows, position; /* of the first row */
+} zmoe_piece;
 
 typedef struct zmoe_attend {
   const zmoe_attention *attention;
   const zmoe_vector_ops *ops;
-  const zmoe_kernels *kernels;
   zmoe_isa isa;
   zmoe_dtype dtype;
   const zmoe_kv_cache *cache;
-  const float *cosines, *sines; /* of the block's rows */
-  uint32_t rows, position;      /* of the first row: keys before it */
-  float *qkv;                   /* (rows, (heads + 2 kv_heads) * head_dim) */
-  unsigned char *out;           /* (rows, heads * head_dim) of dtype */
+  const float *cosines, *sines; /* by position */
+  const zmoe_piece *pieces;
+  uint32_t n_pieces, rows;
+  float *qkv;         /* (rows, (heads + 2 kv_heads) * head_dim) */
+  unsigned char *out; /* (rows, heads * head_dim) of dtype */
 
-  uint32_t group, unit_rows, row_units, ranges;
-  int gemv;
-  uint32_t padded;       /* head_dim, to whole panels */
-  float *sums;           /* [part][vector of the unit][padded], in two layouts */
-  zmoe_softmax *softmax; /* [part][vector of the unit] */
-  float *panels;         /* [thread]: a block of keys and of values; unused for few vectors */
-  size_t floats_per_thread;
+  uint32_t group, padded; /* queries per head of keys; head_dim, to whole vectors */
+  uint32_t vectors;       /* queries of the largest unit */
+  float *own;             /* [thread]: see zmoe_attend_own_floats */
+  size_t own_floats;
+  uint32_t ranges; /* of each unit, where units are split; else 0 */
+  float *sums;     /* [unit][range]: zmoe_sums of `vectors` */
   zmoe_tasks row_tasks, head_tasks, part_tasks, unit_tasks;
 } zmoe_attend;
 
-/* One unit and range: rows [first, end) of the block, keys [key, key_end). */
-typedef struct zmoe_part {
-  uint32_t kv_head, first, end, vectors;
-  uint32_t key, key_end;
-  float *sums;
+/* The sums of some vectors over some keys, and their softmaxes. */
+typedef struct zmoe_sums {
+  float *sums; /* [vector][padded] */
   zmoe_softmax *softmax;
-} zmoe_part;
+} zmoe_sums;
 
 static inline uint32_t zmoe_min(uint32_t a, uint32_t b) {
   return a < b ? a : b;
@@ -57,46 +60,45 @@ static inline size_t zmoe_qkv_width(const zmoe_attention *a) {
   return ((size_t)a->heads + 2 * (size_t)a->kv_heads) * a->head_dim;
 }
 
-/* Vector v of a part is head `v % group` of row `v / group`. */
-static inline const float *zmoe_query(const zmoe_attend *job, const zmoe_part *part, uint32_t v) {
+/* Vector v of a piece is head `v % group` of row `v / group`. */
+static inline float *zmoe_query(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
+                                uint32_t v) {
   const zmoe_attention *a = job->attention;
-  size_t head = (size_t)part->kv_head * job->group + v % job->group;
-  return job->qkv + (part->first + v / job->group) * zmoe_qkv_width(a) + head * a->head_dim;
+  size_t head = (size_t)kv_head * job->group + v % job->group;
+  return job->qkv + (piece->first + v / job->group) * zmoe_qkv_width(a) + head * a->head_dim;
 }
 
-/* Which of the `count` keys from `key` on row `row` sees: [*from, *to). */
-static inline void zmoe_visible(const zmoe_attend *job, uint32_t row, uint32_t key, uint32_t count,
-                                uint32_t *from, uint32_t *to) {
-  uint32_t end = job->position + row + 1, window = job->attention->window;
-  uint32_t begin = window != 0 && end > window ? end - window : 0;
-  *from = begin > key ? zmoe_min(begin - key, count) : 0;
-  *to = end > key ? zmoe_min(end - key, count) : 0;
-  if (*from > *to)
-    *from = *to;
+/* The first key of the window of the row at `position`: it sees all from there on, up to itself,
+ * and the first `keep`. */
+static inline uint32_t zmoe_window_begin(const zmoe_attention *a, uint32_t position) {
+  return a->window != 0 && position >= a->window ? position + 1 - a->window + a->keep : 0;
 }
 
-static inline zmoe_head_rows zmoe_cached(const zmoe_attend *job, const void *data, uint32_t kv_head,
-                                         uint32_t key, uint32_t count) {
-  uint32_t dim = job->attention->head_dim;
-  size_t at = ((size_t)kv_head * job->cache->capacity + key) * dim * zmoe_dtype_bytes(job->dtype);
-  return (zmoe_head_rows){(const unsigned char *)data + at, 0, job->dtype, dim, count};
+/* A head's keys, or values, of the block that holds `key`. */
+static inline unsigned char *zmoe_cached(const zmoe_attend *job, void *data, const zmoe_span *span,
+                                         uint32_t kv_head, uint32_t key) {
+  const zmoe_attention *a = job->attention;
+  size_t block = (size_t)span->blocks[key / ZMOE_KEY_BLOCK] * a->kv_heads + kv_head;
+  return (unsigned char *)data +
+         block * ZMOE_KEY_BLOCK * a->head_dim * zmoe_dtype_bytes(job->dtype);
 }
 
-/* How the block is cut, by its shape: units, ranges, layouts. */
-void zmoe_attend_plan(zmoe_attend *job);
-/* Sums of a unit's vectors and their softmaxes that any block may need. */
-size_t zmoe_attend_vectors(const zmoe_attention *attention);
-size_t zmoe_attend_panel_floats(const zmoe_attention *attention);
+/* Cuts rows [first, first + rows) of the spans into pieces, at most one per row; how many. */
+uint32_t zmoe_attend_cut(const zmoe_attention *a, const zmoe_span *spans, uint32_t first,
+                         uint32_t rows, zmoe_piece *pieces);
+/* Sizes, by the pieces, and whether units are split into ranges, as where they are too few for
+ * the threads; returns how many floats of `sums` that takes, 0 where it does not split. */
+size_t zmoe_attend_plan(zmoe_attend *job, uint32_t threads);
+size_t zmoe_attend_most_sums(const zmoe_attention *a); /* that it ever needs */
+size_t zmoe_attend_own_floats(const zmoe_attention *a);
 
-/* The work of all threads: heads made ready, keys and values appended, attended. */
+/* The work of all threads: heads made ready, keys and values written, attended. */
 zmoe_thread_fn zmoe_attend_work;
 
-/* Where the keys are that this thread will probably look at after those before
- * `key`: of the same part, or of the one that is to be taken next; 0 for none. */
-uintptr_t zmoe_attend_next(const zmoe_attend *job, const zmoe_part *part, uint32_t key);
-
-/* The two ways through a part's keys. */
-void zmoe_attend_gemv(const zmoe_attend *job, const zmoe_part *part);
-void zmoe_attend_gemm(const zmoe_attend *job, const zmoe_part *part, float *panels);
+/* Sums over keys [key, key_end), within one range, from nothing.  `panels` are for a block of
+ * keys and one of values in f32; `ahead` is the address of the keys that are wanted next, or 0. */
+void zmoe_attend_keys(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
+                      uint32_t key, uint32_t key_end, uintptr_t ahead, const zmoe_sums *to,
+                      float *panels);
 
 #endif

@@ -48,24 +48,38 @@ typedef struct zmoe_attention {
   uint32_t rope_traditional; /* 1: pairs are neighbours; 0: halves apart */
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
   uint32_t window;           /* a row sees that many keys at most, itself included; 0: all */
+  uint32_t keep;             /* of a window: the first keys, which it never leaves; < window */
   uint32_t dtype;            /* zmoe_dtype of what goes into matmuls, and of the cache */
 } zmoe_attention;
 
-/* Keys and values (kv_heads, capacity, head_dim) of `dtype`; `length` are filled. */
+#define ZMOE_KEY_BLOCK 64 /* positions of a block of keys and values */
+
+/* The paged cache of a layer: keys (blocks, kv_heads, head_dim, 64), so that scores are sums
+ * of whole vectors, and values (blocks, kv_heads, 64, head_dim), of `dtype`. */
 typedef struct zmoe_kv_cache {
   void *keys, *values;
-  uint32_t capacity, length;
+  uint32_t blocks;
 } zmoe_kv_cache;
 
-/* h (rows, width) f32 += attention of norm(h), causal; appends the rows to the
- * cache.  cosines and sines (rows, rope_dims / 2) are those of the rows'
- * positions, times the factor of scaled rotations where there is one; unused
- * without rope_dims.  ZMOE_EINVAL when the cache has no room. */
+/* Consecutive rows of one sequence, the first at `position`.  Position p of the sequence is
+ * in block blocks[p / 64] of the cache. */
+typedef struct zmoe_span {
+  const uint32_t *blocks;
+  uint32_t n_blocks, rows, position;
+} zmoe_span;
+
+/* h (rows of all spans in order, width) f32 += attention of norm(h), causal within each
+ * sequence; writes the rows' keys and values at their positions.  cosines and sines (positions,
+ * rope_dims / 2) are by position, times the factor of scaled rotations where there is one;
+ * unused without rope_dims.  A row's result depends on its own sequence's keys alone: neither
+ * on other rows nor on threads.  ZMOE_EINVAL for a span beyond its blocks or a block beyond
+ * the cache. */
 int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
-                        zmoe_kv_cache *cache, const float *cosines, const float *sines,
-                        uint32_t rows, float *h, zmoe_precision precision);
-/* Working memory of it, for up to `keys` keys in the cache. */
-size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t keys);
+                        const zmoe_kv_cache *cache, const zmoe_span *spans, uint32_t n_spans,
+                        const float *cosines, const float *sines, float *h,
+                        zmoe_precision precision);
+/* Working memory of it, on that many threads. */
+size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t threads);
 
 /* ---- router ---------------------------------------------------------------------- */
 

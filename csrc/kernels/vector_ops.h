@@ -2,7 +2,9 @@
  * one head, some queries and a block of keys, or the outputs of an expert's matmul.
  *
  * They give the same bits everywhere: elements are rounded one by one, and a sum
- * has 16 lanes (element i in lane i % 16), added by halves, then what fills no lanes. */
+ * has 16 lanes (element i in lane i % 16), added by halves, then what fills no lanes.
+ * `score` and `add_values` sum in order by fused multiply-adds, which a CPU without
+ * them (plain x86-64) rounds twice. */
 #ifndef ZMOE_VECTOR_OPS_H
 #define ZMOE_VECTOR_OPS_H
 
@@ -22,15 +24,15 @@ static inline zmoe_softmax zmoe_softmax_empty(void) {
   return (zmoe_softmax){-FLT_MAX, 0.0f};
 }
 
-/* Keys or values of one head: rows of `dim` elements, one after the other. */
-typedef struct zmoe_head_rows {
+/* A block of keys or of values of one head, `count` of which are looked at. */
+typedef struct zmoe_head_block {
   const unsigned char *data;
-  uintptr_t ahead; /* address of rows that will be wanted next, 0 for none */
+  uintptr_t ahead; /* address of a block that will be wanted next, 0 for none */
   zmoe_dtype dtype;
   uint32_t dim, count;
-} zmoe_head_rows;
+} zmoe_head_block;
 
-/* A head's rows are too few for the processor to guess what comes after them. */
+/* A head's block is too short for the processor to guess what comes after it. */
 static inline void zmoe_prefetch_range(uintptr_t address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64)
     __builtin_prefetch((const void *)(address + i));
@@ -43,20 +45,17 @@ typedef struct zmoe_vector_ops {
   /* The first `dims` elements of a head by their angles. */
   void (*rotate)(float *x, const float *cosines, const float *sines, uint32_t dims,
                  uint32_t traditional);
-  /* scores[i * stride + j] = queries[i] . keys[j], i < n, which is 1, 2 or
-   * ZMOE_QUERIES */
-  void (*score)(const float *const *queries, uint32_t n, const zmoe_head_rows *keys, float *scores,
-                size_t stride);
+  /* scores[i * ZMOE_KEY_BLOCK + j] = queries[i] . keys[:, j], keys (dim, ZMOE_KEY_BLOCK), i < n,
+   * which is 1, 2 or ZMOE_QUERIES; j < count rounded up to ZMOE_SUM_LANES */
+  void (*score)(const float *const *queries, uint32_t n, const zmoe_head_block *keys,
+                float *scores);
   /* scores[j] = exp(scores[j] - max), taken into `state`; what was made with its
    * earlier max is to be multiplied with the result: 1 for no scores. */
   float (*soften)(float *scores, uint32_t count, zmoe_softmax *state);
-  /* sums[i * sum_stride + d] = sums[...] * corrections[i] + weights[i * stride + j] * values[j][d]
-   * over all j; n as above */
-  void (*add_values)(const float *weights, size_t stride, uint32_t n, const float *corrections,
-                     const zmoe_head_rows *values, float *sums, size_t sum_stride);
-  /* Values in f32 in panels of `panel` elements, zeros after the last:
-   * panels[p][j][d] = values[j][p * panel + d], `panel` a multiple of 16. */
-  void (*pack_values)(const zmoe_head_rows *values, uint32_t panel, float *panels);
+  /* sums[i * sum_stride + d] = sums[...] * corrections[i] + sum over j < count of
+   * weights[i * ZMOE_KEY_BLOCK + j] * values[j][d], values (count, dim); n as above */
+  void (*add_values)(const float *weights, uint32_t n, const float *corrections,
+                     const zmoe_head_block *values, float *sums, size_t sum_stride);
   /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
   void (*activate)(const zmoe_expert_layer *layer, const float *gate, const float *up,
                    uint32_t count, float *out);

@@ -7,6 +7,9 @@
 
 enum { PARTS = ZMOE_SUM_LANES / LANES };
 
+/* A loop that must be unrolled: sums in an array stay in registers only so. */
+#define EACH(i, count) _Pragma("GCC unroll 8") for (uint32_t i = 0; i < (count); i++)
+
 KERNEL VEC get(const float *x) {
   return vec_load((const unsigned char *)x, 0, ZMOE_F32);
 }
@@ -160,5 +163,4 @@ TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
 #include "activation_body.h"
 #include "attention_body.h"
 
-const zmoe_vector_ops TABLE = {norm_row, clip,       rotate,      score,
-                               soften,   add_values, pack_values, activate};
+const zmoe_vector_ops TABLE = {norm_row, clip, rotate, score, soften, add_values, activate};

@@ -65,6 +65,7 @@ void describe_layer(layer *l) {
       .rope_traditional = s->traditional,
       .sinks = s->sinks ? l->sinks : NULL,
       .window = s->window,
+      .keep = s->keep,
       .dtype = s->dtype,
   };
 }
@@ -151,21 +152,21 @@ static void reference_head(const layer *l, const double *qkvs, uint32_t row, uin
                            double *out) {
   const shape *s = &l->s;
   uint32_t kv_head = head / (s->heads / s->kv_heads), end = s->filled + row + 1;
-  uint32_t begin = s->window != 0 && end > s->window ? end - s->window : 0;
+  uint32_t begin = s->window != 0 && end > s->window ? end - s->window + s->keep : 0;
   const double *q = qkvs + row * l->total + (size_t)head * s->head_dim;
   double *p = malloc(end * sizeof *p), max = s->sinks ? l->sinks[head] : -INFINITY, sum = 0;
-  for (uint32_t j = begin; j < end; j++) {
-    p[j] = 0;
+  for (uint32_t j = 0; j < end; j++) {
+    p[j] = j < s->keep || j >= begin ? 0 : -INFINITY;
     for (uint32_t d = 0; d < s->head_dim; d++)
       p[j] += q[d] * cached(l, l->keys, qkvs, l->q_width, kv_head, j, d) * l->attention.scale;
     max = fmax(max, p[j]);
   }
-  for (uint32_t j = begin; j < end; j++)
+  for (uint32_t j = 0; j < end; j++)
     sum += p[j] = exp(p[j] - max);
   sum += s->sinks ? exp(l->sinks[head] - max) : 0;
   for (uint32_t d = 0; d < s->head_dim; d++) {
     out[d] = 0;
-    for (uint32_t j = begin; j < end; j++)
+    for (uint32_t j = 0; j < end; j++)
       out[d] += p[j] / sum * cached(l, l->values, qkvs, l->q_width + l->kv_width, kv_head, j, d);
   }
   free(p);

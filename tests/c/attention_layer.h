@@ -11,6 +11,7 @@ typedef struct shape {
   int whole, bias, fused, sinks; /* whole: the norms of heads are over all of them */
   float clip;
   uint32_t dtype, rows, filled;
+  uint32_t keep; /* first keys that a window keeps */
 } shape;
 
 /* A layer of that shape, its cache and its input. */

@@ -257,29 +257,52 @@ static void test_bad_norms(void) {
   zmoe_thread_pool_destroy(pool);
 }
 
-enum { WIDTH = 8, DIM = 4, CAPACITY = 6 };
+enum { WIDTH = 8, DIM = 4, BLOCKS = 3, FLOATS = 2 * ZMOE_KEY_BLOCK * DIM * BLOCKS };
 
 /* What a refused call must leave alone. */
 struct scene {
-  float h[2 * WIDTH], keys[2 * CAPACITY * DIM], values[2 * CAPACITY * DIM];
-  zmoe_kv_cache cache;
+  float h[2 * WIDTH], keys[FLOATS], values[FLOATS];
 };
 
-static void expect(zmoe_thread_pool *pool, const zmoe_attention *attention, uint32_t length,
-                   uint32_t rows, const float *angles, int status) {
-  struct scene scene, before;
+static void expect(zmoe_thread_pool *pool, const zmoe_attention *attention, const zmoe_span *spans,
+                   uint32_t n_spans, const float *angles, int status) {
+  static struct scene scene, before;
   memset(&scene, 0x11, sizeof scene);
-  scene.cache = (zmoe_kv_cache){scene.keys, scene.values, CAPACITY, length};
   memcpy(&before, &scene, sizeof scene);
-  CHECK_EQUAL(
-      zmoe_attention_step(pool, attention, &scene.cache, angles, angles, rows, scene.h, ZMOE_EXACT),
-      status);
+  const zmoe_kv_cache cache = {scene.keys, scene.values, BLOCKS};
+  CHECK_EQUAL(zmoe_attention_step(pool, attention, &cache, spans, n_spans, angles, angles, scene.h,
+                                  ZMOE_EXACT),
+              status);
   if (status != ZMOE_OK)
     CHECK(memcmp(&before, &scene, sizeof scene) == 0);
 }
 
+static void test_bad_spans(zmoe_thread_pool *pool, const zmoe_attention *good,
+                           const float *angles) {
+  static const uint32_t blocks[] = {2, 0, BLOCKS}; /* the last one is not there */
+  static const zmoe_span fine = {blocks, 3, 1, 0}, none = {NULL, 0, 0, 0};
+  static const zmoe_span bad[] = {
+      {blocks, 1, 1, 64},         {blocks, 1, 2, 63},
+      {blocks, 3, 1, 128},        {blocks, 2, UINT32_MAX, 1},
+      {blocks, 2, 1, UINT32_MAX}, {blocks, 2, UINT32_MAX, UINT32_MAX},
+      {blocks, 0, 1, 0},          {NULL, 0, 1, 0},
+  };
+  for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+    expect(pool, good, &bad[i], 1, angles, ZMOE_EINVAL);
+    const zmoe_span after[] = {fine, bad[i]};
+    expect(pool, good, after, 2, angles, ZMOE_EINVAL);
+  }
+  expect(pool, good, &fine, 1, NULL, ZMOE_EINVAL); /* no angles */
+  const zmoe_span two[] = {none, {blocks, 2, 1, 127}, none, {blocks, 1, 1, 63}, none};
+  expect(pool, good, two, 5, angles, ZMOE_OK);
+  expect(pool, good, &none, 1, angles, ZMOE_OK);
+  expect(pool, good, NULL, 0, angles, ZMOE_OK);
+}
+
 static void test_bad_attention(void) {
-  static const float data[32 * WIDTH] = {0}, angles[8] = {0};
+  static const float data[32 * WIDTH] = {0}, angles[4 * ZMOE_KEY_BLOCK] = {0};
+  static const uint32_t first = 0;
+  static const zmoe_span row = {&first, 1, 1, 0};
   zmoe_weight projections[3] = {{.data = data, .out_features = 16, .in_features = WIDTH},
                                 {.data = data, .out_features = 8, .in_features = WIDTH},
                                 {.data = data, .out_features = 8, .in_features = WIDTH}};
@@ -299,32 +322,28 @@ static void test_bad_attention(void) {
                                .head_dim = DIM,
                                .rope_dims = 4,
                                .scale = 1};
-  zmoe_attention bad[17];
-  for (int i = 0; i < 17; i++)
+  zmoe_attention bad[20];
+  for (int i = 0; i < 20; i++)
     bad[i] = good;
   bad[0].heads = 0, bad[1].kv_heads = 0, bad[2].heads = 3, bad[3].kv_heads = 3;
   bad[4].head_dim = 0, bad[5].rope_dims = 3, bad[6].rope_dims = 6, bad[7].n_projections = 2;
   bad[8].n_projections = 1, bad[9].projections = wrong, bad[10].projections = narrow;
   bad[11].output = &other, bad[12].output = &taller, bad[13].input = odd;
   bad[14].query_norm = odd, bad[15].key_norm = kind, bad[16].dtype = 3;
-  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&good, CAPACITY));
-  for (int i = 0; i < 17; i++)
-    expect(pool, &bad[i], 0, 1, angles, ZMOE_EINVAL);
-  expect(pool, &good, CAPACITY - 1, 2, angles, ZMOE_EINVAL); /* one too many */
-  expect(pool, &good, CAPACITY + 1, 1, angles, ZMOE_EINVAL);
-  expect(pool, &good, 1, UINT32_MAX, angles, ZMOE_EINVAL);
-  expect(pool, &good, 0, 1, NULL, ZMOE_EINVAL); /* no angles */
-  expect(pool, &good, 0, 2, angles, ZMOE_OK);
-  expect(pool, &good, CAPACITY, 0, angles, ZMOE_OK);
+  bad[17].keep = 1, bad[18].window = bad[18].keep = 4, bad[19].window = 4, bad[19].keep = 5;
+  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&good, 2));
+  for (int i = 0; i < 20; i++)
+    expect(pool, &bad[i], &row, 1, angles, ZMOE_EINVAL);
+  test_bad_spans(pool, &good, angles);
   zmoe_thread_pool_destroy(pool);
   /* None; some; enough for all but the nested products. */
-  size_t own = zmoe_attention_scratch(&good, CAPACITY) - zmoe_linear_scratch(16);
+  size_t own = zmoe_attention_scratch(&good, 1) - zmoe_linear_scratch(16);
   const size_t rooms[] = {0, 1, own - ((size_t)300 << 10)};
   for (int i = 0; i < 3; i++) {
     CHECK_EQUAL(zmoe_thread_pool_create(1, NULL, 0, zmoe_isa_best(), &pool), ZMOE_OK);
     if (rooms[i] > 0)
       CHECK_EQUAL(zmoe_thread_pool_reserve(pool, rooms[i]), ZMOE_OK);
-    expect(pool, &good, 0, 1, angles, ZMOE_ENOMEM);
+    expect(pool, &good, &row, 1, angles, ZMOE_ENOMEM);
     zmoe_thread_pool_destroy(pool);
   }
 }

@@ -3,7 +3,7 @@
 
 #include "kernels/vector_ops.h"
 
-enum { KEYS = 70, QUERIES = 4, MOST = 256 };
+enum { QUERIES = ZMOE_QUERIES, KEYS = ZMOE_KEY_BLOCK, MOST = 256 };
 
 static const uint32_t DIMS[] = {1, 8, 16, 17, 24, 32, 80, 100, 128, 136, 256};
 
@@ -17,45 +17,75 @@ static void each_variant(void (*check)(const zmoe_vector_ops *, const zmoe_vecto
 
 static unsigned char data[KEYS * MOST * 4 + 1];
 
-/* Rows of the cache at an odd address. */
-static zmoe_head_rows random_rows(uint32_t dim, zmoe_dtype dtype) {
-  float *x = random_floats((size_t)KEYS * dim, 2.0f);
+/* A block of the cache at an odd address, and what is in it. */
+static zmoe_head_block random_block(uint32_t dim, zmoe_dtype dtype, float *x) {
+  float *drawn = random_floats((size_t)KEYS * dim, 2.0f);
+  for (uint32_t i = 0; i < KEYS * dim; i++)
+    x[i] = rounded(drawn[i], dtype);
   zmoe_convert(data + 1, dtype, x, ZMOE_F32, (size_t)KEYS * dim, ZMOE_ISA_GENERIC);
-  free(x);
-  return (zmoe_head_rows){data + 1, 0, dtype, dim, 1 + next_random() % KEYS};
+  free(drawn);
+  return (zmoe_head_block){data + 1, 0, dtype, dim, 1 + next_random() % KEYS};
 }
 
-static void check_attention(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast,
-                            uint32_t dim) {
+/* Plain x86-64 has no fused multiply-add. */
+static float multiply_add(const zmoe_vector_ops *ops, float a, float b, float c) {
+#if defined(__x86_64__)
+  if (ops == &zmoe_vector_ops_generic)
+    return a * b + c;
+#endif
+  (void)ops;
+  return fmaf(a, b, c);
+}
+
+/* Scores and sums are those of a loop over their terms, for any number of queries. */
+static void check_sums(const zmoe_vector_ops *plain, const zmoe_vector_ops *ops, uint32_t dim) {
+  (void)plain;
+  static float elements[KEYS * MOST];
   for (uint32_t n = 1; n <= QUERIES; n *= 2)
     for (int dtype = 0; dtype < 3; dtype++) {
-      zmoe_head_rows rows = random_rows(dim, (zmoe_dtype)dtype);
-      float *x = random_floats(QUERIES * MOST, 1.0f), a[2][QUERIES * KEYS], corrections[QUERIES];
-      float sums[2][QUERIES * MOST], panels[2][KEYS * (MOST + 32)];
+      zmoe_head_block block = random_block(dim, (zmoe_dtype)dtype, elements);
+      float *x = random_floats(QUERIES * MOST, 1.0f), scores[QUERIES * KEYS], sums[QUERIES * MOST];
       const float *queries[QUERIES] = {x, x + MOST, x + 2 * MOST, x + 3 * MOST};
-      for (int v = 0; v < 2; v++) {
-        const zmoe_vector_ops *ops = v ? fast : plain;
-        memset(a[v], 0, sizeof a[v]), memset(panels[v], 0, sizeof panels[v]);
-        memcpy(sums[v], x, sizeof sums[v]);
-        ops->score(queries, n, &rows, a[v], KEYS);
-        for (uint32_t i = 0; i < n; i++) {
-          zmoe_softmax state = zmoe_softmax_empty();
-          corrections[i] = ops->soften(a[v] + i * KEYS, rows.count / 2, &state) + (float)i;
-          corrections[i] += ops->soften(a[v] + i * KEYS + rows.count / 2, rows.count / 2, &state);
-          a[v][i * KEYS + KEYS - 1] = state.sum;
+      const float corrections[QUERIES] = {1, 0.3f, 0, 2};
+      memcpy(sums, x, sizeof sums);
+      ops->score(queries, n, &block, scores);
+      for (uint32_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < block.count; j++) {
+          float expected = 0;
+          for (uint32_t d = 0; d < dim; d++)
+            expected = multiply_add(ops, elements[d * KEYS + j], queries[i][d], expected);
+          CHECK(expected == scores[i * KEYS + j]);
         }
-        ops->add_values(a[v], KEYS, n, corrections, &rows, sums[v], MOST);
-        ops->pack_values(&rows, 32, panels[v]);
-      }
-      CHECK(memcmp(a[0], a[1], sizeof a[0]) == 0);
-      CHECK(memcmp(sums[0], sums[1], sizeof sums[0]) == 0);
-      CHECK(memcmp(panels[0], panels[1], sizeof panels[0]) == 0);
+      ops->add_values(scores, n, corrections, &block, sums, MOST);
+      for (uint32_t i = 0; i < n; i++)
+        for (uint32_t d = 0; d < dim; d++) {
+          float expected = queries[i][d] * corrections[i];
+          for (uint32_t j = 0; j < block.count; j++)
+            expected = multiply_add(ops, elements[j * dim + d], scores[i * KEYS + j], expected);
+          CHECK(expected == sums[i * MOST + d]);
+        }
       free(x);
     }
 }
 
+static void check_softmax(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast, uint32_t dim) {
+  float *x = random_floats(dim, 3.0f), scores[2][MOST], corrections[2];
+  zmoe_softmax states[2] = {zmoe_softmax_empty(), zmoe_softmax_empty()};
+  for (int v = 0; v < 2; v++) {
+    const zmoe_vector_ops *ops = v ? fast : plain;
+    memcpy(scores[v], x, dim * sizeof *x);
+    corrections[v] = ops->soften(scores[v], dim / 2, &states[v]);
+    corrections[v] += ops->soften(scores[v] + dim / 2, dim - dim / 2, &states[v]);
+  }
+  CHECK(memcmp(scores[0], scores[1], dim * sizeof *x) == 0);
+  CHECK(corrections[0] == corrections[1]);
+  CHECK(states[0].max == states[1].max && states[0].sum == states[1].sum);
+  free(x);
+}
+
 static void test_attention(void) {
-  each_variant(check_attention);
+  each_variant(check_sums);
+  each_variant(check_softmax);
 }
 
 static void check_heads(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast, uint32_t dim) {

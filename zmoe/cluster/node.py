@@ -19,7 +19,7 @@ from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
-from zmoe.engine.mlx_caches import MlxEngine
+from zmoe.engine.engine import make_engine
 from zmoe.errors import MismatchError, PlacementError, SettingError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
@@ -185,7 +185,7 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
-        self._engine = MlxEngine(shard.model, reducer, shard.head, self._config.max_kv_size)
+        self._engine = make_engine(shard.model, reducer, self._config, shard.head, shard.paged)
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:

@@ -21,9 +21,12 @@ class SteppedReducer(Protocol):
 
 
 class LogitRows(Protocol):
-    """The model's last matmul: after which rows of the next pass it computes logits."""
+    """The model's last matmul: after which rows of the next pass it computes logits.
 
-    rows: Rows
+    None: after the last one of each sequence.
+    """
+
+    rows: Rows | None
 
 
 class Engine(Protocol):

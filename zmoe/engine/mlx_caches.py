@@ -142,11 +142,15 @@ class MlxEngine:
         """The logits after `rows` of the flattened `ids` (batch, tokens)."""
         self._head.rows = rows
         out = self._model(mx.array(ids), cache=caches)
+        state = [c.state for c in caches]
+        if not len(rows):
+            mx.eval(state)
+            return np.empty((0, 0), np.float32)
         logits = out.reshape(-1, out.shape[-1]).astype(mx.float32)
         if len(logits) != len(rows):  # MLX's own lm_head knows nothing of `head`
             logits = logits[mx.array(rows)]
-        mx.eval([c.state for c in caches], logits if len(rows) else [])
-        return np.array(logits if len(rows) else [], np.float32)
+        mx.eval(state, logits)
+        return np.array(logits)
 
     # ---- sequences -------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from mlx.nn.layers.base import Module
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, pointer, writable
-from zmoe.kernels.residual import NativeCache, RopeTables
+from zmoe.kernels.paged import PagedCache, PagedStep
+from zmoe.kernels.residual import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
 from zmoe.native import Status, ffi, lib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zmoe.native import CData
 
 _RMS, _LAYER = 1, 2
+_KEPT = 4  # first keys that a window of --max-kv-size keeps
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,15 @@ class NativeAttention:
     """h += attention(norm(h)), for layers whose linear parts are native already."""
 
     def __init__(
-        self, parts: AttentionParts, rope_tables: RopeTables, pool: ThreadPool, dtype: mx.Dtype
+        self,
+        parts: AttentionParts,
+        rope_tables: RopeTables,
+        step: PagedStep,
+        pool: ThreadPool,
+        dtype: mx.Dtype,
     ) -> None:
-        self._pool, self._rope, self._dtype = pool, rope_tables, dtype
-        self._shape = (parts.kv_heads, parts.head_dim)
+        self._pool, self._rope, self._step = pool, rope_tables, step
+        self.cache = PagedCache(parts.kv_heads, parts.head_dim, dtype)
         self._projections = weights_of(parts.projections)
         self._output = weights_of([parts.output])
         self._keep: list[Any] = [parts.projections, parts.output]
@@ -123,24 +130,25 @@ class NativeAttention:
             raw.sinks = ffi.from_buffer("float[]", sinks)
         raw.dtype = int(DTYPES[dtype])
         self._raw, self._window = raw, parts.window
+        pool.reserve(lib.zmoe_attention_scratch(raw, pool.threads))
 
-    def make_cache(self, max_size: int | None) -> NativeCache:
-        """An empty cache of this layer, a window of `max_size` keys if that is given."""
-        self._raw.window = self._window if max_size is None else max_size
-        return NativeCache(*self._shape, self._dtype, max_size)
+    def limit(self, max_kv_size: int | None) -> None:
+        """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
+        self._raw.window = self._window if max_kv_size is None else max_kv_size
+        self._raw.keep = 0 if max_kv_size is None else _KEPT
 
-    def __call__(self, h: CData, tokens: int, cache: NativeCache) -> None:
-        """Change h (tokens, hidden_size) f32 in place; appends to the cache. Raises ZmoeError."""
-        cosines, sines = self._rope.tables(cache.offset, tokens)
-        if cache.grow(tokens):
-            self._pool.reserve(lib.zmoe_attention_scratch(self._raw, cache.raw.capacity))
+    def __call__(self, h: CData) -> None:
+        """Change h (rows of the step, hidden_size) f32 in place. Raises ZmoeError."""
+        step = self._step
+        cosines, sines = self._rope.tables(step.end)
         status = lib.zmoe_attention_step(
             self._pool.handle,
             self._raw,
-            cache.raw,
+            self.cache.raw,
+            step.raw,
+            step.count,
             cosines,
             sines,
-            tokens,
             h,
             self._pool.precision,
         )

@@ -6,7 +6,7 @@ is what the tests compare it with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,8 @@ from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, writable
 from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.residual import NativeCache, ResidualBuffer
+from zmoe.kernels.paged import PagedCache, PagedStep
+from zmoe.kernels.residual import ResidualBuffer
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer, Routed, forward
@@ -150,30 +151,42 @@ class Part(NamedTuple):
     assigned: bool
 
 
+class _Memory:
+    """What Buffers are slices of: for up to `rows` tokens and `padding` experts besides."""
+
+    def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
+        self.rows, self.padding = rows, padding
+        self.x = empty((rows + 1, width), dtype)
+        self.out, self.partial = (np.empty((rows + 1, width), np.float32) for _ in range(2))
+        self.ids, self.weights = (
+            np.empty((rows, top_k), np.int32),
+            np.empty((rows, top_k), np.float32),
+        )
+        count = rows * top_k + padding
+        self.pair_rows, self.some_rows, self.experts, self.order = np.empty((4, count), np.int32)
+        self.pair_weights = np.empty(count, np.float32)
+
+
 class Buffers(Routed):
     """What a layer's routing and sums of `rows` tokens go into, reused by all layers.
 
-    One row of x more, of zeros, and one of the partial sum are for up to
-    `padding` experts that are run on no token of the routing.
+    One row of x more, of zeros, and one of the partial sum are for the
+    experts that are run on no token of the routing.
     """
 
-    def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
+    def __init__(self, rows: int, memory: _Memory, dtype: mx.Dtype) -> None:
         self.rows = rows
-        x = empty((rows + 1, width), dtype)
+        x, out = memory.x[: rows + 1], memory.out[:rows]
         x[rows] = 0
-        ids, weights = np.empty((rows, top_k), np.int32), np.empty((rows, top_k), np.float32)
-        out = np.empty((rows, width), np.float32)
-        super().__init__(x[:rows], dtype, ids, weights, 0, out)
+        super().__init__(x[:rows], dtype, memory.ids[:rows], memory.weights[:rows], 0, out)
         self.memory = out  # that of h, once there is a routing
-        self.partial = np.empty((rows + 1, width), np.float32)
+        self.partial = memory.partial[: rows + 1]
         self.x_pointer = writable(x)
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
         self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
-        count = rows * top_k + padding
-        self._pair_rows, self._some_rows = np.empty(count, np.int32), np.empty(count, np.int32)
-        self.experts, order = np.empty(count, np.int32), np.empty(count, np.int32)
-        self._pair_weights = np.empty(count, np.float32)
-        self.sorted_pointer = ffi.from_buffer("int32_t[]", order)
+        self._pair_rows, self._some_rows = memory.pair_rows, memory.some_rows
+        self.experts, self._pair_weights = memory.experts, memory.pair_weights
+        self.sorted_pointer = ffi.from_buffer("int32_t[]", memory.order)
         self.pairs, self._some_pairs = ffi.new("zmoe_pairs *"), ffi.new("zmoe_pairs *")
         self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows)
         self.pairs.experts = ffi.from_buffer("int32_t[]", self.experts)
@@ -207,22 +220,26 @@ class Buffers(Routed):
 
 
 class BufferPool:
-    """Buffers that the layers share: those for one token, and for the last other number of tokens.
+    """Buffers that the layers share: slices of memory for the most tokens so far.
 
     `padding`: the most experts that any layer runs on no token.
     """
 
     def __init__(self, dtype: mx.Dtype, padding: int = 0) -> None:
         self.dtype, self._padding = dtype, padding
-        self._known: dict[tuple[int, int, int], Buffers] = {}
+        self._memory: dict[tuple[int, int], _Memory] = {}
+        self._known: dict[tuple[int, int], Buffers] = {}
 
     def of(self, rows: int, width: int, top_k: int) -> Buffers:
-        """The buffers for `rows` tokens."""
-        key = (rows, width, top_k)
+        """The buffers for `rows` tokens, until it is asked for another number of them."""
+        key = (width, top_k)
         found = self._known.get(key)
-        if found is None:
-            self._known = {k: kept for k, kept in self._known.items() if k[0] == 1}
-            found = self._known[key] = Buffers(rows, width, top_k, self._padding, self.dtype)
+        if found is None or found.rows != rows:
+            memory = self._memory.get(key)
+            if memory is None or memory.rows < rows:
+                memory = _Memory(rows, width, top_k, self._padding, self.dtype)
+                self._memory[key] = memory
+            found = self._known[key] = Buffers(rows, memory, self.dtype)
         return found
 
 
@@ -240,17 +257,43 @@ class NativeLayer(Module):
         self.layer = layer
         self._attention, self._feed_forward, self._residual = attention, feed_forward, residual
 
-    def make_cache(self, max_size: int | None) -> NativeCache:
-        """An empty cache of this layer, a window of `max_size` keys if that is given."""
-        return self._attention.make_cache(max_size)
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: NativeCache | None = None) -> mx.array:
-        """From x (1, tokens, hidden_size): the residual buffer; the next step overwrites it."""
-        assert cache is not None
+    def __call__(self, x: mx.array, mask: Any = None, cache: PagedCache | None = None) -> mx.array:
+        """From x (1, rows of the step, hidden_size): the residual buffer, which the next step
+        overwrites.
+        """
         array, h, memory = self._residual.take(x)
-        self._attention(h, len(memory), cache)
+        self._attention(h)
         self._feed_forward(h, memory)
         return array
+
+
+class PagedLayers:
+    """The caches of all layers of a model whose layers are NativeLayers."""
+
+    def __init__(self, attentions: Sequence[NativeAttention], step: PagedStep) -> None:
+        self._attentions = attentions
+        self.step = step
+        self.caches = [attention.cache for attention in attentions]
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of a block of 64 positions, in all layers."""
+        return sum(cache.bytes_per_block for cache in self.caches)
+
+    def allocate(self, blocks: int) -> None:
+        """See PagedCache.allocate."""
+        for cache in self.caches:
+            cache.allocate(blocks)
+
+    def copy(self, to: int, source: int) -> None:
+        """Block `to` becomes a copy of block `source`."""
+        for cache in self.caches:
+            cache.copy(to, source)
+
+    def limit(self, max_kv_size: int | None) -> None:
+        """See NativeAttention.limit."""
+        for attention in self._attentions:
+            attention.limit(max_kv_size)
 
 
 class MlxFeedForward:

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
@@ -66,27 +67,34 @@ class Matmul:
 
 @dataclass
 class Head:
-    """The model's last matmul, which only the leader needs, and of the last token alone.
+    """The model's last matmul, which only the leader needs, and of some rows only.
 
-    Unless `wanted`, logits are zeros that were never computed.
+    `rows`: those whose logits are wanted, of the whole pass; None: the last of each sequence.
     """
 
     dtype: mx.Dtype  # what x is rounded to
-    wanted: bool = True
+    rows: npt.NDArray[np.intp] | None = None
 
 
 class _HeadMatmul(Matmul):
-    """From x (..., tokens, in_features): the last logits, (..., 1, out_features) float32."""
+    """From x (sequences, tokens, in_features): logits (1, wanted rows, out_features) float32,
+    or (sequences, 1, out_features).
+    """
 
     def __init__(self, pool: ThreadPool, weight: Matrices, head: Head) -> None:
         super().__init__(pool, weight)
         self._head = head
 
     def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-        if not self._head.wanted:
-            return mx.zeros((*x.shape[:-2], 1, self.weight.out_features))
-        if x.shape[-2] > 1:
+        rows = self._head.rows
+        if rows is None:
             x = x[..., -1:, :]
+        elif len(rows) == 0:
+            return mx.zeros((1, 0, self.weight.out_features))
+        else:
+            x = x.reshape(1, -1, x.shape[-1])
+            if len(rows) < x.shape[1]:
+                x = x[:, mx.array(rows)]
         return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
 
 

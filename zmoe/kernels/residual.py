@@ -1,4 +1,4 @@
-"""What the decoder layers of one model share: the residual buffer, the RoPE tables, the cache."""
+"""What the decoder layers of one model share: the residual buffer and the RoPE tables."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe.exchange.buffers import DTYPES
-from zmoe.kernels.arrays import Buffer, empty, pointer, writable
+from zmoe.kernels.arrays import Buffer, pointer
 from zmoe.native import Dtype, best_isa, ffi, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
 
-_FIRST_KEYS = 256
-_KEPT = 4  # first keys that a window keeps
 _POSITIONS_AHEAD = 256  # so that a token rarely waits for MLX to turn vectors
 
 
@@ -74,96 +72,25 @@ class RopeTables:
         self.dims = int(rope.dims if "dims" in vars(rope) else rope.dim)
         self.traditional = bool(getattr(rope, "traditional", False))
         probe = np.zeros((1, 1, 1, head_dim), np.float32)
-        self._first = slice(0, self.dims, 2) if self.traditional else slice(0, self.dims // 2)
-        self._second = (
-            slice(1, self.dims, 2) if self.traditional else slice(self.dims // 2, self.dims)
-        )
-        probe[..., self._first] = 1
-        self._probe = mx.array(probe)
-        self._positions = range(0)
-        self._tables: list[CData] = []
+        first = slice(0, self.dims, 2) if self.traditional else slice(0, self.dims // 2)
+        second = slice(1, self.dims, 2) if self.traditional else slice(self.dims // 2, self.dims)
+        probe[..., first] = 1
+        self._probe, self._parts = mx.array(probe), (first, second)
+        self._positions = 0
+        self._tables = [np.empty((0, self.dims // 2), np.float32) for _ in self._parts]
+        self._raw: list[CData] = []
 
-    def tables(self, offset: int, tokens: int) -> list[CData]:
-        """Cosines and sines (tokens, dims / 2) f32 of the positions from `offset` on."""
+    def tables(self, positions: int) -> list[CData]:
+        """Cosines and sines (at least `positions`, dims / 2) f32, from position 0 on."""
         known = self._positions
-        if not (known.start <= offset and offset + tokens <= known.stop):
-            count = max(tokens, _POSITIONS_AHEAD)
+        if positions > known:
+            count = max(positions - known, known, _POSITIONS_AHEAD)
             probe = mx.broadcast_to(self._probe, (1, 1, count, self._probe.shape[-1]))
-            turned = np.asarray(self.rope(probe, offset=offset))[0, 0]
-            self._positions = known = range(offset, offset + count)
+            turned = np.asarray(self.rope(probe, offset=known))[0, 0]
             self._tables = [
-                ffi.from_buffer("float[]", np.ascontiguousarray(turned[:, part]))
-                for part in (self._first, self._second)
+                np.concatenate([table, turned[:, part]])
+                for table, part in zip(self._tables, self._parts)
             ]
-        skipped = (offset - known.start) * (self.dims // 2)
-        return [table + skipped for table in self._tables]
-
-
-class NativeCache:
-    """Keys and values of one layer, as mlx-lm's models see a cache: they only ask its length.
-
-    With `max_size` it is a window, as mlx-lm's RotatingKVCache(max_size, keep=4) is: of the
-    keys before a token, the first 4 and the latest stay, `max_size` in all with its own.
-    """
-
-    def __init__(
-        self, kv_heads: int, head_dim: int, dtype: mx.Dtype, max_size: int | None = None
-    ) -> None:
-        self._shape, self._dtype, self._max_size = (kv_heads, head_dim), dtype, max_size
-        self.raw = ffi.new("zmoe_kv_cache *")
-        self._memory: list[Buffer] = []
-        self._dropped = 0
-        self._oldest = _KEPT  # where the oldest key of the window lies
-
-    @property
-    def offset(self) -> int:
-        """The position of the next token."""
-        return self._dropped + int(self.raw.length)
-
-    @property
-    def state(self) -> list[mx.array]:
-        """Nothing that MLX would have to compute."""
-        return []
-
-    def make_mask(self, *_: Any, **__: Any) -> None:
-        """None: the layer itself knows what a token may see."""
-        return None
-
-    def grow(self, tokens: int) -> bool:
-        """Make room for `tokens` more; whether that took new memory."""
-        if self._max_size is not None and self.raw.length + tokens > self._max_size:
-            self._drop(tokens, self._max_size)
-        length, capacity = int(self.raw.length), int(self.raw.capacity)
-        if length + tokens <= capacity:
-            return False
-        capacity = max(_FIRST_KEYS, 2 * capacity)
-        capacity = max(min(capacity, self._max_size or capacity), length + tokens)
-        heads, head_dim = self._shape
-        grown = [empty((heads, capacity, head_dim), self._dtype) for _ in range(2)]
-        for new, old in zip(grown, self._memory):
-            new[:, :length] = old[:, :length]
-        self._memory = grown
-        self.raw.keys, self.raw.values = (writable(memory) for memory in grown)
-        self.raw.capacity = capacity
-        return True
-
-    def _drop(self, tokens: int, max_size: int) -> None:
-        """Leave at most `max_size` - 1 keys, which `tokens` new ones then follow."""
-        length, last = int(self.raw.length), max_size - 1
-        if length <= last and (tokens == 1 or self._oldest == _KEPT):
-            return
-        if tokens == 1 and length == max_size:
-            # One token sees all that is left, in any order: the latest takes the oldest's place.
-            for memory in self._memory:
-                memory[:, self._oldest] = memory[:, last]
-            self._oldest = _KEPT + (self._oldest - _KEPT + 1) % (last - _KEPT)
-            dropped = 1
-        else:
-            dropped = length - last
-            by_age = np.r_[:_KEPT, self._oldest : last, _KEPT : self._oldest, last:length]
-            left = np.delete(by_age, slice(_KEPT, _KEPT + dropped))
-            for memory in self._memory:
-                memory[:, : len(left)] = memory[:, left]
-            self._oldest = _KEPT
-        self._dropped += dropped
-        self.raw.length = length - dropped
+            self._raw = [ffi.from_buffer("float[]", table) for table in self._tables]
+            self._positions = known + count
+        return self._raw

@@ -12,8 +12,9 @@ from mlx.nn.layers.base import Module
 from zmoe.families.decoders import ROUTERS, LayerParts, final_norm_of, parts_of
 from zmoe.families.sites import Site, key_of, replace_module
 from zmoe.kernels.attention import NativeAttention, NativeNorm
-from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE, PagedLayers
 from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
@@ -58,8 +59,8 @@ def fuse_layers(
     experts: dict[str, NativeExperts],
     pool: ThreadPool,
     dtype: mx.Dtype,
-) -> bool:
-    """Replace all decoder layers by NativeLayers, and return True, if each of them is known.
+) -> PagedLayers | None:
+    """Replace all decoder layers by NativeLayers if each of them is known; returns their caches.
 
     The model's linear layers are native and its MoE blocks expert-parallel by
     now; `sites` and `layers` are those of the blocks, in the same order, and
@@ -67,23 +68,25 @@ def fuse_layers(
     """
     parts = parts_of(model)
     if parts is None:
-        return False
+        return None
     width = parts[0].attention.output._matmul.weight.out_features
     padding = max(layer.ownership.most_padding for layer in layers)
     shared = _Shared(pool, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)
+    step, attentions = PagedStep(), []
     for index, (layer, part) in enumerate(zip(originals, parts)):
         rope_tables = shared.tables_of(part.attention.rope, part.attention.head_dim)
-        attention = NativeAttention(part.attention, rope_tables, pool, dtype)
+        attention = NativeAttention(part.attention, rope_tables, step, pool, dtype)
+        attentions.append(attention)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
         native = NativeLayer(layer, attention, feed_forward, shared.residual)
         replace_module(model, paths[id(layer)], native)
     holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)
     replace_module(model, paths[id(norm)], NativeNorm(norm, pool, dtype))
-    return True
+    return PagedLayers(attentions, step)
 
 
 def _feed_forward(

@@ -16,6 +16,7 @@ from zmoe.checkpoint.verify import check_share
 from zmoe.errors import PlacementError
 from zmoe.exchange.base import Reducer
 from zmoe.families.sites import Site, replace_module
+from zmoe.kernels.decoder import PagedLayers
 from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native
 from zmoe.kernels.threads import ThreadPool
@@ -42,13 +43,15 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user. `head` says of each pass whether its
-    logits are wanted; what MLX computes is lazy anyway.
+    `notices` are lines for the user. `head` says of each pass which rows'
+    logits are wanted; what MLX computes is lazy anyway. `paged` are the caches of a
+    model whose layers are all the kernels'.
     """
 
     model: Module
     config: dict[str, Any]
     head: Head
+    paged: PagedLayers | None
     bytes_read: int
     share_bytes: int
     largest_tensor_bytes: int
@@ -97,10 +100,13 @@ def load_shard(
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))
+    paged = None
     if pool is not None and fuse:
-        fuse_layers(model, sites, layers, experts, pool, dtype)
+        paged = fuse_layers(model, sites, layers, experts, pool, dtype)
     notices = (*share.notices, *_notices(sites))
-    return LoadedShard(model, share.config, head, share.bytes_read, sum(sizes), max(sizes), notices)
+    return LoadedShard(
+        model, share.config, head, paged, share.bytes_read, sum(sizes), max(sizes), notices
+    )
 
 
 @dataclass(frozen=True)

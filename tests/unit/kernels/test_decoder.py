@@ -23,7 +23,6 @@ from zmoe import native
 from zmoe.families import routers
 
 F32 = npt.NDArray[np.float32]
-CAPACITY = 64
 TOLERANCE = 1e-5
 ffi = native.ffi
 lib: Any = native.lib  # the declarations of decoder.h are not in zmoe/_native.pyi
@@ -176,33 +175,34 @@ def angles(rope: Any, first: int, rows: int) -> tuple[F32, F32]:
 
 
 class Attention:
-    """The C attention of a module of mlx-lm, with a cache of its own."""
+    """The C attention of a module of mlx-lm, with a cache of its own, its blocks shuffled."""
 
     def __init__(self, pool: Any, norm: Any, module: Any, window: int) -> None:
         self.pool, self.rope, self.structs = pool, module.rope, Structs()
         self.struct = describe(norm, module, window, self.structs)
-        size = self.struct.kv_heads * CAPACITY * self.struct.head_dim
+        self.blocks, self.length = np.array([2, 0, 1], np.uint32), 0
+        size = self.struct.kv_heads * self.blocks.size * 64 * self.struct.head_dim
         keys, values = (self.structs.keep(np.full(size, np.nan, np.float32)) for _ in range(2))
         self.cache = ffi.new(
             "zmoe_kv_cache *",
-            {
-                "keys": ffi.from_buffer(keys),
-                "values": ffi.from_buffer(values),
-                "capacity": CAPACITY,
-                "length": 0,
-            },
+            {"keys": ffi.from_buffer(keys), "values": ffi.from_buffer(values), "blocks": 3},
         )
 
     def __call__(self, x: mx.array) -> F32:
         h = np.array(x[0])
-        cosines, sines = angles(self.rope, self.cache.length, len(h))
+        table = ffi.from_buffer("uint32_t[]", self.blocks)
+        span = ffi.new("zmoe_span *", {"blocks": table, "n_blocks": 3, "rows": len(h)})
+        span.position = self.length
+        self.length += len(h)
+        cosines, sines = angles(self.rope, 0, self.length)
         status = lib.zmoe_attention_step(
             self.pool,
             self.struct,
             self.cache,
+            span,
+            1,
             ffi.from_buffer("float[]", cosines),
             ffi.from_buffer("float[]", sines),
-            len(h),
             ffi.from_buffer("float[]", h),
             lib.ZMOE_EXACT,
         )
@@ -243,12 +243,12 @@ def test_attention_is_that_of_mlx_lm(case: str, pool: Any) -> None:
     norm, module = block_of(model)
     window = model.args.sliding_window if family == "gpt_oss" else 0
     ours, cache = Attention(pool, norm, module, window), KVCache()
-    for rows in (20, 1, 1, 7, 1):
+    for rows in (20, 1, 1, 7, 1, 70, 1):
         x = 2 * mx.random.normal((1, rows, norm.weight.shape[0]))
         mask = create_attention_mask(x, cache, window_size=window or None)
         added = module(norm(x), mask, cache)
         assert close(ours(x) - np.array(x[0]), added), f"{rows} rows after {cache.offset - rows}"
-    assert ours.cache.length == cache.offset
+    assert ours.length == cache.offset
 
 
 # ---- routers --------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_nan_and_infinity_come_out_as_from_the_reference(
             assert np.isfinite(got[0]).all()
 
 
-def test_only_the_last_row_of_logits_is_computed_and_only_if_wanted() -> None:
+def test_only_the_wanted_rows_of_logits_are_computed() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -169,10 +169,14 @@ def test_only_the_last_row_of_logits_is_computed_and_only_if_wanted() -> None:
     wants = model.embed.as_linear(x), model.lm_head(x)
     make_native(model, ThreadPool(), {}, head)
     for product, want in zip((model.embed.as_linear, model.lm_head), wants):
-        head.wanted = True
+        head.rows = None
         assert mx.allclose(product(x), want[:, -1:], rtol=1e-4, atol=1e-4)
-        head.wanted = False
-        assert product(x).shape == (1, 1, OUTS) and not mx.any(product(x))
+        for rows in ([2], [0, 3], [0, 1, 2, 3]):
+            head.rows = np.array(rows, np.int32)
+            assert mx.allclose(product(x), want[:, mx.array(rows)], rtol=1e-4, atol=1e-4)
+        head.rows = np.empty(0, np.int32)
+        assert product(x).shape == (1, 0, OUTS)
+    assert head.vocabulary == OUTS
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

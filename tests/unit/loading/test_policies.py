@@ -75,7 +75,7 @@ def run(
             policy=policy,
             recorder=trace,
         )
-        engine = Engine(shard.model, reducer, EngineConfig(), shard.head)
+        engine = Engine(shard.model, reducer, EngineConfig(), shard.head, shard.paged)
         # At once, as what is lazy may hold on to a buffer of the exchange.
         return [np.array(engine.forward(*each)) for each in enumerate(STEPS)], trace
 

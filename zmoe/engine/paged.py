@@ -1,0 +1,133 @@
+"""A node's part of a step on paged caches: many sequences, each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.batch.plan import Plan, blocks_of
+from zmoe.engine.base import Floats, LogitRows, SteppedReducer
+from zmoe.errors import ZmoeError
+
+Blocks = npt.NDArray[np.uint32]
+
+
+class PagedStep(Protocol):
+    """The spans that the attention layers run next."""
+
+    def begin(self, spans: Sequence[tuple[int, int, Blocks]]) -> None:
+        """Take (position, rows, the sequence's blocks) of each span."""
+        ...
+
+
+class PagedLayers(Protocol):
+    """The paged caches of a model's layers, of `bytes_per_block` for 64 positions in all."""
+
+    step: Any  # a PagedStep
+
+    @property
+    def caches(self) -> Sequence[Any]: ...
+
+    @property
+    def bytes_per_block(self) -> int: ...
+
+    def allocate(self, blocks: int) -> None: ...
+
+    def copy(self, to: int, source: int) -> None: ...
+
+    def limit(self, max_kv_size: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """`blocks` in the order of positions, of which the first `length` positions are filled."""
+
+    blocks: Blocks
+    length: int
+
+
+class PagedEngine:
+    """Runs plans on a model whose layers are all in C, in lock-step with the other ranks."""
+
+    paged, can_batch, can_trim = True, True, True
+
+    def __init__(
+        self,
+        model: Callable[..., mx.array],
+        reducer: SteppedReducer,
+        head: LogitRows,
+        layers: PagedLayers,
+    ) -> None:
+        self._model, self._reducer, self._head, self._layers = model, reducer, head, layers
+        self._sequences: dict[int, _Sequence] = {}
+        self._blocks = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """See Engine."""
+        return self._layers.bytes_per_block
+
+    def make_cache(self, blocks: int) -> None:
+        """See Engine."""
+        self._sequences.clear()
+        self._layers.allocate(blocks)
+        self._blocks = blocks
+
+    def run(self, plan: Plan, logits: bool = True) -> Floats | None:
+        """See Engine. A step that failed in the exchange can be repeated by a plan of the
+        same positions.
+        """
+        self._sequences = self._checked(plan)
+        for copy in plan.copies:
+            self._layers.copy(copy.to, copy.source)
+        self._layers.step.begin(
+            [(s.position, s.rows, self._sequences[s.sequence].blocks) for s in plan.spans]
+        )
+        self._reducer.step, self._reducer.plan = plan.step, plan.digest
+        ends = np.cumsum([span.rows for span in plan.spans])
+        wanted = [np.arange(end - s.logits, end) for s, end in zip(plan.spans, ends) if logits]
+        self._head.rows = rows = np.concatenate([np.empty(0, np.intp), *wanted])
+        out = self._model(mx.array([plan.tokens]), cache=self._layers.caches)
+        # A lazy array would read buffers of the exchange that the next steps rewrite.
+        mx.eval(out)
+        return np.asarray(out[0].astype(mx.float32)) if len(rows) else None
+
+    def _checked(self, plan: Plan) -> dict[int, _Sequence]:
+        """The sequences as `plan` leaves them; raises ZmoeError for what cannot be."""
+        named = [*plan.blocks, *(block for c in plan.copies for block in (c.to, c.source))]
+        if named and not 0 <= min(named) <= max(named) < self._blocks:
+            raise ZmoeError(f"a plan with a block outside of 0 to {self._blocks - 1}")
+        if plan.forks:
+            raise ZmoeError(
+                f"a plan forks sequence {plan.forks[0].old}: paged caches copy blocks instead"
+            )
+        sequences = dict(self._sequences)
+        for sequence in plan.free:
+            if sequences.pop(sequence, None) is None:
+                raise ZmoeError(f"a plan ends sequence {sequence}, which this node does not hold")
+        taken, ran = 0, set()
+        for span in plan.spans:
+            if span.sequence in ran:
+                raise ZmoeError(f"a plan runs sequence {span.sequence} twice")
+            ran.add(span.sequence)
+            held = sequences.get(span.sequence)
+            table = np.empty(0, np.uint32) if held is None else held.blocks
+            if held is not None and span.position > held.length:
+                raise ZmoeError(
+                    f"a plan runs sequence {span.sequence} from position {span.position}: "
+                    f"this node holds {held.length}"
+                )
+            lacks = max(0, blocks_of(span.end) - len(table))
+            if lacks:
+                new = np.array(plan.blocks[taken : taken + lacks], np.uint32)
+                table = np.concatenate([table, new])
+                taken += lacks
+            sequences[span.sequence] = _Sequence(table, span.end)
+        if taken != len(plan.blocks):
+            raise ZmoeError(f"a plan brings {len(plan.blocks)} blocks: its spans lack {taken}")
+        return sequences

@@ -1,0 +1,80 @@
+"""The paged caches of a model's attention layers, and the spans of the step that they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.kernels.arrays import Buffer, empty, writable
+from zmoe.native import ffi, lib
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+Blocks = npt.NDArray[np.uint32]
+
+
+class PagedCache:
+    """Keys and values of one layer, in blocks of 64 positions.
+
+    mlx-lm's models ask it for their mask: the layer itself knows what a row may see.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
+        self._block, self._dtype = (kv_heads, lib.ZMOE_KEY_BLOCK * head_dim), dtype
+        self._memory = [self._empty(0), self._empty(0)]
+        self.raw = ffi.new("zmoe_kv_cache *")
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of the keys and values of 64 positions."""
+        return 2 * self._empty(1).nbytes
+
+    def _empty(self, blocks: int) -> Buffer:
+        return empty((blocks, *self._block), self._dtype)
+
+    def allocate(self, blocks: int) -> None:
+        """Make room for that many blocks; the system gives the memory as they are written.
+
+        What lies in the present ones, if they are fewer, stays.
+        """
+        new = [self._empty(blocks) for _ in self._memory]
+        for to, source in zip(new, self._memory):
+            to[: len(source)] = source
+        self._memory = new
+        self.raw.keys, self.raw.values = (writable(memory) for memory in new)
+        self.raw.blocks = blocks
+
+    def copy(self, to: int, source: int) -> None:
+        """Block `to` becomes a copy of block `source`."""
+        for memory in self._memory:
+            memory[to] = memory[source]
+
+    def make_mask(self, *_: Any, **__: Any) -> None:
+        """None, as mlx-lm's models see a cache."""
+        return None
+
+
+class PagedStep:
+    """The spans of the step that runs, shared by all layers: `raw` zmoe_span[`count`]."""
+
+    def __init__(self) -> None:
+        self.raw, self.count = ffi.new("zmoe_span[]", 0), 0
+        self.rows = 0
+        self.end = 0  # the positions of all rows lie below
+        self._keep: list[CData] = []
+
+    def begin(self, spans: Sequence[tuple[int, int, Blocks]]) -> None:
+        """Take (position, rows, the sequence's blocks) of each span, in the order of the rows."""
+        if self.count != len(spans):
+            self.raw, self.count = ffi.new("zmoe_span[]", len(spans)), len(spans)
+        self._keep = [ffi.from_buffer("uint32_t[]", blocks) for _, _, blocks in spans]
+        for raw, table, (position, rows, blocks) in zip(self.raw, self._keep, spans):
+            raw.position, raw.rows = position, rows
+            raw.blocks, raw.n_blocks = table, len(blocks)
+        self.rows = sum(rows for _, rows, _ in spans)
+        self.end = max((position + rows for position, rows, _ in spans), default=0)
