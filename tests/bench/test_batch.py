@@ -13,8 +13,7 @@ import pytest
 
 from tests.bench.programs import BENCH, call, make_model, report_of, run
 
-ONCE = ("--runs", "1", "--compute", "mlx")
-FEW = ("--sequences", "1,3", "-m", "2,4", "-p", "8", *ONCE)
+FEW = ("--sequences", "1,3", "-m", "2,4", "-p", "8", "--runs", "1")
 RATES = ("prefill_tps", "decode_tps")
 
 
@@ -41,7 +40,7 @@ def test_throughput_has_a_row_for_each_number_of_sequences_and_tokens() -> None:
 def test_what_sequences_do_to_each_other() -> None:
     measures = "prefix,gap,speculation,soak"
     little = ("--long", "200", "--step-ms", "50,100", "--soak", "24")
-    few = ("--sequences", "1", "-m", "32", "-p", "64", *ONCE)
+    few = ("--sequences", "1", "-m", "32", "-p", "64", "--runs", "1")
     report = report_of("batch.py", "--nodes", "1", *few, "--measure", measures, *little)
     assert report["absent"] == {}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -110,7 +109,7 @@ def test_llama_cpp_stands_beside_it_on_as_many_cores(batched_bench: Path) -> Non
 
 
 def test_llama_cpp_that_fails_is_an_error(batched_bench: Path) -> None:
-    few = ("--sequences", "1", "-m", "2", "-p", "8", *ONCE, "--json")
+    few = ("--sequences", "1", "-m", "2", "-p", "8", "--runs", "1", "--json")
     # The made-up program expects another -c than these ask for.
     done = call("batch.py", "--nodes", "1", *few, "--gguf", str(batched_bench))
     assert done.returncode == 1
