@@ -25,10 +25,10 @@ def test_the_snippet_of_many_prompts(commands: Commands) -> None:
     process = commands.python("-c", SNIPPETS[1])
     text, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    alone = [
-        commands.run("--nodes", 2, "-m", 32, prompt).stdout for prompt in ("ROMEO:", "JULIET:")
-    ]
-    assert text == 2 * "".join(alone)  # by a loop, then by coroutines
+    romeo, juliet = (
+        commands.run("--nodes", 2, "-m", 32, f"{n}:").stdout for n in ("ROMEO", "JULIET")
+    )
+    assert text == romeo + juliet + romeo.removesuffix("\n")
 
 
 def test_the_exchange_snippet(commands: Commands) -> None:
