@@ -121,7 +121,7 @@ class _RowsLinear(_Rows, Linear):
 
 class _RowsQuantizedLinear(_Rows, QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
-        out: mx.array = super().__call__(self._selected(x))
+        out: mx.array = super().__call__(self._selected(x))  # type: ignore[no-untyped-call]
         return out
 
 

@@ -57,7 +57,9 @@ def test_a_request_is_served_as_if_it_were_alone(case: int, tmp_path: Path) -> N
     family, (dtype, quantize), isa, nodes, others = settings_of(case)
     config: dict[str, Any] = {"intermediate_size": 64 * nodes, "moe_intermediate_size": 64 * nodes}
     if family == "dbrx":
-        config = {"ffn_config": FAMILIES["dbrx"].config["ffn_config"] | {"ffn_hidden_size": 64 * nodes}}
+        config = {
+            "ffn_config": FAMILIES["dbrx"].config["ffn_config"] | {"ffn_hidden_size": 64 * nodes}
+        }
     folder = build(family, tmp_path / family, dtype, quantize, **config)
     given = asks()
     with thread_nodes(folder, nodes, isa=isa, threads=1 + (nodes == 1), **others) as cluster:
