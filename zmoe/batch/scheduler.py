@@ -10,7 +10,16 @@ from collections.abc import Sequence as Items
 
 from zmoe.batch.blocks import Blocks
 from zmoe.batch.drafts import Drafts
-from zmoe.batch.plan import BLOCK, PREVIOUS, Plan, Span, blocks_of, passes
+from zmoe.batch.plan import (
+    BLOCK,
+    PREVIOUS,
+    UNBOUNDED,
+    Plan,
+    Span,
+    blocks_of,
+    blocks_of_window,
+    passes,
+)
 from zmoe.batch.rates import Rates
 from zmoe.batch.sequence import Request, Sequence
 from zmoe.batch.snapshots import Snapshots
@@ -24,7 +33,8 @@ class Scheduler:
 
     `blocks` are those that every node has, `max_rows` the most rows of a step and `parallel` the
     most sequences that run at a time. On MLX's caches (not `paged`) blocks only count
-    positions, and `exact` says that the caches cannot be cut. While sequences decode, chunks
+    positions, and `exact` says that the caches cannot be cut. With a `window`, rows see
+    that many keys at most, and a sequence's positions are not limited by its caches. While sequences decode, chunks
     of prompts are as large as a step of `step_seconds` allows. At most `max_queue` requests
     wait, `queue_seconds` each. `drafts` is the number of draft rows per sequence, None to choose
     it by what pays, 0 for none. `step` is the number of the next step, at first `first_step`.
@@ -41,6 +51,7 @@ class Scheduler:
         parallel: int = 32,
         paged: bool = True,
         exact: bool = False,
+        window: int | None = None,
         step_seconds: float = 0.25,
         max_queue: int = 128,
         queue_seconds: float = 600.0,
@@ -52,7 +63,9 @@ class Scheduler:
         if blocks < 1:
             raise InputError(f"{blocks} blocks of keys and values: expected at least 1")
         self._ids = itertools.count()
-        self._memory = Blocks(blocks) if paged else Snapshots(blocks, exact, self._ids)
+        most = None if window is None else blocks_of_window(window, max_rows)
+        self._unbounded = most is not None and most <= blocks
+        self._memory = Blocks(blocks, most) if paged else Snapshots(blocks, exact, self._ids, most)
         self._paged, self._exact = paged, exact
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
@@ -84,7 +97,7 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """The most positions that a sequence can have."""
-        return self._memory.count * BLOCK
+        return UNBOUNDED if self._unbounded else self._memory.count * BLOCK
 
     def submit(self, request: Request, now: float) -> Sequence:
         """Queue a request.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zmoe.batch.plan import Plan, blocks_of
+from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
@@ -230,13 +230,24 @@ class Cluster:
             self._warm_up(node)
             blocks = self._blocks_in(room, node.engine)
             self._batcher = self._make_batcher(node, blocks, self._batcher.scheduler.step)
+        if engine.parallel > 1 and not node.engine.can_batch:
+            self.notices += (self._one_at_a_time(),)
+
+    def _one_at_a_time(self) -> str:
+        window = self.spec.engine.max_kv_size
+        why = f"the caches of {self.info.model_type} hold one sequence each"
+        if window is not None:
+            why = f"max_kv_size is {window}, and only caches in the C kernels share such a window"
+        return f"sequences run one at a time, the others wait: {why}"
 
     def _blocks_in(self, room: int, engine: Engine) -> int:
         """How many blocks of keys and values `room` bytes hold, of what could be used."""
-        context = self.info.context_length or _UNKNOWN_CONTEXT
-        most = self.spec.engine.parallel * blocks_of(context)
+        config = self.spec.engine
+        longest = blocks_of(self.info.context_length or _UNKNOWN_CONTEXT)
+        if config.max_kv_size is not None:
+            longest = blocks_of_window(config.max_kv_size, config.max_rows)
         # One sequence must be able to run, even where memory is tight.
-        return max(blocks_of(context), min(room // engine.block_bytes, most))
+        return max(longest, min(room // engine.block_bytes, config.parallel * longest))
 
     def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
         spec, threads = self.spec, len(usable_cores())
