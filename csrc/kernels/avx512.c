@@ -9,6 +9,20 @@
 
 /* ---- floats ------------------------------------------------------------------ */
 
+/* Adds 16 elements from k on, those outside `lanes` zero and not touched. */
+AVX512_INLINE void add_floats(const unsigned char *data, size_t row_bytes, uint32_t format,
+                              size_t k, __mmask16 lanes, const void *const *xs, const uint32_t rows,
+                              const uint32_t n_out, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+  __m512 value[ZMOE_DOT_ROWS];
+  EACH(j, n_out)
+    value[j] = load_floats(data + j * row_bytes, k, format, lanes);
+  EACH(r, rows) {
+    __m512 x = _mm512_maskz_loadu_ps(lanes, (const float *)xs[r] + k);
+    EACH(j, n_out)
+      sum[r][j] = _mm512_fmadd_ps(value[j], x, sum[r][j]);
+  }
+}
+
 AVX512_INLINE void dot_outputs_f32(const zmoe_weight *w, uint32_t format, const void *const *xs,
                                    const uint32_t rows, const uint32_t n_out, uint32_t o,
                                    float *const *ys, uint32_t y) {
@@ -16,23 +30,21 @@ AVX512_INLINE void dot_outputs_f32(const zmoe_weight *w, uint32_t format, const 
                row_bytes = in_features * item,
                ahead = zmoe_rows_ahead(row_bytes, n_out) * row_bytes;
   const unsigned char *data = zmoe_row(w, o);
-  __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS], value[ZMOE_DOT_ROWS];
+  __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS];
   EACH(r, rows)
     EACH(j, n_out)
       sum[r][j] = _mm512_setzero_ps();
-  for (size_t k = 0; k < in_features; k += 16) {
-    __mmask16 lanes = lanes16((uint32_t)(in_features - k));
-    EACH(j, n_out) {
-      if (k * item % 64 == 0)
-        _mm_prefetch((const char *)data + j * row_bytes + k * item + ahead, _MM_HINT_T0);
-      value[j] = load_floats(data + j * row_bytes, k, format, lanes);
-    }
-    EACH(r, rows) {
-      __m512 x = _mm512_maskz_loadu_ps(lanes, (const float *)xs[r] + k);
-      EACH(j, n_out)
-        sum[r][j] = _mm512_fmadd_ps(value[j], x, sum[r][j]);
-    }
+  size_t k = 0;
+  for (; k + 32 <= in_features; k += 32) {
+    EACH(j, n_out)
+      for (size_t line = 0; line < 32 * item; line += 64)
+        _mm_prefetch((const char *)data + j * row_bytes + k * item + line + ahead, _MM_HINT_T0);
+    EACH(i, 2)
+      add_floats(data, row_bytes, format, k + 16 * i, 0xffff, xs, rows, n_out, sum);
   }
+  for (; k < in_features; k += 16)
+    add_floats(data, row_bytes, format, k, lanes16((uint32_t)(in_features - k)), xs, rows, n_out,
+               sum);
   store_sums(rows, n_out, sum, ys, y);
 }
 
@@ -75,6 +87,12 @@ AVX512_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], u
 
 AVX512_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
   return lane_word(lane) * 32 / bits_of(codes);
+}
+
+/* Storing 16 floats takes as long as decoding them. */
+AVX512_INLINE uint32_t panel_rows(const enum codes codes) {
+  (void)codes;
+  return ZMOE_ROW_BLOCK + 1;
 }
 
 AVX512_INLINE float added_to(const enum codes codes) {

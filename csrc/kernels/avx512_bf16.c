@@ -136,6 +136,10 @@ BF16_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
   return codes == CODES8 ? lane % 4 / 2 * 64 + lane / 4 * 16 : 8 * lane_word(lane);
 }
 
+BF16_INLINE uint32_t panel_rows(const enum codes codes) {
+  return codes == CODES8 ? 6 : 12;
+}
+
 BF16_INLINE float added_to(const enum codes codes) {
   return codes == CODES4 ? 16 : 0;
 }

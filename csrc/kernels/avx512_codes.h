@@ -5,6 +5,7 @@
  *                         the two registers of a block,
  *   added_to(codes)       what an affine code's value is above the code,
  *   lane_code(codes, lane)  the first code in a block that belongs to `lane` of a value,
+ *   panel_rows(codes)     from how many rows on decoding once pays for storing what it gives,
  *   multiply_add(sum, value, x)   adds the products of ELEMENTS elements, lane by lane;
  * and afterwards calls dot_codes.
  *
@@ -22,8 +23,7 @@
 #define BLOCK_VALUES(codes) (BLOCK_CODES(codes) / ELEMENTS)
 #define EACH_VALUE(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
-/* From PANEL_ROWS rows on, decoding once pays for storing what it gives. */
-enum { PANEL_ROWS = 12, PANEL_OUTS = 4, PANEL_DEPTH = 64 * ELEMENTS, TILE_OUTS = 2 };
+enum { PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS, TILE_OUTS = 2 };
 
 /* The registers of a block; even lanes are of the first 64 bytes. */
 INLINE void load_block(const unsigned char *at, uint32_t bytes, __m512i words[2]) {
@@ -166,6 +166,7 @@ struct panel {
   __m512 factors[PANEL_OUTS][PANEL_DEPTH / 128];
   __m512 sums[ZMOE_ROW_BLOCK][PANEL_OUTS];
 };
+_Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread's scratch");
 
 /* Codes [begin, end) of one output, the panel's j. */
 INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const table t,
@@ -208,7 +209,7 @@ INLINE void add_tile(const enum codes codes, const struct panel *panel, uint32_t
       EACH(o, TILE_OUTS)
         part[0][r][o] = part[1][r][o] = _mm512_setzero_ps();
     EACH(c, 2)
-      EACH(i, half) {
+      _Pragma("GCC unroll 4") for (uint32_t i = 0; i < half; i++) { /* of more, sums would spill */
         __m512i value[TILE_OUTS];
         EACH(o, TILE_OUTS)
           value[o] = panel->values[j + o][(2 * b + c) * half + i];
@@ -250,7 +251,9 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
       store_sums(rows, TILE_OUTS, sum, ys, y + j);
     else
       store_sums(rows, 1, sum, ys, y + j);
-    out.biases += TILE_OUTS * out.scale_bytes, out.scales += TILE_OUTS * out.scale_bytes;
+    out.scales += TILE_OUTS * out.scale_bytes;
+    if (codes != FP4)
+      out.biases += TILE_OUTS * out.scale_bytes;
   }
 }
 
@@ -294,7 +297,7 @@ INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *
                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
                       float *const *ys) {
   const table t = table_of(w, codes);
-  if (rows >= PANEL_ROWS)
+  if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else
     ZMOE_BY_ROWS(dot_few, w, codes, t);

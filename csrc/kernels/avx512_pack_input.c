@@ -1,4 +1,5 @@
-/* x in the layouts of the AVX-512 kernels; zmoe_generic_pack_input says what they are. */
+/* x in the layouts of the AVX-512 kernels: integers as zmoe_generic_pack_input has them, floats in
+ * the order of values in avx512_codes.h. */
 #if defined(__x86_64__)
 #include "avx512.h"
 

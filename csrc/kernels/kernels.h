@@ -14,10 +14,11 @@
 #include "compute.h"
 
 enum {
-  ZMOE_PANEL = 32,     /* outputs in a panel, and in one task */
-  ZMOE_DEPTH = 512,    /* elements of x that a panel spans; a multiple of every group */
+  ZMOE_PANEL = 32,  /* outputs in a panel, and in one task */
+  ZMOE_DEPTH = 512, /* elements of x that a panel spans; a multiple of every group */
+  ZMOE_PANEL_BYTES = ZMOE_DEPTH * ZMOE_PANEL * 4,
   ZMOE_TILE_ROWS = 12, /* most rows of x in one `tile` */
-  ZMOE_DOT_ROWS = 4,   /* most rows of x in one `dot` */
+  ZMOE_DOT_ROWS = 4,   /* rows of x that a loop takes at a time */
 };
 
 /* A loop over rows, or the like, that must be unrolled: sums in an array stay in
@@ -39,7 +40,7 @@ typedef enum zmoe_layout {
 
 /* A packed row: the sums of x per group, which an affine weight's biases
  * multiply, what the integer layouts add, and the elements, padded with zeros
- * to a whole block of ZMOE_BLOCK.
+ * to a whole pair of blocks of ZMOE_BLOCK.
  *
  * Integers have no sign where the codes of weights are: the code of an fp4
  * value is twice it plus ZMOE_CENTRE_FP4, and the scale is halved.  What affine
@@ -113,7 +114,7 @@ extern const zmoe_kernels zmoe_kernels_neon_bf16;
 #endif
 #endif
 
-/* Every layout; the one place that knows their orders. */
+/* Every layout but those that only AVX-512 has. */
 void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
 /* Any format, for those that have no faster way. */
 void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,

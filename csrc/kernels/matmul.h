@@ -5,10 +5,7 @@
 #include "kernels.h"
 #include "thread_pool.h"
 
-enum {
-  ZMOE_PANEL_BYTES = ZMOE_DEPTH * ZMOE_PANEL * 4,
-  ZMOE_SUMS = ZMOE_ROW_BLOCK * ZMOE_PANEL, /* floats that a matmul of one panel takes */
-};
+enum { ZMOE_SUMS = ZMOE_ROW_BLOCK * ZMOE_PANEL }; /* floats that a matmul of one panel takes */
 
 /* Rows as the kernels see them; a matmul may take any run of them. */
 typedef struct zmoe_rows {

@@ -85,8 +85,6 @@ zmoe_packed zmoe_packed_at(void *row, zmoe_layout layout, uint32_t in_features) 
 static uint32_t place_of(uint32_t k, zmoe_layout layout) {
   uint32_t word = k / 8, code = k % 8;
   switch (layout) {
-  case ZMOE_LAYOUT_CODES4: /* register i: code i of all 16 words */
-    return code * 16 + word;
   case ZMOE_LAYOUT_CODES4_BF16: /* register i < 4: codes i and i + 4 */
     return (code % 4) * 32 + word * 2 + code / 4;
   case ZMOE_LAYOUT_CODES8_BF16: /* of 64: even ones, then odd ones */

@@ -33,7 +33,6 @@ from zmoe.loading import Skeleton, describe
 from zmoe.placement.estimate import cache_room
 from zmoe.placement.types import ModelInfo
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
-from zmoe.topology.cores import usable_cores
 
 StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
 _UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
@@ -250,17 +249,8 @@ class Cluster:
         return max(longest, min(room // engine.block_bytes, config.parallel * longest))
 
     def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
-        spec, threads = self.spec, len(usable_cores())
-        return Batcher(
-            self._run,
-            node.engine,
-            blocks,
-            spec.engine,
-            spec.batching,
-            node.spans,
-            threads,
-            first_step,
-        )
+        engine, batching = self.spec.engine, self.spec.batching
+        return Batcher(self._run, node.engine, blocks, engine, batching, node.spans, first_step)
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from zmoe.batch.plan import Plan, Span
+from zmoe.batch.plan import Plan
 from zmoe.batch.scheduler import Scheduler
 from zmoe.batch.sequence import Request
 from zmoe.config import Batching, EngineConfig
 from zmoe.engine.base import Engine, Floats
-from zmoe.engine.sampler import Pick, sample
 from zmoe.engine.stream import Stream
 from zmoe.errors import ZmoeError
 from zmoe.obs import Spans
@@ -29,18 +28,15 @@ class Batcher:
         config: EngineConfig,
         batching: Batching,
         spans: Spans,
-        threads: int,
         first_step: int = 1,
     ) -> None:
-        """`run` runs a plan on all nodes, whose caches have `blocks` blocks; `threads` may
-        sample at the same time.
-        """
+        """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
         parallel = config.parallel if engine.can_batch else 1
         waiting = _WAITING_PER_SEQUENCE * config.parallel
         drafts = {"auto": None, "off": 0}.get(batching.speculate)
         if batching.speculate not in ("auto", "off"):
             drafts = int(batching.speculate)
-        self._run, self._spans, self._threads = run, spans, threads
+        self._run, self._spans = run, spans
         self.scheduler = Scheduler(
             blocks=blocks,
             max_rows=config.max_rows,
@@ -102,44 +98,18 @@ class Batcher:
 
     def _sample(self, plan: Plan, logits: Floats | None) -> list[list[int]]:
         """The tokens that each span gives: none, one, or the drafts that are right and one more."""
-        wanted: list[tuple[Span, Stream, Sequence[int], int]] = []  # with drafts and first row
-        rows = start = 0
+        sampled, row, start = [], 0, 0
         for span in plan.spans:
             start += span.rows
-            drafts = plan.tokens[start - span.logits + 1 : start]
-            wanted.append((span, self._streams[span.sequence], drafts, rows))
-            rows += span.logits
-        firsts = [(span, stream, row) for span, stream, _, row in wanted if span.logits]
-        picks: list[Pick | ZmoeError] = []
-        if logits is not None:
-            picks = sample(
-                [stream.sampler for _, stream, _ in firsts],
-                [logits[row] for *_, row in firsts],
-                [span.end - span.logits + 1 for span, *_ in firsts],
-                threads=self._threads,
-            )
-        first = {span.sequence: pick for (span, *_), pick in zip(firsts, picks, strict=True)}
-        given = []
-        for span, stream, guessed, row in wanted:
             tokens: list[int] = []
             if span.logits:
                 assert logits is not None
-                position, pick = span.end - span.logits + 1, first[span.sequence]
-                while self._give(stream, pick, tokens) and len(tokens) <= len(guessed):
-                    if tokens[-1] != guessed[len(tokens) - 1]:
-                        break
-                    at = len(tokens)
-                    [pick] = sample([stream.sampler], [logits[row + at]], [position + at])
-            given.append(tokens)
-        return given
-
-    def _give(self, stream: Stream, pick: Pick | ZmoeError, tokens: list[int]) -> bool:
-        """Hand a token out; returns whether the stream goes on."""
-        if isinstance(pick, ZmoeError):
-            stream.fail(pick)
-            return False
-        tokens.append(pick.token)
-        return stream.take(pick)
+                drafts = plan.tokens[start - span.logits + 1 : start]
+                rows = logits[row : row + span.logits]
+                tokens = _draw(self._streams[span.sequence], rows, span.end - len(drafts), drafts)
+                row += span.logits
+            sampled.append(tokens)
+        return sampled
 
     def _account(
         self, plan: Plan, sampled: Sequence[Sequence[int]], begun: float, took: float
@@ -197,3 +167,20 @@ class Batcher:
                 row: Floats = logits[0]
                 return row
             self.scheduler.advance(plan, [[]])
+
+
+def _draw(stream: Stream, rows: Floats, position: int, drafts: Sequence[int]) -> list[int]:
+    """Sample the stream's tokens from `position` on, one row of logits each, while the drafts
+    are right.
+    """
+    tokens: list[int] = []
+    for row, draft in zip(rows, (*drafts, None)):
+        try:
+            pick = stream.sampler.pick(row, position + len(tokens))
+        except ZmoeError as error:
+            stream.fail(error)
+            break
+        tokens.append(pick.token)
+        if not stream.take(pick) or pick.token != draft:
+            break
+    return tokens

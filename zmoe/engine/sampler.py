@@ -7,14 +7,10 @@ probabilities at temperature 1, then the temperature.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import os
 import secrets
 from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +27,6 @@ Mask = NDArray[np.bool_] | NDArray[np.int32]
 _HEADS = (512, 4096)  # tokens that are looked at first, and if they do not suffice
 _BLOCK = 512  # weights that are summed before they are searched
 _LEAST_TEMPERATURE = 1e-30  # float32 has it, and below it nothing but the likeliest is left
-_ROWS_PER_THREAD = 4  # that a further thread gets at least
 
 
 @dataclass(frozen=True)
@@ -126,50 +121,6 @@ class Sampler:
         ids, weights = distribution(row, self._sampling)
         at = _invert(weights, uniform(self.seed, position))
         return at if ids is None else int(ids[at])
-
-
-def sample(
-    samplers: Sequence[Sampler],
-    rows: Sequence[Logits] | Logits,
-    positions: Sequence[int],
-    masks: Sequence[Mask | None] | None = None,
-    threads: int = 1,
-) -> list[Pick | ZmoeError]:
-    """The picks of a step, one for each row, on up to `threads` threads.
-
-    An error takes the place of its sequence's pick, and the others are as without it.
-    """
-    masks = masks or [None] * len(samplers)
-
-    def some(each: range) -> list[Pick | ZmoeError]:
-        return [_pick_or_error(samplers[i], rows[i], positions[i], masks[i]) for i in each]
-
-    count = len(samplers)
-    parts = min(threads, count // _ROWS_PER_THREAD)
-    if parts <= 1:
-        return some(range(count))
-    cuts = [count * part // parts for part in range(parts + 1)]
-    ranges = [range(start, stop) for start, stop in itertools.pairwise(cuts)]
-    others = [_threads(os.getpid(), threads - 1).submit(some, each) for each in ranges[1:]]
-    picks = some(ranges[0])
-    for other in others:
-        picks += other.result()
-    return picks
-
-
-def _pick_or_error(
-    sampler: Sampler, row: Logits, position: int, mask: Mask | None
-) -> Pick | ZmoeError:
-    try:
-        return sampler.pick(row, position, mask)
-    except ZmoeError as error:
-        return error
-
-
-@functools.cache
-def _threads(_process: int, count: int) -> ThreadPoolExecutor:
-    """The threads of this process: a forked child has none of its parent's."""
-    return ThreadPoolExecutor(count, "zmoe-sampler")
 
 
 def uniform(seed: int, position: int) -> float:

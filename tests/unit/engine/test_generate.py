@@ -59,7 +59,7 @@ class Script:
 
 def batcher(script: Script, chunk: int = 4, blocks: int = 100, speculate: str = "off") -> Batcher:
     config, batching = EngineConfig(prefill_chunk=chunk, parallel=4), Batching(speculate=speculate)
-    return Batcher(script.run, script, blocks, config, batching, Spans(), threads=1)
+    return Batcher(script.run, script, blocks, config, batching, Spans())
 
 
 def generation(

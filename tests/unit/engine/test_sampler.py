@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from zmoe.config import Sampling
 from zmoe.engine import sampler
-from zmoe.engine.sampler import Pick, Sampler, distribution, keep, sample, uniform
+from zmoe.engine.sampler import Pick, Sampler, distribution, keep, uniform
 from zmoe.errors import ZmoeError
 
 Row = NDArray[np.float32]
@@ -359,58 +359,7 @@ def test_log_probabilities_are_the_models_own(vocabulary: int, temp: float) -> N
     assert Sampler(Sampling(logprobs=0)).pick(row, 0).top_logprobs == ()
 
 
-# ---- batches ---------------------------------------------------------------------------------
-
-
-def batch() -> tuple[list[Sampler], NDArray[np.float32], list[int], list[Any]]:
-    """Forty sequences with settings of every kind."""
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temp": 1.0},
-        {"temp": 0.8, "top_p": 0.9, "presence_penalty": 0.5},
-        {"temp": 1.2, "top_k": 30, "logprobs": 3},
-        {"temp": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
-    ]
-    samplers = [
-        Sampler(Sampling(**kinds[at % 5], seed=at), [at], [1, 2, at], f"sequence {at}")
-        for at in range(40)
-    ]
-    rows = np.stack([peaked(LARGE, at) / (1 + at % 3) for at in range(40)])
-    masks = [np.arange(LARGE) % 3 == 0 if at % 4 == 1 else None for at in range(40)]
-    return samplers, rows, list(range(100, 140)), masks
-
-
-def test_neighbours_and_threads_change_nothing() -> None:
-    samplers, rows, positions, masks = batch()
-    alone = [
-        one.pick(row.copy(), at, mask)
-        for one, row, at, mask in zip(samplers, rows, positions, masks)
-    ]
-    assert len({pick.token for pick in alone}) > 20
-    for threads in (1, 2, 3, 64):
-        assert sample(samplers, rows, positions, masks, threads) == alone
-    some = [31, 7, 22, 8, 0, 39, 12, 13, 14]
-    assert sample(
-        [samplers[i] for i in some],
-        [rows[i] for i in some],
-        [positions[i] for i in some],
-        [masks[i] for i in some],
-        2,
-    ) == [alone[i] for i in some]
-    assert sample([], rows[:0], []) == []
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_error_is_its_sequences_own(threads: int) -> None:
-    samplers, rows, positions, masks = batch()
-    alone = sample(samplers, rows, positions, masks)
-    rows[33, 5] = np.nan
-    masks[9] = np.zeros(0, bool)
-    picks = sample(samplers, rows, positions, masks, threads)
-    assert [at for at in range(40) if isinstance(picks[at], ZmoeError)] == [9, 33]
-    assert str(picks[33]) == "sequence 33, position 133: the model's logits hold nan"
-    assert str(picks[9]) == "sequence 9, position 109: no token is allowed"
-    assert [p for p in picks if isinstance(p, Pick)] == alone[:9] + alone[10:33] + alone[34:]
+# ---- what cannot be picked from ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
@@ -425,3 +374,5 @@ def test_odd_logits_are_no_silent_token(temp: float, odd: float, says: str) -> N
     row[:] = -np.inf
     row[4] = 1.0
     assert Sampler(Sampling(temp=temp)).pick(row, 6).token == 4
+    with pytest.raises(ZmoeError, match="^this sequence, position 6: no token is allowed$"):
+        Sampler(Sampling(temp=temp)).pick(row, 6, np.zeros(0, bool))
