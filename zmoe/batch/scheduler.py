@@ -38,7 +38,8 @@ class Scheduler:
     that many keys at most, and a sequence's positions are not limited by its caches. While
     sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
     `max_queue` requests wait, `queue_seconds` each. `drafts` is the number of draft rows per
-    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step, at first `first_step`.
+    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step,
+    at first `first_step`.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.

@@ -232,7 +232,10 @@ class Node:
                 "those of the C kernels"
             )
         if self._config.max_kv_size is not None:
-            raise InputError("no prompt cache with max_kv_size: a window drops parts of a prompt")
+            window = self._config.max_kv_size
+            raise SettingError(
+                "max_kv_size", f"is {window}: a window drops parts of what a prompt cache keeps"
+            )
         return self._engine.memory
 
     def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:

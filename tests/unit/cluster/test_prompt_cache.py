@@ -178,9 +178,12 @@ def odd_tokens(header: dict[str, Any], data: bytearray) -> None:
 )
 def test_files_that_are_refused(saved: Path, tmp_path: Path, change: Change, words: str) -> None:
     file = changed(saved, tmp_path / "other", change)
-    with Cluster("zmoe-tiny", spec=ClusterSpec(engine=EngineConfig(compute="native"))) as alone:
-        with pytest.raises(InputError, match=words) as caught:
-            alone.load_prompt_cache(file)
+    spec = ClusterSpec(engine=EngineConfig(compute="native"))
+    with (
+        Cluster("zmoe-tiny", spec=spec) as alone,
+        pytest.raises(InputError, match=words) as caught,
+    ):
+        alone.load_prompt_cache(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -216,7 +219,7 @@ def test_a_file_that_only_the_leader_has(
 def test_where_there_is_nothing_to_share(saved: Path) -> None:
     for engine, words in (
         (EngineConfig(compute="mlx"), "has caches of MLX here"),
-        (EngineConfig(max_kv_size=64, compute="native"), "no prompt cache with max_kv_size"),
+        (EngineConfig(max_kv_size=64, compute="native"), "^max_kv_size is 64: a window drops"),
     ):
         with Cluster("zmoe-tiny", spec=ClusterSpec(engine=engine)) as other:
             with pytest.raises(InputError, match=words):
