@@ -43,6 +43,7 @@ class Batcher:
             parallel=parallel,
             paged=engine.paged,
             exact=not engine.can_trim,
+            window=config.max_kv_size,
             step_seconds=batching.step_ms / 1e3,
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
