@@ -86,7 +86,8 @@ class Batcher:
             return
         for span in plan.spans:
             stream = self._streams[span.sequence]
-            stream.started = begun if stream.started is None else stream.started
+            if stream.started is None:
+                stream.started, stream.timings.cached_tokens = begun, span.position
         self._spans.take()
         logits = self._run(plan)
         took = time.perf_counter() - begun
