@@ -55,7 +55,7 @@ class Prefix:
 class Found:
     """The first `length` positions of a text that need no computing, and where they are.
 
-    In `blocks` that hold the text of `prefix`, or in the `snapshot` of that number.
+    They are in `blocks`, which hold the text of `prefix`, or in the snapshot of that number.
     """
 
     length: int

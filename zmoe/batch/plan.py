@@ -74,7 +74,7 @@ class Plan:
 
     @functools.cached_property
     def digest(self) -> int:
-        """64 bits that equal plans have in common, on every machine, and no others."""
+        """A hash of 64 bits; equal plans have the same one on every machine."""
         parts = (self.spans, self.tokens, self.blocks, self.free, self.forks, self.copies)
         numbers = [self.step, *map(len, parts)]
         numbers.extend(chain.from_iterable(map(_NUMBERS_OF_SPAN, self.spans)))

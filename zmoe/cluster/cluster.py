@@ -269,8 +269,9 @@ class Cluster:
         `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
-        TypeError for unknown options. The model's context bounds prompt and text,
-        unless `max_kv_size` of the spec's engine lets the attention go on in a window.
+        QueueFullError where too many wait, TypeError for unknown options. The model's context
+        bounds prompt and text, unless `max_kv_size` of the spec's engine lets the attention go
+        on in a window.
         """
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
