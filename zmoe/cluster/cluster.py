@@ -26,7 +26,13 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation, SharedSteps
-from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.engine.prompt import (
+    check_ids,
+    check_length,
+    encode_prompt,
+    open_tokenizer,
+    system_tokens,
+)
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
@@ -310,10 +316,16 @@ class Cluster:
             )
         else:
             ids = check_ids(prompt, self.tokenizer)
+        borders: tuple[int, ...] = ()
+        if system_prompt is not None:
+            config = chat_template_config or {}
+            borders = (system_tokens(self.tokenizer, system_prompt, config),)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
         check_length(len(ids), context)
         eos = self.tokenizer.eos_token_ids
-        stream = Stream(ids, sampling, eos=eos, context=context, on_prefill=on_prefill)
+        stream = Stream(
+            ids, sampling, eos=eos, context=context, borders=borders, on_prefill=on_prefill
+        )
         with self._running():
             self._begun += 1
             self._end_cancelled()

@@ -62,7 +62,7 @@ class Batcher:
         Raises InputError for one that can never run, QueueFullError where too many wait.
         """
         self.end_forced()
-        request = Request(stream.prompt, stream.limit)
+        request = Request(stream.prompt, stream.limit, borders=stream.borders)
         sequence = self.scheduler.submit(request, time.monotonic())
         stream.bound(sequence.limit - sequence.prompt)
         self._streams[sequence.id] = stream
@@ -84,6 +84,7 @@ class Batcher:
             )
         plan = self.scheduler.plan(now)
         if plan is None:
+            assert not self._streams  # the oldest one can always run
             return
         for span in plan.spans:
             stream = self._streams[span.sequence]
