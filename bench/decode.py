@@ -26,7 +26,7 @@ from common import (
     run_json,
     short_name,
 )
-from engines import PEERS, Engine, Peers, find_peers, layout, zmoe
+from engines import MAKERS, Engine, Peers, find_peers, layout, zmoe
 
 from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 
@@ -56,7 +56,12 @@ def arguments() -> argparse.Namespace:
     add("--compute", choices=COMPUTES, help="zmoe-run's")
     add("--activations", choices=ACTIVATIONS, help="zmoe-run's")
     add("--wire-dtype", choices=WIRE_DTYPES, help="zmoe-run's")
-    add("--peers", type=list_of(one_of(PEERS)), default=[], help=f"also measure {','.join(PEERS)}")
+    add(
+        "--peers",
+        type=list_of(one_of(tuple(MAKERS))),
+        default=[],
+        help=f"also measure {','.join(MAKERS)}",
+    )
     add("--gguf", type=Path, help="the model for llama.cpp (default: MODEL.gguf beside the folder)")
     add("--slow", action="store_true", help="mlx-lm in full on a CPU, too")
     add("--deadline", type=positive, default=1800, help="seconds for one run")
@@ -176,7 +181,7 @@ def show(report: Mapping[str, Any]) -> None:
 def benchmark() -> int:
     options = arguments()
     block = environment()
-    others = find_peers(options)
+    others = find_peers(options, {name: MAKERS[name] for name in options.peers})
     rows = measure(options, others)
     add_ratios(rows)
     block["builds"] = others.builds

@@ -1,10 +1,11 @@
-"""The engines that bench/decode.py measures: which processes, on which cores, by which command."""
+"""The engines that decode.py and batch.py measure: processes, their cores and their commands."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,6 @@ ABOUT_SECONDS = 60.0
 ABSENT_STATUS = 3  # as bench/peers/process.py has it
 SLOW_BYTES = 2 * 10**9  # a checkpoint of more takes mlx-lm minutes a token on a CPU
 SLOW_PROMPT, SLOW_TOKENS = 16, 4
-PEERS = ("llama.cpp", "llama.cpp-rpc", "mlx-lm")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _about(engine: Engine) -> str:
     return str(answer["build"])
 
 
-def _gguf(options: argparse.Namespace) -> str:
+def gguf_file(options: argparse.Namespace) -> str:
     """The model's GGUF file: the one given, or that of the same name beside the folder."""
     folder = Path(options.model).absolute()
     path: Path = options.gguf or folder.with_name(f"{folder.name}.gguf")
@@ -115,22 +115,25 @@ def _gguf(options: argparse.Namespace) -> str:
     return str(path)
 
 
+def core_counts(options: argparse.Namespace) -> list[int | None]:
+    """How many cores our layouts take, without repetition."""
+    return sorted({each.cores for each in options.nodes}, key=lambda cores: cores or 0)
+
+
 def _llama(options: argparse.Namespace) -> list[Engine]:
     """One process on as many cores as our layouts take."""
-    model, words = _gguf(options), _counts(options)
+    model, words = gguf_file(options), _counts(options)
     # Our tokens come after the prompt, so llama.cpp's do too.
     words += ["-d", str(options.prompt_tokens)]
-    counts = {each.cores: None for each in options.nodes}
-    totals = sorted(counts, key=lambda cores: cores or 0)
     return [
         Engine("llama.cpp", 1, cores, script("llamacpp.py", model, cores, *words))
-        for cores in totals
+        for cores in core_counts(options)
     ]
 
 
 def _llama_rpc(options: argparse.Namespace) -> list[Engine]:
     """As many servers as our layouts have nodes, where that is several."""
-    model, words = _gguf(options), _counts(options)
+    model, words = gguf_file(options), _counts(options)
     words += ["-d", str(options.prompt_tokens)]
     several = [each for each in options.nodes if each.nodes > 1]
     if not several:
@@ -164,6 +167,9 @@ def _mlx_lm(options: argparse.Namespace) -> list[Engine]:
     ]
 
 
+Maker = Callable[[argparse.Namespace], list[Engine]]
+
+
 @dataclass
 class Peers:
     """The peers that can run here, what they are built of, and why the others can't."""
@@ -175,18 +181,24 @@ class Peers:
 
     def fail(self, name: str, error: BenchError) -> None:
         """What is installed and doesn't work is an error; the others go on."""
-        print(f"decode.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         self.absent[name] = f"failed: {error}"
         self.failed = True
 
 
-def find_peers(options: argparse.Namespace) -> Peers:
-    """Look for those that were asked for."""
-    makers = {"llama.cpp": _llama, "llama.cpp-rpc": _llama_rpc, "mlx-lm": _mlx_lm}
+MAKERS: dict[str, Maker] = {
+    "llama.cpp": _llama,
+    "llama.cpp-rpc": _llama_rpc,
+    "mlx-lm": _mlx_lm,
+}
+
+
+def find_peers(options: argparse.Namespace, makers: Mapping[str, Maker]) -> Peers:
+    """Look for those that `makers` make."""
     found = Peers()
-    for name in options.peers:
+    for name, make in makers.items():
         try:
-            engines = makers[name](options)
+            engines = make(options)
             found.builds[name] = _about(engines[0])
             found.engines += engines
         except Absent as reason:

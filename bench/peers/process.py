@@ -47,17 +47,41 @@ def count(text: str) -> int:
     return int(text)
 
 
-def parser(description: str, prompt_tokens: int, tokens: int, repetitions: int) -> Any:
-    """An argument parser with the flags that every measured engine has, and its defaults."""
+def counts(text: str) -> list[int]:
+    """An argparse type: comma-separated integers of 1 or more."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of 1 or more")
+    return [int(word) for word in words]
+
+
+def base_parser(description: str, prompt_tokens: int) -> Any:
+    """An argument parser with the flags that every measured engine has."""
     made = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = made.add_argument
     add("model", help="what to measure")
     add("--cores", type=cores, help="run on these only, such as 0,1 (default: wherever it may)")
     add("-p", "--prompt-tokens", type=count, default=prompt_tokens, help="default %(default)s")
+    add("--about", action="store_true", help="measure nothing: tell the build, or why it can't run")
+    return made
+
+
+def parser(description: str, prompt_tokens: int, tokens: int, repetitions: int) -> Any:
+    """The same, with those of an engine that runs one sequence; and its defaults."""
+    made = base_parser(description, prompt_tokens)
+    add = made.add_argument
     add("-n", "--tokens", type=count, default=tokens, help="decode steps; default %(default)s")
     add("-r", "--repetitions", type=count, default=repetitions, help="default %(default)s")
     add("--no-warm-up", action="store_true", help="time the first repetition as well")
-    add("--about", action="store_true", help="measure nothing: tell the build, or why it can't run")
+    return made
+
+
+def batch_parser(description: str) -> Any:
+    """The same, with those of an engine that runs many sequences at once."""
+    made = base_parser(description, 128)
+    add = made.add_argument
+    add("--sequences", type=counts, default=[1, 2, 4, 8, 16, 32], help="default 1,2,4,8,16,32")
+    add("--generated", type=counts, default=[32, 128], help="tokens of each; default 32,128")
     return made
 
 
@@ -65,7 +89,7 @@ def checked(made: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed command line, once its process is where it says."""
     options = made.parse_args()
     for name in ("prompt_tokens", "tokens", "repetitions"):
-        if getattr(options, name) < 1:
+        if getattr(options, name, 1) < 1:
             made.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.cores is not None and hasattr(os, "sched_getaffinity"):
         beyond = set(options.cores) - os.sched_getaffinity(0)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
-import mlx.core as mx
 from process import PeerFailure, checked, main, parser, tokens
 from recording import Recording
 
@@ -20,7 +19,9 @@ from zmoe import __version__
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Sampling
-from zmoe.engine.generate import Generation, Timings
+from zmoe.engine.generate import Generation
+from zmoe.engine.sampler import Pick
+from zmoe.engine.stream import Timings
 from zmoe.errors import ZmoeError
 
 SEED = 1
@@ -60,19 +61,20 @@ def median_of(tables: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(table.get(name, 0.0) for table in tables) for name in names}
 
 
-def feed(generation: Generation, ids: Iterator[int]) -> None:
-    """Go on with `ids`, whatever was picked; picking is done all the same.
+def feed(generation: Generation, ids: Sequence[int]) -> None:
+    """Go on with `ids`, over and over, whatever was picked; picking is done all the same.
 
     A model of random weights soon repeats one token, and so one choice of
     experts: not what a real text asks of caches, nor of the nodes' balance.
     """
-    pick = generation._pick
+    stream = generation._stream
+    pick = stream.sampler.pick
 
-    def picked(logits: mx.array) -> int:
-        pick(logits)
-        return next(ids)
+    def picked(logits: Any, position: int, mask: Any = None) -> Pick:
+        pick(logits, position, mask)
+        return Pick(ids[(position - len(stream.prompt)) % len(ids)])
 
-    setattr(generation, pick.__name__, picked)
+    setattr(stream.sampler, pick.__name__, picked)
 
 
 def generate(cluster: Any, options: argparse.Namespace) -> Generation:
@@ -84,7 +86,7 @@ def generate(cluster: Any, options: argparse.Namespace) -> Generation:
         # The tokenizer may know fewer ids than the model has.
         known = max(cluster.tokenizer.get_vocab().values()) + 1
         generation = cluster.generate(tokens(SEED, options.prompt_tokens, known), sampling)
-        feed(generation, iter(tokens(SEED + 2, options.tokens, known)))
+        feed(generation, tokens(SEED + 2, options.tokens, known))
     for _ in generation:
         pass
     return generation

@@ -64,7 +64,9 @@ def found(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
     patch.syspath_prepend(str(BENCH))
     decode, engines = importlib.import_module("decode"), importlib.import_module("engines")
     patch.setattr(sys, "argv", ["decode.py", *arguments])
-    return engines.find_peers(decode.arguments())
+    options = decode.arguments()
+    makers = {name: engines.MAKERS[name] for name in options.peers}
+    return engines.find_peers(options, makers)
 
 
 def test_without_its_file_llama_cpp_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +78,7 @@ def test_without_its_file_llama_cpp_is_absent(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_not_installed_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')")
     (tmp_path / "any.gguf").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     peers = found(monkeypatch, "made", "--peers", "llama.cpp", "--gguf", str(tmp_path / "any.gguf"))
     assert "not here" in peers.absent["llama.cpp"]
     assert peers.engines == [] and not peers.failed
@@ -87,7 +89,7 @@ def test_what_is_installed_and_fails_is_an_error(
 ) -> None:
     (tmp_path / "llama_cpp.py").write_text("")  # imports, and then has nothing to offer
     (tmp_path / "any.gguf").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     peers = ("--peers", "llama.cpp", "--gguf", str(tmp_path / "any.gguf"), "--json")
     done = call("decode.py", str(qwen), "--nodes", "1", *FEW, *peers)
     assert done.returncode == 1

@@ -43,6 +43,7 @@ class Batcher:
             parallel=parallel,
             paged=engine.paged,
             exact=not engine.can_trim,
+            window=config.max_kv_size,
             step_seconds=batching.step_ms / 1e3,
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
@@ -86,7 +87,8 @@ class Batcher:
             return
         for span in plan.spans:
             stream = self._streams[span.sequence]
-            stream.started = begun if stream.started is None else stream.started
+            if stream.started is None:
+                stream.started, stream.timings.cached_tokens = begun, span.position
         self._spans.take()
         logits = self._run(plan)
         took = time.perf_counter() - begun
