@@ -148,7 +148,7 @@ int main(int argc, char **argv) {
   for (uint32_t i = 0; i < n_blocks; i++)
     s.blocks[i] = (i + n_blocks / 2) % n_blocks;
   for (int i = 0; i < LAYERS; i++)
-    s.caches[i] = (zmoe_kv_cache){malloc(cache_bytes), malloc(cache_bytes), n_blocks};
+    s.caches[i] = (zmoe_kv_cache){malloc(cache_bytes), malloc(cache_bytes), n_blocks, 0};
   for (int i = 0; i < LAYERS; i++)
     memset(s.caches[i].keys, 0x3d, cache_bytes), memset(s.caches[i].values, 0x3d, cache_bytes);
   static const zmoe_isa isas[] = {ZMOE_ISA_GENERIC, ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
