@@ -1,7 +1,9 @@
 /* The vector operations of a decoder layer, on one thread: microseconds (medians) of
  * one row, and prefill.  bench/README.md has the command.
  *
- *   decoder [KEYS [HEADS [KV_HEADS [HEAD_DIM]]]]
+ *   decoder [KEYS [HEADS [KV_HEADS [HEAD_DIM [BITS]]]]]
+ *
+ * BITS 8: of keys and values; else bf16.
  *
  * "cold" goes through the caches of 24 layers in turn, as a decode step does;
  * "warm" stays with one. */
@@ -83,7 +85,7 @@ static void route(scene *s) {
   for (int i = 0; gate[0] == 0 && i < EXPERTS * 32; i++)
     gate[i] = (float)(rand() % 1000 + 1) * 1e-3f;
   const zmoe_weight weight = {.data = gate, .out_features = EXPERTS, .in_features = 32};
-  const zmoe_router router = {.gate = &weight, .top_k = TOP_K, .normalize = 1, .scale = 1};
+  const zmoe_router router = {.gate = &weight, .top_k = TOP_K, .normalize = 1};
   zmoe_route(s->pool, &router, s->h, 1, s->out, ZMOE_F32, ids, weights);
 }
 
@@ -120,8 +122,8 @@ static float *random_floats(size_t count) {
 }
 
 int main(int argc, char **argv) {
-  uint32_t shape[] = {128, 16, 16, 128};
-  for (int i = 1; i < argc && i <= 4; i++)
+  uint32_t shape[] = {128, 16, 16, 128, 0};
+  for (int i = 1; i < argc && i <= 5; i++)
     shape[i - 1] = (uint32_t)atoi(argv[i]);
   uint32_t keys = shape[0], heads = shape[1], kv_heads = shape[2], dim = shape[3];
   const float *ones = random_floats(WIDTH);
@@ -148,7 +150,7 @@ int main(int argc, char **argv) {
   for (uint32_t i = 0; i < n_blocks; i++)
     s.blocks[i] = (i + n_blocks / 2) % n_blocks;
   for (int i = 0; i < LAYERS; i++)
-    s.caches[i] = (zmoe_kv_cache){malloc(cache_bytes), malloc(cache_bytes), n_blocks};
+    s.caches[i] = (zmoe_kv_cache){malloc(cache_bytes), malloc(cache_bytes), n_blocks, shape[4]};
   for (int i = 0; i < LAYERS; i++)
     memset(s.caches[i].keys, 0x3d, cache_bytes), memset(s.caches[i].values, 0x3d, cache_bytes);
   static const zmoe_isa isas[] = {ZMOE_ISA_GENERIC, ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,

@@ -1,7 +1,8 @@
 """A file with the keys and values of a prompt's beginning, for later runs of the same model.
 
 It is a safetensors file of full blocks: `tokens`, and one tensor per layer for the keys
-and for the values, each (blocks, kv_heads, 64 * head_dim).
+and for the values, each (blocks, kv_heads, 64 * head_dim), or with `kv_bits` bytes
+(blocks, kv_heads, 64 * head_dim + 256), in which 64 scales in float32 follow the integers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from zmoe.placement.types import ModelInfo
 
 Array = npt.NDArray[Any]
 _FORMAT = "zmoe prompt cache 1"
-_DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}  # numpy has no bfloat16
+# numpy has no bfloat16.
+_DTYPES = {"uint8": "U8", "uint16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _settings(info: ModelInfo, config: EngineConfig) -> dict[str, str]:
         "fingerprint": info.fingerprint,
         "dtype": info.dtype,
         "activations": config.activations,
+        "kv_bits": str(config.kv_bits or "none"),
         "block": str(BLOCK),
     }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _NUMPY: dict[mx.Dtype, Any] = {
     mx.float32: np.float32,
     mx.float16: np.float16,
+    mx.uint8: np.uint8,
     mx.bfloat16: np.uint16,  # numpy has no bfloat16; its bits pass through
 }
 Buffer = npt.NDArray[Any]

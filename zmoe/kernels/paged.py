@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zmoe.exchange.buffers import DTYPES
-from zmoe.kernels.arrays import Buffer, writable
+from zmoe.kernels.arrays import Buffer, empty, writable
 from zmoe.native import ffi, lib
 
 if TYPE_CHECKING:
@@ -26,23 +26,24 @@ class PagedCache:
     """
 
     def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
-        self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, DTYPES[dtype]
+        self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, dtype
         self.raw = ffi.new("zmoe_kv_cache *")
         self.quantize(None)
 
     def quantize(self, bits: int | None) -> None:
         """Keep keys and values in 8 bits, or in the model's dtype; what lies there is lost."""
-        self.raw.bits = bits or 0
+        self.raw.bits, self.raw.blocks = bits or 0, 0
         self._memory = [self._empty(0), self._empty(0)]
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of the keys and values of 64 positions."""
-        head = lib.zmoe_kv_head_bytes(self._head_dim, self._dtype, self.raw.bits)
-        return 2 * self._kv_heads * int(head)
+        return 2 * self._empty(1).nbytes
 
     def _empty(self, blocks: int) -> Buffer:
-        return np.empty((blocks, self.bytes_per_block // 2), np.uint8)
+        dtype = mx.uint8 if self.raw.bits else self._dtype
+        head = lib.zmoe_kv_head_bytes(self._head_dim, DTYPES[self._dtype], self.raw.bits)
+        return empty((blocks, self._kv_heads, head // dtype.size), dtype)
 
     def allocate(self, blocks: int) -> None:
         """Make room for that many blocks; the system gives the memory as they are written.
@@ -63,7 +64,10 @@ class PagedCache:
 
     @property
     def memory(self) -> list[Buffer]:
-        """Keys and values of all blocks, (blocks, kv_heads, 64 * head_dim) each."""
+        """Keys and values of all blocks, (blocks, kv_heads, 64 * head_dim) each.
+
+        In 8 bits they are bytes, and the last axis goes on with 64 scales in float32.
+        """
         return self._memory
 
     def make_mask(self, *_: Any, **__: Any) -> None:

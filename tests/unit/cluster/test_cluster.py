@@ -128,6 +128,19 @@ def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
         Cluster(folder, spec=ClusterSpec(engine=EngineConfig(max_kv_size=64)))
 
 
+def test_kv_bits_of_a_family_whose_caches_are_mlxs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmoe.cluster.cluster.open_tokenizer", lambda folder: None)
+    spec = ClusterSpec(engine=EngineConfig(kv_bits=8))
+    words = "^kv_bits is 8: expected none, as the CPU kernels do not run all layers of deepseek_v3"
+    with (
+        pytest.raises(SettingError, match=words),
+        Cluster(build("deepseek_v3", tmp_path), spec=spec),
+    ):
+        pass
+
+
 def test_the_usage_is_saved(tmp_path: Path) -> None:
     file = tmp_path / "usage.json"
     with Cluster("zmoe-tiny", spec=ClusterSpec(record_usage=True)) as recording:

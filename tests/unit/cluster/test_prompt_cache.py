@@ -90,6 +90,17 @@ def test_a_prompt_goes_on_from_a_file_on_all_nodes(
         assert pair.load_prompt_cache(saved) == 128  # twice does no harm
 
 
+def test_keys_and_values_in_8_bits_go_through_a_file(tmp_path: Path) -> None:
+    file, second = tmp_path / "file", [*PROMPT[:140], 9, 8, 7]
+    spec = ClusterSpec(engine=EngineConfig(compute="native", kv_bits=8))
+    with Cluster("zmoe-tiny", spec=spec) as first:
+        alone, _ = generate(first, second)
+        first.save_prompt_cache(file, second)
+    with Cluster("zmoe-tiny", spec=spec) as other:
+        assert other.load_prompt_cache(file) == 128
+        assert generate(other, second) == (alone, 128)
+
+
 def test_the_file_is_what_other_tools_read(cluster: Cluster, saved: Path) -> None:
     with saved.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
@@ -162,6 +173,7 @@ def odd_tokens(header: dict[str, Any], data: bytearray) -> None:
         (says("fingerprint", "f" * 32), "is of another run: its fingerprint is f{32}, here"),
         (says("dtype", "float16"), "is of another run: its dtype is float16, here"),
         (says("activations", "int8"), "its activations is int8, here exact"),
+        (says("kv_bits", "8"), "its kv_bits is 8, here none"),
         (says("block", "16"), "its block is 16, here 64"),
         (says("format", "mlx"), "is no prompt cache that this zmoe reads"),
         (lambda header, data: header.pop("__metadata__"), "is no prompt cache"),
