@@ -157,6 +157,13 @@ class RankThread:
 _threads: list[RankThread] = []
 
 
+def rank_thread(rank: int) -> RankThread:
+    """The thread of `rank`, started when it is first asked for."""
+    while len(_threads) <= rank:
+        _threads.append(RankThread())
+    return _threads[rank]
+
+
 def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
     """Run `work` once per rank in threads of their own; its results by rank."""
     meeting = Meeting(nodes)
@@ -170,9 +177,7 @@ def on_ranks(nodes: int, work: Callable[[ThreadReducer], T]) -> list[T]:
             errors.append(error)
             meeting.barrier.abort()
 
-    while len(_threads) < nodes:
-        _threads.append(RankThread())
-    ends = [_threads[rank].start(run, rank) for rank in range(nodes)]
+    ends = [rank_thread(rank).start(run, rank) for rank in range(nodes)]
     if not all([over.wait(2 * DEADLINE_S) for over in ends]):
         _threads.clear()  # the next test gets others
         raise AssertionError(f"a rank of {nodes} has not ended within {2 * DEADLINE_S:g} s")

@@ -43,6 +43,7 @@ class Batcher:
             parallel=parallel,
             paged=engine.paged,
             exact=not engine.can_trim,
+            window=config.max_kv_size,
             step_seconds=batching.step_ms / 1e3,
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
@@ -61,7 +62,7 @@ class Batcher:
         Raises InputError for one that can never run, QueueFullError where too many wait.
         """
         self.end_forced()
-        request = Request(stream.prompt, stream.limit)
+        request = Request(stream.prompt, stream.limit, borders=stream.borders)
         sequence = self.scheduler.submit(request, time.monotonic())
         stream.bound(sequence.limit - sequence.prompt)
         self._streams[sequence.id] = stream
@@ -83,10 +84,12 @@ class Batcher:
             )
         plan = self.scheduler.plan(now)
         if plan is None:
+            assert not self._streams  # the oldest one can always run
             return
         for span in plan.spans:
             stream = self._streams[span.sequence]
-            stream.started = begun if stream.started is None else stream.started
+            if stream.started is None:
+                stream.started, stream.timings.cached_tokens = begun, span.position
         self._spans.take()
         logits = self._run(plan)
         took = time.perf_counter() - begun

@@ -72,6 +72,11 @@ class PagedEngine:
         """See Engine."""
         return self._layers.bytes_per_block
 
+    @property
+    def memory(self) -> list[npt.NDArray[Any]]:
+        """Keys and values of all layers, by block."""
+        return [part for cache in self._layers.caches for part in cache.memory]
+
     def make_cache(self, blocks: int) -> None:
         """See Engine."""
         self._sequences.clear()

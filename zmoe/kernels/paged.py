@@ -54,6 +54,11 @@ class PagedCache:
         for memory in self._memory:
             memory[to] = memory[source]
 
+    @property
+    def memory(self) -> list[Buffer]:
+        """Keys and values of all blocks, (blocks, kv_heads, 64 * head_dim) each."""
+        return self._memory
+
     def make_mask(self, *_: Any, **__: Any) -> None:
         """None, as mlx-lm's models see a cache."""
         return None

@@ -40,7 +40,7 @@ class Driver:
         self._reference, _ = load_model(folder)
         info = describe(Skeleton(folder))
         reducer = SingleNode()
-        shard = load_shard(info, place_evenly(info, 1), reducer, spans=Spans())
+        shard = load_shard(info, place_evenly(info.shape, 1), reducer, spans=Spans())
         self.engine = MlxEngine(shard.model, reducer, shard.head, max_kv_size)
         self._wanted: dict[int, np.ndarray] = {}
         self._step = 1
