@@ -174,7 +174,7 @@ class Workers:
 class NaiveReducer:
     """A zmoe.exchange.base.Reducer: rows go out expert by expert, outputs come back so."""
 
-    rank, step = 0, 0
+    rank, step, plan = 0, 0, 0
 
     def __init__(self, workers: Workers, placement: Any, spans: Recorder) -> None:
         self.nodes = placement.nodes
