@@ -56,7 +56,7 @@ def _parser() -> Parser:
     to_text("--system-prompt", help="System message for the chat template")
     to_text("--ignore-chat-template", action="store_true", help="Do not apply the chat template")
     to_text("--chat-template-config", metavar="JSON", help="More arguments of the chat template")
-    add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
+    add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size", "kv_bits")
     add_settings(to_text, Batching, "speculate")
     to_compute = parser.add_argument_group("compute").add_argument
     add_settings(to_compute, EngineConfig, "compute", "activations", "policy")

@@ -172,11 +172,13 @@ class Node:
 
         Call place() before. `progress(bytes_done, bytes_total)` is called as bytes are read,
         and may raise to end the loading. Raises ModelError for a checkpoint that cannot be
-        read, SettingError for `activations` that this node does not have.
+        read, SettingError for `activations` or `kv_bits` that this node does not have.
         """
         assert self.placement is not None
         start = time.perf_counter()
         self._prepare()
+        if self._team is None:
+            self._refuse_kv_bits("MLX computes on this node")
         reducer = self.exchange or SingleNode()
         shard = load_shard(
             self.info,
@@ -189,6 +191,8 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
+        if shard.paged is None:
+            self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
         self._engine = make_engine(shard.model, reducer, self._config, shard.head, shard.paged)
         return shard, time.perf_counter() - start
 
@@ -204,6 +208,11 @@ class Node:
             raise SettingError(
                 "activations", "is int8: expected exact, as MLX computes on this node"
             )
+
+    def _refuse_kv_bits(self, reason: str) -> None:
+        bits = self._config.kv_bits
+        if bits is not None:
+            raise SettingError("kv_bits", f"is {bits}: expected none, as {reason}")
 
     @property
     def engine(self) -> Engine:

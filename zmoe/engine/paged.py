@@ -42,6 +42,8 @@ class PagedLayers(Protocol):
 
     def limit(self, max_kv_size: int | None) -> None: ...
 
+    def quantize(self, bits: int | None) -> None: ...
+
 
 @dataclass(frozen=True)
 class _Sequence:

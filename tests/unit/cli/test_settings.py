@@ -30,12 +30,13 @@ RUN: list[tuple[str, Settings]] = [
         ),
     ),
     (
-        "--prefill-step-size 9 --max-kv-size 64 --compute native --activations int8 "
+        "--prefill-step-size 9 --max-kv-size 64 --kv-bits 8 --compute native --activations int8 "
         "--wire-dtype q8 --schedule centralized --policy busy-full",
         EngineConfig(
             parallel=1,
             prefill_chunk=9,
             max_kv_size=64,
+            kv_bits=8,
             compute="native",
             activations="int8",
             wire_dtype="q8",

@@ -29,7 +29,7 @@ HELLO = messages.Hello(
     resources=NodeResources("m", 1 << 40, None, 9),
     endpoint=HERE,
 )
-ENGINE = EngineConfig(max_kv_size=64, wire_dtype="q8", schedule="centralized")
+ENGINE = EngineConfig(max_kv_size=64, kv_bits=8, wire_dtype="q8", schedule="centralized")
 SETUP = Setup(4, "m", ENGINE, Timing(peer=1.5, join=9), 1 << 33)
 ENDPOINTS = messages.Endpoints("AVX2", (HERE, THERE))
 PLACEMENT = Placement(2, 3, (((0, 1), (2,)), ((0,), (1, 2))), ((0, 64), (64, 128)), (1, 2))
@@ -83,6 +83,7 @@ OUT_OF_RANGE = [
     (SETUP, {"engine.prefill_chunk": True}, "Setup.engine.prefill_chunk has the wrong type"),
     (SETUP, {"engine.prefill_chunk": 9.0}, "Setup.engine.prefill_chunk has the wrong type"),
     (SETUP, {"engine.max_kv_size": 1 << 40}, "Setup.engine.max_kv_size is 1099511627776: not in"),
+    (SETUP, {"engine.kv_bits": 4}, "Setup.engine.kv_bits is 4: expected 8"),
     (SETUP, {"timing.peer": float("nan")}, "Setup.timing.peer is nan"),
     (SETUP, {"timing.grace": 1e300}, "Setup.timing.grace is 1e+300: not in"),
     (SETUP, {"timing.join": 0}, "Setup.timing.join is 0: expected a positive number of seconds"),
