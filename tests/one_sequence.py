@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from zmoe.batch.plan import Plan, Span, blocks_of
+from zmoe.config import EngineConfig
+from zmoe.engine.base import SteppedReducer
+from zmoe.engine.engine import make_engine
+from zmoe.loading import LoadedShard
 
 ENOUGH_BLOCKS = 64
 
@@ -29,3 +33,14 @@ class OneSequence:
         logits = self._run(Plan(self._step, (span,), tuple(tokens), tuple(blocks), free))
         assert logits is not None and len(logits) == 1
         return np.array(logits[0])
+
+
+def sequence_on(
+    shard: LoadedShard, reducer: SteppedReducer, config: EngineConfig | None = None
+) -> OneSequence:
+    """A sequence on a node's share of a model."""
+    config = config or EngineConfig()
+    engine = make_engine(shard.model, reducer, config, shard.head, shard.paged)
+    if engine.paged:
+        engine.make_cache(ENOUGH_BLOCKS)
+    return OneSequence(engine.run, engine.paged)

@@ -153,6 +153,7 @@ _SEED = whole("a whole number from 0 to 2^64-1", 0, 2**64 - 1)
 _CHUNK = whole("a whole number from 1 to 8192", 1, 8192)
 _PARALLEL = whole("a whole number from 1 to 256", 1, 256)
 _WINDOW = whole("a whole number above 8", 9)
+_KV_BITS = whole("8", 8, 8)
 _TEMPERATURE = number("a number of 0 or more", lambda value: value >= 0)
 _TOP_P = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 _MIN_P = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
@@ -187,6 +188,10 @@ _POLICY_HELP = (
 _WINDOW_HELP = (
     "Keep only this many tokens in the attention cache, the first 4 and the most recent ones, so "
     "that the text may exceed the model's context (default: no limit)"
+)
+_KV_BITS_HELP = (
+    "Keep keys and values in the attention cache in 8 bits, so that it holds about twice as many "
+    "tokens (default: as the model's activations are)"
 )
 _SPECULATE_HELP = (
     "Guess tokens from the text so far and check them in one step; the text stays the same"
@@ -275,7 +280,8 @@ class EngineConfig(Settings):
 
     `prefill_chunk`: most tokens of a prompt in one step. `parallel`: most sequences that run
     at the same time. `max_kv_size`: tokens that the rotating
-    attention cache keeps, None for the whole context. `compute`: who computes the large
+    attention cache keeps, None for the whole context. `kv_bits`: 8 for keys and values in 8
+    bits, None for the dtype of the activations. `compute`: who computes the large
     matmuls. `activations`: their precision in quantised matmuls on the C kernels.
     `wire_dtype`: how partial sums travel between nodes; "auto" as the model's activations are.
     `schedule`: "decentralized" (every node routes, one all-reduce per MoE layer), or
@@ -290,6 +296,7 @@ class EngineConfig(Settings):
     ] = 512
     parallel: Annotated[int, Setting("Sequences that run at the same time", _PARALLEL)] = 32
     max_kv_size: Annotated[int | None, Setting(_WINDOW_HELP, _WINDOW)] = None
+    kv_bits: Annotated[int | None, Setting(_KV_BITS_HELP, _KV_BITS, metavar="8")] = None
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"
     activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
     wire_dtype: Annotated[str, Setting(_WIRE_DTYPE_HELP, one_of(*WIRE_DTYPES))] = "auto"
@@ -300,6 +307,8 @@ class EngineConfig(Settings):
         super().__post_init__()
         if self.compute == "mlx" and self.activations != "exact":
             raise SettingError("activations", "is int8: expected exact where MLX computes")
+        if self.compute == "mlx" and self.kv_bits is not None:
+            raise SettingError("kv_bits", f"is {self.kv_bits}: expected none where MLX computes")
 
     @property
     def max_rows(self) -> int:

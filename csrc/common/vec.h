@@ -9,7 +9,7 @@
  *   vec_load8(src)         from LANES integers of 8 bits,
  *   vec_store8(dst, v)     to such, rounding to nearest even; all within [-127, 127],
  *   vec_largest(v, count)  the largest magnitude in an array of vectors, as bits;
- *                          these three not in vec_generic.h;
+ *                          these two not in vec_generic.h;
  * + - * / of two vectors are the language's own.
  *
  * vec_store rounds to nearest even and writes the NaN of reduce_scalar.h. */

@@ -40,3 +40,7 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
 KERNEL float vec_fold(VEC v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
+
+KERNEL VEC vec_load8(const unsigned char *src) {
+  return (VEC){(signed char)src[0], (signed char)src[1], (signed char)src[2], (signed char)src[3]};
+}

@@ -47,6 +47,12 @@ static int is_known(const zmoe_attention *a) {
          zmoe_dtype_bytes((zmoe_dtype)a->dtype) != 0 && shapes_fit(a);
 }
 
+size_t zmoe_kv_head_bytes(uint32_t head_dim, zmoe_dtype dtype, uint32_t bits) {
+  if (bits == 8)
+    return ZMOE_KEY_BLOCK * (head_dim + sizeof(float));
+  return bits == 0 ? ZMOE_KEY_BLOCK * head_dim * zmoe_dtype_bytes(dtype) : 0;
+}
+
 /* Whether all of a span's positions lie in blocks of the cache. */
 static int span_fits(const zmoe_span *span, const zmoe_kv_cache *cache) {
   uint64_t end = (uint64_t)span->position + span->rows;
@@ -60,7 +66,8 @@ static int span_fits(const zmoe_span *span, const zmoe_kv_cache *cache) {
 
 static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, const zmoe_span *spans,
                  uint32_t n_spans, const float *cosines, const float *sines, uint32_t *rows) {
-  if (!is_known(a) || (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
+  if (!is_known(a) || zmoe_kv_head_bytes(a->head_dim, (zmoe_dtype)a->dtype, cache->bits) == 0 ||
+      (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
     return ZMOE_EINVAL;
   *rows = 0;
   for (uint32_t i = 0; i < n_spans; i++) {

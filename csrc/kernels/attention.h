@@ -39,6 +39,7 @@ typedef struct zmoe_attend {
 
   uint32_t group, padded; /* queries per head of keys; head_dim, to whole vectors */
   uint32_t vectors;       /* queries of the largest unit */
+  size_t head_bytes;      /* of keys, or of values, in a block */
   float *own;             /* [thread]: see zmoe_attend_own_floats */
   size_t own_floats;
   uint32_t ranges; /* of each unit, where units are split; else 0 */
@@ -79,8 +80,13 @@ static inline unsigned char *zmoe_cached(const zmoe_attend *job, void *data, con
                                          uint32_t kv_head, uint32_t key) {
   const zmoe_attention *a = job->attention;
   size_t block = (size_t)span->blocks[key / ZMOE_KEY_BLOCK] * a->kv_heads + kv_head;
-  return (unsigned char *)data +
-         block * ZMOE_KEY_BLOCK * a->head_dim * zmoe_dtype_bytes(job->dtype);
+  return (unsigned char *)data + block * job->head_bytes;
+}
+
+/* The scales that follow such keys or values, by position; NULL where there are none. */
+static inline float *zmoe_scales(const zmoe_attend *job, unsigned char *cached) {
+  size_t codes = (size_t)ZMOE_KEY_BLOCK * job->attention->head_dim;
+  return job->cache->bits == 0 ? NULL : (float *)(void *)(cached + codes);
 }
 
 /* Cuts rows [first, first + rows) of the spans into pieces, at most one per row; how many. */

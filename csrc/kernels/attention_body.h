@@ -13,6 +13,18 @@ enum { MOST_SUMS = 16 };
 enum { MOST_SUMS = 8 };
 #endif
 
+KERNEL size_t bytes_of(const uint32_t dtype) {
+  return dtype == ZMOE_CODES ? 1 : zmoe_dtype_bytes((zmoe_dtype)dtype);
+}
+
+KERNEL VEC elements(const unsigned char *row, size_t i, const uint32_t dtype) {
+  return dtype == ZMOE_CODES ? vec_load8(row + i) : vec_load(row, i, (zmoe_dtype)dtype);
+}
+
+KERNEL float element(const unsigned char *row, size_t i, const uint32_t dtype) {
+  return dtype == ZMOE_CODES ? (float)(signed char)row[i] : load_scalar(row, i, (zmoe_dtype)dtype);
+}
+
 KERNEL void fetch_ahead(const zmoe_head_block *block, uint32_t row, size_t row_bytes) {
   if (block->ahead != 0)
     zmoe_prefetch_range(block->ahead + row * row_bytes, row_bytes);
@@ -35,8 +47,8 @@ KERNEL void fetch_ahead(const zmoe_head_block *block, uint32_t row, size_t row_b
 
 /* Of keys [j, j + vectors * LANES). */
 KERNEL void score_chunk(const float *const *queries, const uint32_t n, const zmoe_head_block *keys,
-                        const zmoe_dtype dtype, uint32_t j, const uint32_t vectors, float *scores) {
-  size_t row_bytes = ZMOE_KEY_BLOCK * zmoe_dtype_bytes(dtype);
+                        const uint32_t dtype, uint32_t j, const uint32_t vectors, float *scores) {
+  size_t row_bytes = ZMOE_KEY_BLOCK * bytes_of(dtype);
   VEC lanes[ZMOE_QUERIES][8];
   EACH(i, n)
     EACH(v, vectors)
@@ -45,7 +57,7 @@ KERNEL void score_chunk(const float *const *queries, const uint32_t n, const zmo
     if (j == 0)
       fetch_ahead(keys, d, row_bytes);
     EACH(v, vectors) {
-      VEC wide = vec_load(keys->data + d * row_bytes, j + v * LANES, dtype);
+      VEC wide = elements(keys->data + d * row_bytes, j + v * LANES, dtype);
       EACH(i, n)
         lanes[i][v] = vec_fma(wide, vec_splat(queries[i][d]), lanes[i][v]);
     }
@@ -57,7 +69,7 @@ KERNEL void score_chunk(const float *const *queries, const uint32_t n, const zmo
 }
 
 KERNEL void score_keys(const float *const *queries, const uint32_t n, const zmoe_head_block *keys,
-                       const zmoe_dtype dtype, float *scores) {
+                       const uint32_t dtype, float *scores) {
   uint32_t j = 0, count = (keys->count + ZMOE_SUM_LANES - 1) / ZMOE_SUM_LANES * ZMOE_SUM_LANES;
 #define CHUNK(vectors) score_chunk(queries, n, keys, dtype, j, vectors, scores)
   BY_CHUNKS(j, count, n, CHUNK);
@@ -68,9 +80,9 @@ KERNEL void score_keys(const float *const *queries, const uint32_t n, const zmoe
 
 /* Elements [d, d + vectors * LANES) of the sums. */
 KERNEL void add_chunk(const float *weights, const uint32_t n, const float *corrections,
-                      const zmoe_head_block *values, const zmoe_dtype dtype, uint32_t d,
+                      const zmoe_head_block *values, const uint32_t dtype, uint32_t d,
                       const uint32_t vectors, float *sums, size_t sum_stride) {
-  size_t row_bytes = values->dim * zmoe_dtype_bytes(dtype);
+  size_t row_bytes = values->dim * bytes_of(dtype);
   VEC lanes[ZMOE_QUERIES][8];
   EACH(i, n)
     EACH(v, vectors)
@@ -79,7 +91,7 @@ KERNEL void add_chunk(const float *weights, const uint32_t n, const float *corre
     if (d == 0)
       fetch_ahead(values, j, row_bytes);
     EACH(v, vectors) {
-      VEC wide = vec_load(values->data + j * row_bytes, d + v * LANES, dtype);
+      VEC wide = elements(values->data + j * row_bytes, d + v * LANES, dtype);
       EACH(i, n)
         lanes[i][v] = vec_fma(wide, vec_splat(weights[i * ZMOE_KEY_BLOCK + j]), lanes[i][v]);
     }
@@ -94,19 +106,19 @@ KERNEL float fma_of(float a, float b, float c) {
 }
 
 KERNEL void add_rows(const float *weights, const uint32_t n, const float *corrections,
-                     const zmoe_head_block *values, const zmoe_dtype dtype, float *sums,
+                     const zmoe_head_block *values, const uint32_t dtype, float *sums,
                      size_t sum_stride) {
   uint32_t d = 0, dim = values->dim;
 #define CHUNK(vectors)                                                                             \
   add_chunk(weights, n, corrections, values, dtype, d, vectors, sums, sum_stride)
   BY_CHUNKS(d, dim, n, CHUNK);
 #undef CHUNK
-  size_t row_bytes = dim * zmoe_dtype_bytes(dtype);
+  size_t row_bytes = dim * bytes_of(dtype);
   for (; d < dim; d++)
     for (uint32_t i = 0; i < n; i++) {
       float sum = sums[i * sum_stride + d] * corrections[i];
       for (uint32_t j = 0; j < values->count; j++)
-        sum = fma_of(load_scalar(values->data + j * row_bytes, d, dtype),
+        sum = fma_of(element(values->data + j * row_bytes, d, dtype),
                      weights[i * ZMOE_KEY_BLOCK + j], sum);
       sums[i * sum_stride + d] = sum;
     }
@@ -136,6 +148,9 @@ TARGET static void score(const float *const *queries, uint32_t n, const zmoe_hea
   case ZMOE_BF16:
     BY_QUERIES(score_keys, queries, n, keys, ZMOE_BF16, scores);
     return;
+  case ZMOE_CODES:
+    BY_QUERIES(score_keys, queries, n, keys, ZMOE_CODES, scores);
+    return;
   }
 }
 
@@ -150,6 +165,9 @@ TARGET static void add_values(const float *weights, uint32_t n, const float *cor
     return;
   case ZMOE_BF16:
     BY_QUERIES(add_rows, weights, n, corrections, values, ZMOE_BF16, sums, sum_stride);
+    return;
+  case ZMOE_CODES:
+    BY_QUERIES(add_rows, weights, n, corrections, values, ZMOE_CODES, sums, sum_stride);
     return;
   }
 }

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "common/reduce_scalar.h"
 
 /* ---- the cuts --------------------------------------------------------------------- */
 
@@ -79,6 +80,7 @@ size_t zmoe_attend_plan(zmoe_attend *job, uint32_t threads) {
   job->group = group_of(a);
   job->padded = (uint32_t)zmoe_round_up(a->head_dim, ZMOE_SUM_LANES);
   job->vectors = rows * job->group;
+  job->head_bytes = zmoe_kv_head_bytes(a->head_dim, job->dtype, job->cache->bits);
   size_t floats = (size_t)units * most * sums_floats(a, job->vectors);
   int is_split = threads > 1 && most > 1 && units < ZMOE_UNITS_PER_THREAD * threads &&
                  floats <= zmoe_attend_most_sums(a);
@@ -121,6 +123,31 @@ static void prepare_head(const zmoe_attend *job, const zmoe_norm *norm, uint32_t
     job->ops->rotate(head, job->cosines + at, job->sines + at, a->rope_dims, a->rope_traditional);
 }
 
+/* A head in integers of 8 bits; returns their scale, which is no number if an element is none. */
+static float encode(const float *x, uint32_t dim, signed char *codes) {
+  uint32_t most = 0; /* the largest magnitude, as bits: a NaN is larger than infinity */
+  for (uint32_t d = 0; d < dim; d++) {
+    uint32_t magnitude = bits_of_f32(x[d]) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  float scale = f32_of_bits(most) / 127.0f, nearest = 0x1.8p23f; /* whose last bit is 1 */
+  int is_normal = scale >= FLT_MIN && scale <= FLT_MAX;
+  for (uint32_t d = 0; d < dim; d++)
+    codes[d] = is_normal ? (signed char)(x[d] / scale + nearest - nearest) : 0;
+  return scale;
+}
+
+static void write_codes(const zmoe_attend *job, unsigned char *keys, unsigned char *values,
+                        uint32_t position, const float *key, const float *value) {
+  uint32_t dim = job->attention->head_dim;
+  signed char codes[ZMOE_MAX_HEAD_DIM];
+  zmoe_scales(job, keys)[position] = encode(key, dim, codes);
+  for (uint32_t d = 0; d < dim; d++)
+    keys[d * ZMOE_KEY_BLOCK + position] = (unsigned char)codes[d];
+  zmoe_scales(job, values)[position] = encode(value, dim, codes);
+  memcpy(values + (size_t)position * dim, codes, dim);
+}
+
 /* Column `column` of a block of keys. */
 static void write_key(const zmoe_attend *job, void *block, uint32_t column, const float *key) {
   uint32_t dim = job->attention->head_dim;
@@ -157,9 +184,15 @@ static void prepare_unit(const zmoe_attend *job, const zmoe_piece *piece, uint32
     for (size_t d = 0; d < job->group * dim; d++)
       queries[d] *= a->scale;
     prepare_head(job, &a->key_norm, position, key);
-    write_key(job, zmoe_cached(job, job->cache->keys, piece->span, kv_head, position), column, key);
-    write_value(job, zmoe_cached(job, job->cache->values, piece->span, kv_head, position), column,
-                key + a->kv_heads * dim);
+    const float *value = key + a->kv_heads * dim;
+    unsigned char *keys = zmoe_cached(job, job->cache->keys, piece->span, kv_head, position);
+    unsigned char *values = zmoe_cached(job, job->cache->values, piece->span, kv_head, position);
+    if (job->cache->bits == 8) {
+      write_codes(job, keys, values, column, key, value);
+    } else {
+      write_key(job, keys, column, key);
+      write_value(job, values, column, value);
+    }
   }
 }
 

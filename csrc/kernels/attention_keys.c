@@ -7,6 +7,7 @@
 struct tile {
   uint32_t vector, n, key;
   uint32_t depth; /* the last of the vectors sees keys [key, key + depth) at most */
+  const float *key_scales, *value_scales;
   float scores[ZMOE_QUERIES * ZMOE_KEY_BLOCK];
   float corrections[ZMOE_QUERIES];
 };
@@ -15,6 +16,11 @@ struct tile {
 static uint32_t vectors_at(uint32_t v, uint32_t vectors) {
   uint32_t left = vectors - v;
   return left >= ZMOE_QUERIES ? ZMOE_QUERIES : left >= 2 ? 2 : 1;
+}
+
+static void multiply(float *x, const float *scales, uint32_t count) {
+  for (uint32_t i = 0; i < count && scales != NULL; i++)
+    x[i] *= scales[i];
 }
 
 /* Scores of a vector become weights; what its row does not see weighs nothing.  Returns what its
@@ -26,11 +32,14 @@ static float soften(const zmoe_attend *job, uint32_t position, const struct tile
   uint32_t from = begin > tile->key ? zmoe_min(begin - tile->key, to) : 0, keep = 0;
   if (job->attention->keep > tile->key)
     keep = zmoe_min(job->attention->keep - tile->key, from);
+  multiply(scores, tile->key_scales, to);
   for (uint32_t j = keep; keep > 0 && j < from; j++)
     scores[j] = -FLT_MAX; /* between the first keys and the window: as good as not there */
   if (keep > 0)
     from = 0;
   float correction = from < to ? job->ops->soften(scores + from, to - from, softmax) : 1.0f;
+  if (tile->value_scales != NULL)
+    multiply(scores + from, tile->value_scales + from, to - from);
   memset(scores, 0, from * sizeof *scores);
   memset(scores + to, 0, (tile->depth - to) * sizeof *scores);
   return correction;
@@ -56,7 +65,10 @@ static void attend_tile(const zmoe_attend *job, const zmoe_piece *piece, uint32_
 
 /* The first `count` elements of a block in f32. */
 static void widen(const zmoe_attend *job, zmoe_head_block *block, uint32_t count, float *panel) {
-  (void)zmoe_convert(panel, ZMOE_F32, block->data, block->dtype, count, job->isa);
+  if (block->dtype == ZMOE_CODES)
+    job->ops->widen(block->data, count, panel);
+  else
+    (void)zmoe_convert(panel, ZMOE_F32, block->data, (zmoe_dtype)block->dtype, count, job->isa);
   block->data = (const unsigned char *)panel, block->dtype = ZMOE_F32;
 }
 
@@ -65,16 +77,20 @@ static void attend_block(const zmoe_attend *job, const zmoe_piece *piece, uint32
                          uint32_t key, uint32_t count, uintptr_t ahead, const zmoe_sums *to,
                          float *panels) {
   uint32_t dim = job->attention->head_dim, vectors = piece->rows * job->group;
-  zmoe_head_block keys = {.dtype = job->dtype, .dim = dim}, values = keys;
-  keys.data = zmoe_cached(job, job->cache->keys, piece->span, kv_head, key);
-  values.data = zmoe_cached(job, job->cache->values, piece->span, kv_head, key);
-  if (vectors > ZMOE_DIRECT_VECTORS && job->dtype != ZMOE_F32) {
+  uint32_t dtype = job->cache->bits == 8 ? ZMOE_CODES : job->dtype;
+  unsigned char *key_data = zmoe_cached(job, job->cache->keys, piece->span, kv_head, key);
+  unsigned char *value_data = zmoe_cached(job, job->cache->values, piece->span, kv_head, key);
+  zmoe_head_block keys = {.data = key_data, .dtype = dtype, .dim = dim};
+  zmoe_head_block values = {.data = value_data, .dtype = dtype, .dim = dim};
+  if (vectors > ZMOE_DIRECT_VECTORS && dtype != ZMOE_F32) {
     widen(job, &keys, ZMOE_KEY_BLOCK * dim, panels);
     widen(job, &values, count * dim, panels + (size_t)ZMOE_KEY_BLOCK * dim);
   } else {
     keys.ahead = (uintptr_t)values.data, values.ahead = ahead;
   }
-  struct tile tile = {.key = key};
+  struct tile tile = {.key = key,
+                      .key_scales = zmoe_scales(job, key_data),
+                      .value_scales = zmoe_scales(job, value_data)};
   for (uint32_t v = 0; v < vectors; v += tile.n) {
     tile.vector = v, tile.n = vectors_at(v, vectors);
     uint32_t last = piece->position + (v + tile.n - 1) / job->group;

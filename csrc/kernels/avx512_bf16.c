@@ -73,6 +73,9 @@ BF16 static void dot_halves(const zmoe_weight *w, const void *const *xs, uint32_
 /* ---- codes and bf16 --------------------------------------------------------------------- */
 
 /* The 16 values as bf16, twice, since an index has five bits. */
+static const uint16_t bf16_of_affine[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+                                            0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
+                                            0x4140, 0x4150, 0x4160, 0x4170};
 static const uint16_t bf16_of_fp4[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
                                          0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0,
                                          0xc000, 0xc040, 0xc080, 0xc0c0};
@@ -89,8 +92,9 @@ typedef struct table {
 BF16_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
   (void)w;
   table t = {0};
-  if (codes == FP4)
-    t.v[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)bf16_of_fp4));
+  if (codes != CODES8)
+    t.v[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(
+        (const __m256i *)(const void *)(codes == FP4 ? bf16_of_fp4 : bf16_of_affine)));
   if (codes != CODES8)
     return t;
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -109,21 +113,13 @@ BF16_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
   return t;
 }
 
-/* Of 4 bits codes i % 4 and i % 4 + 4 of each word, next to each other.  Affine ones become 16
- * more than they are: all of those have the exponent of 16, and need no table.  Of 8 bits the
+/* Of 4 bits codes i % 4 and i % 4 + 4 of each word, next to each other.  Of 8 bits the
  * first or second halves of all 128-bit parts, in order; from 128 on a code's bf16 is 0x4300 plus
  * its lowest seven bits. */
 BF16_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], const uint32_t i,
                              const table t) {
-  if (codes == FP4)
+  if (codes != CODES8)
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i / 4], i % 4 * 4), t.v[0]);
-  if (codes == CODES4) {
-    __m512i code = i % 4 == 0 ? _mm512_slli_epi16(words[i / 4], 3)
-                              : _mm512_srli_epi16(words[i / 4], i % 4 * 4 - 3);
-    /* code & 0x78 | 0x4180 */
-    return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180),
-                                     0xea);
-  }
   __mmask64 large = _mm512_movepi8_mask(words[i / 2]);
   __m512i code = _mm512_and_si512(words[i / 2], _mm512_set1_epi8(127));
   __m512i low = _mm512_mask2_permutex2var_epi8(t.v[0], code, ~large, t.v[1]);
@@ -141,7 +137,8 @@ BF16_INLINE uint32_t panel_rows(const enum codes codes) {
 }
 
 BF16_INLINE float added_to(const enum codes codes) {
-  return codes == CODES4 ? 16 : 0;
+  (void)codes;
+  return 0;
 }
 
 #define INLINE BF16_INLINE

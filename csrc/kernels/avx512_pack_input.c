@@ -11,12 +11,21 @@
 #define BF16_INLINE                                                                                \
   static inline __attribute__((always_inline, target(AVX512_FEATURES ",avx512bf16")))
 
-AVX512 static void sum_groups(const float *x, uint32_t in_features, uint32_t group, float *sums) {
+BF16 static __m512 rounded(__m512 x) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+/* Of bf16 the sums of what the elements are rounded to: the codes' centre multiplies them. */
+AVX512 static void sum_groups(const float *x, uint32_t in_features, uint32_t group, int bf16,
+                              float *sums) {
   uint32_t groups = in_features / group;
   for (uint32_t g = 0; g < groups; g++) {
-    __m512 sum = _mm512_loadu_ps(x + (size_t)g * group);
-    for (uint32_t k = 16; k < group; k += 16)
-      sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + (size_t)g * group + k));
+    __m512 sum = _mm512_setzero_ps();
+    for (uint32_t k = 0; k < group; k += 16) {
+      __m512 part = _mm512_loadu_ps(x + (size_t)g * group + k);
+      sum = _mm512_add_ps(sum, bf16 ? rounded(part) : part);
+    }
     sums[g] = _mm512_reduce_add_ps(sum);
   }
   for (uint32_t g = groups; g % 16 != 0; g++)
@@ -178,7 +187,8 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
   zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
   if (w->group != 0)
-    sum_groups(x, w->in_features, w->group, to.sums);
+    sum_groups(x, w->in_features, w->group,
+               layout == ZMOE_LAYOUT_CODES4_BF16 || layout == ZMOE_LAYOUT_CODES8_BF16, to.sums);
   const uint32_t step = layout == ZMOE_LAYOUT_CODES4 || layout == ZMOE_LAYOUT_CODES4_BF16
                             ? 2 * ZMOE_BLOCK
                             : ZMOE_BLOCK;

@@ -55,11 +55,16 @@ typedef struct zmoe_attention {
 #define ZMOE_KEY_BLOCK 64 /* positions of a block of keys and values */
 
 /* The paged cache of a layer: keys (blocks, kv_heads, head_dim, 64), so that scores are sums
- * of whole vectors, and values (blocks, kv_heads, 64, head_dim), of `dtype`. */
+ * of whole vectors, and values (blocks, kv_heads, 64, head_dim), of `dtype`.  With 8 `bits`
+ * they are integers within [-127, 127], and those of a head in a block are followed by 64
+ * scales in f32: what the integers of each position are multiplied with. */
 typedef struct zmoe_kv_cache {
-  void *keys, *values;
-  uint32_t blocks;
+  void *keys, *values;   /* aligned as floats are */
+  uint32_t blocks, bits; /* bits: 8, or 0 for elements of `dtype` */
 } zmoe_kv_cache;
+
+/* Bytes of a head's keys, or of its values, in one block; 0 for other dtypes and `bits`. */
+size_t zmoe_kv_head_bytes(uint32_t head_dim, zmoe_dtype dtype, uint32_t bits);
 
 /* Consecutive rows of one sequence, the first at `position`.  Position p of the sequence is
  * in block blocks[p / 64] of the cache. */

@@ -24,11 +24,13 @@ static inline zmoe_softmax zmoe_softmax_empty(void) {
   return (zmoe_softmax){-FLT_MAX, 0.0f};
 }
 
+#define ZMOE_CODES 4 /* stands for the dtype of integers of 8 bits, taken as they are */
+
 /* A block of keys or of values of one head, `count` of which are looked at. */
 typedef struct zmoe_head_block {
   const unsigned char *data;
   uintptr_t ahead; /* address of a block that will be wanted next, 0 for none */
-  zmoe_dtype dtype;
+  uint32_t dtype;  /* zmoe_dtype, or ZMOE_CODES */
   uint32_t dim, count;
 } zmoe_head_block;
 
@@ -56,6 +58,8 @@ typedef struct zmoe_vector_ops {
    * weights[i * ZMOE_KEY_BLOCK + j] * values[j][d], values (count, dim); n as above */
   void (*add_values)(const float *weights, uint32_t n, const float *corrections,
                      const zmoe_head_block *values, float *sums, size_t sum_stride);
+  /* out[i] = codes[i], integers of 8 bits, i < count rounded up to ZMOE_SUM_LANES */
+  void (*widen)(const unsigned char *codes, size_t count, float *out);
   /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
   void (*activate)(const zmoe_expert_layer *layer, const float *gate, const float *up,
                    uint32_t count, float *out);

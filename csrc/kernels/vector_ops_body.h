@@ -163,4 +163,9 @@ TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
 #include "activation_body.h"
 #include "attention_body.h"
 
-const zmoe_vector_ops TABLE = {norm_row, clip, rotate, score, soften, add_values, activate};
+TARGET static void widen(const unsigned char *codes, size_t count, float *out) {
+  for (size_t i = 0; i < count; i += LANES)
+    vec_store((unsigned char *)out, i, ZMOE_F32, vec_load8(codes + i));
+}
+
+const zmoe_vector_ops TABLE = {norm_row, clip, rotate, score, soften, add_values, widen, activate};

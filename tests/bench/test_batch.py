@@ -48,7 +48,8 @@ def test_what_sequences_do_to_each_other() -> None:
         rows.setdefault(row["measure"], []).append(row)
     assert ",".join(rows) == measures
     (prefix,) = rows["prefix"]
-    assert prefix["common_tokens"] == 200 and min(prefix["first_s"], prefix["second_s"]) > 0
+    assert (prefix["common_tokens"], prefix["cached_tokens"]) == (200, 192)  # in blocks of 64
+    assert min(prefix["first_s"], prefix["second_s"]) > 0
     assert [row["step_ms"] for row in rows["gap"]] == [50, 100]
     assert all(row["longest_ms"] >= row["beside_ms"] > 0 for row in rows["gap"])
     repeating, varied = rows["speculation"]

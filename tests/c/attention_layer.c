@@ -25,8 +25,26 @@ static zmoe_norm norm_of(const layer *l, uint32_t kind, size_t width, size_t at)
                      kind == ZMOE_NORM_LAYER ? l->norms + at + 1 : NULL};
 }
 
-layer make_layer(const shape *s) {
-  layer l = {.s = *s};
+float encode_head(const float *head, uint32_t dim, signed char *codes) {
+  double most = 0;
+  for (uint32_t d = 0; d < dim; d++)
+    most = fmax(most, fabs((double)head[d]));
+  float scale = (float)(most / 127);
+  for (uint32_t d = 0; d < dim; d++)
+    codes[d] = (signed char)lrint(scale > 0 ? (double)head[d] / (double)scale : 0);
+  return scale;
+}
+
+/* As the cache keeps it: rounded to its dtype, or to 8 bits. */
+static void round_head(const layer *l, float *head) {
+  signed char codes[ZMOE_MAX_HEAD_DIM];
+  float scale = encode_head(head, l->s.head_dim, codes);
+  for (uint32_t d = 0; d < l->s.head_dim; d++)
+    head[d] = l->bits == 8 ? scale * (float)codes[d] : rounded(head[d], (zmoe_dtype)l->s.dtype);
+}
+
+layer make_layer(const shape *s, uint32_t bits) {
+  layer l = {.s = *s, .bits = bits};
   l.q_width = (size_t)s->heads * s->head_dim, l.kv_width = (size_t)s->kv_heads * s->head_dim;
   l.total = l.q_width + 2 * l.kv_width;
   size_t angles = (size_t)s->rows * (s->rope_dims / 2), past = l.kv_width * s->filled;
@@ -38,10 +56,8 @@ layer make_layer(const shape *s) {
   l.sinks = random_floats(s->heads, 2.0f);
   l.cosines = random_floats(angles, 1.0f), l.sines = random_floats(angles, 1.0f);
   l.keys = random_floats(past, 1.5f), l.values = random_floats(past, 1.0f);
-  for (size_t i = 0; i < past; i++) {
-    l.keys[i] = rounded(l.keys[i], (zmoe_dtype)s->dtype);
-    l.values[i] = rounded(l.values[i], (zmoe_dtype)s->dtype);
-  }
+  for (size_t i = 0; i < past; i += s->head_dim)
+    round_head(&l, l.keys + i), round_head(&l, l.values + i);
   l.h = random_floats((size_t)s->rows * s->width, 2.0f);
   return l;
 }
@@ -135,7 +151,14 @@ static void reference_project(const layer *l, uint32_t row, double *qkv) {
       reference_norm(i < s->heads ? &a->query_norm : &a->key_norm, head);
     reference_rope(l, row, head);
   }
-  round_all(k, 2 * l->kv_width, s->dtype);
+  for (size_t i = 0; i < 2 * l->kv_width; i += s->head_dim) {
+    float head[ZMOE_MAX_HEAD_DIM];
+    for (uint32_t d = 0; d < s->head_dim; d++)
+      head[d] = (float)k[i + d];
+    round_head(l, head);
+    for (uint32_t d = 0; d < s->head_dim; d++)
+      k[i + d] = head[d];
+  }
   free(x);
 }
 

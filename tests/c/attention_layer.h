@@ -17,6 +17,7 @@ typedef struct shape {
 /* A layer of that shape, its cache and its input. */
 typedef struct layer {
   shape s;
+  uint32_t bits; /* of the cache */
   size_t q_width, kv_width, total;
   float *weights, *biases, *output, *output_bias, *norms, *sinks, *cosines, *sines;
   float *keys, *values, *h; /* of dtype's values: (kv_heads, filled, head_dim); (rows, width) */
@@ -24,10 +25,12 @@ typedef struct layer {
   zmoe_attention attention;
 } layer;
 
-layer make_layer(const shape *s);
+layer make_layer(const shape *s, uint32_t bits);
 /* Lets `attention` point at the layer, where it lies now. */
 void describe_layer(layer *l);
 void free_layer(layer *l);
+/* A head in 8 bits, the largest magnitude being 127; returns what one is worth. */
+float encode_head(const float *head, uint32_t dim, signed char *codes);
 /* What attention adds to h: (rows, width); free it. */
 double *reference_attention(const layer *l);
 

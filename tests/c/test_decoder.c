@@ -269,7 +269,7 @@ static void expect(zmoe_thread_pool *pool, const zmoe_attention *attention, cons
   static struct scene scene, before;
   memset(&scene, 0x11, sizeof scene);
   memcpy(&before, &scene, sizeof scene);
-  const zmoe_kv_cache cache = {scene.keys, scene.values, BLOCKS};
+  const zmoe_kv_cache cache = {scene.keys, scene.values, BLOCKS, 0};
   CHECK_EQUAL(zmoe_attention_step(pool, attention, &cache, spans, n_spans, angles, angles, scene.h,
                                   ZMOE_EXACT),
               status);

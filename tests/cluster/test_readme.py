@@ -20,9 +20,20 @@ def test_the_cluster_snippet(commands: Commands) -> None:
     assert text == commands.run("--temp", 0, "-m", 32, "ROMEO:").stdout.removesuffix("\n")
 
 
-def test_the_exchange_snippet(commands: Commands) -> None:
+def test_the_snippet_of_many_prompts(commands: Commands) -> None:
     assert len(SNIPPETS[1].strip().splitlines()) < 15
-    ranks = [commands.python("-c", SNIPPETS[1], rank) for rank in range(2)]
+    process = commands.python("-c", SNIPPETS[1])
+    text, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    romeo, juliet = (
+        commands.run("--nodes", 2, "-m", 32, f"{n}:").stdout for n in ("ROMEO", "JULIET")
+    )
+    assert text == romeo + juliet + romeo.removesuffix("\n")
+
+
+def test_the_exchange_snippet(commands: Commands) -> None:
+    assert len(SNIPPETS[2].strip().splitlines()) < 15
+    ranks = [commands.python("-c", SNIPPETS[2], rank) for rank in range(2)]
     for process in ranks:
         text, errors = process.communicate(timeout=90)
         assert process.returncode == 0, errors

@@ -50,6 +50,7 @@ from zmoe.errors import SettingError
         (Timing, "join", float("nan")),
         (EngineConfig, "prefill_chunk", 0),
         (EngineConfig, "max_kv_size", 2),
+        (EngineConfig, "kv_bits", 4),
         (EngineConfig, "wire_dtype", "int4"),
         (EngineConfig, "schedule", "federal"),
     ],

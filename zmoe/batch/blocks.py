@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from zmoe.batch.plan import BLOCK, Fork, blocks_of
+from zmoe.batch.plan import BLOCK, UNBOUNDED, Fork, blocks_of
 
 if TYPE_CHECKING:
     from zmoe.batch.sequence import Sequence
@@ -55,7 +55,7 @@ class Prefix:
 class Found:
     """The first `length` positions of a text that need no computing, and where they are.
 
-    In `blocks` that hold the text of `prefix`, or in the `snapshot` of that number.
+    They are in `blocks`, which hold the text of `prefix`, or in the snapshot of that number.
     """
 
     length: int
@@ -70,10 +70,15 @@ class Blocks:
     A block belongs to any number of sequences. One that belongs to none and whose text is
     known stays cached until no other block is left; the least recently used goes first.
     Numbers never used come lowest first, so that the memory behind the others stays untouched.
+
+    With `most`, a sequence has no more blocks than that: all but its first one take turns as
+    its positions go on, and nobody else can find what they hold.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, most: int | None = None) -> None:
         self.count = count
+        self._most = UNBOUNDED if most is None else most
+        self._rings = most is not None
         self.free: list[int] = []  # the sequences that ended since the last plan
         self.forks: list[Fork] = []  # there are none with blocks
         self._owners = [0] * count
@@ -106,7 +111,7 @@ class Blocks:
 
     def begin(self, sequence: Sequence, found: Found, reserve: int) -> bool:
         """Give it blocks for all its tokens if `reserve` blocks are left beyond them."""
-        lacking = blocks_of(len(sequence.tokens)) - len(found.blocks)
+        lacking = self._lacking(len(found.blocks), len(sequence.tokens))
         idle = sum(not self._owners[block] for block in found.blocks)
         if self.available - idle < lacking + reserve:
             return False
@@ -114,23 +119,24 @@ class Blocks:
             if not self._owners[block]:
                 del self._cached[block]
             self._owners[block] += 1
-        sequence.blocks = [*found.blocks, *(self._take() for _ in range(lacking))]
-        sequence.room = len(sequence.blocks) * BLOCK
+        sequence.blocks = [*found.blocks]
+        self._extend(sequence, len(sequence.tokens))
         sequence.position = found.length
         sequence.prefix, sequence.kept = found.prefix, len(found.blocks)
         return True
 
     def grow(self, sequence: Sequence, end: int) -> bool:
         """Make room for `end` positions; False, and no change, where blocks are lacking."""
-        lacking = blocks_of(end) - len(sequence.blocks)
-        if lacking > self.available:
+        if self._lacking(len(sequence.blocks), end) > self.available:
             return False
-        sequence.blocks += [self._take() for _ in range(lacking)]
-        sequence.room = len(sequence.blocks) * BLOCK
+        self._extend(sequence, end)
         return True
 
     def keep(self, sequence: Sequence, length: int) -> None:
         """From now on others may find the blocks of its first `length` tokens."""
+        if self._rings:
+            sequence.kept = length // BLOCK
+            return
         for index in range(sequence.kept, length // BLOCK):
             assert sequence.prefix is not None
             tokens = sequence.tokens[index * BLOCK : (index + 1) * BLOCK]
@@ -147,7 +153,7 @@ class Blocks:
 
     def end(self, sequence: Sequence, keep: bool = True) -> None:
         """Take its blocks back; those whose text is known stay cached, its first ones longest."""
-        for block in reversed(sequence.blocks):
+        for block in reversed(sequence.blocks[: self._most]):
             self._owners[block] -= 1
             if self._owners[block]:
                 continue
@@ -158,6 +164,18 @@ class Blocks:
         if sequence.sent:
             self.free.append(sequence.id)
         sequence.blocks, sequence.room, sequence.sent = [], 0, 0
+
+    def _lacking(self, held: int, end: int) -> int:
+        """How many blocks a sequence that has `held` ones needs for `end` positions."""
+        return min(blocks_of(end), self._most) - min(held, self._most)
+
+    def _extend(self, sequence: Sequence, end: int) -> None:
+        """Take blocks for `end` positions, or go round those that it has."""
+        blocks = sequence.blocks
+        for index in range(len(blocks), blocks_of(end)):
+            again = index - (self._most - 1)
+            blocks.append(blocks[again] if again > 0 else self._take())
+        sequence.room = len(blocks) * BLOCK
 
     def _take(self) -> int:
         if self._spare:

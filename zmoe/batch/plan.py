@@ -13,6 +13,7 @@ from operator import attrgetter
 from zmoe.errors import ZmoeError
 
 BLOCK = 64  # positions of a block of keys and values
+UNBOUNDED = 2**31 - 1  # positions of a sequence that its caches do not limit
 PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
 _NUMBERS_OF_SPAN = attrgetter("sequence", "position", "rows", "logits")
 
@@ -74,7 +75,7 @@ class Plan:
 
     @functools.cached_property
     def digest(self) -> int:
-        """64 bits that equal plans have in common, on every machine, and no others."""
+        """A hash of 64 bits; equal plans have the same one on every machine."""
         parts = (self.spans, self.tokens, self.blocks, self.free, self.forks, self.copies)
         numbers = [self.step, *map(len, parts)]
         numbers.extend(chain.from_iterable(map(_NUMBERS_OF_SPAN, self.spans)))
@@ -103,7 +104,9 @@ def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
         span.rows < 1 or span.position < 0 or not 0 <= span.logits <= span.rows
         for span in plan.spans
     ):
-        raise ZmoeError(f"step {plan.step} has spans that are none")
+        raise ZmoeError(
+            f"step {plan.step} runs a sequence twice, or a span of no rows or before position 0"
+        )
     if PREVIOUS in plan.tokens:
         raise ZmoeError(f"step {plan.step} refers to sampled tokens, which this node never sees")
     if not 0 <= min(plan.tokens) <= max(plan.tokens) < vocabulary:
@@ -113,6 +116,15 @@ def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
 def blocks_of(positions: int) -> int:
     """How many blocks hold that many positions."""
     return -(-positions // BLOCK)
+
+
+def blocks_of_window(window: int, max_rows: int) -> int:
+    """The most blocks of a sequence whose rows, `max_rows` in a step, see the first keys and the
+    latest, `window` in all.
+
+    The first block stays, and the others are used again, in turn, when no row sees them any more.
+    """
+    return 1 + blocks_of(window + max_rows)
 
 
 def passes(spans: Sequence[Span], paged: bool) -> list[tuple[Span, ...]]:

@@ -6,11 +6,21 @@ After the scheduler of vLLM's v1 engine: one budget of rows per step, running se
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
-from zmoe.batch.blocks import Blocks
+from zmoe.batch.blocks import Blocks, Found, Prefix
 from zmoe.batch.drafts import Drafts
-from zmoe.batch.plan import BLOCK, PREVIOUS, Plan, Span, blocks_of, passes
+from zmoe.batch.plan import (
+    BLOCK,
+    PREVIOUS,
+    UNBOUNDED,
+    Plan,
+    Span,
+    blocks_of,
+    blocks_of_window,
+    passes,
+)
 from zmoe.batch.rates import Rates
 from zmoe.batch.sequence import Request, Sequence
 from zmoe.batch.snapshots import Snapshots
@@ -24,10 +34,12 @@ class Scheduler:
 
     `blocks` are those that every node has, `max_rows` the most rows of a step and `parallel` the
     most sequences that run at a time. On MLX's caches (not `paged`) blocks only count
-    positions, and `exact` says that the caches cannot be cut. While sequences decode, chunks
-    of prompts are as large as a step of `step_seconds` allows. At most `max_queue` requests
-    wait, `queue_seconds` each. `drafts` is the number of draft rows per sequence, None to choose
-    it by what pays, 0 for none. `step` is the number of the next step, at first `first_step`.
+    positions, and `exact` says that the caches cannot be cut. With a `window`, rows see
+    that many keys at most, and a sequence's positions are not limited by its caches. While
+    sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
+    `max_queue` requests wait, `queue_seconds` each. `drafts` is the number of draft rows per
+    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step,
+    at first `first_step`.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
@@ -41,6 +53,7 @@ class Scheduler:
         parallel: int = 32,
         paged: bool = True,
         exact: bool = False,
+        window: int | None = None,
         step_seconds: float = 0.25,
         max_queue: int = 128,
         queue_seconds: float = 600.0,
@@ -52,7 +65,9 @@ class Scheduler:
         if blocks < 1:
             raise InputError(f"{blocks} blocks of keys and values: expected at least 1")
         self._ids = itertools.count()
-        self._memory = Blocks(blocks) if paged else Snapshots(blocks, exact, self._ids)
+        most = None if window is None else blocks_of_window(window, max_rows)
+        self._unbounded = most is not None and most <= blocks
+        self._memory = Blocks(blocks, most) if paged else Snapshots(blocks, exact, self._ids, most)
         self._paged, self._exact = paged, exact
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
@@ -84,7 +99,7 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """The most positions that a sequence can have."""
-        return self._memory.count * BLOCK
+        return UNBOUNDED if self._unbounded else self._memory.count * BLOCK
 
     def submit(self, request: Request, now: float) -> Sequence:
         """Queue a request.
@@ -123,6 +138,25 @@ class Scheduler:
         if self._waiting.pop(number, None) is None:
             self._leave(sequence, keep=True)
         self._changed = True
+
+    def known(self, tokens: Items[int]) -> tuple[int, ...]:
+        """The blocks of the longest beginning of `tokens` that is computed, in full blocks."""
+        return self._memory.find(_text([*tokens, 0])).blocks
+
+    def adopt(self, tokens: Items[int], fill: Callable[[list[int]], None]) -> int:
+        """Have `fill` write the full blocks of a text into blocks, where prompts then find it.
+
+        Returns the number of tokens for which there were blocks; `fill` may raise.
+        """
+        blocks = min(len(tokens) // BLOCK, self.available)
+        text = _text(tokens[: blocks * BLOCK])
+        if blocks and self._memory.begin(text, Found(0, prefix=Prefix(None, text.salt)), 0):
+            try:
+                fill(text.blocks)
+                self._memory.keep(text, len(text.tokens))
+            finally:
+                self._memory.end(text)
+        return len(text.tokens)
 
     def expire(self, now: float) -> list[Sequence]:
         """End the requests that have waited too long for their first step; returns them."""
@@ -314,6 +348,20 @@ class Scheduler:
             if self._long is sequence:
                 self._long, self._changed = None, True
         return end - start
+
+
+def _text(tokens: Items[int]) -> Sequence:
+    """A text that nobody generates."""
+    return Sequence(
+        id=-1,
+        tokens=list(tokens),
+        prompt=len(tokens),
+        limit=0,
+        salt=b"",
+        submitted=0.0,
+        borders=[],
+        drafts=None,
+    )
 
 
 class _Rows:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zmoe.batch.blocks import Found
-from zmoe.batch.plan import BLOCK, Fork, blocks_of
+from zmoe.batch.plan import BLOCK, UNBOUNDED, Fork, blocks_of
 
 if TYPE_CHECKING:
     from zmoe.batch.sequence import Sequence
@@ -23,10 +23,14 @@ class Snapshots:
     `exact` caches, the recurrent ones, cannot be cut: a prompt must begin with all of a snapshot,
     so they are kept at the request's borders and before the prompt's last token. Of others
     the common part is taken, and one after the prompt serves all. A sequence that ends
-    stays as a snapshot too. What would save less than a block is left alone.
+    stays as a snapshot too. What would save less than a block is left alone. With `most`, no
+    sequence takes more blocks than that, however long it is.
     """
 
-    def __init__(self, count: int, exact: bool, ids: Iterator[int]) -> None:
+    def __init__(
+        self, count: int, exact: bool, ids: Iterator[int], most: int | None = None
+    ) -> None:
+        self._most = UNBOUNDED if most is None else most
         self.count, self.exact, self._ids = count, exact, ids
         self.free: list[int] = []  # the sequences and snapshots that ended since the last plan
         self.forks: list[Fork] = []  # those of the next plan
@@ -60,7 +64,7 @@ class Snapshots:
 
     def begin(self, sequence: Sequence, found: Found, reserve: int) -> bool:
         """Count a running sequence of its length if `reserve` blocks are left beyond it."""
-        needed = blocks_of(len(sequence.tokens))
+        needed = self._needed(len(sequence.tokens))
         if found.snapshot is not None:
             self._texts.move_to_end(found.snapshot)
         if not self._fits(len(self._running) + 1, max(needed, self._longest), reserve):
@@ -74,7 +78,7 @@ class Snapshots:
 
     def grow(self, sequence: Sequence, end: int) -> bool:
         """Count `end` positions for it; False, and no change, where there is no room."""
-        needed = blocks_of(end)
+        needed = self._needed(end)
         if needed > self._longest and not self._fits(len(self._running), needed, 0):
             return False
         self._count(sequence, needed)
@@ -108,7 +112,11 @@ class Snapshots:
     def _count(self, sequence: Sequence, blocks: int) -> None:
         self._running[sequence.id] = blocks
         self._longest = max(self._longest, blocks)
-        sequence.room = blocks * BLOCK
+        sequence.room = UNBOUNDED if blocks == self._most else blocks * BLOCK
+
+    def _needed(self, positions: int) -> int:
+        """The blocks of a cache of that many positions."""
+        return min(blocks_of(positions), self._most)
 
     def _add(self, number: int, text: list[int]) -> bool:
         """Keep a snapshot of `text`, and drop those that it makes superfluous."""
@@ -118,17 +126,17 @@ class Snapshots:
                 return False
             if not self.exact and known == text[: len(known)] and other not in self._pinned():
                 self._drop(other)
-        if not self._fits(len(self._running), self._longest, blocks_of(len(text))):
+        if not self._fits(len(self._running), self._longest, self._needed(len(text))):
             return False
         self._texts[number] = text
-        self._kept += blocks_of(len(text))
+        self._kept += self._needed(len(text))
         return True
 
     def _fits(self, sequences: int, longest: int, more: int) -> bool:
         """Whether all that has room, once the least recently used snapshots have gone."""
         spare = self.count - sequences * longest - more
         pinned = self._pinned()
-        if spare < sum(blocks_of(len(self._texts[n])) for n in pinned if n in self._texts):
+        if spare < sum(self._needed(len(self._texts[n])) for n in pinned if n in self._texts):
             return False
         for number in list(self._texts):
             if self._kept <= spare:
@@ -142,7 +150,7 @@ class Snapshots:
         return {number for fork in self.forks for number in (fork.old, fork.new)}
 
     def _drop(self, number: int) -> None:
-        self._kept -= blocks_of(len(self._texts.pop(number)))
+        self._kept -= self._needed(len(self._texts.pop(number)))
         self.free.append(number)
 
 

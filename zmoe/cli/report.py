@@ -109,6 +109,7 @@ def print_stats(cluster: Cluster, generation: Generation, summary: dict[str, Any
     table.add_row("time to first token", f"{1e3 * first_token:.1f} ms")
     table.add_row("  prefill", f"{1e3 * prefill:.1f} ms")
     table.add_row("  sampling", f"{1e3 * (first_token - prefill):.1f} ms")
+    table.add_row("prompt tokens in the cache", f"{timings.cached_tokens}")
     table.add_row("prefill", f"{summary['prompt_tps']:.1f} tokens/s")
     table.add_row("decode", f"{summary['generation_tps']:.1f} tokens/s")
     table.add_row("milliseconds per token", f"{sum(parts.values()):.2f}")

@@ -56,12 +56,18 @@ def _parser() -> Parser:
     to_text("--system-prompt", help="System message for the chat template")
     to_text("--ignore-chat-template", action="store_true", help="Do not apply the chat template")
     to_text("--chat-template-config", metavar="JSON", help="More arguments of the chat template")
-    add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size")
+    add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size", "kv_bits")
     add_settings(to_text, Batching, "speculate")
     to_compute = parser.add_argument_group("compute").add_argument
     add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
     _add_placement(parser)
     _add_nodes(parser)
+    add(
+        "--prompt-cache-file",
+        type=Path,
+        metavar="FILE",
+        help="Begin with the keys and values of this file, or write the prompt's into it",
+    )
     add("--stats", action="store_true", help="Print a table of times and memory to stderr")
     add("--json", action="store_true", help="Print one JSON object instead of the text")
     return parser
@@ -165,12 +171,15 @@ def _generate(options: argparse.Namespace) -> None:
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)
+    if options.prompt_cache_file is not None:
+        check_writable("--prompt-cache-file", options.prompt_cache_file)
     spec = _spec(options)  # all that can be wrong without a model has been checked by now
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.prompt_cache import read_prompt_cache
     from zmoe.placement.usage import check_usage_file
 
     with ExitStack() as stack:
@@ -185,7 +194,15 @@ def _generate(options: argparse.Namespace) -> None:
             )
             if options.record_usage is not None:
                 check_usage_file(options.record_usage, cluster.info)
+            saved = options.prompt_cache_file
+            loads = saved is not None and saved.exists()
+            if loads:
+                read_prompt_cache(saved, cluster.info, spec.engine)  # before the model is loaded
             stack.enter_context(cluster)
+            if loads:
+                cluster.load_prompt_cache(saved)
+            elif saved is not None:
+                cluster.save_prompt_cache(saved, [])  # which raises where it cannot be done
         for notice in cluster.notices:
             print(f"{PROG}: {notice}", file=sys.stderr)
         with Bars(["reading the prompt, tokens"], counted=True) as prefill:
@@ -198,6 +215,17 @@ def _generate(options: argparse.Namespace) -> None:
                 on_prefill=partial(prefill, 0),
             )
             first = next(generation)
+        if (
+            saved is not None
+            and not loads
+            and not cluster.save_prompt_cache(saved, generation.prompt)
+        ):
+            tokens = len(generation.prompt)
+            print(
+                f"{PROG}: {saved} was not written: the prompt has {tokens} tokens, and at least "
+                "64 can be kept",
+                file=sys.stderr,
+            )
         _show(chain([first], generation), quiet=options.json)
         if generation.context_full:
             how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zmoe.batch.plan import Plan, blocks_of
+from zmoe.batch.plan import BLOCK, Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
+from zmoe.cluster.prompt_cache import read_prompt_cache, write_prompt_cache
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
@@ -25,7 +27,13 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation, SharedSteps
-from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.engine.prompt import (
+    check_ids,
+    check_length,
+    encode_prompt,
+    open_tokenizer,
+    system_tokens,
+)
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
@@ -185,11 +193,23 @@ class Cluster:
     def _running(self) -> Iterator[Node]:
         """As _alone(), of a cluster that was entered and has not ended."""
         with self._alone():
-            if self._closing or self._failed:
-                raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
-            if self._node is None:
-                raise ZmoeError("this cluster is not running yet: enter it with `with` first")
-            yield self._node
+            yield self._check_running()
+
+    def _check_running(self) -> Node:
+        if self._closing or self._failed:
+            raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
+        if self._node is None:
+            raise ZmoeError("this cluster is not running yet: enter it with `with` first")
+        return self._node
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """What is raised within ends the cluster, also Ctrl-C: the ranks are out of step then."""
+        try:
+            yield
+        except BaseException as error:
+            self._failed = _reason(error)
+            raise
 
     def _start(self) -> None:
         spec = self.spec
@@ -229,17 +249,29 @@ class Cluster:
             self._warm_up(node)
             blocks = self._blocks_in(room, node.engine)
             self._batcher = self._make_batcher(node, blocks, self._batcher.scheduler.step)
+        if engine.parallel > 1 and not node.engine.can_batch:
+            self.notices += (self._one_at_a_time(),)
+
+    def _one_at_a_time(self) -> str:
+        window = self.spec.engine.max_kv_size
+        why = f"the caches of {self.info.model_type} hold one sequence each"
+        if window is not None:
+            why = f"max_kv_size is {window}, and only caches in the C kernels share such a window"
+        return f"sequences run one at a time, the others wait: {why}"
 
     def _blocks_in(self, room: int, engine: Engine) -> int:
         """How many blocks of keys and values `room` bytes hold, of what could be used."""
-        context = self.info.context_length or _UNKNOWN_CONTEXT
-        most = self.spec.engine.parallel * blocks_of(context)
+        config = self.spec.engine
+        longest = blocks_of(self.info.context_length or _UNKNOWN_CONTEXT)
+        if config.max_kv_size is not None:
+            longest = blocks_of_window(config.max_kv_size, config.max_rows)
         # One sequence must be able to run, even where memory is tight.
-        return max(blocks_of(context), min(room // engine.block_bytes, most))
+        return max(longest, min(room // engine.block_bytes, config.parallel * longest))
 
     def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
         engine, batching = self.spec.engine, self.spec.batching
-        return Batcher(self._run, node.engine, blocks, engine, batching, node.spans, first_step)
+        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
+        return Batcher(run, node.engine, blocks, engine, batching, node.spans, first_step)
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
@@ -269,14 +301,16 @@ class Cluster:
         `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
         Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
         `sampling`. Raises InputError for a prompt that is empty or too long,
-        TypeError for unknown options. The model's context bounds prompt and text,
-        unless `max_kv_size` of the spec's engine lets the attention go on in a window.
+        QueueFullError where too many wait, TypeError for unknown options. The model's context
+        bounds prompt and text, unless `max_kv_size` of the spec's engine lets the attention go
+        on in a window.
         """
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
         if sampling is not None and not isinstance(sampling, Sampling):
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
+        self._check_running()
         vocabulary = self.info.vocabulary
         if sampling.top_k >= vocabulary:
             raise SettingError(
@@ -297,10 +331,16 @@ class Cluster:
             )
         else:
             ids = check_ids(prompt, self.tokenizer)
+        borders: tuple[int, ...] = ()
+        if system_prompt is not None:
+            config = chat_template_config or {}
+            borders = (system_tokens(self.tokenizer, system_prompt, config),)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
         check_length(len(ids), context)
         eos = self.tokenizer.eos_token_ids
-        stream = Stream(ids, sampling, eos=eos, context=context, on_prefill=on_prefill)
+        stream = Stream(
+            ids, sampling, eos=eos, context=context, borders=borders, on_prefill=on_prefill
+        )
         with self._running():
             self._begun += 1
             self._end_cancelled()
@@ -321,12 +361,48 @@ class Cluster:
         with self._running():
             if not stream.ready and not stream.ended:
                 self._end_cancelled()
-                self._batcher.step()
+                with self._stepping():
+                    self._batcher.step()
 
     def _end_cancelled(self) -> None:
         """End the generations whose consumers have gone away."""
         while self._cancelled:
             self._batcher.end(self._cancelled.popleft())
+
+    def load_prompt_cache(self, path: str | Path) -> int:
+        """Have prompts begin with the keys and values of the file `path`, as far as they share
+        its text; every node reads it, on its own machine.
+
+        Returns the number of its tokens that there was room for. Raises InputError that names
+        the file, and a node that cannot read it; that ends the cluster.
+        """
+        path = Path(path).absolute()
+        saved = read_prompt_cache(path, self.info, self.spec.engine)
+        with self._running() as node:
+            saved.check(node.memory)
+            self._batcher.end_forced()
+
+            def fill(blocks: Sequence[int]) -> None:
+                try:
+                    (self._leader or node).load_prefix(path, blocks, saved.digest)
+                except BaseException as error:
+                    self._failed = _reason(error)
+                    raise
+
+            return self._batcher.scheduler.adopt(saved.tokens, fill)
+
+    def save_prompt_cache(self, path: str | Path, prompt: Sequence[int]) -> int:
+        """Write the keys and values of `prompt` (ids) that are in the cache to the file `path`.
+
+        Returns the number of its tokens that they are of; where that is 0, less than a block of
+        64, there is no file. Raises InputError that names the file.
+        """
+        with self._running() as node:
+            memory, blocks = node.memory, self._batcher.scheduler.known(prompt)
+            tokens = prompt[: len(blocks) * BLOCK]
+            if blocks:
+                write_prompt_cache(Path(path), self.info, self.spec.engine, tokens, memory, blocks)
+            return len(tokens)
 
     def begin(self) -> StepFunction:
         """Begin a sequence whose caller brings every token, and picks from the logits itself.
@@ -337,8 +413,9 @@ class Cluster:
         it ends when another one is begun or submitted, and its steps are refused from then on.
 
         Raises ZmoeError when the cluster is not running. A step raises ZmoeError also while
-        generations are running, PeerError for a lost peer, and DivergenceError for
-        one that routes differently; the latter two end the cluster.
+        generations are running, InputError for tokens that are none and where the cache is full,
+        PeerError for a lost peer, and DivergenceError for one that routes differently; the latter
+        two end the cluster.
         """
         with self._running():
             self._begun += 1
@@ -348,6 +425,10 @@ class Cluster:
             with self._running():
                 if mine != self._begun:
                     raise ZmoeError("another generation has begun on this cluster")
+                if not tokens or not 0 <= min(tokens) <= max(tokens) < self.info.vocabulary:
+                    vocabulary = self.info.vocabulary
+                    raise InputError(f"a step of {tokens}: expected token ids below {vocabulary}")
+                self._end_cancelled()
                 return self._batcher.force(tokens, reset)
 
         return step
@@ -392,11 +473,8 @@ class Cluster:
 
     def _run(self, plan: Plan) -> Floats | None:
         assert self._node is not None
-        try:
+        with self._stepping():
             return (self._leader or self._node).run(plan)
-        except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
-            self._failed = _reason(error)
-            raise
 
 
 def _is_name(model: str) -> bool:

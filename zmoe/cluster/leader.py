@@ -6,8 +6,9 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from zmoe import __version__
@@ -28,7 +29,9 @@ from zmoe.cluster.messages import (
     Failed,
     Hello,
     Join,
+    Loaded,
     Loading,
+    LoadPrefix,
     Memory,
     Message,
     Place,
@@ -160,6 +163,17 @@ class Leader:
         self.node.make_cache(blocks)
         self._bus.broadcast(Cache(blocks))
 
+    def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:
+        """Have every node that has caches read a prompt cache into `blocks`.
+
+        Raises InputError, naming the node, for one that cannot.
+        """
+        if self.spec.engine.schedule == "decentralized":
+            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(blocks)))
+        self.node.load_prefix(path, blocks, digest)
+        if self.spec.engine.schedule == "decentralized":
+            self._collect(Loaded, "has not read the prompt cache", self.spec.timing.load)
+
     def launch(self) -> None:
         """Start the workers, or tell `on_manual` how to start them by hand.
 
@@ -220,7 +234,7 @@ class Leader:
                 raise _error_of(rank, message)
             if isinstance(message, Loading):
                 self._progress(rank, message.done, message.total)
-            elif isinstance(message, (Join, Hello, Ready, Memory)):
+            elif isinstance(message, (Join, Hello, Ready, Memory, Loaded)):
                 self._inbox[type(message)][rank] = message
             else:
                 raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")

@@ -187,6 +187,22 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class LoadPrefix:
+    """Leader to worker: read the prompt cache `path` of this digest, the first blocks of it into
+    `blocks`.
+    """
+
+    path: Text
+    digest: Word
+    blocks: Annotated[tuple[Counter, ...], _items(1, 2**19)]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Worker to leader: I have read what LoadPrefix names."""
+
+
+@dataclass(frozen=True)
 class Step:
     """Leader to worker: run this plan. Nobody has checked yet that it goes with the caches."""
 
@@ -239,6 +255,8 @@ Message = (
     | Loading
     | Ready
     | Cache
+    | LoadPrefix
+    | Loaded
     | Step
     | AskMemory
     | Memory

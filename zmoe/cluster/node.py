@@ -10,20 +10,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
-from zmoe.batch.plan import Plan, passes
+from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.plan import check as check_plan
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
+from zmoe.cluster.prompt_cache import read_prompt_cache
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.engine import make_engine
-from zmoe.errors import MismatchError, PlacementError, SettingError
+from zmoe.engine.paged import PagedEngine
+from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
+from zmoe.kernels.arrays import Buffer
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
 from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
@@ -168,11 +172,13 @@ class Node:
 
         Call place() before. `progress(bytes_done, bytes_total)` is called as bytes are read,
         and may raise to end the loading. Raises ModelError for a checkpoint that cannot be
-        read, SettingError for `activations` that this node does not have.
+        read, SettingError for `activations` or `kv_bits` that this node does not have.
         """
         assert self.placement is not None
         start = time.perf_counter()
         self._prepare()
+        if self._team is None:
+            self._refuse_kv_bits("MLX computes on this node")
         reducer = self.exchange or SingleNode()
         shard = load_shard(
             self.info,
@@ -185,6 +191,8 @@ class Node:
             recorder=self.recorder,
             skeleton=self.skeleton,
         )
+        if shard.paged is None:
+            self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
         self._engine = make_engine(shard.model, reducer, self._config, shard.head, shard.paged)
         return shard, time.perf_counter() - start
 
@@ -201,6 +209,11 @@ class Node:
                 "activations", "is int8: expected exact, as MLX computes on this node"
             )
 
+    def _refuse_kv_bits(self, reason: str) -> None:
+        bits = self._config.kv_bits
+        if bits is not None:
+            raise SettingError("kv_bits", f"is {bits}: expected none, as {reason}")
+
     @property
     def engine(self) -> Engine:
         """What runs the model; for a node that has loaded more than experts."""
@@ -215,6 +228,36 @@ class Node:
         self._paged = True
         if self._engine is not None:
             self._engine.make_cache(blocks)
+
+    @property
+    def memory(self) -> list[Buffer]:
+        """Keys and values of all layers, by block.
+
+        Raises InputError where prompts do not share the blocks of paged caches.
+        """
+        if not isinstance(self._engine, PagedEngine):
+            raise InputError(
+                f"no prompt cache: {self.info.model_type} has caches of MLX here, and files hold "
+                "those of the C kernels"
+            )
+        if self._config.max_kv_size is not None:
+            window = self._config.max_kv_size
+            raise SettingError(
+                "max_kv_size", f"is {window}: a window drops parts of what a prompt cache keeps"
+            )
+        return self._engine.memory
+
+    def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:
+        """Read the prompt cache `path`, of that digest, into `blocks`. Raises InputError."""
+        memory = self.memory
+        saved = read_prompt_cache(path, self.info, self._config)
+        if saved.digest != digest:
+            raise InputError(
+                f"prompt cache {path} is another one than the leader's: copy that to every node"
+            )
+        if len(blocks) * BLOCK > len(saved.tokens) or max(blocks) >= len(memory[0]):
+            raise ZmoeError(f"{len(blocks)} blocks for prompt cache {path} that do not fit")
+        saved.fill(memory, blocks)
 
     def follow(self, plan: Plan) -> None:
         """A worker's part of one step: run() without logits, or its experts only.

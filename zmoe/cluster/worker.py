@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
@@ -22,7 +23,9 @@ from zmoe.cluster.messages import (
     Endpoints,
     Failed,
     Join,
+    Loaded,
     Loading,
+    LoadPrefix,
     Memory,
     Message,
     Place,
@@ -164,6 +167,9 @@ class Worker:
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
+            elif isinstance(message, LoadPrefix):
+                node.load_prefix(Path(message.path), message.blocks, message.digest)
+                self._bus.send(Loaded())
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):

@@ -1,1 +1,1 @@
-"""One forward pass at a time, and the loop that turns passes into text."""
+"""Plans on one node, and the leader's loop that turns their logits into text."""

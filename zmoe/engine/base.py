@@ -33,8 +33,8 @@ class Engine(Protocol):
     """A model and its caches of many sequences, in lock-step with the other ranks.
 
     `paged`: whether the caches are blocks, which a plan deals out. `can_batch`: whether several
-    sequences may run in a step; `can_trim`: whether a sequence may go back. `block_bytes`: what
-    a block of keys and values takes in all layers; known from the first step on.
+    sequences may run in a step; `can_trim`: whether a sequence may go back. `block_bytes`: the
+    bytes of a block of keys and values in all layers, known from the first step on.
     """
 
     paged: bool

@@ -23,4 +23,5 @@ def make_engine(
     if paged is None:
         return MlxEngine(model, reducer, head, config.max_kv_size)
     paged.limit(config.max_kv_size)
+    paged.quantize(config.kv_bits)
     return PagedEngine(model, reducer, head, paged)

@@ -59,6 +59,11 @@ class Generation(Iterator[Token], AsyncIterator[Token]):
         self.seed = stream.seed
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return tuple(self._stream.prompt)
+
+    @property
     def timings(self) -> Timings:
         """Where the time went so far."""
         return self._stream.timings

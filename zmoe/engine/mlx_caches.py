@@ -147,8 +147,6 @@ class MlxEngine:
             mx.eval(state)
             return np.empty((0, 0), np.float32)
         logits = out.reshape(-1, out.shape[-1]).astype(mx.float32)
-        if len(logits) != len(rows):  # MLX's own lm_head knows nothing of `head`
-            logits = logits[mx.array(rows)]
         mx.eval(state, logits)
         return np.array(logits)
 

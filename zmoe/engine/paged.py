@@ -42,6 +42,8 @@ class PagedLayers(Protocol):
 
     def limit(self, max_kv_size: int | None) -> None: ...
 
+    def quantize(self, bits: int | None) -> None: ...
+
 
 @dataclass(frozen=True)
 class _Sequence:
@@ -71,6 +73,11 @@ class PagedEngine:
     def block_bytes(self) -> int:
         """See Engine."""
         return self._layers.bytes_per_block
+
+    @property
+    def memory(self) -> list[npt.NDArray[Any]]:
+        """Keys and values of all layers, by block."""
+        return [part for cache in self._layers.caches for part in cache.memory]
 
     def make_cache(self, blocks: int) -> None:
         """See Engine."""

@@ -61,6 +61,22 @@ def encode_prompt(
     return list(ids)
 
 
+def system_tokens(
+    tokenizer: TokenizerWrapper, system_prompt: str, chat_template_config: dict[str, Any]
+) -> int:
+    """How many first tokens all prompts with this system prompt have in common."""
+    one, other = (
+        encode_prompt(
+            tokenizer,
+            text,
+            system_prompt=system_prompt,
+            chat_template_config=chat_template_config,
+        )
+        for text in ("a", "1")
+    )
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), len(one))
+
+
 def _check_text(what: str, text: str) -> None:
     """Raise InputError for text that came from bytes that are not UTF-8."""
     try:

@@ -77,12 +77,14 @@ class Stream:
         *,
         eos: Collection[int],
         context: int | None,
+        borders: tuple[int, ...] = (),
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`context`: most tokens of prompt and text. `on_prefill(done, total)` is told how many
+        """`context`: most tokens of prompt and text. `borders`: numbers of tokens after
+        which other prompts may go on differently. `on_prefill(done, total)` is told how many
         tokens of the prompt have been run.
         """
-        self.prompt, self.sampling = list(prompt), sampling
+        self.prompt, self.sampling, self.borders = list(prompt), sampling, borders
         self.sampler = Sampler(sampling, self.prompt)
         self.seed = self.sampler.seed
         self.limit, self.context_full = sampling.max_tokens, False
@@ -111,7 +113,10 @@ class Stream:
     def prefilled(self, tokens: int) -> None:
         """So many tokens of the prompt have been run."""
         if self._on_prefill is not None:
-            self._on_prefill(tokens, len(self.prompt))
+            try:
+                self._on_prefill(tokens, len(self.prompt))
+            except Exception as error:  # another consumer's thread may be running this step
+                self.fail(error)
 
     def take(self, pick: Pick) -> bool:
         """The next token; returns whether the sequence goes on."""

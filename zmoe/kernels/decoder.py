@@ -290,6 +290,11 @@ class PagedLayers:
         for cache in self.caches:
             cache.copy(to, source)
 
+    def quantize(self, bits: int | None) -> None:
+        """See PagedCache.quantize."""
+        for cache in self.caches:
+            cache.quantize(bits)
+
     def limit(self, max_kv_size: int | None) -> None:
         """See NativeAttention.limit."""
         for attention in self._attentions:

@@ -69,11 +69,18 @@ class Matmul:
 class Head:
     """The model's last matmul, which only the leader needs, and of some rows only.
 
-    `rows`: those whose logits are wanted, of the whole pass; None: the last of each sequence.
+    `rows`: those whose logits are wanted, of the whole pass; None: the last of each sequence
+    on the kernels, all on MLX.
     """
 
     dtype: mx.Dtype  # what x is rounded to
     rows: npt.NDArray[np.intp] | None = None
+
+    def select(self, x: mx.array) -> mx.array:
+        """The wanted rows (1, rows, in_features) of x (sequences, tokens, in_features)."""
+        assert self.rows is not None
+        x = x.reshape(1, -1, x.shape[-1])
+        return x if len(self.rows) == x.shape[1] else x[:, mx.array(self.rows)]
 
 
 class _HeadMatmul(Matmul):
@@ -92,10 +99,42 @@ class _HeadMatmul(Matmul):
         elif len(rows) == 0:
             return mx.zeros((1, 0, self.weight.out_features))
         else:
-            x = x.reshape(1, -1, x.shape[-1])
-            if len(rows) < x.shape[1]:
-                x = x[:, mx.array(rows)]
+            x = self._head.select(x)
         return super().__call__(x.astype(self._head.dtype), dtype or mx.float32)
+
+
+class _Rows:
+    """A head on MLX; `_head` lies in its instance's dict."""
+
+    _head: Head
+
+    def _selected(self, x: mx.array) -> mx.array:
+        rows = self._head.rows  # without any, nobody will evaluate the logits
+        return x if rows is None or not len(rows) else self._head.select(x)
+
+
+class _RowsLinear(_Rows, Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = super().__call__(self._selected(x))
+        return out
+
+
+class _RowsQuantizedLinear(_Rows, QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = super().__call__(self._selected(x))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RowsEmbedding(_Rows, Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        out: mx.array = super().as_linear(self._selected(x))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RowsQuantizedEmbedding(_Rows, QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        out: mx.array = super().as_linear(self._selected(x))  # type: ignore[no-untyped-call]
+        return out
 
 
 class _Native:
@@ -171,7 +210,12 @@ _MAPPED: dict[type[Module], type[Module]] = {
     Linear: MappedLinear,
     QuantizedLinear: MappedQuantizedLinear,
 }
-_EMBEDDINGS = (NativeEmbedding, NativeQuantizedEmbedding)
+_ROWS: dict[type[Module], type[Module]] = {
+    Linear: _RowsLinear,
+    QuantizedLinear: _RowsQuantizedLinear,
+    Embedding: _RowsEmbedding,
+    QuantizedEmbedding: _RowsQuantizedEmbedding,
+}
 Parts = dict[str, Stored]
 
 
@@ -202,6 +246,19 @@ def take_parts(layer: Module, mapped: Parts | None) -> Parts:
     return parts
 
 
+def _is_head(path: str, kind: type[Module]) -> bool:
+    return "lm_head" in path.split(".") or issubclass(kind, (Embedding, QuantizedEmbedding))
+
+
+def select_rows(model: Module, head: Head) -> None:
+    """Let `head` rule the matmul of MLX that makes the logits."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind in _ROWS and _is_head(path, kind):
+            object.__setattr__(module, "_head", head)
+            module.__class__ = _ROWS[kind]
+
+
 def make_native(model: Module, pool: ThreadPool, mapped: Mapping[str, Parts], head: Head) -> None:
     """Give every large matmul of `model` outside its experts to the kernels.
 
@@ -213,7 +270,7 @@ def make_native(model: Module, pool: ThreadPool, mapped: Mapping[str, Parts], he
         if type(module) in classes:
             weight = matrices(path, take_parts(module, mapped.get(path)), quantization_of(module))
             ours = classes[type(module)]
-            is_head = "lm_head" in path.split(".") or issubclass(ours, _EMBEDDINGS)
+            is_head = _is_head(path, ours)
             matmul = _HeadMatmul(pool, weight, head) if is_head else Matmul(pool, weight)
             object.__setattr__(module, "_matmul", matmul)
             module.__class__ = ours

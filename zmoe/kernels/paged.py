@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from zmoe.kernels.arrays import Buffer, empty, writable
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.arrays import Buffer, writable
 from zmoe.native import ffi, lib
 
 if TYPE_CHECKING:
@@ -25,17 +26,23 @@ class PagedCache:
     """
 
     def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
-        self._block, self._dtype = (kv_heads, lib.ZMOE_KEY_BLOCK * head_dim), dtype
-        self._memory = [self._empty(0), self._empty(0)]
+        self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, DTYPES[dtype]
         self.raw = ffi.new("zmoe_kv_cache *")
+        self.quantize(None)
+
+    def quantize(self, bits: int | None) -> None:
+        """Keep keys and values in 8 bits, or in the model's dtype; what lies there is lost."""
+        self.raw.bits = bits or 0
+        self._memory = [self._empty(0), self._empty(0)]
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of the keys and values of 64 positions."""
-        return 2 * self._empty(1).nbytes
+        head = lib.zmoe_kv_head_bytes(self._head_dim, self._dtype, self.raw.bits)
+        return 2 * self._kv_heads * int(head)
 
     def _empty(self, blocks: int) -> Buffer:
-        return empty((blocks, *self._block), self._dtype)
+        return np.empty((blocks, self.bytes_per_block // 2), np.uint8)
 
     def allocate(self, blocks: int) -> None:
         """Make room for that many blocks; the system gives the memory as they are written.
@@ -53,6 +60,11 @@ class PagedCache:
         """Block `to` becomes a copy of block `source`."""
         for memory in self._memory:
             memory[to] = memory[source]
+
+    @property
+    def memory(self) -> list[Buffer]:
+        """Keys and values of all blocks, (blocks, kv_heads, 64 * head_dim) each."""
+        return self._memory
 
     def make_mask(self, *_: Any, **__: Any) -> None:
         """None, as mlx-lm's models see a cache."""

@@ -18,7 +18,7 @@ from zmoe.exchange.base import Reducer
 from zmoe.families.sites import Site, replace_module
 from zmoe.kernels.decoder import PagedLayers
 from zmoe.kernels.experts import NativeExperts, can_be_native
-from zmoe.kernels.linear import Head, Parts, make_native
+from zmoe.kernels.linear import Head, Parts, make_native, select_rows
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
@@ -97,6 +97,8 @@ def load_shard(
     experts = native_experts(share, pairs_per_row(info, padding), pool)
     if pool is not None:
         make_native(model, pool, share.mapped, head)
+    else:
+        select_rows(model, head)
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
         _install(model, site, layer, experts.get(site.path))

@@ -1,10 +1,13 @@
-"""The digest of a plan."""
+"""The digest of a plan, and what is no plan."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from zmoe.batch.plan import PREVIOUS, Copy, Fork, Plan, Span
+import pytest
+
+from zmoe.batch.plan import PREVIOUS, Copy, Fork, Plan, Span, check
+from zmoe.errors import ZmoeError
 
 PLAN = Plan(
     step=7,
@@ -50,3 +53,26 @@ def changes(values: tuple[object, ...]) -> list[tuple[object, ...]]:
             others = [value + 10]
         found += [(*values[:at], other, *values[at + 1 :]) for other in others]
     return found
+
+
+ROW = Plan(7, (Span(0, 20, 1, 1),), (1,))
+BAD = {
+    "step 7 has 1 rows and 2 tokens: expected as many, from 1 to 4": replace(ROW, tokens=(1, 1)),
+    "step 7 has 0 rows": replace(ROW, spans=(), tokens=()),
+    "step 7 has 5 rows and 5 tokens": replace(ROW, spans=(Span(0, 0, 5, 1),), tokens=(1,) * 5),
+    "step 7 has spans that are none": replace(ROW, spans=ROW.spans * 2, tokens=(1, 1)),
+    "has spans that are none": replace(ROW, spans=(Span(0, 20, 1, 2),)),
+    "spans that are none": replace(ROW, spans=(Span(0, 20, 1, -1),)),
+    "that are none": replace(ROW, spans=(*ROW.spans, Span(1, 5, 0, 0))),
+    "are none": replace(ROW, spans=(Span(0, -1, 1, 1),)),
+    "step 7 has a token outside of 0 to 95": replace(ROW, tokens=(96,)),
+    "a token outside of 0 to 95": replace(ROW, tokens=(-2,)),
+    "step 7 refers to sampled tokens, which this node never sees": replace(ROW, tokens=(PREVIOUS,)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_no_plan(message: str) -> None:
+    check(ROW, 4, 96)
+    with pytest.raises(ZmoeError, match=message):
+        check(BAD[message], 4, 96)

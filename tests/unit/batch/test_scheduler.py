@@ -233,10 +233,10 @@ def test_snapshots_of_other_caches_are_cut() -> None:
 def test_on_mlx_a_step_counts_its_passes() -> None:
     one = scheduler(paged=False)
     submit(one, 5), submit(one, 6)
-    assert step(one).step == 0
+    assert step(one).step == 1
     submit(one, 7)
-    assert step(one).step == 2  # two prompts were two passes
-    assert step(one).step == 4  # a pass for those that decode, and one for the prompt
+    assert step(one).step == 3  # two prompts were two passes
+    assert step(one).step == 5  # a pass for those that decode, and one for the prompt
 
 
 def test_those_that_cannot_be_batched_run_one_by_one() -> None:

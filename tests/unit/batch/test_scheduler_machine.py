@@ -54,7 +54,7 @@ class Machine(RuleBasedStateMachine):
             drafts=drafts,
         )
         self.node: Any = PagedNode(count) if self.paged else MlxNode(count, self.exact)
-        self.now, self.step = 0.0, 0
+        self.now, self.step = 0.0, 1
         self.live: dict[int, tuple[Sequence, list[int]]] = {}
         self.texts: dict[int, list[int]] = {}  # what the nodes hold of each sequence
         self.running: list[tuple[Plan, list[list[int]]]] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import build
 from zmoe.cli import node, prestack, run
 from zmoe.cli.plan import command as plan
 
@@ -58,12 +59,18 @@ CALLS: list[tuple[str, tuple[str, ...], str]] = [
     ("run", ("--schedule", "federal", "x"), "--schedule"),
     ("run", ("--prefill-step-size", "0", "x"), "--prefill-step-size is 0"),
     ("run", ("--max-kv-size", "8", "x"), "--max-kv-size is 8"),
+    ("run", ("--kv-bits", "4", "x"), "--kv-bits is 4: expected 8"),
+    ("run", ("--kv-bits", "eight", "x"), "--kv-bits"),
+    ("run", ("--kv-bits", "8", "--compute", "mlx", "x"), "--kv-bits is 8: expected none"),
     ("run", ("--memory-limit", "0", "x"), "--memory-limit is 0"),
     ("run", ("--placement", "copies", "x"), "copies"),
     ("run", ("--placement", "{tmp}/no.json", "x"), "--placement is {tmp}/no.json"),
     ("run", ("--usage", "{tmp}/no.json", "x"), "no.json cannot be read"),
     ("run", ("--record-usage", "{tmp}/no/u.json", "x"), "no such folder {tmp}/no"),
     ("run", ("--record-usage", "/proc/u.json", "x"), "/proc/u.json cannot be written"),
+    ("run", ("--prompt-cache-file", "{tmp}/no/p", "x"), "no such folder {tmp}/no"),
+    ("run", ("--prompt-cache-file", "/proc/p", "x"), "/proc/p cannot be written"),
+    ("run", ("--prompt-cache-file", "{tmp}", "x"), "{tmp} cannot be read: Is a directory"),
     ("run", ("--model", "{tmp}/no", "x"), "model {tmp}/no: no such folder"),
     ("run", ("--model", "{tmp}", "x"), "{tmp} holds no config.json"),
     ("run", ("--prompt", "one", "two"), "--prompt"),
@@ -166,6 +173,20 @@ def test_a_bad_call(
     given = tuple(each.replace("{tmp}", str(tmp_path)) for each in arguments)
     assert words.replace("{tmp}", str(tmp_path)) in refused(command, given, capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_kv_bits_of_a_family_whose_caches_are_mlxs(
+    nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build("deepseek_v3", tmp_path)
+    line = refused(
+        "run", ("--model", str(folder), "--kv-bits", "8", "-n", str(nodes), "[5]"), capsys
+    )
+    assert line == (
+        "zmoe-run: --kv-bits is 8: expected none, as the CPU kernels do not run all layers of "
+        "deepseek_v3"
+    )
 
 
 def test_a_model_that_cannot_be_read(

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
+from mlx_lm.utils import load_model
 
 import zmoe
 from tests.families import build
@@ -16,7 +18,8 @@ from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig, Sampling
-from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.engine import mlx_caches
+from zmoe.errors import InputError, SettingError
 from zmoe.placement.usage import read_usage
 
 
@@ -83,6 +86,42 @@ def test_a_window_goes_on_past_the_context(cluster: Cluster) -> None:
         assert len(list(free)) == 30 and not free.context_full
 
 
+@pytest.mark.parametrize("compute", ["native", "mlx"])
+def test_a_window_is_that_of_mlx_lm_for_many_at_once(compute: str) -> None:
+    """Those in MLX's caches run one at a time, which a notice says."""
+    spec = ClusterSpec(engine=EngineConfig(max_kv_size=64, parallel=3, compute=compute))
+    prompts = [[5 + (seed * at) % 90 for at in range(80 * seed)] for seed in (1, 2, 3)]
+    with Cluster("zmoe-tiny", spec=spec) as cluster:
+        assert any("one at a time" in line for line in cluster.notices) == (compute == "mlx")
+        running = [cluster.submit(ids, max_tokens=150, ignore_eos=True) for ids in prompts]
+        texts = [[token.id for token in generation] for generation in running]
+        folder = Path(cluster.info.path)
+    if compute == "mlx":
+        return  # mlx-lm's chunks of a prompt see other keys than its rows one by one
+    model, _ = load_model(folder)
+    for prompt, text in zip(prompts, texts):
+        cache = make_prompt_cache(model, 64)
+        for token in prompt:
+            row = model(mx.array([[token]]), cache=cache)[0, -1]
+        for token in text:
+            assert float(row.max() - row[token]) < 1e-3  # whichever of two that are equal
+            row = model(mx.array([[token]]), cache=cache)[0, -1]
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_family_that_runs_one_at_a_time_says_so(
+    parallel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of mlx-lm's caches, ChunkedKVCache cannot be merged."""
+    monkeypatch.setattr(
+        mlx_caches, "make_prompt_cache", lambda *_: [ChunkedKVCache(8192) for _ in range(4)]
+    )
+    spec = ClusterSpec(engine=EngineConfig(parallel=parallel, compute="mlx"))
+    with Cluster("zmoe-tiny", spec=spec) as cluster:
+        told = [line for line in cluster.notices if "one at a time" in line]
+    assert len(told) == (parallel > 1)
+
+
 def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
     folder = build("gpt_oss", tmp_path)
     with pytest.raises(SettingError, match="^max_kv_size is 64: gpt_oss has a cache of its own"):
@@ -109,14 +148,14 @@ def test_all_that_is_public_is_there() -> None:
         assert name in zmoe.__all__
 
 
-def test_a_newer_generation_ends_the_older(cluster: Cluster) -> None:
+def test_generations_go_on_beside_each_other(cluster: Cluster) -> None:
+    want = "".join(token.text for token in cluster.generate("ROMEO:", max_tokens=9))
     older = cluster.generate("ROMEO:", max_tokens=9)
     next(older)
     newer = cluster.generate("JULIET:", max_tokens=3)
-    next(newer)
-    with pytest.raises(ZmoeError, match="another generation"):
-        next(older)
-    assert len(list(newer)) == 2
+    assert len(list(newer)) == 3
+    list(older)
+    assert older.text == want
 
 
 def test_addresses_that_others_cannot_reach() -> None:

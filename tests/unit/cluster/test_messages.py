@@ -29,7 +29,7 @@ HELLO = messages.Hello(
     resources=NodeResources("m", 1 << 40, None, 9),
     endpoint=HERE,
 )
-ENGINE = EngineConfig(max_kv_size=64, wire_dtype="q8", schedule="centralized")
+ENGINE = EngineConfig(max_kv_size=64, kv_bits=8, wire_dtype="q8", schedule="centralized")
 SETUP = Setup(4, "m", ENGINE, Timing(peer=1.5, join=9), 1 << 33)
 ENDPOINTS = messages.Endpoints("AVX2", (HERE, THERE))
 PLACEMENT = Placement(2, 3, (((0, 1), (2,)), ((0,), (1, 2))), ((0, 64), (64, 128)), (1, 2))
@@ -51,6 +51,8 @@ EXAMPLES = [
     messages.Loading(1, 2),
     messages.Ready(0.5, "cd"),
     messages.Cache(9),
+    messages.LoadPrefix("/tmp/prompt.safetensors", "0" * 32, (3, 4)),
+    messages.Loaded(),
     Step(PLAN),
     messages.AskMemory(),
     messages.Memory(1 << 40),
@@ -81,6 +83,7 @@ OUT_OF_RANGE = [
     (SETUP, {"engine.prefill_chunk": True}, "Setup.engine.prefill_chunk has the wrong type"),
     (SETUP, {"engine.prefill_chunk": 9.0}, "Setup.engine.prefill_chunk has the wrong type"),
     (SETUP, {"engine.max_kv_size": 1 << 40}, "Setup.engine.max_kv_size is 1099511627776: not in"),
+    (SETUP, {"engine.kv_bits": 4}, "Setup.engine.kv_bits is 4: expected 8"),
     (SETUP, {"timing.peer": float("nan")}, "Setup.timing.peer is nan"),
     (SETUP, {"timing.grace": 1e300}, "Setup.timing.grace is 1e+300: not in"),
     (SETUP, {"timing.join": 0}, "Setup.timing.join is 0: expected a positive number of seconds"),
@@ -98,6 +101,9 @@ OUT_OF_RANGE = [
     (messages.Loading(1, 2), {"total": -1}, "Loading.total is -1"),
     (messages.Memory(1), {"peak_memory": 1 << 62}, "Memory.peak_memory is"),
     (messages.Cache(1), {"blocks": 0}, "Cache.blocks is 0"),
+    (messages.LoadPrefix("/p", "0", (1,)), {"blocks": ()}, "LoadPrefix.blocks has 0 items"),
+    (messages.LoadPrefix("/p", "0", (1,)), {"blocks": (-1,)}, "LoadPrefix.blocks is -1"),
+    (messages.LoadPrefix("/p", "0", (1,)), {"path": "a\nb"}, "LoadPrefix.path has characters"),
     (Step(PLAN), {"plan.step": 1 << 32}, "Step.plan.step is 4294967296"),
     (Step(PLAN), {"plan.tokens": [1.0]}, "Step.plan.tokens has the wrong type"),
     (Step(PLAN), {"plan.spans": [[1, 2, 3]]}, "Step.plan.spans has 3 fields instead of 4"),

@@ -17,7 +17,7 @@ from zmoe.batch.plan import Fork, Plan, Span
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.errors import ZmoeError
 from zmoe.exchange.local import SingleNode
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.build import place_evenly
 
@@ -38,9 +38,9 @@ class Driver:
 
     def __init__(self, folder: Path, max_kv_size: int | None = None) -> None:
         self._reference, _ = load_model(folder)
-        info = inspect_model(folder)
+        info = describe(Skeleton(folder))
         reducer = SingleNode()
-        shard = load_shard(info, place_evenly(info, 1), reducer, spans=Spans())
+        shard = load_shard(info, place_evenly(info.shape, 1), reducer, spans=Spans())
         self.engine = MlxEngine(shard.model, reducer, shard.head, max_kv_size)
         self._wanted: dict[int, np.ndarray] = {}
         self._step = 1

@@ -12,11 +12,12 @@ from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, build
 from tests.ranks import Meeting, ThreadReducer, round_robin
-from zmoe.batch.plan import PREVIOUS, Copy, Fork, Plan, Span
-from zmoe.engine.paged import Logits, OneSequence, PagedEngine
+from zmoe.batch.plan import Copy, Fork, Plan, Span, blocks_of, check
+from zmoe.engine.base import Floats
+from zmoe.engine.paged import PagedEngine
 from zmoe.errors import ZmoeError
 from zmoe.kernels.threads import ThreadPool
-from zmoe.loading import inspect_model, load_shard
+from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.obs import Spans
 
 BLOCKS = 12
@@ -24,14 +25,14 @@ VOCABULARY = 96
 
 
 def engine_of(folder: Path, max_kv_size: int | None = None) -> PagedEngine:
-    info = inspect_model(folder)
+    info = describe(Skeleton(folder))
     placement = round_robin(1, EXPERTS, len(info.moe_layers))
     reducer = ThreadReducer(0, Meeting(1))
-    shard = load_shard(info, placement, reducer, spans=Spans(), team=ThreadPool(2))
+    shard = load_shard(info, placement, reducer, spans=Spans(), pool=ThreadPool(2))
     assert shard.paged is not None
     shard.paged.limit(max_kv_size)
     engine = PagedEngine(shard.model, reducer, shard.head, shard.paged)
-    engine.allocate(BLOCKS)
+    engine.make_cache(BLOCKS)
     return engine
 
 
@@ -49,20 +50,25 @@ def prompt(count: int, seed: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist())
 
 
-def run(engine: PagedEngine, *spans: Span, tokens: tuple[int, ...], **more: object) -> Logits:
-    return engine.run(replace(Plan(0, spans, tokens), **more))  # type: ignore[arg-type]
+def run(
+    engine: PagedEngine, *spans: Span, tokens: tuple[int, ...], **more: object
+) -> Floats | None:
+    plan = replace(Plan(0, spans, tokens), **more)  # type: ignore[arg-type]
+    check(plan, len(tokens), VOCABULARY)
+    return engine.run(plan)
 
 
-def close(got: Logits, want: Logits) -> bool:
+def close(got: Floats | None, want: Floats) -> bool:
+    assert got is not None
     return bool(np.abs(got - want).max() <= 1e-5 * np.abs(want).max())
 
 
 LONG, SHORT = prompt(150, 1), prompt(20, 2)
 
 
-def expected(folder: Path, tokens: tuple[int, ...]) -> Logits:
+def expected(folder: Path, tokens: tuple[int, ...]) -> Floats:
     """mlx-lm's logits of all rows."""
-    out: Logits = np.array(load_model(folder)[0](mx.array([tokens]))[0].astype(mx.float32))
+    out: Floats = np.array(load_model(folder)[0](mx.array([tokens]))[0].astype(mx.float32))
     return out
 
 
@@ -88,7 +94,7 @@ def test_sequences_together_are_as_alone_in_mlx_lm(engine: PagedEngine, folder: 
     assert close(got, np.concatenate([short[10:11], short]))
     got = run(engine, Span(7, 149, 1, 1), Span(3, 11, 1, 1), tokens=(LONG[149], SHORT[11]))
     assert close(got, np.stack([long[149], short[11]]))
-    assert run(engine, Span(9, 19, 1, 0), tokens=SHORT[-1:]).shape == (0, VOCABULARY)
+    assert run(engine, Span(9, 19, 1, 0), tokens=SHORT[-1:]) is None
 
 
 def test_what_lies_beyond_a_position_is_dropped(engine: PagedEngine, folder: Path) -> None:
@@ -117,35 +123,44 @@ def test_an_ended_sequence_starts_anew(engine: PagedEngine, folder: Path) -> Non
     run(engine, Span(0, 0, 20, 0), tokens=LONG[:20], blocks=(4,))
     got = run(engine, Span(0, 0, 20, 1), tokens=SHORT, blocks=(4,), free=(0,))
     assert close(got, expected(folder, SHORT)[-1:])
-    assert run(engine, tokens=(), free=(0,)).shape == (0, VOCABULARY)
 
 
-def test_an_allocation_of_more_keeps_what_is_there(engine: PagedEngine, folder: Path) -> None:
+def test_a_new_cache_holds_no_sequence(engine: PagedEngine, folder: Path) -> None:
     run(engine, Span(0, 0, 20, 0), tokens=LONG[:20], blocks=(4,))
-    engine.allocate(2 * BLOCKS)
-    got = run(engine, Span(0, 20, 50, 1), tokens=LONG[20:70], blocks=(2 * BLOCKS - 1,))
-    assert close(got, expected(folder, LONG[:70])[-1:])
+    engine.make_cache(2 * BLOCKS)
+    with pytest.raises(ZmoeError, match="a plan brings 0 blocks: its spans lack 1"):
+        run(engine, Span(0, 20, 1, 1), tokens=LONG[20:21])
+    got = run(engine, Span(0, 0, 20, 1), tokens=SHORT, blocks=(2 * BLOCKS - 1,))
+    assert close(got, expected(folder, SHORT)[-1:])
+
+
+def test_who_needs_no_logits_gets_none(engine: PagedEngine, folder: Path) -> None:
+    plan = Plan(1, (Span(0, 0, 20, 1),), SHORT, (4,))
+    assert engine.run(plan, logits=False) is None
+    got = run(engine, Span(0, 19, 1, 1), tokens=SHORT[19:])
+    assert close(got, expected(folder, SHORT)[-1:])
 
 
 def test_a_window_uses_its_blocks_again(folder: Path) -> None:
-    """The same logits as with a block for every 64 positions, in memory for the window alone."""
-    window, chunk = 100, 30
+    """The same logits as with a block for every 64 positions, in blocks for the window alone."""
+    window, chunk, ring, length = 100, 30, 5, 0
     reused, whole = (engine_of(folder, window) for _ in range(2))
-    one, all_kept = OneSequence(reused, window, chunk), OneSequence(whole, None, chunk)
+    whole.make_cache(64)
     for turn, rows in enumerate([7, 1, chunk] * 60):
-        tokens = prompt(rows, turn)
-        got, want = (sequence.run(turn, tokens, True) for sequence in (one, all_kept))
-        assert (got == want).all()
-        if turn == 100:
-            one.reset(), all_kept.reset()
-    numbers = np.concatenate([held.blocks for held in reused._sequences.values()])
-    assert numbers.size > numbers.max() + 1 == 6
+        tokens, span = prompt(rows, turn), Span(0, length, rows, 1)
+        new = range(blocks_of(length), blocks_of(span.end))
+        length = span.end
+        blocks = tuple(block and 1 + (block - 1) % ring for block in new)  # the first one stays
+        got = run(reused, span, tokens=tokens, blocks=blocks)
+        want = run(whole, span, tokens=tokens, blocks=tuple(new))
+        assert got is not None and (got == want).all()
+    assert length > 5 * 64 * ring
 
 
 def test_bytes_per_block(engine: PagedEngine, folder: Path) -> None:
     args = load_model(folder)[0].args
     per_position = 2 * args.num_key_value_heads * args.head_dim * 4
-    assert engine.bytes_per_block == 64 * args.num_hidden_layers * per_position
+    assert engine.block_bytes == 64 * args.num_hidden_layers * per_position
 
 
 ROW = Plan(0, (Span(0, 20, 1, 1),), (1,))
@@ -160,14 +175,6 @@ BAD = {
     ),
     "a plan brings 1 blocks: its spans lack 0": replace(ROW, blocks=(1,)),
     "a plan brings 0 blocks: its spans lack 1": replace(ROW, spans=(Span(1, 0, 1, 1),)),
-    "a plan of 1 rows with 2 tokens": replace(ROW, tokens=(1, 1)),
-    "a plan with a token outside of 0 to 95": replace(ROW, tokens=(96,)),
-    "a plan refers to the last step's sample": replace(ROW, tokens=(PREVIOUS,)),
-    "a plan runs 1 rows of sequence 0 from position 20, 2 with": replace(
-        ROW, spans=(Span(0, 20, 1, 2),)
-    ),
-    "a plan runs 0 rows of sequence 0": replace(ROW, spans=(Span(0, 20, 0, 0),), tokens=()),
-    "from position -1, 1 with logits": replace(ROW, spans=(Span(0, -1, 1, 1),)),
 }
 
 

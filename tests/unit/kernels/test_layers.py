@@ -12,9 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build
+from tests.one_sequence import sequence_on
 from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.config import EngineConfig
-from zmoe.engine.engine import Engine
 from zmoe.families.decoders import LAYERS, ROUTERS
 from zmoe.families.sites import model_classes
 from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
@@ -37,9 +37,8 @@ def load(folder: Path, reducer: Any, fuse: bool, threads: int = 1) -> LoadedShar
 
 
 def logits(shard: LoadedShard, reducer: Any) -> list[np.ndarray]:
-    engine = Engine(shard.model, reducer, EngineConfig(), shard.head, shard.paged)
-    rows = [engine.forward(step, tokens) for step, tokens in enumerate(STEPS)]
-    return [np.array(row.astype(mx.float32)) for row in rows]
+    forward = sequence_on(shard, reducer)
+    return [forward(tokens) for tokens in STEPS]
 
 
 def alone() -> ThreadReducer:
@@ -69,14 +68,13 @@ def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
     assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
     for lengths in ([7, 1, 1, 1, 1, 1, 1, 1], [*[1] * 30, 3, 1, 1], [30, 1, 1, 5, 12, *[1] * 20]):
         cache = make_prompt_cache(model, size)
-        config = EngineConfig(max_kv_size=size)
-        engine = Engine(shard.model, alone(), config, shard.head, shard.paged)
+        forward = sequence_on(shard, alone(), EngineConfig(max_kv_size=size))
         for step, rows in enumerate(lengths):
             tokens = [(3 * step + 5 * row + 1) % 96 for row in range(rows)]
             for token in tokens:
                 row = model(mx.array([[token]]), cache=cache)[0, -1]
             want = np.array(row.astype(mx.float32))
-            got = np.array(engine.forward(step, tokens).astype(mx.float32))
+            got = forward(tokens)
             assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max(), (lengths, step)
 
 
@@ -155,15 +153,15 @@ def test_a_node_without_experts_of_a_layer(tmp_path: Path) -> None:
         assert np.abs(rows[0] - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_the_cache_grows_past_its_first_size(tmp_path: Path) -> None:
+def test_the_cache_goes_on_in_further_blocks(tmp_path: Path) -> None:
     folder = build("mixtral", tmp_path)
     reducer = alone()
     tokens = [(7 * i) % 60 for i in range(300)]
     rows = []
     for fuse in (False, True):
         shard = load(folder, reducer, fuse=fuse)
-        engine = Engine(shard.model, reducer, EngineConfig(), shard.head, shard.paged)
+        forward = sequence_on(shard, reducer)
         for start in range(0, 300, 50):
-            row = engine.forward(start, tokens[start : start + 50])
-        rows.append(np.array(row))
+            row = forward(tokens[start : start + 50])
+        rows.append(row)
     assert np.abs(rows[0] - rows[1]).max() <= 1e-5 * np.abs(rows[0]).max()

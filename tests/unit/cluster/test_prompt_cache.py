@@ -1,0 +1,228 @@
+"""Prefixes that prompts share, in memory and through a file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.families import build
+from zmoe.cluster import cluster as cluster_module
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.messages import LoadPrefix
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import EngineConfig
+from zmoe.engine.prompt import open_tokenizer
+from zmoe.errors import InputError, ZmoeError
+
+PROMPT = [5 + 7 * at % 83 for at in range(150)]
+TEXT: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+
+
+def generate(cluster: Cluster, prompt: list[int]) -> tuple[list[int], int]:
+    """The text's tokens, and how many of the prompt were cached."""
+    generation = cluster.generate(prompt, **TEXT)
+    return [token.id for token in generation], generation.timings.cached_tokens
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster("zmoe-tiny", spec=ClusterSpec(engine=EngineConfig(compute="native"))) as alone:
+        yield alone
+
+
+@pytest.fixture(scope="module")
+def saved(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("cache") / "prompt.safetensors"
+    generate(cluster, PROMPT)
+    assert cluster.save_prompt_cache(file, PROMPT) == 128
+    assert list(file.parent.iterdir()) == [file]
+    return file
+
+
+@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
+@pytest.mark.parametrize("compute", ["native", "mlx"])
+def test_two_nodes_share_what_prompts_have_in_common(schedule: str, compute: str) -> None:
+    engine = EngineConfig(schedule=schedule, compute=compute)
+    with Cluster("zmoe-tiny", spec=ClusterSpec(2, engine=engine)) as pair:
+        second = [*PROMPT[:140], 9, 8, 7]
+        alone, cached = generate(pair, second)
+        assert cached == 0
+    with Cluster("zmoe-tiny", spec=ClusterSpec(2, engine=engine)) as pair:
+        generate(pair, PROMPT)
+        assert generate(pair, second) == (alone, 128 if compute == "native" else 140)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_recurrent_model_goes_on_from_a_snapshot(
+    nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caches are kept before the last token of a prompt, and match as a whole or not at all."""
+    tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
+    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    folder, longer = build("qwen3_next", tmp_path), [*PROMPT[:-1], 9, 8, 7]
+    with Cluster(folder, nodes) as hybrid:
+        alone, cached = generate(hybrid, longer)
+        assert cached == 0
+    with Cluster(folder, nodes) as hybrid:
+        generate(hybrid, PROMPT)
+        assert generate(hybrid, longer) == (alone, len(PROMPT) - 1)
+        assert generate(hybrid, [*PROMPT[:100], 9, 8, 7])[1] == 0
+
+
+@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
+def test_a_prompt_goes_on_from_a_file_on_all_nodes(
+    schedule: str, cluster: Cluster, saved: Path
+) -> None:
+    second = [*PROMPT[:140], 9, 8, 7]
+    alone, _ = generate(cluster, second)
+    spec = ClusterSpec(2, engine=EngineConfig(schedule=schedule, compute="native"))
+    with Cluster("zmoe-tiny", spec=spec) as pair:
+        assert pair.load_prompt_cache(saved) == 128
+        assert generate(pair, second) == (alone, 128)
+        assert pair.load_prompt_cache(saved) == 128  # twice does no harm
+
+
+def test_the_file_is_what_other_tools_read(cluster: Cluster, saved: Path) -> None:
+    with saved.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert header["__metadata__"]["fingerprint"] == cluster.info.fingerprint
+    assert header["layers.0.keys"]["shape"][0] == 2
+    if header["layers.0.keys"]["dtype"] != "BF16":  # which numpy does not have
+        assert (load_file(saved)["tokens"] == PROMPT[:128]).all()
+
+
+def test_a_prompt_of_less_than_a_block_writes_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    generate(cluster, PROMPT[:60])
+    assert cluster.save_prompt_cache(tmp_path / "none", PROMPT[:60]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there(cluster: Cluster, saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "nowhere" / "file"
+    with pytest.raises(InputError, match=f"prompt cache {file} cannot be written: No such file"):
+        cluster.save_prompt_cache(file, PROMPT)
+
+
+# ---- files that are refused ---------------------------------------------------------
+
+Change = Callable[[dict[str, Any], bytearray], None]  # of header and data
+
+
+def changed(saved: Path, to: Path, change: Change) -> Path:
+    content = saved.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header, data = json.loads(content[8 : 8 + size]), bytearray(content[8 + size :])
+    change(header, data)
+    text = json.dumps(header).encode()
+    to.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    return to
+
+
+def says(name: str, value: str) -> Change:
+    return lambda header, data: header["__metadata__"].update({name: value})
+
+
+def set_token(header: dict[str, Any], data: bytearray) -> None:
+    at = header["tokens"]["data_offsets"][0]
+    data[at : at + 4] = struct.pack("<I", 1 << 30)
+
+
+def flip(header: dict[str, Any], data: bytearray) -> None:
+    data[-1] ^= 1
+
+
+def cut(header: dict[str, Any], data: bytearray) -> None:
+    del data[-5:]
+
+
+def reshape(header: dict[str, Any], data: bytearray) -> None:
+    shape = header["layers.0.keys"]["shape"]
+    header["layers.0.keys"]["shape"] = [shape[0] * 2, *shape[1:-1], shape[-1] // 2]
+
+
+def fewer_tokens(header: dict[str, Any], data: bytearray) -> None:
+    header["tokens"] = {"dtype": "U32", "shape": [64], "data_offsets": [0, 256]}
+
+
+def odd_tokens(header: dict[str, Any], data: bytearray) -> None:
+    header["tokens"] = {"dtype": "U32", "shape": [2, 64], "data_offsets": [0, 512]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (says("fingerprint", "f" * 32), "is of another run: its fingerprint is f{32}, here"),
+        (says("dtype", "float16"), "is of another run: its dtype is float16, here"),
+        (says("activations", "int8"), "its activations is int8, here exact"),
+        (says("block", "16"), "its block is 16, here 64"),
+        (says("format", "mlx"), "is no prompt cache that this zmoe reads"),
+        (lambda header, data: header.pop("__metadata__"), "is no prompt cache"),
+        (lambda header, data: header.pop("tokens"), "is no prompt cache"),
+        (lambda header, data: header.pop("layers.1.values"), "tensor layers.1.values is absent"),
+        (says("digest", "0" * 32), "is damaged: its contents are not those that were written"),
+        (set_token, "is damaged: it has tokens outside of 0 to 1023"),
+        (flip, "is damaged: its contents"),
+        (cut, "is truncated: tensor"),
+        (reshape, "is not of this model: its tensor layers.0.keys is"),
+        (fewer_tokens, "is not of this model: its tensor"),
+        (odd_tokens, "is damaged: it has tokens of U32"),
+    ],
+)
+def test_files_that_are_refused(saved: Path, tmp_path: Path, change: Change, words: str) -> None:
+    file = changed(saved, tmp_path / "other", change)
+    spec = ClusterSpec(engine=EngineConfig(compute="native"))
+    with (
+        Cluster("zmoe-tiny", spec=spec) as alone,
+        pytest.raises(InputError, match=words) as caught,
+    ):
+        alone.load_prompt_cache(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, np.random.default_rng(1).bytes(5000)])
+def test_files_that_are_none(content: bytes, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "none").write_bytes(content)
+    with pytest.raises(InputError, match="none is"):
+        cluster.load_prompt_cache(tmp_path / "none")
+    with pytest.raises(InputError, match="nowhere cannot be read: No such file"):
+        cluster.load_prompt_cache(tmp_path / "nowhere")
+
+
+def test_a_file_that_only_the_leader_has(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = changed(saved, tmp_path / "other", says("digest", "0" * 32))
+    for there, words in ((tmp_path / "none", "No such file"), (other, "another one than the l")):
+        with Cluster("zmoe-tiny", 2) as pair:
+            assert pair._leader is not None
+            send = pair._leader._bus.broadcast
+
+            def elsewhere(message: Any, there: Path = there, send: Any = send) -> None:
+                is_load = isinstance(message, LoadPrefix)
+                send(replace(message, path=str(there)) if is_load else message)
+
+            monkeypatch.setattr(pair._leader._bus, "broadcast", elsewhere)
+            with pytest.raises(InputError, match=f"node 1: .*{there}.*{words}"):
+                pair.load_prompt_cache(saved)
+            with pytest.raises(ZmoeError, match="has ended"):
+                pair.generate(PROMPT)
+
+
+def test_where_there_is_nothing_to_share(saved: Path) -> None:
+    for engine, words in (
+        (EngineConfig(compute="mlx"), "has caches of MLX here"),
+        (EngineConfig(max_kv_size=64, compute="native"), "^max_kv_size is 64: a window drops"),
+    ):
+        with Cluster("zmoe-tiny", spec=ClusterSpec(engine=engine)) as other:
+            with pytest.raises(InputError, match=words):
+                other.save_prompt_cache(saved, PROMPT)
+            with pytest.raises(InputError, match=words):
+                other.load_prompt_cache(saved)
