@@ -26,7 +26,13 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation, SharedSteps
-from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.engine.prompt import (
+    border_of_system_prompt,
+    check_ids,
+    check_length,
+    encode_prompt,
+    open_tokenizer,
+)
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
@@ -300,14 +306,16 @@ class Cluster:
                 raise SettingError(
                     "logit_bias", f"has token {token}: the model's are below {vocabulary}"
                 )
+        borders: tuple[int, ...] = ()
         if isinstance(prompt, str):
-            ids = encode_prompt(
-                self.tokenizer,
-                prompt,
-                system_prompt=system_prompt,
-                ignore_chat_template=ignore_chat_template,
-                chat_template_config=chat_template_config,
-            )
+            settings: dict[str, Any] = {
+                "system_prompt": system_prompt,
+                "ignore_chat_template": ignore_chat_template,
+                "chat_template_config": chat_template_config,
+            }
+            ids = encode_prompt(self.tokenizer, prompt, **settings)
+            if system_prompt is not None:
+                borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
@@ -317,7 +325,7 @@ class Cluster:
         with self._running():
             self._begun += 1
             self._end_cancelled()
-            sequence = self._batcher.submit(stream)
+            sequence = self._batcher.submit(stream, borders)
         advance = partial(self._advance, stream)
         return Generation(
             stream,
