@@ -192,6 +192,7 @@ def odd_tokens(header: dict[str, Any], data: bytearray) -> None:
         (lambda header, data: header.pop("tokens"), "is no prompt cache"),
         (lambda header, data: header.pop("layers.1.values"), "tensor layers.1.values is absent"),
         (says("digest", "0" * 32), "is damaged: its contents are not those that were written"),
+        (says("digest", "\n" * 32), "is damaged: it has no digest"),
         (set_token, "is damaged: it has tokens outside of 0 to 1023"),
         (flip, "is damaged: its contents"),
         (cut, "is truncated: tensor"),
