@@ -28,11 +28,11 @@ from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation, SharedSteps
 from zmoe.engine.prompt import (
+    border_of_system_prompt,
     check_ids,
     check_length,
     encode_prompt,
     open_tokenizer,
-    system_tokens,
 )
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
@@ -321,30 +321,26 @@ class Cluster:
                 raise SettingError(
                     "logit_bias", f"has token {token}: the model's are below {vocabulary}"
                 )
+        borders: tuple[int, ...] = ()
         if isinstance(prompt, str):
-            ids = encode_prompt(
-                self.tokenizer,
-                prompt,
-                system_prompt=system_prompt,
-                ignore_chat_template=ignore_chat_template,
-                chat_template_config=chat_template_config,
-            )
+            settings: dict[str, Any] = {
+                "system_prompt": system_prompt,
+                "ignore_chat_template": ignore_chat_template,
+                "chat_template_config": chat_template_config,
+            }
+            ids = encode_prompt(self.tokenizer, prompt, **settings)
+            if system_prompt is not None:
+                borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
-        borders: tuple[int, ...] = ()
-        if system_prompt is not None:
-            config = chat_template_config or {}
-            borders = (system_tokens(self.tokenizer, system_prompt, config),)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
         check_length(len(ids), context)
         eos = self.tokenizer.eos_token_ids
-        stream = Stream(
-            ids, sampling, eos=eos, context=context, borders=borders, on_prefill=on_prefill
-        )
+        stream = Stream(ids, sampling, eos=eos, context=context, on_prefill=on_prefill)
         with self._running():
             self._begun += 1
             self._end_cancelled()
-            sequence = self._batcher.submit(stream)
+            sequence = self._batcher.submit(stream, borders)
         advance = partial(self._advance, stream)
         return Generation(
             stream,

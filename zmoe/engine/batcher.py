@@ -56,13 +56,13 @@ class Batcher:
 
     # ---- streams ---------------------------------------------------------------------
 
-    def submit(self, stream: Stream) -> int:
-        """Queue `stream`; returns its number.
+    def submit(self, stream: Stream, borders: tuple[int, ...] = ()) -> int:
+        """Queue `stream`; returns its number. `borders` are those of a Request.
 
         Raises InputError for one that can never run, QueueFullError where too many wait.
         """
         self.end_forced()
-        request = Request(stream.prompt, stream.limit, borders=stream.borders)
+        request = Request(stream.prompt, stream.limit, borders=borders)
         sequence = self.scheduler.submit(request, time.monotonic())
         stream.bound(sequence.limit - sequence.prompt)
         self._streams[sequence.id] = stream

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,15 @@ def encode_prompt(
     return list(ids)
 
 
-def system_tokens(
-    tokenizer: TokenizerWrapper, system_prompt: str, chat_template_config: dict[str, Any]
+def border_of_system_prompt(
+    tokenizer: TokenizerWrapper, ids: Sequence[int], **settings: Any
 ) -> int:
-    """How many first tokens all prompts with this system prompt have in common."""
-    one, other = (
-        encode_prompt(
-            tokenizer,
-            text,
-            system_prompt=system_prompt,
-            chat_template_config=chat_template_config,
-        )
-        for text in ("a", "1")
-    )
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), len(one))
+    """How many tokens at the beginning of `ids` any other prompt has under the same `settings`
+    of encode_prompt().
+    """
+    others = [encode_prompt(tokenizer, other, **settings) for other in ("A", "1")]
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *others))
+    return sum(1 for _ in alike)
 
 
 def _check_text(what: str, text: str) -> None:

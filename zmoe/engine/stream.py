@@ -77,14 +77,12 @@ class Stream:
         *,
         eos: Collection[int],
         context: int | None,
-        borders: tuple[int, ...] = (),
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`context`: most tokens of prompt and text. `borders`: numbers of tokens after
-        which other prompts may go on differently. `on_prefill(done, total)` is told how many
+        """`context`: most tokens of prompt and text. `on_prefill(done, total)` is told how many
         tokens of the prompt have been run.
         """
-        self.prompt, self.sampling, self.borders = list(prompt), sampling, borders
+        self.prompt, self.sampling = list(prompt), sampling
         self.sampler = Sampler(sampling, self.prompt)
         self.seed = self.sampler.seed
         self.limit, self.context_full = sampling.max_tokens, False

@@ -19,7 +19,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import Batching, EngineConfig, Sampling
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation
-from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer, system_tokens
+from zmoe.engine.prompt import border_of_system_prompt, check_length, encode_prompt, open_tokenizer
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, ModelError, ZmoeError
 from zmoe.obs import Spans
@@ -321,6 +321,10 @@ def test_chat_templates_are_used_unless_ignored(tokenizer: TokenizerWrapper) -> 
         chatty, "Speak.", system_prompt="A king.", chat_template_config={"mood": "!"}
     )
     assert chatty.decode(ids) == "system:A king.\nuser:Speak.\nassistant:!"
+    border = border_of_system_prompt(
+        chatty, ids, system_prompt="A king.", chat_template_config={"mood": "!"}
+    )
+    assert chatty.decode(ids[:border]) == "system:A king.\nuser:"
     raw = encode_prompt(chatty, "Speak.", ignore_chat_template=True)
     assert chatty.decode(raw) == "Speak."
 
@@ -343,16 +347,3 @@ def test_a_folder_without_tokenizer_is_named(tmp_path_factory: pytest.TempPathFa
     shutil.copy(resolve_model("zmoe-tiny") / "config.json", folder)
     with pytest.raises(ModelError, match=f"{folder} holds no tokenizer: expected tokenizer.json"):
         open_tokenizer(folder)
-
-
-def test_prompts_share_what_comes_before_the_user(tokenizer: TokenizerWrapper) -> None:
-    chatty = open_tokenizer(resolve_model("zmoe-tiny"))
-    chatty._tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
-    )
-    chatty = TokenizerWrapper(chatty._tokenizer)
-    shared = system_tokens(chatty, "A king.", {})
-    one, other = (
-        encode_prompt(chatty, text, system_prompt="A king.") for text in ("Speak.", "Ho!")
-    )
-    assert one[:shared] == other[:shared] == chatty.encode("system:A king.\nuser:")
