@@ -17,6 +17,7 @@ from zmoe.batch.plan import Fork, Plan, Span
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.errors import ZmoeError
 from zmoe.exchange.local import SingleNode
+from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.obs import Spans
 from zmoe.placement.build import place_evenly
@@ -36,11 +37,13 @@ def uncompiled() -> Iterator[None]:
 class Driver:
     """Runs spans of TEXTS on an engine, and compares each row's logits with mlx-lm's."""
 
-    def __init__(self, folder: Path, max_kv_size: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, max_kv_size: int | None = None, pool: ThreadPool | None = None
+    ) -> None:
         self._reference, _ = load_model(folder)
         info = describe(Skeleton(folder))
         reducer = SingleNode()
-        shard = load_shard(info, place_evenly(info.shape, 1), reducer, spans=Spans())
+        shard = load_shard(info, place_evenly(info.shape, 1), reducer, spans=Spans(), pool=pool)
         self.engine = MlxEngine(shard.model, reducer, shard.head, max_kv_size)
         self._wanted: dict[int, np.ndarray] = {}
         self._step = 1
@@ -83,7 +86,18 @@ def alone(model: Module, text: Sequence[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_side_by_side_is_as_alone(family: str, tmp_path: Path) -> None:
-    driver = Driver(build(family, tmp_path / family))
+    check(family, Driver(build(family, tmp_path / family)))
+
+
+# Latent, recurrent and linear attention, and experts whose input is not the block's.
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "jamba", "qwen3_next", "nemotron_h", "gemma4_text"]
+)
+def test_with_native_matmuls_too(family: str, tmp_path: Path) -> None:
+    check(family, Driver(build(family, tmp_path / family), pool=ThreadPool(1)))
+
+
+def check(family: str, driver: Driver) -> None:
     run = driver.run
     if family in ONE_AT_A_TIME:
         assert not driver.engine.can_batch
