@@ -47,7 +47,7 @@ BAD: list[tuple[type[Message], Instead, str]] = [
     (Step, {"plan.spans": []}, "0 rows and 1 tokens"),
     (Step, {"plan.spans": [[5, -1, 1, 1]]}, "a span of no rows or before"),
     (Step, {"plan.spans": [[5, 0, 1, 2]]}, "a span of no rows or before"),
-    (Step, {"plan.spans": [[5, 1, 1, 1]]}, "at position 1 of a sequence of 0"),
+    (Step, {"plan.spans": [[5, 70, 1, 1]]}, "brings 1 blocks: its spans lack 2"),
     (Step, {"plan.blocks": []}, "block"),
     (Step, {"plan.blocks": [2**31 - 1]}, "block"),
     (Step, {"plan.copies": [[0, 2**31 - 1]]}, "block"),
