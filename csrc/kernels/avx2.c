@@ -71,6 +71,5 @@ KERNEL VEC spread(const float *scales, int two) {
 
 #include "gemv_body.h"
 
-const zmoe_kernels zmoe_kernels_avx2 = {gemv_layout, zmoe_generic_pack_input, gemv_dot,
-                                        zmoe_avx2_pack_panel, zmoe_avx2_tile};
+const zmoe_kernels zmoe_kernels_avx2 = {gemv_layout, zmoe_generic_pack_input, gemv_dot};
 #endif

@@ -42,9 +42,4 @@ KERNEL VEC load_e8m0(const unsigned char *src, uint32_t count) {
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(code, 23), odd));
 }
 
-void zmoe_avx2_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                          uint32_t k1, float *panel);
-void zmoe_avx2_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-                    float *sums, int add);
-
 #endif

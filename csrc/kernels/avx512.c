@@ -142,6 +142,5 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_avx512 = {layout_for, zmoe_avx512_pack_input, zmoe_avx512_dot,
-                                          zmoe_avx512_pack_panel, zmoe_avx512_tile};
+const zmoe_kernels zmoe_kernels_avx512 = {layout_for, zmoe_avx512_pack_input, zmoe_avx512_dot};
 #endif

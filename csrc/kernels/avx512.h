@@ -107,10 +107,6 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
 
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, void *scratch, float *const *ys);
-void zmoe_avx512_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                            uint32_t k1, float *panel);
-void zmoe_avx512_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-                      float *sums, int add);
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
 
 #endif

@@ -311,6 +311,5 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return layout;
 }
 
-const zmoe_kernels zmoe_kernels_avx512_bf16 = {layout_for, zmoe_avx512_pack_input, dot,
-                                               zmoe_avx512_pack_panel, zmoe_avx512_tile};
+const zmoe_kernels zmoe_kernels_avx512_bf16 = {layout_for, zmoe_avx512_pack_input, dot};
 #endif

@@ -32,38 +32,10 @@ static void generic_dot(const zmoe_weight *w, zmoe_layout layout, const void *co
                                    (const float *)xs[r], w->in_features);
 }
 
-/* ---- GEMM ------------------------------------------------------------------------- */
-
-void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                             uint32_t k1, float *panel) {
-  float decoded[ZMOE_DEPTH];
-  uint32_t depth = k1 - k0;
-  if (last - first < ZMOE_PANEL)
-    memset(panel, 0, (size_t)depth * ZMOE_PANEL * sizeof(float));
-  for (uint32_t o = first; o < last; o++) {
-    zmoe_decode_range(w, o, k0, k1, decoded);
-    for (uint32_t k = 0; k < depth; k++)
-      panel[(size_t)k * ZMOE_PANEL + (o - first)] = decoded[k];
-  }
-}
-
-static void generic_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-                         float *sums, int add) {
-  for (uint32_t r = 0; r < rows; r++) {
-    float *restrict sum = sums + (size_t)r * ZMOE_PANEL;
-    if (!add)
-      memset(sum, 0, ZMOE_PANEL * sizeof(float));
-    for (uint32_t k = 0; k < depth; k++)
-      for (uint32_t o = 0; o < ZMOE_PANEL; o++)
-        sum[o] += xs[r][k] * panel[(size_t)k * ZMOE_PANEL + o];
-  }
-}
-
 static zmoe_layout plain_layout(const zmoe_weight *w, zmoe_dtype x_dtype,
                                 zmoe_precision precision) {
   (void)w, (void)x_dtype, (void)precision;
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_pack_input, generic_dot,
-                                           zmoe_generic_pack_panel, generic_tile};
+const zmoe_kernels zmoe_kernels_generic = {plain_layout, zmoe_generic_pack_input, generic_dot};

@@ -5,20 +5,16 @@
  * in one way.  More rows share what decoding a weight costs, nothing else.
  *
  * `dot` wants x in a layout of its own, where neighbours in a register are what
- * one instruction decodes.  Packed once per row, it serves all outputs.
- *
- * `pack_panel` and `tile` multiply f32 panels, for attention. */
+ * one instruction decodes.  Packed once per row, it serves all outputs. */
 #ifndef ZMOE_KERNELS_H
 #define ZMOE_KERNELS_H
 
 #include "compute.h"
 
 enum {
-  ZMOE_PANEL = 32,  /* outputs in a panel, and in one task */
-  ZMOE_DEPTH = 512, /* elements of x that a panel spans; a multiple of every group */
-  ZMOE_PANEL_BYTES = ZMOE_DEPTH * ZMOE_PANEL * 4,
-  ZMOE_TILE_ROWS = 12, /* most rows of x in one `tile` */
-  ZMOE_DOT_ROWS = 4,   /* rows of x that a loop takes at a time */
+  ZMOE_PANEL = 32, /* outputs in a panel, and in one task */
+  ZMOE_PANEL_BYTES = 512 * ZMOE_PANEL * 4,
+  ZMOE_DOT_ROWS = 4, /* rows of x that a loop takes at a time */
 };
 
 /* A loop over rows, or the like, that must be unrolled: sums in an array stay in
@@ -73,13 +69,6 @@ typedef struct zmoe_kernels {
    * `scratch`: ZMOE_PANEL_BYTES of the thread's own, aligned to 64 bytes. */
   void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
               uint32_t first, uint32_t last, void *scratch, float *const *ys);
-  /* panel[k - k0][o - first] = w[o][k] for o in [first, last), k in [k0, k1);
-   * outputs beyond `last`, up to ZMOE_PANEL, are zeros. */
-  void (*pack_panel)(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0, uint32_t k1,
-                     float *panel);
-  /* sums[r][o] (+)= sum over k < depth of xs[r][k] * panel[k][o]; `add` 0: from zero. */
-  void (*tile)(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-               float *sums, int add);
 } zmoe_kernels;
 
 /* The `body` of a dot for all rows, ZMOE_DOT_ROWS at a time; how many is a constant, so
@@ -116,8 +105,5 @@ extern const zmoe_kernels zmoe_kernels_neon_bf16;
 
 /* Every layout but those that only AVX-512 has. */
 void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
-/* Any format, for those that have no faster way. */
-void zmoe_generic_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                             uint32_t k1, float *panel);
 
 #endif

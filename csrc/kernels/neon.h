@@ -34,9 +34,4 @@ KERNEL VEC load_e8m0(const unsigned char *src, uint32_t count) {
   return vreinterpretq_f32_u32(vorrq_u32(vshlq_n_u32(code, 23), odd));
 }
 
-void zmoe_neon_pack_panel(const zmoe_weight *w, uint32_t first, uint32_t last, uint32_t k0,
-                          uint32_t k1, float *panel);
-void zmoe_neon_tile(const float *panel, uint32_t depth, const float *const *xs, uint32_t rows,
-                    float *sums, int add);
-
 #endif

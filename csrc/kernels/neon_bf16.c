@@ -285,7 +285,6 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;
 }
 
-const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, zmoe_generic_pack_input, dot,
-                                             zmoe_neon_pack_panel, zmoe_neon_tile};
+const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, zmoe_generic_pack_input, dot};
 #endif
 #endif

@@ -66,5 +66,4 @@ KERNEL VEC spread(const float *scales, int two) {
 
 #include "gemv_body.h"
 
-const zmoe_kernels TABLE = {gemv_layout, zmoe_generic_pack_input, gemv_dot, zmoe_neon_pack_panel,
-                            zmoe_neon_tile};
+const zmoe_kernels TABLE = {gemv_layout, zmoe_generic_pack_input, gemv_dot};
