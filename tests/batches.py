@@ -24,7 +24,7 @@ from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import ways
 
 PARALLEL, LARGEST_CHUNK = 32, 512
-BLOCKS, FEW_BLOCKS = 256, 10  # more than any test fills; a long request and some short ones
+BLOCKS, FEW_BLOCKS = 256, 12  # more than any test fills; a few long requests
 
 # Tokens, and the logarithms of their probabilities: these show every bit of the logits.
 Given = list[tuple[int, float | None]]
@@ -38,7 +38,7 @@ class Ask:
     sampling: Sampling
 
 
-def asks(count: int = 40, tokens: int = 12, vocabulary: int = VOCAB) -> list[Ask]:
+def asks(count: int = 40, tokens: int = 8, vocabulary: int = VOCAB) -> list[Ask]:
     """Greedy and sampled ones, with and without penalties; some begin or go on alike."""
     draw = random.Random(7)
     shared = draw.choices(range(vocabulary), k=150)
@@ -48,6 +48,7 @@ def asks(count: int = 40, tokens: int = 12, vocabulary: int = VOCAB) -> list[Ask
         {"temp": 0.8, "top_p": 0.9, "presence_penalty": 0.5},
         {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
         {"temp": 1.5, "top_k": 20, "min_p": 0.02, "logit_bias": {3: 2.0}},
+        {"temp": 0.5, "logit_bias": {token: 20.0 for token in (5, 9, 11)}},  # repeats itself
     ]
     out = []
     for number in range(count):
@@ -58,7 +59,7 @@ def asks(count: int = 40, tokens: int = 12, vocabulary: int = VOCAB) -> list[Ask
             prompt = prompt[:7] * draw.choice((3, 10))
         sampling = Sampling(
             **settings[number % len(settings)],
-            max_tokens=80 if number % 10 == 0 else draw.randint(1, 2 * tokens),
+            max_tokens=60 if number % 12 == 5 else draw.randint(4, 2 * tokens),
             seed=number // 3,
             ignore_eos=True,
             logprobs=0,
@@ -101,9 +102,7 @@ class ThreadNodes:
             node.make_cache(BLOCKS)
         config = EngineConfig(prefill_chunk=chunk, parallel=parallel)
         batching, leader = Batching(speculate=speculate, max_queue=1000), self.nodes[0]
-        return Batcher(
-            self.run, leader.engine, blocks, config, batching, leader.spans, 2, self._step
-        )
+        return Batcher(self.run, leader.engine, blocks, config, batching, leader.spans, self._step)
 
     def alone(self, ask: Ask, chunk: int = LARGEST_CHUNK) -> Given:
         """What it is given by nodes that have seen no other."""
@@ -119,22 +118,30 @@ class ThreadNodes:
         parallel: int = PARALLEL,
         arrivals: random.Random | None = None,
     ) -> Served:
-        """All at once, or as `arrivals` draws: in another order, late, with others that are
-        cancelled.
+        """All at once, or as `arrivals` draws: in another order, late, beside others that are
+        cancelled, and interrupted for want of blocks.
         """
         on = self.batcher(blocks, chunk, speculate, parallel)
-        memory = on.scheduler._memory  # without a reserve, so that sequences are preempted
-        begin = memory.begin
-        memory.begin = lambda sequence, found, reserve: begin(sequence, found, 0)
         streams = [Stream(a.prompt, a.sampling, eos=(), context=None) for a in given]
         todo = [(0, stream, 10**9) for stream in streams]  # arrival and end, as steps
         if arrivals is not None:
+            scheduler, memory = on.scheduler, on.scheduler._memory
+            grow = memory.grow
+
+            def grow_at_times(sequence: Scheduled, end: int) -> bool:
+                """Refuse it, so that one is preempted, but never the last one."""
+                refused = scheduler.running > 1 and arrivals.random() < 0.5
+                return not refused and grow(sequence, end)
+
+            memory.grow = grow_at_times  # type: ignore[method-assign]
             others = [
                 Stream(a.prompt, replace(a.sampling, max_tokens=200), eos=(), context=None)
-                for a in given[::3]
+                for a in given[::4]
             ]
             todo = [(arrivals.randrange(40), stream, 10**9) for stream in streams]
-            todo += [(at := arrivals.randrange(40), s, at + arrivals.randrange(60)) for s in others]
+            todo += [
+                (at := arrivals.randrange(40), s, at + arrivals.randrange(150)) for s in others
+            ]
             arrivals.shuffle(todo)
             todo.sort(key=lambda each: each[0])
         running: dict[int, tuple[Stream, int]] = {}
@@ -166,31 +173,39 @@ class ThreadNodes:
 @contextmanager
 def thread_nodes(
     folder: Path,
-    nodes: int = 1,
-    *,
     isa: str,
+    nodes: int = 1,
+    schedule: str = "decentralized",
     placement: str = "experts",
-    threads: int = 1,
-    **config: Any,
+    wire_dtype: str = "auto",
+    policy: str = "selected",
+    activations: str = "exact",
 ) -> Iterator[ThreadNodes]:
-    """The nodes with `folder`'s model; `threads` each, and `config` of EngineConfig."""
+    """Nodes with the model in `folder`, of one thread each, or two of a single node."""
     info = describe(Skeleton(folder))
-    settings = EngineConfig(prefill_chunk=LARGEST_CHUNK, parallel=PARALLEL, **config)
-    slots = [info.experts * len(info.moe_layers) * 2 // 3 + 1] * nodes
-    placed = ways(info.shape, [1.0] * nodes, slots, settings.schedule)[placement]()
+    settings = EngineConfig(
+        prefill_chunk=LARGEST_CHUNK,
+        parallel=PARALLEL,
+        schedule=schedule,
+        wire_dtype=wire_dtype,
+        policy=policy,
+        activations=activations,
+    )
+    slots = info.experts * len(info.moe_layers)
+    placed = ways(info.shape, [1.0] * nodes, [slots] * nodes, schedule)[placement]()
     made = [Node(info, settings, Timing(), rank=r, nodes=nodes, session=9) for r in range(nodes)]
     try:
         endpoints = [node.open_exchange("127.0.0.1") for node in made if nodes > 1]
         for node in made:
             node.use_isa(isa)
             node.place(placed)
-        if nodes > 1:
-            connect_group([n.exchange for n in made if n.exchange], [endpoints] * nodes, DEADLINE_S)
+        exchanges = [node.exchange for node in made if node.exchange is not None]
+        connect_group(exchanges, [endpoints] * nodes, DEADLINE_S)
 
         def load(rank: int) -> None:
             made[rank].load_follower(lambda done, total: None)
 
-        with mock.patch("zmoe.kernels.threads.pool_cores", lambda: threads):
+        with mock.patch("zmoe.kernels.threads.pool_cores", lambda: 2 if nodes == 1 else 1):
             loading = [rank_thread(rank).start(load, rank) for rank in range(1, nodes)]
             made[0].load(lambda done, total: None)
             assert all([over.wait(DEADLINE_S) for over in loading])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zmoe.cluster.cluster import Cluster
     from zmoe.cluster.hosts import Host, HostList
     from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
-    from zmoe.config import EngineConfig, Sampling, Timing
+    from zmoe.config import Batching, EngineConfig, Sampling, Timing
     from zmoe.engine.generate import Generation, Token
     from zmoe.errors import (
         DivergenceError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ModelError,
         PeerError,
         PlacementError,
+        QueueFullError,
         SettingError,
         ZmoeError,
     )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: a command that only refuses a flag need not load MLX.
 _HOMES = {
+    "Batching": "zmoe.config",
     "Cluster": "zmoe.cluster.cluster",
     "ClusterSpec": "zmoe.cluster.spec",
     "DivergenceError": "zmoe.errors",
@@ -50,6 +52,7 @@ _HOMES = {
     "PeerError": "zmoe.errors",
     "PlacementError": "zmoe.errors",
     "PlacementRequest": "zmoe.cluster.spec",
+    "QueueFullError": "zmoe.errors",
     "RemoteOptions": "zmoe.cluster.spec",
     "Sampling": "zmoe.config",
     "SettingError": "zmoe.errors",
@@ -61,6 +64,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Batching",
     "Cluster",
     "ClusterSpec",
     "DivergenceError",
@@ -76,6 +80,7 @@ __all__ = [
     "PeerError",
     "PlacementError",
     "PlacementRequest",
+    "QueueFullError",
     "RemoteOptions",
     "Sampling",
     "SettingError",

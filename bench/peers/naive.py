@@ -28,11 +28,14 @@ from process import PARENT, PeerFailure, checked, main, peak_bytes, pin
 from recording import Recorder, by_layer, summary
 from zmoe_cluster import flags, measure
 
+from zmoe.batch.plan import blocks_of
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.config import EngineConfig, Sampling
-from zmoe.engine.engine import Engine
+from zmoe.config import Batching, EngineConfig, Sampling
+from zmoe.engine.batcher import Batcher
+from zmoe.engine.engine import make_engine
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import encode_prompt, open_tokenizer
+from zmoe.engine.stream import Stream
 from zmoe.errors import ZmoeError
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES
@@ -46,6 +49,7 @@ from zmoe.topology.cores import divide_cores
 
 DEADLINE_S = 300.0  # for loading, and for one answer
 POLL_MS = 500
+UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
 Host = npt.NDArray[Any]  # bfloat16 as uint16
 
 
@@ -170,7 +174,7 @@ class Workers:
 class NaiveReducer:
     """A zmoe.exchange.base.Reducer: rows go out expert by expert, outputs come back so."""
 
-    rank, step = 0, 0
+    rank, step, plan = 0, 0, 0
 
     def __init__(self, workers: Workers, placement: Any, spans: Recorder) -> None:
         self.nodes = placement.nodes
@@ -245,7 +249,7 @@ class Naive:
 
     def __init__(self, model: str, nodes: int, workers: Workers) -> None:
         start = time.perf_counter()
-        folder, config = resolve_model(model), EngineConfig()
+        folder, config = resolve_model(model), EngineConfig(parallel=1)
         self.info = describe(Skeleton(folder))
         placement = place_evenly(self.info.shape, nodes)
         self.tokenizer = open_tokenizer(folder)
@@ -253,8 +257,12 @@ class Naive:
         self._reducer = NaiveReducer(workers, placement, self._spans)
         pool = make_thread_pool(config, best_isa_name()) if is_native(config) else None
         shard = load_shard(self.info, placement, self._reducer, spans=self._spans, pool=pool)
-        self._engine = Engine(shard.model, self._reducer, config, shard.head, shard.paged)
-        self._chunk = config.prefill_chunk
+        engine = make_engine(shard.model, self._reducer, config, shard.head, shard.paged)
+        blocks = blocks_of(self.info.context_length or UNKNOWN_CONTEXT)
+        if engine.paged:
+            engine.make_cache(blocks)
+        batching = Batching(speculate="off")
+        self._batcher = Batcher(engine.run, engine, blocks, config, batching, self._spans)
         for rank in range(1, nodes):
             workers.receive(rank)
         self.load_seconds = time.perf_counter() - start
@@ -262,20 +270,20 @@ class Naive:
     def generate(self, prompt: str | Sequence[int], sampling: Sampling) -> Generation:
         """See zmoe.Cluster."""
         ids = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-        return Generation(
-            self._forward,
-            self.tokenizer,
-            ids,
-            sampling,
-            prefill_chunk=self._chunk,
-            context=self.info.context_length,
-            spans=self._spans,
-        )
+        eos, context = self.tokenizer.eos_token_ids, self.info.context_length
+        stream = Stream(ids, sampling, eos=eos, context=context)
+        number = self._batcher.submit(stream)
 
-    def _forward(self, tokens: Sequence[int], reset: bool, logits: bool) -> mx.array:
-        if reset:
-            self._engine.reset()
-        return self._engine.forward(0, tokens, logits)
+        async def advance() -> None:
+            self._batcher.step()
+
+        return Generation(
+            stream,
+            self.tokenizer,
+            advance=self._batcher.step,
+            advance_async=advance,
+            cancel=lambda: self._batcher.end(number),
+        )
 
     def peak_memory(self) -> list[int]:
         """By rank, in bytes; ends the workers."""

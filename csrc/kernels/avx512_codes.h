@@ -172,12 +172,12 @@ _Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread'
 INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const table t,
                           const unsigned char *data, const unsigned char *scales, size_t ahead,
                           uint32_t begin, uint32_t end, struct panel *panel, uint32_t j) {
-  const uint32_t groups = w->in_features / w->group;
+  const uint32_t groups = w->in_features / w->group, n_values = BLOCK_VALUES(codes);
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
   const __m512i first_lanes = block_lanes(w, codes);
   __m512i *values = panel->values[j], lanes = first_lanes;
   __m512 *factor = panel->factors[j], scale = _mm512_setzero_ps();
-  for (uint32_t at = begin; at < end; at += BLOCK_CODES(codes), values += BLOCK_VALUES(codes)) {
+  for (uint32_t at = begin; at < end; at += BLOCK_CODES(codes), values += n_values) {
     const uint32_t g = at / w->group, bytes = (end - at) * bits_of(codes) / 8;
     const unsigned char *from = data + at * bits_of(codes) / 8;
     __m512i words[2];
@@ -188,7 +188,7 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
       lanes = first_lanes;
     }
     load_block(from, bytes, words);
-    EACH_VALUE(i, BLOCK_VALUES(codes))
+    EACH_VALUE(i, n_values)
     values[i] = value_of(codes, words, i, t);
     *factor++ = _mm512_permutexvar_ps(lanes, scale);
     lanes = _mm512_add_epi32(lanes, per_block);

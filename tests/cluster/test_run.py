@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import mlx_lm
@@ -106,6 +107,23 @@ def test_stats_leave_the_text_alone(commands: Commands, alone: str) -> None:
     done = commands.call("run", "--stats", *GREEDY, PROMPT)
     assert done.stdout == alone
     assert "time to first token" in done.stderr
+
+
+def test_a_prompt_goes_on_from_a_file(commands: Commands, tmp_path: Path) -> None:
+    """The second run has the keys and values of the first, on other nodes."""
+    file, prompt = tmp_path / "prompt", 40 * PROMPT
+    flags = ("--compute", "native", "--prompt-cache-file", str(file), "--stats", "-m", "20", prompt)
+    first = commands.call("run", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt"]
+    second = commands.call("run", "-n", "2", *flags)
+    assert second.stdout == first.stdout
+    cached = [
+        int(re.search(r"prompt tokens in the cache\D*(\d+)", done.stderr)[1])  # type: ignore[index]
+        for done in (first, second)
+    ]
+    assert cached[0] == 0 and cached[1] >= 64
+    short = commands.call("run", "--prompt-cache-file", str(tmp_path / "no"), PROMPT)
+    assert "was not written: the prompt has" in short.stderr and not (tmp_path / "no").exists()
 
 
 def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:

@@ -104,7 +104,9 @@ def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
         span.rows < 1 or span.position < 0 or not 0 <= span.logits <= span.rows
         for span in plan.spans
     ):
-        raise ZmoeError(f"step {plan.step} has spans that are none")
+        raise ZmoeError(
+            f"step {plan.step} runs a sequence twice, or a span of no rows or before position 0"
+        )
     if PREVIOUS in plan.tokens:
         raise ZmoeError(f"step {plan.step} refers to sampled tokens, which this node never sees")
     if not 0 <= min(plan.tokens) <= max(plan.tokens) < vocabulary:

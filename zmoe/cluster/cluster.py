@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,13 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation, SharedSteps
-from zmoe.engine.prompt import check_ids, check_length, encode_prompt, open_tokenizer
+from zmoe.engine.prompt import (
+    border_of_system_prompt,
+    check_ids,
+    check_length,
+    encode_prompt,
+    open_tokenizer,
+)
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
@@ -186,11 +193,23 @@ class Cluster:
     def _running(self) -> Iterator[Node]:
         """As _alone(), of a cluster that was entered and has not ended."""
         with self._alone():
-            if self._closing or self._failed:
-                raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
-            if self._node is None:
-                raise ZmoeError("this cluster is not running yet: enter it with `with` first")
-            yield self._node
+            yield self._check_running()
+
+    def _check_running(self) -> Node:
+        if self._closing or self._failed:
+            raise ZmoeError(f"this cluster has ended: {self._failed or 'it was closed'}")
+        if self._node is None:
+            raise ZmoeError("this cluster is not running yet: enter it with `with` first")
+        return self._node
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """What is raised within ends the cluster, also Ctrl-C: the ranks are out of step then."""
+        try:
+            yield
+        except BaseException as error:
+            self._failed = _reason(error)
+            raise
 
     def _start(self) -> None:
         spec = self.spec
@@ -251,7 +270,8 @@ class Cluster:
 
     def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
         engine, batching = self.spec.engine, self.spec.batching
-        return Batcher(self._run, node.engine, blocks, engine, batching, node.spans, first_step)
+        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
+        return Batcher(run, node.engine, blocks, engine, batching, node.spans, first_step)
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
@@ -290,6 +310,7 @@ class Cluster:
         if sampling is not None and not isinstance(sampling, Sampling):
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
+        self._check_running()
         vocabulary = self.info.vocabulary
         if sampling.top_k >= vocabulary:
             raise SettingError(
@@ -300,14 +321,16 @@ class Cluster:
                 raise SettingError(
                     "logit_bias", f"has token {token}: the model's are below {vocabulary}"
                 )
+        borders: tuple[int, ...] = ()
         if isinstance(prompt, str):
-            ids = encode_prompt(
-                self.tokenizer,
-                prompt,
-                system_prompt=system_prompt,
-                ignore_chat_template=ignore_chat_template,
-                chat_template_config=chat_template_config,
-            )
+            settings: dict[str, Any] = {
+                "system_prompt": system_prompt,
+                "ignore_chat_template": ignore_chat_template,
+                "chat_template_config": chat_template_config,
+            }
+            ids = encode_prompt(self.tokenizer, prompt, **settings)
+            if system_prompt is not None:
+                borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
@@ -317,7 +340,7 @@ class Cluster:
         with self._running():
             self._begun += 1
             self._end_cancelled()
-            sequence = self._batcher.submit(stream)
+            sequence = self._batcher.submit(stream, borders)
         advance = partial(self._advance, stream)
         return Generation(
             stream,
@@ -334,7 +357,8 @@ class Cluster:
         with self._running():
             if not stream.ready and not stream.ended:
                 self._end_cancelled()
-                self._batcher.step()
+                with self._stepping():
+                    self._batcher.step()
 
     def _end_cancelled(self) -> None:
         """End the generations whose consumers have gone away."""
@@ -385,8 +409,9 @@ class Cluster:
         it ends when another one is begun or submitted, and its steps are refused from then on.
 
         Raises ZmoeError when the cluster is not running. A step raises ZmoeError also while
-        generations are running, PeerError for a lost peer, and DivergenceError for
-        one that routes differently; the latter two end the cluster.
+        generations are running, InputError for tokens that are none and where the cache is full,
+        PeerError for a lost peer, and DivergenceError for one that routes differently; the latter
+        two end the cluster.
         """
         with self._running():
             self._begun += 1
@@ -396,6 +421,10 @@ class Cluster:
             with self._running():
                 if mine != self._begun:
                     raise ZmoeError("another generation has begun on this cluster")
+                if not tokens or not 0 <= min(tokens) <= max(tokens) < self.info.vocabulary:
+                    vocabulary = self.info.vocabulary
+                    raise InputError(f"a step of {tokens}: expected token ids below {vocabulary}")
+                self._end_cancelled()
                 return self._batcher.force(tokens, reset)
 
         return step
@@ -440,11 +469,8 @@ class Cluster:
 
     def _run(self, plan: Plan) -> Floats | None:
         assert self._node is not None
-        try:
+        with self._stepping():
             return (self._leader or self._node).run(plan)
-        except BaseException as error:  # also Ctrl-C: the ranks are out of step from here on
-            self._failed = _reason(error)
-            raise
 
 
 def _is_name(model: str) -> bool:

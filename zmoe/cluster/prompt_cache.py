@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -101,7 +102,10 @@ def read_prompt_cache(path: Path, info: ModelInfo, config: EngineConfig) -> Prom
         raise InputError(f"prompt cache {path} cannot be read: {error.strerror}") from None
     if len(tokens) != count or max(tokens) >= info.vocabulary:
         raise _damaged(path, f"it has tokens outside of 0 to {info.vocabulary - 1}")
-    return PromptCache(path, tokens, str(metadata.get("digest"))[:32], header)
+    digest = str(metadata.get("digest"))
+    if not re.fullmatch("[0-9a-f]{32}", digest):
+        raise _damaged(path, "it has no digest")
+    return PromptCache(path, tokens, digest, header)
 
 
 def write_prompt_cache(

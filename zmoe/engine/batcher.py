@@ -11,7 +11,7 @@ from zmoe.batch.sequence import Request
 from zmoe.config import Batching, EngineConfig
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.stream import Stream
-from zmoe.errors import ZmoeError
+from zmoe.errors import InputError, ZmoeError
 from zmoe.obs import Spans
 
 _WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
@@ -56,13 +56,13 @@ class Batcher:
 
     # ---- streams ---------------------------------------------------------------------
 
-    def submit(self, stream: Stream) -> int:
-        """Queue `stream`; returns its number.
+    def submit(self, stream: Stream, borders: tuple[int, ...] = ()) -> int:
+        """Queue `stream`; returns its number. `borders` are those of a Request.
 
         Raises InputError for one that can never run, QueueFullError where too many wait.
         """
         self.end_forced()
-        request = Request(stream.prompt, stream.limit)
+        request = Request(stream.prompt, stream.limit, borders=borders)
         sequence = self.scheduler.submit(request, time.monotonic())
         stream.bound(sequence.limit - sequence.prompt)
         self._streams[sequence.id] = stream
@@ -84,6 +84,7 @@ class Batcher:
             )
         plan = self.scheduler.plan(now)
         if plan is None:
+            assert not self._streams  # the oldest one can always run
             return
         for span in plan.spans:
             stream = self._streams[span.sequence]
@@ -142,7 +143,7 @@ class Batcher:
             raise ZmoeError("generations are running on this cluster: let them end first")
         if reset or self._forced is None:
             self.end_forced()
-            room = self.scheduler.capacity - len(tokens)
+            room = self.scheduler.capacity + 1 - len(tokens)
             sequence = self.scheduler.submit(Request(tokens, max(1, room)), time.monotonic())
             self._forced = sequence.id
             return self._until_logits()
@@ -161,7 +162,11 @@ class Batcher:
     def _until_logits(self) -> Floats:
         while True:
             plan = self.scheduler.plan(time.monotonic())
-            assert plan is not None
+            if plan is None:
+                raise InputError(
+                    f"the sequence has {self.scheduler.capacity} tokens, all that the cache of "
+                    "keys and values holds"
+                )
             logits = self._run(plan)
             if logits is not None:
                 self._held_back = plan

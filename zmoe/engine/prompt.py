@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def encode_prompt(
     if not ids:
         raise InputError("the prompt holds no token")
     return list(ids)
+
+
+def border_of_system_prompt(
+    tokenizer: TokenizerWrapper, ids: Sequence[int], **settings: Any
+) -> int:
+    """How many tokens at the beginning of `ids` any other prompt has under the same `settings`
+    of encode_prompt().
+    """
+    others = [encode_prompt(tokenizer, other, **settings) for other in ("A", "1")]
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *others))
+    return sum(1 for _ in alike)
 
 
 def _check_text(what: str, text: str) -> None:

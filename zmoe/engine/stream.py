@@ -111,7 +111,10 @@ class Stream:
     def prefilled(self, tokens: int) -> None:
         """So many tokens of the prompt have been run."""
         if self._on_prefill is not None:
-            self._on_prefill(tokens, len(self.prompt))
+            try:
+                self._on_prefill(tokens, len(self.prompt))
+            except Exception as error:  # another consumer's thread may be running this step
+                self.fail(error)
 
     def take(self, pick: Pick) -> bool:
         """The next token; returns whether the sequence goes on."""

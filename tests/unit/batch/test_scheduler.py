@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
+import numpy as np
 import pytest
 
 from zmoe.batch.plan import BLOCK, PREVIOUS, Fork, Plan, Span
@@ -104,6 +106,40 @@ def test_chunks_fit_the_time_of_a_step_while_others_decode() -> None:
     assert rows(step(one))[long.id] == FLOOR
     one.end(0)
     assert rows(step(one))[long.id] == 512
+
+
+# Seconds of a step by its rows: as measured with experts of 4 bits, in proportion, and on a node
+# that takes long for any step.
+STEPS = {
+    "experts": lambda rows: float(np.interp(rows, (1, 16, 128, 512), (0.02, 0.075, 0.7, 2.9))),
+    "proportional": lambda rows: 0.005 * rows,
+    "slow": lambda rows: 0.15 + 0.002 * rows,
+}
+
+
+@pytest.mark.parametrize("seconds", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("before", [1, 400], ids=["unmeasured", "measured"])
+def test_nobody_waits_long_beside_a_prompt_of_4000_tokens(
+    seconds: Callable[[int], float], before: int
+) -> None:
+    one = scheduler(blocks=200, max_rows=512, step_seconds=0.25)
+
+    def timed_step() -> Plan:
+        plan = step(one)
+        one.rates.took(len(plan.tokens), seconds(len(plan.tokens)))
+        return plan
+
+    submit(one, before, 1)
+    timed_step()
+    others = [submit(one, 10, 10**4).id for _ in range(8)]
+    timed_step()
+    long = submit(one, 4000)
+    steps = 0
+    while long.position < 4000:
+        plan, steps = timed_step(), steps + 1
+        assert seconds(len(plan.tokens)) <= 2 * 0.25
+        assert set(others) <= set(rows(plan))  # a row in every step
+    assert steps <= 4000 // FLOOR
 
 
 def test_one_long_prompt_at_a_time_and_short_ones_beside_it() -> None:

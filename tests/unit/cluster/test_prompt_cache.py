@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
 from tests.families import build
@@ -75,6 +76,29 @@ def test_a_recurrent_model_goes_on_from_a_snapshot(
         generate(hybrid, PROMPT)
         assert generate(hybrid, longer) == (alone, len(PROMPT) - 1)
         assert generate(hybrid, [*PROMPT[:100], 9, 8, 7])[1] == 0
+
+
+def test_a_recurrent_model_shares_a_system_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
+    tiny._tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    )
+    tiny = TokenizerWrapper(tiny._tokenizer)
+    encode = TokenizerWrapper.apply_chat_template
+    monkeypatch.setattr(  # the model's vocabulary is smaller
+        TokenizerWrapper, "apply_chat_template", lambda *a, **k: [i % 96 for i in encode(*a, **k)]
+    )
+    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    system = "You are the king of England, who speaks to his people, as kings do. " * 5
+    with Cluster(build("qwen3_next", tmp_path), 2) as hybrid:
+        cached = []
+        for prompt in ("Speak.", "Be silent, and go."):
+            generation = hybrid.generate(prompt, system_prompt=system, **TEXT)
+            list(generation)
+            cached.append(generation.timings.cached_tokens)
+    assert cached[0] == 0 and cached[1] >= 64
 
 
 @pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
@@ -180,6 +204,7 @@ def odd_tokens(header: dict[str, Any], data: bytearray) -> None:
         (lambda header, data: header.pop("tokens"), "is no prompt cache"),
         (lambda header, data: header.pop("layers.1.values"), "tensor layers.1.values is absent"),
         (says("digest", "0" * 32), "is damaged: its contents are not those that were written"),
+        (says("digest", "\n" * 32), "is damaged: it has no digest"),
         (set_token, "is damaged: it has tokens outside of 0 to 1023"),
         (flip, "is damaged: its contents"),
         (cut, "is truncated: tensor"),

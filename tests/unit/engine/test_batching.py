@@ -1,81 +1,91 @@
-"""A request's tokens do not depend on its neighbours: the same bits alone and among others.
-
-Every family whose layers are in C, in every format, on every instruction set of this CPU, on 1
-to 4 nodes; the other settings take turns.
-"""
+"""A request's tokens do not depend on its neighbours: the same bits alone and among others."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.batches import FEW_BLOCKS, PARALLEL, asks, thread_nodes
 from tests.families import FAMILIES, build
+from zmoe.kernels.threads import best_isa_name
 from zmoe.native import Isa
 
-C_FAMILIES = ("dbrx", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe")
-FORMATS: list[tuple[str, tuple[str, int, int] | None]] = [
-    ("float32", None),
-    ("bfloat16", ("affine", 4, 32)),
-    ("bfloat16", None),
-    ("float32", ("mxfp4", 4, 32)),
-    ("float16", None),
-    ("bfloat16", ("affine", 8, 64)),
-    ("bfloat16", ("mxfp4", 4, 32)),
-    ("float32", ("affine", 4, 64)),
+FORMATS: dict[str, tuple[str, tuple[str, int, int] | None]] = {
+    "f32": ("float32", None),
+    "f32 4-bit": ("float32", ("affine", 4, 64)),
+    "f32 mxfp4": ("float32", ("mxfp4", 4, 32)),
+    "f16": ("float16", None),
+    "bf16": ("bfloat16", None),
+    "bf16 4-bit": ("bfloat16", ("affine", 4, 32)),
+    "bf16 8-bit": ("bfloat16", ("affine", 8, 64)),
+    "bf16 mxfp4": ("bfloat16", ("mxfp4", 4, 32)),
+}
+
+
+class Case(NamedTuple):
+    """A model and the nodes that serve it. A CPU without the instruction set uses its best one."""
+
+    family: str
+    format: str
+    isa: str
+    nodes: int = 1
+    schedule: str = "decentralized"
+    placement: str = "experts"
+    wire_dtype: str = "auto"
+    policy: str = "selected"
+    activations: str = "exact"
+
+
+# Every family whose layers are in C, and most of the pairs that the other columns can form.
+CASES = [
+    Case("gpt_oss", "f16", "GENERIC"),
+    Case("olmoe", "bf16 8-bit", "GENERIC"),
+    Case("glm4_moe", "f32", "AVX2"),
+    Case("qwen2_moe", "bf16 4-bit", "AVX512", activations="int8"),
+    Case("dbrx", "f32", "AVX512_BF16"),
+    Case("qwen3_moe", "bf16", "AVX512_BF16"),
+    Case("dbrx", "bf16 8-bit", "AVX512_BF16", 2, "centralized", "replicas", "auto", "router-aided"),
+    Case("gpt_oss", "bf16 4-bit", "AVX2", 4, "decentralized", "replicas", "bf16"),
+    Case("mixtral", "f32", "GENERIC", 2, "decentralized", "slices", "f32", "busy-full"),
+    Case("olmoe", "f16", "AVX512", 3, "centralized", "slices", "q8"),
+    Case("qwen2_moe", "bf16", "AVX2", 3, "centralized", "experts", "f32", "router-aided"),
+    Case("glm4_moe", "f32 mxfp4", "GENERIC", 4, "centralized", "slices", "bf16", "router-aided"),
+    Case("dbrx", "bf16 mxfp4", "GENERIC", 3, "decentralized", "replicas", "q8", "busy-full"),
+    Case("gpt_oss", "bf16 mxfp4", "AVX512_BF16", 2, "centralized", "experts", "f32"),
+    Case("mixtral", "bf16 4-bit", "AVX512_BF16", 3, "centralized", "experts", "bf16", "busy-full"),
+    Case("qwen3_moe", "f32 4-bit", "AVX2", 2, "centralized", "slices", "q8", activations="int8"),
+    Case("glm4_moe", "bf16", "AVX512", 2, "decentralized", "replicas", "bf16"),
 ]
-ISAS = [isa.name for isa in Isa if isa.supported]
-CASES = range(len(C_FAMILIES) * len(ISAS))
 
 
-def settings_of(case: int) -> tuple[str, tuple[Any, ...], str, int, dict[str, str]]:
-    """(family, format, instruction set, nodes, other settings): cycles of unlike lengths."""
-    turn, number = divmod(case, len(C_FAMILIES))
-    dtype, quantize = FORMATS[(number + 3 * turn) % len(FORMATS)]
-    nodes = (1, 2, 3, 4)[(case + turn) % 4]
-    wires = ["auto", "bf16", "q8", "f32"] + ["f16"] * (dtype == "float16")
-    others = {
-        "schedule": ("decentralized", "centralized")[(case // 2 + number) % 2],
-        "placement": ("experts", "slices", "replicas")[case % 3],
-        "wire_dtype": wires[case % len(wires)],
-        "policy": ("selected", "busy-full", "router-aided")[(case // 3) % 3],
-        "activations": "int8" if case % 5 == 4 and ISAS[turn] != "GENERIC" else "exact",
-    }
-    return C_FAMILIES[number], (dtype, quantize), ISAS[turn], nodes, others
-
-
-def described(case: int) -> str:
-    family, (dtype, quantize), isa, nodes, others = settings_of(case)
-    return "-".join(map(str, (family, dtype, *(quantize or ()), isa, nodes, *others.values())))
-
-
-@pytest.mark.parametrize("case", CASES, ids=described)
-def test_a_request_is_served_as_if_it_were_alone(case: int, tmp_path: Path) -> None:
-    family, (dtype, quantize), isa, nodes, others = settings_of(case)
-    config: dict[str, Any] = {"intermediate_size": 64 * nodes, "moe_intermediate_size": 64 * nodes}
-    if family == "dbrx":
-        config = {
-            "ffn_config": FAMILIES["dbrx"].config["ffn_config"] | {"ffn_hidden_size": 64 * nodes}
-        }
-    folder = build(family, tmp_path / family, dtype, quantize, **config)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_a_request_is_served_as_if_it_were_alone(case: Case, tmp_path: Path) -> None:
+    """In whichever chunks, beside whomever, preempted or not, with its prefix cached or not."""
+    turn, wide = CASES.index(case), 64 * case.nodes
+    config: dict[str, Any] = {"intermediate_size": wide, "moe_intermediate_size": wide}
+    if case.family == "dbrx":
+        ffn = FAMILIES["dbrx"].config["ffn_config"]
+        config = {"ffn_config": {**ffn, "ffn_hidden_size": wide}}
+    folder = build(case.family, tmp_path / case.family, *FORMATS[case.format], **config)
+    isa = case.isa if Isa[case.isa].supported else best_isa_name()
     given = asks()
-    with thread_nodes(folder, nodes, isa=isa, threads=1 + (nodes == 1), **others) as cluster:
+    with thread_nodes(folder, isa, *case[3:]) as cluster:
         alone = [cluster.alone(ask) for ask in given]
-        assert len({ids for text in alone for ids, _ in text}) > 50, "the texts say little"
-        chunk = (1, 5, 16, 33)[case % 4]
-        assert [cluster.alone(ask, chunk) for ask in given[:4]] == alone[:4]
+        assert len({token for text in alone for token, _ in text}) > 50, "the texts say little"
+        chunk = (1, 5, 16, 33)[turn % 4]
+        assert [cluster.alone(ask, chunk) for ask in given[:3]] == alone[:3]
         together = cluster.serve(given)
         assert together.most == PARALLEL
         assert together.given == alone
-        arrivals = cluster.serve(
+        arriving = cluster.serve(
             given,
-            chunk=(33, 50, 64, 200)[case % 4],
+            chunk=(33, 50, 64, 200)[turn % 4],
             blocks=FEW_BLOCKS,
             speculate="3",
-            arrivals=random.Random(case),
+            arrivals=random.Random(turn),
         )
-        assert arrivals.preemptions and arrivals.cached and arrivals.accepted
-        assert arrivals.given == alone
+        assert arriving.preemptions and arriving.cached and arriving.accepted
+        assert arriving.given == alone

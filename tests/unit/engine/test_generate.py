@@ -19,7 +19,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import Batching, EngineConfig, Sampling
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.generate import Generation
-from zmoe.engine.prompt import check_length, encode_prompt, open_tokenizer
+from zmoe.engine.prompt import border_of_system_prompt, check_length, encode_prompt, open_tokenizer
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, ModelError, ZmoeError
 from zmoe.obs import Spans
@@ -321,6 +321,10 @@ def test_chat_templates_are_used_unless_ignored(tokenizer: TokenizerWrapper) -> 
         chatty, "Speak.", system_prompt="A king.", chat_template_config={"mood": "!"}
     )
     assert chatty.decode(ids) == "system:A king.\nuser:Speak.\nassistant:!"
+    border = border_of_system_prompt(
+        chatty, ids, system_prompt="A king.", chat_template_config={"mood": "!"}
+    )
+    assert chatty.decode(ids[:border]) == "system:A king.\nuser:"
     raw = encode_prompt(chatty, "Speak.", ignore_chat_template=True)
     assert chatty.decode(raw) == "Speak."
 
