@@ -10,6 +10,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if len(ids) < 2:
         raise PeerFailure("the text has fewer than 2 tokens: nothing to predict")
     info = describe(Skeleton(folder))
-    engine = engine_config(options)
+    engine = replace(engine_config(options), kv_bits=options.kv_bits)
     node = Node(info, engine, Timing())
     try:
         node.place(place_evenly(info.shape, 1))
@@ -98,6 +99,7 @@ def program() -> dict[str, Any]:
     made.add_argument("--context", type=int, default=256, help="tokens of a window; default 256")
     made.add_argument("--tokens", type=count, default=0, help="score only so many; 0 is all")
     made.add_argument("--step-by-step", action="store_true", help="token by token")
+    made.add_argument("--kv-bits", type=int, help="zmoe-run's; default: its default")
     add_settings(made)
     options = made.parse_args()
     if options.context < 1:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import build
 from zmoe.cli import node, prestack, run
 from zmoe.cli.plan import command as plan
 
@@ -173,20 +172,6 @@ def test_a_bad_call(
     given = tuple(each.replace("{tmp}", str(tmp_path)) for each in arguments)
     assert words.replace("{tmp}", str(tmp_path)) in refused(command, given, capsys)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_kv_bits_of_a_family_whose_caches_are_mlxs(
-    nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = build("deepseek_v3", tmp_path)
-    line = refused(
-        "run", ("--model", str(folder), "--kv-bits", "8", "-n", str(nodes), "[5]"), capsys
-    )
-    assert line == (
-        "zmoe-run: --kv-bits is 8: expected none, as the CPU kernels do not run all layers of "
-        "deepseek_v3"
-    )
 
 
 def test_a_model_that_cannot_be_read(
