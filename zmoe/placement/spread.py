@@ -68,7 +68,7 @@ def copies(experts: int, slots: Sequence[int], heat: Sequence[float]) -> list[in
     """How many nodes shall own each expert: one at least, more for those with more `heat`.
 
     The `slots` of the nodes are given one by one to the expert with most heat per
-    copy that can still be on a node of its own (the copies of all can be
+    copy (of equals, that with the fewest copies) that can still be on a node of its own (the copies of all can be
     placed iff for every number k of nodes the copies that don't fit all other
     nodes fit the k with fewest slots: the cut of the flow experts -> nodes).
     Raises PlacementError when there are too few slots for one copy of each.
@@ -83,7 +83,7 @@ def copies(experts: int, slots: Sequence[int], heat: Sequence[float]) -> list[in
         )
     waiting = set(range(experts)) if nodes > 1 else set()
     while waiting and spare[nodes]:
-        hottest = max(waiting, key=lambda e: (heat[e] / owners[e], -e))
+        hottest = max(waiting, key=lambda e: (heat[e] / owners[e], -owners[e], -e))
         if min(spare[nodes - owners[hottest] :]) == 0:
             waiting.discard(hottest)
             continue

@@ -132,3 +132,7 @@ def test_the_hot_are_apart() -> None:
     assert owners[0] != owners[1]
     owners = spread_replicas(8, [6, 6], [100, 100, 1, 1, 1, 1, 1, 1])
     assert owners[0] == owners[1] == (0, 1)
+
+
+def test_experts_that_nobody_chose_get_as_many_copies() -> None:
+    assert sorted(map(len, spread_replicas(2, [1, 1, 2], [0, 0]))) == [2, 2]
