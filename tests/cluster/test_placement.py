@@ -13,6 +13,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.loading import Skeleton, describe
 
 TINY = describe(Skeleton(resolve_model("zmoe-tiny")))
+RECORD = ("--speculate", "off", "--record-usage")  # wrong drafts are run, and counted, as well
 RUN = ("--temp", 0, "-m", 24, "ROMEO:")
 
 
@@ -57,7 +58,7 @@ def test_usage_is_recorded_added_up_and_taken(
     file = tmp_path / "usage.json"
     counts, rows = [], 0
     for nodes in (1, 2):
-        run = json.loads(text(commands, "-n", nodes, "--record-usage", file, "--json")[0])
+        run = json.loads(text(commands, "-n", nodes, *RECORD, file, "--json")[0])
         rows += run["prompt_tokens"] + run["generation_tokens"] - 1  # the last is not run
         record = json.loads(file.read_text())
         assert record["fingerprint"] == TINY.fingerprint
