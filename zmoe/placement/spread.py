@@ -67,9 +67,9 @@ def runs(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def copies(experts: int, slots: Sequence[int], heat: Sequence[float]) -> list[int]:
     """How many nodes shall own each expert: one at least, more for those with more `heat`.
 
-    The `slots` of the nodes are given one by one to the expert with most heat per
-    copy (of equals, that with the fewest copies) that can still be on a node of its own (the copies of all can be
-    placed iff for every number k of nodes the copies that don't fit all other
+    The `slots` of the nodes are given one by one to the expert with most heat per copy, of
+    equals to that with the fewest copies, that can still be on a node of its own (the copies of
+    all can be placed iff for every number k of nodes the copies that don't fit all other
     nodes fit the k with fewest slots: the cut of the flow experts -> nodes).
     Raises PlacementError when there are too few slots for one copy of each.
     """

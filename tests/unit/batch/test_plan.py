@@ -60,7 +60,7 @@ BAD = {
     "step 7 has 1 rows and 2 tokens: expected as many, from 1 to 4": replace(ROW, tokens=(1, 1)),
     "step 7 has 0 rows": replace(ROW, spans=(), tokens=()),
     "step 7 has 5 rows and 5 tokens": replace(ROW, spans=(Span(0, 0, 5, 1),), tokens=(1,) * 5),
-    "step 7 runs a sequence twice, or a span of no rows": replace(ROW, spans=ROW.spans * 2, tokens=(1, 1)),
+    "step 7 runs a sequence twice, or": replace(ROW, spans=ROW.spans * 2, tokens=(1, 1)),
     "runs a sequence twice, or a span of no rows": replace(ROW, spans=(Span(0, 20, 1, 2),)),
     "runs a sequence twice, or": replace(ROW, spans=(Span(0, 20, 1, -1),)),
     "a span of no rows or before": replace(ROW, spans=(*ROW.spans, Span(1, 5, 0, 0))),
