@@ -96,13 +96,17 @@ class PagedEngine:
             [(s.position, s.rows, self._sequences[s.sequence].blocks) for s in plan.spans]
         )
         self._reducer.step, self._reducer.plan = plan.step, plan.digest
-        ends = np.cumsum([span.rows for span in plan.spans])
-        wanted = [np.arange(end - s.logits, end) for s, end in zip(plan.spans, ends) if logits]
-        self._head.rows = rows = np.concatenate([np.empty(0, np.intp), *wanted])
+        wanted: list[int] = []
+        end = 0
+        for span in plan.spans if logits else ():
+            end += span.rows
+            wanted += range(end - span.logits, end)
+        self._head.rows = np.array(wanted, np.intp)
         out = self._model(mx.array([plan.tokens]), cache=self._layers.caches)
         # A lazy array would read buffers of the exchange that the next steps rewrite.
-        mx.eval(out)
-        return np.asarray(out[0].astype(mx.float32)) if len(rows) else None
+        out = out if out.dtype == mx.float32 else out.astype(mx.float32)
+        found: Floats = np.asarray(out)[0]
+        return found if wanted else None
 
     def _checked(self, plan: Plan) -> dict[int, _Sequence]:
         """The sequences as `plan` leaves them; raises ZmoeError for what cannot be."""

@@ -79,7 +79,8 @@ class Head:
     def select(self, x: mx.array) -> mx.array:
         """The wanted rows (1, rows, in_features) of x (sequences, tokens, in_features)."""
         assert self.rows is not None
-        x = x.reshape(1, -1, x.shape[-1])
+        if x.shape[0] > 1:
+            x = x.reshape(1, -1, x.shape[-1])
         return x if len(self.rows) == x.shape[1] else x[:, mx.array(self.rows)]
 
 
