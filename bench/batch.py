@@ -27,7 +27,7 @@ from common import (
     run_json,
     short_name,
 )
-from engines import Engine, Peers, core_counts, find_peers, gguf_file, layout, script
+from engines import Engine, Peers, core_counts, find_peers, gguf_file, layout, layouts, script
 
 from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 
@@ -134,22 +134,10 @@ def counts(options: argparse.Namespace) -> list[str]:
 
 
 def zmoe(options: argparse.Namespace, measure: str) -> list[Engine]:
-    """Ours, one engine a layout."""
+    """Ours, one engine per layout."""
     words = [*counts(options), "--measure", measure, "--long", str(options.long)]
     words += ["--soak", str(options.soak), "--step-ms", ",".join(map(str, options.step_ms))]
-    for name in ("compute", "activations", "wire_dtype"):
-        value = getattr(options, name)
-        if value is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
-    return [
-        Engine(
-            "zmoe",
-            each.nodes,
-            each.cores,
-            script("zmoe_batch.py", options.model, each.cores, "--nodes", str(each.nodes), *words),
-        )
-        for each in options.nodes
-    ]
+    return layouts("zmoe_batch.py", options, words)
 
 
 def llama(options: argparse.Namespace) -> list[Engine]:

@@ -76,20 +76,22 @@ def _counts(options: argparse.Namespace) -> list[str]:
 
 
 def zmoe(options: argparse.Namespace) -> list[Engine]:
-    """Ours, one engine a layout."""
-    words = _counts(options)
+    """Ours, one engine per layout."""
+    return layouts("zmoe_cluster.py", options, _counts(options))
+
+
+def layouts(program: str, options: argparse.Namespace, words: list[str]) -> list[Engine]:
+    """Our `program` in peers/, one engine per layout, with what `options` say of the run."""
     for name in ("prompt", "compute", "activations", "wire_dtype"):
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
+            words = [*words, f"--{name.replace('_', '-')}={value}"]
     return [
         Engine(
             "zmoe",
             each.nodes,
             each.cores,
-            script(
-                "zmoe_cluster.py", options.model, each.cores, "--nodes", str(each.nodes), *words
-            ),
+            script(program, options.model, each.cores, "--nodes", str(each.nodes), *words),
         )
         for each in options.nodes
     ]

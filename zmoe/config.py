@@ -273,6 +273,13 @@ class Batching(Settings):
     max_queue: Annotated[int | None, Setting(limit=_POSITIVE)] = None
     queue_timeout: Annotated[float, Setting(limit=SECONDS)] = 600.0
 
+    @property
+    def drafts(self) -> int | None:
+        """The most tokens to guess per step; None: as many as pay."""
+        if self.speculate == "auto":
+            return None
+        return 0 if self.speculate == "off" else int(self.speculate)
+
 
 @dataclass(frozen=True)
 class EngineConfig(Settings):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zmoe.cli.progress import Bars
+    from zmoe.cluster.cluster import Cluster
     from zmoe.cluster.hosts import HostList
     from zmoe.engine.generate import Token
     from zmoe.placement.choose import Choice
@@ -215,17 +216,8 @@ def _generate(options: argparse.Namespace) -> None:
                 on_prefill=partial(prefill, 0),
             )
             first = next(generation)
-        if (
-            saved is not None
-            and not loads
-            and not cluster.save_prompt_cache(saved, generation.prompt)
-        ):
-            tokens = len(generation.prompt)
-            print(
-                f"{PROG}: {saved} was not written: the prompt has {tokens} tokens, and at least "
-                "64 can be kept",
-                file=sys.stderr,
-            )
+        if saved is not None and not loads:
+            _save_prompt(cluster, saved, generation.prompt)
         _show(chain([first], generation), quiet=options.json)
         if generation.context_full:
             how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
@@ -239,6 +231,15 @@ def _generate(options: argparse.Namespace) -> None:
                 print(json.dumps(summary), flush=True)
             if options.stats:
                 report.print_stats(cluster, generation, summary)
+
+
+def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
+    if not cluster.save_prompt_cache(file, prompt):
+        print(
+            f"{PROG}: {file} was not written: the prompt has {len(prompt)} tokens, and at least "
+            "64 can be kept",
+            file=sys.stderr,
+        )
 
 
 def _explain(progress: Bars, choice: Choice) -> None:

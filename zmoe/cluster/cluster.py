@@ -311,16 +311,7 @@ class Cluster:
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
         self._check_running()
-        vocabulary = self.info.vocabulary
-        if sampling.top_k >= vocabulary:
-            raise SettingError(
-                "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
-            )
-        for token in sampling.logit_bias or ():
-            if token >= vocabulary:
-                raise SettingError(
-                    "logit_bias", f"has token {token}: the model's are below {vocabulary}"
-                )
+        _check_vocabulary(sampling, self.info.vocabulary)
         borders: tuple[int, ...] = ()
         if isinstance(prompt, str):
             settings: dict[str, Any] = {
@@ -471,6 +462,19 @@ class Cluster:
         assert self._node is not None
         with self._stepping():
             return (self._leader or self._node).run(plan)
+
+
+def _check_vocabulary(sampling: Sampling, vocabulary: int) -> None:
+    """Raise SettingError for what only a model of more tokens could do."""
+    if sampling.top_k >= vocabulary:
+        raise SettingError(
+            "top_k", f"is {sampling.top_k}: expected less than the model's {vocabulary} tokens"
+        )
+    for token in sampling.logit_bias or ():
+        if token >= vocabulary:
+            raise SettingError(
+                "logit_bias", f"has token {token}: the model's are below {vocabulary}"
+            )
 
 
 def _is_name(model: str) -> bool:

@@ -33,9 +33,6 @@ class Batcher:
         """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
         parallel = config.parallel if engine.can_batch else 1
         waiting = _WAITING_PER_SEQUENCE * config.parallel
-        drafts = {"auto": None, "off": 0}.get(batching.speculate)
-        if batching.speculate not in ("auto", "off"):
-            drafts = int(batching.speculate)
         self._run, self._spans = run, spans
         self.scheduler = Scheduler(
             blocks=blocks,
@@ -47,7 +44,7 @@ class Batcher:
             step_seconds=batching.step_ms / 1e3,
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
-            drafts=drafts,
+            drafts=batching.drafts,
             first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}

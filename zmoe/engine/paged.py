@@ -28,7 +28,8 @@ class PagedStep(Protocol):
 class PagedLayers(Protocol):
     """The paged caches of a model's layers, of `bytes_per_block` for 64 positions in all."""
 
-    step: Any  # a PagedStep
+    @property
+    def step(self) -> PagedStep: ...
 
     @property
     def caches(self) -> Sequence[Any]: ...
