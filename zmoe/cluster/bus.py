@@ -34,12 +34,12 @@ from zmoe.cluster.messages import (
     Failed,
     Join,
     Message,
-    MessageError,
     Setup,
     Stop,
     decode,
     encode,
 )
+from zmoe.codec import MessageError
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.exchange.sockets import heartbeat

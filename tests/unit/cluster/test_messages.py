@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 
 import msgpack
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tests.changed import changed
 from zmoe.batch.plan import PREVIOUS, Copy, Fork, Plan, Span
 from zmoe.cluster import messages
-from zmoe.cluster.messages import Join, MessageError, Setup, Step, decode, encode
+from zmoe.cluster.messages import Join, Setup, Step, decode, encode
+from zmoe.codec import MessageError
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
@@ -120,7 +122,7 @@ def test_round_trip(message: messages.Message) -> None:
 
 
 def test_every_message_is_among_the_examples() -> None:
-    assert {type(m).__name__ for m in EXAMPLES} == set(messages._TYPES)
+    assert {type(m) for m in EXAMPLES} == set(typing.get_args(messages.Message))
 
 
 @pytest.mark.parametrize(
