@@ -123,7 +123,9 @@ def _reader(hint: Any, where: str) -> Reader:
         read = _reader(arguments[0], where)
         return lambda value: None if value is None else read(value)
     if origin is Mapping:
-        return _mapping_reader(arguments, where)
+        key, value = (_reader(kind, where) for kind in arguments)
+        read_map = _plain_reader(dict, where)
+        return lambda found: {key(k): value(v) for k, v in read_map(found).items()}
     if origin is list or (origin is tuple and arguments[-1] is ...):
         return _list_reader(hint, where)
     if origin is tuple:
@@ -151,12 +153,6 @@ def _list_reader(hint: Any, where: str, check: Check = lambda _: "") -> Reader:
     read_list = _plain_reader(list, where, check)
     kind, read_item = typing.get_origin(hint), _reader(typing.get_args(hint)[0], where)
     return lambda value: kind(map(read_item, read_list(value)))
-
-
-def _mapping_reader(kinds: Any, where: str) -> Reader:
-    read_key, read_value = (_reader(kind, where) for kind in kinds)
-    read_map = _plain_reader(dict, where)
-    return lambda value: {read_key(k): read_value(v) for k, v in read_map(value).items()}
 
 
 def _record_reader(kind: Any, where: str, hints: dict[str, Any]) -> Reader:

@@ -55,6 +55,10 @@ class QueueFullError(ZmoeError):
         super().__init__(f"{waiting} requests wait already, and no more may: try again later")
 
 
+class QueueTimeoutError(ZmoeError):
+    """A request that waited too long for others to end."""
+
+
 class PeerError(ZmoeError):
     """A peer was lost, or missed its deadline, during a step.
 

@@ -80,6 +80,7 @@ class Scheduler:
         self._long: Sequence | None = None  # the one long prompt among those prefilling
         self._changed = False  # whether something happened that may let a waiting one in
         self.rates = Rates()
+        self.preemptions = 0  # since the beginning
 
     @property
     def waiting(self) -> int:
@@ -90,6 +91,11 @@ class Scheduler:
     def running(self) -> int:
         """How many sequences prefill or decode."""
         return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of keys and values, those of running sequences included."""
+        return self._memory.count
 
     @property
     def available(self) -> int:
@@ -278,6 +284,7 @@ class Scheduler:
             newest = self._sequences[max(*self._decoding, *self._prefilling, -1)]
             self._leave(newest, keep=False)
             newest.preemptions += 1
+            self.preemptions += 1
             self._waiting[newest.id] = newest
             self._waiting = dict(sorted(self._waiting.items()))
             if newest is sequence:

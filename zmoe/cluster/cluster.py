@@ -26,6 +26,7 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
+from zmoe.engine.counts import Counts
 from zmoe.engine.generate import Generation, SharedSteps
 from zmoe.engine.prompt import (
     border_of_system_prompt,
@@ -34,12 +35,12 @@ from zmoe.engine.prompt import (
     encode_prompt,
     open_tokenizer,
 )
-from zmoe.engine.stream import Stream
+from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
 from zmoe.placement.estimate import cache_room
-from zmoe.placement.types import ModelInfo
+from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
 StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
@@ -311,7 +312,6 @@ class Cluster:
             raise SettingError("sampling", f"is {sampling!r}: expected a Sampling")
         sampling = sampling or Sampling(**options)
         self._check_running()
-        _check_vocabulary(sampling, self.info.vocabulary)
         borders: tuple[int, ...] = ()
         if isinstance(prompt, str):
             settings: dict[str, Any] = {
@@ -324,24 +324,85 @@ class Cluster:
                 borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
-        context = self.info.context_length if self.spec.engine.max_kv_size is None else None
-        check_length(len(ids), context)
-        eos = self.tokenizer.eos_token_ids
-        stream = Stream(ids, sampling, eos=eos, context=context, on_prefill=on_prefill)
-        with self._running():
-            self._begun += 1
-            self._end_cancelled()
-            sequence = self._batcher.submit(stream, borders)
+        stream = self.make_stream(ids, sampling, borders=borders, on_prefill=on_prefill)
+        cancel = self.begin_stream(stream)
         advance = partial(self._advance, stream)
         return Generation(
             stream,
             self.tokenizer,
             advance=advance,
             advance_async=partial(self._steps.advance, advance),
-            cancel=partial(self._cancelled.append, sequence),
+            cancel=cancel,
         )
 
     generate = submit  # of one prompt at a time
+
+    # What a server runs, which waits for all streams at the same time and for its clients besides.
+
+    def make_stream(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        borders: tuple[int, ...] = (),
+        salt: bytes = b"",
+        constraint: Constraint | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Stream:
+        """What begin_stream() takes, for a prompt of token ids. Raises InputError for a
+        prompt that is too long, SettingError for what the model's vocabulary does not have.
+        """
+        _check_vocabulary(sampling, self.info.vocabulary)
+        context = self.info.context_length if self.spec.engine.max_kv_size is None else None
+        check_length(len(ids), context)
+        return Stream(
+            ids,
+            sampling,
+            eos=self.tokenizer.eos_token_ids,
+            context=context,
+            borders=borders,
+            salt=salt,
+            constraint=constraint,
+            on_prefill=on_prefill,
+        )
+
+    def begin_stream(self, stream: Stream) -> Callable[[], None]:
+        """Queue `stream`, which step() then serves; the result ends it before the next step.
+
+        Raises InputError for one that can never run, QueueFullError where too many wait.
+        """
+        with self._running():
+            self._begun += 1
+            self._end_cancelled()
+            return partial(self._cancelled.append, self._batcher.submit(stream))
+
+    def step(self) -> bool:
+        """Run a step for all streams; returns False if there is none. While a server is idle it
+        calls this now and then, so that the loss of a node is noticed.
+
+        Raises as a Generation does; what it raises ends the cluster.
+        """
+        with self._running():
+            self._end_cancelled()
+            with self._stepping():
+                if self._batcher.busy:
+                    self._batcher.step()
+                    return True
+                if self._leader is not None:
+                    self._leader.watch()
+                return False
+
+    def counts(self) -> Counts:
+        """What the cluster has done so far, and does now."""
+        with self._running() as node:
+            return self._batcher.counts(node.exchange.stats if node.exchange is not None else {})
+
+    @property
+    def placement(self) -> Placement:
+        """Who owns which experts."""
+        node = self._check_running()
+        assert node.placement is not None
+        return node.placement
 
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""

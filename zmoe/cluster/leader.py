@@ -146,7 +146,7 @@ class Leader:
         isa = common_isa([hello.isa for hello in everyone])
         node.use_isa(isa)
         self._bus.broadcast(Endpoints(isa, endpoints))
-        node.connect(endpoints, self._listen)
+        node.connect(endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = node.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
@@ -223,7 +223,7 @@ class Leader:
             patience = self.spec.timing.load
             raise LaunchError(f"node 0 has not loaded its share within {patience:g} s")
         self._progress(0, done, total)
-        self._listen()
+        self.watch()
 
     # ---- control messages ---------------------------------------------------
 
@@ -239,7 +239,7 @@ class Leader:
             else:
                 raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
 
-    def _listen(self) -> None:
+    def watch(self) -> None:
         """While busy with something else: handle what workers say, notice those that ended."""
         self._check_processes()
         self.node.service()
@@ -255,7 +255,7 @@ class Leader:
         if deadline is None:
             deadline = time.monotonic() + timeout
         while len(found) < len(self._workers):
-            self._listen()
+            self.watch()
             if len(found) == len(self._workers):
                 break
             if time.monotonic() > deadline:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from zmoe.batch.plan import Plan
 from zmoe.batch.scheduler import Scheduler
 from zmoe.batch.sequence import Request
 from zmoe.config import Batching, EngineConfig
 from zmoe.engine.base import Engine, Floats
+from zmoe.engine.counts import Counts
 from zmoe.engine.stream import Stream
-from zmoe.errors import InputError, ZmoeError
+from zmoe.errors import InputError, QueueTimeoutError, ZmoeError
 from zmoe.obs import Spans
 
 _WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
@@ -48,19 +50,21 @@ class Batcher:
             first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}
+        self._counted: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+        self._step_seconds = 0.0
         self._forced: int | None = None
         self._held_back: Plan | None = None
 
     # ---- streams ---------------------------------------------------------------------
 
-    def submit(self, stream: Stream, borders: tuple[int, ...] = ()) -> int:
-        """Queue `stream`; returns its number. `borders` are those of a Request.
+    def submit(self, stream: Stream) -> int:
+        """Queue `stream`; returns its number.
 
         Raises InputError for one that can never run, QueueFullError where too many wait.
         """
         self.end_forced()
-        request = Request(stream.prompt, stream.limit, borders=borders)
-        sequence = self.scheduler.submit(request, time.monotonic())
+        sequence = self.scheduler.submit(stream.request, time.monotonic())
         stream.bound(sequence.limit - sequence.prompt)
         self._streams[sequence.id] = stream
         return sequence.id
@@ -70,6 +74,31 @@ class Batcher:
         self._streams.pop(number, None)
         self.scheduler.end(number)
 
+    def counts(self, exchange: Mapping[str, int]) -> Counts:
+        """What has been done so far; `exchange` are the exchange's own counters."""
+        scheduler, counted = self.scheduler, self._counted
+        return Counts(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            blocks=scheduler.blocks,
+            blocks_available=scheduler.available,
+            steps=counted["steps"],
+            prompt_tokens=counted["prompt_tokens"],
+            cached_tokens=counted["cached_tokens"],
+            generated_tokens=counted["generated_tokens"],
+            drafted_tokens=counted["drafted_tokens"],
+            accepted_tokens=counted["accepted_tokens"],
+            preemptions=scheduler.preemptions,
+            step_seconds=self._step_seconds,
+            spans=dict(self._seconds),
+            exchange=dict(exchange),
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether any stream has not ended."""
+        return bool(self._streams)
+
     def step(self) -> None:
         """Run one step, which gives tokens to the streams that were in it."""
         begun = time.perf_counter()
@@ -77,7 +106,9 @@ class Batcher:
         for late in self.scheduler.expire(now):
             waited = f"{now - late.submitted:.0f} s"
             self._streams.pop(late.id).fail(
-                ZmoeError(f"the request waited {waited} for others to end, and was given up")
+                QueueTimeoutError(
+                    f"the request waited {waited} for others to end, and was given up"
+                )
             )
         plan = self.scheduler.plan(now)
         if plan is None:
@@ -87,6 +118,8 @@ class Batcher:
             stream = self._streams[span.sequence]
             if stream.started is None:
                 stream.started, stream.timings.cached_tokens = begun, span.position
+                self._counted["prompt_tokens"] += len(stream.prompt)
+                self._counted["cached_tokens"] += span.position
         self._spans.take()
         logits = self._run(plan)
         took = time.perf_counter() - begun
@@ -115,9 +148,15 @@ class Batcher:
     ) -> None:
         """Tell each stream what the step was for it, and end those that have ended."""
         spans, whole = self._spans.take(), time.perf_counter() - begun
+        self._counted["steps"] += 1
+        self._seconds.update(spans)
+        self._step_seconds += whole
         for span, tokens in zip(plan.spans, sampled, strict=True):
             stream = self._streams[span.sequence]
             timings = stream.timings
+            self._counted["generated_tokens"] += len(tokens)
+            self._counted["drafted_tokens"] += max(0, span.logits - 1)
+            self._counted["accepted_tokens"] += max(0, len(tokens) - 1)
             if stream.picked == len(tokens):
                 timings.prefill += took
                 stream.prefilled(min(span.end, len(stream.prompt)))
@@ -179,7 +218,7 @@ def _draw(stream: Stream, rows: Floats, position: int, drafts: Sequence[int]) ->
     tokens: list[int] = []
     for row, draft in zip(rows, (*drafts, None)):
         try:
-            pick = stream.sampler.pick(row, position + len(tokens))
+            pick = stream.pick(row, position + len(tokens))
         except ZmoeError as error:
             stream.fail(error)
             break

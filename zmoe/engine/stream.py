@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from zmoe.batch.sequence import Request
 from zmoe.config import Sampling
-from zmoe.engine.sampler import Pick, Sampler
+from zmoe.engine.sampler import Logits, Mask, Pick, Sampler
+
+
+class Constraint(Protocol):
+    """A grammar: which tokens may come next."""
+
+    def mask(self) -> Mask:
+        """What Sampler.pick() takes. Raises ZmoeError where the grammar has failed."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on behind `token`."""
+        ...
 
 
 @dataclass
@@ -77,11 +91,16 @@ class Stream:
         *,
         eos: Collection[int],
         context: int | None,
+        borders: tuple[int, ...] = (),
+        salt: bytes = b"",
+        constraint: Constraint | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`context`: most tokens of prompt and text. `on_prefill(done, total)` is told how many
+        """`context`: most tokens of prompt and text. `borders` and `salt` are a Request's.
+        `constraint` limits what is sampled. `on_prefill(done, total)` is told how many
         tokens of the prompt have been run.
         """
+        self._borders, self._salt, self._constraint = borders, salt, constraint
         self.prompt, self.sampling = list(prompt), sampling
         self.sampler = Sampler(sampling, self.prompt)
         self.seed = self.sampler.seed
@@ -96,6 +115,11 @@ class Stream:
         self.ended = False
         self.started: float | None = None  # when its first step began
         self.timings = Timings(prompt_tokens=len(self.prompt))
+
+    @property
+    def request(self) -> Request:
+        """What the scheduler is to run."""
+        return Request(self.prompt, self.limit, self._salt, self._borders)
 
     def bound(self, tokens: int) -> None:
         """No more than `tokens` will follow the prompt."""
@@ -116,10 +140,17 @@ class Stream:
             except Exception as error:  # another consumer's thread may be running this step
                 self.fail(error)
 
+    def pick(self, logits: Logits, position: int) -> Pick:
+        """Pick the token at `position` of the sequence. Raises ZmoeError."""
+        mask = None if self._constraint is None else self._constraint.mask()
+        return self.sampler.pick(logits, position, mask)
+
     def take(self, pick: Pick) -> bool:
         """The next token; returns whether the sequence goes on."""
         self.picked += 1
         self.sampler.accept(pick.token)
+        if self._constraint is not None:
+            self._constraint.accept(pick.token)
         reason = None
         if pick.token in self._eos:
             reason = "stop"

@@ -1,0 +1,235 @@
+"""The process that leads the cluster: requests come in, tokens go out, step after step."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import zmq
+
+from zmoe.batch.plan import BLOCK
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.engine.sampler import Pick
+from zmoe.engine.stream import Stream
+from zmoe.errors import InputError, QueueFullError, QueueTimeoutError, ZmoeError
+from zmoe.server.grammar import Grammars
+from zmoe.server.messages import (
+    ENGINE,
+    FRONT,
+    Abort,
+    Close,
+    Ended,
+    Loading,
+    Logprobs,
+    NodeStatus,
+    Notice,
+    Output,
+    Outputs,
+    Ready,
+    Stats,
+    Submit,
+)
+
+IDLE_MS = 200  # between two looks at the nodes while nobody asks for anything
+_STATS_S = 1.0
+_MEMORY_S = 15.0  # the other nodes have to be asked
+_LINGER_MS = 2000
+
+
+def run_engine(address: str, model: str, spec: ClusterSpec) -> None:
+    """Lead a cluster and serve the front that listens at `address` (ZeroMQ), until it says
+    Close, ends, or this process gets SIGTERM. What goes wrong is told in an Ended.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us, too: the front sends Close
+    signal.signal(signal.SIGTERM, _terminate)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    # What waits here for the front is bounded by what the running requests may generate.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.connect(address)
+    try:
+        _EngineProcess(socket, model, spec).run()
+    except Exception as error:  # told to the front, whose place it is to say it
+        reason = str(error) if isinstance(error, ZmoeError) else f"{type(error).__name__}: {error}"
+        with suppress(zmq.ZMQError):
+            socket.send(ENGINE.encode(Ended(reason, isinstance(error, InputError))))
+        raise SystemExit(1) from None
+    finally:
+        socket.close()
+        context.term()
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+class _Request:
+    """A request that has not ended."""
+
+    def __init__(self, stream: Stream, cancel: Callable[[], None], logprobs: bool) -> None:
+        self.stream, self.cancel, self.logprobs = stream, cancel, logprobs
+        self.told_cached = False
+
+
+class _EngineProcess:
+    def __init__(self, socket: zmq.Socket[bytes], model: str, spec: ClusterSpec) -> None:
+        self._socket, self._model, self._spec = socket, model, spec
+        self._parent = multiprocessing.parent_process()
+        self._requests: dict[int, _Request] = {}
+        self._closing = False
+        self._next_stats = self._next_memory = self._told_loading = 0.0
+        self._memory: list[int] = []
+
+    def _tell(self, message: object) -> None:
+        self._socket.send(ENGINE.encode(message))
+
+    def run(self) -> None:
+        """Load, then serve until the end. Raises what ends the cluster."""
+        with Cluster(
+            self._model,
+            spec=self._spec,
+            progress=self._loading,
+            on_manual=lambda commands: self._tell(Notice("\n".join(commands))),
+        ) as cluster:
+            self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
+            for notice in cluster.notices:
+                self._tell(Notice(notice))
+            self._tell(self._ready())
+            while not self._closing:
+                self._receive()
+                if self._requests:
+                    cluster.step()
+                    self._tell_tokens()
+                else:
+                    cluster.step()
+                    self._socket.poll(IDLE_MS)
+                    self._check_front()
+                self._tell_stats()
+
+    def _check_front(self) -> None:
+        if self._parent is not None and not self._parent.is_alive():
+            self._closing = True
+
+    def _loading(self, rank: int, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._told_loading > 0.1:
+            self._told_loading = now
+            self._tell(Loading(rank, done, total))
+        self._check_front()
+        if self._closing or (self._socket.poll(0) and isinstance(self._take(), Close)):
+            raise SystemExit(0)
+
+    def _take(self) -> object:
+        return FRONT.decode(self._socket.recv())
+
+    # ---- requests ----------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take in what the front has sent."""
+        while self._socket.poll(0):
+            message = self._take()
+            if isinstance(message, Submit):
+                self._submit(message)
+            elif isinstance(message, Abort):
+                request = self._requests.pop(message.number, None)
+                if request is not None:  # otherwise it has just ended
+                    request.cancel()
+            else:
+                self._closing = True
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            constraint = self._grammars.start(message.grammar) if message.grammar else None
+            stream = self._cluster.make_stream(
+                message.prompt,
+                message.sampling,
+                borders=message.borders,
+                salt=message.salt,
+                constraint=constraint,
+            )
+            cancel = self._cluster.begin_stream(stream)
+        except (InputError, QueueFullError) as error:
+            self._tell(Outputs((_failure(message.number, error),)))
+            return
+        logprobs = message.sampling.logprobs is not None
+        self._requests[message.number] = _Request(stream, cancel, logprobs)
+
+    def _tell_tokens(self) -> None:
+        outputs = []
+        for number, request in list(self._requests.items()):
+            stream = request.stream
+            if stream.ready:
+                outputs.append(self._output(number, request))
+            if stream.ended:
+                del self._requests[number]
+                try:
+                    stream.is_over()
+                except ZmoeError as error:
+                    outputs.append(_failure(number, error))
+        if outputs:
+            self._tell(Outputs(tuple(outputs)))
+
+    def _output(self, number: int, request: _Request) -> Output:
+        ready = request.stream.ready
+        picks = [pick for pick, _ in ready]
+        finish = ready[-1][1] or ""
+        ready.clear()
+        logprobs = tuple(map(_logprobs, picks)) if request.logprobs else ()
+        cached = request.stream.timings.cached_tokens
+        return Output(number, tuple(p.token for p in picks), logprobs, finish, "", "", cached)
+
+    # ---- what the cluster is ---------------------------------------------------------------
+
+    def _ready(self) -> Ready:
+        cluster = self._cluster
+        self._memory = cluster.peak_memory()
+        owned = cluster.placement.owned
+        nodes = tuple(
+            NodeStatus(sum(len(layer[rank]) for layer in owned), memory)
+            for rank, memory in enumerate(self._memory)
+        )
+        window = self._spec.engine.max_kv_size
+        context = 0 if window is not None else cluster.info.context_length or 0
+        return Ready(
+            model_type=cluster.info.model_type,
+            layers=cluster.info.layers,
+            vocabulary=cluster.info.vocabulary,
+            context=context,
+            capacity=cluster.counts().blocks * BLOCK,
+            load_seconds=cluster.load_seconds,
+            nodes=nodes,
+        )
+
+    def _tell_stats(self) -> None:
+        now = time.monotonic()
+        if now < self._next_stats:
+            return
+        self._next_stats = now + _STATS_S
+        if now >= self._next_memory:
+            self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
+        self._tell(Stats(self._cluster.counts(), tuple(self._memory)))
+
+
+def _logprobs(pick: Pick) -> Logprobs:
+    assert pick.logprob is not None
+    return Logprobs(pick.logprob, pick.top_logprobs)
+
+
+_KINDS: Sequence[tuple[type[ZmoeError], str]] = (
+    (InputError, "input"),
+    (QueueFullError, "queue_full"),
+    (QueueTimeoutError, "queue_timeout"),
+    (ZmoeError, "failed"),
+)
+
+
+def _failure(number: int, error: ZmoeError) -> Output:
+    kind = next(name for of, name in _KINDS if isinstance(error, of))
+    return Output(number, (), (), "error", kind, str(error), 0)

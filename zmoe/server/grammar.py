@@ -1,0 +1,69 @@
+"""Grammars that limit what is sampled: JSON schemas, and llguidance's own language."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import llguidance
+import llguidance.hf
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from zmoe.engine.sampler import Mask
+from zmoe.errors import InputError, ZmoeError
+
+
+class Grammars:
+    """Makes the constraints of one tokenizer, each grammar compiled once for a while."""
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self._tokenizer, self._compiled = tokenizer, lru_cache(maxsize=32)(self._compile)
+        self._vocabulary: LLTokenizer | None = None
+
+    def check(self, grammar: str) -> None:
+        """Raise InputError, with llguidance's reason, for a grammar that cannot be compiled."""
+        if problem := LLMatcher.validate_grammar(grammar, self._tokens()):
+            raise InputError(" ".join(problem.split())[:500])
+
+    def start(self, grammar: str) -> GrammarConstraint:
+        """A constraint at its beginning. Raises InputError."""
+        return GrammarConstraint(self._compiled(grammar).deep_copy())
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokens(), grammar)
+        if problem := matcher.get_error():
+            raise InputError(" ".join(problem.split())[:500])
+        return matcher
+
+    def _tokens(self) -> LLTokenizer:
+        """The tokenizer as llguidance sees it, which takes it a second to make."""
+        if self._vocabulary is None:
+            try:
+                self._vocabulary = llguidance.hf.from_tokenizer(
+                    self._tokenizer._tokenizer, eos_token=sorted(self._tokenizer.eos_token_ids)
+                )
+            except ValueError as error:
+                raise InputError(f"the model's tokenizer has no grammars: {error}") from error
+        return self._vocabulary
+
+
+class GrammarConstraint:
+    """A Constraint of zmoe.engine.stream: one text's way through a grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self) -> Mask:
+        """See Constraint: a bit per token. At the end of the grammar it is the end tokens'."""
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        self._check()
+        return mask
+
+    def accept(self, token: int) -> None:
+        """See Constraint."""
+        self._matcher.consume_token(token)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ZmoeError(f"the grammar has failed: {self._matcher.get_error()}")
