@@ -33,6 +33,7 @@ from zmoe.server.messages import (
     Ready,
     Stats,
     Submit,
+    TokenLogprob,
 )
 
 IDLE_MS = 200  # between two looks at the nodes while nobody asks for anything
@@ -146,7 +147,9 @@ class _EngineProcess:
 
     def _submit(self, message: Submit) -> None:
         try:
-            constraint = self._grammars.start(message.grammar) if message.grammar else None
+            constraint = None
+            if message.grammar:
+                constraint = self._grammars.start(message.grammar, message.grammar_after)
             stream = self._cluster.make_stream(
                 message.prompt,
                 message.sampling,
@@ -219,7 +222,7 @@ class _EngineProcess:
 
 def _logprobs(pick: Pick) -> Logprobs:
     assert pick.logprob is not None
-    return Logprobs(pick.logprob, pick.top_logprobs)
+    return Logprobs(pick.logprob, tuple(TokenLogprob(*each) for each in pick.top_logprobs))
 
 
 _KINDS: Sequence[tuple[type[ZmoeError], str]] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import lru_cache
 
 import llguidance
@@ -26,9 +27,12 @@ class Grammars:
         if problem := LLMatcher.validate_grammar(grammar, self._tokens()):
             raise InputError(" ".join(problem.split())[:500])
 
-    def start(self, grammar: str) -> GrammarConstraint:
-        """A constraint at its beginning. Raises InputError."""
-        return GrammarConstraint(self._compiled(grammar).deep_copy())
+    def start(self, grammar: str, after: tuple[int, ...] = ()) -> GrammarConstraint:
+        """A constraint at its beginning, which is behind the first tokens `after`.
+
+        Raises InputError.
+        """
+        return GrammarConstraint(self._compiled(grammar).deep_copy(), after)
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokens(), grammar)
@@ -51,18 +55,26 @@ class Grammars:
 class GrammarConstraint:
     """A Constraint of zmoe.engine.stream: one text's way through a grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, after: tuple[int, ...]) -> None:
+        self._matcher, self._after = matcher, after
+        self._last: deque[int] = deque(maxlen=len(after))
+        self._begun = not after
 
-    def mask(self) -> Mask:
+    def mask(self) -> Mask | None:
         """See Constraint: a bit per token. At the end of the grammar it is the end tokens'."""
+        if not self._begun:
+            return None
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         self._check()
         return mask
 
     def accept(self, token: int) -> None:
         """See Constraint."""
-        self._matcher.consume_token(token)
+        if self._begun:
+            self._matcher.consume_token(token)
+        else:
+            self._last.append(token)
+            self._begun = tuple(self._last) == self._after
 
     def _check(self) -> None:
         if self._matcher.is_error():

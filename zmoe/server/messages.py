@@ -39,7 +39,7 @@ class Submit:
     """Generate what follows `prompt` (token ids). `number` names the request from now on.
 
     `borders` and `salt` are those of a scheduler's Request; `grammar` is one of llguidance,
-    or empty.
+    or empty, and begins to count behind the first tokens `grammar_after`.
     """
 
     number: Number
@@ -48,6 +48,7 @@ class Submit:
     borders: tuple[Number, ...]
     salt: bytes
     grammar: Text
+    grammar_after: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,19 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token that could have been picked, and its log-probability."""
+
+    token: Number
+    logprob: LogProbability
+
+
+@dataclass(frozen=True)
 class Logprobs:
-    """A token's log-probability, and those of the likeliest tokens as (id, logprob)."""
+    """The log-probability of the token that was picked, and those of the likeliest ones."""
 
     logprob: LogProbability
-    top: tuple[tuple[Number, LogProbability], ...]
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)

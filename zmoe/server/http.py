@@ -1,0 +1,169 @@
+"""What every endpoint shares: bodies, errors, server-sent events, and ends on disconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from zmoe.server.errors import ApiError
+
+KEEP_ALIVE_S = 10.0  # without an event, until a comment is sent
+STALLED_S = 60.0  # that a client may read nothing
+KEEP_ALIVE = b": keep-alive\n\n"
+MAX_BODY_BYTES = 8 << 20
+
+Answer = TypeVar("Answer")
+B = TypeVar("B", bound="Body")
+
+
+class Body(BaseModel):
+    """A request's JSON object. Unknown fields are errors, and so are numbers in strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+async def read_body(request: Request, kind: type[B]) -> B:
+    """The request's body. Raises ApiError that names the field at fault."""
+    raw = await _bytes_of(request)
+    try:
+        found = json.loads(raw)
+    except ValueError as error:  # that of bytes that are not UTF-8, too
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = _path(first["loc"])
+        unknown = first["type"] == "extra_forbidden"
+        problem = "is not supported" if unknown else f"is wrong: {first['msg']}"
+        code = "unsupported_parameter" if unknown else "invalid_type"
+        raise ApiError(400, f"{param or 'the body'} {problem}", param or None, code) from None
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """messages[3].content, say."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".")
+
+
+async def _bytes_of(request: Request) -> bytes:
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > MAX_BODY_BYTES:
+            raise ApiError(
+                413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large"
+            )
+    return bytes(received)
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """The error object of OpenAI's API."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(
+        error.status, "invalid_request_error" if error.status < 500 else "server_error"
+    )
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    The body must have been read. Raises ClientDisconnect.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        gone.cancel()
+        working.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await working
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+async def event_stream(
+    events: AsyncGenerator[bytes, None], on_error: Callable[[ApiError], bytes]
+) -> Response:
+    """A stream of `events`. What is refused before the first one is an answer of its own (the
+    ApiError is raised); after that `on_error` makes the last event of it.
+    """
+    waiting = asyncio.ensure_future(anext(events))
+    try:
+        await asyncio.wait({waiting}, timeout=KEEP_ALIVE_S)
+        if waiting.done():
+            waiting.result()
+    except BaseException:
+        waiting.cancel()
+        await events.aclose()
+        raise
+    return StreamingResponse(
+        _kept_alive(waiting, events, on_error),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _kept_alive(
+    waiting: asyncio.Future[bytes],
+    events: AsyncGenerator[bytes, None],
+    on_error: Callable[[ApiError], bytes],
+) -> AsyncIterator[bytes]:
+    """The events, with comments while none comes."""
+    try:
+        while True:
+            await asyncio.wait({waiting}, timeout=KEEP_ALIVE_S)
+            if not waiting.done():
+                yield KEEP_ALIVE
+                continue
+            try:
+                happened = waiting.result()
+            except StopAsyncIteration:
+                return
+            except ApiError as error:
+                yield on_error(error)
+                return
+            yield happened
+            waiting = asyncio.ensure_future(anext(events))
+    finally:
+        waiting.cancel()
+        with suppress(asyncio.CancelledError, StopAsyncIteration, ApiError):
+            await waiting
+        await events.aclose()
+
+
+def json_answer(found: Mapping[str, Any], status: int = 200) -> Response:
+    """A JSON answer."""
+    return JSONResponse(found, status)
