@@ -37,9 +37,10 @@ from zmoe.engine.prompt import (
 )
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
-from zmoe.placement.estimate import cache_room
+from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
@@ -111,6 +112,7 @@ class Cluster:
         self._cancelled: deque[int] = deque()  # which any thread may append to
         self._begun = 0
         self.notices: tuple[str, ...] = ()
+        self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
 
     # ---- life -----------------------------------------------------------------
@@ -231,15 +233,16 @@ class Cluster:
         engine = self.spec.engine
         if self._leader is not None:
             shard, self.load_seconds = self._leader.start()
-            resources = self._leader.resources
+            self.resources = self._leader.resources
         else:
-            resources = [resources_of(engine, self.spec.placement.memory_limit, measure=False)]
-            node.place(self._resolver.resolve(resources))
+            limit = self.spec.placement.memory_limit
+            self.resources = [resources_of(engine, limit, measure=False)]
+            node.place(self._resolver.resolve(self.resources))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
         self.notices = shard.notices
         assert node.placement is not None
         mapped, schedule = is_native(engine), engine.schedule
-        room = cache_room(self.info, resources, node.placement, mapped, schedule)
+        room = cache_room(self.info, self.resources, node.placement, mapped, schedule)
         if node.engine.paged:
             blocks = self._blocks_in(room, node.engine)
             (self._leader or node).make_cache(blocks)
@@ -403,6 +406,21 @@ class Cluster:
         node = self._check_running()
         assert node.placement is not None
         return node.placement
+
+    @property
+    def compute(self) -> str:
+        """Whose matmuls are run: "mlx", or "native" and the instructions that they use."""
+        return self._check_running().compute
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the nodes listen for one another, by rank; empty where there is one only."""
+        return self._leader.endpoints if self._leader is not None else ()
+
+    def links(self) -> tuple[int, ...]:
+        """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""
+        with self._running() as node:
+            return node.exchange.links() if node.exchange is not None else ()
 
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""

@@ -48,7 +48,7 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.engine.base import Floats
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
-from zmoe.exchange.sockets import Context
+from zmoe.exchange.sockets import Context, Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
 from zmoe.loading import LoadedShard
@@ -80,7 +80,9 @@ class Leader:
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
-        self.resources: list[NodeResources] = []  # by rank, once all have said hello
+        # By rank, once all have said hello:
+        self.resources: list[NodeResources] = []
+        self.endpoints: tuple[Endpoint, ...] = ()
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         self._load_deadline = math.inf
         # By these the workers that we start are told from strangers.
@@ -142,11 +144,11 @@ class Leader:
         placement = self._resolver.resolve(self.resources)
         node.place(placement)
         self._bus.broadcast(Place(placement))
-        endpoints = tuple(hello.endpoint for hello in everyone)
+        self.endpoints = tuple(hello.endpoint for hello in everyone)
         isa = common_isa([hello.isa for hello in everyone])
         node.use_isa(isa)
-        self._bus.broadcast(Endpoints(isa, endpoints))
-        node.connect(endpoints, self.watch)
+        self._bus.broadcast(Endpoints(isa, self.endpoints))
+        node.connect(self.endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = node.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)

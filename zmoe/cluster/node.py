@@ -220,6 +220,11 @@ class Node:
         assert self._engine is not None
         return self._engine
 
+    @property
+    def compute(self) -> str:
+        """Whose matmuls are run: "mlx", or "native" and the instructions that they use."""
+        return f"native, {self._isa}" if self._team is not None else "mlx"
+
     def make_cache(self, blocks: int) -> None:
         """Have paged caches of `blocks` blocks, as every node has that holds caches.
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import chat, completions, models, tokens
+from zmoe.server import chat, completions, metrics, models, openapi, page, status, tokens
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
 from zmoe.server.http import error_answer
@@ -21,9 +21,12 @@ def make_app(front: Front) -> Starlette:
         *tokens.routes(front),
         *chat.routes(front),
         *completions.routes(front),
+        *status.routes(front),
+        *metrics.routes(front),
+        *page.routes(),
     ]
     return Starlette(
-        routes=routes,
+        routes=[*routes, *openapi.routes(front, routes)],
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,

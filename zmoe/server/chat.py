@@ -27,6 +27,7 @@ from zmoe.server.http import (
     read_body,
     until_disconnect,
 )
+from zmoe.server.openapi import operation
 from zmoe.server.token_texts import chat_logprobs
 from zmoe.server.tools import (
     MOST_CALLS,
@@ -97,6 +98,7 @@ class ChatRequest(ChatPrompt, CompletionFields):
 def routes(front: Front) -> list[Route]:
     """The endpoint."""
 
+    @operation("Answer a chat", ChatRequest)
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest)
         front.check_model(body.model)

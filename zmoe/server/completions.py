@@ -25,6 +25,7 @@ from zmoe.server.http import (
     read_body,
     until_disconnect,
 )
+from zmoe.server.openapi import operation
 from zmoe.server.prompts import Prompt
 from zmoe.server.token_texts import TextLogprobs
 
@@ -77,6 +78,7 @@ class CompletionRequest(CompletionFields):
 def routes(front: Front) -> list[Route]:
     """The endpoint."""
 
+    @operation("Go on with a text, or with token ids", CompletionRequest)
     async def complete(request: Request) -> Response:
         body = await read_body(request, CompletionRequest)
         front.check_model(body.model)

@@ -17,6 +17,7 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.sampler import Pick
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, QueueFullError, QueueTimeoutError, ZmoeError
+from zmoe.placement.choose import Choice
 from zmoe.server.grammar import Grammars
 from zmoe.server.messages import (
     ENGINE,
@@ -87,6 +88,7 @@ class _EngineProcess:
         self._closing = False
         self._next_stats = self._next_memory = self._told_loading = 0.0
         self._memory: list[int] = []
+        self._placement = ("", "")  # its name, and why it was chosen
 
     def _tell(self, message: object) -> None:
         self._socket.send(ENGINE.encode(message))
@@ -98,6 +100,7 @@ class _EngineProcess:
             spec=self._spec,
             progress=self._loading,
             on_manual=lambda commands: self._tell(Notice("\n".join(commands))),
+            on_placement=self._chosen,
         ) as cluster:
             self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
             for notice in cluster.notices:
@@ -126,6 +129,9 @@ class _EngineProcess:
         self._check_front()
         if self._closing or (self._socket.poll(0) and isinstance(self._take(), Close)):
             raise SystemExit(0)
+
+    def _chosen(self, choice: Choice) -> None:
+        self._placement = (choice.label, choice.why)
 
     def _take(self) -> object:
         return FRONT.decode(self._socket.recv())
@@ -193,21 +199,46 @@ class _EngineProcess:
     def _ready(self) -> Ready:
         cluster = self._cluster
         self._memory = cluster.peak_memory()
-        owned = cluster.placement.owned
-        nodes = tuple(
-            NodeStatus(sum(len(layer[rank]) for layer in owned), memory)
-            for rank, memory in enumerate(self._memory)
-        )
+        info, (placement, reason) = cluster.info, self._placement
         window = self._spec.engine.max_kv_size
-        context = 0 if window is not None else cluster.info.context_length or 0
+        context = 0 if window is not None else info.context_length or 0
         return Ready(
-            model_type=cluster.info.model_type,
-            layers=cluster.info.layers,
-            vocabulary=cluster.info.vocabulary,
+            model_type=info.model_type,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            layers=info.layers,
+            moe_layers=len(info.moe_layers),
+            experts=info.experts,
+            top_k=info.top_k,
+            vocabulary=info.vocabulary,
+            placement=placement,
+            placement_reason=reason,
+            compute=cluster.compute,
             context=context,
             capacity=cluster.counts().blocks * BLOCK,
             load_seconds=cluster.load_seconds,
-            nodes=nodes,
+            nodes=tuple(self._node(rank) for rank in range(self._spec.nodes)),
+        )
+
+    def _node(self, rank: int) -> NodeStatus:
+        cluster = self._cluster
+        info, placement, offers = cluster.info, cluster.placement, cluster.resources
+        experts = sum(len(layer[rank]) for layer in placement.owned)
+        start, end = placement.slices[rank] if placement.slices else (0, info.moe_intermediate_size)
+        share = experts * (end - start) / info.moe_intermediate_size
+        endpoint = cluster.endpoints[rank] if cluster.endpoints else None
+        machines = list(dict.fromkeys(offer.machine for offer in offers))
+        offer = offers[rank]
+        return NodeStatus(
+            experts=experts,
+            expert_share=share / (info.experts * len(info.moe_layers)),
+            host=endpoint.host if endpoint is not None else self._spec.address,
+            data_port=endpoint.data_port if endpoint is not None else 0,
+            control_port=endpoint.control_port if endpoint is not None else 0,
+            machine=machines.index(offer.machine),
+            memory=offer.memory if offer.limit is None else offer.limit,
+            peak_memory=self._memory[rank],
+            speed=offer.speed,
         )
 
     def _tell_stats(self) -> None:
@@ -217,7 +248,8 @@ class _EngineProcess:
         self._next_stats = now + _STATS_S
         if now >= self._next_memory:
             self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
-        self._tell(Stats(self._cluster.counts(), tuple(self._memory)))
+        cluster = self._cluster
+        self._tell(Stats(cluster.counts(), tuple(self._memory), cluster.links()))
 
 
 def _logprobs(pick: Pick) -> Logprobs:

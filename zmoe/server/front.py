@@ -75,6 +75,11 @@ class Front:
         known = (__version__, self.model, ready and (ready.layers, len(ready.nodes)))
         return f"fp_{hashlib.blake2b(repr(known).encode(), digest_size=5).hexdigest()}"
 
+    @property
+    def status(self) -> str:
+        """Whether requests can run: loading, ready, failed, closing or closed."""
+        return "closing" if self.is_draining else self.link.state
+
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served; None is the one that is."""
         if name is not None and name != self.model:

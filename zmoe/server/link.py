@@ -18,6 +18,7 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Sampling
 from zmoe.errors import InputError, ZmoeError
 from zmoe.server.engine import run_engine
+from zmoe.server.history import History
 from zmoe.server.messages import (
     ENGINE,
     FRONT,
@@ -32,6 +33,7 @@ from zmoe.server.messages import (
     Stats,
     Submit,
 )
+from zmoe.server.meters import Meters
 
 State = Literal["loading", "ready", "failed", "closed"]
 _CLOSE_S = 10.0  # for the engine to end its nodes
@@ -57,7 +59,7 @@ class EngineLink:
         on_loading: Callable[[Loading], None],
         on_notice: Callable[[str], None],
     ) -> None:
-        self._model, self._spec = model, spec
+        self._model, self.spec = model, spec
         self._on_loading, self._on_notice = on_loading, on_notice
         self._numbers = itertools.count()
         self._queues: dict[int, asyncio.Queue[Output]] = {}
@@ -66,6 +68,7 @@ class EngineLink:
         self.reason = ""  # of the last failure
         self.ready: Ready | None = None
         self.stats: Stats | None = None
+        self.history, self.meters = History(), Meters()
         self.restarts = 0
 
     @property
@@ -96,7 +99,7 @@ class EngineLink:
             self._on_notice(f"the cluster has ended: {ended.error}; it is started again")
             pause = 1.0 if time.monotonic() - begun > _LONGEST_PAUSE_S else pause * 2
             await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
-            self.state, self.stats = "loading", None
+            self.state, self.stats, self.history = "loading", None, History()
             self.restarts += 1
 
     async def _live(self) -> Ended:
@@ -111,7 +114,7 @@ class EngineLink:
             socket.bind(address)
             # Not forked: MLX and ZeroMQ have threads.
             process = multiprocessing.get_context("spawn").Process(
-                target=run_engine, args=(address, self._model, self._spec), name="zmoe-engine"
+                target=run_engine, args=(address, self._model, self.spec), name="zmoe-engine"
             )
             process.start()
             ended = asyncio.ensure_future(_end_of(process))
@@ -164,6 +167,7 @@ class EngineLink:
                     queue.put_nowait(output)
         elif isinstance(message, Stats):
             self.stats = message
+            self.history.add(message.counts)
         elif isinstance(message, Loading):
             self._on_loading(message)
         elif isinstance(message, Notice):
@@ -198,17 +202,21 @@ class EngineLink:
         queue: asyncio.Queue[Output] = asyncio.Queue()  # bounded by what may be generated
         self._queues[number] = queue
         submit = Submit(number, tuple(prompt), sampling, borders, salt, grammar, grammar_after)
-        finish = ""
+        finish, meter = "", self.meters.begin()
+        reason = "cancelled"
         try:
             await self._socket.send(FRONT.encode(submit))
             while not finish:
                 output = await queue.get()
                 finish = output.finish
+                meter.tokens(len(output.tokens), output.cached)
+                reason = output.kind or finish or reason
                 if finish == "error":
                     raise EngineError(output.kind, output.error)
                 yield output
         finally:
             del self._queues[number]
+            meter.end(reason)
             if not finish and self._socket is not None and self.state == "ready":
                 await self._socket.send(FRONT.encode(Abort(number)))
 

@@ -22,6 +22,7 @@ from zmoe.server.app import make_app
 from zmoe.server.connections import BoundedProtocol
 from zmoe.server.front import Front, ServeConfig
 from zmoe.server.link import EngineLink
+from zmoe.server.metrics import CountRequests
 from zmoe.server.security import Guard, is_loopback, read_api_keys
 
 _BACKLOG = 512
@@ -137,10 +138,11 @@ async def _serve(
     front: Front, listener: socket.socket, keys: Sequence[str], watcher: Watcher
 ) -> None:
     config = front.config
-    app = Guard(make_app(front), keys, config.host, config.timeout)
+    app = make_app(front)
+    guarded = Guard(app, keys, config.host, config.timeout)
     server = _Server(
         uvicorn.Config(
-            app,
+            CountRequests(guarded, front.link.meters, app.routes),
             http=BoundedProtocol,
             ws="none",
             lifespan="off",

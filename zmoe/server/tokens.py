@@ -13,6 +13,7 @@ from zmoe.server.chat_messages import ChatMessage, ChatPrompt
 from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
 from zmoe.server.http import Body, json_answer, read_body
+from zmoe.server.openapi import operation
 
 
 class TokenizeRequest(ChatPrompt):
@@ -35,6 +36,7 @@ class DetokenizeRequest(Body):
 def routes(front: Front) -> list[Route]:
     """The endpoints."""
 
+    @operation("The token ids of a text, or of a chat", TokenizeRequest)
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeRequest)
         front.check_model(body.model)
@@ -51,6 +53,7 @@ def routes(front: Front) -> list[Route]:
             found["token_strs"] = front.tokenizer.convert_ids_to_tokens(ids)
         return json_answer(found)
 
+    @operation("The text of token ids", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest)
         front.check_model(body.model)
