@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from zmoe.engine.counts import Counts
 
-_RECENT_S = 5.0
+_RECENT_S = 3.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ const EVERY_MS = 1000;
 const POINTS = 60;
 const PARTS = ["experts", "exchange", "wait", "other"];
 const COLOURS = { ready: "good", loading: "warn", closing: "warn" };
+const STATES = { up: "linked", down: "link down" }; // as the leader sees the others
 const speeds = [];
 let last = null; // {at, tokens}: of the answer before
 
@@ -60,11 +61,10 @@ function showLoad({ recent, queue, cache, counts }) {
   setText($("speed"), figure(recent.generated_tokens_per_second));
   drawTrend();
   setText($("running"), figure(queue.running));
-  const waiting = queue.waiting ? `, ${figure(queue.waiting)} waiting` : "";
-  setText($("waiting"), `of ${queue.parallel} running${waiting}`);
+  setText($("waiting"), `running, ${figure(queue.waiting)} waiting`);
   const share = cache.blocks ? (100 * cache.used) / cache.blocks : 0;
   setText($("cache"), `${figure(share)}%`);
-  setText($("cache-of"), `of ${figure(cache.blocks * cache.tokens_per_block)} tokens in use`);
+  setText($("cache-of"), `of ${figure(cache.blocks * cache.tokens_per_block)} tokens`);
 }
 
 function drawTrend() {
@@ -84,22 +84,22 @@ function showLayer({ recent, whole }) {
   const parts = busy ? recent.layer_us : whole.layer_us;
   const total = PARTS.reduce((sum, part) => sum + (parts[part] ?? 0), 0);
   if (total === 0) return;
-  setText($("layer-total"), `${duration(total)}, ${busy ? "of the last seconds" : "since the start"}`);
+  setText($("layer-total"), `${duration(total)} ${busy ? "in the last seconds" : "since the start"}`);
   for (const part of PARTS) {
     const share = (100 * parts[part]) / total;
     $("bar").querySelector(`[data-part=${part}]`).style.width = `${share}%`;
     const text = document.querySelector(`.legend [data-part=${part}] dd`);
-    setText(text, `${duration(parts[part])} · ${Math.round(share)}%`);
+    write(text, duration(parts[part]), `${Math.round(share)}%`);
   }
 }
 
-function showNodes({ nodes, model, placement }) {
+function showNodes({ nodes, model }) {
   const machines = new Set(nodes.map((node) => node.machine)).size;
   const where = machines === 1 ? "on one machine" : `on ${machines} machines`;
   setText($("nodes-note"), nodes.length > 1 ? where : "");
   const table = $("nodes");
   while (table.rows.length > nodes.length) table.deleteRow(-1);
-  nodes.forEach((node, rank) => fillRow(table.rows[rank] ?? makeRow(table), node, model, placement));
+  nodes.forEach((node, rank) => fillRow(table.rows[rank] ?? makeRow(table), node, model));
 }
 
 function makeRow(table) {
@@ -107,21 +107,21 @@ function makeRow(table) {
   row.append(make("th", { scope: "row" }, make("span"), make("small")));
   row.append(make("td", {}, make("span"), make("small"), make("meter", { max: 1 })));
   row.append(make("td", {}, make("span"), make("small")));
-  row.append(make("td", {}, make("span"), make("small")));
+  row.append(make("td", {}, make("span", { className: "pill" })));
   return row;
 }
 
 function fillRow(row, node, model) {
-  const [name, experts, memory, link] = row.cells;
-  write(name, `${node.rank} ${node.role}`, [node.host, node.listens.join("/")].filter(Boolean).join(":"));
+  const [name, experts, memory, state] = row.cells;
+  const ports = node.listens.length > 0 ? `\nports ${node.listens.join(", ")}` : "";
+  write(name, `${node.rank} ${node.role}`, `${node.host}${ports}`);
   const each = node.experts / model.moe_layers;
-  write(experts, `${figure(each)} of ${model.experts}`, `a layer, ${figure(100 * node.expert_share)}% of all`);
+  write(experts, `${figure(each)} of ${model.experts}`, `${figure(100 * node.expert_share)}% of all`);
   experts.querySelector("meter").value = node.expert_share;
   experts.querySelector("meter").ariaLabel = "Share of all experts";
-  write(memory, size(node.peak_memory), `peak of ${size(node.memory)}`);
-  const state = { up: "up", down: "down" }[node.link] ?? "here";
-  write(link, state, node.memory_gb_per_s ? `${node.memory_gb_per_s} GB/s` : "");
-  link.firstChild.className = `pill ${state === "down" ? "bad" : "good"}`;
+  write(memory, size(node.peak_memory), `of ${size(node.memory)}`);
+  setText(state.firstChild, STATES[node.link] ?? "leads");
+  state.firstChild.className = `pill ${node.link === "down" ? "bad" : "good"}`;
 }
 
 function write(cell, text, small) {
@@ -170,7 +170,9 @@ function ofExchange(counters) {
 }
 
 function fillList(list, rows) {
-  while (list.children.length < 2 * rows.length) list.append(make("dt"), make("dd", {}, make("span"), make("small")));
+  while (list.children.length < 2 * rows.length) {
+    list.append(make("dt"), make("dd", {}, make("span"), make("small")));
+  }
   while (list.children.length > 2 * rows.length) list.lastChild.remove();
   rows.forEach(([term, text, small], at) => {
     setText(list.children[2 * at], term);
