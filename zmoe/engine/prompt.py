@@ -14,10 +14,13 @@ from zmoe.config import is_int
 from zmoe.errors import InputError, ModelError, SettingError
 
 
-def open_tokenizer(folder: Path) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint; ModelError names the folder, and what it lacks."""
+def open_tokenizer(folder: Path, chat_template: str | None = None) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint, with another chat template if one is given; ModelError names
+    the folder, and what it lacks.
+    """
+    settings = {} if chat_template is None else {"chat_template": chat_template}
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(folder)
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, settings)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error

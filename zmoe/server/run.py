@@ -56,9 +56,7 @@ def serve(model: str, spec: ClusterSpec, config: ServeConfig, watcher: Watcher) 
         )
     listener = _listen(config)
     try:
-        tokenizer = open_tokenizer(Path(resolve_model(model)))
-        if template is not None:
-            tokenizer.chat_template, tokenizer.has_chat_template = template, True
+        tokenizer = open_tokenizer(Path(resolve_model(model)), template)
         link = EngineLink(
             model,
             spec,
