@@ -104,6 +104,7 @@ class _EngineProcess:
             on_placement=self._chosen,
         ) as cluster:
             self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
+            self._grammars.prepare()  # all would wait for it
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())
