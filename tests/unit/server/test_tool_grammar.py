@@ -1,0 +1,60 @@
+"""The grammar of forced calls takes the calls that a client can use, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.config import DEFAULT_MODEL
+from zmoe.engine.prompt import open_tokenizer
+from zmoe.server.grammar import Grammars
+from zmoe.server.tool_grammar import forced_calls
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/coordinate"}},
+    "required": ["x"],
+    "additionalProperties": False,
+    "$defs": {"coordinate": {"type": "integer"}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "move-to", "parameters": POINT}},
+    {"type": "function", "function": {"name": "look"}},
+]
+MOVE, LOOK = '{"name": "move-to", "arguments": {"x": 3}}', '{"name": "look", "arguments": {}}'
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(open_tokenizer(Path(resolve_model(DEFAULT_MODEL))))
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "parallel", "fits"),
+    [
+        (f"[{MOVE}]", None, False, True),
+        (f"[{LOOK}]", None, False, True),
+        ('[{"name": "look", "arguments": {"at": ["a", 1.5]}}]', None, False, True),
+        (f"[{MOVE}, {LOOK}]", None, True, True),
+        (f"[{MOVE}, {LOOK}]", None, False, False),
+        ("[]", None, True, False),
+        (f"[{LOOK}]", {"move-to"}, True, False),
+        (f"[{MOVE}]", {"move-to"}, True, True),
+        ('[{"name": "move-to", "arguments": {"x": "3"}}]', None, True, False),
+        ('[{"name": "move-to", "arguments": {}}]', None, True, False),
+        ('[{"name": "look", "arguments": []}]', None, True, False),
+        ('[{"name": "look", "arguments": {  }}]', None, True, False),
+        ('[{"name": "jump", "arguments": {}}]', None, True, False),
+    ],
+)
+def test_forced_calls(
+    grammars: Grammars, text: str, names: set[str] | None, parallel: bool, fits: bool
+) -> None:
+    grammar = forced_calls(TOOLS, names, parallel)
+    grammars.check(grammar)
+    matcher = grammars._compile(grammar)
+    tokens = grammars._tokenizer.encode(text, add_special_tokens=False)
+    taken = matcher.try_consume_tokens(tokens)
+    assert (taken == len(tokens) and matcher.is_accepting()) == fits
