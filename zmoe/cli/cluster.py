@@ -30,9 +30,11 @@ def add_cluster(parser: Parser) -> Callable[..., Any]:
     return to_placement
 
 
-def cluster_spec(options: argparse.Namespace, **given: Any) -> ClusterSpec:
-    """The cluster that the flags ask for, and `given`: fields of ClusterSpec, and of its
-    EngineConfig `parallel`. Raises InputError.
+def cluster_spec(
+    options: argparse.Namespace, *, parallel: int | None = None, record_usage: bool = False
+) -> ClusterSpec:
+    """The cluster that the flags ask for, of `parallel` sequences where there is no flag for
+    that. Raises InputError.
     """
     hosts = hosts_from(options.hosts, options.hostfile)
     asked, remote = given_settings(options, ClusterSpec), given_settings(options, RemoteOptions)
@@ -41,11 +43,11 @@ def cluster_spec(options: argparse.Namespace, **given: Any) -> ClusterSpec:
     env = tuple(check_env(setting, "--env") for setting in remote.get("env", ()))
     _refuse_what_does_not_apply(asked, remote, hosts)
     engine = given_settings(options, EngineConfig)
-    if "parallel" in given:
-        engine["parallel"] = given.pop("parallel")
+    if parallel is not None:
+        engine["parallel"] = parallel
     return ClusterSpec(
         **asked,
-        **given,
+        record_usage=record_usage,
         hosts=hosts,
         remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
         timing=Timing(**given_settings(options, Timing)),

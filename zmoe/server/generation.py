@@ -16,6 +16,7 @@ from zmoe.server.errors import error_of
 from zmoe.server.link import EngineError, EngineLink
 from zmoe.server.messages import Logprobs, Output
 from zmoe.server.prompts import Prompt
+from zmoe.server.security import SALT
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -56,7 +57,6 @@ class Task:
     tools: Sequence[Mapping[str, Any]] | None = None
     forced: bool = False
     is_raw: bool = False
-    salt: bytes = b""
 
 
 class Generator:
@@ -73,7 +73,7 @@ class Generator:
             task.prompt.ids,
             task.sampling,
             borders=task.prompt.borders,
-            salt=task.salt,
+            salt=SALT.get(),
             grammar=task.grammar,
             grammar_after=tuple(self.tokenizer.think_end_tokens or ()) if thoughts else (),
         )

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from zmoe.server.errors import ApiError
 
 KEEP_ALIVE_S = 10.0  # without an event, until a comment is sent
-STALLED_S = 60.0  # that a client may read nothing
+BODY_S = 60.0  # within which a request's body must come
 KEEP_ALIVE = b": keep-alive\n\n"
 MAX_BODY_BYTES = 8 << 20
 
@@ -59,12 +59,15 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 async def _bytes_of(request: Request) -> bytes:
     received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > MAX_BODY_BYTES:
-            raise ApiError(
-                413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large"
-            )
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                received += chunk
+                if len(received) > MAX_BODY_BYTES:
+                    limit = f"{MAX_BODY_BYTES >> 20} MiB"
+                    raise ApiError(413, f"the body has more than {limit}", code="body_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {BODY_S:g} s", code="timeout") from None
     return bytes(received)
 
 
@@ -82,6 +85,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
             "code": error.code,
         }
     }
+
+
+def error_answer(path: str, error: ApiError) -> Response:
+    """The answer to a request of `path`, in the form of its API."""
+    return JSONResponse(error_body(error), error.status, error.headers)
 
 
 async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:
