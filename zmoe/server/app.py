@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import chat, models
+from zmoe.server import anthropic, chat, models
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
 from zmoe.server.http import error_answer
@@ -16,7 +16,7 @@ from zmoe.server.http import error_answer
 
 def make_app(front: Front) -> Starlette:
     """The application that serves `front`'s model."""
-    routes: list[Route] = [*models.routes(front), *chat.routes(front)]
+    routes: list[Route] = [*models.routes(front), *chat.routes(front), *anthropic.routes(front)]
     return Starlette(
         routes=routes,
         exception_handlers={

@@ -1,4 +1,4 @@
-"""The grammar of calls that a model must make."""
+"""Grammars of what a model must write: calls, or JSON by a schema."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from typing import Any
 _SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
-def forced_calls(
-    tools: Sequence[Mapping[str, Any]], names: Collection[str] | None, parallel: bool
-) -> str:
-    """A grammar, in llguidance's Lark, of a JSON array of calls: [{"name": ..., "arguments": ...}].
+def forced_calls(tools: Sequence[Mapping[str, Any]], names: Collection[str], parallel: bool) -> str:
+    """A grammar (llguidance's Lark) of a JSON array of calls, {"name": ..., "arguments": {...}}.
 
-    `tools` are OpenAI's definitions of functions; the calls are of those in `names`, or of any
-    for None. The array has one call, or at least one where they may be `parallel`. Whether the
-    schemas can be compiled shows when the grammar is.
+    `tools` are OpenAI's definitions of functions; the calls are of those in `names`. The array has
+    one call, or at least one where they may be `parallel`. Whether the schemas can be compiled
+    shows when the grammar is.
     """
-    functions = [tool["function"] for tool in tools]
-    chosen = [f for f in functions if names is None or f["name"] in names]
+    chosen = [tool["function"] for tool in tools if tool["function"]["name"] in names]
     more = '(", " call)*' if parallel else ""
     rules = [f'start: "[" call {more} "]"']
     rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(chosen))))
@@ -31,6 +28,11 @@ def forced_calls(
         # A rule of its own for each schema, since references begin at a schema's root.
         rules.append(f"arguments_{at}: %json {json.dumps(_schema(function))}")
     return "\n".join(rules)
+
+
+def json_text(schema: Mapping[str, Any]) -> str:
+    """The grammar of a JSON text by `schema` (JSON Schema)."""
+    return f"start: %json {json.dumps({'x-guidance': _SPACES, **schema})}"
 
 
 def _schema(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "move-to", "parameters": POINT}},
     {"type": "function", "function": {"name": "look"}},
 ]
+BOTH = {"move-to", "look"}
 MOVE, LOOK = '{"name": "move-to", "arguments": {"x": 3}}', '{"name": "look", "arguments": {}}'
 
 
@@ -34,23 +35,23 @@ def grammars() -> Grammars:
 @pytest.mark.parametrize(
     ("text", "names", "parallel", "fits"),
     [
-        (f"[{MOVE}]", None, False, True),
-        (f"[{LOOK}]", None, False, True),
-        ('[{"name": "look", "arguments": {"at": ["a", 1.5]}}]', None, False, True),
-        (f"[{MOVE}, {LOOK}]", None, True, True),
-        (f"[{MOVE}, {LOOK}]", None, False, False),
-        ("[]", None, True, False),
+        (f"[{MOVE}]", BOTH, False, True),
+        (f"[{LOOK}]", BOTH, False, True),
+        ('[{"name": "look", "arguments": {"at": ["a", 1.5]}}]', BOTH, False, True),
+        (f"[{MOVE}, {LOOK}]", BOTH, True, True),
+        (f"[{MOVE}, {LOOK}]", BOTH, False, False),
+        ("[]", BOTH, True, False),
         (f"[{LOOK}]", {"move-to"}, True, False),
         (f"[{MOVE}]", {"move-to"}, True, True),
-        ('[{"name": "move-to", "arguments": {"x": "3"}}]', None, True, False),
-        ('[{"name": "move-to", "arguments": {}}]', None, True, False),
-        ('[{"name": "look", "arguments": []}]', None, True, False),
-        ('[{"name": "look", "arguments": {  }}]', None, True, False),
-        ('[{"name": "jump", "arguments": {}}]', None, True, False),
+        ('[{"name": "move-to", "arguments": {"x": "3"}}]', BOTH, True, False),
+        ('[{"name": "move-to", "arguments": {}}]', BOTH, True, False),
+        ('[{"name": "look", "arguments": []}]', BOTH, True, False),
+        ('[{"name": "look", "arguments": {  }}]', BOTH, True, False),
+        ('[{"name": "jump", "arguments": {}}]', BOTH, True, False),
     ],
 )
 def test_forced_calls(
-    grammars: Grammars, text: str, names: set[str] | None, parallel: bool, fits: bool
+    grammars: Grammars, text: str, names: set[str], parallel: bool, fits: bool
 ) -> None:
     grammar = forced_calls(TOOLS, names, parallel)
     grammars.check(grammar)
