@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import ssl
@@ -77,7 +78,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     try:
         return socket.create_server(address, family=family, backlog=_BACKLOG)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"cannot listen on {address[0]}:{address[1]}: {reason}") from None
 
 
