@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import anthropic, chat, models
+from zmoe.server import anthropic, chat, completions, models, tokens
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
 from zmoe.server.http import error_answer
@@ -16,12 +16,19 @@ from zmoe.server.http import error_answer
 
 def make_app(front: Front) -> Starlette:
     """The application that serves `front`'s model."""
-    routes: list[Route] = [*models.routes(front), *chat.routes(front), *anthropic.routes(front)]
+    routes: list[Route] = [
+        *models.routes(front),
+        *tokens.routes(front),
+        *chat.routes(front),
+        *completions.routes(front),
+        *anthropic.routes(front),
+    ]
     return Starlette(
         routes=routes,
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
+            RecursionError: _too_deep,
             Exception: _internal_error,
         },
     )
@@ -29,6 +36,11 @@ def make_app(front: Front) -> Starlette:
 
 def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    return error_answer(request.url.path, error)
+
+
+def _too_deep(request: Request, _: Exception) -> Response:
+    error = ApiError(400, "the body is nested too deeply", code="invalid_value")
     return error_answer(request.url.path, error)
 
 
