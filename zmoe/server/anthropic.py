@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.config import Sampling
 from zmoe.server.anthropic_request import CountRequest, MessagesRequest
 from zmoe.server.errors import invalid
 from zmoe.server.front import Front
@@ -28,6 +27,7 @@ from zmoe.server.http import (
 from zmoe.server.pieces import Event, Piece, events_of
 
 _VERSIONS = ("2023-06-01", "2026-10-21")  # what differs between them is refused here, or taken
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _PING = event({"type": "ping"}, "ping")
 
 
@@ -39,13 +39,17 @@ def routes(front: Front) -> list[Route]:
         body = await read_body(request, MessagesRequest)
         front.check_model(body.model)
         front.check_ready()
-        sampling = Sampling(
-            max_tokens=body.max_tokens, temp=body.temperature, top_p=body.top_p, top_k=body.top_k
+        task = await body.ask().task(
+            front,
+            max_tokens=body.max_tokens,
+            stop=body.stop_sequences,
+            temp=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
         )
-        ask = body.ask()
-        choice = front.generator.start(await ask.task(front, sampling, body.stop_sequences))
-        answer = _Answer(front.model, choice, body.thinking.display == "omitted")
-        events = events_of(choice, ask.one_call, answer)
+        choice = front.generator.start(task)
+        answer = _Answer(front.model, choice, body)
+        events = events_of(choice, answer)
         if body.stream:
             return await event_stream(
                 _encoded(events), lambda e: event(anthropic_error_body(e), "error"), _PING
@@ -56,7 +60,8 @@ def routes(front: Front) -> list[Route]:
         _check_version(request)
         body = await read_body(request, CountRequest)
         front.check_model(body.model)
-        return json_answer({"input_tokens": len(body.ask().prompt(front).ids)})
+        prompt = await body.ask().prompt(front)
+        return json_answer({"input_tokens": len(prompt.ids)})
 
     return [
         Route("/v1/messages", messages, methods=["POST"]),
@@ -87,8 +92,9 @@ async def _whole(events: AsyncGenerator[Event], answer: _Answer) -> Response:
 class _Answer:
     """A Teller; at the end it has the whole `message`."""
 
-    def __init__(self, model: str, choice: Choice, hides_thoughts: bool) -> None:
-        self._choice, self._hides_thoughts = choice, hides_thoughts
+    def __init__(self, model: str, choice: Choice, body: MessagesRequest) -> None:
+        self._choice, self._max_tokens = choice, body.max_tokens
+        self._hides_thoughts = body.thinking.display == "omitted"
         self._open = ""  # the kind of the block that has not ended
         self.message: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}",
@@ -130,14 +136,13 @@ class _Answer:
 
     def end(self) -> list[Event]:
         """See Teller."""
-        choice, content = self._choice, self.message["content"]
-        ended = {"stop_reason": "end_turn", "stop_sequence": choice.stop_string}
+        choice = self._choice
+        reason = _REASONS[choice.finish_reason or "stop"]
         if choice.stop_string is not None:
-            ended["stop_reason"] = "stop_sequence"
-        elif choice.finish_reason == "length":
-            ended["stop_reason"] = "max_tokens"
-        elif any(block["type"] == "tool_use" for block in content):
-            ended["stop_reason"] = "tool_use"
+            reason = "stop_sequence"
+        elif reason == "max_tokens" and choice.completion_tokens < self._max_tokens:
+            reason = "model_context_window_exceeded"
+        ended = {"stop_reason": reason, "stop_sequence": choice.stop_string}
         self.message |= ended | {"usage": self._usage()}
         return [
             *self._stop(),

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from zmoe.server.ask import Ask, check_names, effort_of, type_tag
+from zmoe.server.ask import Ask, check_names, type_tag
 from zmoe.server.errors import invalid
 from zmoe.server.http import Body
+from zmoe.server.tools import Function
 from zmoe.server.turns import Turns
 
 MOST_STOPS = 64
@@ -183,28 +184,22 @@ class CountRequest(Body):
             raise invalid("tool_choice.name", problem)
         if choice.name is not None and choice.name not in offered:
             raise invalid("tool_choice.name", f"{choice.name!r} is no tool")
-        tools = [
-            {
-                "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "parameters": tool.input_schema,
-                },
-            }
+        functions = [
+            Function(name=tool.name, description=tool.description, parameters=tool.input_schema)
             for tool in self.tools
+            if choice.type != "none"
         ]
         forced = {"any": offered, "tool": [choice.name or ""]}.get(choice.type, [])
-        effort, form = self.output_config.effort, self.output_config.format
-        thinking = effort_of(effort) if effort is not None else {}
+        form = self.output_config.format
         return Ask(
             self._messages(),
-            tools=tools if choice.type != "none" else (),
+            ("input_schema", "output_config.format.schema", "messages"),
+            functions=functions,
             forced=forced,
             one_call=choice.disable_parallel_tool_use,
             schema=form.schema_ if form is not None else None,
-            schema_field="output_config.format.schema",
-            thinking={**thinking, "enable_thinking": self.thinking.type != "disabled"},
+            thinks=self.thinking.type != "disabled",
+            effort=self.output_config.effort,
             continue_last=self.messages[-1].role == "assistant",
         )
 

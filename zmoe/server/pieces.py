@@ -33,13 +33,10 @@ class Teller(Protocol):
         """All has been generated."""
 
 
-async def events_of(choice: Choice, one_call: bool, teller: Teller) -> AsyncGenerator[Event]:
-    """Yield the events that `teller` makes of `choice`. With `one_call` the first call is the end.
-
-    Raises ApiError.
-    """
+async def events_of(choice: Choice, teller: Teller) -> AsyncGenerator[Event]:
+    """Yield the events that `teller` makes of `choice`. Raises ApiError."""
     begun = False
-    async with aclosing(_pieces(choice, one_call)) as steps:
+    async with aclosing(_pieces(choice)) as steps:
         async for step in steps:
             for event in [] if begun else teller.begin():
                 yield event
@@ -51,7 +48,7 @@ async def events_of(choice: Choice, one_call: bool, teller: Teller) -> AsyncGene
         yield event
 
 
-async def _pieces(choice: Choice, one_call: bool) -> AsyncGenerator[list[Piece | ToolCall]]:
+async def _pieces(choice: Choice) -> AsyncGenerator[list[Piece | ToolCall]]:
     """Yield what each step adds, which may be nothing.
 
     Templates put white space around thoughts and calls, which is none of the text.
@@ -67,9 +64,7 @@ async def _pieces(choice: Choice, one_call: bool) -> AsyncGenerator[list[Piece |
             if held and (last == "text" or not held.isspace()):
                 found.append(Piece("text", held if last in ("", "text") else held.lstrip()))
                 last, held = "text", ""
-            for call in delta.tool_calls[: 1 if one_call else None]:
+            for call in delta.tool_calls:
                 found.append(call)
                 last, held = "call", ""
             yield found
-            if one_call and delta.tool_calls:
-                return

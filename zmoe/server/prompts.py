@@ -104,6 +104,18 @@ class Prompts:
             raise invalid("reasoning_effort", f'is {effort!r}: this model knows "none" alone')
         return {"enable_thinking": False}
 
+    def kwargs_of_thinking(self, thinks: bool | None, effort: str | None) -> dict[str, Any]:
+        """What tells the template whether the model is to think, and how much, as far as it can
+        be told; None leaves that to the template.
+        """
+        known = self._variables
+        if known is None:
+            known = {"enable_thinking"} if self.tokenizer.has_thinking else frozenset()
+        wanted = {"enable_thinking": thinks, "reasoning_effort": effort}
+        return {
+            name: value for name, value in wanted.items() if value is not None and name in known
+        }
+
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         if not kwargs:
             return

@@ -81,7 +81,8 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
     Each schema is a grammar of its own, so that references stay within it.
     """
     calls = " | ".join(f"call_{at}" for at in range(len(functions)))
-    rules = [f'start: "[" call ("," BLANKS? call){{0,{most - 1}}} "]"', f"call: {calls}"]
+    more = f'("," BLANKS? call){{0,{most - 1}}}' if most > 1 else ""  # llguidance has no {0,0}
+    rules = [f'start: "[" call {more} "]"', f"call: {calls}"]
     rules.append(f"BLANKS: /{BLANKS}/")
     for at, function in enumerate(functions):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
@@ -90,13 +91,15 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
     return "\n".join(rules)
 
 
-def check_parameters(grammars: Grammars, functions: dict[int, Function]) -> None:
-    """Raise ApiError that names the first schema that cannot be compiled."""
+def check_parameters(
+    grammars: Grammars, functions: dict[int, Function], field: str = "function.parameters"
+) -> None:
+    """Raise ApiError that names the first schema that cannot be compiled, a tool's `field`."""
     for at, function in functions.items():
         try:
             grammars.check(json_grammar(_schema(function)))
         except InputError as error:
-            param = f"tools[{at}].function.parameters"
+            param = f"tools[{at}].{field}"
             raise invalid(param, f"cannot be compiled: {error}") from None
 
 

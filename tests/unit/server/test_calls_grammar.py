@@ -10,7 +10,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import DEFAULT_MODEL
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.server.grammar import Grammars
-from zmoe.server.tool_grammar import forced_calls
+from zmoe.server.tools import Function, calls_grammar
 
 POINT = {
     "type": "object",
@@ -19,9 +19,9 @@ POINT = {
     "additionalProperties": False,
     "$defs": {"coordinate": {"type": "integer"}},
 }
-TOOLS = [
-    {"type": "function", "function": {"name": "move-to", "parameters": POINT}},
-    {"type": "function", "function": {"name": "look"}},
+FUNCTIONS = [
+    Function(name="move-to", parameters=POINT),
+    Function(name="look"),
 ]
 BOTH = {"move-to", "look"}
 MOVE, LOOK = '{"name": "move-to", "arguments": {"x": 3}}', '{"name": "look", "arguments": {}}'
@@ -46,14 +46,15 @@ def grammars() -> Grammars:
         ('[{"name": "move-to", "arguments": {"x": "3"}}]', BOTH, True, False),
         ('[{"name": "move-to", "arguments": {}}]', BOTH, True, False),
         ('[{"name": "look", "arguments": []}]', BOTH, True, False),
-        ('[{"name": "look", "arguments": {  }}]', BOTH, True, False),
+        ('[{"name": "look", "arguments": {' + " " * 33 + "}}]", BOTH, True, False),
+        (f"[{LOOK}, {LOOK}, {LOOK}]", BOTH, True, False),
         ('[{"name": "jump", "arguments": {}}]', BOTH, True, False),
     ],
 )
-def test_forced_calls(
+def test_calls_grammar(
     grammars: Grammars, text: str, names: set[str], parallel: bool, fits: bool
 ) -> None:
-    grammar = forced_calls(TOOLS, names, parallel)
+    grammar = calls_grammar([f for f in FUNCTIONS if f.name in names], 2 if parallel else 1)
     grammars.check(grammar)
     matcher = grammars._compile(grammar)
     tokens = grammars._tokenizer.encode(text, add_special_tokens=False)
