@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from zmoe.server.ask import Ask, check_names, type_tag
 from zmoe.server.errors import invalid
+from zmoe.server.fields import refused
 from zmoe.server.http import Body
 from zmoe.server.tools import Function
 from zmoe.server.turns import Turns
@@ -35,6 +36,13 @@ class TextBlock(Body):
     text: str
     cache_control: CacheControl | None = None
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        if given in ("image", "document", "search_result"):
+            raise refused(f"is {given!r}: the model takes text only, no images or documents")
+        return given
+
 
 class ThinkingBlock(Body):
     """What the model thought."""
@@ -55,7 +63,11 @@ class ToolUseBlock(Body):
 
 
 def _as_blocks(given: Any) -> Any:
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+    if isinstance(given, str):
+        return [{"type": "text", "text": given}]
+    if not isinstance(given, list):
+        raise refused("is neither a text nor a list of blocks")
+    return given
 
 
 Texts = Annotated[
@@ -114,6 +126,13 @@ class Tool(Body):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool = False
     strict: bool = False
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_custom(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "custom":
+            raise refused(f"is {given[:100]!r}: this server has tools of the client's only")
+        return given
 
 
 class ToolChoice(Body):
@@ -216,10 +235,9 @@ class CountRequest(Body):
                 if block.type not in _MAY_SAY[message.role]:
                     raise invalid(where, f"is {block.type}, which is not for {message.role}")
                 _add(turns, message.role, block, where)
-        if turns.open_calls():
-            missing = ", ".join(sorted(turns.open_calls()))
-            raise invalid("messages", f"lack the tool_result of {missing}")
-        return turns.messages
+        if turns.open_calls:
+            raise invalid("messages", f"lack the tool_result of {next(iter(turns.open_calls))!r}")
+        return turns.messages()
 
 
 def _add(
@@ -232,7 +250,7 @@ def _add(
     elif isinstance(block, ToolUseBlock):
         turns.add_call(block.id, block.name, block.input)
     elif isinstance(block, ToolResultBlock):
-        if block.tool_use_id not in turns.open_calls():
+        if block.tool_use_id not in turns.open_calls:
             raise invalid(f"{where}.tool_use_id", f"is {block.tool_use_id!r}: no call waits for it")
         text = "\n".join(each.text for each in block.content)
         turns.add_result(block.tool_use_id, f"Error: {text}" if block.is_error else text)

@@ -16,6 +16,8 @@ from zmoe.server.grammar import json_grammar
 from zmoe.server.prompts import Prompt
 from zmoe.server.tools import MOST_CALLS, Function, calls_grammar, check_parameters
 
+_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -45,7 +47,9 @@ class Ask:
             front.prompts.of_chat,
             self.messages,
             tools=self._tools(),
-            kwargs=front.prompts.kwargs_of_thinking(self.thinks, self.effort),
+            kwargs=front.prompts.kwargs_of_thinking(
+                self.thinks, _EFFORTS.get(self.effort or "", self.effort)
+            ),
             continue_last=self.continue_last,
         )
 
@@ -112,6 +116,8 @@ def type_tag(given: Any) -> str:
 
 def check_names(names: Sequence[str], param: str) -> None:
     """Raise ApiError where two tools have one name; `param` is the field of a name, with {}."""
+    seen = set()
     for at, name in enumerate(names):
-        if name in names[:at]:
+        if name in seen:
             raise invalid(param.format(at), f"is {name!r}, as that of another tool")
+        seen.add(name)

@@ -37,12 +37,13 @@ class Prompt:
 
     `borders` are numbers of tokens after which other prompts may go on differently. `state` is
     where the text that follows begins: "normal", or "reasoning" where the template has opened
-    the model's thoughts.
+    the model's thoughts. `goes_on` says that it goes on with a text that has begun.
     """
 
     ids: list[int]
     borders: tuple[int, ...] = ()
     state: str = "normal"
+    goes_on: bool = False
 
 
 class Prompts:
@@ -88,7 +89,8 @@ class Prompts:
             )
             alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *others))
             borders = (sum(1 for _ in alike),)
-        return Prompt(ids, borders, self._state(ids, 0 if continue_last else len(ids) - _OPENING))
+        state = self._state(ids, 0 if continue_last else len(ids) - _OPENING)
+        return Prompt(ids, borders, state, continue_last)
 
     def kwargs_of_effort(self, effort: str) -> dict[str, Any]:
         """What tells the template how much the model is to think. Raises ApiError where that

@@ -9,38 +9,44 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Turns:
-    """Collects `messages`. What one side says in several pieces becomes one message, since many
-    templates want the sides to alternate.
+    """Collects what is said and done. What one side says in several pieces becomes one message,
+    since many templates want the sides to alternate.
+
+    `open_calls` are the ids of calls that have no result, in order.
     """
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []  # with lists of texts
+        self.open_calls: dict[str, None] = {}
 
     def add_text(self, role: Role, text: str) -> None:
         """Something that is said."""
-        message = self._turn(role)
-        message["content"] = "\n".join(filter(None, (message["content"], text)))
+        self._turn(role)["content"].append(text)
 
     def add_reasoning(self, text: str) -> None:
         """What the model thought before it said or did what follows."""
-        message = self._turn("assistant")
-        message["reasoning_content"] = message.get("reasoning_content", "") + text
+        self._turn("assistant").setdefault("reasoning_content", []).append(text)
 
     def add_call(self, id: str, name: str, arguments: Mapping[str, Any]) -> None:
         """A call that the model made."""
         call = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
         self._turn("assistant").setdefault("tool_calls", []).append(call)
+        self.open_calls[id] = None
 
     def add_result(self, id: str, text: str) -> None:
-        """What a call of the model's gave."""
-        self.messages.append({"role": "tool", "tool_call_id": id, "content": text})
+        """What a call gave; it must be an open one."""
+        del self.open_calls[id]
+        self._messages.append({"role": "tool", "tool_call_id": id, "content": [text]})
 
-    def open_calls(self) -> set[str]:
-        """The ids of calls that have no result."""
-        made = {call["id"] for m in self.messages for call in m.get("tool_calls", ())}
-        return made - {m["tool_call_id"] for m in self.messages if m["role"] == "tool"}
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages."""
+        texts = ("content", "reasoning_content")
+        return [
+            message | {name: "\n".join(message[name]) for name in texts if name in message}
+            for message in self._messages
+        ]
 
     def _turn(self, role: Role) -> dict[str, Any]:
-        if not self.messages or self.messages[-1]["role"] != role:
-            self.messages.append({"role": role, "content": ""})
-        return self.messages[-1]
+        if not self._messages or self._messages[-1]["role"] != role:
+            self._messages.append({"role": role, "content": []})
+        return self._messages[-1]
