@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.serving import Server, serving
 from zmoe.errors import InputError
-from zmoe.server.security import read_api_keys
+from zmoe.server.keys import read_api_keys
 
 KEYS = ("first-key-0123", "second-key-4567")
 BODY = {"messages": [{"role": "user", "content": "KING"}], "temperature": 0, "max_tokens": 4}

@@ -60,9 +60,8 @@ class CompletionRequest(CompletionFields):
         given = self.prompt
         if isinstance(given, list) and given and isinstance(given[0], (str, list)):
             if len(given) * self.n > MOST_CHOICES:
-                raise invalid(
-                    "prompt", f"makes {len(given) * self.n} choices: at most {MOST_CHOICES} are"
-                )
+                wanted = len(given) * self.n
+                raise invalid("prompt", f"makes {wanted} choices: at most {MOST_CHOICES} may be")
             return [self._prompt(front, one, f"prompt[{at}]") for at, one in enumerate(given)]
         return [self._prompt(front, given, "prompt")]
 

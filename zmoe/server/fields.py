@@ -119,19 +119,20 @@ class CompletionFields(Body):
         ApiError.
         """
         room = front.room(len(prompt.ids), param)
+        vocabulary = front.link.ready.vocabulary if front.link.ready is not None else _MOST
         try:
             return [
                 Sampling(
                     max_tokens=min(max_tokens or room, room),
                     temp=self.temperature,
                     top_p=self.top_p,
-                    top_k=max(0, self.top_k),
+                    top_k=self.top_k if 0 < self.top_k < vocabulary else 0,
                     min_p=self.min_p,
                     repetition_penalty=self.repetition_penalty,
                     repetition_context_size=self.repetition_context_size,
                     presence_penalty=self.presence_penalty,
                     frequency_penalty=self.frequency_penalty,
-                    logit_bias=self._bias(front),
+                    logit_bias=self._known_bias(vocabulary),
                     logprobs=top,
                     seed=None if self.seed is None else (self.seed + at) % 2**64,
                     ignore_eos=self.ignore_eos,
@@ -141,8 +142,7 @@ class CompletionFields(Body):
         except SettingError as error:
             raise invalid(error.setting, error.problem) from None
 
-    def _bias(self, front: Front) -> dict[int, float] | None:
-        vocabulary = front.link.ready.vocabulary if front.link.ready is not None else _MOST
+    def _known_bias(self, vocabulary: int) -> dict[int, float] | None:
         for token in self.logit_bias:
             if token >= vocabulary:
                 raise invalid("logit_bias", f"has token {token}: the model has {vocabulary}")

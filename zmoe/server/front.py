@@ -66,7 +66,7 @@ class Front:
         self.prompts = Prompts(self.tokenizer)
         self.generator = Generator(self.link, self.tokenizer)
         self.grammars = Grammars(self.tokenizer)
-        self._renderer = ThreadPoolExecutor(1, "zmoe-prompts")  # tokenizers are not for several
+        self._renderer = ThreadPoolExecutor(4, "zmoe-prompts")  # one long prompt holds up no other
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +113,6 @@ class Front:
         return ready.context - prompt_tokens
 
     async def apart(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """The result of `function`, in the one thread that renders prompts."""
+        """The result of `function`, in a thread of those that render prompts."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._renderer, partial(function, *args, **kwargs))

@@ -20,6 +20,7 @@ from zmoe.server.messages import Logprobs, Output
 from zmoe.server.prompts import Prompt
 from zmoe.server.security import SALT
 
+_JSON = json.JSONDecoder()
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -123,8 +124,10 @@ class Choice:
         self._stops = TextStateMachine(
             {"": [(text, text) for text in task.stop], **{text: [] for text in task.stop}}
         ).make_state("")
-        self._roles = roles.make_state(task.prompt.state if not task.is_raw else "normal")
+        is_text = task.is_raw or (task.grammar and task.prompt.state != "reasoning")
+        self._roles = roles.make_state("normal" if is_text else task.prompt.state)
         self._tool_text: str | None = None  # of a call that is being made
+        self._array = ""  # of forced calls, behind the complete ones
         self._called = False
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
@@ -176,14 +179,17 @@ class Choice:
         return delta
 
     def _put(self, state: str, text: str, delta: Delta) -> None:
-        if state == "tool" or (self._task.forced and state == "normal"):
+        if self._task.forced and state != "reasoning":
+            self._put_forced(text, delta)
+            return
+        if state == "tool":
             self._release(delta)
             self._tool_text = (self._tool_text or "") + text
             return
         self._end_call(delta)
         if self.finish_reason is None and state == "reasoning":
             delta.reasoning += text
-        elif self.finish_reason is None:
+        elif self.finish_reason is None and state == "normal":  # other states are headers
             self._put_content(text, delta)
 
     def _put_content(self, text: str, delta: Delta) -> None:
@@ -193,6 +199,22 @@ class Choice:
         if self._stops[0]:
             self.stop_string = self._stops[0]
             self._finish("stop")
+
+    def _put_forced(self, text: str, delta: Delta) -> None:
+        """Take the calls that are complete from the JSON array; one that is cut off is none."""
+        self._array += text
+        while self._array and "}" in text:
+            self._array = self._array.lstrip("[, ")
+            try:
+                call, end = _JSON.raw_decode(self._array)
+            except ValueError:
+                return
+            self._array = self._array[end:]
+            delta.tool_calls.append(_tool_call(call))
+            self._called = True
+            if self._task.one_call:
+                self._finish("stop")
+                return
 
     def _release(self, delta: Delta) -> None:
         """Add what was held back for the stop strings."""
@@ -208,9 +230,7 @@ class Choice:
         calls = self._parse(text) if self._task.tools is not None else []
         if not calls:
             start, end = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-            is_marked = not self._task.forced
-            text = f"{start}{text}{end or '' if is_closed else ''}" if is_marked else text
-            self._put_content(text, delta)
+            self._put_content(f"{start}{text}{end or '' if is_closed else ''}", delta)
             return
         self._called = True
         if self._task.one_call:
@@ -226,10 +246,7 @@ class Choice:
 
     def _parse(self, text: str) -> list[ToolCall]:
         try:
-            if self._task.forced:
-                found = json.loads(text)
-            else:
-                found = self._tokenizer.tool_parser(text, self._task.tools)
+            found = self._tokenizer.tool_parser(text, self._task.tools)
             return [_tool_call(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # the parsers of mlx-lm raise what they meet
             return []

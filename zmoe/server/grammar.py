@@ -17,15 +17,13 @@ from zmoe.engine.sampler import Mask
 from zmoe.errors import InputError, ZmoeError
 
 MOST_CHARACTERS = 1 << 16
-BLANKS = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"  # between the parts of JSON: one line at a time
+# JSON is written as json.dumps() does: with blanks as it likes, a model may write nothing else.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
-    """The grammar of the JSON texts that `schema` (JSON Schema) describes.
-
-    Models may write blanks as they like, but not without end.
-    """
-    return LLMatcher.grammar_from_json_schema(dict(schema), {"whitespace_pattern": BLANKS})
+    """The grammar of the JSON texts that `schema` (JSON Schema) describes."""
+    return LLMatcher.grammar_from_json_schema({"x-guidance": JSON_FORM, **schema})
 
 
 class Grammars:

@@ -63,7 +63,8 @@ class Prompts:
         try:
             return Prompt(check_ids(ids, self.tokenizer))
         except InputError as error:
-            raise ApiError(400, str(error), param) from None
+            problem = str(error).replace("the prompt", param, 1)
+            raise ApiError(400, problem, param, "invalid_value") from None
 
     def of_chat(
         self,

@@ -21,8 +21,9 @@ from zmoe.errors import InputError
 from zmoe.server.app import make_app
 from zmoe.server.connections import BoundedProtocol
 from zmoe.server.front import Front, ServeConfig
+from zmoe.server.keys import read_api_keys
 from zmoe.server.link import EngineLink
-from zmoe.server.security import Guard, is_loopback, read_api_keys
+from zmoe.server.security import Guard, is_loopback
 
 _BACKLOG = 512
 _KEEP_ALIVE_S = 30
@@ -55,9 +56,7 @@ def serve(model: str, spec: ClusterSpec, config: ServeConfig, watcher: Watcher) 
         )
     listener = _listen(config)
     try:
-        tokenizer = open_tokenizer(Path(resolve_model(model)))
-        if template is not None:
-            tokenizer.chat_template, tokenizer.has_chat_template = template, True
+        tokenizer = open_tokenizer(Path(resolve_model(model)), template)
         link = EngineLink(
             model,
             spec,

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from zmoe.errors import InputError
 from zmoe.server.errors import invalid
 from zmoe.server.fields import refused
-from zmoe.server.grammar import BLANKS, Grammars, json_grammar
+from zmoe.server.grammar import JSON_FORM, Grammars, json_grammar
 from zmoe.server.http import Body
 
 MOST_CALLS = 16  # that a grammar lets a model make at once
@@ -81,12 +81,11 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
     Each schema is a grammar of its own, so that references stay within it.
     """
     calls = " | ".join(f"call_{at}" for at in range(len(functions)))
-    more = f'("," BLANKS? call){{0,{most - 1}}}' if most > 1 else ""  # llguidance has no {0,0}
+    more = f'(", " call){{0,{most - 1}}}' if most > 1 else ""  # {0,0} is taken as {0,1}
     rules = [f'start: "[" call {more} "]"', f"call: {calls}"]
-    rules.append(f"BLANKS: /{BLANKS}/")
     for at, function in enumerate(functions):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
-        schema = {"x-guidance": {"whitespace_pattern": BLANKS}, **_schema(function)}
+        schema = {"x-guidance": JSON_FORM, **_schema(function)}
         rules.append(f'call_{at}: {head} %json {json.dumps(schema)} "}}"')
     return "\n".join(rules)
 
