@@ -143,9 +143,11 @@ class CompletionFields(Body):
             raise invalid(error.setting, error.problem) from None
 
     def _known_bias(self, vocabulary: int) -> dict[int, float] | None:
-        for token in self.logit_bias:
+        for token, bias in self.logit_bias.items():
             if token >= vocabulary:
                 raise invalid("logit_bias", f"has token {token}: the model has {vocabulary}")
+            if not -100 <= bias <= 100:
+                raise invalid("logit_bias", f"has {bias} for token {token}: expected -100 to 100")
         return self.logit_bias or None
 
     async def answer_grammar(self, front: Front) -> str:

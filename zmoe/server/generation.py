@@ -305,4 +305,5 @@ def _tool_call(call: Mapping[str, Any]) -> ToolCall:
     arguments = call.get("arguments", {})
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(f"call_{secrets.token_hex(12)}", str(call["name"]), arguments)
+    identity = call.get("id") or f"call_{secrets.token_hex(12)}"
+    return ToolCall(str(identity), str(call["name"]), arguments)
