@@ -48,7 +48,7 @@ def routes(front: Front) -> list[Route]:
             top_k=body.top_k,
         )
         choice = front.generator.start(task)
-        answer = _Answer(front.model, choice, body)
+        answer = Answer(front.model, choice, body)
         events = events_of(choice, answer)
         if body.stream:
             return await event_stream(
@@ -82,14 +82,14 @@ async def _encoded(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
             yield event(each, each["type"])
 
 
-async def _whole(events: AsyncGenerator[Event], answer: _Answer) -> Response:
+async def _whole(events: AsyncGenerator[Event], answer: Answer) -> Response:
     async with aclosing(events):
         async for _ in events:
             pass
     return json_answer(answer.message)
 
 
-class _Answer:
+class Answer:
     """A Teller; at the end it has the whole `message`."""
 
     def __init__(self, model: str, choice: Choice, body: MessagesRequest) -> None:

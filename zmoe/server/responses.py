@@ -44,7 +44,7 @@ def routes(front: Front) -> list[Route]:
             store.put(response, [*earlier, *given, *response["output"]])
 
         choice = front.generator.start(task)
-        answer = _Answer(front.model, choice, body, keep)
+        answer = Answer(front.model, choice, body, keep)
         events = events_of(choice, answer)
         if body.stream:
             return await event_stream(_encoded(events), lambda e: _encode(answer.failed(e)))
@@ -77,14 +77,14 @@ def _encode(each: Event) -> bytes:
     return event(each, each["type"])
 
 
-async def _whole(events: AsyncGenerator[Event], answer: _Answer) -> Response:
+async def _whole(events: AsyncGenerator[Event], answer: Answer) -> Response:
     async with aclosing(events):
         async for _ in events:
             pass
     return json_answer(answer.response)
 
 
-class _Answer:
+class Answer:
     """A Teller; at the end it has the whole `response`."""
 
     def __init__(

@@ -34,8 +34,10 @@ class ResponseStore:
         self._bytes = 0
 
     def put(self, response: dict[str, Any], items: list[Any]) -> None:
-        """Keep a response; one that alone is larger than all may be is not kept."""
+        """Keep a response, unless it alone is larger than all may be."""
         entry = json.dumps([response, items], ensure_ascii=False).encode()
+        if len(entry) > self._most_bytes:
+            return
         self._entries[SALT.get(), response["id"]] = self._clock(), entry
         self._bytes += len(entry)
         self._expire()

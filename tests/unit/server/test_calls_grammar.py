@@ -46,7 +46,7 @@ def grammars() -> Grammars:
         ('[{"name": "move-to", "arguments": {"x": "3"}}]', BOTH, True, False),
         ('[{"name": "move-to", "arguments": {}}]', BOTH, True, False),
         ('[{"name": "look", "arguments": []}]', BOTH, True, False),
-        ('[{"name": "look", "arguments": {' + " " * 33 + "}}]", BOTH, True, False),
+        ('[{"name": "look", "arguments": {' + " " + "}}]", BOTH, True, False),
         (f"[{LOOK}, {LOOK}, {LOOK}]", BOTH, True, False),
         ('[{"name": "jump", "arguments": {}}]', BOTH, True, False),
     ],
