@@ -8,7 +8,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import chat, completions, metrics, models, openapi, page, status, tokens
+from zmoe.server import (
+    anthropic,
+    chat,
+    completions,
+    metrics,
+    models,
+    openapi,
+    page,
+    responses,
+    status,
+    tokens,
+)
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
 from zmoe.server.http import error_answer
@@ -24,6 +35,8 @@ def make_app(front: Front) -> Starlette:
         *status.routes(front),
         *metrics.routes(front),
         *page.routes(),
+        *responses.routes(front),
+        *anthropic.routes(front),
     ]
     return Starlette(
         routes=[*routes, *openapi.routes(front, routes)],
