@@ -24,6 +24,7 @@ from zmoe.server.http import (
     read_body,
     until_disconnect,
 )
+from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
 
 _VERSIONS = ("2023-06-01", "2026-10-21")  # what differs between them is refused here, or taken
@@ -34,6 +35,7 @@ _PING = event({"type": "ping"}, "ping")
 def routes(front: Front) -> list[Route]:
     """The endpoints."""
 
+    @operation("Answer a chat, as Anthropic's API does", MessagesRequest)
     async def messages(request: Request) -> Response:
         _check_version(request)
         body = await read_body(request, MessagesRequest)
@@ -56,6 +58,7 @@ def routes(front: Front) -> list[Route]:
             )
         return await until_disconnect(request, _whole(events, answer))
 
+    @operation("How many tokens a chat has", CountRequest)
     async def count_tokens(request: Request) -> Response:
         _check_version(request)
         body = await read_body(request, CountRequest)

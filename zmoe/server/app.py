@@ -32,11 +32,11 @@ def make_app(front: Front) -> Starlette:
         *tokens.routes(front),
         *chat.routes(front),
         *completions.routes(front),
+        *responses.routes(front),
+        *anthropic.routes(front),
         *status.routes(front),
         *metrics.routes(front),
         *page.routes(),
-        *responses.routes(front),
-        *anthropic.routes(front),
     ]
     return Starlette(
         routes=[*routes, *openapi.routes(front, routes)],

@@ -17,6 +17,7 @@ from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
 from zmoe.server.generation import Choice, ToolCall
 from zmoe.server.http import event, event_stream, json_answer, read_body, until_disconnect
+from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
 from zmoe.server.responses_request import AnyItem, ResponsesRequest
 from zmoe.server.responses_store import ResponseStore
@@ -28,6 +29,7 @@ def routes(front: Front) -> list[Route]:
     """The endpoints."""
     store = ResponseStore()
 
+    @operation("Answer a chat, or go on with one", ResponsesRequest)
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponsesRequest)
         front.check_model(body.model)
@@ -50,11 +52,13 @@ def routes(front: Front) -> list[Route]:
             return await event_stream(_encoded(events), lambda e: _encode(answer.failed(e)))
         return await until_disconnect(request, _whole(events, answer))
 
+    @operation("An answer of before")
     async def retrieve(request: Request) -> Response:
         for name in request.query_params:
             raise invalid(name, "is not supported")
         return json_answer(store.get(request.path_params["id"])[0])
 
+    @operation("Forget an answer")
     async def delete(request: Request) -> Response:
         id = request.path_params["id"]
         store.delete(id)
