@@ -83,10 +83,21 @@ def test_who_leaves_is_counted(server: Server) -> None:
     eventually(lambda: metrics(server)["zmoe_requests_running", ""] == 0)
 
 
+def test_who_leaves_before_the_answer_is_counted(server: Server) -> None:
+    before = metrics(server)
+    with pytest.raises(httpx.ReadTimeout):
+        url, body = f"{server.url}/v1/chat/completions", {**BODY, "max_tokens": 900}
+        httpx.post(url, json={**body, "ignore_eos": True}, timeout=httpx.Timeout(60, read=0.05))
+    labels = "endpoint=/v1/chat/completions,status=499"
+    eventually(lambda: grown(server, before, "http_requests_total", labels) == 1)
+
+
 def test_refusals_are_counted(server: Server) -> None:
     before = metrics(server)
     assert chat(server, temperature=-1).status_code == 400
     assert httpx.get(f"{server.url}/no/such").status_code == 404
+    refused = httpx.get(f"{server.url}/v1/chat/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
     labels = "endpoint=/v1/chat/completions,status=400"
     assert grown(server, before, "http_requests_total", labels) == 1
     assert grown(server, before, "http_requests_total", "endpoint=none,status=404") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -43,6 +43,7 @@ def make_app(front: Front) -> Starlette:
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
+            ClientDisconnect: _gone,
             RecursionError: _too_deep,
             Exception: _internal_error,
         },
@@ -52,6 +53,10 @@ def make_app(front: Front) -> Starlette:
 def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_answer(request.url.path, error)
+
+
+def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # as nginx has it; for our metrics, since nobody listens
 
 
 def _too_deep(request: Request, _: Exception) -> Response:
@@ -67,6 +72,7 @@ def _internal_error(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
-    return error_answer(
-        request.url.path, ApiError(error.status_code, f"{where}: {error.detail}", code="not_found")
-    )
+    found = ApiError(error.status_code, f"{where}: {error.detail}", code="not_found")
+    answer = error_answer(request.url.path, found)
+    answer.headers.update(error.headers or {})  # such as Allow
+    return answer
