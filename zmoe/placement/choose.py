@@ -147,7 +147,7 @@ class Chooser:
         if label == "replicas" and on_one_machine(self._offers):
             return "the nodes share one machine's memory"
         if label == "slices" and not self._mapped:
-            return "no figures for MLX's products on slices"
+            return "no figures for MLX's matmuls on slices"
         return ""
 
     def _predicted(self, label: str, placement: Placement) -> Alternative:

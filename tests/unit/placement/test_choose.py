@@ -123,7 +123,7 @@ def test_slices_leave_a_machine_half_of_its_memory() -> None:
 def test_without_the_kernels_slices_are_not_tried() -> None:
     choice = choose(MEDIUM, here(2), mapped=False)
     assert choice.label == "experts"
-    assert choice.considered[-1].remark == "no figures for MLX's products on slices"
+    assert choice.considered[-1].remark == "no figures for MLX's matmuls on slices"
 
 
 def test_a_small_gain_is_not_worth_it() -> None:
