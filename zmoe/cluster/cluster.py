@@ -230,13 +230,13 @@ class Cluster:
     def _load(self, node: Node) -> None:
         engine = self.spec.engine
         if self._leader is not None:
-            shard, self.load_seconds = self._leader.start()
+            self.notices, self.load_seconds = self._leader.start()
             resources = self._leader.resources
         else:
             resources = [resources_of(engine, self.spec.placement.memory_limit, measure=False)]
             node.place(self._resolver.resolve(resources))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
-        self.notices = shard.notices
+            self.notices = shard.notices
         assert node.placement is not None
         mapped, schedule = is_native(engine), engine.schedule
         room = cache_room(self.info, resources, node.placement, mapped, schedule)

@@ -29,7 +29,7 @@ from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.arrays import Buffer
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
-from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard
+from zmoe.loading import LoadedExperts, LoadedShard, Skeleton, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
@@ -145,13 +145,12 @@ class Node:
         if self.exchange is not None and self._connected:
             self.exchange.service()
 
-    def load_follower(self, progress: Callable[[int, int], None]) -> float:
-        """As load(), of a worker, which in a centralised run loads experts only.
-
-        Returns the seconds that it took.
-        """
+    def load_follower(
+        self, progress: Callable[[int, int], None]
+    ) -> tuple[LoadedShard | LoadedExperts, float]:
+        """As load(), of a worker, which in a centralised run loads experts only."""
         if not self._is_central:
-            return self.load(progress)[1]
+            return self.load(progress)
         start = time.perf_counter()
         self._prepare()
         assert self.exchange is not None and self.placement is not None
@@ -165,7 +164,7 @@ class Node:
             skeleton=self.skeleton,
         )
         self._held = held.layers
-        return time.perf_counter() - start
+        return held, time.perf_counter() - start
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
         """Read this rank's share of the placement; returns the shard and the seconds it took.
