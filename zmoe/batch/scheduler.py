@@ -38,8 +38,7 @@ class Scheduler:
     that many keys at most, and a sequence's positions are not limited by its caches. While
     sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
     `max_queue` requests wait, `queue_seconds` each. `drafts` is the number of draft rows per
-    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step,
-    at first `first_step`.
+    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
@@ -58,7 +57,6 @@ class Scheduler:
         max_queue: int = 128,
         queue_seconds: float = 600.0,
         drafts: int | None = 0,
-        first_step: int = 1,
     ) -> None:
         if not 1 <= parallel <= max_rows:
             raise InputError(f"{parallel} sequences in steps of {max_rows} rows: expected 1 to all")
@@ -66,13 +64,13 @@ class Scheduler:
             raise InputError(f"{blocks} blocks of keys and values: expected at least 1")
         self._ids = itertools.count()
         most = None if window is None else blocks_of_window(window, max_rows)
-        self._unbounded = most is not None and most <= blocks
+        self._most = most
         self._memory = Blocks(blocks, most) if paged else Snapshots(blocks, exact, self._ids, most)
         self._paged, self._exact = paged, exact
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
         self._drafts = drafts
-        self.step = first_step
+        self.step = 1
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[int, Sequence] = {}  # these three by age
         self._prefilling: dict[int, Sequence] = {}
@@ -105,7 +103,13 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """The most positions that a sequence can have."""
-        return UNBOUNDED if self._unbounded else self._memory.count * BLOCK
+        unbounded = self._most is not None and self._most <= self._memory.count
+        return UNBOUNDED if unbounded else self._memory.count * BLOCK
+
+    def resize(self, blocks: int) -> None:
+        """Count `blocks` blocks from now on; for MLX's caches, whose size only a step tells."""
+        assert isinstance(self._memory, Snapshots)
+        self._memory.count = blocks
 
     def submit(self, request: Request, now: float) -> Sequence:
         """Queue a request.

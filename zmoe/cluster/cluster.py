@@ -240,16 +240,15 @@ class Cluster:
         assert node.placement is not None
         mapped, schedule = is_native(engine), engine.schedule
         room = cache_room(self.info, resources, node.placement, mapped, schedule)
+        blocks = 1
         if node.engine.paged:
             blocks = self._blocks_in(room, node.engine)
             (self._leader or node).make_cache(blocks)
-            self._batcher = self._make_batcher(node, blocks)
-            self._warm_up(node)
-        else:  # what a block of these caches takes is known once there is one
-            self._batcher = self._make_batcher(node, 1)
-            self._warm_up(node)
-            blocks = self._blocks_in(room, node.engine)
-            self._batcher = self._make_batcher(node, blocks, self._batcher.scheduler.step)
+        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
+        self._batcher = Batcher(run, node.engine, blocks, engine, self.spec.batching, node.spans)
+        self._warm_up(node)
+        if not node.engine.paged:  # only now it is known what a block of these caches takes
+            self._batcher.scheduler.resize(self._blocks_in(room, node.engine))
         if engine.parallel > 1 and not node.engine.can_batch:
             self.notices += (self._one_at_a_time(),)
 
@@ -268,11 +267,6 @@ class Cluster:
             longest = blocks_of_window(config.max_kv_size, config.max_rows)
         # One sequence must be able to run, even where memory is tight.
         return max(longest, min(room // engine.block_bytes, config.parallel * longest))
-
-    def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
-        engine, batching = self.spec.engine, self.spec.batching
-        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
-        return Batcher(run, node.engine, blocks, engine, batching, node.spans, first_step)
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""

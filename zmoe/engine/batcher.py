@@ -30,7 +30,6 @@ class Batcher:
         config: EngineConfig,
         batching: Batching,
         spans: Spans,
-        first_step: int = 1,
     ) -> None:
         """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
         parallel = config.parallel if engine.can_batch else 1
@@ -47,7 +46,6 @@ class Batcher:
             max_queue=batching.max_queue or waiting,
             queue_seconds=batching.queue_timeout,
             drafts=batching.drafts,
-            first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}
         self._counted: Counter[str] = Counter()
