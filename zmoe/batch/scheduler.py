@@ -37,8 +37,9 @@ class Scheduler:
     positions, and `exact` says that the caches cannot be cut. With a `window`, rows see
     that many keys at most, and a sequence's positions are not limited by its caches. While
     sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
-    `max_queue` requests wait, `queue_seconds` each. `drafts` is the number of draft rows per
-    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step.
+    `max_queue` requests wait (None: any number), `queue_seconds` each. `drafts` is the number of
+    draft rows per sequence, None to choose it by what pays, 0 for none. `step` is the number of the
+    next step.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
@@ -54,7 +55,7 @@ class Scheduler:
         exact: bool = False,
         window: int | None = None,
         step_seconds: float = 0.25,
-        max_queue: int = 128,
+        max_queue: int | None = None,
         queue_seconds: float = 600.0,
         drafts: int | None = 0,
     ) -> None:
@@ -124,7 +125,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, and the cache of keys and values holds "
                 f"{self.capacity} positions: one fewer must be left free"
             )
-        if len(self._waiting) >= self._max_queue:
+        if self._max_queue is not None and len(self._waiting) >= self._max_queue:
             raise QueueFullError(len(self._waiting))
         sequence = Sequence(
             id=next(self._ids),
@@ -170,11 +171,12 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Sequence]:
         """End the requests that have waited too long for their first step; returns them."""
-        late = [
-            sequence
-            for sequence in self._waiting.values()
-            if sequence.queued is None and now - sequence.submitted > self._queue_seconds
-        ]
+        late = []
+        for sequence in self._waiting.values():  # by age
+            if sequence.queued is None:
+                if now - sequence.submitted <= self._queue_seconds:
+                    break
+                late.append(sequence)
         for sequence in late:
             self.end(sequence.id)
         return late
