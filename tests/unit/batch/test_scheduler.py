@@ -255,6 +255,21 @@ def test_snapshots_of_exact_caches_are_taken_at_borders() -> None:
     assert (same.cached, other.cached) == (99, 70)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_snapshots_are_shared_under_one_salt_only(exact: bool) -> None:
+    one = scheduler(paged=False, exact=exact)
+    for _ in range(2):  # the second time each finds its own
+        found = []
+        for salt in (b"", b"key"):
+            sequence = submit(one, range(100), 1, salt=salt)
+            while sequence.id in one._sequences:
+                step(one)
+            found.append(sequence.cached)
+    assert found == [99, 99]
+    submit(one, [*range(99), 7], 1, salt=b"other")
+    assert step(one).forks == ()
+
+
 def test_snapshots_of_other_caches_are_cut() -> None:
     one = scheduler(paged=False)
     first = submit(one, range(100), 2)

@@ -226,7 +226,7 @@ def check_snapshots(
     held = (caches.keys() - set(memory.free)) | new
     assert memory._texts.keys() <= held
     assert held - memory._texts.keys() <= running
-    blocks = sum(-(-len(text) // BLOCK) for text in memory._texts.values())
+    blocks = sum(-(-len(text) // BLOCK) for _, text in memory._texts.values())
     assert blocks == memory._kept
     assert len(running) * memory._longest + blocks <= memory.count
 
