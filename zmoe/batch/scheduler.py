@@ -150,15 +150,22 @@ class Scheduler:
             self._leave(sequence, keep=True)
         self._changed = True
 
-    def known(self, tokens: Items[int]) -> tuple[int, ...]:
-        """The blocks of the longest beginning of `tokens` that is computed, in full blocks."""
-        return self._memory.find(_text([*tokens, 0])).blocks
+    def known(self, tokens: Items[int]) -> Found:
+        """Where the longest beginning of `tokens` is that is computed: in full blocks, or in a
+        snapshot or a running sequence.
+        """
+        text, memory = _text([*tokens, 0]), self._memory
+        return memory.known(text) if isinstance(memory, Snapshots) else memory.find(text)
 
     def adopt(self, tokens: Items[int], fill: Callable[[list[int]], None]) -> int:
-        """Have `fill` write the full blocks of a text into blocks, where prompts then find it.
+        """Have `fill` write a text into blocks, the full ones, or into a snapshot of that number,
+        where prompts then find it.
 
-        Returns the number of tokens for which there were blocks; `fill` may raise.
+        Returns the number of tokens for which there was room; `fill` may raise.
         """
+        if isinstance(self._memory, Snapshots):
+            self._memory.adopt(_text(tokens), fill)
+            return self.known(tokens).length
         blocks = min(len(tokens) // BLOCK, self.available)
         text = _text(tokens[: blocks * BLOCK])
         if blocks and self._memory.begin(text, Found(0, prefix=Prefix(None, text.salt)), 0):

@@ -7,7 +7,7 @@ positions, as if each running sequence were as long as the longest: a batch is p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from zmoe.batch.blocks import Found
@@ -38,7 +38,7 @@ class Snapshots:
         self.forks: list[Fork] = []  # those of the next plan
         self._texts: OrderedDict[int, _Text] = OrderedDict()  # the least recently used first
         self._kept = 0  # blocks of all snapshots
-        self._running: dict[int, int] = {}  # blocks of each running sequence
+        self._running: dict[Sequence, int] = {}  # blocks of each running sequence
         self._longest = 0  # the most of them
 
     @property
@@ -102,7 +102,7 @@ class Snapshots:
 
     def end(self, sequence: Sequence, keep: bool = True) -> None:
         """It no longer runs; its cache stays as a snapshot if `keep`."""
-        del self._running[sequence.id]
+        del self._running[sequence]
         self._longest = max(self._running.values(), default=0)
         length = min(sequence.position, len(sequence.tokens))
         whole = sequence.position <= len(sequence.tokens) and not sequence.verifying
@@ -112,8 +112,24 @@ class Snapshots:
             self.free.append(sequence.id)
         sequence.room = sequence.sent = 0
 
+    def known(self, text: Sequence) -> Found:
+        """As find(), or among the running sequences unless caches cannot be cut."""
+        best = self.find(text)
+        for running in self._running if not self.exact else ():
+            most = min(running.position, len(running.tokens), len(text.tokens) - 1)
+            length = _common(running.tokens, text.tokens, most)
+            if running.salt == text.salt and length > best.length and length >= BLOCK:
+                best = Found(length, snapshot=running.id)
+        return best
+
+    def adopt(self, text: Sequence, fill: Callable[[list[int]], None]) -> None:
+        """Have `fill` make the snapshot of that number if there is room and none has the text."""
+        new = next(self._ids)
+        if self._add(new, (text.salt, text.tokens)):
+            fill([new])
+
     def _count(self, sequence: Sequence, blocks: int) -> None:
-        self._running[sequence.id] = blocks
+        self._running[sequence] = blocks
         self._longest = max(self._longest, blocks)
         sequence.room = UNBOUNDED if blocks == self._most else blocks * BLOCK
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zmoe.batch.plan import BLOCK, Plan, blocks_of, blocks_of_window
+from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
-from zmoe.cluster.prompt_cache import read_prompt_cache, write_prompt_cache
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
@@ -419,32 +418,31 @@ class Cluster:
         the file, and a node that cannot read it; that ends the cluster.
         """
         path = Path(path).absolute()
-        saved = read_prompt_cache(path, self.info, self.spec.engine)
         with self._running() as node:
-            saved.check(node.memory)
+            saved = node.read_prompt_cache(path)
             self._batcher.end_forced()
 
-            def fill(blocks: Sequence[int]) -> None:
+            def read(places: Sequence[int]) -> None:
                 try:
-                    (self._leader or node).load_prefix(path, blocks, saved.digest)
+                    (self._leader or node).load_prefix(path, places, saved.digest)
                 except BaseException as error:
                     self._failed = _reason(error)
                     raise
 
-            return self._batcher.scheduler.adopt(saved.tokens, fill)
+            return self._batcher.scheduler.adopt(saved.tokens, read)
 
     def save_prompt_cache(self, path: str | Path, prompt: Sequence[int]) -> int:
         """Write the keys and values of `prompt` (ids) that are in the cache to the file `path`.
 
         Returns the number of its tokens that they are of; where that is 0, less than a block of
-        64, there is no file. Raises InputError that names the file.
+        64, there is no file. Raises InputError that names the file, or says why there can be none.
         """
         with self._running() as node:
-            memory, blocks = node.memory, self._batcher.scheduler.known(prompt)
-            tokens = prompt[: len(blocks) * BLOCK]
-            if blocks:
-                write_prompt_cache(Path(path), self.info, self.spec.engine, tokens, memory, blocks)
-            return len(tokens)
+            node.prompt_cache_format()
+            found = self._batcher.scheduler.known(prompt)
+            if found.length:
+                node.save_prefix(Path(path), prompt[: found.length], found)
+            return found.length
 
     def begin(self) -> StepFunction:
         """Begin a sequence whose caller brings every token, and picks from the logits itself.

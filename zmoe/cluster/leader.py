@@ -163,14 +163,14 @@ class Leader:
         self.node.make_cache(blocks)
         self._bus.broadcast(Cache(blocks))
 
-    def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:
-        """Have every node that has caches read a prompt cache into `blocks`.
+    def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
+        """Have every node that has caches read a prompt cache into `places`, as Node does.
 
         Raises InputError, naming the node, for one that cannot.
         """
         if self.spec.engine.schedule == "decentralized":
-            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(blocks)))
-        self.node.load_prefix(path, blocks, digest)
+            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(places)))
+        self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
             self._collect(Loaded, "has not read the prompt cache", self.spec.timing.load)
 

@@ -144,13 +144,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class LoadPrefix:
-    """Leader to worker: read the prompt cache `path` of this digest, the first blocks of it into
-    `blocks`.
+    """Leader to worker: read the prompt cache `path` of this digest into `places`: blocks, for the
+    first ones of it, or on MLX's caches the number of a sequence.
     """
 
     path: Text
     digest: Word
-    blocks: Annotated[tuple[Counter, ...], items(1, 2**19)]
+    places: Annotated[tuple[Counter, ...], items(1, 2**19)]
 
 
 @dataclass(frozen=True)

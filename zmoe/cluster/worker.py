@@ -170,7 +170,7 @@ class Worker:
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
             elif isinstance(message, LoadPrefix):
-                node.load_prefix(Path(message.path), message.blocks, message.digest)
+                node.load_prefix(Path(message.path), message.places, message.digest)
                 self._bus.send(Loaded())
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))

@@ -221,7 +221,7 @@ def check_snapshots(
 ) -> None:
     """The nodes hold what is counted, once the pending operations are done."""
     running = {sequence.id for sequence in sequences if sequence.room}
-    assert running == memory._running.keys()
+    assert running == {sequence.id for sequence in memory._running}
     new = {fork.new for fork in memory.forks}
     held = (caches.keys() - set(memory.free)) | new
     assert memory._texts.keys() <= held
