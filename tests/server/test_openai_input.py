@@ -193,7 +193,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
             "response_format": {"type": "json_object"},
         },
         "tool_choice",
-        "another",
+        "grammar",
     ),
     ({"reasoning_effort": "high"}, "reasoning_effort", "does not change"),
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "tokenize"),

@@ -63,7 +63,7 @@ class ChatRequest(ChatPrompt, CompletionFields):
         grammar = await self.answer_grammar(front)
         if forced:
             if grammar:
-                raise invalid("tool_choice", "asks for a call, and the answer is to be another")
+                raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
             await asyncio.to_thread(check_parameters, front.grammars, functions)
             grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
             await self.check_grammar(front, grammar, "tools")

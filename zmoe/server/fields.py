@@ -162,7 +162,8 @@ class CompletionFields(Body):
         param = "response_format.json_schema"
         if found.json_schema is None:
             raise ApiError(400, f"{param} is missing", param, "missing_required_parameter")
-        return f"{param}.schema", found.json_schema.schema_ or {"type": "object"}
+        schema = found.json_schema.schema_
+        return f"{param}.schema", {"type": "object"} if schema is None else schema
 
     async def answer_grammar(self, front: Front) -> str:
         """The grammar of the answer, empty where there is none. Raises ApiError."""
