@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 ACTIVATIONS = ("exact", "int8")
@@ -262,8 +262,7 @@ class Batching(Settings):
     `step_ms`: while sequences are generating, steps that also run a part of a new prompt aim at
     that many milliseconds. `speculate`: how many tokens to guess from the text so far and
     have checked in one step; "auto" adapts it to what pays. `max_queue`: most sequences that
-    wait, None for four times as many as may run; `queue_timeout`: seconds until one that waits
-    is given up.
+    wait, None for no limit; `queue_timeout`: seconds until one that waits is given up.
     """
 
     step_ms: Annotated[
