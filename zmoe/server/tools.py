@@ -91,6 +91,20 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
     return "\n".join(rules)
 
 
+def check_parameters(grammars: Grammars, functions: dict[int, Function]) -> None:
+    """Raise ApiError that names the first schema that cannot be compiled."""
+    for at, function in functions.items():
+        try:
+            grammars.check(json_grammar(_schema(function)))
+        except InputError as error:
+            param = f"tools[{at}].function.parameters"
+            raise invalid(param, f"cannot be compiled: {error}") from None
+
+
+def _schema(function: Function) -> dict[str, Any]:
+    return {"type": "object", **function.parameters}
+
+
 def answer_or_calls_grammar(
     schema: Mapping[str, Any], tokenizer: TokenizerWrapper, grammars: Grammars
 ) -> str:
@@ -113,17 +127,3 @@ def _marker(marker: str, tokenizer: TokenizerWrapper, grammars: Grammars) -> str
     ids = tokenizer.encode(marker, add_special_tokens=False)
     is_special = len(ids) == 1 and grammars.is_special(ids[0])
     return f"<[{ids[0]}]>" if is_special else json.dumps(marker)
-
-
-def check_parameters(grammars: Grammars, functions: dict[int, Function]) -> None:
-    """Raise ApiError that names the first schema that cannot be compiled."""
-    for at, function in functions.items():
-        try:
-            grammars.check(json_grammar(_schema(function)))
-        except InputError as error:
-            param = f"tools[{at}].function.parameters"
-            raise invalid(param, f"cannot be compiled: {error}") from None
-
-
-def _schema(function: Function) -> dict[str, Any]:
-    return {"type": "object", **function.parameters}
