@@ -45,6 +45,7 @@ def make_app(front: Front) -> Starlette:
             HTTPException: _http_error,
             ClientDisconnect: _gone,
             RecursionError: _too_deep,
+            ClientDisconnect: _gone,
             Exception: _internal_error,
         },
     )
@@ -62,6 +63,10 @@ def _gone(_: Request, __: Exception) -> Response:
 def _too_deep(request: Request, _: Exception) -> Response:
     error = ApiError(400, "the body is nested too deeply", code="invalid_value")
     return error_answer(request.url.path, error)
+
+
+def _gone(request: Request, _: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 def _internal_error(request: Request, error: Exception) -> Response:
