@@ -67,7 +67,7 @@ class Engine:
     nodes: int
     cores: int | None
     command: Callable[[int], Sequence[str]]
-    env: Mapping[str, str]
+    env: tuple[tuple[str, str], ...]
 
 
 def arguments() -> argparse.Namespace:
@@ -109,7 +109,7 @@ def zmoe(options: argparse.Namespace) -> list[Engine]:
         return lambda port: [*words, "--port", str(port)]
 
     return [
-        Engine("zmoe", each.nodes, each.cores, command(each.nodes, each.cores), {})
+        Engine("zmoe", each.nodes, each.cores, command(each.nodes, each.cores), ())
         for each in options.nodes
     ]
 
@@ -139,7 +139,7 @@ def llama(options: argparse.Namespace) -> Iterator[list[Engine]]:
 
     with tempfile.TemporaryDirectory() as libraries:
         link(folder, Path(libraries))
-        env = dict.fromkeys(PATHS, libraries)
+        env = tuple((path, libraries) for path in PATHS)
         yield [Engine("llama-server", 1, n, command(n), env) for n in core_counts(options)]
 
 
@@ -320,15 +320,16 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def vocabulary(model: str) -> int:
+    """Below which the tokens of our prompts are."""
     from zmoe.checkpoint.hub import resolve_model
-    from zmoe.loading import Skeleton, describe
+    from zmoe.engine.prompt import open_tokenizer
 
-    return describe(Skeleton(resolve_model(model))).vocabulary
+    return int(len(open_tokenizer(Path(resolve_model(model)))) * 0.9)  # the last ones are special
 
 
 def benchmark() -> int:
     options = arguments()
-    options.vocabulary = vocabulary(options.model) - 32  # without most of the special tokens
+    options.vocabulary = vocabulary(options.model)
     block, absent = environment(), dict[str, str]()
     with contextlib.ExitStack() as stack:
         engines = zmoe(options)

@@ -19,7 +19,7 @@ from tests.conftest import unused_port
 
 MARK = "ZMOE_TEST_MARK"
 READY_S = 120.0
-END_S = 60.0
+END_S = 120.0
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"

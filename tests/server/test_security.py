@@ -79,7 +79,9 @@ def test_keys_do_not_share_what_is_cached(guarded: Server) -> None:
         usage = httpx.post(url, json=body, headers=headers, timeout=60).json()["usage"]
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
-    assert [cached(key) for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1])] == [0, 64, 0, 64]
+    first, again, other, other_again = map(cached, (KEYS[0], KEYS[0], KEYS[1], KEYS[1]))
+    assert first == other == 0
+    assert again == other_again >= 64
 
 
 @pytest.mark.parametrize(
