@@ -101,6 +101,7 @@ class _EngineProcess:
             on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
         ) as cluster:
             self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
+            self._grammars.prepare()  # all would wait for it
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())

@@ -67,6 +67,7 @@ class Front:
         self.generator = Generator(self.link, self.tokenizer)
         self.grammars = Grammars(self.tokenizer)
         self._renderer = ThreadPoolExecutor(4, "zmoe-prompts")  # one long prompt holds up no other
+        self._renderer.submit(self.grammars.prepare)
 
     @property
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,11 @@ class Grammars:
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self._tokenizer, self._compiled = tokenizer, lru_cache(maxsize=32)(self._compile)
         self._vocabulary: LLTokenizer | None = None
+
+    def prepare(self) -> None:
+        """Do what the first grammar would else wait for, which takes some seconds."""
+        with suppress(InputError):  # said to whoever asks for a grammar
+            self._tokens()
 
     def check(self, grammar: str) -> None:
         """Raise InputError, with llguidance's reason, for a grammar that cannot be compiled.
@@ -66,7 +72,7 @@ class Grammars:
         return matcher
 
     def _tokens(self) -> LLTokenizer:
-        """The tokenizer as llguidance sees it, which takes it a second to make."""
+        """The tokenizer as llguidance sees it."""
         if self._vocabulary is None:
             try:
                 self._vocabulary = llguidance.hf.from_tokenizer(
