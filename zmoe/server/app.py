@@ -43,7 +43,6 @@ def make_app(front: Front) -> Starlette:
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
-            ClientDisconnect: _gone,
             RecursionError: _too_deep,
             ClientDisconnect: _gone,
             Exception: _internal_error,
@@ -54,10 +53,6 @@ def make_app(front: Front) -> Starlette:
 def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_answer(request.url.path, error)
-
-
-def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # as nginx has it; for our metrics, since nobody listens
 
 
 def _too_deep(request: Request, _: Exception) -> Response:

@@ -46,7 +46,7 @@ class Answer {
     const follows = isAtEnd();
     this.details.hidden = this.reasoning === "";
     this.thoughts.textContent = this.reasoning;
-    this.text.replaceChildren(...marked(this.content));
+    this.text.replaceChildren(...marked(this.content.trim()));
     if (follows) scrollToEnd();
   }
 
@@ -61,7 +61,7 @@ class Answer {
       const cached = this.tokens.prompt_tokens_details?.cached_tokens ?? 0;
       facts.push(`${figure(count)} tokens`);
       if (count > 1 && took > 0) facts.push(`${figure((1e3 * (count - 1)) / took)} tokens/s`);
-      if (cached > 0) facts.push(`${figure(cached)} of the prompt from the cache`);
+      if (cached > 0) facts.push(`${figure(cached)} cached`);
     }
     if (this.firstAt) facts.push(`first after ${duration(1e3 * (this.firstAt - this.begun))}`);
     if (this.reason === "length") facts.push("ended at the limit");
