@@ -137,7 +137,7 @@ def test_the_cluster(server: Server) -> None:
     assert len(set(ports)) == 4 and all(1024 <= port < 65536 for port in ports)
     assert found["queue"]["parallel"] == 32
     assert 0 <= found["cache"]["used"] <= found["cache"]["blocks"]
-    whole, counts = found["whole"], found["counts"]
+    whole, counts = found["total"], found["counts"]
     assert set(whole["layer_us"]) == {"experts", "exchange", "wait", "other"}
     assert all(part >= 0 for part in whole["layer_us"].values())
     spent_s = 1e-6 * sum(whole["layer_us"].values()) * whole["steps"] * model["layers"]

@@ -45,7 +45,7 @@ class History:
         """The last seconds of a model of so many layers; None before there are any."""
         return _between(self._recent[0], self._recent[-1], layers) if self._recent else None
 
-    def whole(self, layers: int) -> Interval | None:
+    def total(self, layers: int) -> Interval | None:
         """All since the beginning; None before there is any."""
         return _between(self._first, self._recent[-1], layers) if self._first else None
 

@@ -42,7 +42,7 @@ class Meters:
             buckets=_GAP_S,
             registry=registry,
         )
-        self.whole = Histogram(
+        self.duration = Histogram(
             "zmoe_request_duration_seconds",
             "From when a prompt is given to the cluster until its text has ended",
             buckets=_REQUEST_S,
@@ -77,4 +77,4 @@ class GenerationMeter:
     def end(self, reason: str) -> None:
         """The text has ended."""
         self._meters.generations.labels(reason).inc()
-        self._meters.whole.observe(time.monotonic() - self._begun)
+        self._meters.duration.observe(time.monotonic() - self._begun)

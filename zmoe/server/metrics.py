@@ -94,7 +94,7 @@ class _Engine(Collector):
         yield _gauge("layers", "Layers of the model", layers)
         yield _counter("steps", "Steps of the cluster", counts.steps)
         yield _counter("step_seconds", "Seconds that steps have taken", counts.step_seconds)
-        whole = self._link.history.whole(layers)
+        whole = self._link.history.total(layers)
         parts = {} if whole is None else whole.layer_seconds
         described = "Mean seconds that a layer of a step has spent, by part"
         yield _gauge("layer_seconds", described, parts, "part")

@@ -60,7 +60,7 @@ def status_of(front: Front) -> dict[str, Any]:
             "tokens_per_block": BLOCK,
         }
         found["recent"] = _of_interval(link.history.recent(layers))
-        found["whole"] = _of_interval(link.history.whole(layers))
+        found["total"] = _of_interval(link.history.total(layers))
         found["counts"] = dataclasses.asdict(counts)
     return found
 

@@ -101,7 +101,7 @@ def after(steps: int, waited_us: int = 600_000) -> Counts:
 
 def test_where_the_time_of_a_layer_went(clock: Clock) -> None:
     known = History()
-    assert known.recent(2) is None and known.whole(2) is None
+    assert known.recent(2) is None and known.total(2) is None
     known.add(counts(0, exchange={"waited_us": 100_000}))  # of the warm-up, say
     clock.now += 2.0
     known.add(after(10))
@@ -118,7 +118,7 @@ def test_an_exchange_is_no_shorter_than_its_wait(clock: Clock) -> None:
     known = History()
     known.add(counts(0))
     known.add(after(10, waited_us=5_000_000))
-    found = known.whole(layers=1)
+    found = known.total(layers=1)
     assert found is not None
     assert found.layer_seconds["exchange"] == 0.0
     assert found.layer_seconds["wait"] == pytest.approx(0.07)
@@ -129,7 +129,7 @@ def test_what_is_long_ago_is_not_recent(clock: Clock) -> None:
     for second in range(60):
         clock.now += 1.0
         known.add(after(10) if second else counts(0))
-    recent, whole = known.recent(1), known.whole(1)
+    recent, whole = known.recent(1), known.total(1)
     assert recent is not None and whole is not None
     assert 2.0 <= recent.seconds <= 5.0
     assert (recent.steps, recent.generated_tokens, recent.layer_seconds) == (0, 0, {})

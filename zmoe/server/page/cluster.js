@@ -79,9 +79,9 @@ function drawTrend() {
   area.setAttribute("d", points.length > 1 ? `M${first},32L${points.join("L")}L120,32Z` : "");
 }
 
-function showLayer({ recent, whole }) {
+function showLayer({ recent, total: sinceStart }) {
   const busy = recent.steps > 0;
-  const parts = busy ? recent.layer_us : whole.layer_us;
+  const parts = busy ? recent.layer_us : sinceStart.layer_us;
   const total = PARTS.reduce((sum, part) => sum + (parts[part] ?? 0), 0);
   if (total === 0) return;
   setText($("layer-total"), `${duration(total)} ${busy ? "in the last seconds" : "since the start"}`);
