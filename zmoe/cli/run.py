@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zmoe import __version__
 from zmoe.cli.cluster import add_cluster, cluster_spec
@@ -21,6 +21,7 @@ from zmoe.cli.common import (
     check_writable,
     given_settings,
     run_command,
+    template_config,
     warn_unencrypted,
 )
 from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig, Sampling
@@ -100,21 +101,9 @@ def _unicode(name: str, text: str) -> str:
     return text
 
 
-def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
-    if options.chat_template_config is None:
-        return None
-    try:
-        config = json.loads(options.chat_template_config)
-    except ValueError as error:
-        raise InputError(f"--chat-template-config is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError("--chat-template-config: expected a JSON object")
-    return config
-
-
 def _generate(options: argparse.Namespace) -> None:
     sampling, prompt = Sampling(**given_settings(options, Sampling)), _prompt(options)
-    template = _template_config(options)
+    template = template_config(options.chat_template_config)
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)
@@ -127,6 +116,7 @@ def _generate(options: argparse.Namespace) -> None:
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.launch import ask_for_nodes
     from zmoe.cluster.prompt_cache import read_prompt_cache
     from zmoe.placement.usage import check_usage_file
 
@@ -138,7 +128,7 @@ def _generate(options: argparse.Namespace) -> None:
                 spec=spec,
                 progress=progress,
                 on_placement=on_placement,
-                on_manual=partial(_ask_for_nodes, progress),
+                on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
             )
             if options.record_usage is not None:
                 check_usage_file(options.record_usage, cluster.info)
@@ -193,10 +183,6 @@ def _explain(progress: Bars, choice: Choice) -> None:
     from zmoe.cli.report import explanation
 
     progress.print(explanation(choice))
-
-
-def _ask_for_nodes(progress: Bars, commands: Sequence[str]) -> None:
-    progress.print("\n".join((f"{PROG}: waiting for nodes; start each on its machine:", *commands)))
 
 
 def _show(tokens: Iterable[Token], quiet: bool) -> None:

@@ -4,32 +4,58 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import chat, models
+from zmoe.server import chat, completions, models, tokens
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
-from zmoe.server.http import error_body
+from zmoe.server.http import error_answer
 
 
 def make_app(front: Front) -> Starlette:
     """The application that serves `front`'s model."""
-    routes: list[Route] = [*models.routes(front), *chat.routes(front)]
+    routes: list[Route] = [
+        *models.routes(front),
+        *tokens.routes(front),
+        *chat.routes(front),
+        *completions.routes(front),
+    ]
     return Starlette(
         routes=routes,
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error},
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            RecursionError: _too_deep,
+            ClientDisconnect: _gone,
+            Exception: _internal_error,
+        },
     )
 
 
-def _api_error(_: Request, error: Exception) -> Response:
+def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error_body(error), error.status, error.headers)
+    return error_answer(request.url.path, error)
+
+
+def _too_deep(request: Request, _: Exception) -> Response:
+    error = ApiError(400, "the body is nested too deeply", code="invalid_value")
+    return error_answer(request.url.path, error)
+
+
+def _gone(request: Request, _: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def _internal_error(request: Request, error: Exception) -> Response:
+    reason = f"internal error: {type(error).__name__}"
+    return error_answer(request.url.path, ApiError(500, reason, code="internal_error"))
 
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
-    found = ApiError(error.status_code, f"{where}: {error.detail}", code="not_found")
-    return JSONResponse(error_body(found), error.status_code, dict(error.headers or {}))
+    return error_answer(
+        request.url.path, ApiError(error.status_code, f"{where}: {error.detail}", code="not_found")
+    )

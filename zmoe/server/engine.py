@@ -14,6 +14,7 @@ import zmq
 
 from zmoe.batch.plan import BLOCK
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.launch import ask_for_nodes
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.sampler import Pick
 from zmoe.engine.stream import Stream
@@ -107,9 +108,10 @@ class _EngineProcess:
             self._model,
             spec=self._spec,
             progress=self._loading,
-            on_manual=lambda commands: self._tell(Notice("\n".join(commands))),
+            on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
         ) as cluster:
             self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
+            self._grammars.prepare()  # all would wait for it
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())

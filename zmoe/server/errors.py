@@ -20,7 +20,9 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Those of the answer."""
-        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
 
 def invalid(param: str, problem: str) -> ApiError:

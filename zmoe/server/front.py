@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from zmoe import __version__
 from zmoe.config import SECONDS, Setting, Settings, whole
 from zmoe.server.errors import ApiError
 from zmoe.server.generation import Generator
@@ -15,6 +21,7 @@ from zmoe.server.grammar import Grammars
 from zmoe.server.link import EngineLink
 from zmoe.server.prompts import Prompts
 
+T = TypeVar("T")
 _PORT = whole("a port from 1 to 65535", 1, 65535)
 _HOST_HELP = "Address to listen on; others than loopback let other machines in"
 _NAME_HELP = "Name under which clients ask for the model (default: that of --model)"
@@ -59,6 +66,15 @@ class Front:
         self.prompts = Prompts(self.tokenizer)
         self.generator = Generator(self.link, self.tokenizer)
         self.grammars = Grammars(self.tokenizer)
+        self._renderer = ThreadPoolExecutor(4, "zmoe-prompts")  # one long prompt holds up no other
+        self._renderer.submit(self.grammars.prepare)
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands for the software and the cluster: answers may change with it."""
+        ready = self.link.ready
+        known = (__version__, self.model, ready and (ready.layers, len(ready.nodes)))
+        return f"fp_{hashlib.blake2b(repr(known).encode(), digest_size=5).hexdigest()}"
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served; None is the one that is."""
@@ -77,3 +93,27 @@ class Front:
         if self.link.state != "ready":
             because = f": {self.link.reason}" if self.link.reason else ""
             raise ApiError(503, f"the model is {self.link.state}{because}", code=self.link.state)
+
+    def room(self, prompt_tokens: int, param: str) -> int:
+        """The most tokens that fit behind a prompt. Raises ApiError, naming the field `param`,
+        where that is none.
+        """
+        ready = self.link.ready
+        if ready is None:
+            raise ApiError(503, f"the model is {self.link.state}", code=self.link.state)
+        if not ready.context:
+            return max(1, ready.capacity)
+        if prompt_tokens >= ready.context:
+            raise ApiError(
+                400,
+                f"{param} has {prompt_tokens} tokens, and the model's context {ready.context}: "
+                f"shorten it to at most {ready.context - 1}",
+                param,
+                "context_length_exceeded",
+            )
+        return ready.context - prompt_tokens
+
+    async def apart(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of `function`, in a thread of those that render prompts."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._renderer, partial(function, *args, **kwargs))

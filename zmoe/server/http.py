@@ -6,16 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from zmoe.server.errors import ApiError
 
 KEEP_ALIVE_S = 10.0  # without an event, until a comment is sent
-STALLED_S = 60.0  # that a client may read nothing
+BODY_S = 60.0  # within which a request's body must come
 KEEP_ALIVE = b": keep-alive\n\n"
 MAX_BODY_BYTES = 8 << 20
 
@@ -24,31 +24,67 @@ B = TypeVar("B", bound="Body")
 
 
 class Body(BaseModel):
-    """A request's JSON object. Unknown fields are errors, and so are numbers in strings."""
+    """A request's JSON object. Unknown fields are errors, and so are numbers in strings; a field
+    that is null is one that is not given.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 async def read_body(request: Request, kind: type[B]) -> B:
     """The request's body. Raises ApiError that names the field at fault."""
     raw = await _bytes_of(request)
     try:
-        found = json.loads(raw)
+        text = raw.decode()
+        found = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:  # that of bytes that are not UTF-8, too
         raise ApiError(400, f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
+    if "\\ud" in text.lower():  # an escape of half a character outside of the first 65536
+        _check_unicode(found)
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = _path(first["loc"])
-        unknown = first["type"] == "extra_forbidden"
-        problem = "is not supported" if unknown else f"is wrong: {first['msg']}"
-        code = "unsupported_parameter" if unknown else "invalid_type"
-        raise ApiError(400, f"{param or 'the body'} {problem}", param or None, code) from None
+        raise _refusal(error) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_unicode(found: Mapping[str, Any]) -> None:
+    for name, value in found.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            param = ascii(name)[1:-1]
+            problem = f"{param} holds half of a surrogate pair, which is no Unicode text"
+            raise ApiError(400, problem, param, "invalid_value") from None
+
+
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unsupported_parameter"}
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """The first problem that pydantic has found."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    kind, param = first["type"], _path(first["loc"])
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    if kind == "refused":
+        problem = first["msg"]
+    elif kind in _CODES:
+        problem = "is missing" if kind == "missing" else "is not supported"
+    else:
+        problem = f"is wrong: {first['msg']}"
+    return ApiError(400, f"{param or 'the body'} {problem}", param or None, code)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -59,12 +95,15 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 async def _bytes_of(request: Request) -> bytes:
     received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > MAX_BODY_BYTES:
-            raise ApiError(
-                413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large"
-            )
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                received += chunk
+                if len(received) > MAX_BODY_BYTES:
+                    limit = f"{MAX_BODY_BYTES >> 20} MiB"
+                    raise ApiError(413, f"the body has more than {limit}", code="body_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {BODY_S:g} s", code="timeout") from None
     return bytes(received)
 
 
@@ -82,6 +121,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
             "code": error.code,
         }
     }
+
+
+def error_answer(path: str, error: ApiError) -> Response:
+    """The answer to a request of `path`, in the form of its API."""
+    return JSONResponse(error_body(error), error.status, error.headers)
 
 
 async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:

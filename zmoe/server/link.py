@@ -87,14 +87,13 @@ class EngineLink:
                 ended = await self._live()
             except asyncio.CancelledError:
                 self.state = "closed"
+                self._fail_all("the server is closing")
                 raise
-            finally:
-                self._fail_all()
             self.state, self.reason, self.ready = "failed", ended.error, None
+            self._fail_all(f"the cluster has ended: {ended.error}")
             if ended.input_error:
                 raise InputError(ended.error)
             self._on_notice(f"the cluster has ended: {ended.error}; it is started again")
-            self._fail_all()
             pause = 1.0 if time.monotonic() - begun > _LONGEST_PAUSE_S else pause * 2
             await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
             self.state, self.stats = "loading", None
@@ -172,9 +171,8 @@ class EngineLink:
         elif isinstance(message, Ready):
             self.ready, self.state, self.reason = message, "ready", ""
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, reason: str) -> None:
         """Tell all requests that their engine has ended."""
-        reason = f"the cluster has ended: {self.reason}" if self.reason else "the server is closing"
         for number, queue in self._queues.items():
             queue.put_nowait(Output(number, (), (), "error", "failed", reason, 0))
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.meta import find_undeclared_variables
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from zmoe.engine.prompt import check_ids
 from zmoe.errors import InputError
 from zmoe.server.errors import ApiError, invalid
+
+# What a template is given in any case, and how mlx-lm and transformers are called.
+_GIVEN = frozenset(
+    {"messages", "conversation", "tools", "chat_template", "raise_exception", "strftime_now"}
+    | {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
+    | {"return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs", "padding"}
+    | {"truncation", "max_length", "bos_token", "eos_token", "unk_token", "pad_token"}
+    | DEFAULT_NAMESPACE.keys()
+)
+_OPENING = 16  # tokens at the end of a prompt within which a template opens thoughts, if it does
 
 Message = Mapping[str, Any]  # as chat templates take it: role, content, tool_calls, ...
 
@@ -35,12 +51,12 @@ class Prompts:
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self.tokenizer = tokenizer
+        self._beginning = lru_cache(maxsize=16)(self._render_beginning)
 
     def of_text(self, text: str, param: str = "prompt") -> Prompt:
         """The prompt of a completion. Raises ApiError."""
         if not text:
             raise invalid(param, "is empty")
-        _check_unicode(text, param)
         return Prompt(list(self.tokenizer.encode(text)))
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> Prompt:
@@ -48,7 +64,8 @@ class Prompts:
         try:
             return Prompt(check_ids(ids, self.tokenizer))
         except InputError as error:
-            raise ApiError(400, str(error), param) from None
+            problem = str(error).replace("the prompt", param, 1)
+            raise ApiError(400, problem, param, "invalid_value") from None
 
     def of_chat(
         self,
@@ -63,17 +80,66 @@ class Prompts:
 
         A model without template is given the contents, one after the other. Raises ApiError.
         """
+        self._check_kwargs(kwargs or {})
         ids = self._render(messages, tools, kwargs, continue_last)
         system = list(takewhile(lambda m: m["role"] == "system", messages))
         borders: tuple[int, ...] = ()
         if system and len(system) < len(messages):
-            others = (
-                self._render([*system, {"role": "user", "content": text}], tools, kwargs, False)
-                for text in ("A", "1")
-            )
-            alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *others))
+            known = self._beginning(json.dumps([system, tools, kwargs]))
+            alike = takewhile(lambda tokens: tokens[0] == tokens[1], zip(ids, known))
             borders = (sum(1 for _ in alike),)
-        return Prompt(ids, borders, self._state(ids))
+        return Prompt(ids, borders, self._state(ids, 0 if continue_last else len(ids) - _OPENING))
+
+    def kwargs_of_effort(self, effort: str) -> dict[str, Any]:
+        """What tells the template how much the model is to think. Raises ApiError where that
+        would change nothing.
+        """
+        known = self._variables
+        if known is not None and "reasoning_effort" in known:
+            return {"reasoning_effort": effort}
+        can_switch = self.tokenizer.has_thinking if known is None else "enable_thinking" in known
+        if not can_switch:
+            raise invalid("reasoning_effort", "is not supported: it does not change this model")
+        if effort != "none":
+            raise invalid("reasoning_effort", f'is {effort!r}: this model knows "none" alone')
+        return {"enable_thinking": False}
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        if not kwargs:
+            return
+        if not self.tokenizer.has_chat_template:
+            raise invalid("chat_template_kwargs", "are for a chat template: the model has none")
+        known = self._variables
+        for name in kwargs:
+            if name in _GIVEN or (known is not None and name not in known):
+                raise invalid(
+                    "chat_template_kwargs", f"has {name!r}, which the model's template does not use"
+                )
+
+    @cached_property
+    def _variables(self) -> Set[str] | None:
+        """The names that the chat template may be given; None where only it knows."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            return None
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:  # transformers has one tag of its own
+            tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
+        except TemplateSyntaxError:
+            return None
+        return find_undeclared_variables(tree)
+
+    def _render_beginning(self, settings: str) -> tuple[int, ...]:
+        """The tokens with which all prompts begin that have the same system prompt, tools and
+        kwargs, these in JSON.
+        """
+        system, tools, kwargs = json.loads(settings)
+        first, second = (
+            self._render([*system, {"role": "user", "content": text}], tools, kwargs, False)
+            for text in ("A", "1")
+        )
+        alike = takewhile(lambda tokens: tokens[0] == tokens[1], zip(first, second))
+        return tuple(token for token, _ in alike)
 
     def _render(
         self,
@@ -82,13 +148,9 @@ class Prompts:
         kwargs: Mapping[str, Any] | None,
         continue_last: bool,
     ) -> list[int]:
-        for at, message in enumerate(messages):
-            _check_unicode(message.get("content") or "", f"messages[{at}].content")
         if not self.tokenizer.has_chat_template:
             if tools:
                 raise invalid("tools", "cannot be told to a model without chat template")
-            if kwargs:
-                raise invalid("chat_template_kwargs", "are for a chat template: the model has none")
             text = "\n".join(message.get("content") or "" for message in messages)
             if not text:
                 raise invalid("messages", "hold no text")
@@ -110,19 +172,13 @@ class Prompts:
             raise invalid("messages", "make an empty prompt")
         return list(ids)
 
-    def _state(self, ids: Sequence[int]) -> str:
-        """Whether the prompt ends within thoughts."""
+    def _state(self, ids: Sequence[int], start: int) -> str:
+        """Whether the prompt ends within thoughts, which began at `start` or later."""
         tokenizer = self.tokenizer
         if tokenizer.response_initial_state:
             return str(tokenizer.response_initial_state)
         if not tokenizer.has_thinking:
             return "normal"
-        opened, closed = tokenizer.rfind_think_start(ids), tokenizer.rfind_think_end(ids)
+        opened = tokenizer.rfind_think_start(ids, start)
+        closed = tokenizer.rfind_think_end(ids, start)
         return "reasoning" if opened > closed else "normal"
-
-
-def _check_unicode(text: str, param: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise invalid(param, f"is no Unicode text at character {error.start + 1}") from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+import ssl
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -16,10 +19,16 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import InputError
 from zmoe.server.app import make_app
+from zmoe.server.connections import BoundedProtocol
 from zmoe.server.front import Front, ServeConfig
+from zmoe.server.keys import read_api_keys
 from zmoe.server.link import EngineLink
+from zmoe.server.security import Guard, is_loopback
 
 _BACKLOG = 512
+_KEEP_ALIVE_S = 30
+_MOST_HEAD_BYTES = 32 << 10
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watcher:
@@ -37,13 +46,17 @@ class Watcher:
 
 def serve(model: str, spec: ClusterSpec, config: ServeConfig, watcher: Watcher) -> None:
     """Serve `model` until SIGTERM or Ctrl-C. Raises InputError and its kin."""
+    keys = read_api_keys(config.api_key_file) if config.api_key_file is not None else ()
+    template = _read(config.chat_template) if config.chat_template is not None else None
+    _check_certificate(config)
+    if not keys and not is_loopback(config.host):
+        watcher.notice(
+            f"warning: whoever reaches {config.host} may use this server: --api-key-file lets "
+            "only those in who have a key"
+        )
     listener = _listen(config)
     try:
-        folder = resolve_model(model)
-        tokenizer = open_tokenizer(Path(folder))
-        if config.chat_template is not None:
-            tokenizer.chat_template = _read(config.chat_template, "--chat-template")
-            tokenizer.has_chat_template = True
+        tokenizer = open_tokenizer(Path(resolve_model(model)), template)
         link = EngineLink(
             model,
             spec,
@@ -52,69 +65,111 @@ def serve(model: str, spec: ClusterSpec, config: ServeConfig, watcher: Watcher) 
         )
         name = config.served_model_name or model
         front = Front(config, name, link, tokenizer, created=int(time.time()))
-        asyncio.run(_serve(front, listener, watcher))
+        asyncio.run(_serve(front, listener, keys, watcher))
     finally:
         listener.close()
 
 
 def _listen(config: ServeConfig) -> socket.socket:
     """The socket of the server. Raises InputError where that cannot be."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    address = (config.host, config.http_port)
     try:
-        listener.bind((config.host, config.http_port))
-        listener.listen(_BACKLOG)
+        return socket.create_server(address, family=family, backlog=_BACKLOG)
     except OSError as error:
-        listener.close()
-        raise InputError(
-            f"cannot listen on {config.host}:{config.http_port}: {error.strerror or error}"
-        ) from None
-    return listener
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise InputError(f"cannot listen on {address[0]}:{address[1]}: {reason}") from None
 
 
-def _read(path: Path, flag: str) -> str:
+def _check_certificate(config: ServeConfig) -> None:
+    """Raise InputError for files that TLS cannot use."""
+    if config.ssl_certfile is None:
+        if config.ssl_keyfile is not None:
+            raise InputError("--ssl-keyfile is for a certificate: give --ssl-certfile")
+        return
+    files = [file for file in (config.ssl_certfile, config.ssl_keyfile) if file is not None]
+    for file in files:
+        _read(file)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*map(str, files))
+    except ssl.SSLError as error:
+        names = " and ".join(map(str, files))
+        raise InputError(f"{names} cannot be used for TLS: {error.reason or error}") from None
+
+
+def _read(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{flag} {path} cannot be read: {reason}") from None
+        raise InputError(f"{path} cannot be read: {reason}") from None
 
 
-async def _serve(front: Front, listener: socket.socket, watcher: Watcher) -> None:
+class _Server(uvicorn.Server):
+    """A server that ends when it is told to: at once when it is told again."""
+
+    def __init__(self, config: uvicorn.Config, front: Front) -> None:
+        super().__init__(config)
+        self._front = front
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have SIGTERM and Ctrl-C call end()."""
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.end)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Refuse new requests, and finish those that run; the second time, drop these."""
+        self.force_exit = self.should_exit
+        self.should_exit = self._front.is_draining = True
+
+
+async def _serve(
+    front: Front, listener: socket.socket, keys: Sequence[str], watcher: Watcher
+) -> None:
     config = front.config
-    server = uvicorn.Server(
+    app = Guard(make_app(front), keys, config.host, config.timeout)
+    server = _Server(
         uvicorn.Config(
-            make_app(front),
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
             log_level="error",
             access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(config.drain),
+            h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
-            timeout_graceful_shutdown=int(config.drain),
-        )
+        ),
+        front,
     )
     engine = asyncio.ensure_future(front.link.run())
-    engine.add_done_callback(lambda _: _stop(server))
-    scheme = "https" if config.ssl_certfile else "http"
-    host, port = listener.getsockname()[:2]
-    telling = asyncio.ensure_future(
-        _when_ready(front.link, lambda: watcher.ready(f"{scheme}://{host}:{port}"))
-    )
+    engine.add_done_callback(lambda _: server.end())
+    telling = asyncio.ensure_future(_tell_when_ready(front, watcher))
     try:
         await server.serve(sockets=[listener])
     finally:
-        front.is_draining = True
         telling.cancel()
-        if not engine.done():
-            engine.cancel()
+        engine.cancel()
         with suppress(asyncio.CancelledError):
             await engine
 
 
-def _stop(server: uvicorn.Server) -> None:
-    server.should_exit = True
-
-
-async def _when_ready(link: EngineLink, tell: Callable[[], None]) -> None:
-    while link.state != "ready":
+async def _tell_when_ready(front: Front, watcher: Watcher) -> None:
+    while front.link.state != "ready":
         await asyncio.sleep(0.05)
-    tell()
+    config = front.config
+    scheme = "https" if config.ssl_certfile else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    watcher.ready(f"{scheme}://{host}:{config.http_port}")
