@@ -11,8 +11,7 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +31,7 @@ _PART = 16384  # logits whose exponentials are in a core's cache until they are 
 _LEAST_TEMPERATURE = 1e-30  # float32 has it, and below it nothing but the likeliest is left
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(NamedTuple):
     """A picked token.
 
     `logprob` is the natural logarithm of its probability in the model's own distribution,
@@ -273,7 +271,7 @@ def _total(row: Logits, most: float) -> float:
     for start in range(0, row.size, _PART):
         logits = row[start : start + _PART]
         part = np.subtract(logits, np.float32(most), out=parts[: logits.size])
-        total += float(np.exp(part, out=part).sum())
+        total += float(np.exp(part, out=part).sum(dtype=np.float64))
     return total
 
 
