@@ -26,7 +26,7 @@ from zmoe.server.http import (
 )
 from zmoe.server.pieces import Event, Piece, events_of
 
-_VERSIONS = ("2023-06-01", "2026-10-21")  # what differs between them is refused here, or taken
+_VERSIONS = ("2023-06-01", "2026-10-21")  # alike here: settings of the sampling are taken in both
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 PING = event({"type": "ping"}, "ping")
 
