@@ -173,8 +173,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
     if not cluster.save_prompt_cache(file, prompt):
         print(
-            f"{PROG}: {file} was not written: the prompt has {len(prompt)} tokens, and at least "
-            "64 can be kept",
+            f"{PROG}: {file} was not written: the prompt has {len(prompt)} tokens, too few for a "
+            "prompt cache",
             file=sys.stderr,
         )
 

@@ -16,8 +16,6 @@ from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, QueueTimeoutError, ZmoeError
 from zmoe.obs import Spans
 
-_WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
-
 
 class Batcher:
     """Runs many streams on one cluster, step by step; one thread at a time."""
@@ -30,11 +28,9 @@ class Batcher:
         config: EngineConfig,
         batching: Batching,
         spans: Spans,
-        first_step: int = 1,
     ) -> None:
         """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
         parallel = config.parallel if engine.can_batch else 1
-        waiting = _WAITING_PER_SEQUENCE * config.parallel
         self._run, self._spans = run, spans
         self.scheduler = Scheduler(
             blocks=blocks,
@@ -44,10 +40,9 @@ class Batcher:
             exact=not engine.can_trim,
             window=config.max_kv_size,
             step_seconds=batching.step_ms / 1e3,
-            max_queue=batching.max_queue or waiting,
+            max_queue=batching.max_queue,
             queue_seconds=batching.queue_timeout,
             drafts=batching.drafts,
-            first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}
         self._counted: Counter[str] = Counter()

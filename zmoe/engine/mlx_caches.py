@@ -105,6 +105,29 @@ class MlxEngine:
             if 0 < span.position < held and not self.can_trim:
                 raise ZmoeError("a plan that goes back in a sequence whose cache cannot")
 
+    # ---- prompt caches -------------------------------------------------------------
+
+    @property
+    def layout(self) -> Caches:
+        """The caches of a sequence that has not begun."""
+        return self._empty()
+
+    def copy(self, sequence: int, length: int) -> Caches:
+        """A copy of a sequence's caches, cut to its first `length` positions."""
+        caches = copy.deepcopy(self._take_out(sequence))
+        if surplus := self._lengths[sequence] - length:
+            trim_prompt_cache(caches, surplus)
+        return caches
+
+    def hold(self, sequence: int, caches: Caches, length: int) -> None:
+        """Have a sequence of `length` positions that others may begin with.
+
+        Raises ZmoeError for a number that another sequence has.
+        """
+        if sequence in self._lengths:
+            raise ZmoeError(f"a prompt cache as sequence {sequence}, which this node holds already")
+        self._alone[sequence], self._lengths[sequence] = caches, length
+
     # ---- passes --------------------------------------------------------------------
 
     def _run_alone(self, span: Span, tokens: list[int]) -> dict[int, Floats]:
@@ -163,10 +186,8 @@ class MlxEngine:
         self._lengths.pop(sequence, None)
 
     def _fork(self, new: int, old: int, length: int) -> None:
-        caches = copy.deepcopy(self._take_out(old))
-        if surplus := self._lengths[old] - length:
-            trim_prompt_cache(caches, surplus)
-        self._alone[new], self._lengths[new] = caches, length
+        self._alone[new] = self.copy(old, length)
+        self._lengths[new] = length
 
     def _go_back(self, span: Span) -> None:
         caches = self._take_out(span.sequence)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import NoReturn
 
 import zmq
@@ -38,6 +39,7 @@ from zmoe.server.messages import (
 )
 
 IDLE_MS = 200  # between two looks at the nodes while nobody asks for anything
+_WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
 _STATS_S = 1.0
 _MEMORY_S = 15.0  # the other nodes have to be asked
 _LINGER_MS = 2000
@@ -72,6 +74,14 @@ def _terminate(*_: object) -> NoReturn:
     raise SystemExit(143)
 
 
+def with_bounded_queue(spec: ClusterSpec) -> ClusterSpec:
+    """`spec` with a limit of the requests that wait, if it has none."""
+    if spec.batching.max_queue is not None:
+        return spec
+    most = _WAITING_PER_SEQUENCE * spec.engine.parallel
+    return replace(spec, batching=replace(spec.batching, max_queue=most))
+
+
 class _Request:
     """A request that has not ended."""
 
@@ -82,7 +92,7 @@ class _Request:
 
 class _EngineProcess:
     def __init__(self, socket: zmq.Socket[bytes], model: str, spec: ClusterSpec) -> None:
-        self._socket, self._model, self._spec = socket, model, spec
+        self._socket, self._model, self._spec = socket, model, with_bounded_queue(spec)
         self._parent = multiprocessing.parent_process()
         self._requests: dict[int, _Request] = {}
         self._closing = False

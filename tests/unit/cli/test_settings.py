@@ -55,7 +55,7 @@ RUN: list[tuple[str, Settings]] = [
         PlacementRequest(way="replicas", usage=Path("u.json"), memory_limit=1 << 29),
     ),
 ]
-OF_MANY_TEXTS = {"parallel", "step_ms"}  # zmoe-run writes one
+OF_MANY_TEXTS = {"parallel", "step_ms", "max_queue"}  # zmoe-run writes one
 
 
 @pytest.mark.parametrize(("flags", "settings"), RUN, ids=lambda each: type(each).__name__)
