@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -49,7 +50,7 @@ def text_of(cluster: Cluster, **sampling: Any) -> str:
 
 def chat(client: OpenAI, **fields: Any) -> ChatCompletion:
     fields = {"max_tokens": 24, "temperature": 0, "messages": ASK, **fields}
-    answer = client.chat.completions.create(model=MODEL, **fields)
+    answer: ChatCompletion = client.chat.completions.create(model=MODEL, **fields)
     ChatCompletion.model_validate_json(answer.to_json())  # the client itself does not check
     return answer
 
@@ -139,12 +140,14 @@ def test_more_choices_find_the_prompt_in_the_cache(client: OpenAI) -> None:
 
 
 def test_the_context_bounds_a_text_without_limit(client: OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model=MODEL, messages=ASK, seed=1, logit_bias={str(END): -100}
-    )
-    assert answer.usage is not None
-    assert answer.usage.total_tokens == 1024
-    assert answer.choices[0].finish_reason == "length"
+    messages: list[Any] = [{"role": "user", "content": "x" * 960}]
+    endless = {str(END): -100}
+    answer = client.chat.completions.create(model=MODEL, messages=messages, logit_bias=endless)
+    raw = client.completions.create(model=MODEL, prompt=[300] * 1000, logit_bias=endless)
+    for found in (answer, raw):
+        assert found.usage is not None
+        assert found.usage.total_tokens == 1024 and found.usage.completion_tokens > 10
+        assert found.choices[0].finish_reason == "length"
 
 
 def test_limits_of_tokens(client: OpenAI) -> None:
@@ -197,11 +200,12 @@ def test_the_form_of_a_stream(client: OpenAI) -> None:
 
 
 def test_the_events_of_a_stream(server: Server) -> None:
-    for path, body in (
+    asked: list[tuple[str, dict[str, Any]]] = [
         ("chat/completions", {"messages": ASK}),
         ("completions", {"prompt": "The king"}),
-    ):
-        body = {**body, "max_tokens": 4, "stream": True}
+    ]
+    for path, body in asked:
+        body |= {"max_tokens": 4, "stream": True}
         answer = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60)
         assert answer.headers["content-type"].startswith("text/event-stream")
         *events, done, rest = answer.text.split("\n\n")
@@ -337,8 +341,7 @@ def test_a_stream_of_calls(client: OpenAI) -> None:
     fields: Any = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
     fields |= {"seed": 2, "max_tokens": 200}
     with client.chat.completions.stream(model=MODEL, messages=ASK, **fields) as stream:
-        for event in stream:
-            assert event.type != "error"
+        assert [event.type for event in stream]
         streamed = stream.get_final_completion().choices[0]
     whole = chat(client, temperature=1, **fields).choices[0]
     assert streamed.message.tool_calls and whole.message.tool_calls
@@ -535,6 +538,13 @@ def test_tokens_and_texts(server: Server, reference: Cluster) -> None:
     assert asked["max_model_len"] == 1024
     said = httpx.post(f"{server.url}/detokenize", json={"tokens": asked["tokens"]}).json()
     assert said == {"prompt": text}
+
+
+def test_the_snippet_of_the_docs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "openai.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(snippet.replace("http://127.0.0.1:8080", server.url), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_there_are_no_embeddings(client: OpenAI) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -30,6 +30,7 @@ def make_app(front: Front) -> Starlette:
             ApiError: _api_error,
             HTTPException: _http_error,
             RecursionError: _too_deep,
+            ClientDisconnect: _gone,
             Exception: _internal_error,
         },
     )
@@ -43,6 +44,10 @@ def _api_error(request: Request, error: Exception) -> Response:
 def _too_deep(request: Request, _: Exception) -> Response:
     error = ApiError(400, "the body is nested too deeply", code="invalid_value")
     return error_answer(request.url.path, error)
+
+
+def _gone(request: Request, _: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 def _internal_error(request: Request, error: Exception) -> Response:

@@ -31,6 +31,7 @@ from zmoe.server.token_texts import chat_logprobs
 from zmoe.server.tools import (
     MOST_CALLS,
     ToolChoice,
+    answer_or_calls_grammar,
     callable_tools,
     calls_grammar,
     check_parameters,
@@ -60,19 +61,24 @@ class ChatRequest(ChatPrompt, CompletionFields):
         forced = self.tool_choice is not None and self.tool_choice.type in ("required", "function")
         one_call = (forced and self.tool_choice_is_named) or not self.parallel_tool_calls
         grammar = await self.answer_grammar(front)
-        if functions and grammar:
-            param = "response_format" if self.response_format is not None else "grammar"
-            raise invalid(param, "cannot be combined with tools, unless tool_choice is none")
         if forced:
+            if grammar:
+                raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
             await asyncio.to_thread(check_parameters, front.grammars, functions)
             grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
             await self.check_grammar(front, grammar, "tools")
-        elif functions and not front.tokenizer.has_tool_calling:
-            raise invalid(
-                "tools",
-                "are not known to this model's chat template: tool_choice required, or the name of "
-                "a function, makes calls by a grammar",
-            )
+        elif functions:
+            if not front.tokenizer.has_tool_calling:
+                raise invalid(
+                    "tools",
+                    "are not known to this model's chat template: tool_choice required, or the "
+                    "name of a function, makes calls by a grammar",
+                )
+            if self.grammar:
+                raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
+            if (known := self.answer_schema()) is not None:
+                grammar = answer_or_calls_grammar(known[1], front.tokenizer, front.grammars)
+                await self.check_grammar(front, grammar, known[0])
         prompt = await self.prompt_of_chat(front, with_tools=bool(functions))
         top = (self.top_logprobs or 0) if self.logprobs else None
         return [

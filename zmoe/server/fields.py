@@ -150,26 +150,26 @@ class CompletionFields(Body):
                 raise invalid("logit_bias", f"has {bias} for token {token}: expected -100 to 100")
         return self.logit_bias or None
 
+    def answer_schema(self) -> tuple[str, dict[str, Any]] | None:
+        """The schema of an answer in JSON, and the field that it comes from. Raises ApiError."""
+        found = self.response_format
+        if found is None or found.type == "text":
+            return None
+        if self.grammar:
+            raise invalid("grammar", "cannot be combined with response_format")
+        if found.type == "json_object":
+            return "response_format", {"type": "object"}
+        param = "response_format.json_schema"
+        if found.json_schema is None:
+            raise ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+        schema = found.json_schema.schema_
+        return f"{param}.schema", {"type": "object"} if schema is None else schema
+
     async def answer_grammar(self, front: Front) -> str:
         """The grammar of the answer, empty where there is none. Raises ApiError."""
-        found = self.response_format
-        grammar, param = self.grammar, "grammar"
-        if found is not None and found.type != "text":
-            if grammar:
-                raise invalid("grammar", "cannot be combined with response_format")
-            schema: dict[str, Any] = {"type": "object"}
-            param = "response_format"
-            if found.type == "json_schema":
-                if found.json_schema is None:
-                    raise ApiError(
-                        400,
-                        "response_format.json_schema is missing",
-                        "response_format.json_schema",
-                        "missing_required_parameter",
-                    )
-                param = "response_format.json_schema.schema"
-                if found.json_schema.schema_ is not None:
-                    schema = found.json_schema.schema_
+        param, grammar = "grammar", self.grammar
+        if (known := self.answer_schema()) is not None:
+            param, schema = known
             grammar = json_grammar(schema)
         if grammar:
             await self.check_grammar(front, grammar, param)

@@ -71,6 +71,13 @@ class Task:
     one_call: bool = False
     is_raw: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text behind the thoughts has no calls in the model's own form. What a grammar
+        makes is text, whatever it looks like.
+        """
+        return self.is_raw or self.forced or (bool(self.grammar) and self.tools is None)
+
 
 class Generator:
     """Generates choices on one engine, for one model."""
@@ -91,7 +98,7 @@ class Generator:
             grammar_after=tuple(self.tokenizer.think_end_tokens or ()) if thoughts else (),
         )
         roles = self._roles
-        if task.is_raw or task.grammar:  # what a grammar makes is text, whatever it looks like
+        if task.is_plain:
             closed = [(self.tokenizer.think_end, "normal")] if thoughts else []
             roles = TextStateMachine({"reasoning": closed, "normal": []})
         return Choice(task, outputs, self.tokenizer, roles)
@@ -124,7 +131,7 @@ class Choice:
         self._stops = TextStateMachine(
             {"": [(text, text) for text in task.stop], **{text: [] for text in task.stop}}
         ).make_state("")
-        is_text = task.is_raw or (task.grammar and task.prompt.state != "reasoning")
+        is_text = task.is_raw or (task.is_plain and task.prompt.state != "reasoning")
         self._roles = roles.make_state("normal" if is_text else task.prompt.state)
         self._tool_text: str | None = None  # of a call that is being made
         self._array = ""  # of forced calls, behind the complete ones

@@ -58,6 +58,10 @@ class Grammars:
         except InputError:  # a tokenizer that llguidance does not know
             return str(self._tokenizer.decode([token])).encode()
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is none of the text's. Raises InputError."""
+        return self._tokens().is_special_token(token)
+
     def start(self, grammar: str, after: tuple[int, ...] = ()) -> GrammarConstraint:
         """A constraint at its beginning, which is behind the first tokens `after`.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import BeforeValidator, Field
 
 from zmoe.errors import InputError
@@ -104,3 +105,27 @@ def check_parameters(
 
 def _schema(function: Function) -> dict[str, Any]:
     return {"type": "object", **function.parameters}
+
+
+def answer_or_calls_grammar(
+    schema: Mapping[str, Any], tokenizer: TokenizerWrapper, grammars: Grammars
+) -> str:
+    """The grammar of JSON that `schema` describes, or else of calls in the model's own form."""
+    start = _marker(tokenizer.tool_call_start, tokenizer, grammars)
+    end = _marker(tokenizer.tool_call_end or "", tokenizer, grammars)
+    is_text = end.startswith('"') and end != '""'  # which the body could hold, too
+    return "\n".join(
+        (
+            "start: answer | call (/[ \\n]{1,4}/ call)*",
+            f"answer: %json {json.dumps({'x-guidance': JSON_FORM, **schema})}",
+            f"call: {start} body" + ("" if is_text else f" {end}"),
+            f"body{f'[suffix={end}]' if is_text else ''}: /(.|\\n)*/",
+        )
+    )
+
+
+def _marker(marker: str, tokenizer: TokenizerWrapper, grammars: Grammars) -> str:
+    """A marker of the model's, as a special token if it is one, else as a text."""
+    ids = tokenizer.encode(marker, add_special_tokens=False)
+    is_special = len(ids) == 1 and grammars.is_special(ids[0])
+    return f"<[{ids[0]}]>" if is_special else json.dumps(marker)

@@ -226,3 +226,23 @@ def test_one_that_fails_ends_all() -> None:
         asyncio.run(run())
     assert [link.closed for link in links] == [1, 1, 1]
     assert log.count("a goes on") < 12
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_end_when_nobody_wants_the_rest(count: int) -> None:
+    links: list[Any] = [Script(tokenizer(), "To be or not to be") for _ in range(count)]
+    task = Task(Prompt([1]), Sampling())
+    choices = [Generator(link, tokenizer()).start(task) for link in links]
+
+    async def run() -> None:
+        news = run_together([choices])
+        seen = set()
+        async for place, _ in news:
+            seen.add(place)
+            if len(seen) == count:
+                break
+        await news.aclose()
+        assert [link.closed for link in links] == [1] * count
+
+    asyncio.run(run())
+    assert all(choice.finish_reason is None for choice in choices)
