@@ -80,11 +80,21 @@ def test_tools_that_the_model_may_call() -> None:
     assert "call_0" in forced.grammar and "call_1" not in forced.grammar
 
 
+def test_an_answer_by_a_schema_or_calls() -> None:
+    functions, schema = [Function(name="f")], {"type": "object"}
+    alone = task(FrontStub(TEMPLATE, "json_tools"), schema=schema)
+    assert alone.grammar and alone.is_plain
+    either = task(FrontStub(TEMPLATE, "json_tools"), schema=schema, functions=functions)
+    assert "<tool_call>" in either.grammar and not either.is_plain
+    must = task(FrontStub(TEMPLATE), schema=schema, functions=functions, forced=["f"])
+    assert "call_0" in must.grammar
+
+
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
         ({"schema": {"type": "wrong"}}, "text.format.schema"),
-        ({"schema": {"type": "object"}, "functions": [Function(name="f")]}, "text.format.schema"),
+        ({"schema": {"type": "wrong"}, "functions": [Function(name="f")]}, "text.format.schema"),
         (
             {
                 "functions": [
