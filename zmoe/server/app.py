@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zmoe.server import chat, completions, models, tokens
+from zmoe.server import anthropic, chat, completions, models, responses, tokens
 from zmoe.server.errors import ApiError
 from zmoe.server.front import Front
 from zmoe.server.http import error_answer
@@ -21,6 +21,8 @@ def make_app(front: Front) -> Starlette:
         *tokens.routes(front),
         *chat.routes(front),
         *completions.routes(front),
+        *responses.routes(front),
+        *anthropic.routes(front),
     ]
     return Starlette(
         routes=routes,

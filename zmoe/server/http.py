@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from zmoe.server.errors import ApiError
 
-KEEP_ALIVE_S = 10.0  # without an event, until a comment is sent
+KEEP_ALIVE_S = 10.0  # without an event, until something is sent
 BODY_S = 60.0  # within which a request's body must come
 KEEP_ALIVE = b": keep-alive\n\n"
 MAX_BODY_BYTES = 8 << 20
@@ -89,7 +89,8 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """messages[3].content, say."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    parts = [part for part in location if not str(part).startswith("type=")]  # see type_tag()
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return path.removeprefix(".")
 
 
@@ -123,9 +124,29 @@ def error_body(error: ApiError) -> dict[str, Any]:
     }
 
 
+_ANTHROPIC_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_error_body(error: ApiError) -> dict[str, Any]:
+    """The error object of Anthropic's API."""
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_ERRORS.get(error.status, kind)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
 def error_answer(path: str, error: ApiError) -> Response:
     """The answer to a request of `path`, in the form of its API."""
-    return JSONResponse(error_body(error), error.status, error.headers)
+    is_anthropic = f"{path}/".startswith("/v1/messages/")
+    body = anthropic_error_body(error) if is_anthropic else error_body(error)
+    return JSONResponse(body, error.status, error.headers)
 
 
 async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:
@@ -159,10 +180,13 @@ def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
 
 
 async def event_stream(
-    events: AsyncGenerator[bytes, None], on_error: Callable[[ApiError], bytes]
+    events: AsyncGenerator[bytes, None],
+    on_error: Callable[[ApiError], bytes],
+    keep_alive: bytes = KEEP_ALIVE,
 ) -> Response:
-    """A stream of `events`. What is refused before the first one is an answer of its own (the
-    ApiError is raised); after that `on_error` makes the last event of it.
+    """A stream of `events`, and `keep_alive` while none comes. What is refused before the first
+    one is an answer of its own (the ApiError is raised); after that `on_error` makes the last
+    event of it.
     """
     waiting = asyncio.ensure_future(anext(events))
     try:
@@ -174,7 +198,7 @@ async def event_stream(
         await events.aclose()
         raise
     return StreamingResponse(
-        _kept_alive(waiting, events, on_error),
+        _kept_alive(waiting, events, on_error, keep_alive),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
@@ -184,13 +208,14 @@ async def _kept_alive(
     waiting: asyncio.Future[bytes],
     events: AsyncGenerator[bytes, None],
     on_error: Callable[[ApiError], bytes],
+    keep_alive: bytes,
 ) -> AsyncIterator[bytes]:
-    """The events, with comments while none comes."""
+    """The events, with `keep_alive` while none comes."""
     try:
         while True:
             await asyncio.wait({waiting}, timeout=KEEP_ALIVE_S)
             if not waiting.done():
-                yield KEEP_ALIVE
+                yield keep_alive
                 continue
             try:
                 happened = waiting.result()

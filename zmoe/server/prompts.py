@@ -38,12 +38,13 @@ class Prompt:
 
     `borders` are numbers of tokens after which other prompts may go on differently. `state` is
     where the text that follows begins: "normal", or "reasoning" where the template has opened
-    the model's thoughts.
+    the model's thoughts. `goes_on` says that it goes on with a text that has begun.
     """
 
     ids: list[int]
     borders: tuple[int, ...] = ()
     state: str = "normal"
+    goes_on: bool = False
 
 
 class Prompts:
@@ -88,7 +89,8 @@ class Prompts:
             known = self._beginning(json.dumps([system, tools, kwargs]))
             alike = takewhile(lambda tokens: tokens[0] == tokens[1], zip(ids, known))
             borders = (sum(1 for _ in alike),)
-        return Prompt(ids, borders, self._state(ids, 0 if continue_last else len(ids) - _OPENING))
+        state = self._state(ids, 0 if continue_last else len(ids) - _OPENING)
+        return Prompt(ids, borders, state, continue_last)
 
     def kwargs_of_effort(self, effort: str) -> dict[str, Any]:
         """What tells the template how much the model is to think. Raises ApiError where that
@@ -103,6 +105,18 @@ class Prompts:
         if effort != "none":
             raise invalid("reasoning_effort", f'is {effort!r}: this model knows "none" alone')
         return {"enable_thinking": False}
+
+    def kwargs_of_thinking(self, thinks: bool | None, effort: str | None) -> dict[str, Any]:
+        """What tells the template whether the model is to think, and how much, as far as it can
+        be told; None leaves that to the template.
+        """
+        known = self._variables
+        if known is None:
+            known = {"enable_thinking"} if self.tokenizer.has_thinking else frozenset()
+        wanted = {"enable_thinking": thinks, "reasoning_effort": effort}
+        return {
+            name: value for name, value in wanted.items() if value is not None and name in known
+        }
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         if not kwargs:

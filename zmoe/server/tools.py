@@ -91,13 +91,15 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
     return "\n".join(rules)
 
 
-def check_parameters(grammars: Grammars, functions: dict[int, Function]) -> None:
-    """Raise ApiError that names the first schema that cannot be compiled."""
+def check_parameters(
+    grammars: Grammars, functions: dict[int, Function], field: str = "function.parameters"
+) -> None:
+    """Raise ApiError that names the first schema that cannot be compiled, a tool's `field`."""
     for at, function in functions.items():
         try:
             grammars.check(json_grammar(_schema(function)))
         except InputError as error:
-            param = f"tools[{at}].function.parameters"
+            param = f"tools[{at}].{field}"
             raise invalid(param, f"cannot be compiled: {error}") from None
 
 
