@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -289,3 +291,10 @@ def test_errors_in_anthropics_form(
     answer = httpx.request(method, server.url + path, content=body, headers=headers)
     assert answer.status_code == status, answer.text
     assert answer.json()["type"] == "error" and answer.json()["error"]["type"] == kind
+
+
+def test_the_snippet_of_the_docs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "anthropic.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(snippet.replace("http://127.0.0.1:8080", server.url), {})
+    assert capsys.readouterr().out.strip()

@@ -201,6 +201,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"continue_final_message": True}, "continue_final_message", "assistant"),
     ({"add_generation_prompt": False}, "add_generation_prompt", "true"),
     ({"store": True}, "store", "False"),
+    ({"verbosity": "low"}, "verbosity", "medium"),
     ({"service_tier": "flex"}, "service_tier", "auto"),
     ({"modalities": ["audio"]}, "modalities[0]", "text"),
 ]

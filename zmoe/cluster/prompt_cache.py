@@ -59,7 +59,7 @@ def read_prompt_cache(path: Path, info: ModelInfo, config: EngineConfig) -> Prom
         tokens = _numbers_in(tensors["tokens"])
     else:
         words = str(metadata.get("tokens")).split()
-        tokens = [int(word) if word.isdecimal() else -1 for word in words]
+        tokens = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in words]
     if not tokens or not 0 <= min(tokens) <= max(tokens) < info.vocabulary:
         raise damaged(path, f"it has tokens outside of 0 to {info.vocabulary - 1}")
     digest = str(metadata.get("digest"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -64,7 +63,8 @@ class MlxEngine:
         of the exchange that the next steps rewrite.
         """
         self._check(plan)
-        self._reducer.plan = plan.digest
+        if self._reducer.nodes > 1:  # or nobody compares it
+            self._reducer.plan = plan.digest
         for sequence in plan.free:
             self._end(sequence)
         for fork in plan.forks:
@@ -77,7 +77,7 @@ class MlxEngine:
         for step, spans in enumerate(passes(plan.spans, paged=False), plan.step):
             self._reducer.step = step
             if not logits:
-                spans = tuple(replace(span, logits=0) for span in spans)
+                spans = tuple(span._replace(logits=0) for span in spans)
             if len(spans) == 1:
                 found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
             else:

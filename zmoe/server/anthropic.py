@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from zmoe.server.anthropic_request import CountRequest, MessagesRequest
-from zmoe.server.errors import invalid
+from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
 from zmoe.server.generation import Choice, ToolCall
 from zmoe.server.http import (
@@ -27,9 +27,9 @@ from zmoe.server.http import (
 from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
 
-_VERSIONS = ("2023-06-01", "2026-10-21")  # what differs between them is refused here, or taken
+_VERSIONS = ("2023-06-01", "2026-10-21")  # alike here: settings of the sampling are taken in both
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_PING = event({"type": "ping"}, "ping")
+PING = event({"type": "ping"}, "ping")
 
 
 def routes(front: Front) -> list[Route]:
@@ -53,9 +53,7 @@ def routes(front: Front) -> list[Route]:
         answer = Answer(front.model, choice, body)
         events = events_of(choice, answer)
         if body.stream:
-            return await event_stream(
-                _encoded(events), lambda e: event(anthropic_error_body(e), "error"), _PING
-            )
+            return await event_stream(_encoded(events), error_event, PING)
         return await until_disconnect(request, _whole(events, answer))
 
     @operation("How many tokens a chat has", CountRequest)
@@ -77,6 +75,11 @@ def _check_version(request: Request) -> None:
     if version is not None and version not in _VERSIONS:
         known = " or ".join(_VERSIONS)
         raise invalid("anthropic-version", f"is {version[:100]!r}: expected {known}")
+
+
+def error_event(error: ApiError) -> bytes:
+    """The last event of a stream that cannot go on."""
+    return event(anthropic_error_body(error), "error")
 
 
 async def _encoded(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:

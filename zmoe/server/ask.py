@@ -14,7 +14,13 @@ from zmoe.server.front import Front
 from zmoe.server.generation import Task
 from zmoe.server.grammar import json_grammar
 from zmoe.server.prompts import Prompt
-from zmoe.server.tools import MOST_CALLS, Function, calls_grammar, check_parameters
+from zmoe.server.tools import (
+    MOST_CALLS,
+    Function,
+    answer_or_calls_grammar,
+    calls_grammar,
+    check_parameters,
+)
 
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three
 
@@ -25,10 +31,10 @@ class Ask:
 
     `messages` are for the chat template, and the last one is to be gone on with if
     `continue_last`. `functions` may be called; one of `forced` must be, unless that is empty, and
-    no more than one call is made if `one_call`. `schema` (JSON Schema) limits the text. `thinks`
-    and `effort` tell the template whether, and how much, the model is to think; None leaves that
-    open. `names` are those of fields, in the client's API: of a function's schema, of the text's
-    schema, of the conversation.
+    no more than one call is made if `one_call`. `schema` (JSON Schema) limits text that is not a
+    call. `thinks` and `effort` tell the template whether, and how much, the model is to think;
+    None leaves that open. `names` are those of fields, in the client's API: of a function's
+    schema, of the text's schema, of the conversation.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -95,8 +101,9 @@ class Ask:
         if self.schema is None:
             return ""
         if self.functions:
-            raise invalid(of_text, "cannot be combined with tools that may be called or not")
-        grammar = json_grammar(self.schema)
+            grammar = answer_or_calls_grammar(self.schema, front.tokenizer, front.grammars)
+        else:
+            grammar = json_grammar(self.schema)
         _check(front, grammar, of_text)
         return grammar
 

@@ -48,6 +48,7 @@ class ChatRequest(ChatPrompt, CompletionFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: list[Literal["text"]] = Field(default_factory=list)
+    verbosity: Literal["medium"] = "medium"
     prediction: Any = None  # what the text may be like, which makes nothing faster here
 
     async def tasks(self, front: Front) -> list[Task]:

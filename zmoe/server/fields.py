@@ -104,6 +104,7 @@ class CompletionFields(Body):
     service_tier: Literal["auto", "default"] = "auto"
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
     def check(self) -> None:

@@ -122,9 +122,8 @@ class Choice:
     ) -> None:
         self._task, self._outputs, self._tokenizer = task, outputs, tokenizer
         self._detokenizer = tokenizer.detokenizer
-        if (
-            task.is_raw or task.prompt.goes_on
-        ):  # or mlx-lm takes away the blank with which the text goes on
+        # Or mlx-lm takes away the blank with which the text goes on.
+        if task.is_raw or task.prompt.goes_on:
             self._detokenizer.add_token(task.prompt.ids[-1])
             self._detokenizer.finalize()
             self._detokenizer.last_segment  # noqa: B018 - what is read is not told again

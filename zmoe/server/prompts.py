@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -51,6 +52,7 @@ class Prompts:
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self.tokenizer = tokenizer
+        self._beginning = lru_cache(maxsize=16)(self._render_beginning)
 
     def of_text(self, text: str, param: str = "prompt") -> Prompt:
         """The prompt of a completion. Raises ApiError."""
@@ -84,11 +86,8 @@ class Prompts:
         system = list(takewhile(lambda m: m["role"] == "system", messages))
         borders: tuple[int, ...] = ()
         if system and len(system) < len(messages):
-            others = (
-                self._render([*system, {"role": "user", "content": text}], tools, kwargs, False)
-                for text in ("A", "1")
-            )
-            alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *others))
+            known = self._beginning(json.dumps([system, tools, kwargs]))
+            alike = takewhile(lambda tokens: tokens[0] == tokens[1], zip(ids, known))
             borders = (sum(1 for _ in alike),)
         state = self._state(ids, 0 if continue_last else len(ids) - _OPENING)
         return Prompt(ids, borders, state, continue_last)
@@ -143,6 +142,18 @@ class Prompts:
         except TemplateSyntaxError:
             return None
         return find_undeclared_variables(tree)
+
+    def _render_beginning(self, settings: str) -> tuple[int, ...]:
+        """The tokens with which all prompts begin that have the same system prompt, tools and
+        kwargs, these in JSON.
+        """
+        system, tools, kwargs = json.loads(settings)
+        first, second = (
+            self._render([*system, {"role": "user", "content": text}], tools, kwargs, False)
+            for text in ("A", "1")
+        )
+        alike = takewhile(lambda tokens: tokens[0] == tokens[1], zip(first, second))
+        return tuple(token for token, _ in alike)
 
     def _render(
         self,

@@ -57,8 +57,7 @@ def routes(front: Front) -> list[Route]:
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest)
         front.check_model(body.model)
-        ids = front.prompts.of_ids(body.tokens, "tokens").ids if body.tokens else []
-        return json_answer({"prompt": await front.apart(front.tokenizer.decode, ids)})
+        return json_answer({"prompt": await front.apart(_decode, front, body.tokens)})
 
     async def embeddings(_: Request) -> Response:
         raise ApiError(
@@ -77,3 +76,7 @@ def routes(front: Front) -> list[Route]:
 
 def _encode(front: Front, body: TokenizeRequest) -> list[int]:
     return list(front.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens))
+
+
+def _decode(front: Front, tokens: list[int]) -> str:
+    return str(front.tokenizer.decode(front.prompts.of_ids(tokens, "tokens").ids)) if tokens else ""

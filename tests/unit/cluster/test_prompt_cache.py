@@ -339,6 +339,7 @@ def test_a_file_that_only_the_leader_has(
         (says("0.format", "mlx"), "is no prompt cache that this zmoe reads"),
         (says("0.tokens", "1 2 x"), "is damaged: it has tokens outside of 0 to 1023"),
         (says("0.tokens", "1024"), "is damaged: it has tokens outside of 0 to 1023"),
+        (says("0.tokens", "9" * 5000), "is damaged: it has tokens outside of 0 to 1023"),
         (says("0.tokens", " "), "is damaged: it has tokens outside of 0 to 1023"),
         (says("0.digest", "0" * 31), "is damaged: it has no digest"),
         (says("0.digest", "0" * 32), "is damaged: its contents are not those that were written"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import TypeAdapter
+from starlette.responses import StreamingResponse
 
 from tests.unit.server.texts import TOOLS, Script, tokenizer
 from zmoe.config import Sampling
-from zmoe.server.anthropic import Answer
+from zmoe.server import http
+from zmoe.server.anthropic import PING, Answer, error_event
 from zmoe.server.anthropic_request import MessagesRequest
 from zmoe.server.errors import ApiError
 from zmoe.server.generation import Generator, Task
@@ -221,3 +224,34 @@ def test_contradictions(fields: dict[str, Any], param: str) -> None:
         request(**fields).ask()
     assert raised.value.status == 400
     assert raised.value.param == param and param in raised.value.message
+
+
+def test_pings_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are Anthropic's, before the first event, too; what goes wrong later is an event."""
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.01)
+    gate = asyncio.Event()
+
+    async def events() -> AsyncGenerator[bytes]:
+        await gate.wait()
+        yield http.event({"type": "message_start"}, "message_start")
+        raise ApiError(503, "the cluster has ended")
+
+    async def run() -> list[str]:
+        answer = await http.event_stream(events(), error_event, PING)
+        assert isinstance(answer, StreamingResponse)
+        told = []
+        async for each in answer.body_iterator:
+            told.append(bytes(each).decode())  # type: ignore[arg-type]
+            if len(told) == 2:
+                gate.set()
+        return told
+
+    *pings, start, error = asyncio.run(run())
+    assert len(pings) >= 2 and set(pings) == {'event: ping\ndata: {"type": "ping"}\n\n'}
+    assert start.startswith("event: message_start\n")
+    name, data = error.strip().split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "the cluster has ended"},
+    }

@@ -74,6 +74,9 @@ def test_the_events_of_thoughts_text_and_calls() -> None:
     done = [each["item"] for each in events if each["type"] == "response.output_item.done"]
     assert done == response["output"] == events[-1]["response"]["output"]
     assert [each["type"] for each in done] == ["reasoning", "message", *["function_call"] * 2]
+    added = [each["item"] for each in events if each["type"] == "response.output_item.added"]
+    assert {each["status"] for each in added} == {"in_progress"}
+    assert [each.get("content", each.get("arguments")) for each in added] == [[], [], "", ""]
     assert events[0]["response"]["output"] == [] and events[0]["response"]["usage"] is None
     for name, at in (("reasoning_text", 0), ("output_text", 1)):
         deltas = [e["delta"] for e in events if e["type"] == f"response.{name}.delta"]
