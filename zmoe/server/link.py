@@ -8,6 +8,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,8 @@ class EngineLink:
     ) -> None:
         """End the process, politely while that works."""
         if not ended.done():
-            await socket.send(FRONT.encode(Close()))
+            with suppress(zmq.Again):
+                await _send(socket, Close())
             for harsher in (process.terminate, process.kill):
                 await asyncio.wait({ended}, timeout=_CLOSE_S)
                 if ended.done():
@@ -205,7 +207,10 @@ class EngineLink:
         finish, meter = "", self.meters.begin()
         reason = "cancelled"
         try:
-            await self._socket.send(FRONT.encode(submit))
+            try:
+                await _send(self._socket, submit)
+            except zmq.Again:
+                raise EngineError("failed", "the cluster has ended") from None
             while not finish:
                 output = await queue.get()
                 finish = output.finish
@@ -218,7 +223,16 @@ class EngineLink:
             del self._queues[number]
             meter.end(reason)
             if not finish and self._socket is not None and self.state == "ready":
-                await self._socket.send(FRONT.encode(Abort(number)))
+                with suppress(zmq.Again):
+                    await _send(self._socket, Abort(number))
+
+
+async def _send(socket: zmq.asyncio.Socket, message: object) -> None:
+    """Send without waiting, since an engine that has ended would be waited for in vain.
+
+    Raises zmq.Again where there is no engine.
+    """
+    await socket.send(FRONT.encode(message), zmq.NOBLOCK)
 
 
 async def _end_of(process: multiprocessing.process.BaseProcess) -> None:
