@@ -22,6 +22,7 @@ static struct {
   zmoe_door_config config; /* exchange NULL: closed */
   uint64_t openings;
   atomic_int cancelled;
+  atomic_uint_fast64_t spent_us;
   begun queue[ZMOE_DOOR_STEPS]; /* the i-th that began is at i % ZMOE_DOOR_STEPS */
   uint64_t queued, entered;
   begun now;
@@ -91,6 +92,10 @@ int zmoe_door_failed(zmoe_door_failure *out) {
   return out->status;
 }
 
+uint64_t zmoe_door_spent_us(void) {
+  return atomic_exchange(&door.spent_us, 0);
+}
+
 int zmoe_door_service(zmoe_fault *fault) {
   if (pthread_mutex_trylock(&door.turn) != 0)
     return ZMOE_OK;
@@ -142,6 +147,16 @@ int zmoe_door_channel(uint32_t layer, uint32_t width, zmoe_channel *out) {
   int rc = door.config.exchange == NULL ? ZMOE_EINVAL : ZMOE_OK;
   pthread_mutex_unlock(&door.lock);
   return rc;
+}
+
+static uint64_t take_turn(void) {
+  pthread_mutex_lock(&door.turn);
+  return zmoe_now_us();
+}
+
+static void end_turn(uint64_t begun_us) {
+  atomic_fetch_add(&door.spent_us, zmoe_now_us() - begun_us);
+  pthread_mutex_unlock(&door.turn);
 }
 
 /* A layer that does not come after the last one is the first of the next step. */
@@ -274,10 +289,10 @@ static int sum(const zmoe_channel *channel, const void *src, void *out, size_t c
 void zmoe_door_sum(const zmoe_channel *channel, const void *src, void *out, size_t count,
                    zmoe_dtype dtype) {
   size_t item = dtype == (zmoe_dtype)ZMOE_I32 ? sizeof(int32_t) : zmoe_dtype_bytes(dtype);
-  pthread_mutex_lock(&door.turn);
+  uint64_t begun_us = take_turn();
   if (count > 0 && (enter(channel) != ZMOE_OK || sum(channel, src, out, count, dtype) != ZMOE_OK))
     memset(out, 0, count * item);
-  pthread_mutex_unlock(&door.turn);
+  end_turn(begun_us);
 }
 
 /* ---- gathering ------------------------------------------------------------------- */
@@ -328,8 +343,8 @@ static int gather(const zmoe_channel *channel, const void *src, uint8_t *out, si
 }
 
 void zmoe_door_gather(const zmoe_channel *channel, const void *src, void *out, size_t bytes) {
-  pthread_mutex_lock(&door.turn);
+  uint64_t begun_us = take_turn();
   if (bytes > 0 && (enter(channel) != ZMOE_OK || gather(channel, src, out, bytes) != ZMOE_OK))
     memset(out, 0, bytes * channel->nodes);
-  pthread_mutex_unlock(&door.turn);
+  end_turn(begun_us);
 }

@@ -51,6 +51,8 @@ int zmoe_door_begin(uint32_t step, uint64_t plan);
 void zmoe_door_cancel(void);
 /* The first failure since it was opened, if any; returns its status. */
 int zmoe_door_failed(zmoe_door_failure *out);
+/* Microseconds that collectives took since the last call. */
+uint64_t zmoe_door_spent_us(void);
 /* Between steps: zmoe_exchange_service, but where a collective is under way, which does it. */
 int zmoe_door_service(zmoe_fault *fault);
 

@@ -90,7 +90,7 @@ def _add_nodes(parser: Parser) -> None:
     add_settings(add, EngineConfig, "schedule")
     add_settings(add, ClusterSpec, "manual", "bind", "port")
     add_settings(add, RemoteOptions)
-    add_settings(add, EngineConfig, "wire_dtype")
+    add_settings(add, EngineConfig, "wire_dtype", "backend")
     add_settings(add, Timing)
 
 

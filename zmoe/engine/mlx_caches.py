@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from zmoe.batch.plan import BLOCK, Plan, Span, passes
-from zmoe.engine.base import Floats, LogitRows, Rows, SteppedReducer
+from zmoe.engine.base import Floats, Graph, LogitRows, Rows, SteppedReducer
 from zmoe.errors import ZmoeError
 
 Caches = list[Any]  # one per layer
@@ -41,8 +42,10 @@ class MlxEngine:
         reducer: SteppedReducer,
         head: LogitRows,
         max_kv_size: int | None,
+        graph: Graph | None = None,
     ) -> None:
         self._model, self._reducer, self._head = model, reducer, head
+        self._graph = graph
         self._max_kv_size = max_kv_size
         self._alone: dict[int, Caches] = {}
         self._side_by_side: list[int] = []  # the sequences in the rows of `_batch`
@@ -78,10 +81,11 @@ class MlxEngine:
             self._reducer.step = step
             if not logits:
                 spans = tuple(replace(span, logits=0) for span in spans)
-            if len(spans) == 1:
-                found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
-            else:
-                found.update(self._run_side_by_side(spans, tokens))
+            with self._graph.step(step, plan.digest) if self._graph else nullcontext():
+                if len(spans) == 1:
+                    found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
+                else:
+                    found.update(self._run_side_by_side(spans, tokens))
         wanted = [found[s.sequence] for s in plan.spans if s.logits and logits]
         return np.concatenate(wanted) if wanted else None
 
@@ -143,11 +147,12 @@ class MlxEngine:
         self._head.rows = rows
         out = self._model(mx.array(ids), cache=caches)
         state = [c.state for c in caches]
+        evaluate = mx.eval if self._graph is None else self._graph.evaluate
         if not len(rows):
-            mx.eval(state)
+            evaluate(state)
             return np.empty((0, 0), np.float32)
         logits = out.reshape(-1, out.shape[-1]).astype(mx.float32)
-        mx.eval(state, logits)
+        evaluate(state, logits)
         return np.array(logits)
 
     # ---- sequences -------------------------------------------------------------------

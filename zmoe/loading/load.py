@@ -24,9 +24,10 @@ from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
 from zmoe.loading.skeleton import Skeleton
-from zmoe.loading.slices import cut_biases, put_back
+from zmoe.loading.slices import cut_biases, cut_copied, put_back
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
+from zmoe.moe.graph import Graph, GraphMoE, GraphSwitch
 from zmoe.native import lib
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.assignment import Ownership
@@ -70,6 +71,7 @@ def load_shard(
     policy: str = "selected",
     recorder: Recorder | None = None,
     skeleton: Skeleton | None = None,
+    graph: Graph | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -77,7 +79,8 @@ def load_shard(
     never holds more than they take and one more tensor. `skeleton` is used up,
     so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it, its large matmuls on `pool` if there is one; then what lies in
+    loads it, its MoE layers in `graph` if there is one. Its large matmuls run on `pool` if
+    there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
@@ -101,7 +104,10 @@ def load_shard(
         select_rows(model, head)
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
-        _install(model, site, layer, experts.get(site.path))
+        if graph is None:
+            _install(model, site, layer, experts.get(site.path))
+        else:
+            _install_in_graph(model, site, layer.ordinal, graph)
     paged = None
     if pool is not None and fuse:
         paged = fuse_layers(model, sites, layers, experts, pool, dtype)
@@ -159,6 +165,7 @@ def take_share(
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
         if kept_slice is not None:
+            cut_copied(site, {path: cut for path, cut in plan.cuts.items() if path not in mapped})
             cut_biases(site, kept_slice)
             if pool is None:
                 put_back(site, mapped)
@@ -236,6 +243,14 @@ def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -
     else:
         switch = ExpertParallelSwitch(site.switch, layer, experts)
         replace_module(site.block, site.switch_path, switch)
+
+
+def _install_in_graph(model: Module, site: Site, ordinal: int, graph: Graph) -> None:
+    if site.adapter is not None:
+        block = GraphMoE(site.block, site.adapter, ordinal, graph)
+        replace_module(model, site.path, block)
+    else:
+        replace_module(site.block, site.switch_path, GraphSwitch(site.switch, ordinal, graph))
 
 
 def _far_away(mapping: Mapping) -> tuple[str, ...]:
