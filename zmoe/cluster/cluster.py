@@ -98,8 +98,9 @@ class Cluster:
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement)
-        self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
+        records = self.spec.record_usage
+        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement, records)
+        self._recorder = UsageRecorder(self.info) if records else None
         self._leader: Leader | None = None
         self._node: Node | None = None
         self._lock = threading.Lock()

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.prompt_cache import read_prompt_cache
 from zmoe.config import EngineConfig, Timing
-from zmoe.engine.base import Engine, Floats, Graph
+from zmoe.engine.base import Engine, Floats
 from zmoe.engine.engine import make_engine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
@@ -30,7 +29,7 @@ from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.arrays import Buffer
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
-from zmoe.loading import LoadedShard, Skeleton, load_experts, load_shard, make_graph
+from zmoe.loading import LoadedShard, Skeleton, form_of, load_experts, load_shard
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
@@ -182,7 +181,15 @@ class Node:
             self._refuse_kv_bits("MLX computes on this node")
         reducer = self.exchange or SingleNode()
         skeleton = self.skeleton or Skeleton(Path(self.info.path))
-        graph, notices = self._make_graph(skeleton)
+        form = form_of(
+            self.info,
+            self.placement,
+            skeleton.sites,
+            self.exchange,
+            self._config,
+            on_mlx=self._team is None,
+            records=self.recorder is not None,
+        )
         shard = load_shard(
             self.info,
             self.placement,
@@ -193,28 +200,14 @@ class Node:
             policy=self._config.policy,
             recorder=self.recorder,
             skeleton=skeleton,
-            graph=graph,
+            form=form,
         )
-        shard = replace(shard, notices=(*shard.notices, *notices))
         if shard.paged is None:
             self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
         self._engine = make_engine(
-            shard.model, reducer, self._config, shard.head, shard.paged, graph
+            shard.model, reducer, self._config, shard.head, shard.paged, shard.graph
         )
         return shard, time.perf_counter() - start
-
-    def _make_graph(self, skeleton: Skeleton) -> tuple[Graph | None, tuple[str, ...]]:
-        """What MLX's graph has of the exchanges, and lines for the user."""
-        config, placement = self._config, self.placement
-        assert placement is not None
-        if self._team is not None:
-            if config.backend not in ("auto", "zmq"):
-                raise SettingError(
-                    "backend", f"is {config.backend}: expected auto, as MLX does not compute"
-                )
-            return None, ()
-        records = self.recorder is not None
-        return make_graph(self.info, placement, skeleton.sites, self.exchange, config, records)
 
     def _prepare(self) -> None:
         """Set up MLX and the thread pool, before anything is loaded for them."""

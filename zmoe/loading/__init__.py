@@ -13,7 +13,7 @@ fuse          whole layers on the kernels
 """
 
 from zmoe.loading.experts_only import LoadedExperts, load_experts
-from zmoe.loading.graph import make_graph
+from zmoe.loading.graph import form_of
 from zmoe.loading.inspect import describe
 from zmoe.loading.load import LoadedShard, load_shard
 from zmoe.loading.skeleton import Skeleton
@@ -23,7 +23,7 @@ __all__ = [
     "LoadedShard",
     "Skeleton",
     "describe",
+    "form_of",
     "load_experts",
     "load_shard",
-    "make_graph",
 ]

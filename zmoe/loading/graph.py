@@ -1,4 +1,4 @@
-"""Whether a run's exchanges are operations of MLX's graph, and by which backend."""
+"""In which form MLX computes the MoE layers of a run, and which backend carries exchanges."""
 
 from __future__ import annotations
 
@@ -14,68 +14,72 @@ from zmoe.exchange.groups import Door, has_other_library, join_backend
 from zmoe.families.sites import Site
 from zmoe.loading.load import DTYPES
 from zmoe.moe.experts import gathers
-from zmoe.moe.graph import Graph
+from zmoe.moe.graph import Form, Graph
 from zmoe.placement.types import ModelInfo, Placement
 
 _RDMA_DEVICES = "MLX_IBV_DEVICES"  # the file that says which of them lead to which rank
 
 
-def make_graph(
+def form_of(
     info: ModelInfo,
     placement: Placement,
     sites: Sequence[Site],
     exchange: Exchange | None,
     config: EngineConfig,
+    *,
+    on_mlx: bool,
     records: bool,
-) -> tuple[Graph | None, tuple[str, ...]]:
-    """The graph of a node that computes with MLX, and lines for the user.
+) -> Form:
+    """How a node computes its MoE layers, of which `sites` are the blocks.
 
-    None where its MoE layers are evaluated one by one: with whole experts, for what MLX
-    cannot gather, or where a node `records` the routing or has another MPI library. All nodes
-    decide alike, and call this at the same time, once they are connected. Raises SettingError
-    where `config` asks for a backend that cannot be had.
+    In a graph if all nodes compute slices `on_mlx` and none `records` the routing or has
+    another MPI library. All nodes decide alike: they call this at the same time, once they are
+    connected. Raises SettingError where `config` asks for a backend that cannot be had.
     """
-    reason = _what_speaks_against(info, placement, sites, config)
-    if exchange is None or reason:
-        if config.backend not in ("auto", "zmq"):
-            reason = reason or "there is one node"
-            raise SettingError("backend", f"is {config.backend}: expected auto, as {reason}")
-        return None, ()
-    facts = (records, has_other_library(), not _has_rdma())
-    recorders, libraries, no_rdma = (
-        set(ranks.nonzero()[0].tolist()) for ranks in exchange.tell(facts).T
-    )
+    reason = "MLX does not compute" if not on_mlx else _reason(info, sites, config)
+    if exchange is None:
+        _refuse_backend(config, "there is one node")
+        return Form(as_it_is=not (reason or records))
+    reason = reason or _reason_of_placement(info, placement)
+    if reason:
+        _refuse_backend(config, reason)
+        return Form()
+    told = exchange.tell((records, has_other_library(), _has_rdma())).astype(bool)
+    recorders, libraries, rdma = told.T
+    if recorders.any():
+        _refuse_backend(config, "the routing is recorded")
+        return Form()
     backend = config.backend
     if backend == "auto":
-        backend = "zmq" if no_rdma else "jaccl"
-    if recorders:
-        if config.backend not in ("auto", "zmq"):
-            raise SettingError("backend", f"is {backend}: expected auto, as routing is recorded")
-        return None, ()
-    if backend == "zmq" and libraries:
-        ranks = ", ".join(map(str, sorted(libraries)))
-        return None, (
-            f"MLX_MPI_LIBNAME is set on node {ranks}: MoE layers are evaluated one by one",
-        )
+        backend = "jaccl" if rdma.all() else "zmq"
+    if backend == "zmq" and libraries.any():
+        nodes = ", ".join(map(str, libraries.nonzero()[0]))
+        line = f"MLX_MPI_LIBNAME is set on node {nodes}: MoE layers are evaluated one by one"
+        return Form(notices=(line,))
     groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
-    dtype = exchange.sum_dtype(DTYPES[info.dtype])
-    return Graph(groups, len(sites), dtype), ()
+    return Form(Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype])))
 
 
-def _what_speaks_against(
-    info: ModelInfo, placement: Placement, sites: Sequence[Site], config: EngineConfig
-) -> str:
-    """Why this run cannot have a graph, the same on every node; "" for nothing."""
-    everything = tuple(range(info.experts))
+def _refuse_backend(config: EngineConfig, reason: str) -> None:
+    if config.backend not in ("auto", "zmq"):
+        raise SettingError("backend", f"is {config.backend}: expected auto, as {reason}")
+
+
+def _reason(info: ModelInfo, sites: Sequence[Site], config: EngineConfig) -> str:
+    """Why this node needs the routing on the host, as every node does; "" if not."""
     if config.schedule != "decentralized" or config.policy != "selected":
         return "the schedule or the policy needs the routing on the host"
-    if not placement.slices or any(ids != everything for layer in placement.owned for ids in layer):
-        return "the nodes hold whole experts (--placement slices)"
-    if len(set(placement.slices)) < placement.nodes:
-        return "slices have copies"
     if not all(gathers(site.switch, DTYPES[info.dtype]) for site in sites):
-        return f"MLX gathers no {info.dtype} on this device"
+        return f"MLX's gathering matmuls take no {info.dtype} on this device"
     return ""
+
+
+def _reason_of_placement(info: ModelInfo, placement: Placement) -> str:
+    """Why the nodes do not have a slice of every expert each; "" if they do."""
+    everything = tuple(range(info.experts))
+    if not placement.slices or any(ids != everything for layer in placement.owned for ids in layer):
+        return "the nodes hold whole experts"
+    return "" if len(set(placement.slices)) == placement.nodes else "slices have copies"
 
 
 def _has_rdma() -> bool:

@@ -27,7 +27,7 @@ from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import cut_biases, cut_copied, put_back
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
-from zmoe.moe.graph import Graph, GraphMoE, GraphSwitch
+from zmoe.moe.graph import Form, Graph, GraphMoE, GraphSwitch
 from zmoe.native import lib
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.assignment import Ownership
@@ -44,9 +44,9 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user. `head` says of each pass which rows'
-    logits are wanted; what MLX computes is lazy anyway. `paged` are the caches of a
-    model whose layers are all the kernels'.
+    `notices` are lines for the user, `graph` has the exchanges if MLX's graph does.
+    `head` says of each pass which rows' logits are wanted; what MLX computes is lazy
+    anyway. `paged` are the caches of a model whose layers are all the kernels'.
     """
 
     model: Module
@@ -57,6 +57,7 @@ class LoadedShard:
     share_bytes: int
     largest_tensor_bytes: int
     notices: tuple[str, ...]
+    graph: Graph | None = None
 
 
 def load_shard(
@@ -71,7 +72,7 @@ def load_shard(
     policy: str = "selected",
     recorder: Recorder | None = None,
     skeleton: Skeleton | None = None,
-    graph: Graph | None = None,
+    form: Form | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -79,12 +80,13 @@ def load_shard(
     never holds more than they take and one more tensor. `skeleton` is used up,
     so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it, its MoE layers in `graph` if there is one. Its large matmuls run on `pool` if
-    there is one; then what lies in
+    loads it, its MoE layers in the `form` given; None: evaluated one by one. Its large
+    matmuls run on `pool` if there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
     """
+    form = form or Form()
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
     share = take_share(info, owned, pool, progress, kept_slice=kept, skeleton=skeleton)
@@ -104,16 +106,24 @@ def load_shard(
         select_rows(model, head)
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
-        if graph is None:
+        if form.graph is not None:
+            _install_in_graph(model, site, layer.ordinal, form.graph)
+        elif not form.as_it_is:
             _install(model, site, layer, experts.get(site.path))
-        else:
-            _install_in_graph(model, site, layer.ordinal, graph)
     paged = None
     if pool is not None and fuse:
         paged = fuse_layers(model, sites, layers, experts, pool, dtype)
-    notices = (*share.notices, *_notices(sites))
+    notices = (*share.notices, *_notices(sites), *form.notices)
     return LoadedShard(
-        model, share.config, head, paged, share.bytes_read, sum(sizes), max(sizes), notices
+        model,
+        share.config,
+        head,
+        paged,
+        share.bytes_read,
+        sum(sizes),
+        max(sizes),
+        notices,
+        form.graph,
     )
 
 

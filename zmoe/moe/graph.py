@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -83,12 +84,23 @@ class Graph:
             )
 
 
+@dataclass(frozen=True)
+class Form:
+    """How MoE layers are computed on MLX: in `graph`; `as_it_is`, with mlx-lm's own blocks, on
+    a single node; or else evaluated one by one. `notices` are lines for the user.
+    """
+
+    graph: Graph | None = None
+    as_it_is: bool = False
+    notices: tuple[str, ...] = ()
+
+
 def _digests_of(routed: list[mx.array]) -> mx.array:
     """A digest of each layer's `ids` (..., k), in whatever order a token's experts are: uint32."""
     most = max(ids.shape[-1] for ids in routed)
     rows = [ids.reshape(-1, ids.shape[-1]).astype(mx.uint32) for ids in routed]
     same = [
-        r if r.shape[-1] == most else mx.pad(r, ((0, 0), (0, most - r.shape[-1]))) for r in rows
+        r if r.shape[-1] == most else mx.pad(r, [(0, 0), (0, most - r.shape[-1])]) for r in rows
     ]
     mixed = (mx.stack(same) + 1) * mx.array(0x9E3779B1, mx.uint32)
     mixed = (mixed ^ (mixed >> 15)) * mx.array(0x85EBCA77, mx.uint32)
