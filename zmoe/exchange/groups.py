@@ -150,8 +150,8 @@ class Door:
             raise ZmoeError("another run of this process computes with MLX: close it first")
         exchange.door = self
         try:
-            self._world = _load()
-            if self._world.size() == 1:
+            self.world = _load()
+            if self.world.size() == 1:
                 raise ZmoeError("MLX has loaded another MPI library than zmoe's in this process")
         except ZmoeError:
             self.close()
@@ -161,7 +161,7 @@ class Door:
         """See Groups."""
         group = self._groups.get(layer)
         if group is None:
-            group = self._world.split(layer, width | lib.ZMOE_DOOR_WIDTH)
+            group = self.world.split(layer, width | lib.ZMOE_DOOR_WIDTH)
             self._groups[layer] = group
         return group
 
@@ -192,7 +192,7 @@ class Door:
             raise ZmoeError(f"step {step} was given up at layer {layer}")
         if status == Status.INVALID:
             refused = ffi.string(failure.refused).decode(errors="replace")
-            raise ZmoeError(f"zmoe's exchange does not do this: {refused} (step {step})")
+            raise ZmoeError(f"zmoe's exchange does not do this: {refused}")
         fault, patience = fault_of(failure.fault), self._exchange.deadline_s
         raise error_of(status, fault, self.rank, step, layer, patience)
 
