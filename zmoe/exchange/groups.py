@@ -73,7 +73,8 @@ def join_backend(backend: str, exchange: Exchange) -> OneGroup:
     if not mx.distributed.is_available(backend):
         raise SettingError("backend", f"is {backend}: this MLX on node {exchange.rank} has none")
     if exchange.wire is not None:
-        raise SettingError("wire_dtype", f"is set: expected auto with the backend {backend}")
+        wire = exchange.wire.name.lower()
+        raise SettingError("wire_dtype", f"is {wire}: expected auto with the backend {backend}")
     if _backend_joined:
         raise SettingError(
             "backend", f"is {backend}: this process has been in a run over {_backend_joined}"

@@ -38,7 +38,7 @@ def form_of(
     """
     reason = "MLX does not compute" if not on_mlx else _reason(info, sites, config)
     if exchange is None:
-        _refuse_backend(config, "there is one node")
+        _refuse_backend(config, reason or "there is one node")
         return Form(as_it_is=not (reason or records))
     reason = reason or _reason_of_placement(info, placement)
     if reason:
