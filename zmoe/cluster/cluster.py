@@ -87,7 +87,7 @@ class Cluster:
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
         self._skeleton = Skeleton(folder)
-        self.info: ModelInfo = describe(self._skeleton)
+        self.info: ModelInfo = describe(self._skeleton, not is_native(self.spec.engine))
         window = self.spec.engine.max_kv_size
         if window is not None and self.info.has_own_cache:
             raise SettingError(

@@ -24,7 +24,7 @@ from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
 from zmoe.loading.skeleton import Skeleton
-from zmoe.loading.slices import cut_biases, cut_copied, put_back
+from zmoe.loading.slices import can_be_sliced, cut_biases, cut_copied, put_back
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
 from zmoe.moe.graph import Form, Graph, GraphMoE, GraphSwitch
@@ -89,7 +89,15 @@ def load_shard(
     form = form or Form()
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
-    share = take_share(info, owned, pool, progress, kept_slice=kept, skeleton=skeleton)
+    share = take_share(
+        info,
+        owned,
+        pool,
+        progress,
+        kept_slice=kept,
+        skeleton=skeleton,
+        in_graph=form.graph is not None,
+    )
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
@@ -152,15 +160,22 @@ def take_share(
     dense: bool = True,
     kept_slice: tuple[int, int] | None = None,
     skeleton: Skeleton | None = None,
+    in_graph: bool = False,
 ) -> Share:
     """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
 
     `progress` gets the bytes read so far and in all. `kept_slice`: only this range of
-    the experts' moe_intermediate_size. Raises ModelError for what is damaged or missing.
+    the experts' moe_intermediate_size. Raises ModelError for what is damaged or missing,
+    PlacementError for slices of experts whose outputs are not added as they are, but `in_graph`.
     """
     count = max(1, *(len(ids) for ids in owned))
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
     skeleton = skeleton or Skeleton(path)
+    if kept_slice is not None and not in_graph and not can_be_sliced(skeleton.sites):
+        raise PlacementError(
+            f"slices of the experts of {info.path} need the exchange in MLX's graph, since "
+            "their outputs are not added as they are"
+        )
     plan = make_plan(info, skeleton, owned, count, pool is not None, dense, kept_slice)
     report = progress or (lambda done, total: None)
     checked = check_share(path, own, lambda: report(0, plan.total), dense)

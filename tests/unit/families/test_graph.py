@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,11 +11,10 @@ import pytest
 from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build
-from tests.ranks import ThreadReducer, on_ranks
+from tests.ranks import ThreadGraph, ThreadReducer, on_ranks
 from tests.unit.families.test_families import BATCH, generate
-from zmoe.exchange.base import Call
 from zmoe.loading import Skeleton, describe, load_shard
-from zmoe.moe.graph import Form, Graph
+from zmoe.moe.graph import Form
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
@@ -28,22 +26,6 @@ def uncompiled() -> Iterator[None]:
     mx.disable_compile()
     yield
     mx.enable_compile()
-
-
-class ThreadGraph(Graph):
-    """A graph whose ranks are threads: it evaluates, to meet the others."""
-
-    def __init__(self, reducer: ThreadReducer, dtype: mx.Dtype) -> None:
-        groups: Any = None
-        super().__init__(groups, 0, dtype)
-        self._reducer = reducer
-
-    def sum(self, layer: int, partial: mx.array, ids: mx.array) -> mx.array:
-        assert partial.dtype == self.dtype
-        rows = partial.reshape(-1, partial.shape[-1])
-        total = self._reducer.all_reduce(Call(layer, *rows.shape, rows.dtype, 0), rows)
-        copied = mx.array(np.array(total.astype(mx.float32))).astype(partial.dtype)
-        return copied.reshape(partial.shape)
 
 
 def check(folder: Path, *quarters: tuple[int, int]) -> None:
