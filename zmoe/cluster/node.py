@@ -205,7 +205,13 @@ class Node:
         if shard.paged is None:
             self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
         self._engine = make_engine(
-            shard.model, reducer, self._config, shard.head, shard.paged, shard.graph
+            shard.model,
+            reducer,
+            self._config,
+            shard.head,
+            shard.paged,
+            shard.form.graph,
+            looks_ahead=shard.form.as_it_is,
         )
         return shard, time.perf_counter() - start
 

@@ -44,7 +44,7 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user, `graph` has the exchanges if MLX's graph does.
+    `notices` are lines for the user, those of `form` included.
     `head` says of each pass which rows' logits are wanted; what MLX computes is lazy
     anyway. `paged` are the caches of a model whose layers are all the kernels'.
     """
@@ -57,7 +57,7 @@ class LoadedShard:
     share_bytes: int
     largest_tensor_bytes: int
     notices: tuple[str, ...]
-    graph: Graph | None = None
+    form: Form
 
 
 def load_shard(
@@ -131,7 +131,7 @@ def load_shard(
         sum(sizes),
         max(sizes),
         notices,
-        form.graph,
+        form,
     )
 
 
