@@ -135,8 +135,20 @@ def test_a_library_that_the_user_named(commands: Commands, folder: Path) -> None
     commands.env["MLX_MPI_LIBNAME"] = "libmpi.so"
     answer = said(commands, folder, "-n", 2)
     assert answer["tokens"] == alone["tokens"]
-    line = "MLX_MPI_LIBNAME is set on node 0, 1: MoE layers are evaluated one by one"
+    line = "MoE layers are evaluated one by one: on node 0, 1 MLX_MPI_LIBNAME is set, or"
     assert line in answer["errors"]
+
+
+def test_two_runs_of_a_process(folder: Path) -> None:
+    """The second one evaluates its layers one by one, and the first goes on in its graph."""
+    spec = ClusterSpec(2, engine=EngineConfig(compute="mlx"))
+    with Cluster(folder, spec=spec) as first:
+        with Cluster(folder, spec=spec) as second:
+            assert "another run of the same process" in second.notices[0]
+            ours, theirs = (cluster.submit("my lord", max_tokens=8) for cluster in (first, second))
+            assert [token.id for token in ours] == [token.id for token in theirs]
+        assert first.notices == ()
+        assert len([*first.submit("the night", max_tokens=4)]) == 4
 
 
 @pytest.mark.parametrize(

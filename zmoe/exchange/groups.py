@@ -59,7 +59,13 @@ class OneGroup:
         return nullcontext()
 
 
+_open_door: Door | None = None
 _backend_joined = ""  # MLX keeps the group of a backend for as long as the process lives
+
+
+def backend_joined() -> str:
+    """The backend of MLX's own that this process is in; "" for none."""
+    return _backend_joined
 
 
 def join_backend(backend: str, exchange: Exchange) -> OneGroup:
@@ -149,7 +155,8 @@ class Door:
         if lib.zmoe_door_open(config) != Status.OK:
             self._close_pipe()
             raise ZmoeError("another run of this process computes with MLX: close it first")
-        exchange.door = self
+        global _open_door
+        exchange.door = _open_door = self
         try:
             self.world = _load()
             if self.world.size() == 1:
@@ -212,7 +219,8 @@ class Door:
     def close(self) -> None:
         """End what is under way, and give the exchange back; idempotent."""
         if self._exchange.door is self:
-            self._exchange.door = None
+            global _open_door
+            self._exchange.door = _open_door = None
             lib.zmoe_door_close()
             self._groups.clear()
             self._close_pipe()
@@ -226,9 +234,11 @@ def _wake(fd: int) -> int:
     return signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
 
 
-def has_other_library() -> bool:
-    """Whether the user has named an MPI library to MLX, which then cannot have ours."""
-    return os.environ.get(_VARIABLE, LIBRARY) != LIBRARY
+def can_open_door() -> bool:
+    """Whether no other run of this process has a door, and no user has named an MPI library to
+    MLX, which then cannot have ours.
+    """
+    return _open_door is None and os.environ.get(_VARIABLE, LIBRARY) == LIBRARY
 
 
 def _load() -> mx.distributed.Group:

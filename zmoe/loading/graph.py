@@ -10,7 +10,7 @@ import mlx.core as mx
 from zmoe.config import EngineConfig
 from zmoe.errors import SettingError
 from zmoe.exchange.allreduce import Exchange
-from zmoe.exchange.groups import Door, has_other_library, join_backend
+from zmoe.exchange.groups import Door, backend_joined, can_open_door, join_backend
 from zmoe.families.sites import Site
 from zmoe.loading.load import DTYPES
 from zmoe.moe.experts import gathers
@@ -44,17 +44,20 @@ def form_of(
     if reason:
         _refuse_backend(config, reason)
         return Form()
-    told = exchange.tell((records, has_other_library(), _has_rdma())).astype(bool)
-    recorders, libraries, rdma = told.T
+    told = exchange.tell((records, not can_open_door(), _has_rdma())).astype(bool)
+    recorders, without_door, rdma = told.T
     if recorders.any():
         _refuse_backend(config, "the routing is recorded")
         return Form()
     backend = config.backend
     if backend == "auto":
-        backend = "jaccl" if rdma.all() else "zmq"
-    if backend == "zmq" and libraries.any():
-        nodes = ", ".join(map(str, libraries.nonzero()[0]))
-        line = f"MLX_MPI_LIBNAME is set on node {nodes}: MoE layers are evaluated one by one"
+        backend = "jaccl" if rdma.all() and exchange.wire is None else "zmq"
+    if backend == "zmq" and without_door.any():
+        nodes = ", ".join(map(str, without_door.nonzero()[0]))
+        line = (
+            f"MoE layers are evaluated one by one: on node {nodes} MLX_MPI_LIBNAME is set, or "
+            "another run of the same process exchanges in MLX's graph"
+        )
         return Form(notices=(line,))
     groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
     return Form(Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype])))
@@ -83,4 +86,5 @@ def _reason_of_placement(info: ModelInfo, placement: Placement) -> str:
 
 
 def _has_rdma() -> bool:
-    return _RDMA_DEVICES in os.environ and mx.distributed.is_available("jaccl")
+    is_there = _RDMA_DEVICES in os.environ and mx.distributed.is_available("jaccl")
+    return is_there and not backend_joined()
