@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -122,8 +121,6 @@ def main() -> None:
         float(sys.argv[3]),
         sys.argv[4],
     )
-    if scenario == "named":
-        os.environ["MLX_MPI_LIBNAME"] = "libmpi.so"
     with Exchange(
         rank,
         nodes,
@@ -132,12 +129,14 @@ def main() -> None:
         small_payload_bytes=WIDTH * 4,
         deadline_s=deadline_s,
         grace_s=0.2,
+        wire_dtype="q8" if scenario == "sums of q8" else "auto",
+        algorithm="scatter" if scenario == "scattered sums" else "auto",
     ) as exchange:
         say(data=exchange.endpoint.data_port, control=exchange.endpoint.control_port)
         ports = json.loads(sys.stdin.readline())
         exchange.connect([Endpoint("127.0.0.1", *pair) for pair in ports], 60.0)
         try:
-            if scenario == "sums":
+            if "sums" in scenario:
                 sums(exchange)
             elif scenario == "refusals":
                 refusals(exchange)

@@ -22,9 +22,10 @@ def ranks() -> Iterator[Ranks]:
         rank.end()
 
 
+@pytest.mark.parametrize("scenario", ["sums", "sums of q8", "scattered sums"])
 @pytest.mark.parametrize("nodes", [2, 3])
-def test_sums_are_those_of_the_exchange(ranks: Ranks, nodes: int) -> None:
-    for rank in ranks.start(nodes, "sums"):
+def test_sums_are_those_of_the_exchange(ranks: Ranks, nodes: int, scenario: str) -> None:
+    for rank in ranks.start(nodes, scenario):
         assert rank.read("done")["done"]
 
 
