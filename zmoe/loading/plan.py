@@ -188,7 +188,7 @@ def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
             if piece.name in mapped:
                 weights[piece.name] = placeholder(piece)
                 continue
-            if piece.name in plan.copied:
+            if piece.name in plan.copied and piece.name in offered:  # a store's are not
                 weights[piece.name] = offered[piece.name]
                 reader.bytes_read += piece.nbytes
             else:

@@ -72,6 +72,27 @@ def test_published_layouts_and_stores(native: bool, tmp_path: Path) -> None:
     check(store, native, original=folder)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "mlx"])
+def test_a_store_with_biases(native: bool, tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path / "mlx", **WIDTHS["gpt_oss"])
+    check(store_of(folder, tmp_path / "store"), native, original=folder)
+
+
+def test_a_store_of_plain_mlps(tmp_path: Path) -> None:
+    folder = build("phixtral", tmp_path / "mlx")
+    store = store_of(folder, tmp_path / "store")
+    info = describe(Skeleton(store))
+    slices = ((0, 64), (64, 192), (192, 256))
+    want = np.array(load_model(folder)[0](TOKENS))
+
+    def work(reducer: ThreadReducer) -> np.ndarray:
+        placement = replace(sliced(info), slices=slices)
+        return np.array(load_shard(info, placement, reducer, spans=Spans()).model(TOKENS))
+
+    for logits in on_ranks(3, work):
+        np.testing.assert_allclose(logits, want, atol=2e-4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("pool", [None, ThreadPool(1)], ids=["mlx", "native"])
 def test_a_node_reads_and_holds_its_slice(
