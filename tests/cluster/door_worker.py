@@ -135,6 +135,8 @@ def main() -> None:
         say(data=exchange.endpoint.data_port, control=exchange.endpoint.control_port)
         ports = json.loads(sys.stdin.readline())
         exchange.connect([Endpoint("127.0.0.1", *pair) for pair in ports], 60.0)
+        if scenario == "scattered sums":
+            exchange.choice.scatter_from = 30_000  # full frames, and not what is left
         try:
             if "sums" in scenario:
                 sums(exchange)
