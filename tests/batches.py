@@ -101,8 +101,10 @@ class ThreadNodes:
         for node in self.nodes:
             node.make_cache(BLOCKS)
         config = EngineConfig(prefill_chunk=chunk, parallel=parallel)
-        batching, leader = Batching(speculate=speculate, max_queue=1000), self.nodes[0]
-        return Batcher(self.run, leader.engine, blocks, config, batching, leader.spans, self._step)
+        batching, leader = Batching(speculate=speculate), self.nodes[0]
+        made = Batcher(self.run, leader.engine, blocks, config, batching, leader.spans)
+        made.scheduler.step = self._step  # their exchange goes on from there
+        return made
 
     def alone(self, ask: Ask, chunk: int = LARGEST_CHUNK) -> Given:
         """What it is given by nodes that have seen no other."""

@@ -24,6 +24,7 @@ def check_wheel(wheel: Path) -> None:
     assert "zmoe/py.typed" in names
     assert "zmoe/_native.abi3.so" in names
     assert "zmoe/data/zmoe-tiny/model.safetensors" in names
+    assert "zmoe/server/page/index.html" in names
     assert not [n for n in names if n.startswith(("tests", "bench", "tools", "csrc"))]
     assert wheel.stat().st_size < 12 << 20
 

@@ -30,9 +30,16 @@ class MessageError(ValueError):
 Check = Callable[[Any], str]  # what is wrong with a value, or ""
 
 
-def between(least: float, most: float) -> Check:
-    # The negation also catches NaN.
-    return lambda value: "" if least <= value <= most else f"is {value}: not in {least} to {most}"
+@dataclass(frozen=True, eq=False)
+class between:
+    """Checks that a number is in a range; NaN is in none."""
+
+    least: float
+    most: float
+
+    def __call__(self, value: float) -> str:
+        inside = self.least <= value <= self.most
+        return "" if inside else f"is {value}: not in {self.least} to {self.most}"
 
 
 def items(least: int, most: int) -> Check:
@@ -118,6 +125,8 @@ def _reader(hint: Any, where: str) -> Reader:
             return _record_reader(kind, where, mark.hints)
         if typing.get_origin(kind) in (list, tuple):
             return _list_reader(kind, where, mark)
+        if kind is int and isinstance(mark, between):
+            return _int_reader(where, mark)
         return _plain_reader(kind, where, mark)
     if origin in (types.UnionType, typing.Union):
         read = _reader(arguments[0], where)
@@ -130,7 +139,7 @@ def _reader(hint: Any, where: str) -> Reader:
         return _list_reader(hint, where)
     if origin is tuple:
         return _list_reader(hint, where, items(len(arguments), len(arguments)))
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):
         return _record_reader(hint, where, {})
     return _plain_reader(hint, where)
 
@@ -146,6 +155,13 @@ def _plain_reader(kind: type, where: str, check: Check = lambda _: "") -> Reader
         return value
 
     return read
+
+
+def _int_reader(where: str, limits: between) -> Reader:
+    """As _plain_reader, but faster: a plan has hundreds of numbers."""
+    least, most = limits.least, limits.most
+    refuse = _plain_reader(int, where, limits)
+    return lambda value: value if type(value) is int and least <= value <= most else refuse(value)
 
 
 def _list_reader(hint: Any, where: str, check: Check = lambda _: "") -> Reader:

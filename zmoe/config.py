@@ -198,6 +198,7 @@ _KV_BITS_HELP = (
     "Keep keys and values in the attention cache in 8 bits, so that it holds about twice as many "
     "tokens (default: as the model's activations are)"
 )
+_QUEUE_HELP = "Requests that may wait for others to end (default: four times --parallel)"
 _SPECULATE_HELP = (
     "Guess tokens from the text so far and check them in one step; the text stays the same"
 )
@@ -267,15 +268,14 @@ class Batching(Settings):
     `step_ms`: while sequences are generating, steps that also run a part of a new prompt aim at
     that many milliseconds. `speculate`: how many tokens to guess from the text so far and
     have checked in one step; "auto" adapts it to what pays. `max_queue`: most sequences that
-    wait, None for four times as many as may run; `queue_timeout`: seconds until one that waits
-    is given up.
+    wait, None for no limit; `queue_timeout`: seconds until one that waits is given up.
     """
 
     step_ms: Annotated[
         int, Setting("Milliseconds per step while prompts are processed beside others", _POSITIVE)
     ] = 250
     speculate: Annotated[str, Setting(_SPECULATE_HELP, _SPECULATE, metavar="auto|off|K")] = "auto"
-    max_queue: Annotated[int | None, Setting(limit=_POSITIVE)] = None
+    max_queue: Annotated[int | None, Setting(_QUEUE_HELP, _POSITIVE)] = None
     queue_timeout: Annotated[float, Setting(limit=SECONDS)] = 600.0
 
     @property

@@ -106,14 +106,14 @@ class Format(IntEnum):
 
 
 class Precision(IntEnum):
-    """What becomes of x in quantised products; zmoe_precision of csrc/kernels/compute.h."""
+    """What becomes of x in quantised matmuls; zmoe_precision of csrc/kernels/compute.h."""
 
     EXACT = 0
     INT8 = 1
 
 
 class Activation(IntEnum):
-    """Between an expert's products; zmoe_activation of csrc/kernels/compute.h."""
+    """Between an expert's matmuls; zmoe_activation of csrc/kernels/compute.h."""
 
     SILU = 0
     GELU = 1

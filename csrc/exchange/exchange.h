@@ -158,6 +158,7 @@ typedef struct zmoe_exchange_stats {
   uint64_t bad_stale;    /* an old step, or a duplicate */
   uint64_t resend_asked, resend_served, resend_unknown;
   uint64_t link_drops, link_returns;
+  uint64_t waited_us; /* for what peers had to send */
 } zmoe_exchange_stats;
 
 /* Subscribes `sub` to the session, allocates all that the exchange ever needs. */

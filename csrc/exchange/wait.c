@@ -163,8 +163,7 @@ static void spin(zmoe_exchange *ex, uint64_t now_us) {
   ex->spin_skip = (1u << ex->spin_misses) - 1;
 }
 
-int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
-  uint64_t now_us = zmoe_now_us();
+static int wait_for_all(zmoe_exchange *ex, uint64_t now_us, uint64_t deadline_us, uint64_t *lost) {
   uint64_t until_us = zmoe_later_us(now_us, deadline_us), leave_us = now_us + STAY_US;
   ex->drained = 0;
   ex->unread = zmoe_missing(ex) != 0 && !zmoe_receive_awaited(ex, ZMQ_DONTWAIT);
@@ -187,4 +186,11 @@ int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
       return rc;
   }
   return ZMOE_OK;
+}
+
+int zmoe_wait_for_all(zmoe_exchange *ex, uint64_t deadline_us, uint64_t *lost) {
+  uint64_t begun_us = zmoe_now_us();
+  int rc = wait_for_all(ex, begun_us, deadline_us, lost);
+  ex->stats.waited_us += zmoe_now_us() - begun_us;
+  return rc;
 }

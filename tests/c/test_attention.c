@@ -104,11 +104,11 @@ static double tolerance(const layer *l) {
   return l->bits == 8 ? fmax(own, 2e-3) : own;
 }
 
-/* One thread against the reference, more threads against one, on one ISA. */
+/* One thread against the reference, three threads against one, on one ISA. */
 static void check_isa(const layer *l, const double *expected, zmoe_isa isa) {
   const shape *s = &l->s;
   result first = {0};
-  for (uint32_t threads = 1; threads <= 3; threads++) {
+  for (uint32_t threads = 1; threads <= 3; threads += 2) {
     zmoe_thread_pool *pool =
         make_pool(threads, isa, zmoe_attention_scratch(&l->attention, threads));
     result out = run(l, pool, s->rows, 1);
@@ -182,7 +182,8 @@ static const shape SHAPES[] = {
 static void test_shapes(void) {
   for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
     check_shape(&SHAPES[i], 0);
-    check_shape(&SHAPES[i], 8);
+    if (!rig_skips((uint32_t)i))
+      check_shape(&SHAPES[i], 8);
   }
 }
 
@@ -227,13 +228,15 @@ static void check_invariance(const shape *s, uint32_t bits) {
     if (!zmoe_isa_supported(ALL_ISAS[i]))
       continue;
     result first = {0};
-    for (uint32_t threads = 1; threads <= 3; threads++) {
+    for (uint32_t threads = 1; threads <= 3; threads += 2) {
       zmoe_thread_pool *pool =
           make_pool(threads, ALL_ISAS[i], zmoe_attention_scratch(&l.attention, threads));
       if (threads == 1)
         first = run(&l, pool, s->rows, 1);
       for (int j = 0; j < 6; j++) {
-        result other = run(&l, pool, chunks[j], (j + (int)threads) % 2);
+        if (rig_skips((uint32_t)j + threads))
+          continue;
+        result other = run(&l, pool, chunks[j], (j + (int)threads / 2) % 2);
         CHECK(memcmp(first.added, other.added, count * sizeof *first.added) == 0);
         free_result(&other);
       }
@@ -251,9 +254,9 @@ static void test_invariance(void) {
       {3, 3, 17, 16, 16, 0, 90, RMS, NONE, 0, 0, 1, 0, 0, ZMOE_F16, 130, 900, 4},
       {4, 2, 16, 16, 16, 0, 700, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 66, 1400, 70},
   };
-  for (uint32_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+  for (uint32_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++)
     if (!rig_skips(i))
-      check_invariance(&shapes[i], 0), check_invariance(&shapes[i], 8);
+      check_invariance(&shapes[i / 2], i % 2 ? 8 : 0);
 }
 
 /* NaN in one row: out of it, and of all that see it; never a crash. */

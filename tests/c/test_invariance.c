@@ -64,6 +64,8 @@ static void check_layer(const layer *l, zmoe_isa isa) {
   for (uint32_t r = 0; r < MOST_ROWS; r++)
     multiply(pools[0], l, r, 1, alone + (size_t)r * OUT_FEATURES);
   for (uint32_t rows = 2; rows <= MOST_ROWS; rows += rows < 33 ? 1 : rows == 33 ? 95 : 2) {
+    if (rows < 33 && rig_skips(rows))
+      continue;
     multiply(pools[rows % 2], l, 0, rows, together);
     check_rows(l, isa, alone, together, rows);
     uint32_t first = MOST_ROWS - rows; /* other neighbours */
@@ -151,6 +153,8 @@ static void check_moe(zmoe_thread_pool *pool, const zmoe_expert_layer *layer, co
   for (uint32_t r = 0; r < MOE_ROWS; r++)
     run_moe(pool, layer, x, all, r, 1, precision, weighted, alone + r * each);
   for (uint32_t rows = 2; rows <= MOE_ROWS; rows += rows < 9 ? 1 : 31) {
+    if (rows < 9 && rig_skips(rows))
+      continue;
     run_moe(pool, layer, x, all, 0, rows, precision, weighted, together);
     CHECK(memcmp(alone, together, rows * each * sizeof *alone) == 0);
   }

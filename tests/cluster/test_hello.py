@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 from tests.changed import changed
 from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, wait_until
 from tests.conftest import unused_port
+from tests.unit.store.stores import EXPERTS_1, store_of
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.leader import notices_of
 from zmoe.cluster.messages import Endpoints, Failed, Hello, Join, Message, Place, Ready, Setup, Stop
 from zmoe.cluster.node import Node, check_hello, hello_of
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
@@ -60,7 +63,7 @@ class Impostor(threading.Thread):
         if isinstance(answer, Place):
             answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Endpoints):
-            bus.send(Ready(0.1, self._digest))
+            bus.send(Ready(0.1, self._digest, ()))
             answer = bus.receive(PATIENCE_S)
         self.answer = answer
         bus.close()
@@ -238,6 +241,28 @@ def test_a_worker_with_another_checkpoint_says_so_and_waits_on(
     assert "node 1" in line
     assert "another model" in line
     assert node.poll() is None
+
+
+def test_the_leader_shows_what_a_worker_has_noticed(
+    commands: Commands, free_port: int, tmp_path: Path
+) -> None:
+    """The worker's store changed; the leader's is as it was written."""
+    written = store_of(TINY, tmp_path / "written")
+    copy = Path(shutil.copytree(written, tmp_path / "copy"))
+    time.sleep(0.02)  # the clock of files is no finer
+    (copy / EXPERTS_1).touch()
+    node = ("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once", "--model", copy)
+    worker = commands.start(*node)
+    spec = ClusterSpec(nodes=2, manual=True, port=free_port, timing=Timing(join=PATIENCE_S))
+    with Cluster(written, spec=spec) as cluster:
+        (notice,) = cluster.notices
+    assert notice.startswith(f"node 1: {copy} changed since it was written, so ")
+    assert worker.wait(PATIENCE_S) == 0
+
+
+def test_a_notice_names_its_nodes_unless_all_have_it() -> None:
+    assert notices_of([("slow", "far"), ("slow",), ("slow", "far")]) == ("slow", "node 0, 2: far")
+    assert notices_of([(), ("far",)]) == ("node 1: far",)
 
 
 def test_a_worker_says_why_its_leader_stopped(commands: Commands, free_port: int) -> None:

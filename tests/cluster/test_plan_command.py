@@ -20,7 +20,7 @@ from zmoe.cli.plan.command import main
 from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.hardware import Machine
-from zmoe.perf.measured import ProductRate
+from zmoe.perf.measured import MatmulRate
 from zmoe.perf.profile import Profile, write_profile
 
 DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
@@ -336,7 +336,7 @@ class FewMatmuls(matmuls.Matmuls):
 
     def rates(
         self, formats: Iterable[str] = FEW_FORMATS, rounds: int = 0
-    ) -> tuple[ProductRate, ...]:
+    ) -> tuple[MatmulRate, ...]:
         return super().rates(formats, rounds)
 
 

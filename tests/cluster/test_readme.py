@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tests.cluster.conftest import Commands
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SNIPPETS = PYTHON.findall(README)
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -29,6 +31,18 @@ def test_the_snippet_of_many_prompts(commands: Commands) -> None:
         commands.run("--nodes", 2, "-m", 32, f"{n}:").stdout for n in ("ROMEO", "JULIET")
     )
     assert text == romeo + juliet + romeo.removesuffix("\n")
+
+
+def test_the_snippets_of_batching(commands: Commands) -> None:
+    generations, stream = PYTHON.findall((ROOT / "docs" / "batching.md").read_text())
+    for snippet, prompts, count in (
+        (generations, ["ROMEO:", "JULIET:"], 64),
+        (stream, ["ROMEO:"], 32),
+    ):
+        process = commands.python("-c", snippet)
+        text, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors
+        assert text == "".join(commands.run("-m", count, prompt).stdout for prompt in prompts)
 
 
 def test_the_exchange_snippet(commands: Commands) -> None:

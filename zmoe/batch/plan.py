@@ -8,18 +8,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
+from typing import NamedTuple
 
 from zmoe.errors import ZmoeError
 
 BLOCK = 64  # positions of a block of keys and values
 UNBOUNDED = 2**31 - 1  # positions of a sequence that its caches do not limit
 PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
-_NUMBERS_OF_SPAN = attrgetter("sequence", "position", "rows", "logits")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Consecutive rows of one sequence.
 
     `position` is that of the first row; what the sequence holds from there on is dropped.
@@ -37,8 +35,7 @@ class Span:
         return self.position + self.rows
 
 
-@dataclass(frozen=True)
-class Fork:
+class Fork(NamedTuple):
     """Sequence `new` begins with the first `length` positions of `old`, on MLX's caches."""
 
     new: int
@@ -46,8 +43,7 @@ class Fork:
     length: int
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """Block `to` becomes a copy of block `source`, in all layers."""
 
     to: int
@@ -78,12 +74,7 @@ class Plan:
         """A hash of 64 bits; equal plans have the same one on every machine."""
         parts = (self.spans, self.tokens, self.blocks, self.free, self.forks, self.copies)
         numbers = [self.step, *map(len, parts)]
-        numbers.extend(chain.from_iterable(map(_NUMBERS_OF_SPAN, self.spans)))
-        numbers += self.tokens + self.blocks + self.free
-        for fork in self.forks:
-            numbers += fork.new, fork.old, fork.length
-        for copy in self.copies:
-            numbers += copy.to, copy.source
+        numbers += chain(*self.spans, *parts[1:4], *self.forks, *self.copies)
         packed = struct.pack(f"<{len(numbers)}q", *numbers)
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
@@ -93,17 +84,17 @@ def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
 
     A token outside of the vocabulary would be read beyond the embedding.
     """
-    rows = sum(span.rows for span in plan.spans)
-    sequences = [span.sequence for span in plan.spans]
+    rows, sequences, sound = 0, set[int](), True
+    for sequence, position, count, logits in plan.spans:
+        sound = sound and count >= 1 and position >= 0 and 0 <= logits <= count
+        sequences.add(sequence)
+        rows += count
     if not 1 <= rows <= max_rows or len(plan.tokens) != rows:
         raise ZmoeError(
             f"step {plan.step} has {rows} rows and {len(plan.tokens)} tokens: "
             f"expected as many, from 1 to {max_rows}"
         )
-    if len(set(sequences)) != len(sequences) or any(
-        span.rows < 1 or span.position < 0 or not 0 <= span.logits <= span.rows
-        for span in plan.spans
-    ):
+    if not sound or len(sequences) != len(plan.spans):
         raise ZmoeError(
             f"step {plan.step} runs a sequence twice, or a span of no rows or before position 0"
         )

@@ -23,15 +23,16 @@ class Rates:
         """A step of `rows` took `seconds`."""
         self._count += 1
         seconds = max(seconds, 1e-6)
-        mean_rows, mean_seconds, _ = self._means.get(rows.bit_length(), (rows, seconds, 0))
-        self._means[rows.bit_length()] = (
+        key = rows.bit_length()
+        mean_rows, mean_seconds, _ = self._means.get(key, (rows, seconds, 0))
+        self._means[key] = (
             mean_rows + FADE * (rows - mean_rows),
             mean_seconds + FADE * (seconds - mean_seconds),
             self._count,
         )
         self._points = []
         slowest = 0.0
-        for mean_rows, mean_seconds, last in (self._means[key] for key in sorted(self._means)):
+        for _, (mean_rows, mean_seconds, last) in sorted(self._means.items()):
             if self._count - last < MEMORY:
                 slowest = max(slowest, mean_seconds)
                 self._points.append((mean_rows, slowest))

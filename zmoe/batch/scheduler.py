@@ -37,9 +37,9 @@ class Scheduler:
     positions, and `exact` says that the caches cannot be cut. With a `window`, rows see
     that many keys at most, and a sequence's positions are not limited by its caches. While
     sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
-    `max_queue` requests wait, `queue_seconds` each. `drafts` is the number of draft rows per
-    sequence, None to choose it by what pays, 0 for none. `step` is the number of the next step,
-    at first `first_step`.
+    `max_queue` requests wait (None: any number), `queue_seconds` each. `drafts` is the number of
+    draft rows per sequence, None to choose it by what pays, 0 for none. `step` is the number of the
+    next step.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.
@@ -55,10 +55,9 @@ class Scheduler:
         exact: bool = False,
         window: int | None = None,
         step_seconds: float = 0.25,
-        max_queue: int = 128,
+        max_queue: int | None = None,
         queue_seconds: float = 600.0,
         drafts: int | None = 0,
-        first_step: int = 1,
     ) -> None:
         if not 1 <= parallel <= max_rows:
             raise InputError(f"{parallel} sequences in steps of {max_rows} rows: expected 1 to all")
@@ -66,13 +65,13 @@ class Scheduler:
             raise InputError(f"{blocks} blocks of keys and values: expected at least 1")
         self._ids = itertools.count()
         most = None if window is None else blocks_of_window(window, max_rows)
-        self._unbounded = most is not None and most <= blocks
+        self._most = most
         self._memory = Blocks(blocks, most) if paged else Snapshots(blocks, exact, self._ids, most)
         self._paged, self._exact = paged, exact
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
         self._drafts = drafts
-        self.step = first_step
+        self.step = 1
         self._sequences: dict[int, Sequence] = {}
         self._waiting: dict[int, Sequence] = {}  # these three by age
         self._prefilling: dict[int, Sequence] = {}
@@ -105,7 +104,13 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """The most positions that a sequence can have."""
-        return UNBOUNDED if self._unbounded else self._memory.count * BLOCK
+        unbounded = self._most is not None and self._most <= self._memory.count
+        return UNBOUNDED if unbounded else self._memory.count * BLOCK
+
+    def resize(self, blocks: int) -> None:
+        """Count `blocks` blocks from now on; for MLX's caches, whose size only a step tells."""
+        assert isinstance(self._memory, Snapshots)
+        self._memory.count = blocks
 
     def submit(self, request: Request, now: float) -> Sequence:
         """Queue a request.
@@ -120,7 +125,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, and the cache of keys and values holds "
                 f"{self.capacity} positions: one fewer must be left free"
             )
-        if len(self._waiting) >= self._max_queue:
+        if self._max_queue is not None and len(self._waiting) >= self._max_queue:
             raise QueueFullError(len(self._waiting))
         sequence = Sequence(
             id=next(self._ids),
@@ -145,15 +150,22 @@ class Scheduler:
             self._leave(sequence, keep=True)
         self._changed = True
 
-    def known(self, tokens: Items[int]) -> tuple[int, ...]:
-        """The blocks of the longest beginning of `tokens` that is computed, in full blocks."""
-        return self._memory.find(_text([*tokens, 0])).blocks
+    def known(self, tokens: Items[int]) -> Found:
+        """Where the longest beginning of `tokens` is that is computed: in full blocks, or in a
+        snapshot or a running sequence.
+        """
+        text, memory = _text([*tokens, 0]), self._memory
+        return memory.known(text) if isinstance(memory, Snapshots) else memory.find(text)
 
     def adopt(self, tokens: Items[int], fill: Callable[[list[int]], None]) -> int:
-        """Have `fill` write the full blocks of a text into blocks, where prompts then find it.
+        """Have `fill` write a text into blocks, the full ones, or into a snapshot of that number,
+        where prompts then find it.
 
-        Returns the number of tokens for which there were blocks; `fill` may raise.
+        Returns the number of tokens for which there was room; `fill` may raise.
         """
+        if isinstance(self._memory, Snapshots):
+            self._memory.adopt(_text(tokens), fill)
+            return self.known(tokens).length
         blocks = min(len(tokens) // BLOCK, self.available)
         text = _text(tokens[: blocks * BLOCK])
         if blocks and self._memory.begin(text, Found(0, prefix=Prefix(None, text.salt)), 0):
@@ -166,11 +178,12 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Sequence]:
         """End the requests that have waited too long for their first step; returns them."""
-        late = [
-            sequence
-            for sequence in self._waiting.values()
-            if sequence.queued is None and now - sequence.submitted > self._queue_seconds
-        ]
+        late = []
+        for sequence in self._waiting.values():  # by age
+            if sequence.queued is None:
+                if now - sequence.submitted <= self._queue_seconds:
+                    break
+                late.append(sequence)
         for sequence in late:
             self.end(sequence.id)
         return late

@@ -7,7 +7,7 @@ positions, as if each running sequence were as long as the longest: a batch is p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from zmoe.batch.blocks import Found
@@ -15,6 +15,8 @@ from zmoe.batch.plan import BLOCK, UNBOUNDED, Fork, blocks_of
 
 if TYPE_CHECKING:
     from zmoe.batch.sequence import Sequence
+
+_Text = tuple[bytes, list[int]]  # a salt, and tokens under it
 
 
 class Snapshots:
@@ -34,9 +36,9 @@ class Snapshots:
         self.count, self.exact, self._ids = count, exact, ids
         self.free: list[int] = []  # the sequences and snapshots that ended since the last plan
         self.forks: list[Fork] = []  # those of the next plan
-        self._texts: OrderedDict[int, list[int]] = OrderedDict()  # the least recently used first
+        self._texts: OrderedDict[int, _Text] = OrderedDict()  # the least recently used first
         self._kept = 0  # blocks of all snapshots
-        self._running: dict[int, int] = {}  # blocks of each running sequence
+        self._running: dict[Sequence, int] = {}  # blocks of each running sequence
         self._longest = 0  # the most of them
 
     @property
@@ -52,8 +54,8 @@ class Snapshots:
     def find(self, sequence: Sequence) -> Found:
         """The snapshot that spares it most tokens, all but the last one at most."""
         tokens, best = sequence.tokens, Found(0)
-        for number, text in self._texts.items():
-            most = min(len(text), len(tokens) - 1)
+        for number, (salt, text) in self._texts.items():
+            most = min(len(text), len(tokens) - 1) if salt == sequence.salt else 0
             if most <= best.length or (self.exact and most < len(text)):
                 continue
             length = _common(text, tokens, most)
@@ -94,23 +96,40 @@ class Snapshots:
         while borders and borders[0] <= position:
             if borders.pop(0) == position >= BLOCK:
                 new = next(self._ids)
-                if self._add(new, sequence.tokens[:position]):
+                if self._add(new, (sequence.salt, sequence.tokens[:position])):
                     self.forks.append(Fork(new, sequence.id, position))
         return borders[0] if borders else len(sequence.tokens)
 
     def end(self, sequence: Sequence, keep: bool = True) -> None:
         """It no longer runs; its cache stays as a snapshot if `keep`."""
-        del self._running[sequence.id]
+        del self._running[sequence]
         self._longest = max(self._running.values(), default=0)
         length = min(sequence.position, len(sequence.tokens))
         whole = sequence.position <= len(sequence.tokens) and not sequence.verifying
         keep = keep and length >= BLOCK and (whole or not self.exact)
-        if sequence.sent and not (keep and self._add(sequence.id, sequence.tokens[:length])):
+        text = (sequence.salt, sequence.tokens[:length])
+        if sequence.sent and not (keep and self._add(sequence.id, text)):
             self.free.append(sequence.id)
         sequence.room = sequence.sent = 0
 
+    def known(self, text: Sequence) -> Found:
+        """As find(), or among the running sequences unless caches cannot be cut."""
+        best = self.find(text)
+        for running in self._running if not self.exact else ():
+            most = min(running.position, len(running.tokens), len(text.tokens) - 1)
+            length = _common(running.tokens, text.tokens, most)
+            if running.salt == text.salt and length > best.length and length >= BLOCK:
+                best = Found(length, snapshot=running.id)
+        return best
+
+    def adopt(self, text: Sequence, fill: Callable[[list[int]], None]) -> None:
+        """Have `fill` make the snapshot of that number if there is room and none has the text."""
+        new = next(self._ids)
+        if self._add(new, (text.salt, text.tokens)):
+            fill([new])
+
     def _count(self, sequence: Sequence, blocks: int) -> None:
-        self._running[sequence.id] = blocks
+        self._running[sequence] = blocks
         self._longest = max(self._longest, blocks)
         sequence.room = UNBOUNDED if blocks == self._most else blocks * BLOCK
 
@@ -118,9 +137,12 @@ class Snapshots:
         """The blocks of a cache of that many positions."""
         return min(blocks_of(positions), self._most)
 
-    def _add(self, number: int, text: list[int]) -> bool:
-        """Keep a snapshot of `text`, and drop those that it makes superfluous."""
-        for other, known in list(self._texts.items()):
+    def _add(self, number: int, new: _Text) -> bool:
+        """Keep a snapshot of `new`, and drop those that it makes superfluous."""
+        salt, text = new
+        for other, (their_salt, known) in list(self._texts.items()):
+            if salt != their_salt:
+                continue
             if text == (known if self.exact else known[: len(text)]):
                 self._texts.move_to_end(other)
                 return False
@@ -128,7 +150,7 @@ class Snapshots:
                 self._drop(other)
         if not self._fits(len(self._running), self._longest, self._needed(len(text))):
             return False
-        self._texts[number] = text
+        self._texts[number] = new
         self._kept += self._needed(len(text))
         return True
 
@@ -136,7 +158,7 @@ class Snapshots:
         """Whether all that has room, once the least recently used snapshots have gone."""
         spare = self.count - sequences * longest - more
         pinned = self._pinned()
-        if spare < sum(self._needed(len(self._texts[n])) for n in pinned if n in self._texts):
+        if spare < sum(self._needed(len(self._texts[n][1])) for n in pinned if n in self._texts):
             return False
         for number in list(self._texts):
             if self._kept <= spare:
@@ -150,7 +172,7 @@ class Snapshots:
         return {number for fork in self.forks for number in (fork.old, fork.new)}
 
     def _drop(self, number: int) -> None:
-        self._kept -= self._needed(len(self._texts.pop(number)))
+        self._kept -= self._needed(len(self._texts.pop(number)[1]))
         self.free.append(number)
 
 

@@ -19,7 +19,7 @@ from zmoe.calibration.steps import Steps
 from zmoe.config import POLICIES, EngineConfig
 from zmoe.kernels.threads import is_native
 from zmoe.perf.hardware import Machine
-from zmoe.perf.measured import ProductRate
+from zmoe.perf.measured import MatmulRate
 from zmoe.topology.cores import usable_cores
 
 REPEATS = 9  # of a matmul; the fastest counts, as noise only slows
@@ -61,7 +61,7 @@ def _of_kernels(made: Machine, progress: Progress) -> Machine:
         return steps.add_to(made)
 
 
-def _whole(rates: tuple[ProductRate, ...]) -> ProductRate:
+def _whole(rates: tuple[MatmulRate, ...]) -> MatmulRate:
     """Of one process on all cores."""
     known = [rate for rate in rates if rate.format == REFERENCE and rate.nodes == 1]
     return max(known, key=lambda rate: rate.threads)

@@ -21,7 +21,7 @@ from typing import Any
 from zmoe.calibration.weights import FORMATS, LARGE, SMALL, Weights, expert_bytes, write_weights
 from zmoe.errors import ZmoeError
 from zmoe.kernels.threads import ThreadPool
-from zmoe.perf.measured import ProductRate
+from zmoe.perf.measured import MatmulRate
 from zmoe.topology.cores import divide_cores, usable_cores
 
 FILE_BYTES = 1 << 30  # beyond caches, also those of page tables
@@ -72,7 +72,7 @@ class Matmuls:
             for group in self._groups:
                 group.measure(name)
 
-    def rates(self, formats: Iterable[str] = FORMATS, rounds: int = 0) -> tuple[ProductRate, ...]:
+    def rates(self, formats: Iterable[str] = FORMATS, rounds: int = 0) -> tuple[MatmulRate, ...]:
         """Of these formats, by the medians of the last `rounds` rounds; 0: of all."""
         return tuple(group.rate(name, rounds) for name in formats for group in self._groups)
 
@@ -98,14 +98,14 @@ class _Group:
                 raise ZmoeError(f"a process that measured matmuls of {name} ended") from None
         self._found[name].append([statistics.mean(kind) for kind in zip(*answers)])
 
-    def rate(self, name: str, rounds: int) -> ProductRate:
+    def rate(self, name: str, rounds: int) -> MatmulRate:
         """See Matmuls.rates."""
         found = self._found[name][-rounds:]
         read, dense, many, large, small = map(statistics.median, zip(*found))
         of_large, of_small = (expert_bytes(name, shape) for shape in (LARGE, SMALL))
         experts, expert_s = line_of_experts(of_large, of_small, 1 / large, 1 / small, read)
         nodes = len(self._pipes)
-        return ProductRate(name, nodes, self._threads, dense, experts, expert_s, many)
+        return MatmulRate(name, nodes, self._threads, dense, experts, expert_s, many)
 
 
 def line_of_experts(

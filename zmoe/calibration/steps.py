@@ -27,10 +27,10 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import DEFAULT_MODEL, POLICIES, SCHEDULES, EngineConfig
-from zmoe.perf.cost import Step, attention_cost, dense_product, experts_cost
+from zmoe.perf.cost import Step, attention_cost, dense_matmul, experts_cost
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
-from zmoe.perf.measured import ProductRate, StepRate
+from zmoe.perf.measured import MatmulRate, StepRate
 from zmoe.perf.model_config import read_shape
 from zmoe.perf.shape import CACHE, CACHE_BYTES, ModelShape
 from zmoe.placement.predict import Prediction, Setup, Workload, predict
@@ -116,7 +116,7 @@ class Steps:
         planned = _planned(model, machine, case)
         return total - planned.decode.total * of_leader / _leaders_matmuls(planned)
 
-    def _cache_rates(self, machine: Machine) -> Iterator[ProductRate]:
+    def _cache_rates(self, machine: Machine) -> Iterator[MatmulRate]:
         """Bytes of cache a second that a step of one row attends to."""
         attention = _shape(self._models[1]).attention
         size = MANY * (FAR - NEAR) * attention.cache_elements * CACHE_BYTES
@@ -230,7 +230,7 @@ def _leaders_matmuls(planned: Prediction) -> float:
     }
     count = counts[cluster.policy]
     layer = attention_cost(shape, place, step, central).total
-    layer += dense_product(shape, place, shape.router_parameters, 1, central).total
+    layer += dense_matmul(shape, place, shape.router_parameters, 1, central).total
     layer += experts_cost(shape, place, count, count, count, False).total
-    head = dense_product(shape, place, shape.head_parameters, 1, alone=True).total
+    head = dense_matmul(shape, place, shape.head_parameters, 1, alone=True).total
     return shape.layers * layer + head

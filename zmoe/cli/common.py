@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import resource
 import signal
@@ -219,6 +220,19 @@ def memory_limit(gib: float) -> int:
     if not 0 < gib < MOST_GIB:
         raise InputError(f"--memory-limit is {gib:g}: expected a positive number of GiB")
     return int(gib * 2**30)
+
+
+def template_config(text: str | None) -> dict[str, Any] | None:
+    """What --chat-template-config says. Raises InputError."""
+    if text is None:
+        return None
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-config is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError("--chat-template-config: expected a JSON object")
+    return config
 
 
 def warn_unencrypted(prog: str, address: str) -> None:

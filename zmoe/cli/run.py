@@ -11,21 +11,20 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zmoe import __version__
+from zmoe.cli.cluster import add_cluster, cluster_spec
 from zmoe.cli.common import (
     Parser,
-    add_hosts,
     add_settings,
     check_writable,
     given_settings,
     run_command,
+    template_config,
     warn_unencrypted,
 )
-from zmoe.cluster.hosts import check_env, hosts_from
-from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions
-from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig, Sampling, Timing
+from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig, Sampling
 from zmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
 
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
-    from zmoe.cluster.hosts import HostList
     from zmoe.engine.generate import Token
     from zmoe.placement.choose import Choice
 
 PROG = "zmoe-run"
+_EXPLAIN_HELP = "Print who owns which experts, and why, to stderr"
+_RECORD_HELP = "Add the run's selections to a profile"
 
 
 def _parser() -> Parser:
@@ -59,10 +59,9 @@ def _parser() -> Parser:
     to_text("--chat-template-config", metavar="JSON", help="More arguments of the chat template")
     add_settings(to_text, EngineConfig, "prefill_chunk", "max_kv_size", "kv_bits")
     add_settings(to_text, Batching, "speculate")
-    to_compute = parser.add_argument_group("compute").add_argument
-    add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
-    _add_placement(parser)
-    _add_nodes(parser)
+    to_placement = add_cluster(parser)
+    to_placement("--explain", action="store_true", help=_EXPLAIN_HELP)
+    to_placement("--record-usage", type=Path, metavar="FILE", help=_RECORD_HELP)
     add(
         "--prompt-cache-file",
         type=Path,
@@ -72,58 +71,6 @@ def _parser() -> Parser:
     add("--stats", action="store_true", help="Print a table of times and memory to stderr")
     add("--json", action="store_true", help="Print one JSON object instead of the text")
     return parser
-
-
-def _add_placement(parser: Parser) -> None:
-    add = parser.add_argument_group("placement of the experts").add_argument
-    add_settings(add, PlacementRequest, "way")
-    add("--explain", action="store_true", help="Print who owns which experts, and why, to stderr")
-    add_settings(add, PlacementRequest, "usage")
-    add("--record-usage", type=Path, metavar="FILE", help="Add the run's selections to a profile")
-    add_settings(add, PlacementRequest, "memory_limit")
-
-
-def _add_nodes(parser: Parser) -> None:
-    add = parser.add_argument_group("nodes").add_argument
-    add_settings(add, ClusterSpec, "nodes")
-    add_hosts(add)
-    add_settings(add, EngineConfig, "schedule")
-    add_settings(add, ClusterSpec, "manual", "bind", "port")
-    add_settings(add, RemoteOptions)
-    add_settings(add, EngineConfig, "wire_dtype", "backend")
-    add_settings(add, Timing)
-
-
-def _spec(options: argparse.Namespace) -> ClusterSpec:
-    hosts = hosts_from(options.hosts, options.hostfile)
-    asked, remote = given_settings(options, ClusterSpec), given_settings(options, RemoteOptions)
-    if hosts is not None:
-        asked.setdefault("nodes", len(hosts.hosts))
-    env = tuple(check_env(setting, "--env") for setting in remote.get("env", ()))
-    _refuse_what_does_not_apply(asked, remote, hosts)
-    return ClusterSpec(
-        **asked,
-        hosts=hosts,
-        remote=RemoteOptions(**{**remote, "env": (*(hosts.envs if hosts else ()), *env)}),
-        timing=Timing(**given_settings(options, Timing)),
-        engine=EngineConfig(parallel=1, **given_settings(options, EngineConfig)),
-        batching=Batching(**given_settings(options, Batching)),
-        placement=PlacementRequest(**given_settings(options, PlacementRequest)),
-        record_usage=options.record_usage is not None,
-    )
-
-
-def _refuse_what_does_not_apply(
-    asked: dict[str, Any], remote: dict[str, Any], hosts: HostList | None
-) -> None:
-    """Raise InputError for flags that would change nothing."""
-    manual = "manual" in asked
-    if manual and asked.get("nodes", 1) == 1:
-        raise InputError("--manual is for several nodes: give --nodes, --hosts or --hostfile")
-    if not manual and hosts is not None and not all(h.is_local for h in hosts.hosts[1:]):
-        return
-    for flag in remote:
-        raise InputError(f"--{flag} is for nodes on other hosts, started over ssh")
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -154,32 +101,22 @@ def _unicode(name: str, text: str) -> str:
     return text
 
 
-def _template_config(options: argparse.Namespace) -> dict[str, Any] | None:
-    if options.chat_template_config is None:
-        return None
-    try:
-        config = json.loads(options.chat_template_config)
-    except ValueError as error:
-        raise InputError(f"--chat-template-config is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError("--chat-template-config: expected a JSON object")
-    return config
-
-
 def _generate(options: argparse.Namespace) -> None:
     sampling, prompt = Sampling(**given_settings(options, Sampling)), _prompt(options)
-    template = _template_config(options)
+    template = template_config(options.chat_template_config)
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)
     if options.prompt_cache_file is not None:
         check_writable("--prompt-cache-file", options.prompt_cache_file)
-    spec = _spec(options)  # all that can be wrong without a model has been checked by now
+    spec = cluster_spec(options, parallel=1, record_usage=options.record_usage is not None)
+    # All that can be wrong without a model has been checked by now.
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.launch import ask_for_nodes
     from zmoe.cluster.prompt_cache import read_prompt_cache
     from zmoe.placement.usage import check_usage_file
 
@@ -191,7 +128,7 @@ def _generate(options: argparse.Namespace) -> None:
                 spec=spec,
                 progress=progress,
                 on_placement=on_placement,
-                on_manual=partial(_ask_for_nodes, progress),
+                on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
             )
             if options.record_usage is not None:
                 check_usage_file(options.record_usage, cluster.info)
@@ -236,8 +173,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
     if not cluster.save_prompt_cache(file, prompt):
         print(
-            f"{PROG}: {file} was not written: the prompt has {len(prompt)} tokens, and at least "
-            "64 can be kept",
+            f"{PROG}: {file} was not written: the prompt has {len(prompt)} tokens, too few for a "
+            "prompt cache",
             file=sys.stderr,
         )
 
@@ -246,10 +183,6 @@ def _explain(progress: Bars, choice: Choice) -> None:
     from zmoe.cli.report import explanation
 
     progress.print(explanation(choice))
-
-
-def _ask_for_nodes(progress: Bars, commands: Sequence[str]) -> None:
-    progress.print("\n".join((f"{PROG}: waiting for nodes; start each on its machine:", *commands)))
 
 
 def _show(tokens: Iterable[Token], quiet: bool) -> None:

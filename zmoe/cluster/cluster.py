@@ -15,11 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zmoe.batch.plan import BLOCK, Plan, blocks_of, blocks_of_window
+from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.leader import Leader, OnManual, Progress
 from zmoe.cluster.node import Node, peak_memory
-from zmoe.cluster.prompt_cache import read_prompt_cache, write_prompt_cache
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
@@ -37,9 +36,10 @@ from zmoe.engine.prompt import (
 )
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
-from zmoe.placement.estimate import cache_room
+from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
@@ -112,6 +112,7 @@ class Cluster:
         self._cancelled: deque[int] = deque()  # which any thread may append to
         self._begun = 0
         self.notices: tuple[str, ...] = ()
+        self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
 
     # ---- life -----------------------------------------------------------------
@@ -231,26 +232,26 @@ class Cluster:
     def _load(self, node: Node) -> None:
         engine = self.spec.engine
         if self._leader is not None:
-            shard, self.load_seconds = self._leader.start()
-            resources = self._leader.resources
+            self.notices, self.load_seconds = self._leader.start()
+            self.resources = self._leader.resources
         else:
-            resources = [resources_of(engine, self.spec.placement.memory_limit, measure=False)]
-            node.place(self._resolver.resolve(resources))
+            limit = self.spec.placement.memory_limit
+            self.resources = [resources_of(engine, limit, measure=False)]
+            node.place(self._resolver.resolve(self.resources))
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
-        self.notices = shard.notices
+            self.notices = shard.notices
         assert node.placement is not None
         mapped, schedule = is_native(engine), engine.schedule
-        room = cache_room(self.info, resources, node.placement, mapped, schedule)
+        room = cache_room(self.info, self.resources, node.placement, mapped, schedule)
+        blocks = 1
         if node.engine.paged:
             blocks = self._blocks_in(room, node.engine)
             (self._leader or node).make_cache(blocks)
-            self._batcher = self._make_batcher(node, blocks)
-            self._warm_up(node)
-        else:  # what a block of these caches takes is known once there is one
-            self._batcher = self._make_batcher(node, 1)
-            self._warm_up(node)
-            blocks = self._blocks_in(room, node.engine)
-            self._batcher = self._make_batcher(node, blocks, self._batcher.scheduler.step)
+        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
+        self._batcher = Batcher(run, node.engine, blocks, engine, self.spec.batching, node.spans)
+        self._warm_up(node)
+        if not node.engine.paged:  # only now it is known what a block of these caches takes
+            self._batcher.scheduler.resize(self._blocks_in(room, node.engine))
         if engine.parallel > 1 and not node.engine.can_batch:
             self.notices += (self._one_at_a_time(),)
 
@@ -269,11 +270,6 @@ class Cluster:
             longest = blocks_of_window(config.max_kv_size, config.max_rows)
         # One sequence must be able to run, even where memory is tight.
         return max(longest, min(room // engine.block_bytes, config.parallel * longest))
-
-    def _make_batcher(self, node: Node, blocks: int, first_step: int = 1) -> Batcher:
-        engine, batching = self.spec.engine, self.spec.batching
-        run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
-        return Batcher(run, node.engine, blocks, engine, batching, node.spans, first_step)
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
@@ -405,6 +401,21 @@ class Cluster:
         assert node.placement is not None
         return node.placement
 
+    @property
+    def compute(self) -> str:
+        """Whose matmuls are run: "mlx", or "native" and the instructions that they use."""
+        return self._check_running().compute
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the nodes listen for one another, by rank; empty where there is one only."""
+        return self._leader.endpoints if self._leader is not None else ()
+
+    def links(self) -> tuple[int, ...]:
+        """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""
+        with self._running() as node:
+            return node.exchange.links() if node.exchange is not None else ()
+
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""
         with self._running():
@@ -426,32 +437,31 @@ class Cluster:
         the file, and a node that cannot read it; that ends the cluster.
         """
         path = Path(path).absolute()
-        saved = read_prompt_cache(path, self.info, self.spec.engine)
         with self._running() as node:
-            saved.check(node.memory)
+            saved = node.read_prompt_cache(path)
             self._batcher.end_forced()
 
-            def fill(blocks: Sequence[int]) -> None:
+            def read(places: Sequence[int]) -> None:
                 try:
-                    (self._leader or node).load_prefix(path, blocks, saved.digest)
+                    (self._leader or node).load_prefix(path, places, saved.digest)
                 except BaseException as error:
                     self._failed = _reason(error)
                     raise
 
-            return self._batcher.scheduler.adopt(saved.tokens, fill)
+            return self._batcher.scheduler.adopt(saved.tokens, read)
 
     def save_prompt_cache(self, path: str | Path, prompt: Sequence[int]) -> int:
         """Write the keys and values of `prompt` (ids) that are in the cache to the file `path`.
 
         Returns the number of its tokens that they are of; where that is 0, less than a block of
-        64, there is no file. Raises InputError that names the file.
+        64, there is no file. Raises InputError that names the file, or says why there can be none.
         """
         with self._running() as node:
-            memory, blocks = node.memory, self._batcher.scheduler.known(prompt)
-            tokens = prompt[: len(blocks) * BLOCK]
-            if blocks:
-                write_prompt_cache(Path(path), self.info, self.spec.engine, tokens, memory, blocks)
-            return len(tokens)
+            node.prompt_cache_format()
+            found = self._batcher.scheduler.known(prompt)
+            if found.length:
+                node.save_prefix(Path(path), prompt[: found.length], found)
+            return found.length
 
     def begin(self) -> StepFunction:
         """Begin a sequence whose caller brings every token, and picks from the logits itself.

@@ -171,6 +171,11 @@ def _place_arguments(leader: str, rank: int, bind: str) -> list[str]:
     return ["--leader", leader, "--bind", bind, "--rank", str(rank)]
 
 
+def ask_for_nodes(commands: Sequence[str]) -> str:
+    """What to tell whoever is to start the nodes by hand."""
+    return "\n".join(("waiting for nodes; start each on its machine:", *commands))
+
+
 def command_by_hand(leader: str, rank: int, bind: str) -> str:
     """What a user types to start node `rank`, which listens at `bind`."""
     return shlex.join(["zmoe-node", *_place_arguments(leader, rank, bind)])

@@ -48,10 +48,9 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.engine.base import Floats
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
-from zmoe.exchange.sockets import Context
+from zmoe.exchange.sockets import Context, Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
-from zmoe.loading import LoadedShard
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
 from zmoe.topology.cores import divide_cores
@@ -80,7 +79,9 @@ class Leader:
         self._processes: list[NodeProcess] = []
         self._workers = range(1, spec.nodes)
         self._step = 0
-        self.resources: list[NodeResources] = []  # by rank, once all have said hello
+        # By rank, once all have said hello:
+        self.resources: list[NodeResources] = []
+        self.endpoints: tuple[Endpoint, ...] = ()
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         self._load_deadline = math.inf
         # By these the workers that we start are told from strangers.
@@ -105,10 +106,10 @@ class Leader:
 
     # ---- coming up ----------------------------------------------------------
 
-    def start(self) -> tuple[LoadedShard, float]:
+    def start(self) -> tuple[tuple[str, ...], float]:
         """Greet the workers, connect and load; to be called after launch().
 
-        Returns this rank's shard, and the seconds that the slowest node took to load.
+        Returns the nodes' notices, and the seconds that the slowest node took to load.
         Raises LaunchError for a node that is late or has ended, MismatchError for one that
         cannot share the run, PlacementError where the model does not fit, and what a worker
         has failed with; each names the node. The caller then closes.
@@ -142,11 +143,11 @@ class Leader:
         placement = self._resolver.resolve(self.resources)
         node.place(placement)
         self._bus.broadcast(Place(placement))
-        endpoints = tuple(hello.endpoint for hello in everyone)
+        self.endpoints = tuple(hello.endpoint for hello in everyone)
         isa = common_isa([hello.isa for hello in everyone])
         node.use_isa(isa)
-        self._bus.broadcast(Endpoints(isa, endpoints))
-        node.connect(endpoints, self.watch)
+        self._bus.broadcast(Endpoints(isa, self.endpoints))
+        node.connect(self.endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = node.load(self._own_progress)
         ready = self._collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
@@ -156,21 +157,22 @@ class Leader:
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
-        return shard, max(seconds, *(message.seconds for message in ready.values()))
+        told = [shard.notices, *(message.notices for message in ready.values())]
+        return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
 
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
         self._bus.broadcast(Cache(blocks))
 
-    def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:
-        """Have every node that has caches read a prompt cache into `blocks`.
+    def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
+        """Have every node that has caches read a prompt cache into `places`, as Node does.
 
         Raises InputError, naming the node, for one that cannot.
         """
         if self.spec.engine.schedule == "decentralized":
-            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(blocks)))
-        self.node.load_prefix(path, blocks, digest)
+            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(places)))
+        self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
             self._collect(Loaded, "has not read the prompt cache", self.spec.timing.load)
 
@@ -327,6 +329,18 @@ class Leader:
             end_all(self._processes, patience)
             self._bus.close()
             self._context.term()
+
+
+def notices_of(told: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """What the nodes have told, by rank: each notice once, and who told it unless all did."""
+    ranks: dict[str, list[int]] = {}
+    for rank, notices in enumerate(told):
+        for notice in notices:
+            ranks.setdefault(notice, []).append(rank)
+    return tuple(
+        notice if len(those) == len(told) else f"node {', '.join(map(str, those))}: {notice}"
+        for notice, those in ranks.items()
+    )
 
 
 def _error_of(rank: int, failed: Failed) -> ZmoeError:

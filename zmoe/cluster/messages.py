@@ -18,6 +18,7 @@ from zmoe.placement.types import Placement
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
 MAX_REPORT_BYTES = 64 << 10  # from a worker
 LONGEST_TEXT = 4000
+MOST_NOTICES = 4
 
 
 def _address(value: str) -> str:
@@ -124,10 +125,14 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to leader: my share of the placement with this digest is loaded, after `seconds`."""
+    """Worker to leader: my share of the placement with this digest is loaded, after `seconds`.
+
+    `notices` are lines for the user.
+    """
 
     seconds: Seconds
     placement: Word
+    notices: Annotated[tuple[Text, ...], items(0, MOST_NOTICES)]
 
 
 @dataclass(frozen=True)
@@ -139,13 +144,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class LoadPrefix:
-    """Leader to worker: read the prompt cache `path` of this digest, the first blocks of it into
-    `blocks`.
+    """Leader to worker: read the prompt cache `path` of this digest into `places`: blocks, for the
+    first ones of it, or on MLX's caches the number of a sequence.
     """
 
     path: Text
     digest: Word
-    blocks: Annotated[tuple[Counter, ...], items(1, 2**19)]
+    places: Annotated[tuple[Counter, ...], items(1, 2**19)]
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,32 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from zmoe.batch.blocks import Found
 from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.plan import check as check_plan
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
-from zmoe.cluster.prompt_cache import read_prompt_cache
+from zmoe.cluster.mlx_prompt_cache import check_caches, read_caches, write_caches
+from zmoe.cluster.paged_prompt_cache import check_blocks, read_blocks, write_blocks
+from zmoe.cluster.prompt_cache import MLX, PAGED, PromptCache, read_prompt_cache
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.engine import make_engine
+from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
-from zmoe.kernels.arrays import Buffer
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
-from zmoe.loading import LoadedShard, Skeleton, form_of, load_experts, load_shard
+from zmoe.loading import (
+    LoadedExperts,
+    LoadedShard,
+    Skeleton,
+    form_of,
+    load_experts,
+    load_shard,
+)
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
@@ -145,13 +155,12 @@ class Node:
         if self.exchange is not None and self._connected:
             self.exchange.service()
 
-    def load_follower(self, progress: Callable[[int, int], None]) -> float:
-        """As load(), of a worker, which in a centralised run loads experts only.
-
-        Returns the seconds that it took.
-        """
+    def load_follower(
+        self, progress: Callable[[int, int], None]
+    ) -> tuple[LoadedShard | LoadedExperts, float]:
+        """As load(), of a worker, which in a centralised run loads experts only."""
         if not self._is_central:
-            return self.load(progress)[1]
+            return self.load(progress)
         start = time.perf_counter()
         self._prepare()
         assert self.exchange is not None and self.placement is not None
@@ -165,7 +174,7 @@ class Node:
             skeleton=self.skeleton,
         )
         self._held = held.layers
-        return time.perf_counter() - start
+        return held, time.perf_counter() - start
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[LoadedShard, float]:
         """Read this rank's share of the placement; returns the shard and the seconds it took.
@@ -239,6 +248,11 @@ class Node:
         assert self._engine is not None
         return self._engine
 
+    @property
+    def compute(self) -> str:
+        """Whose matmuls are run: "mlx", or "native" and the instructions that they use."""
+        return f"native, {self._isa}" if self._team is not None else "mlx"
+
     def make_cache(self, blocks: int) -> None:
         """Have paged caches of `blocks` blocks, as every node has that holds caches.
 
@@ -248,35 +262,65 @@ class Node:
         if self._engine is not None:
             self._engine.make_cache(blocks)
 
-    @property
-    def memory(self) -> list[Buffer]:
-        """Keys and values of all layers, by block.
-
-        Raises InputError where prompts do not share the blocks of paged caches.
-        """
-        if not isinstance(self._engine, PagedEngine):
-            raise InputError(
-                f"no prompt cache: {self.info.model_type} has caches of MLX here, and files hold "
-                "those of the C kernels"
-            )
+    def prompt_cache_format(self) -> str:
+        """What files hold of this node's caches. Raises InputError where that is nothing."""
+        if self._engine is None:
+            raise InputError(f"no prompt cache: node {self.rank} has experts only")
+        if isinstance(self.engine, MlxEngine):
+            check_caches(self.engine.layout, self.info)
+            return MLX
         if self._config.max_kv_size is not None:
             window = self._config.max_kv_size
             raise SettingError(
                 "max_kv_size", f"is {window}: a window drops parts of what a prompt cache keeps"
             )
-        return self._engine.memory
+        return PAGED
 
-    def load_prefix(self, path: Path, blocks: Sequence[int], digest: str) -> None:
-        """Read the prompt cache `path`, of that digest, into `blocks`. Raises InputError."""
-        memory = self.memory
+    def read_prompt_cache(self, path: Path) -> PromptCache:
+        """The prompt cache `path`, whose contents are yet to be read. Raises InputError."""
+        ours = self.prompt_cache_format()
         saved = read_prompt_cache(path, self.info, self._config)
+        if saved.format != ours:
+            kinds = {PAGED: "the C kernels", MLX: "MLX"}
+            raise InputError(
+                f"prompt cache {path} is of caches of {kinds[saved.format]}, and "
+                f"{self.info.model_type} has those of {kinds[ours]} here; give another file"
+            )
+        if isinstance(self.engine, PagedEngine):
+            check_blocks(saved, self.engine.memory)
+        return saved
+
+    def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
+        """Read the prompt cache `path`, of that digest, into `places`: blocks, or on MLX's caches
+        a sequence. Raises InputError.
+        """
+        saved, engine = self.read_prompt_cache(path), self.engine
         if saved.digest != digest:
             raise InputError(
                 f"prompt cache {path} is another one than the leader's: copy that to every node"
             )
-        if len(blocks) * BLOCK > len(saved.tokens) or max(blocks) >= len(memory[0]):
-            raise ZmoeError(f"{len(blocks)} blocks for prompt cache {path} that do not fit")
-        saved.fill(memory, blocks)
+        if isinstance(engine, MlxEngine):
+            engine.hold(places[0], read_caches(saved), len(saved.tokens))
+            return
+        assert isinstance(engine, PagedEngine)
+        memory = engine.memory
+        if len(places) * BLOCK > len(saved.tokens) or max(places) >= len(memory[0]):
+            raise ZmoeError(f"{len(places)} blocks for prompt cache {path} that do not fit")
+        read_blocks(saved, memory, places)
+
+    def save_prefix(self, path: Path, tokens: Sequence[int], found: Found) -> None:
+        """Write the text `tokens`, which is where `found` says, to the file `path`.
+
+        Raises InputError where that cannot be done.
+        """
+        engine = self.engine
+        if isinstance(engine, MlxEngine):
+            assert found.snapshot is not None
+            caches = engine.copy(found.snapshot, len(tokens))
+            write_caches(path, self.info, self._config, tokens, caches)
+        else:
+            assert isinstance(engine, PagedEngine)
+            write_blocks(path, self.info, self._config, tokens, engine.memory, found.blocks)
 
     def follow(self, plan: Plan) -> None:
         """A worker's part of one step: run() without logits, or its experts only.

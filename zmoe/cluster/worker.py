@@ -18,6 +18,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import (
+    MOST_NOTICES,
     AskMemory,
     Cache,
     Endpoints,
@@ -141,9 +142,10 @@ class Worker:
         node.place(place.placement)
         node.use_isa(endpoints.isa)
         node.connect(endpoints.nodes, self._listen)
-        seconds = node.load_follower(_Throttled(self._bus, self._listen))
+        share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
         assert node.placement is not None
-        self._bus.send(Ready(seconds, node.placement.digest))
+        notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
+        self._bus.send(Ready(seconds, node.placement.digest, notices))
         return node
 
     def _listen(self) -> None:
@@ -169,7 +171,7 @@ class Worker:
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
             elif isinstance(message, LoadPrefix):
-                node.load_prefix(Path(message.path), message.blocks, message.digest)
+                node.load_prefix(Path(message.path), message.places, message.digest)
                 self._bus.send(Loaded())
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))

@@ -15,8 +15,11 @@ Rows = npt.NDArray[np.intp]
 
 
 class SteppedReducer(Protocol):
-    """A reducer whose frames carry the number of the step, and the digest of its plan."""
+    """A reducer whose frames, if there are other nodes, carry the number of the step and the
+    digest of its plan.
+    """
 
+    nodes: int
     step: int
     plan: int
 

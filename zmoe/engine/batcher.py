@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from zmoe.batch.plan import Plan
@@ -15,8 +15,6 @@ from zmoe.engine.counts import Counts
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, QueueTimeoutError, ZmoeError
 from zmoe.obs import Spans
-
-_WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
 
 
 class Batcher:
@@ -30,11 +28,9 @@ class Batcher:
         config: EngineConfig,
         batching: Batching,
         spans: Spans,
-        first_step: int = 1,
     ) -> None:
         """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
         parallel = config.parallel if engine.can_batch else 1
-        waiting = _WAITING_PER_SEQUENCE * config.parallel
         self._run, self._spans = run, spans
         self.scheduler = Scheduler(
             blocks=blocks,
@@ -44,14 +40,13 @@ class Batcher:
             exact=not engine.can_trim,
             window=config.max_kv_size,
             step_seconds=batching.step_ms / 1e3,
-            max_queue=batching.max_queue or waiting,
+            max_queue=batching.max_queue,
             queue_seconds=batching.queue_timeout,
             drafts=batching.drafts,
-            first_step=first_step,
         )
         self._streams: dict[int, Stream] = {}
         self._counted: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._step_seconds = 0.0
         self._forced: int | None = None
         self._held_back: Plan | None = None
@@ -149,14 +144,16 @@ class Batcher:
         """Tell each stream what the step was for it, and end those that have ended."""
         spans, whole = self._spans.take(), time.perf_counter() - begun
         self._counted["steps"] += 1
-        self._seconds.update(spans)
+        for name, spent in spans.items():
+            self._seconds[name] += spent
         self._step_seconds += whole
         for span, tokens in zip(plan.spans, sampled, strict=True):
             stream = self._streams[span.sequence]
             timings = stream.timings
+            drafted, accepted = max(0, span.logits - 1), max(0, len(tokens) - 1)
             self._counted["generated_tokens"] += len(tokens)
-            self._counted["drafted_tokens"] += max(0, span.logits - 1)
-            self._counted["accepted_tokens"] += max(0, len(tokens) - 1)
+            self._counted["drafted_tokens"] += drafted
+            self._counted["accepted_tokens"] += accepted
             if stream.picked == len(tokens):
                 timings.prefill += took
                 stream.prefilled(min(span.end, len(stream.prompt)))
@@ -164,8 +161,8 @@ class Batcher:
                     timings.first_token = begun + whole - stream.started
             else:
                 timings.count(whole, len(tokens), spans)
-                timings.drafted += max(0, span.logits - 1)
-                timings.accepted += max(0, len(tokens) - 1)
+                timings.drafted += drafted
+                timings.accepted += accepted
             if stream.ended:
                 self.end(span.sequence)
 

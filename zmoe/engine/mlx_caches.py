@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -90,10 +90,12 @@ class MlxEngine:
         of the exchange that the next steps rewrite.
         """
         self._check(plan)
-        ahead, self._ahead = self._ahead, None
+        ahead = self._ahead
         if ahead is not None and logits and self._was_right(ahead, plan):
             return self._go_on(ahead, plan)
-        self._reducer.plan = plan.digest
+        self._take_back()
+        if self._reducer.nodes > 1:  # or nobody compares it
+            self._reducer.plan = plan.digest
         for sequence in plan.free:
             self._end(sequence)
         for fork in plan.forks:
@@ -108,7 +110,7 @@ class MlxEngine:
         for step, spans in enumerate(todo, plan.step):
             self._reducer.step = step
             if not logits:
-                spans = tuple(replace(span, logits=0) for span in spans)
+                spans = tuple(span._replace(logits=0) for span in spans)
             with self._graph.step(step, plan.digest) if self._graph else nullcontext():
                 if len(spans) == 1:
                     found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
@@ -140,7 +142,7 @@ class MlxEngine:
     # ---- looking ahead ---------------------------------------------------------------
 
     def _was_right(self, ahead: _Ahead, plan: Plan) -> bool:
-        """Whether `plan` is the pass that was begun; else it is taken back."""
+        """Whether `plan` is the pass that was begun."""
         likeliest: list[int] = np.array(ahead.tokens).tolist()
         tokens = dict(zip(ahead.order, likeliest))
         follows = (
@@ -158,10 +160,16 @@ class MlxEngine:
         if follows:
             self._wrong += 1
             self._pause = min(2**self._wrong, _LONGEST_PAUSE)
-        trim_prompt_cache(ahead.caches, 1)
         return False
 
+    def _take_back(self) -> None:
+        """Drop the pass that was begun, if there is one."""
+        if self._ahead is not None:
+            trim_prompt_cache(self._ahead.caches, 1)
+            self._ahead = None
+
     def _go_on(self, ahead: _Ahead, plan: Plan) -> Floats:
+        self._ahead = None
         for span in plan.spans:
             self._lengths[span.sequence] = span.end
         self._look_ahead(ahead.order, ahead.caches, ahead.logits)
@@ -178,6 +186,30 @@ class MlxEngine:
         following = self._logits(tokens[:, None], caches, np.arange(len(order)))
         mx.async_eval(tokens, following)
         self._ahead = _Ahead(tuple(order), caches, tokens, following)
+
+    # ---- prompt caches -------------------------------------------------------------
+
+    @property
+    def layout(self) -> Caches:
+        """The caches of a sequence that has not begun."""
+        return self._empty()
+
+    def copy(self, sequence: int, length: int) -> Caches:
+        """A copy of a sequence's caches, cut to its first `length` positions."""
+        self._take_back()
+        caches = copy.deepcopy(self._take_out(sequence))
+        if surplus := self._lengths[sequence] - length:
+            trim_prompt_cache(caches, surplus)
+        return caches
+
+    def hold(self, sequence: int, caches: Caches, length: int) -> None:
+        """Have a sequence of `length` positions that others may begin with.
+
+        Raises ZmoeError for a number that another sequence has.
+        """
+        if sequence in self._lengths:
+            raise ZmoeError(f"a prompt cache as sequence {sequence}, which this node holds already")
+        self._alone[sequence], self._lengths[sequence] = caches, length
 
     # ---- passes --------------------------------------------------------------------
 
@@ -248,10 +280,8 @@ class MlxEngine:
         self._lengths.pop(sequence, None)
 
     def _fork(self, new: int, old: int, length: int) -> None:
-        caches = copy.deepcopy(self._take_out(old))
-        if surplus := self._lengths[old] - length:
-            trim_prompt_cache(caches, surplus)
-        self._alone[new], self._lengths[new] = caches, length
+        self._alone[new] = self.copy(old, length)
+        self._lengths[new] = length
 
     def _go_back(self, span: Span) -> None:
         caches = self._take_out(span.sequence)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -46,8 +46,7 @@ class PagedLayers(Protocol):
     def quantize(self, bits: int | None) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Sequence:
+class _Sequence(NamedTuple):
     """`blocks` in the order of positions, of which the first `length` positions are filled."""
 
     blocks: Blocks
@@ -96,7 +95,9 @@ class PagedEngine:
         self._layers.step.begin(
             [(s.position, s.rows, self._sequences[s.sequence].blocks) for s in plan.spans]
         )
-        self._reducer.step, self._reducer.plan = plan.step, plan.digest
+        self._reducer.step = plan.step
+        if self._reducer.nodes > 1:  # or nobody compares it
+            self._reducer.plan = plan.digest
         wanted: list[int] = []
         end = 0
         for span in plan.spans if logits else ():
@@ -111,7 +112,7 @@ class PagedEngine:
 
     def _checked(self, plan: Plan) -> dict[int, _Sequence]:
         """The sequences as `plan` leaves them; raises ZmoeError for what cannot be."""
-        named = [*plan.blocks, *(block for c in plan.copies for block in (c.to, c.source))]
+        named = [*plan.blocks, *chain(*plan.copies)]
         if named and not 0 <= min(named) <= max(named) < self._blocks:
             raise ZmoeError(f"a plan with a block outside of 0 to {self._blocks - 1}")
         if plan.forks:
@@ -122,24 +123,21 @@ class PagedEngine:
         for sequence in plan.free:
             if sequences.pop(sequence, None) is None:
                 raise ZmoeError(f"a plan ends sequence {sequence}, which this node does not hold")
-        taken, ran = 0, set()
-        for span in plan.spans:
-            if span.sequence in ran:
-                raise ZmoeError(f"a plan runs sequence {span.sequence} twice")
-            ran.add(span.sequence)
-            held = sequences.get(span.sequence)
+        taken = 0
+        for number, position, rows, _ in plan.spans:
+            held = sequences.get(number)
             table = np.empty(0, np.uint32) if held is None else held.blocks
-            if held is not None and span.position > held.length:
+            if held is not None and position > held.length:
                 raise ZmoeError(
-                    f"a plan runs sequence {span.sequence} from position {span.position}: "
+                    f"a plan runs sequence {number} from position {position}: "
                     f"this node holds {held.length}"
                 )
-            lacks = max(0, blocks_of(span.end) - len(table))
-            if lacks:
+            lacks = blocks_of(position + rows) - len(table)
+            if lacks > 0:
                 new = np.array(plan.blocks[taken : taken + lacks], np.uint32)
                 table = np.concatenate([table, new])
                 taken += lacks
-            sequences[span.sequence] = _Sequence(table, span.end)
+            sequences[number] = _Sequence(table, position + rows)
         if taken != len(plan.blocks):
             raise ZmoeError(f"a plan brings {len(plan.blocks)} blocks: its spans lack {taken}")
         return sequences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from zmoe.config import is_int
 from zmoe.errors import InputError, ModelError, SettingError
 
 
-def open_tokenizer(folder: Path) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint; ModelError names the folder, and what it lacks."""
+def open_tokenizer(folder: Path, chat_template: str | None = None) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint, with another chat template if one is given; ModelError names
+    the folder, and what it lacks.
+    """
+    settings = {} if chat_template is None else {"chat_template": chat_template}
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(folder)
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, settings)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder}: cannot load its tokenizer: {reason[0]}") from error
@@ -42,20 +45,38 @@ def encode_prompt(
     """
     if not prompt:
         raise InputError("the prompt is empty")
-    _check_text("the prompt", prompt)
-    _check_text("the system prompt", system_prompt or "")
+    messages = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    config = chat_template_config or {}
+    return encode_chat(tokenizer, messages, config, ignore_chat_template=ignore_chat_template)
+
+
+def encode_chat(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Mapping[str, Any]],
+    chat_template_config: Mapping[str, Any],
+    *,
+    ignore_chat_template: bool = False,
+) -> list[int]:
+    """Token ids of a conversation, whose `messages` have a "role" and a text as "content"; of a
+    model without chat template, of the texts one after the other. Raises InputError.
+    """
+    for message in messages:
+        what = "the system prompt" if message["role"] == "system" else "the prompt"
+        _check_text(what, message["content"])
     if ignore_chat_template or not tokenizer.has_chat_template:
-        if system_prompt is not None or chat_template_config:
-            setting = "system_prompt" if system_prompt is not None else "chat_template_config"
+        system = any(message["role"] == "system" for message in messages)
+        if system or chat_template_config:
+            setting = "system_prompt" if system else "chat_template_config"
             raise SettingError(setting, "needs a chat template, and none is in use")
-        bos = tokenizer.bos_token
-        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+        text, bos = "\n".join(message["content"] for message in messages), tokenizer.bos_token
+        ids = tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
     else:
-        messages = [{"role": "user", "content": prompt}]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, **(chat_template_config or {})
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            **chat_template_config,
         )
     if not ids:
         raise InputError("the prompt holds no token")
@@ -93,10 +114,14 @@ def check_ids(ids: Iterable[int], tokenizer: TokenizerWrapper) -> list[int]:
     checked = list(found)
     if not checked:
         raise InputError("the prompt is empty")
-    highest = max(tokenizer.get_vocab().values())
-    for token in checked:
-        if not is_int(token, 0, highest):
-            raise InputError(f"the prompt holds {token!r}: expected token ids from 0 to {highest}")
+    size = len(tokenizer)  # the highest id is no lower than that says, but takes long to find
+    if not all(is_int(token, 0, size - 1) for token in checked):
+        highest = max(tokenizer.get_vocab().values())
+        for token in checked:
+            if not is_int(token, 0, highest):
+                raise InputError(
+                    f"the prompt holds {token!r}: expected token ids from 0 to {highest}"
+                )
     return checked
 
 

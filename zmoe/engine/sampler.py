@@ -11,8 +11,7 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +23,15 @@ Logits = NDArray[np.float32]  # (vocabulary,)
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_] | NDArray[np.int32]
 
-_HEADS = (512, 4096)  # tokens that are looked at first, and if they do not suffice
+_HEADS = (32, 512, 4096)  # tokens that are looked at first, and if they do not suffice
+_COLUMNS = 2048  # of a row whose largest logits are looked for
+_FEW = 4096  # logits that are sooner taken from their columns than found by a pass over the row
 _BLOCK = 512  # weights that are summed before they are searched
+_PART = 16384  # logits whose exponentials are in a core's cache until they are summed
 _LEAST_TEMPERATURE = 1e-30  # float32 has it, and below it nothing but the likeliest is left
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(NamedTuple):
     """A picked token.
 
     `logprob` is the natural logarithm of its probability in the model's own distribution,
@@ -82,11 +83,16 @@ class Sampler:
         Raises ZmoeError where `logits` hold NaN or infinity, -inf excepted, which is a
         probability of zero, and where nothing is left to pick from.
         """
-        most = float(logits.max())
+        greedy = self._sampling.temp == 0
+        tops = logits if greedy else _tops(logits, _COLUMNS)
+        likeliest = int(tops.argmax())
+        most = float(tops[likeliest])  # NaN where there is one
         if not math.isfinite(most):
             raise ZmoeError(f"{self._name}, position {position}: the model's logits hold {most}")
         row = self._adjusted(logits)
-        if mask is None:
+        if mask is None and row is logits:
+            token = likeliest if greedy else self._choose(row, position, tops)
+        elif mask is None:
             token = self._choose(row, position)
         else:
             ids = _allowed(mask, row.size)
@@ -114,92 +120,159 @@ class Sampler:
             row[list(self._counts)] -= presence + frequency * often
         return row
 
-    def _choose(self, row: Logits, position: int) -> int:
-        """The index of the greedy or drawn logit of `row`."""
+    def _choose(self, row: Logits, position: int, tops: Logits | None = None) -> int:
+        """The index of the greedy or drawn logit of `row`, whose columns' largest are `tops`."""
         if self._sampling.temp == 0:
             return int(row.argmax())
-        ids, weights = distribution(row, self._sampling)
+        ids, weights = distribution(row, self._sampling, tops)
         at = _invert(weights, uniform(self.seed, position))
         return at if ids is None else int(ids[at])
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) that belongs to (seed, position)."""
-    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (bits >> 11) * 2.0**-53
+    """The random number in [0, 1) that belongs to (seed, position).
+
+    It is the first that numpy's Philox(key=seed, counter=position) gives, without the time that
+    making such a generator takes (Philox4x64-10, Salmon et al. 2011).
+    """
+    word = 2**64 - 1
+    x0, x1, x2, x3 = position + 1, 0, 0, 0
+    key0, key1 = seed, 0
+    for _ in range(10):
+        a, b = 0xD2E7470EE14C6C93 * x0, 0xCA5A826395121157 * x2
+        x0, x1, x2, x3 = b >> 64 ^ x1 ^ key0, b & word, a >> 64 ^ x3 ^ key1, a & word
+        key0, key1 = key0 + 0x9E3779B97F4A7C15 & word, key1 + 0xBB67AE8584CAA73B & word
+    return (x0 >> 11) * 2.0**-53
 
 
-def distribution(row: Logits, sampling: Sampling) -> tuple[Ids | None, NDArray[np.floating[Any]]]:
+def distribution(
+    row: Logits, sampling: Sampling, tops: Logits | None = None
+) -> tuple[Ids | None, NDArray[np.floating[Any]]]:
     """The ids, ascending, that filters leave of `row` (None for all), and the weight of each.
 
-    A weight is the probability divided by that of the likeliest.
+    A weight is the probability divided by that of the likeliest. `tops`: see keep().
     """
-    kept = keep(row, sampling.top_p, sampling.min_p, sampling.top_k)
+    kept = keep(row, sampling.top_p, sampling.min_p, sampling.top_k, tops)
     likely = row if kept is None else row[kept].astype(np.float64)
+    weights: NDArray[np.floating[Any]] = likely - likely.max()
     with np.errstate(over="ignore"):  # to -inf
-        return kept, np.exp((likely - likely.max()) / max(sampling.temp, _LEAST_TEMPERATURE))
+        weights /= max(sampling.temp, _LEAST_TEMPERATURE)
+    return kept, np.exp(weights, out=weights)
 
 
-def keep(row: Logits, top_p: float, min_p: float, top_k: int) -> Ids | None:
+def keep(
+    row: Logits, top_p: float, min_p: float, top_k: int, tops: Logits | None = None
+) -> Ids | None:
     """The ids, ascending, that the filters leave of `row`; None for all of them.
 
     top-p leaves the fewest of the likeliest whose probabilities add up to `top_p`, and all
     that are as likely as the last of them; min-p those of at least `min_p` times the largest
-    probability; top-k the `top_k` likeliest, of equals those with the lower ids.
+    probability; top-k the `top_k` likeliest, of equals those with the lower ids. `tops` are
+    _tops() of the row, where the caller has them.
     """
     if top_p == 1 and min_p == 0 and top_k == 0:
         return None
+    tops = _tops(row, _COLUMNS) if tops is None else tops
     for size in (*_HEADS, row.size):
-        ids, cut = _head(row, max(size, top_k))
-        values = np.sort(row[ids])[::-1].astype(np.float64)
-        least = _least(row, values, top_p, min_p, top_k)
+        size = max(size, top_k)
+        if 4 * size > tops.size:
+            tops = _tops(row, 4 * size)
+        cut = _cut(tops, size)
+        ids, logits = _reaching(row, tops, cut)
+        values = np.sort(logits)[::-1].astype(np.float64)
+        least = _least(row, tops, values, cut, top_p, min_p, top_k)
         if least >= cut:
             break
-    kept = ids[row[ids] >= least]
+    kept = ids[logits >= least]
     if 0 < top_k < kept.size:
         kept = np.sort(kept[np.argsort(-row[kept], kind="stable")[:top_k]])
     return kept
 
 
-def _head(row: Logits, least: int) -> tuple[Ids, float]:
-    """The ids, ascending, of `least` or more of the largest logits, and the logit that all of
-    them reach and no other.
+def _tops(row: Logits, columns: int) -> Logits:
+    """The largest logit of each of so many columns, or NaN; the row itself if it is short.
 
-    One pass over the row finds the largest of each of 4 x `least` columns; the row has no fewer
-    logits that reach the cut than those have. This takes a tenth of argpartition's time.
+    This is the only pass over the row that most picks need.
     """
-    columns = 4 * least
     depth = row.size // columns
     if depth < 2:
-        return np.arange(row.size), -math.inf
-    tops = row[: depth * columns].reshape(depth, columns).max(axis=0)
-    cut = np.partition(tops, -least)[-least]
-    return np.flatnonzero(row >= cut), float(cut)
+        return row
+    tops: Logits = np.maximum.reduce(row[: depth * columns].reshape(depth, columns))
+    rest = row[depth * columns :]
+    np.maximum(tops[: rest.size], rest, out=tops[: rest.size])
+    return tops
+
+
+def _cut(tops: Logits, least: int) -> float:
+    """A logit that `least` or more of the row reach; -inf where it has fewer.
+
+    It is that in this place among the largest of 4 x `least` groups of columns.
+    """
+    groups = min(4 * least, tops.size)
+    if least >= groups:
+        return -math.inf
+    tops = np.maximum.reduce(tops[: tops.size // groups * groups].reshape(-1, groups))
+    return float(np.partition(tops, -least)[-least])
+
+
+def _reaching(row: Logits, tops: Logits, cut: float) -> tuple[Ids, Logits]:
+    """The ids, ascending, of the logits that reach `cut`, and these logits."""
+    columns = np.flatnonzero(tops >= cut)
+    depth = -(-row.size // tops.size)
+    if depth == 1:
+        return columns, row[columns]
+    if columns.size * depth > _FEW:
+        ids = np.flatnonzero(row >= cut)
+        return ids, row[ids]
+    ids = (np.arange(0, row.size, tops.size)[:, None] + columns).ravel()
+    ids = ids[: ids.searchsorted(row.size)]
+    logits = row[ids]
+    reaching = logits >= cut
+    return ids[reaching], logits[reaching]
 
 
 def _least(
-    row: Logits, values: NDArray[np.float64], top_p: float, min_p: float, top_k: int
+    row: Logits,
+    tops: Logits,
+    values: NDArray[np.float64],
+    cut: float,
+    top_p: float,
+    min_p: float,
+    top_k: int,
 ) -> float:
-    """The least logit that the filters leave, if it is among `values`, the largest of `row`,
-    descending; else something below them.
+    """The least logit that the filters leave, if it is among `values`, those of the row that
+    reach `cut`, descending; else something below them.
     """
     least = values[0] + math.log(min_p) if min_p else -math.inf
     if top_k:
         least = max(least, values[min(top_k, row.size) - 1])
-    return float(max(least, _nucleus(row, values, top_p)) if top_p < 1 else least)
+    return float(max(least, _nucleus(row, tops, values, cut, top_p)) if top_p < 1 else least)
 
 
-def _nucleus(row: Logits, values: NDArray[np.float64], top_p: float) -> float:
+def _nucleus(
+    row: Logits, tops: Logits, values: NDArray[np.float64], cut: float, top_p: float
+) -> float:
     """The least logit that top-p leaves, or -inf if it is below `values`."""
-    masses = np.exp(values - values[0])
-    sums = np.cumsum(masses)
-    # The mass of the others is not worth computing where it cannot move the border.
-    others = (row.size - values.size) * masses[-1]
-    at, other = np.searchsorted(sums, (top_p * sums[-1], top_p * (sums[-1] + others)))
-    if at != other:
-        total = np.exp(row - np.float32(values[0])).sum(dtype=np.float64)
-        at = np.searchsorted(sums, top_p * total)
+    sums = np.exp(values - values[0]).cumsum()
+    # The mass of the others is not worth computing where it cannot move the border. None of a
+    # column is more than its top, or the cut.
+    bounds = np.minimum(tops, np.float32(cut)) - np.float32(values[0])
+    others = np.add.reduce(np.exp(bounds, out=bounds)) * -(-row.size // tops.size)
+    at = sums.searchsorted(top_p * sums[-1])
+    if at != sums.searchsorted(top_p * (sums[-1] + float(others))):
+        at = sums.searchsorted(top_p * _total(row, values[0]))
     return float(values[at]) if at < values.size else -math.inf
+
+
+def _total(row: Logits, most: float) -> float:
+    """The sum of exp(logit - `most`), by parts whose exponentials need little memory."""
+    parts = np.empty(min(_PART, row.size), np.float32)
+    total = 0.0
+    for start in range(0, row.size, _PART):
+        logits = row[start : start + _PART]
+        part = np.subtract(logits, np.float32(most), out=parts[: logits.size])
+        total += float(np.exp(part, out=part).sum(dtype=np.float64))
+    return total
 
 
 def _invert(weights: NDArray[np.floating[Any]], share: float) -> int:
@@ -207,6 +280,9 @@ def _invert(weights: NDArray[np.floating[Any]], share: float) -> int:
 
     It is summed in float64 by blocks, then within one block, always in the same order.
     """
+    if weights.size <= _BLOCK:
+        sums = weights.cumsum(dtype=np.float64)
+        return _exceeds(sums, share * sums[-1])
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
     wanted = share * blocks[-1]
@@ -221,7 +297,7 @@ def _exceeds(sums: NDArray[np.float64], wanted: float) -> int:
     """The first index where `sums` exceeds `wanted`; at most, despite rounding, that of the last
     weight above zero.
     """
-    return int(min(np.searchsorted(sums, wanted, "right"), np.searchsorted(sums, sums[-1])))
+    return int(min(sums.searchsorted(wanted, "right"), sums.searchsorted(sums[-1])))
 
 
 def _allowed(mask: Mask, vocabulary: int) -> Ids:
@@ -233,9 +309,9 @@ def _allowed(mask: Mask, vocabulary: int) -> Ids:
 
 
 def _with_logprobs(token: int, logits: Logits, most: float, top: int) -> Pick:
-    total = np.exp(logits - np.float32(most)).sum(dtype=np.float64)
-    norm = most + math.log(total)
-    ids, _ = _head(logits, max(top, 64))
+    norm = most + math.log(_total(logits, most))
+    tops = _tops(logits, _COLUMNS)
+    ids, _ = _reaching(logits, tops, _cut(tops, max(top, 1)))
     first = ids[np.argsort(-logits[ids], kind="stable")[:top]]
     likeliest = tuple((int(i), float(logits[i]) - norm) for i in first)
     return Pick(token, float(logits[token]) - norm, likeliest)

@@ -15,7 +15,7 @@ from zmoe.engine.sampler import Logits, Mask, Pick, Sampler
 class Constraint(Protocol):
     """A grammar: which tokens may come next."""
 
-    def mask(self) -> Mask:
+    def mask(self) -> Mask | None:
         """What Sampler.pick() takes. Raises ZmoeError where the grammar has failed."""
         ...
 

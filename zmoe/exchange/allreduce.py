@@ -247,9 +247,13 @@ class Exchange(Collective):
 
     # ---- between exchanges ------------------------------------------------------
 
+    def links(self) -> tuple[int, ...]:
+        """Ranks to which our control link stands."""
+        return self._native.links() if self._native is not None else ()
+
     @property
     def stats(self) -> dict[str, int]:
-        """Counters: exchanges, frames, bytes, bad frames by kind, resends, links."""
+        """Counters: exchanges, frames, bytes, bad frames by kind, resends, links, waits."""
         return self._native.stats() if self._native is not None else self._final[0]
 
     @property

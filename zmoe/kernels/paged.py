@@ -80,7 +80,6 @@ class PagedStep:
 
     def __init__(self) -> None:
         self.raw, self.count = ffi.new("zmoe_span[]", 0), 0
-        self.rows = 0
         self.end = 0  # the positions of all rows lie below
         self._keep: list[CData] = []
 
@@ -88,9 +87,9 @@ class PagedStep:
         """Take (position, rows, the sequence's blocks) of each span, in the order of the rows."""
         if self.count != len(spans):
             self.raw, self.count = ffi.new("zmoe_span[]", len(spans)), len(spans)
-        self._keep = [ffi.from_buffer("uint32_t[]", blocks) for _, _, blocks in spans]
-        for raw, table, (position, rows, blocks) in zip(self.raw, self._keep, spans):
-            raw.position, raw.rows = position, rows
-            raw.blocks, raw.n_blocks = table, len(blocks)
-        self.rows = sum(rows for _, rows, _ in spans)
-        self.end = max((position + rows for position, rows, _ in spans), default=0)
+        self.end, self._keep = 0, []
+        for raw, (position, rows, blocks) in zip(self.raw, spans):
+            table = ffi.from_buffer("uint32_t[]", blocks)
+            raw.position, raw.rows, raw.blocks, raw.n_blocks = position, rows, table, len(blocks)
+            self.end = max(self.end, position + rows)
+            self._keep.append(table)

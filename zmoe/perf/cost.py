@@ -2,7 +2,7 @@
 
 The five terms of `StepTime` add up to the step's time. They extend the
 performance model of arXiv 2506.23635 (docs/performance-model.md has the
-equations): unequal nodes, a product's loading overlapping its computing, and
+equations): unequal nodes, a matmul's loading overlapping its computing, and
 the overhead of the host.
 """
 
@@ -102,15 +102,15 @@ def attention_cost(shape: ModelShape, place: Place, step: Step, alone: bool = Fa
     parameters = shape.attention_parameters
     scores = step.rows * shape.attention.score_operations(attended)
     operations = 2 * parameters * step.rows
-    projections = place.product(shape.dense_format, parameters, operations, alone)
-    return projections + place.product(CACHE, cached / CACHE_BYTES, scores, alone)
+    projections = place.matmul(shape.dense_format, parameters, operations, alone)
+    return projections + place.matmul(CACHE, cached / CACHE_BYTES, scores, alone)
 
 
-def dense_product(
+def dense_matmul(
     shape: ModelShape, place: Place, parameters: int, rows: int, alone: bool = False
 ) -> Cost:
-    """A product with dense weights: router, shared experts, dense MLP, output head."""
-    return place.product(shape.dense_format, parameters, 2 * parameters * rows, alone)
+    """A matmul with dense weights: router, shared experts, dense MLP, output head."""
+    return place.matmul(shape.dense_format, parameters, 2 * parameters * rows, alone)
 
 
 def experts_cost(
@@ -213,18 +213,18 @@ def step_time(
     turns = [1 if central else place.nodes for place in dense]
 
     def slowest(parameters: int, *before: Cost) -> Cost:
-        """Of the places, one after the other for the nodes of each: `before`, and a product."""
+        """Of the places, one after the other for the nodes of each: `before`, and a matmul."""
         each = zip(dense, turns, before or [Cost()] * len(dense))
         return max(
             (
-                (cost + dense_product(shape, place, parameters, step.rows, central)) * times
+                (cost + dense_matmul(shape, place, parameters, step.rows, central)) * times
                 for place, times, cost in each
             ),
             key=lambda cost: cost.total,
         )
 
     routed = [
-        (cost + dense_product(shape, place, shape.router_parameters, step.rows, central)) * times
+        (cost + dense_matmul(shape, place, shape.router_parameters, step.rows, central)) * times
         for cost, place, times in zip(attention, dense, turns)
     ]
     before = [Cost()] * len(places) if central else routed
@@ -234,19 +234,19 @@ def step_time(
         busiest = busiest_node(shape, cluster, step, experts, before)
     shared = slowest(shape.shared_parameters)
     moe_layer = busiest.cost + shared + (routed[0] if central else Cost())
-    products = moe_layer * shape.moe_layers
+    matmuls = moe_layer * shape.moe_layers
     if shape.dense_layers:
-        products += slowest(shape.dense_mlp_parameters, *attention) * shape.dense_layers
+        matmuls += slowest(shape.dense_mlp_parameters, *attention) * shape.dense_layers
     if step.heads:
-        head = dense_product(shape, places[0], shape.head_parameters, step.heads, alone=True)
-        products = products + head
+        head = dense_matmul(shape, places[0], shape.head_parameters, step.heads, alone=True)
+        matmuls = matmuls + head
     messages, once = step_messages(shape, cluster, step, shared)
     time = StepTime(
-        load=products.load,
-        compute=products.compute,
+        load=matmuls.load,
+        compute=matmuls.compute,
         latency=messages.latency * shape.moe_layers + once,
         transfer=messages.transfer * shape.moe_layers,
-        overhead=products.driver + _host_time(shape, cluster),
+        overhead=matmuls.driver + _host_time(shape, cluster),
     )
     return time, busiest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from zmoe.perf.measured import ProductRate, StepRate
+from zmoe.perf.measured import MatmulRate, StepRate
 
 GIB = 2**30
 
@@ -24,8 +24,8 @@ class Machine:
 
     memory_bytes: all of it; `usable_share` of it may hold weights and cache.
     bandwidth: bytes/s of reading memory; decode reaches `bandwidth_efficiency` of it.
-    rate: operations/s of dense 16 bit products; they reach `rate_efficiency` of it.
-    overlap: share of a product's loading that hides its computing. 1: a product
+    rate: operations/s of dense 16 bit matmuls; they reach `rate_efficiency` of it.
+    overlap: share of a matmul's loading that hides its computing. 1: a matmul
         takes the longer of both; 0: the sum, as in the paper's model.
     sync_s: one wait of the host for the accelerator (mx.eval).
     layer_s: building and launching one layer. step_s: the same of a step apart from its layers.
@@ -34,7 +34,7 @@ class Machine:
     price_usd: None where unknown.
     supported: zmoe runs on it as modelled here.
     cores: what its nodes can share out among them; None: one device, which all would use.
-    rates, steps: what calibration measured; products of a format in `rates` go by these,
+    rates, steps: what calibration measured; matmuls of a format in `rates` go by these,
         and not by bandwidth and rate.
     source: where the figures come from.
     """
@@ -55,7 +55,7 @@ class Machine:
     supported: bool = True
     step_s: float = 0.0
     cores: int | None = None
-    rates: tuple[ProductRate, ...] = ()
+    rates: tuple[MatmulRate, ...] = ()
     steps: tuple[StepRate, ...] = ()
 
     @property

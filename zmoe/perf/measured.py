@@ -1,4 +1,4 @@
-"""What calibration finds out about a machine: rates of its products, times of its steps."""
+"""What calibration finds out about a machine: rates of its matmuls, times of its steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from math import log
 
 
 @dataclass(frozen=True)
-class ProductRate:
-    """Products with weights stored as `format`, by each of `nodes` processes of the
+class MatmulRate:
+    """Matmuls with weights stored as `format`, by each of `nodes` processes of the
     machine that compute at the same time, on `threads` threads each.
 
     dense, experts: bytes of weights a second with one row, in a layer's projections,
@@ -28,9 +28,9 @@ class ProductRate:
 
 @dataclass(frozen=True)
 class StepRate:
-    """Decoding by `nodes` processes of the machine: what is no product.
+    """Decoding by `nodes` processes of the machine: what is no matmul.
 
-    A step takes `step_s` and `layer_s` for each of its layers beside its products:
+    A step takes `step_s` and `layer_s` for each of its layers beside its matmuls:
     with one node what the host does, with several also what their messages cost
     while every node has but its share of the cores for all it does.
     """
@@ -58,8 +58,8 @@ class Speed:
 
 
 def rates_of(
-    rates: Sequence[ProductRate], format: str, threads: int, nodes: int
-) -> tuple[ProductRate, ProductRate] | None:
+    rates: Sequence[MatmulRate], format: str, threads: int, nodes: int
+) -> tuple[MatmulRate, MatmulRate] | None:
     """Of `format` on `threads` threads (or the nearest number that was measured) alone, and
     with as near as may be to `nodes` nodes at once; None where the format was not measured.
     """

@@ -1,4 +1,4 @@
-"""Where products are computed: a machine, or a core that several of its nodes take turns on."""
+"""Where matmuls are computed: a machine, or a core that several of its nodes take turns on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zmoe.perf.busiest import Cost
 from zmoe.perf.hardware import Machine
-from zmoe.perf.measured import ProductRate, Speed, rates_of
+from zmoe.perf.measured import MatmulRate, Speed, rates_of
 from zmoe.perf.shape import Format
 
 
@@ -21,7 +21,7 @@ class Place:
     beside: int = 1
     nodes: int = 1
 
-    def product(
+    def matmul(
         self, format: Format, parameters: float, operations: float, alone: bool = False
     ) -> Cost:
         """Loading dense weights once while computing with them, by one node; `alone`: while
@@ -43,7 +43,7 @@ class Place:
             load += number * measured[1].expert_s
         return self._cost(format, load, operations)
 
-    def _measured(self, format: Format) -> tuple[ProductRate, ProductRate] | None:
+    def _measured(self, format: Format) -> tuple[MatmulRate, MatmulRate] | None:
         return rates_of(self.machine.rates, format.name, self.threads, self.beside)
 
     def _speed(self, format: Format, what: str) -> Speed:

@@ -3,7 +3,7 @@
 
 The file is `{"zmoe_profile": 3, "machine": {...}, "link": {...}}`, with the
 fields of Machine and Link; `machine.rates` and `machine.steps` are lists of
-objects with those of ProductRate and StepRate. Unknown fields are errors.
+objects with those of MatmulRate and StepRate. Unknown fields are errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zmoe.errors import InputError
 from zmoe.json_files import read_json, write_json
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
-from zmoe.perf.measured import ProductRate, StepRate
+from zmoe.perf.measured import MatmulRate, StepRate
 
 VERSION = 3
 _SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
@@ -33,7 +33,7 @@ _MAY_BE_ZERO = {
     "price_usd",
     "expert_s",
 }
-_LISTS: Mapping[str, type] = {"rates": ProductRate, "steps": StepRate}
+_LISTS: Mapping[str, type] = {"rates": MatmulRate, "steps": StepRate}
 
 Record = TypeVar("Record")
 

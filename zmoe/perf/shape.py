@@ -227,7 +227,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Those that one token's products read: of the input embedding it takes one row only."""
+        """Those that one token's matmuls read: of the input embedding it takes one row only."""
         looked_up = 0 if self.tied else self.head_parameters
         chosen = self.moe_layers * self.top_k * self.expert_parameters
         return self.dense_parameters - looked_up + chosen

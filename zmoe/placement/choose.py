@@ -14,13 +14,11 @@ from zmoe.perf.units import in_bytes
 from zmoe.placement.build import resident, ways
 from zmoe.placement.estimate import NodeResources, on_one_machine, setup_of, speeds_of
 from zmoe.placement.placed import placed_of
-from zmoe.placement.predict import Prediction, evaluate
+from zmoe.placement.predict import MARGIN, Prediction, evaluate, preferred
 from zmoe.placement.remedy import counted, remedy
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage
 
-MARGIN = 0.03  # by how much a prediction must beat whole experts spread evenly
-ALIKE = 0.01  # of predictions that differ by less, the one that holds less wins
 # Slices are copies, which no system takes back when others need memory, unlike mapped experts.
 MOST_COPIED = 0.5  # of a machine's memory, unless a limit says what the nodes may take
 OVERRIDE = "(--memory-limit sets what a node may take)"
@@ -159,7 +157,7 @@ class Chooser:
         if label == "replicas" and on_one_machine(self._offers):
             return "the nodes share one machine's memory"
         if label == "slices" and not self._mapped:
-            return "no figures for MLX's products on slices"
+            return "no figures for MLX's matmuls on slices"
         return ""
 
     def _predicted(self, label: str, placement: Placement) -> Alternative:
@@ -238,27 +236,20 @@ class Chooser:
 
 
 def fastest(considered: Sequence[Alternative]) -> tuple[Alternative, str]:
-    """Of those that are possible the one with the best prediction, and why.
+    """Of those that are possible the preferred one by prediction, and why.
 
-    `considered` begins with whole experts spread evenly: another must beat
-    them by MARGIN, since a prediction is one.
+    `considered` begins with whole experts spread evenly.
     """
     even = considered[0]
-    timed = [(each.seconds, each) for each in considered if each.seconds is not None]
-    if not timed:
+    predicted = [each.prediction for each in considered if each.prediction is not None]
+    if not predicted:
         usable = [each for each in considered if each.placement is not None]
         return (usable or [even])[0], "the only one that is possible"
-    least = min(seconds for seconds, _ in timed)
-    alike = [each for seconds, each in timed if seconds <= (1 + ALIKE) * least]
-    best = min(alike, key=_resident)
+    taken = preferred(predicted)
+    best = next(each for each in considered if each.prediction is taken)
     if even.seconds is None:
         return best, "the fastest by prediction that fits"
-    gain = 1 - least / even.seconds
-    if gain < MARGIN:
+    if best is even:
         return even, f"no other is predicted to be {MARGIN:.0%} faster"
+    gain = 1 - taken.decode.total / even.seconds
     return best, f"predicted to be {gain:.0%} faster than whole experts spread evenly"
-
-
-def _resident(each: Alternative) -> float:
-    assert each.prediction is not None
-    return sum(each.prediction.placed.resident)

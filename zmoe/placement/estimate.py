@@ -18,7 +18,7 @@ from zmoe.placement.types import ModelInfo, Placement
 # measured on two cores, 32 us with nothing else to do (bench/exchange.py).
 LOOPBACK = Link("loopback", 100e-6, 2e9, "estimate between the two that were measured")
 NETWORK = ethernet("10gbe", 10, 25)  # what joins the machines is not known
-NATIVE_LAYER_S = 60e-6  # measured: neither product nor exchange, a layer (zmoe-run --stats)
+NATIVE_LAYER_S = 60e-6  # measured: neither matmul nor exchange, a layer (zmoe-run --stats)
 UNKNOWN_SPEED = 20  # GB/s, where no node has measured
 
 

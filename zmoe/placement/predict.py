@@ -19,6 +19,9 @@ from zmoe.placement.build import check_way, place_by_speed, ways
 from zmoe.placement.placed import Placed, placed_of
 from zmoe.placement.types import Placement
 
+MARGIN = 0.03  # by how much a prediction must beat whole experts spread evenly
+ALIKE = 0.01  # of predictions that differ by less, the one that holds less wins
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -141,7 +144,7 @@ def _milliseconds(time: StepTime, known: bool) -> dict[str, float | None]:
 
 
 def predict(setup: Setup, nodes: int) -> Prediction:
-    """The prediction for `nodes` nodes; of several placements, the fastest that fits.
+    """The prediction for `nodes` nodes; of several placements that fit, of the preferred one.
 
     Raises PlacementError when there are more nodes than experts, or when the
     placement that is given is for another number of nodes.
@@ -160,7 +163,22 @@ def predict(setup: Setup, nodes: int) -> Prediction:
         except PlacementError:  # replicas on more nodes than can be counted
             if len(found) == 1:
                 raise
-    return min(predictions, key=lambda p: (p.missing, p.decode.total))
+    least = min(p.missing for p in predictions)
+    return preferred([p for p in predictions if p.missing == least])
+
+
+def preferred(predictions: Sequence[Prediction]) -> Prediction:
+    """The placement that `auto` takes of those predicted, one at least, which all fit.
+
+    Whole experts spread evenly, labelled "experts", unless another is faster by MARGIN, since
+    a prediction is one; of others that are about as fast as the fastest the one that holds least.
+    """
+    least = min(p.decode.total for p in predictions)
+    for even in predictions:
+        if even.placed.label == "experts" and least > (1 - MARGIN) * even.decode.total:
+            return even
+    alike = [p for p in predictions if p.decode.total <= (1 + ALIKE) * least]
+    return min(alike, key=lambda p: sum(p.placed.resident))
 
 
 def _built(setup: Setup, cluster: Cluster) -> list[Placed]:

@@ -7,16 +7,19 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import NoReturn
 
 import zmq
 
 from zmoe.batch.plan import BLOCK
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.launch import ask_for_nodes
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.sampler import Pick
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, QueueFullError, QueueTimeoutError, ZmoeError
+from zmoe.placement.choose import Choice
 from zmoe.server.grammar import Grammars
 from zmoe.server.messages import (
     ENGINE,
@@ -33,9 +36,11 @@ from zmoe.server.messages import (
     Ready,
     Stats,
     Submit,
+    TokenLogprob,
 )
 
 IDLE_MS = 200  # between two looks at the nodes while nobody asks for anything
+_WAITING_PER_SEQUENCE = 4  # requests that may wait for each one that may run
 _STATS_S = 1.0
 _MEMORY_S = 15.0  # the other nodes have to be asked
 _LINGER_MS = 2000
@@ -70,6 +75,14 @@ def _terminate(*_: object) -> NoReturn:
     raise SystemExit(143)
 
 
+def with_bounded_queue(spec: ClusterSpec) -> ClusterSpec:
+    """`spec` with a limit of the requests that wait, if it has none."""
+    if spec.batching.max_queue is not None:
+        return spec
+    most = _WAITING_PER_SEQUENCE * spec.engine.parallel
+    return replace(spec, batching=replace(spec.batching, max_queue=most))
+
+
 class _Request:
     """A request that has not ended."""
 
@@ -80,12 +93,13 @@ class _Request:
 
 class _EngineProcess:
     def __init__(self, socket: zmq.Socket[bytes], model: str, spec: ClusterSpec) -> None:
-        self._socket, self._model, self._spec = socket, model, spec
+        self._socket, self._model, self._spec = socket, model, with_bounded_queue(spec)
         self._parent = multiprocessing.parent_process()
         self._requests: dict[int, _Request] = {}
         self._closing = False
         self._next_stats = self._next_memory = self._told_loading = 0.0
         self._memory: list[int] = []
+        self._placement = ("", "")  # its name, and why it was chosen
 
     def _tell(self, message: object) -> None:
         self._socket.send(ENGINE.encode(message))
@@ -96,9 +110,11 @@ class _EngineProcess:
             self._model,
             spec=self._spec,
             progress=self._loading,
-            on_manual=lambda commands: self._tell(Notice("\n".join(commands))),
+            on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
+            on_placement=self._chosen,
         ) as cluster:
             self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
+            self._grammars.prepare()  # all would wait for it
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())
@@ -126,6 +142,9 @@ class _EngineProcess:
         if self._closing or (self._socket.poll(0) and isinstance(self._take(), Close)):
             raise SystemExit(0)
 
+    def _chosen(self, choice: Choice) -> None:
+        self._placement = (choice.label, choice.why)
+
     def _take(self) -> object:
         return FRONT.decode(self._socket.recv())
 
@@ -146,7 +165,9 @@ class _EngineProcess:
 
     def _submit(self, message: Submit) -> None:
         try:
-            constraint = self._grammars.start(message.grammar) if message.grammar else None
+            constraint = None
+            if message.grammar:
+                constraint = self._grammars.start(message.grammar, message.grammar_after)
             stream = self._cluster.make_stream(
                 message.prompt,
                 message.sampling,
@@ -190,21 +211,46 @@ class _EngineProcess:
     def _ready(self) -> Ready:
         cluster = self._cluster
         self._memory = cluster.peak_memory()
-        owned = cluster.placement.owned
-        nodes = tuple(
-            NodeStatus(sum(len(layer[rank]) for layer in owned), memory)
-            for rank, memory in enumerate(self._memory)
-        )
+        info, (placement, reason) = cluster.info, self._placement
         window = self._spec.engine.max_kv_size
-        context = 0 if window is not None else cluster.info.context_length or 0
+        context = 0 if window is not None else info.context_length or 0
         return Ready(
-            model_type=cluster.info.model_type,
-            layers=cluster.info.layers,
-            vocabulary=cluster.info.vocabulary,
+            model_type=info.model_type,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            layers=info.layers,
+            moe_layers=len(info.moe_layers),
+            experts=info.experts,
+            top_k=info.top_k,
+            vocabulary=info.vocabulary,
+            placement=placement,
+            placement_reason=reason,
+            compute=cluster.compute,
             context=context,
             capacity=cluster.counts().blocks * BLOCK,
             load_seconds=cluster.load_seconds,
-            nodes=nodes,
+            nodes=tuple(self._node(rank) for rank in range(self._spec.nodes)),
+        )
+
+    def _node(self, rank: int) -> NodeStatus:
+        cluster = self._cluster
+        info, placement, offers = cluster.info, cluster.placement, cluster.resources
+        experts = sum(len(layer[rank]) for layer in placement.owned)
+        start, end = placement.slices[rank] if placement.slices else (0, info.moe_intermediate_size)
+        share = experts * (end - start) / info.moe_intermediate_size
+        endpoint = cluster.endpoints[rank] if cluster.endpoints else None
+        machines = list(dict.fromkeys(offer.machine for offer in offers))
+        offer = offers[rank]
+        return NodeStatus(
+            experts=experts,
+            expert_share=share / (info.experts * len(info.moe_layers)),
+            host=endpoint.host if endpoint is not None else self._spec.address,
+            data_port=endpoint.data_port if endpoint is not None else 0,
+            control_port=endpoint.control_port if endpoint is not None else 0,
+            machine=machines.index(offer.machine),
+            memory=offer.memory if offer.limit is None else offer.limit,
+            peak_memory=self._memory[rank],
+            speed=offer.speed,
         )
 
     def _tell_stats(self) -> None:
@@ -214,12 +260,13 @@ class _EngineProcess:
         self._next_stats = now + _STATS_S
         if now >= self._next_memory:
             self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
-        self._tell(Stats(self._cluster.counts(), tuple(self._memory)))
+        cluster = self._cluster
+        self._tell(Stats(cluster.counts(), tuple(self._memory), cluster.links()))
 
 
 def _logprobs(pick: Pick) -> Logprobs:
     assert pick.logprob is not None
-    return Logprobs(pick.logprob, pick.top_logprobs)
+    return Logprobs(pick.logprob, tuple(TokenLogprob(*each) for each in pick.top_logprobs))
 
 
 _KINDS: Sequence[tuple[type[ZmoeError], str]] = (

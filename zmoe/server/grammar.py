@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -13,6 +17,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from zmoe.engine.sampler import Mask
 from zmoe.errors import InputError, ZmoeError
 
+MOST_CHARACTERS = 1 << 16
+# JSON is written as json.dumps() does: with blanks as it likes, a model may write nothing else.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of the JSON texts that `schema` (JSON Schema) describes."""
+    return LLMatcher.grammar_from_json_schema({"x-guidance": JSON_FORM, **schema})
+
 
 class Grammars:
     """Makes the constraints of one tokenizer, each grammar compiled once for a while."""
@@ -21,23 +34,49 @@ class Grammars:
         self._tokenizer, self._compiled = tokenizer, lru_cache(maxsize=32)(self._compile)
         self._vocabulary: LLTokenizer | None = None
 
-    def check(self, grammar: str) -> None:
-        """Raise InputError, with llguidance's reason, for a grammar that cannot be compiled."""
-        if problem := LLMatcher.validate_grammar(grammar, self._tokens()):
-            raise InputError(" ".join(problem.split())[:500])
+    def prepare(self) -> None:
+        """Do what the first grammar would else wait for, which takes some seconds."""
+        with suppress(InputError):  # said to whoever asks for a grammar
+            self._tokens()
 
-    def start(self, grammar: str) -> GrammarConstraint:
-        """A constraint at its beginning. Raises InputError."""
-        return GrammarConstraint(self._compiled(grammar).deep_copy())
+    def check(self, grammar: str) -> None:
+        """Raise InputError, with llguidance's reason, for a grammar that cannot be compiled.
+
+        That takes up to some seconds, without holding Python's lock.
+        """
+        if len(grammar) > MOST_CHARACTERS:
+            raise InputError(f"it is longer than {MOST_CHARACTERS} characters")
+        matcher = self._compiled(grammar).deep_copy()
+        matcher.compute_bitmask()
+        if problem := matcher.get_error():
+            raise InputError(_one_line(problem))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The text of a token of the vocabulary, which need not be whole characters."""
+        try:
+            return self._tokens().decode_bytes([token])
+        except InputError:  # a tokenizer that llguidance does not know
+            return str(self._tokenizer.decode([token])).encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is none of the text's. Raises InputError."""
+        return self._tokens().is_special_token(token)
+
+    def start(self, grammar: str, after: tuple[int, ...] = ()) -> GrammarConstraint:
+        """A constraint at its beginning, which is behind the first tokens `after`.
+
+        Raises InputError.
+        """
+        return GrammarConstraint(self._compiled(grammar).deep_copy(), after)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokens(), grammar)
+        matcher = LLMatcher(self._tokens(), grammar, log_level=0)
         if problem := matcher.get_error():
-            raise InputError(" ".join(problem.split())[:500])
+            raise InputError(_one_line(problem))
         return matcher
 
     def _tokens(self) -> LLTokenizer:
-        """The tokenizer as llguidance sees it, which takes it a second to make."""
+        """The tokenizer as llguidance sees it."""
         if self._vocabulary is None:
             try:
                 self._vocabulary = llguidance.hf.from_tokenizer(
@@ -51,19 +90,31 @@ class Grammars:
 class GrammarConstraint:
     """A Constraint of zmoe.engine.stream: one text's way through a grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, after: tuple[int, ...]) -> None:
+        self._matcher, self._after = matcher, after
+        self._last: deque[int] = deque(maxlen=len(after))
+        self._begun = not after
 
-    def mask(self) -> Mask:
+    def mask(self) -> Mask | None:
         """See Constraint: a bit per token. At the end of the grammar it is the end tokens'."""
+        if not self._begun:
+            return None
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         self._check()
         return mask
 
     def accept(self, token: int) -> None:
         """See Constraint."""
-        self._matcher.consume_token(token)
+        if self._begun:
+            self._matcher.consume_token(token)
+        else:
+            self._last.append(token)
+            self._begun = tuple(self._last) == self._after
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ZmoeError(f"the grammar has failed: {self._matcher.get_error()}")
+
+
+def _one_line(problem: str) -> str:
+    return " ".join(problem.split())[:500]

@@ -39,7 +39,7 @@ class Submit:
     """Generate what follows `prompt` (token ids). `number` names the request from now on.
 
     `borders` and `salt` are those of a scheduler's Request; `grammar` is one of llguidance,
-    or empty.
+    or empty, and begins to count behind the first tokens `grammar_after`.
     """
 
     number: Number
@@ -48,6 +48,7 @@ class Submit:
     borders: tuple[Number, ...]
     salt: bytes
     grammar: Text
+    grammar_after: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,23 @@ class Notice:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a node holds: experts, summed over the layers, and peak resident bytes."""
+    """What a node is and holds.
+
+    `experts` are summed over the layers, and `expert_share` is its part of all experts' weights.
+    It listens at the ports of `host`, which are 0 in a cluster of one. `machine` is the same
+    number for the nodes of one machine, `memory` the bytes that the node may take, and `speed` the
+    GB/s at which it reads memory, 0 where that was not measured.
+    """
 
     experts: Number
+    expert_share: float
+    host: str
+    data_port: Number
+    control_port: Number
+    machine: Number
+    memory: Size
     peak_memory: Size
+    speed: Number
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,22 @@ class Ready:
     """The cluster serves requests.
 
     `context` is the most tokens of prompt and text, 0 for no limit; `capacity` the positions
-    that the caches of keys and values hold in all.
+    that the caches of keys and values hold in all. `experts` are those of one layer, of which a
+    token takes `top_k`. `placement` names the one that was taken, and `compute` says whose
+    matmuls are run.
     """
 
     model_type: str
+    dtype: str
+    quantization: str
     layers: Number
+    moe_layers: Number
+    experts: Number
+    top_k: Number
     vocabulary: Number
+    placement: str
+    placement_reason: Text
+    compute: str
     context: Size
     capacity: Size
     load_seconds: float
@@ -107,11 +131,19 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token that could have been picked, and its log-probability."""
+
+    token: Number
+    logprob: LogProbability
+
+
+@dataclass(frozen=True)
 class Logprobs:
-    """A token's log-probability, and those of the likeliest tokens as (id, logprob)."""
+    """The log-probability of the token that was picked, and those of the likeliest ones."""
 
     logprob: LogProbability
-    top: tuple[tuple[Number, LogProbability], ...]
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -142,7 +174,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Stats:
-    """The state of the cluster, told every second; `peak_memory` is in bytes by rank."""
+    """The state of the cluster, told every second; `peak_memory` is in bytes by rank, and `links`
+    are the ranks to which the leader's link stands.
+    """
 
     counts: Annotated[
         Counts,
@@ -155,6 +189,7 @@ class Stats:
         ),
     ]
     peak_memory: tuple[Size, ...]
+    links: tuple[Number, ...]
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,9 @@ def changes(values: tuple[object, ...]) -> list[tuple[object, ...]]:
     if len(values) > 1:
         found.append(values[::-1])
     for at, value in enumerate(values):
-        names = [field.name for field in fields(value)] if not isinstance(value, int) else []
-        others = [replace(value, **{name: getattr(value, name) + 1}) for name in names]  # type: ignore
-        if isinstance(value, int):
-            others = [value + 10]
+        others: list[object] = [value + 10] if isinstance(value, int) else []
+        if isinstance(value, (Span, Fork, Copy)):
+            others = [value._replace(**{name: part + 1}) for name, part in value._asdict().items()]
         found += [(*values[:at], other, *values[at + 1 :]) for other in others]
     return found
 

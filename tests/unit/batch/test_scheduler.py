@@ -255,6 +255,43 @@ def test_snapshots_of_exact_caches_are_taken_at_borders() -> None:
     assert (same.cached, other.cached) == (99, 70)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_text_from_elsewhere_is_a_snapshot_if_there_is_room(exact: bool) -> None:
+    one, filled = scheduler(paged=False, exact=exact, blocks=4), list[list[int]]()
+    assert one.adopt(range(100), filled.append) == 100
+    assert one.adopt(range(100), filled.append) == 100  # which it has
+    assert one.adopt([7] * 300, filled.append) == 0
+    ((number,),) = filled
+    sequence = submit(one, [*range(100), 7], 1)
+    assert step(one).forks == (Fork(sequence.id, number, 100),)
+    assert one.known(range(100)).length == 100
+
+
+def test_what_runs_is_known_too_unless_it_cannot_be_cut() -> None:
+    for exact, known in ((False, 100), (True, 0)):
+        one = scheduler(paged=False, exact=exact, max_rows=100)
+        sequence = submit(one, range(120), borders=())
+        while sequence.position < 100:
+            step(one)
+        found = one.known([*range(100), 7])
+        assert found.length == known and found.snapshot == (sequence.id if known else None)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_snapshots_are_shared_under_one_salt_only(exact: bool) -> None:
+    one = scheduler(paged=False, exact=exact)
+    for _ in range(2):  # the second time each finds its own
+        found = []
+        for salt in (b"", b"key"):
+            sequence = submit(one, range(100), 1, salt=salt)
+            while sequence.id in one._sequences:
+                step(one)
+            found.append(sequence.cached)
+    assert found == [99, 99]
+    submit(one, [*range(99), 7], 1, salt=b"other")
+    assert step(one).forks == ()
+
+
 def test_snapshots_of_other_caches_are_cut() -> None:
     one = scheduler(paged=False)
     first = submit(one, range(100), 2)

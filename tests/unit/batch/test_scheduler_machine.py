@@ -221,12 +221,12 @@ def check_snapshots(
 ) -> None:
     """The nodes hold what is counted, once the pending operations are done."""
     running = {sequence.id for sequence in sequences if sequence.room}
-    assert running == memory._running.keys()
+    assert running == {sequence.id for sequence in memory._running}
     new = {fork.new for fork in memory.forks}
     held = (caches.keys() - set(memory.free)) | new
     assert memory._texts.keys() <= held
     assert held - memory._texts.keys() <= running
-    blocks = sum(-(-len(text) // BLOCK) for text in memory._texts.values())
+    blocks = sum(-(-len(text) // BLOCK) for _, text in memory._texts.values())
     assert blocks == memory._kept
     assert len(running) * memory._longest + blocks <= memory.count
 

@@ -22,7 +22,7 @@ from zmoe.kernels.threads import ThreadPool
 from zmoe.native import ffi
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
-from zmoe.perf.measured import ProductRate
+from zmoe.perf.measured import MatmulRate
 from zmoe.perf.shape import BF16, F32, MXFP4, affine
 from zmoe.placement.predict import Setup, Workload, predict
 from zmoe.topology.cores import usable_cores
@@ -123,7 +123,7 @@ def test_cores_are_shared_as_by_nodes() -> None:
 def test_steps_are_found_again_from_their_times(tmp_path: Path) -> None:
     """Times as the planner has them, with matmuls slower by a tenth than it thinks."""
     rates = tuple(
-        ProductRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e12)
+        MatmulRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e12)
         for format in ("bf16", "cache")
         for nodes, threads in ((1, 2), (2, 1))
     )
@@ -155,7 +155,7 @@ def test_steps_are_found_again_from_their_times(tmp_path: Path) -> None:
 
 def test_the_leader_computes_as_much_as_all_where_all_compute_alike(tmp_path: Path) -> None:
     rates = tuple(
-        ProductRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e15)
+        MatmulRate(format, nodes, threads, 1e10, 1e10, 0.0, 1e15)
         for format in ("bf16", "cache")
         for nodes, threads in ((1, 2), (2, 1))
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from zmoe.cli import node, run
+from zmoe.cli.cluster import cluster_spec
 from zmoe.cli.common import given_settings
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, RemoteOptions, WorkerSpec
 from zmoe.config import Batching, EngineConfig, Sampling, Settings, Timing, fields_of
@@ -54,7 +55,7 @@ RUN: list[tuple[str, Settings]] = [
         PlacementRequest(way="replicas", usage=Path("u.json"), memory_limit=1 << 29),
     ),
 ]
-OF_MANY_TEXTS = {"parallel", "step_ms"}  # zmoe-run writes one
+OF_MANY_TEXTS = {"parallel", "step_ms", "max_queue"}  # zmoe-run writes one
 
 
 @pytest.mark.parametrize(("flags", "settings"), RUN, ids=lambda each: type(each).__name__)
@@ -67,12 +68,13 @@ def test_what_a_flag_says_reaches_its_setting(flags: str, settings: Settings) ->
     if kind is Sampling:
         assert Sampling(**given) == settings
     else:
-        assert settings in vars(run._spec(options)).values()
+        assert settings in vars(cluster_spec(options, parallel=1)).values()
 
 
 def test_flags_of_the_nodes() -> None:
     def spec(flags: str) -> ClusterSpec:
-        return run._spec(run._parser().parse_args([*flags.split(), "x"]))
+        options = run._parser().parse_args([*flags.split(), "x"])
+        return cluster_spec(options, parallel=1)
 
     one = EngineConfig(parallel=1)
     assert spec("") == ClusterSpec(engine=one)

@@ -14,11 +14,13 @@ from mlx_lm.utils import load_model
 
 import zmoe
 from tests.families import build
+from zmoe.cluster import cluster as cluster_module
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig, Sampling
 from zmoe.engine import mlx_caches
+from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import InputError, SettingError
 from zmoe.placement.usage import read_usage
 
@@ -120,6 +122,24 @@ def test_a_family_that_runs_one_at_a_time_says_so(
     with Cluster("zmoe-tiny", spec=spec) as cluster:
         told = [line for line in cluster.notices if "one at a time" in line]
     assert len(told) == (parallel > 1)
+
+
+def test_the_step_that_warms_up_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recurrent caches cannot go back, so that what it left would stay."""
+    tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
+    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    folder = build("qwen3_next", tmp_path)
+    with Cluster(folder) as hybrid:
+        pair = [hybrid.submit([at], max_tokens=6, ignore_eos=True) for at in (7, 8)]
+        texts = [[token.id for token in generation] for generation in pair]
+    model, _ = load_model(folder)
+    for prompt, text in zip((7, 8), texts):
+        cache = make_prompt_cache(model)
+        for last, token in zip([prompt, *text], text):
+            row = model(mx.array([[last]]), cache=cache)[0, -1]
+            assert float(row.max() - row[token]) < 1e-3
 
 
 def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:

@@ -295,6 +295,13 @@ def test_those_beyond_parallel_wait_for_a_place() -> None:
         assert [[token.id for token in each] for each in reversed(run)] == [want] * 2
 
 
+def test_a_script_may_submit_all_that_it_has_before_it_reads_any() -> None:
+    with Cluster("zmoe-tiny", spec=ClusterSpec(engine=EngineConfig(parallel=4))) as cluster:
+        want = tokens(cluster)[:1]
+        all_of_them = [cluster.submit(PROMPT, max_tokens=1, ignore_eos=True) for _ in range(300)]
+        assert [[token.id for token in each] for each in all_of_them] == [want] * 300
+
+
 def test_who_waits_too_long_is_told_so() -> None:
     batching = Batching(queue_timeout=0.01)
     spec = ClusterSpec(engine=EngineConfig(parallel=1), batching=batching)

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache, load_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
 from tests.families import build
 from zmoe.cluster import cluster as cluster_module
+from zmoe.cluster import mlx_prompt_cache
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import LoadPrefix
+from zmoe.cluster.node import Node
 from zmoe.cluster.spec import ClusterSpec
-from zmoe.config import EngineConfig
+from zmoe.config import EngineConfig, Timing
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import InputError, ZmoeError
 
@@ -45,6 +48,24 @@ def saved(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     generate(cluster, PROMPT)
     assert cluster.save_prompt_cache(file, PROMPT) == 128
     assert list(file.parent.iterdir()) == [file]
+    return file
+
+
+@pytest.fixture(scope="module")
+def on_mlx() -> Iterator[Cluster]:
+    with Cluster("zmoe-tiny", spec=ClusterSpec(engine=EngineConfig(compute="mlx"))) as alone:
+        yield alone
+
+
+@pytest.fixture(scope="module")
+def saved_by_mlx(on_mlx: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written after the first token, while another sequence runs beside."""
+    file = tmp_path_factory.mktemp("cache") / "prompt.safetensors"
+    beside, running = (on_mlx.submit(ids, **TEXT) for ids in ([7, 8, 9], PROMPT))
+    next(running)
+    assert on_mlx.save_prompt_cache(file, PROMPT) == 150
+    assert list(file.parent.iterdir()) == [file]
+    assert len(list(beside)) == 12 and len(list(running)) == 11
     return file
 
 
@@ -114,6 +135,58 @@ def test_a_prompt_goes_on_from_a_file_on_all_nodes(
         assert pair.load_prompt_cache(saved) == 128  # twice does no harm
 
 
+@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
+def test_a_prompt_goes_on_from_a_file_of_mlx_caches(
+    schedule: str, on_mlx: Cluster, saved_by_mlx: Path
+) -> None:
+    second = [*PROMPT[:140], 9, 8, 7]
+    alone, _ = generate(on_mlx, second)
+    spec = ClusterSpec(2, engine=EngineConfig(schedule=schedule, compute="mlx"))
+    with Cluster("zmoe-tiny", spec=spec) as pair:
+        assert pair.load_prompt_cache(saved_by_mlx) == 150
+        assert generate(pair, second) == (alone, 140)
+        assert generate(pair, PROMPT)[1] == 149
+        assert pair.load_prompt_cache(saved_by_mlx) == 150  # twice does no harm
+
+
+def test_a_recurrent_model_goes_on_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds all of the prompt but the last token, and serves prompts that begin with that."""
+    tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
+    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    folder, file, longer = build("qwen3_next", tmp_path), tmp_path / "file", [*PROMPT[:-1], 9, 8]
+    with Cluster(folder) as hybrid:
+        alone, _ = generate(hybrid, longer)
+        running = hybrid.generate(PROMPT, **TEXT)
+        next(running)
+        assert hybrid.save_prompt_cache(file, PROMPT) == 149
+    with Cluster(folder, 2) as pair:
+        assert pair.load_prompt_cache(file) == 149
+        assert generate(pair, [*PROMPT[:100], 9])[1] == 0
+        assert generate(pair, longer) == (alone, 149)
+
+
+def test_a_window_of_mlx_goes_through_a_file(tmp_path: Path) -> None:
+    file, longer = tmp_path / "file", [*PROMPT[:-1], 9, 8]
+    spec = ClusterSpec(engine=EngineConfig(compute="mlx", max_kv_size=64, prefill_chunk=149))
+    with Cluster("zmoe-tiny", spec=spec) as first:
+        alone, _ = generate(first, longer)
+    with Cluster("zmoe-tiny", spec=spec) as first:
+        generate(first, PROMPT)
+        assert first.save_prompt_cache(file, PROMPT) == 149
+    with Cluster("zmoe-tiny", spec=spec) as other:
+        assert other.load_prompt_cache(file) == 149
+        assert generate(other, longer) == (alone, 149)
+
+
+def test_mlx_lm_reads_what_it_has_written(saved_by_mlx: Path) -> None:
+    caches, metadata = load_prompt_cache(str(saved_by_mlx), return_metadata=True)
+    assert [type(cache) for cache in caches] == [KVCache] * 4
+    assert {cache.offset for cache in caches} == {150}
+    assert metadata["tokens"].split() == list(map(str, PROMPT))
+
+
 def test_keys_and_values_in_8_bits_go_through_a_file(tmp_path: Path) -> None:
     file, second = tmp_path / "file", [*PROMPT[:140], 9, 8, 7]
     spec = ClusterSpec(engine=EngineConfig(compute="native", kv_bits=8))
@@ -172,6 +245,10 @@ def set_token(header: dict[str, Any], data: bytearray) -> None:
 
 def flip(header: dict[str, Any], data: bytearray) -> None:
     data[-1] ^= 1
+
+
+def flip_header(header: dict[str, Any], data: bytearray) -> None:
+    header["__metadata__"]["1.0"] = "ConcatenateKVCache"
 
 
 def cut(header: dict[str, Any], data: bytearray) -> None:
@@ -253,13 +330,78 @@ def test_a_file_that_only_the_leader_has(
                 pair.generate(PROMPT)
 
 
-def test_where_there_is_nothing_to_share(saved: Path) -> None:
-    for engine, words in (
-        (EngineConfig(compute="mlx"), "has caches of MLX here"),
-        (EngineConfig(max_kv_size=64, compute="native"), "^max_kv_size is 64: a window drops"),
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (says("0.fingerprint", "f" * 32), "is of another run: its fingerprint is f{32}, here"),
+        (says("0.mlx_lm", "0.1"), "is of another run: its mlx_lm is 0.1, here"),
+        (says("0.max_kv_size", "64"), "is of another run: its max_kv_size is 64, here none"),
+        (says("0.format", "mlx"), "is no prompt cache that this zmoe reads"),
+        (says("0.tokens", "1 2 x"), "is damaged: it has tokens outside of 0 to 1023"),
+        (says("0.tokens", "1024"), "is damaged: it has tokens outside of 0 to 1023"),
+        (says("0.tokens", "9" * 5000), "is damaged: it has tokens outside of 0 to 1023"),
+        (says("0.tokens", " "), "is damaged: it has tokens outside of 0 to 1023"),
+        (says("0.digest", "0" * 31), "is damaged: it has no digest"),
+        (says("0.digest", "0" * 32), "is damaged: its contents are not those that were written"),
+        (flip, "is damaged: its contents"),
+        (flip_header, "is damaged: its contents"),
+        (cut, "is truncated: tensor"),
+    ],
+)
+def test_files_of_mlx_caches_that_are_refused(
+    saved_by_mlx: Path, tmp_path: Path, change: Change, words: str
+) -> None:
+    file = changed(saved_by_mlx, tmp_path / "other", change)
+    spec = ClusterSpec(engine=EngineConfig(compute="mlx"))
+    with (
+        Cluster("zmoe-tiny", spec=spec) as alone,
+        pytest.raises(InputError, match=words) as caught,
     ):
-        with Cluster("zmoe-tiny", spec=ClusterSpec(engine=engine)) as other:
+        alone.load_prompt_cache(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_with_a_digest_that_mlx_lm_cannot_read(
+    saved_by_mlx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = changed(saved_by_mlx, tmp_path / "other", says("1.0", "NoSuchCache"))
+    monkeypatch.setattr(mlx_prompt_cache, "_digest", lambda path, stated: stated.decode())
+    spec = ClusterSpec(engine=EngineConfig(compute="mlx"))
+    words = f"{file} is damaged: mlx-lm does not read it"
+    with Cluster("zmoe-tiny", spec=spec) as alone, pytest.raises(InputError, match=words):
+        alone.load_prompt_cache(file)
+
+
+def test_a_node_of_experts_only(saved: Path) -> None:
+    node = Node(Cluster("zmoe-tiny").info, EngineConfig(), Timing(), rank=1, nodes=2)
+    with pytest.raises(InputError, match="no prompt cache: node 1 has experts only"):
+        node.load_prefix(saved, [0], "0" * 32)
+
+
+def test_caches_of_another_kind(
+    cluster: Cluster, on_mlx: Cluster, saved: Path, saved_by_mlx: Path
+) -> None:
+    with pytest.raises(InputError, match=f"{saved} is of caches of the C kernels, and dbrx has th"):
+        on_mlx.load_prompt_cache(saved)
+    with pytest.raises(InputError, match=f"{saved_by_mlx} is of caches of MLX, and dbrx has those"):
+        cluster.load_prompt_cache(saved_by_mlx)
+    for each in (cluster, on_mlx):  # which goes on
+        assert len(generate(each, PROMPT)[0]) == 12
+
+
+def test_where_there_is_nothing_to_share(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
+    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    window = ClusterSpec(engine=EngineConfig(max_kv_size=64, compute="native"))
+    for made, words in (
+        (Cluster("zmoe-tiny", spec=window), "^max_kv_size is 64: a window drops"),
+        (Cluster(build("deepseek_v41", tmp_path)), "deepseek_v41 has caches of its own, which"),
+    ):
+        with made as other:
             with pytest.raises(InputError, match=words):
-                other.save_prompt_cache(saved, PROMPT)
+                other.save_prompt_cache(tmp_path / "none", PROMPT)
             with pytest.raises(InputError, match=words):
                 other.load_prompt_cache(saved)
+    assert not (tmp_path / "none").exists()

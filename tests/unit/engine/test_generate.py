@@ -121,6 +121,20 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: TokenizerWrapper) 
     assert any(piece == "" for piece in pieces), "bytes of a character were shown too early"
 
 
+def test_counts_add_up_over_steps(tokenizer: TokenizerWrapper) -> None:
+    script, spans = Script([5, 6, 7], len(tokenizer.get_vocab())), Spans()
+
+    def run(plan: Plan) -> np.ndarray | None:
+        spans.seconds["experts"] += 0.5
+        return script.run(plan)
+
+    on = Batcher(run, script, 100, EngineConfig(), Batching(speculate="off"), spans)
+    list(generation(tokenizer, script, [9], Sampling(max_tokens=3, ignore_eos=True), on=on))
+    counts = on.counts({})
+    assert (counts.steps, counts.prompt_tokens, counts.generated_tokens) == (3, 1, 3)
+    assert counts.spans == {"experts": 1.5}
+
+
 def test_the_prompt_goes_in_chunks(tokenizer: TokenizerWrapper) -> None:
     script = Script([5, 6, 7], len(tokenizer.get_vocab()))
     told: list[tuple[int, int, int]] = []

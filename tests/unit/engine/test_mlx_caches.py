@@ -15,8 +15,11 @@ from mlx_lm.utils import load_model
 
 from tests.families import FAMILIES, VOCAB, build
 from zmoe.batch.plan import Fork, Plan, Span
+from zmoe.cluster.mlx_prompt_cache import check_caches, read_caches, write_caches
+from zmoe.cluster.prompt_cache import read_prompt_cache
+from zmoe.config import EngineConfig
 from zmoe.engine.mlx_caches import MlxEngine
-from zmoe.errors import ZmoeError
+from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.local import SingleNode
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import Skeleton, describe, load_shard
@@ -47,8 +50,8 @@ class Driver:
         looks_ahead: bool = False,
     ) -> None:
         self._reference, _ = load_model(folder)
-        info = describe(Skeleton(folder))
-        reducer = SingleNode()
+        self.info, self._file = describe(Skeleton(folder)), folder / "prompt cache"
+        info, reducer = self.info, SingleNode()
         shard = load_shard(
             info,
             place_evenly(info.shape, 1),
@@ -98,6 +101,14 @@ class Driver:
         assert logits is not None and logits.dtype == np.float32
         want = np.stack([self.wanted(of[s])[at + n - 1] for s, at, n in spans])
         np.testing.assert_allclose(logits, want, atol=2e-4 * np.abs(want).max(), rtol=0)
+
+    def through_a_file(self, sequence: int, length: int, new: int) -> None:
+        """Have `new` begin with a sequence's first positions, as a prompt cache holds them."""
+        text, config = TEXTS[sequence][:length], EngineConfig()
+        write_caches(self._file, self.info, config, text, self.engine.copy(sequence, length))
+        saved = read_prompt_cache(self._file, self.info, config)
+        assert saved.tokens == text
+        self.engine.hold(new, read_caches(saved), length)
 
 
 def alone(model: Module, text: Sequence[int]) -> np.ndarray:
@@ -156,6 +167,12 @@ def check(family: str, driver: Driver) -> None:
         assert not driver.engine.can_batch
         run((1, 0, 5))
         run((1, 5, 1))
+        if family == "deepseek_v41":  # whose caches mlx-lm cannot read
+            with pytest.raises(InputError, match="no prompt cache: deepseek_v41 has caches of its"):
+                check_caches(driver.engine.copy(1, 6), driver.info)
+            return
+        driver.through_a_file(1, 6, 7)
+        run((7, 6, 1), texts={7: 1})
         return
     assert driver.engine.can_batch
     run((1, 0, 9))
@@ -169,6 +186,9 @@ def check(family: str, driver: Driver) -> None:
     run((1, 0, 3), (3, 17, 1))  # the number may come again
     run((5, 18, 2), forks=[(5, 3, 18)], texts={5: 3})
     run((5, 20, 1), (3, 18, 1), texts={5: 3})
+    driver.through_a_file(3, 19, 7)
+    run((7, 19, 1), (3, 19, 1), texts={7: 3})
+    run((7, 20, 3), texts={7: 3})
     if driver.engine.can_trim:
         run((3, 10, 1), (1, 3, 1))  # back, then on
         run((3, 11, 4))
@@ -188,4 +208,6 @@ def test_what_does_not_go_with_the_sequences(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ZmoeError, match=problem):
             driver.run(*spans, **given)
+    with pytest.raises(ZmoeError, match="as sequence 1, which this node holds already"):
+        driver.engine.hold(1, driver.engine.layout, 4)
     driver.run((1, 4, 1))

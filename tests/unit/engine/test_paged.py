@@ -169,7 +169,6 @@ BAD = {
     "a plan with a block outside of 0 to 11$": replace(ROW, copies=(Copy(0, -1),)),
     "a plan forks sequence 0: paged caches": replace(ROW, forks=(Fork(1, 0, 5),)),
     "a plan ends sequence 4, which this node": replace(ROW, free=(4,)),
-    "a plan runs sequence 0 twice": replace(ROW, spans=ROW.spans * 2, tokens=(1, 1)),
     "a plan runs sequence 0 from position 21: this node holds 20": replace(
         ROW, spans=(Span(0, 21, 1, 1),)
     ),

@@ -36,6 +36,9 @@ def small_heads() -> Iterator[None]:
     """Lets rows of a few dozen tokens take the way of large vocabularies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "_HEADS", (2, 5))
+        patch.setattr(sampler, "_COLUMNS", 8)
+        patch.setattr(sampler, "_FEW", 20)
+        patch.setattr(sampler, "_PART", 7)
         patch.setattr(sampler, "_BLOCK", 4)
         yield
 
@@ -229,20 +232,10 @@ def test_tokens_may_come_one_by_one() -> None:
 # ---- draws -----------------------------------------------------------------------------------
 
 
-def philox(seed: int, position: int) -> int:
-    """The first 64 bits of Philox4x64-10 (Salmon et al. 2011), after numpy's first increment."""
-    m0, m1, word = 0xD2E7470EE14C6C93, 0xCA5A826395121157, 2**64 - 1
-    x, key = [position + 1 & word, position + 1 >> 64, 0, 0], [seed, 0]
-    for _ in range(10):
-        p0, p1 = m0 * x[0], m1 * x[2]
-        x = [p1 >> 64 ^ x[1] ^ key[0], p1 & word, p0 >> 64 ^ x[3] ^ key[1], p0 & word]
-        key = [key[0] + 0x9E3779B97F4A7C15 & word, key[1] + 0xBB67AE8584CAA73B & word]
-    return x[0]
-
-
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
 def test_random_numbers_are_philoxs(seed: int, position: int) -> None:
-    assert uniform(seed, position) == (philox(seed, position) >> 11) / 2**53
+    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
+    assert uniform(seed, position) == (bits >> 11) / 2**53
 
 
 @pytest.mark.parametrize("top_k", [0, 11])

@@ -94,6 +94,18 @@ def test_all_reduce(group: list[Exchange], dtype: mx.Dtype) -> None:
     assert first.pool_stats["exhausted"] == 0
 
 
+def test_the_wait_for_a_late_peer_is_counted(group: list[Exchange]) -> None:
+    first, second = group
+    before, late_s = first.stats["waited_us"], 0.2
+
+    def come_late() -> None:
+        time.sleep(late_s)
+        peer(second, 1, 6, Dtype.F32, 2.0)
+
+    together([lambda: first.all_reduce(Call(0, 1, 6, mx.float32, 7), None), come_late])
+    assert first.stats["waited_us"] - before > 1e6 * late_s / 2
+
+
 def test_a_strided_or_wider_partial_is_sent_right(group: list[Exchange]) -> None:
     partial = mx.arange(12, dtype=mx.float32).reshape(4, 3).T
     total, _ = together(

@@ -79,11 +79,11 @@ def test_bytes_per_token_of_the_field() -> None:
 
 def test_load_and_compute_overlap_or_add() -> None:
     loading, computing = 1e12, 3e15  # 2 TB in bfloat16
-    both = Place(ROUND).product(BF16, loading, computing)
+    both = Place(ROUND).matmul(BF16, loading, computing)
     assert (both.load, both.compute) == (2, 1)
-    added = Place(replace(ROUND, overlap=0.0)).product(BF16, loading, computing)
+    added = Place(replace(ROUND, overlap=0.0)).matmul(BF16, loading, computing)
     assert (added.load, added.compute) == (2, 3)
-    assert Place(ROUND).product(BF16, loading, 1e15).compute == 0
+    assert Place(ROUND).matmul(BF16, loading, 1e15).compute == 0
 
 
 def test_one_node_sends_nothing() -> None:

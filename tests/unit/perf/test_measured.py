@@ -8,7 +8,7 @@ import pytest
 
 from zmoe.perf.hardware import Machine
 from zmoe.perf.links import Link
-from zmoe.perf.measured import ProductRate, StepRate, rates_of, step_rate
+from zmoe.perf.measured import MatmulRate, StepRate, rates_of, step_rate
 from zmoe.perf.shape import BF16, GroupedAttention, ModelShape, affine
 from zmoe.placement.predict import Setup, Workload, predict
 
@@ -16,9 +16,9 @@ LAYERS, HIDDEN, EXPERTS, TOP_K, INNER, VOCABULARY = 10, 1000, 4, 2, 512, 8000
 SHAPE = ModelShape(
     "s", HIDDEN, LAYERS, GroupedAttention(10, 10, 100), EXPERTS, TOP_K, INNER, VOCABULARY
 )
-ALONE2 = ProductRate("bf16", 1, 2, dense=50e9, experts=40e9, expert_s=2e-6, many=1e15)
-ALONE1 = ProductRate("bf16", 1, 1, dense=30e9, experts=25e9, expert_s=3e-6, many=1e15)
-BOTH = ProductRate("bf16", 2, 1, dense=20e9, experts=15e9, expert_s=4e-6, many=1e15)
+ALONE2 = MatmulRate("bf16", 1, 2, dense=50e9, experts=40e9, expert_s=2e-6, many=1e15)
+ALONE1 = MatmulRate("bf16", 1, 1, dense=30e9, experts=25e9, expert_s=3e-6, many=1e15)
+BOTH = MatmulRate("bf16", 2, 1, dense=20e9, experts=15e9, expert_s=4e-6, many=1e15)
 CACHES = tuple(replace(rate, format="cache") for rate in (ALONE2, ALONE1, BOTH))
 STEPS = (
     StepRate(1, "decentralized", "selected", 10e-6, 100e-6),

@@ -12,15 +12,15 @@ import pytest
 
 from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.errors import InputError
-from zmoe.perf.measured import ProductRate, StepRate
+from zmoe.perf.measured import MatmulRate, StepRate
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 
 MEASURED = replace(
     MACHINES["epyc"],
     cores=2,
     rates=(
-        ProductRate("bf16", 1, 2, 40e9, 35e9, 0.0, 1e11),
-        ProductRate("bf16", 2, 1, 3e10, 2e10, 1e-6, 5e10),
+        MatmulRate("bf16", 1, 2, 40e9, 35e9, 0.0, 1e11),
+        MatmulRate("bf16", 2, 1, 3e10, 2e10, 1e-6, 5e10),
     ),
     steps=(StepRate(1, "decentralized", "selected", 5e-5, 0.0),),
 )

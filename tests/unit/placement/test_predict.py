@@ -21,7 +21,7 @@ from zmoe.cli.plan.names import look_up
 from zmoe.errors import InputError, PlacementError
 from zmoe.perf.hardware import GIB
 from zmoe.perf.shape import affine
-from zmoe.placement.predict import Setup, Workload, predict, predict_all
+from zmoe.placement.predict import ALIKE, Setup, Workload, predict, predict_all
 from zmoe.placement.remedy import bits_that_fit, nodes_that_fit
 
 
@@ -98,10 +98,10 @@ def test_a_long_prompt_is_read_in_chunks() -> None:
     assert 1.9 * one.total < two.total < 2.2 * one.total
 
 
-def test_auto_takes_the_fastest_that_fits() -> None:
+def test_auto_takes_the_fastest_that_fits_or_what_holds_less() -> None:
     auto = predict(setup(placement="auto"), 4)
     others = [predict(setup(placement=p), 4) for p in ("experts", "slices", "replicas")]
-    assert auto.decode.total <= min(p.decode.total for p in others if p.fits)
+    assert auto.decode.total <= (1 + ALIKE) * min(p.decode.total for p in others if p.fits)
     mixed = predict(setup(machines="m3-ultra,m4-pro-mini", placement="auto"), 2)
     assert mixed.fits
     assert mixed.decode.total < predict(setup(machines="m3-ultra,m3-ultra"), 2).decode.total * 3

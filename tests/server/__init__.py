@@ -1,0 +1,1 @@
+"""Tests of zmoe-serve: real processes, sockets and clients."""

@@ -1,0 +1,180 @@
+"""How a server begins, ends, and lives on when parts of it die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.serving import END_S, Server
+
+BODY = {"messages": [{"role": "user", "content": "KING"}], "temperature": 0, "max_tokens": 8}
+LONG = {**BODY, "max_tokens": 900, "stream": True}
+
+
+@pytest.fixture
+def own() -> Iterator[Server]:
+    """A server of two nodes that the test may harm."""
+    server = Server("--nodes", "2")
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.end(signal.SIGKILL)
+
+
+def ask(server: Server) -> str:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def streamed(server: Server) -> list[str]:
+    """The data of all events of a long answer."""
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=LONG, timeout=60) as answer:
+        assert answer.status_code == 200
+        return [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+
+
+class Reader(threading.Thread):
+    """Reads a long answer in a thread of its own."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.events: list[str] = []
+        self.begun = threading.Event()
+        self._server = server
+        self.start()
+        assert self.begun.wait(60)
+
+    def run(self) -> None:
+        url = f"{self._server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=LONG, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line[6:])
+                    self.begun.set()
+
+
+def wait_for_end(server: Server) -> None:
+    """Until none of its processes is there."""
+    until = time.monotonic() + END_S
+    while server.processes():
+        assert time.monotonic() < until, server.processes()
+        time.sleep(0.05)
+
+
+def engine_of(server: Server) -> int | None:
+    """The process of the engine, None while there is none."""
+    engines = [pid for pid, line in server.processes().items() if "spawn_main" in line]
+    return engines[0] if engines else None
+
+
+def test_it_ends_well_and_lets_running_requests_end(own: Server) -> None:
+    reader = Reader(own)
+    assert own.end() == (0, "")
+    reader.join(60)
+    assert reader.events[-1] == "[DONE]"
+    assert json.loads(reader.events[-2])["choices"][0]["finish_reason"] == "length"
+    wait_for_end(own)
+
+
+def test_a_second_signal_drops_running_requests(own: Server) -> None:
+    reader = Reader(own)
+    own.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    code, _ = own.end(signal.SIGINT)
+    reader.join(60)
+    assert code == 0
+    wait_for_end(own)
+
+
+def test_nothing_outlives_a_front_that_is_killed(own: Server) -> None:
+    Reader(own)
+    assert own.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    wait_for_end(own)
+
+
+def test_an_engine_that_is_killed_is_started_again(own: Server) -> None:
+    before = ask(own)
+    reader = Reader(own)
+    engine = engine_of(own)
+    assert engine is not None
+    os.kill(engine, signal.SIGKILL)
+    reader.join(60)
+    assert "[DONE]" not in reader.events
+    assert "the cluster has ended" in json.loads(reader.events[-1])["error"]["message"]
+    refused = httpx.post(f"{own.url}/v1/chat/completions", json=BODY)
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    own.wait_for("ready")
+    assert ask(own) == before
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_node_that_is_killed_ends_the_engine_which_is_started_again(
+    own: Server, busy: bool
+) -> None:
+    before = ask(own)
+    engine = engine_of(own)
+    reader = Reader(own) if busy else None
+    (node,) = [pid for pid, line in own.processes().items() if "zmoe.cli.node" in line]
+    os.kill(node, signal.SIGKILL)
+    if reader is not None:
+        reader.join(60)
+        assert "rank 1" in json.loads(reader.events[-1])["error"]["message"]
+    while engine_of(own) == engine:
+        time.sleep(0.05)
+    own.wait_for("ready")
+    assert ask(own) == before
+
+
+def failing(*flags: str, port: int | None = None) -> tuple[int, str]:
+    server = Server(*flags, port=port)
+    try:
+        code = server.process.wait(END_S)
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+        return code, server.end()[1]
+    finally:
+        server.process.kill()
+
+
+def test_a_port_in_use_is_named(free_port: int) -> None:
+    with socket.create_server(("127.0.0.1", free_port)):
+        code, said = failing(port=free_port)
+    line = f"zmoe-serve: cannot listen on 127.0.0.1:{free_port}: Address already in use\n"
+    assert (code, said) == (2, line)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no certificate\n")
+    file.chmod(0o644)
+    for flags, words in (
+        (("--ssl-certfile", str(tmp_path / "no")), f"{tmp_path}/no cannot be read"),
+        (("--ssl-certfile", str(file)), f"{file} cannot be used for TLS"),
+        (("--ssl-keyfile", str(file)), "--ssl-keyfile is for a certificate"),
+        (("--api-key-file", str(file)), f"{file} can be read by everyone"),
+        (("--chat-template", str(tmp_path / "no")), f"{tmp_path}/no cannot be read"),
+        (("--model", str(tmp_path / "no")), f"model {tmp_path}/no: no such folder"),
+    ):
+        code, said = failing(*flags)
+        assert code == 2
+        assert words in said
+        assert said.count("\n") == 1
+
+
+def test_a_node_that_cannot_start_ends_the_command() -> None:
+    code, said = failing("--nodes", "2", "--join-timeout", "0.01")
+    assert code == 2
+    assert "node 1" in said.splitlines()[-1]

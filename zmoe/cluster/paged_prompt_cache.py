@@ -1,0 +1,115 @@
+"""Prompt caches of the C kernels: the full blocks of a prompt.
+
+The file has `tokens`, and one tensor per layer for the keys and for the values, each
+(blocks, kv_heads, 64 * head_dim), or with `kv_bits` bytes (blocks, kv_heads, 64 * head_dim + 256),
+in which 64 scales in float32 follow the integers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from zmoe.batch.plan import BLOCK
+from zmoe.checkpoint.safetensors import Tensor
+from zmoe.cluster.prompt_cache import PAGED, PromptCache, damaged, replacing, settings_of
+from zmoe.config import EngineConfig
+from zmoe.errors import InputError
+from zmoe.placement.types import ModelInfo
+
+Array = npt.NDArray[Any]
+# numpy has no bfloat16.
+_DTYPES = {"uint8": "U8", "uint16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def check_blocks(saved: PromptCache, memory: Sequence[Array]) -> None:
+    """Raise InputError unless the tensors of `saved` are blocks of `memory`, all layers' keys and
+    values.
+    """
+    blocks = len(saved.tokens) // BLOCK
+    wanted = {
+        name: (_DTYPES[part.dtype.name], (blocks, *part.shape[1:]))
+        for name, part in zip(_names(len(memory)), memory)
+    }
+    found = {t.name: (t.dtype, t.shape) for t in saved.tensors.values() if t.name != "tokens"}
+    if found != wanted:
+        at = sorted(found.items() ^ wanted.items())[0][0]
+        raise InputError(
+            f"prompt cache {saved.path} is not of this model: its tensor {at} is "
+            f"{found.get(at, 'absent')}, expected {wanted.get(at, 'none')}"
+        )
+
+
+def read_blocks(saved: PromptCache, memory: Sequence[Array], blocks: Sequence[int]) -> None:
+    """Write the first blocks of `saved` into `blocks` of `memory`. Raises InputError."""
+    check_blocks(saved, memory)
+    digest = blake2b(np.array(saved.tokens, np.uint32).tobytes(), digest_size=16)
+    targets = [*blocks, *[None] * (len(saved.tokens) // BLOCK - len(blocks))]
+    try:
+        with saved.path.open("rb") as file:
+            for name, part in zip(_names(len(memory)), memory):
+                for data, block in zip(_read(file, saved.tensors[name], part), targets):
+                    digest.update(data.tobytes())
+                    if block is not None:
+                        part[block] = data
+    except OSError as error:
+        raise InputError(f"prompt cache {saved.path} cannot be read: {error.strerror}") from None
+    if digest.hexdigest() != saved.digest:
+        raise damaged(saved.path, "its contents are not those that were written")
+
+
+def write_blocks(
+    path: Path,
+    info: ModelInfo,
+    config: EngineConfig,
+    tokens: Sequence[int],
+    memory: Sequence[Array],
+    blocks: Sequence[int],
+) -> None:
+    """Write the file `path`, which is there when it is whole: the text `tokens` is in `blocks` of
+    `memory`. Raises InputError where it cannot be written.
+    """
+    numbers, index = np.array(tokens, np.uint32), list(blocks)
+    digest = blake2b(numbers.tobytes(), digest_size=16)
+    header: dict[str, Any] = {"tokens": _entry("U32", numbers.shape, 0, numbers.nbytes)}
+    at = numbers.nbytes
+    for name, part in zip(_names(len(memory)), memory):
+        for block in index:
+            digest.update(part[block].tobytes())
+        shape, size = (len(index), *part.shape[1:]), len(index) * part[0].nbytes
+        header[name] = _entry(_DTYPES[part.dtype.name], shape, at, size)
+        at += size
+    settings = settings_of(info, config, PAGED)
+    metadata = {"format": PAGED, **settings, "digest": digest.hexdigest()}
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + numbers.tobytes())
+        for part in memory:
+            for block in index:
+                file.write(part[block].tobytes())
+
+
+def _names(count: int) -> list[str]:
+    """The tensors of `count` arrays: keys and values of each layer."""
+    return [f"layers.{at // 2}.{'values' if at % 2 else 'keys'}" for at in range(count)]
+
+
+def _entry(dtype: str, shape: tuple[int, ...], at: int, size: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+
+
+def _read(file: BinaryIO, tensor: Tensor, part: Array) -> Iterator[Array]:
+    """The blocks of `tensor`, which has the shape and dtype of a block of `part`."""
+    file.seek(tensor.start)
+    for _ in range(tensor.shape[0]):
+        data = np.empty_like(part[0])
+        if file.readinto(memoryview(data).cast("B")) != data.nbytes:  # type: ignore[attr-defined]
+            raise damaged(tensor.file, "it ends early")
+        yield data

@@ -1,0 +1,219 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from zmoe.server.chat_messages import ChatPrompt
+from zmoe.server.errors import invalid
+from zmoe.server.fields import CompletionFields, usage
+from zmoe.server.front import Front
+from zmoe.server.generation import Delta, Task, ToolCall, run_together
+from zmoe.server.http import (
+    error_body,
+    event,
+    event_stream,
+    json_answer,
+    read_body,
+    until_disconnect,
+)
+from zmoe.server.openapi import operation
+from zmoe.server.token_texts import chat_logprobs
+from zmoe.server.tools import (
+    MOST_CALLS,
+    ToolChoice,
+    answer_or_calls_grammar,
+    callable_tools,
+    calls_grammar,
+    check_parameters,
+)
+
+
+class ChatRequest(ChatPrompt, CompletionFields):
+    """The body of a request."""
+
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    modalities: list[Literal["text"]] = Field(default_factory=list)
+    verbosity: Literal["medium"] = "medium"
+    prediction: Any = None  # what the text may be like, which makes nothing faster here
+
+    async def tasks(self, front: Front) -> list[Task]:
+        """What is to be generated, one task per choice. Raises ApiError."""
+        self.check()
+        limit = self.max_completion_tokens or self.max_tokens
+        if self.max_tokens not in (None, limit):
+            raise invalid("max_tokens", "differs from max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        functions = callable_tools(self.tools, self.tool_choice)
+        forced = self.tool_choice is not None and self.tool_choice.type in ("required", "function")
+        one_call = (forced and self.tool_choice_is_named) or not self.parallel_tool_calls
+        grammar = await self.answer_grammar(front)
+        if forced:
+            if grammar:
+                raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
+            await asyncio.to_thread(check_parameters, front.grammars, functions)
+            grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
+            await self.check_grammar(front, grammar, "tools")
+        elif functions:
+            if not front.tokenizer.has_tool_calling:
+                raise invalid(
+                    "tools",
+                    "are not known to this model's chat template: tool_choice required, or the "
+                    "name of a function, makes calls by a grammar",
+                )
+            if self.grammar:
+                raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
+            if (known := self.answer_schema()) is not None:
+                grammar = answer_or_calls_grammar(known[1], front.tokenizer, front.grammars)
+                await self.check_grammar(front, grammar, known[0])
+        prompt = await self.prompt_of_chat(front, with_tools=bool(functions))
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return [
+            Task(
+                prompt,
+                sampling,
+                stop=tuple(self.stop),
+                grammar=grammar,
+                tools=self.tools_for_template() if functions else None,
+                forced=forced,
+                one_call=one_call,
+            )
+            for sampling in self.samplings(front, prompt, "messages", max_tokens=limit, top=top)
+        ]
+
+    @property
+    def tool_choice_is_named(self) -> bool:
+        """Whether the model must call one certain function."""
+        return self.tool_choice is not None and self.tool_choice.type == "function"
+
+
+def routes(front: Front) -> list[Route]:
+    """The endpoint."""
+
+    @operation("Answer a chat", ChatRequest)
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatRequest)
+        front.check_model(body.model)
+        front.check_ready()
+        answer = _Answer(front, body, await body.tasks(front))
+        if body.stream:
+            return await event_stream(answer.chunks(), lambda error: event(error_body(error)))
+        return await until_disconnect(request, answer.whole())
+
+    return [Route("/v1/chat/completions", chat, methods=["POST"])]
+
+
+class _Answer:
+    def __init__(self, front: Front, body: ChatRequest, tasks: Sequence[Task]) -> None:
+        self._front, self._body, self._prompt = front, body, tasks[0].prompt
+        self._choices = [front.generator.start(task) for task in tasks]
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": front.model,
+            "system_fingerprint": front.fingerprint,
+        }
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        options = self._body.stream_options
+        has_usage = options is not None and options.include_usage
+        head = self._head | {"object": "chat.completion.chunk"}
+        if has_usage:
+            head["usage"] = None
+        calls = [0] * len(self._choices)
+        begun: set[int] = set()
+        async with aclosing(run_together([self._choices])) as news:
+            async for place, delta in news:
+                choice = self._choices[place]
+                if place not in begun:
+                    ids = {} if begun else self._prompt_ids()
+                    begun.add(place)
+                    first = {"role": "assistant", "content": ""}
+                    yield event(head | ids | {"choices": [_chunk(place, first)]})
+                found = _delta(delta, calls[place])
+                calls[place] += len(delta.tool_calls)
+                extra = self._extra(delta)
+                if found or (extra and delta.tokens):
+                    yield event(head | {"choices": [_chunk(place, found) | extra]})
+                if choice.finish_reason is not None:
+                    end = _chunk(place, {}, choice.finish_reason)
+                    yield event(head | {"choices": [end]})
+        if has_usage:
+            yield event(head | {"choices": [], "usage": usage([self._choices])})
+        yield event("[DONE]")
+
+    async def whole(self) -> Response:
+        """The answer in one piece."""
+        sums = [Delta() for _ in self._choices]
+        async with aclosing(run_together([self._choices])) as news:
+            async for place, delta in news:
+                sums[place].add(delta)
+        choices = [
+            {"index": place, "message": _message(found), "finish_reason": choice.finish_reason}
+            | {"logprobs": None}
+            | self._extra(found)
+            for place, (choice, found) in enumerate(zip(self._choices, sums))
+        ]
+        answer = {"object": "chat.completion", "choices": choices, "usage": usage([self._choices])}
+        return json_answer(self._head | self._prompt_ids() | answer)
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt.ids} if self._body.return_token_ids else {}
+
+    def _extra(self, delta: Delta) -> dict[str, Any]:
+        """What was asked for besides the text."""
+        found: dict[str, Any] = {}
+        if self._body.logprobs:
+            found["logprobs"] = chat_logprobs(self._front.grammars, delta)
+        if self._body.return_token_ids:
+            found["token_ids"] = delta.tokens
+        return found
+
+
+def _chunk(place: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": place, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _delta(delta: Delta, calls: int) -> dict[str, Any]:
+    """The delta of a chunk, behind `calls` calls."""
+    found: dict[str, Any] = {}
+    if delta.reasoning:
+        found["reasoning_content"] = delta.reasoning
+    if delta.content:
+        found["content"] = delta.content
+    if delta.tool_calls:
+        found["tool_calls"] = [
+            {"index": at} | _call(call) for at, call in enumerate(delta.tool_calls, calls)
+        ]
+    return found
+
+
+def _message(found: Delta) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "refusal": None}
+    message["content"] = found.content if found.content or not found.tool_calls else None
+    if found.reasoning:
+        message["reasoning_content"] = found.reasoning
+    if found.tool_calls:
+        message["tool_calls"] = [_call(call) for call in found.tool_calls]
+    return message
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -1,0 +1,48 @@
+"""Which model is served, whether it is ready, and its tokens."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from zmoe.server.front import Front
+from zmoe.server.http import json_answer
+from zmoe.server.openapi import operation
+
+
+def routes(front: Front) -> list[Route]:
+    """Their endpoints."""
+
+    @operation("The model that is served")
+    async def models(_: Request) -> Response:
+        return json_answer({"object": "list", "data": [_description(front)]})
+
+    @operation("The model of that name")
+    async def model(request: Request) -> Response:
+        front.check_model(request.path_params["name"])
+        return json_answer(_description(front))
+
+    @operation("Whether requests can run: status 200 or 503")
+    async def health(_: Request) -> Response:
+        link = front.link
+        status = front.status
+        found = {"status": status, "model": front.model, "reason": link.reason or None}
+        return json_answer(found, 200 if status == "ready" else 503)
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+    ]
+
+
+def _description(front: Front) -> dict[str, object]:
+    ready = front.link.ready
+    return {
+        "id": front.model,
+        "object": "model",
+        "created": front.created,
+        "owned_by": "zmoe",
+        "max_model_len": ready.context if ready is not None and ready.context else None,
+    }

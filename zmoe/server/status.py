@@ -1,0 +1,125 @@
+"""GET /v1/cluster: the nodes, what each holds, and what the cluster does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from zmoe import __version__
+from zmoe.batch.plan import BLOCK
+from zmoe.server.front import Front
+from zmoe.server.history import Interval
+from zmoe.server.http import json_answer
+from zmoe.server.messages import Ready, Stats
+from zmoe.server.openapi import operation
+
+
+def routes(front: Front) -> list[Route]:
+    """The endpoint."""
+
+    @operation("The nodes of the cluster, what they hold and what they do")
+    async def cluster(_: Request) -> Response:
+        return json_answer(status_of(front))
+
+    return [Route("/v1/cluster", cluster)]
+
+
+def status_of(front: Front) -> dict[str, Any]:
+    """All that is known; while the model loads that is little."""
+    link = front.link
+    engine = link.spec.engine
+    found: dict[str, Any] = {
+        "object": "cluster",
+        "version": __version__,
+        "status": front.status,
+        "reason": link.reason or None,
+        "restarts": link.restarts,
+        "schedule": engine.schedule,
+        "policy": engine.policy,
+        "model": {"id": front.model},
+        "nodes": [],
+    }
+    if link.ready is not None:
+        found |= _of_ready(link.ready, front.model)
+        found["wire_dtype"] = link.ready.dtype if engine.wire_dtype == "auto" else engine.wire_dtype
+        found["nodes"] = _nodes(link.ready, link.stats)
+    if link.stats is not None and link.ready is not None:
+        counts, layers = link.stats.counts, link.ready.layers
+        found["queue"] = {
+            "running": counts.running,
+            "waiting": counts.waiting,
+            "parallel": engine.parallel,
+        }
+        found["cache"] = {
+            "blocks": counts.blocks,
+            "used": counts.blocks - counts.blocks_available,
+            "tokens_per_block": BLOCK,
+        }
+        found["recent"] = _of_interval(link.history.recent(layers))
+        found["total"] = _of_interval(link.history.total(layers))
+        found["counts"] = dataclasses.asdict(counts)
+    return found
+
+
+def _of_ready(ready: Ready, model: str) -> dict[str, Any]:
+    return {
+        "model": {
+            "id": model,
+            "type": ready.model_type,
+            "dtype": ready.dtype,
+            "quantization": ready.quantization,
+            "layers": ready.layers,
+            "moe_layers": ready.moe_layers,
+            "experts": ready.experts,
+            "top_k": ready.top_k,
+            "vocabulary": ready.vocabulary,
+            "context": ready.context or None,
+        },
+        "placement": {"name": ready.placement, "reason": ready.placement_reason},
+        "compute": ready.compute,
+        "load_seconds": round(ready.load_seconds, 3),
+    }
+
+
+def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
+    """By rank. The leader sees its own links only: `link` is None for itself."""
+    return [
+        {
+            "rank": rank,
+            "role": "worker" if rank else "leader",
+            "host": node.host,
+            "listens": [node.data_port, node.control_port] if node.data_port else [],
+            "machine": node.machine,
+            "experts": node.experts,
+            "expert_share": node.expert_share,
+            "memory": node.memory,
+            "peak_memory": stats.peak_memory[rank] if stats is not None else node.peak_memory,
+            "memory_gb_per_s": node.speed or None,
+            "link": _link(rank, stats),
+        }
+        for rank, node in enumerate(ready.nodes)
+    ]
+
+
+def _link(rank: int, stats: Stats | None) -> str | None:
+    if rank == 0 or stats is None:
+        return None
+    return "up" if rank in stats.links else "down"
+
+
+def _of_interval(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    seconds = interval.seconds or 1.0
+    return {
+        "seconds": round(interval.seconds, 3),
+        "steps": interval.steps,
+        "generated_tokens_per_second": round(interval.generated_tokens / seconds, 2),
+        "prompt_tokens_per_second": round(interval.prompt_tokens / seconds, 2),
+        "cached_tokens": interval.cached_tokens,
+        "layer_us": {part: round(1e6 * s, 2) for part, s in interval.layer_seconds.items()},
+    }
