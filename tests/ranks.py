@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from zmoe.exchange.base import Call, Partial, nothing
+from zmoe.moe.graph import Graph
 from zmoe.placement.assignment import Ownership
 from zmoe.placement.types import Placement
 
@@ -116,6 +117,22 @@ class ThreadReducer:
         self._results[self._turn] = result
         self._turn = 1 - self._turn
         return result
+
+
+class ThreadGraph(Graph):
+    """A graph whose ranks are threads: it evaluates, to meet the others."""
+
+    def __init__(self, reducer: ThreadReducer, dtype: mx.Dtype) -> None:
+        groups: Any = None
+        super().__init__(groups, 0, dtype)
+        self._reducer = reducer
+
+    def sum(self, layer: int, partial: mx.array, ids: mx.array) -> mx.array:
+        assert partial.dtype == self.dtype
+        rows = partial.reshape(-1, partial.shape[-1])
+        total = self._reducer.all_reduce(Call(layer, *rows.shape, rows.dtype, 0), rows)
+        copied = mx.array(np.array(total.astype(mx.float32))).astype(partial.dtype)
+        return copied.reshape(partial.shape)
 
 
 class RankThread:

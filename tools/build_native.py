@@ -20,6 +20,7 @@ HEADERS = (
     "common/reduce.h",
     "exchange/exchange.h",
     "exchange/assign.h",
+    "door/door.h",
     "kernels/compute.h",
     "kernels/decoder.h",
     "exchange/bench_loop.h",

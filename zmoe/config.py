@@ -21,6 +21,7 @@ DEFAULT_MODEL = "zmoe-tiny"
 PROTOCOL_VERSION = 7
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
+BACKENDS = ("auto", "zmq", "ring", "jaccl", "nccl")
 ACTIVATIONS = ("exact", "int8")
 WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
 POLICIES = ("selected", "busy-full", "router-aided")
@@ -170,6 +171,10 @@ _JOIN_HELP = "Seconds within which all nodes must connect"
 _LOAD_HELP = "Seconds within which all nodes must load their weights"
 _PEER_HELP = "Seconds to wait in one exchange for a peer that is still connected"
 _COMPUTE_HELP = "Large matmuls in MLX or in zmoe's CPU kernels; auto: native unless there is a GPU"
+_BACKEND_HELP = (
+    "What carries the exchanges where MLX computes slices of experts: zmoe's own messages or "
+    "another backend of MLX; auto: zmq, or jaccl where every node has RDMA"
+)
 _ACTIVATIONS_HELP = (
     "Precision of the activations in quantised matmuls on the CPU kernels; int8 is faster on "
     "some CPUs but less exact"
@@ -291,6 +296,7 @@ class EngineConfig(Settings):
     bits, None for the dtype of the activations. `compute`: who computes the large
     matmuls. `activations`: their precision in quantised matmuls on the C kernels.
     `wire_dtype`: how partial sums travel between nodes; "auto" as the model's activations are.
+    `backend`: what carries the exchanges of slices that MLX computes.
     `schedule`: "decentralized" (every node routes, one all-reduce per MoE layer), or
     "centralized" (the leader routes, the others hold experts only).
     `policy`: which of its experts a node runs in each MoE layer: "selected", those that
@@ -307,6 +313,7 @@ class EngineConfig(Settings):
     compute: Annotated[str, Setting(_COMPUTE_HELP, one_of(*COMPUTES))] = "auto"
     activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
     wire_dtype: Annotated[str, Setting(_WIRE_DTYPE_HELP, one_of(*WIRE_DTYPES))] = "auto"
+    backend: Annotated[str, Setting(_BACKEND_HELP, one_of(*BACKENDS))] = "auto"
     schedule: Annotated[str, Setting(_SCHEDULE_HELP, one_of(*SCHEDULES))] = "decentralized"
     policy: Annotated[str, Setting(_POLICY_HELP, one_of(*POLICIES))] = "selected"
 

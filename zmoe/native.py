@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from zmoe import _native
 from zmoe._native import ffi as ffi
 from zmoe._native import lib as lib
 
 if TYPE_CHECKING:
     from zmoe._native import CData as CData
 
+LIBRARY = str(_native.__file__)  # which MLX can load as its MPI library
 MAX_NODES = lib.ZMOE_MAX_NODES
 HEADER_BYTES = lib.ZMOE_HEADER_BYTES
 PAIR_BYTES = lib.ZMOE_PAIR_BYTES

@@ -14,7 +14,11 @@ typedef enum zmoe_dtype { ZMOE_F32 = 0, ZMOE_F16 = 1, ZMOE_BF16 = 2 } zmoe_dtype
 #define ZMOE_Q8_BLOCK 32
 #define ZMOE_Q8_BLOCK_BYTES 34
 
-/* Bytes of one element, 0 for ZMOE_Q8, which has none, and for an unknown dtype. */
+/* 32-bit integers, whose sums wrap around, and words of any meaning, which arrive bit for bit.
+ * Only reduce, wire and exchange know them. */
+#define ZMOE_I32 4
+
+/* Bytes of one element, 0 for ZMOE_Q8, which has none, for ZMOE_I32 and for an unknown dtype. */
 size_t zmoe_dtype_bytes(zmoe_dtype dtype);
 /* Bytes of rows x width elements; UINT64_MAX for an unknown dtype, and for more
  * than 2^32 - 1 elements. */

@@ -24,6 +24,21 @@ static size_t bytes_of(zmoe_dtype dtype, size_t count) {
                           : count * zmoe_dtype_bytes(dtype);
 }
 
+static int add_integers(void *out, const void *const *parts, uint32_t n_parts, size_t count) {
+  uint8_t *to = out;
+  for (size_t i = 0; i < count; i++) {
+    uint32_t sum = 0, word;
+    for (uint32_t p = 0; p < n_parts; p++) {
+      if (parts[p] != NULL) {
+        memcpy(&word, (const uint8_t *)parts[p] + 4 * i, sizeof word);
+        sum += word;
+      }
+    }
+    memcpy(to + 4 * i, &sum, sizeof sum);
+  }
+  return ZMOE_OK;
+}
+
 static zmoe_reduce_fn *const VARIANTS[ZMOE_ISAS] = {
 #if defined(__x86_64__)
     [ZMOE_ISA_AVX2] = zmoe_reduce_avx2,
@@ -50,6 +65,8 @@ static void reduce_block(unsigned char *out, zmoe_dtype out_dtype,
 
 int zmoe_reduce(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                 zmoe_dtype part_dtype, size_t count, zmoe_isa isa) {
+  if (part_dtype == ZMOE_I32 && out_dtype == ZMOE_I32 && n_parts <= ZMOE_MAX_NODES)
+    return add_integers(out, parts, n_parts, count);
   if (bytes_of(out_dtype, 1) == 0 || bytes_of(part_dtype, 1) == 0 || n_parts > ZMOE_MAX_NODES ||
       !zmoe_isa_supported(isa))
     return ZMOE_EINVAL;

@@ -4,6 +4,7 @@
 #include "exchange_internal.h"
 
 #include <assert.h>
+#include <string.h>
 
 #include "payload.h"
 
@@ -102,8 +103,10 @@ int zmoe_collective_header(const zmoe_exchange *ex, const zmoe_call *call, zmoe_
   if (zmoe_is_forked(ex))
     return ZMOE_EFORK;
   uint64_t bytes = zmoe_payload_bytes(call->wire_dtype, call->rows, call->width);
+  int integers = call->wire_dtype == (zmoe_dtype)ZMOE_I32; /* only whole, only among peers */
   if (bytes > ex->max_payload_bytes || call->micro_batch > UINT8_MAX ||
-      call->algorithm > (ex->scatter ? ZMOE_SCATTER : ZMOE_DIRECT))
+      call->algorithm > (ex->scatter && !integers ? ZMOE_SCATTER : ZMOE_DIRECT) ||
+      (integers && ex->role != ZMOE_PEER))
     return ZMOE_EINVAL;
   *out = (zmoe_header){
       .kind = ZMOE_KIND_PARTIAL,
@@ -143,7 +146,7 @@ static int acquire(zmoe_exchange *ex, uint64_t deadline_us, zmoe_collective *mad
 
 static int encode(zmoe_exchange *ex, zmoe_collective *made, const void *src, zmoe_dtype src_dtype) {
   const zmoe_header *header = &made->header;
-  if (zmoe_dtype_bytes(src_dtype) == 0)
+  if (zmoe_item_bytes(src_dtype) == 0)
     return ZMOE_EINVAL;
   if (header->chunks > 0)
     return zmoe_scatter_encode(ex, made, src, src_dtype);
@@ -180,13 +183,19 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
 
 /* ---- collect ---------------------------------------------------------------- */
 
-static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype) {
+/* Every rank's partial of the i-th exchange, which is whole; NULL is all zeros. */
+static void whole_parts(zmoe_exchange *ex, uint64_t index, const void *parts[ZMOE_MAX_NODES]) {
   const zmoe_collective *collective = zmoe_collective_at(ex, index);
-  const zmoe_header *ours = &collective->header;
-  const void *parts[ZMOE_MAX_NODES];
   for (uint32_t r = 0; r < ex->nodes; r++)
     parts[r] = zmoe_frame_body(&ex->peers[r].partials[index % ZMOE_WINDOW]);
-  parts[ex->rank] = ours->payload_bytes > 0 ? zmoe_slot_payload(collective->partial) : NULL;
+  int is_zero = collective->header.payload_bytes == 0;
+  parts[ex->rank] = is_zero ? NULL : zmoe_slot_payload(collective->partial);
+}
+
+static int add_whole(zmoe_exchange *ex, uint64_t index, void *out, zmoe_dtype out_dtype) {
+  const zmoe_header *ours = &zmoe_collective_at(ex, index)->header;
+  const void *parts[ZMOE_MAX_NODES];
+  whole_parts(ex, index, parts);
   zmoe_dtype dtype = (zmoe_dtype)ours->dtype;
   zmoe_range all = zmoe_chunk(dtype, ours->rows, ours->width, 1, 0);
   return zmoe_sum_range(out, out_dtype, parts, ex->nodes, dtype, ours->width, &all, ex->isa);
@@ -208,20 +217,30 @@ void zmoe_collective_end(zmoe_exchange *ex) {
   ex->stats.exchanges++;
 }
 
-int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
-                          zmoe_fault *fault) {
-  uint64_t lost = 0, index = ex->collected;
+/* Until the oldest open exchange, which is to have a partial of ours, has all frames. */
+static int wait_for_oldest(zmoe_exchange *ex, int is_possible, uint64_t deadline_us,
+                           zmoe_fault *fault) {
+  uint64_t lost = 0;
   int is_ours = zmoe_is_open(ex) && ex->role != ZMOE_WORKER &&
-                zmoe_collective_at(ex, index)->partial != NULL; /* as always but to a leader */
+                zmoe_collective_at(ex, ex->collected)->partial != NULL; /* but to a leader */
   int rc = ZMOE_EINVAL;
   if (zmoe_is_forked(ex))
     rc = ZMOE_EFORK;
-  else if (is_ours && zmoe_dtype_bytes(out_dtype) != 0)
+  else if (is_ours && is_possible)
     rc = zmoe_wait_for_all(ex, deadline_us, &lost);
-  if (rc != ZMOE_OK) {
+  if (rc != ZMOE_OK)
     zmoe_fault_set(ex, lost, fault);
+  return rc;
+}
+
+int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
+                          zmoe_fault *fault) {
+  uint64_t index = ex->collected;
+  int integers = zmoe_collective_at(ex, index)->header.dtype == ZMOE_I32;
+  int is_possible = integers == (out_dtype == (zmoe_dtype)ZMOE_I32);
+  int rc = wait_for_oldest(ex, is_possible && zmoe_item_bytes(out_dtype) != 0, deadline_us, fault);
+  if (rc != ZMOE_OK)
     return rc;
-  }
   if (ex->role == ZMOE_LEADER)
     rc = zmoe_central_sum(ex, out, out_dtype);
   else if (zmoe_collective_at(ex, index)->header.chunks > 0)
@@ -229,6 +248,28 @@ int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, ui
   else
     rc = add_whole(ex, index, out, out_dtype);
   assert(rc == ZMOE_OK);
+  zmoe_collective_end(ex);
+  return rc;
+}
+
+int zmoe_exchange_gather(zmoe_exchange *ex, void *out, size_t stride, uint64_t deadline_us,
+                         zmoe_fault *fault) {
+  uint64_t index = ex->collected;
+  const zmoe_header *ours = &zmoe_collective_at(ex, index)->header;
+  int is_whole = ex->role == ZMOE_PEER && ours->chunks == 0;
+  int rc = wait_for_oldest(ex, is_whole, deadline_us, fault);
+  if (rc != ZMOE_OK)
+    return rc;
+  const void *parts[ZMOE_MAX_NODES];
+  whole_parts(ex, index, parts);
+  size_t bytes = zmoe_payload_bytes((zmoe_dtype)ours->dtype, ours->rows, ours->width);
+  for (uint32_t r = 0; r < ex->nodes; r++) {
+    uint8_t *to = (uint8_t *)out + r * stride;
+    if (parts[r] != NULL)
+      memcpy(to, parts[r], bytes);
+    else
+      memset(to, 0, bytes);
+  }
   zmoe_collective_end(ex);
   return rc;
 }

@@ -207,6 +207,10 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
  * one) call again to go on waiting. */
 int zmoe_exchange_collect(zmoe_exchange *ex, void *out, zmoe_dtype out_dtype, uint64_t deadline_us,
                           zmoe_fault *fault);
+/* The same for every rank's partial as it travelled, instead of their sum: rank r's goes to
+ * `out` + r * `stride` bytes.  Of ZMOE_DIRECT, decentralised. */
+int zmoe_exchange_gather(zmoe_exchange *ex, void *out, size_t stride, uint64_t deadline_us,
+                         zmoe_fault *fault);
 
 /* ---- the centralised schedule ------------------------------------------------
  * The leader has all rows and routes them.  In each exchange it dispatches to

@@ -5,13 +5,17 @@
  * encoding does not depend on its neighbours. */
 #include "payload.h"
 
+size_t zmoe_item_bytes(zmoe_dtype dtype) {
+  return dtype == ZMOE_I32 ? 4 : zmoe_dtype_bytes(dtype);
+}
+
 static uint64_t blocks_of(uint64_t elements) {
   return (elements + ZMOE_Q8_BLOCK - 1) / ZMOE_Q8_BLOCK;
 }
 
 uint64_t zmoe_payload_bytes(zmoe_dtype dtype, uint32_t rows, uint32_t width) {
   uint64_t elements = (uint64_t)rows * width;
-  size_t item = zmoe_dtype_bytes(dtype);
+  size_t item = zmoe_item_bytes(dtype);
   if (elements > UINT32_MAX || (item == 0 && dtype != ZMOE_Q8))
     return UINT64_MAX;
   return item > 0 ? elements * item : rows * blocks_of(width) * ZMOE_Q8_BLOCK_BYTES;
@@ -26,7 +30,7 @@ static size_t element_of(uint64_t block, uint32_t width) {
 static zmoe_range range_of(zmoe_dtype dtype, uint32_t width, size_t begin, size_t end) {
   zmoe_range range = {.block = begin, .blocks = end - begin, .element = element_of(begin, width)};
   range.elements = element_of(end, width) - range.element;
-  size_t item = zmoe_dtype_bytes(dtype);
+  size_t item = zmoe_item_bytes(dtype);
   range.byte = item > 0 ? range.element * item : begin * ZMOE_Q8_BLOCK_BYTES;
   range.bytes = item > 0 ? range.elements * item : range.blocks * ZMOE_Q8_BLOCK_BYTES;
   return range;
@@ -45,7 +49,7 @@ size_t zmoe_chunk_most(size_t bytes, uint32_t chunks) {
 }
 
 static size_t bytes_of(zmoe_dtype dtype, size_t blocks, size_t elements) {
-  return dtype == ZMOE_Q8 ? blocks * ZMOE_Q8_BLOCK_BYTES : elements * zmoe_dtype_bytes(dtype);
+  return dtype == ZMOE_Q8 ? blocks * ZMOE_Q8_BLOCK_BYTES : elements * zmoe_item_bytes(dtype);
 }
 
 int zmoe_reduce_range(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,

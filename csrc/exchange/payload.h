@@ -13,6 +13,8 @@ typedef struct zmoe_range {
   size_t byte, bytes;
 } zmoe_range;
 
+/* Bytes of one element; 0 for ZMOE_Q8 and for an unknown dtype. */
+size_t zmoe_item_bytes(zmoe_dtype dtype);
 /* Chunk `index` of `chunks`, as even as blocks go; all of it for 0 of 1.  The
  * shape must be one of which zmoe_payload_bytes knows the bytes. */
 zmoe_range zmoe_chunk(zmoe_dtype dtype, uint32_t rows, uint32_t width, uint32_t chunks,

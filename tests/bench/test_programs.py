@@ -36,6 +36,17 @@ def test_exchange_times_our_ways_side_by_side() -> None:
     assert found == {"zmoe-c", "zmoe-c-q8", "zmoe-c-scatter", "zmoe-c-scatter-q8"}
 
 
+def test_graph_has_a_row_for_each_form(tmp_path: Path) -> None:
+    shape = ("--layers", "2", "--hidden", "64", "--heads", "4", "--vocab", "1024")
+    made = call("make_model.py", str(tmp_path / "m"), "--family", "qwen3_moe", *shape)
+    assert made.returncode == 0, made.stderr
+    report = report_of("graph.py", str(tmp_path / "m"), "--runs", "1", "-m", "2")
+    rows = {row["row"]: row for row in report["results"]}
+    assert list(rows) == ["mlx-lm", "one node", "evaluated", "zmq", "ring"]
+    assert rows["mlx-lm"]["to_mlx_lm"] == rows["ring"]["to_ring"] == 1.0
+    assert all(row["ms"] == row["runs"][0] > 0 for row in rows.values())
+
+
 def test_what_is_not_installed_is_named_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "grpc.py").write_text("raise ImportError('not here')")
     names = ("--transports", "grpc,mpi", "--json")

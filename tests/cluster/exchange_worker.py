@@ -48,7 +48,7 @@ def sums(exchange: Exchange, count: int, deadline_s: float) -> str:
         if step == 0:
             say(running=True)
             if exchange.rank == 0:
-                exchange._deadline_s = deadline_s
+                exchange.deadline_s = deadline_s
     return digest.hexdigest()
 
 

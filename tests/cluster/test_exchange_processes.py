@@ -22,9 +22,11 @@ PATIENCE_S = 90.0
 class Rank:
     """A worker process and the JSON lines that it prints."""
 
-    def __init__(self, rank: int, nodes: int, scenario: str, deadline_s: float) -> None:
+    def __init__(
+        self, worker: Path, rank: int, nodes: int, scenario: str, deadline_s: float
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(nodes), str(deadline_s), scenario],
+            [sys.executable, str(worker), str(rank), str(nodes), str(deadline_s), scenario],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -54,14 +56,15 @@ class Rank:
 
 
 class Ranks:
-    """The ranks of one test and where rank 0 listens."""
+    """The ranks of one test, which run the script `worker`, and where rank 0 listens."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Path) -> None:
+        self._worker = worker
         self.all: list[Rank] = []
         self.ports: list[tuple[int, int]] = []
 
     def start(self, nodes: int, scenario: str, deadline_s: float = 60.0) -> list[Rank]:
-        self.all = [Rank(rank, nodes, scenario, deadline_s) for rank in range(nodes)]
+        self.all = [Rank(self._worker, rank, nodes, scenario, deadline_s) for rank in range(nodes)]
         for rank in self.all:
             said = rank.read("data")
             self.ports.append((said["data"], said["control"]))
@@ -72,7 +75,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
-    started = Ranks()
+    started = Ranks(WORKER)
     yield started
     for rank in started.all:
         rank.end()

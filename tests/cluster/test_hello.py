@@ -184,7 +184,7 @@ def test_another_placement_is_named_on_both_sides(
         ({"owned": [[[-1], list(range(16))]] * 4}, "layer 0, node 0: no expert -1"),
         ({"owned": []}, "16 experts in 0 layers does not fit"),
         ({"speeds": [1, -1]}, "positive speed"),
-        ({"slices": [[0, 63], [63, 64]]}, "cannot be sliced"),
+        ({"slices": [[0, 63], [63, 64]]}, "are cut at multiples of 64"),
     ],
 )
 def test_a_worker_refuses_what_is_no_placement(

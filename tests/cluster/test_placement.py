@@ -89,7 +89,10 @@ GOOD: dict[str, Any] = {"experts": 16, "nodes": 2, "owned": [[*range(8)], [*rang
         ({**GOOD, "owner": 1}, "unknown field owner"),
         ({**GOOD, "nodes": 3}, "is for 3 nodes, the run has 2"),
         ({**GOOD, "experts": 8}, "of 8 experts in 4 layers does not fit"),
-        ({**GOOD, "slices": [[0, 32], [32, 64]]}, "the experts of this model cannot be sliced"),
+        (
+            {**GOOD, "slices": [[0, 32], [32, 64]]},
+            "this model's experts are cut at multiples of 64",
+        ),
         ("{", "is not JSON"),
     ],
 )
@@ -121,7 +124,7 @@ def test_flags_that_are_refused(commands: Commands, tmp_path: Path) -> None:
             ("--placement", "copies"),
             "--placement is copies: expected auto, experts, replicas, slices",
         ),
-        (("--placement", "slices"), "zmoe-tiny cannot be sliced: their widths"),
+        (("--placement", "slices"), "cut in steps of 64: 1 slices at most, not 2"),
         (("--usage", profile), f"usage profile {profile} is of another model"),
         (("--usage", profile, "--placement", "experts"), "--usage has no use"),
         (("--record-usage", profile), f"usage profile {profile} is of another model"),

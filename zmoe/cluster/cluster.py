@@ -87,7 +87,7 @@ class Cluster:
         self.spec = spec if spec is not None else ClusterSpec(nodes=nodes)
         folder = resolve_model(str(model))
         self._skeleton = Skeleton(folder)
-        self.info: ModelInfo = describe(self._skeleton)
+        self.info: ModelInfo = describe(self._skeleton, not is_native(self.spec.engine))
         window = self.spec.engine.max_kv_size
         if window is not None and self.info.has_own_cache:
             raise SettingError(
@@ -98,8 +98,9 @@ class Cluster:
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement)
-        self._recorder = UsageRecorder(self.info) if self.spec.record_usage else None
+        records = self.spec.record_usage
+        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement, records)
+        self._recorder = UsageRecorder(self.info) if records else None
         self._leader: Leader | None = None
         self._node: Node | None = None
         self._lock = threading.Lock()

@@ -32,7 +32,14 @@ from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
-from zmoe.loading import LoadedExperts, LoadedShard, Skeleton, load_experts, load_shard
+from zmoe.loading import (
+    LoadedExperts,
+    LoadedShard,
+    Skeleton,
+    form_of,
+    load_experts,
+    load_shard,
+)
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
@@ -182,6 +189,16 @@ class Node:
         if self._team is None:
             self._refuse_kv_bits("MLX computes on this node")
         reducer = self.exchange or SingleNode()
+        skeleton = self.skeleton or Skeleton(Path(self.info.path))
+        form = form_of(
+            self.info,
+            self.placement,
+            skeleton.sites,
+            self.exchange,
+            self._config,
+            on_mlx=self._team is None,
+            records=self.recorder is not None,
+        )
         shard = load_shard(
             self.info,
             self.placement,
@@ -191,11 +208,20 @@ class Node:
             pool=self._team,
             policy=self._config.policy,
             recorder=self.recorder,
-            skeleton=self.skeleton,
+            skeleton=skeleton,
+            form=form,
         )
         if shard.paged is None:
             self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
-        self._engine = make_engine(shard.model, reducer, self._config, shard.head, shard.paged)
+        self._engine = make_engine(
+            shard.model,
+            reducer,
+            self._config,
+            shard.head,
+            shard.paged,
+            shard.form.graph,
+            looks_ahead=shard.form.as_it_is,
+        )
         return shard, time.perf_counter() - start
 
     def _prepare(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import mlx.core as mx
+
 from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
@@ -30,11 +32,14 @@ class PlacementResolver:
         nodes: int,
         config: EngineConfig,
         on_choice: OnChoice | None = None,
+        records: bool = False,
     ) -> None:
         """Raises InputError and its kin for what is wrong whatever resources the nodes have.
 
-        `on_choice` is called with every choice that is made.
+        `on_choice` is called with every choice that is made. `records`: the run records its
+        routing.
         """
+        self._records = records
         self._way, self._info, self._config, self._on_choice = request.way, info, config, on_choice
         self._from_file: Placement | None = None
         self._usage = read_usage(request.usage, info) if request.usage is not None else None
@@ -55,11 +60,22 @@ class PlacementResolver:
             schedule=self._config.schedule,
             policy=self._config.policy,
             usage=self._usage,
+            in_graph=self._is_in_graph(),
         )
         choice = chooser.choose(self._way, self._from_file)
         if self._on_choice is not None:
             self._on_choice(choice)
         return choice.placement
+
+    def _is_in_graph(self) -> bool:
+        """Whether the nodes may compute slices in a graph of MLX."""
+        config, on_gpu = self._config, mx.default_device() != mx.Device(mx.cpu)
+        return (
+            not is_native(config)
+            and not self._records
+            and (config.schedule, config.policy) == ("decentralized", "selected")
+            and (on_gpu or self._info.dtype == "float32")
+        )
 
 
 def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:

@@ -42,6 +42,7 @@ from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.kernels.arithmetic import arithmetic_of
+from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
 
 IDLE_SLICE_S = 1.0
@@ -119,7 +120,7 @@ class Worker:
         timing = setup.timing
         self._bus.grace = timing.grace
         skeleton = Skeleton(resolve_model(self.spec.model or setup.model))
-        info = describe(skeleton)
+        info = describe(skeleton, on_mlx=not is_native(setup.engine))
         node = Node(
             info,
             setup.engine,

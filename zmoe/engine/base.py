@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,18 @@ class SteppedReducer(Protocol):
     nodes: int
     step: int
     plan: int
+
+
+class Graph(Protocol):
+    """A model whose exchanges are operations of MLX's graph."""
+
+    def step(self, step: int, plan: int) -> AbstractContextManager[None]:
+        """Around a pass and its evaluation; raises at its end what exchanges failed with."""
+        ...
+
+    def evaluate(self, *arrays: object) -> None:
+        """mx.eval, of a whole pass."""
+        ...
 
 
 class LogitRows(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from zmoe.config import EngineConfig
-from zmoe.engine.base import Engine, LogitRows, SteppedReducer
+from zmoe.engine.base import Engine, Graph, LogitRows, SteppedReducer
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine, PagedLayers
 
@@ -18,10 +18,14 @@ def make_engine(
     config: EngineConfig,
     head: LogitRows,
     paged: PagedLayers | None,
+    graph: Graph | None = None,
+    looks_ahead: bool = False,
 ) -> Engine:
-    """The engine of a loaded model; `paged` are its caches if all of its layers are in C."""
+    """The engine of a loaded model; `paged` are its caches if all of its layers are in C, `graph`
+    has its exchanges if MLX's graph does. `looks_ahead`: see MlxEngine.
+    """
     if paged is None:
-        return MlxEngine(model, reducer, head, config.max_kv_size)
+        return MlxEngine(model, reducer, head, config.max_kv_size, graph, looks_ahead)
     paged.limit(config.max_kv_size)
     paged.quantize(config.kv_bits)
     return PagedEngine(model, reducer, head, paged)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,17 +20,36 @@ from mlx_lm.models.cache import (
 )
 
 from zmoe.batch.plan import BLOCK, Plan, Span, passes
-from zmoe.engine.base import Floats, LogitRows, Rows, SteppedReducer
+from zmoe.engine.base import Floats, Graph, LogitRows, Rows, SteppedReducer
 from zmoe.errors import ZmoeError
 
 Caches = list[Any]  # one per layer
+
+
+_LONGEST_PAUSE = 64  # steps
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A pass that is under way before its plan is known: one row, `tokens`, of each sequence.
+
+    `order` are the sequences in the rows of `caches`; `tokens` (rows,) are the likeliest of the
+    pass before; `logits` (rows, vocabulary), float32.
+    """
+
+    order: tuple[int, ...]
+    caches: Caches
+    tokens: mx.array
+    logits: mx.array
 
 
 class MlxEngine:
     """Runs plans on the caches of mlx-lm, which hold each sequence apart, or many side by side.
 
     The sequences that run one row share a pass, on batch caches; each other one has a pass of
-    its own. `can_batch`: whether the model's caches can be put side by side; `can_trim`:
+    its own. With `looks_ahead`, a decode step also begins the next one, with each sequence's
+    likeliest token, before the caller has picked one: so the device need not wait for the host.
+    `can_batch`: whether the model's caches can be put side by side; `can_trim`:
     whether a sequence can go back.
     """
 
@@ -40,8 +61,14 @@ class MlxEngine:
         reducer: SteppedReducer,
         head: LogitRows,
         max_kv_size: int | None,
+        graph: Graph | None = None,
+        looks_ahead: bool = False,
     ) -> None:
         self._model, self._reducer, self._head = model, reducer, head
+        self._graph, self._looks_ahead = graph, looks_ahead
+        self._is_one_pass = False  # which the plan takes
+        self._ahead: _Ahead | None = None
+        self._wrong = self._pause = 0  # guesses in a row, and decode steps to go without one
         self._max_kv_size = max_kv_size
         self._alone: dict[int, Caches] = {}
         self._side_by_side: list[int] = []  # the sequences in the rows of `_batch`
@@ -63,6 +90,10 @@ class MlxEngine:
         of the exchange that the next steps rewrite.
         """
         self._check(plan)
+        ahead = self._ahead
+        if ahead is not None and logits and self._was_right(ahead, plan):
+            return self._go_on(ahead, plan)
+        self._take_back()
         if self._reducer.nodes > 1:  # or nobody compares it
             self._reducer.plan = plan.digest
         for sequence in plan.free:
@@ -74,14 +105,17 @@ class MlxEngine:
             tokens[span.sequence] = list(plan.tokens[start : start + span.rows])
             start += span.rows
         found: dict[int, Floats] = {}
-        for step, spans in enumerate(passes(plan.spans, paged=False), plan.step):
+        todo = passes(plan.spans, paged=False)
+        self._is_one_pass = len(todo) == 1
+        for step, spans in enumerate(todo, plan.step):
             self._reducer.step = step
             if not logits:
                 spans = tuple(span._replace(logits=0) for span in spans)
-            if len(spans) == 1:
-                found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
-            else:
-                found.update(self._run_side_by_side(spans, tokens))
+            with self._graph.step(step, plan.digest) if self._graph else nullcontext():
+                if len(spans) == 1:
+                    found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
+                else:
+                    found.update(self._run_side_by_side(spans, tokens))
         wanted = [found[s.sequence] for s in plan.spans if s.logits and logits]
         return np.concatenate(wanted) if wanted else None
 
@@ -105,6 +139,54 @@ class MlxEngine:
             if 0 < span.position < held and not self.can_trim:
                 raise ZmoeError("a plan that goes back in a sequence whose cache cannot")
 
+    # ---- looking ahead ---------------------------------------------------------------
+
+    def _was_right(self, ahead: _Ahead, plan: Plan) -> bool:
+        """Whether `plan` is the pass that was begun."""
+        likeliest: list[int] = np.array(ahead.tokens).tolist()
+        tokens = dict(zip(ahead.order, likeliest))
+        follows = (
+            not plan.free
+            and not plan.forks
+            and {span.sequence for span in plan.spans} == set(ahead.order)
+            and all(
+                span.rows == span.logits == 1 and span.position == self._lengths[span.sequence]
+                for span in plan.spans
+            )
+        )
+        if follows and tuple(tokens[span.sequence] for span in plan.spans) == plan.tokens:
+            self._wrong = 0
+            return True
+        if follows:
+            self._wrong += 1
+            self._pause = min(2**self._wrong, _LONGEST_PAUSE)
+        return False
+
+    def _take_back(self) -> None:
+        """Drop the pass that was begun, if there is one."""
+        if self._ahead is not None:
+            trim_prompt_cache(self._ahead.caches, 1)
+            self._ahead = None
+
+    def _go_on(self, ahead: _Ahead, plan: Plan) -> Floats:
+        self._ahead = None
+        for span in plan.spans:
+            self._lengths[span.sequence] = span.end
+        self._look_ahead(ahead.order, ahead.caches, ahead.logits)
+        rows = [ahead.order.index(span.sequence) for span in plan.spans]
+        return np.array(ahead.logits)[rows]
+
+    def _look_ahead(self, order: Sequence[int], caches: Caches, logits: mx.array) -> None:
+        """Begin the pass after the one that gives `logits`, a row of each sequence."""
+        if self._pause > 0:
+            self._pause -= 1
+            return
+        mx.async_eval(logits)
+        tokens = logits.argmax(axis=-1)
+        following = self._logits(tokens[:, None], caches, np.arange(len(order)))
+        mx.async_eval(tokens, following)
+        self._ahead = _Ahead(tuple(order), caches, tokens, following)
+
     # ---- prompt caches -------------------------------------------------------------
 
     @property
@@ -114,6 +196,7 @@ class MlxEngine:
 
     def copy(self, sequence: int, length: int) -> Caches:
         """A copy of a sequence's caches, cut to its first `length` positions."""
+        self._take_back()
         caches = copy.deepcopy(self._take_out(sequence))
         if surplus := self._lengths[sequence] - length:
             trim_prompt_cache(caches, surplus)
@@ -139,7 +222,7 @@ class MlxEngine:
                 trim_prompt_cache(caches, surplus)
         self._lengths[span.sequence] = span.end
         rows = np.arange(span.rows - span.logits, span.rows)
-        found = self._forward([tokens], caches, rows)
+        found = self._forward([span.sequence], [tokens], caches, rows)
         # A merge holds the caches of its sequences twice for a moment.
         held = 2 * sum(cache.nbytes for cache in caches)
         self.block_bytes = max(self.block_bytes, held * BLOCK // max(KVCache.step, span.end))
@@ -158,19 +241,30 @@ class MlxEngine:
         by_sequence = {span.sequence: span for span in spans}
         rows = [row for row, s in enumerate(order) if by_sequence[s].logits]
         ids = [tokens[s] for s in order]
-        out = self._forward(ids, self._batch, np.array(rows, np.intp))
+        out = self._forward(order, ids, self._batch, np.array(rows, np.intp))
         return {order[row]: out[i : i + 1] for i, row in enumerate(rows)}
 
-    def _forward(self, ids: list[list[int]], caches: Caches, rows: Rows) -> Floats:
-        """The logits after `rows` of the flattened `ids` (batch, tokens)."""
+    def _logits(self, ids: mx.array, caches: Caches, rows: Rows) -> mx.array:
+        """The logits after `rows` of the flattened `ids` (batch, tokens), float32 and lazy."""
         self._head.rows = rows
-        out = self._model(mx.array(ids), cache=caches)
+        out = self._model(ids, cache=caches)
+        return out.reshape(-1, out.shape[-1]).astype(mx.float32)
+
+    def _forward(
+        self, order: Sequence[int], ids: list[list[int]], caches: Caches, rows: Rows
+    ) -> Floats:
+        """The same of the sequences `order`, evaluated."""
+        logits = self._logits(mx.array(ids), caches, rows)
+        may_look = self._looks_ahead and self._is_one_pass and self.can_trim
+        if may_look and len(rows) == len(order):
+            self._look_ahead(order, caches, logits)
+            return np.array(logits)
         state = [c.state for c in caches]
+        evaluate = mx.eval if self._graph is None else self._graph.evaluate
         if not len(rows):
-            mx.eval(state)
+            evaluate(state)
             return np.empty((0, 0), np.float32)
-        logits = out.reshape(-1, out.shape[-1]).astype(mx.float32)
-        mx.eval(state, logits)
+        evaluate(state, logits)
         return np.array(logits)
 
     # ---- sequences -------------------------------------------------------------------

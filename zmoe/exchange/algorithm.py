@@ -67,6 +67,7 @@ class Choice:
     def __init__(self, nodes: int, algorithm: str = "auto", parts: int = 0) -> None:
         if algorithm not in ALGORITHMS:
             raise InputError(f"algorithm is {algorithm}: expected {' or '.join(ALGORITHMS)}")
+        self.nodes = nodes
         # Among two, scatter moves as many bytes in more messages.
         self._auto, self._parts = algorithm == "auto" and nodes > 2, parts
         self.scatter_from: float = _FEWEST_BYTES * nodes if algorithm == "scatter" else math.inf

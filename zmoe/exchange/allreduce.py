@@ -85,6 +85,7 @@ class Exchange(Collective):
         self._batch_bytes = batch_payload_bytes
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._results = ResultPool(max_payload_bytes, self.wire)
+        self.endpoints: tuple[Endpoint, ...] = ()  # of all ranks, once they are known
         self._own_context = context is None
         self._context = Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
@@ -116,13 +117,14 @@ class Exchange(Collective):
         """First half of `connect`: returns at once."""
         if len(endpoints) != self.nodes:
             raise InputError(f"{len(endpoints)} endpoints for {self.nodes} nodes")
+        self.endpoints = tuple(endpoints)
         self._sockets.connect(endpoints)
         sockets = self._sockets
         self._native = NativeExchange(
             rank=self.rank,
             nodes=self.nodes,
             session=self._session,
-            max_payload_bytes=self._max_bytes,
+            max_payload_bytes=self.max_bytes,
             small_payload_bytes=self._small_bytes,
             batch_payload_bytes=self._batch_bytes,
             scatter=self.choice.may_scatter,
@@ -261,6 +263,8 @@ class Exchange(Collective):
 
     def close(self) -> None:
         """Leave; idempotent, never blocks, drops what is unsent."""
+        if self.door is not None:
+            self.door.close()
         if self._native is not None:
             self._final = (self.stats, self.pool_stats)
             self._native.close()

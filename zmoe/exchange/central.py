@@ -76,7 +76,7 @@ class CentralExchange(Exchange):
         """`max_rows` and `max_pairs` bound one layer of one step; `others` are Exchange's."""
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         if rank > 0:  # it waits for the leader, who may wait as long for another
-            self._deadline_s *= 2
+            self.deadline_s *= 2
         self._sharing: list[Sharing] = []
         self._rows = DispatchBatch(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
@@ -100,7 +100,7 @@ class CentralExchange(Exchange):
         """See zmoe.exchange.base.Reducer."""
         if x.shape != (call.rows, call.width) or len(ids) != call.rows:
             raise ValueError(f"{x.shape} activations and {ids.shape} expert ids for {call}")
-        with self._spans.span("exchange"):
+        with self.spans.span("exchange"):
             sharing = self._sharing[call.layer]
             if isinstance(x, mx.array):
                 x, _ = ResultPool.source(x, x.size)
@@ -117,7 +117,7 @@ class CentralExchange(Exchange):
         if status == Status.INVALID:
             raise InputError(
                 f"{call.rows} rows of {call.width} {x_dtype} do not fit the exchange's "
-                f"{self._max_bytes} bytes, or layer {call.layer}, step {step} does not come after "
+                f"{self.max_bytes} bytes, or layer {call.layer}, step {step} does not come after "
                 "the last one"
             )
         if status != Status.OK:

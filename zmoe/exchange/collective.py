@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,13 @@ from zmoe.exchange.faults import error_of
 from zmoe.exchange.native import NativeExchange, OutBuffer, Source
 from zmoe.native import WINDOW, Algorithm, Dtype, Status
 from zmoe.obs import Spans
+from zmoe.placement.pairs import Floats
+
+if TYPE_CHECKING:
+    from zmoe.exchange.groups import Door
+
+
+_TOLD_LAYER = 1 << 16  # of step 0, behind those that calibrate() uses
 
 
 class Collective:
@@ -25,6 +32,7 @@ class Collective:
 
     Frames carry the number of the `step` and, folded into the routing's digest, `plan`: the
     digest of the step's plan, 64 bits. A rank with another one is a DivergenceError.
+    While `door` is open, exchanges are MLX's collectives instead (zmoe.exchange.groups).
     `wire`: how all partials travel; None: as each call says. `tick` is called
     every 0.1 s of a wait for peers, and may raise to give up.
     """
@@ -35,9 +43,11 @@ class Collective:
         self.rank, self.step, self.plan, self.choice = rank, 0, 0, choice
         self.wire: Dtype | None = None
         self.tick: Callable[[], None] = nothing
-        self._max_bytes, self._deadline_s, self._spans = max_bytes, deadline_s, spans
+        self.max_bytes, self.deadline_s, self.spans = max_bytes, deadline_s, spans
+        self.door: Door | None = None
         self._native: NativeExchange | None = None
         self._cancelled = False
+        self._told = 0
 
     @property
     def native(self) -> NativeExchange:
@@ -49,9 +59,14 @@ class Collective:
     def cancel(self) -> None:
         """From any thread: waits for a peer, also those to come, end with a ZmoeError."""
         self._cancelled = True
+        if self.door is not None:
+            self.door.cancel()
 
     def service(self) -> None:
         """Answer peers and look at the links, without waiting. Raises PeerError."""
+        if self.door is not None:
+            self.door.service()
+            return
         status = self.native.service()
         if status != Status.OK:
             self._fail(status, None)
@@ -64,7 +79,7 @@ class Collective:
         under the exchange's deadline, and runs none where `max_payload_bytes` is
         below 32 KiB. Raises PeerError and DivergenceError.
         """
-        out = np.empty(max(4, self._max_bytes // 4), np.float32)
+        out = np.empty(max(4, self.max_bytes // 4), np.float32)
         layers = iter(range(1 << 16))
 
         def run(data: npt.NDArray[np.float32], kind: Algorithm, silent: bool = False) -> None:
@@ -78,13 +93,30 @@ class Collective:
             run(data, kind)
             return 1e6 * (time.perf_counter() - start)
 
-        lines = measure(exchange_us, self._max_bytes, self.choice.may_scatter)
+        lines = measure(exchange_us, self.max_bytes, self.choice.may_scatter)
         if lines is not None:
             mine = np.array([[line.start, line.per_byte] for line in lines], np.float32)
             run(mine.ravel(), Algorithm.DIRECT, silent=self.rank != 0)
             agreed = out[:4].tolist()
             self.choice.learn(Line(*agreed[:2]), Line(*agreed[2:]))
         self.step = 1
+
+    def tell(self, numbers: Sequence[float]) -> Floats:
+        """Every rank's `numbers`, by rank: (nodes, numbers) float32.
+
+        All ranks call it at the same time, before their first step. Raises PeerError and
+        DivergenceError.
+        """
+        nodes = self.choice.nodes
+        mine = np.zeros((nodes, len(numbers)), np.float32)
+        mine[self.rank] = numbers
+        out, first = np.empty_like(mine), self.step
+        call = Call(_TOLD_LAYER + self._told, 1, mine.size, mx.float32, 0)
+        self.step, self._told = 0, self._told + 1
+        self._publish(call, Dtype.F32, (mine, Dtype.F32))
+        self._collect(OutBuffer(out), Dtype.F32, call.layer)
+        self.step = first
+        return out
 
     def _reduce(
         self,
@@ -107,7 +139,7 @@ class Collective:
         bounds = self.choice.bounds(rows, size) if in_parts and rows > 1 else ()
         if len(bounds) < 2:
             data = source(0, rows)
-            with self._spans.span("exchange"):
+            with self.spans.span("exchange"):
                 self._publish(call, wire, data, algorithm)
                 overlap()
                 self._collect(out, out_dtype, layer)
@@ -116,11 +148,11 @@ class Collective:
         for part, (start, stop) in enumerate(bounds):
             some = Call(layer, stop - start, call.width, call.dtype, call.digest)
             data = source(start, stop)
-            with self._spans.span("exchange"):
+            with self.spans.span("exchange"):
                 if part >= WINDOW:
                     self._collect(out, out_dtype, layer, at[part - WINDOW])
                 self._publish(some, wire, data, algorithm, part)
-        with self._spans.span("exchange"):
+        with self.spans.span("exchange"):
             overlap()
             for offset in at[-WINDOW:]:
                 self._collect(out, out_dtype, layer, offset)
@@ -142,10 +174,10 @@ class Collective:
         )
         if status == Status.OK:
             return
-        if wire.payload_bytes(call.rows, call.width) > self._max_bytes:
+        if wire.payload_bytes(call.rows, call.width) > self.max_bytes:
             raise InputError(
                 f"a partial output of {call.rows} x {call.width} {wire.name} exceeds the "
-                f"exchange's {self._max_bytes} bytes"
+                f"exchange's {self.max_bytes} bytes"
             )
         if status == Status.INVALID:
             raise ZmoeError(f"layer {call.layer}, step {step} does not come after the last one")
@@ -161,9 +193,9 @@ class Collective:
 
     def _again(self, call: Callable[[float], int]) -> int:
         """Returns to Python now and then (INTERRUPTED), for Ctrl-C, cancel() and `tick`."""
-        status = call(self._deadline_s)
+        status = call(self.deadline_s)
         if status == Status.INTERRUPTED:
-            until = time.monotonic() + self._deadline_s
+            until = time.monotonic() + self.deadline_s
             while status == Status.INTERRUPTED:
                 if self._cancelled:
                     raise ZmoeError(f"step {self.step} was given up: the exchange is being closed")
@@ -172,4 +204,4 @@ class Collective:
         return status
 
     def _fail(self, status: int, layer: int | None) -> NoReturn:
-        raise error_of(status, self.native.fault(), self.rank, self.step, layer, self._deadline_s)
+        raise error_of(status, self.native.fault(), self.rank, self.step, layer, self.deadline_s)

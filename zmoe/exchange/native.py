@@ -44,7 +44,21 @@ def _counters(raw: CData) -> dict[str, int]:
     return {name: int(getattr(raw, name)) for name, _ in ffi.typeof(raw).item.fields}
 
 
-def _microseconds(seconds: float) -> int:
+def fault_of(raw: CData) -> Fault:
+    """A zmoe_fault as Python."""
+    return Fault(
+        _ranks(raw.missing),
+        _ranks(raw.lost),
+        _ranks(raw.diverged),
+        int(raw.zmq_errno),
+        int(raw.step),
+        int(raw.layer),
+        header_of(raw.theirs),
+    )
+
+
+def microseconds(seconds: float) -> int:
+    """`seconds` as C takes a deadline."""
     return max(0, min(int(seconds * 1e6), 2**63))
 
 
@@ -113,6 +127,11 @@ class NativeExchange:
             exchange, self._exchange = self._exchange, None
             lib.zmoe_exchange_destroy(exchange)
 
+    @property
+    def pointer(self) -> CData | None:
+        """The zmoe_exchange itself, for what in C rests on it."""
+        return self._exchange
+
     def subscribers(self) -> tuple[int, ...]:
         """Ranks that our frames reach."""
         return _ranks(lib.zmoe_exchange_subscribers(self._exchange))
@@ -147,7 +166,7 @@ class NativeExchange:
         raw = self._call_of(step, call, wire_dtype, algorithm, micro_batch, plan)
         pointer = self._null if data is None else ffi.from_buffer("uint8_t[]", data)
         return lib.zmoe_exchange_publish(
-            self._exchange, raw, pointer, data_dtype, _microseconds(deadline_s), self._fault
+            self._exchange, raw, pointer, data_dtype, microseconds(deadline_s), self._fault
         )
 
     def _call_of(
@@ -195,7 +214,7 @@ class NativeExchange:
         routed.top_k, routed.x_dtype, routed.busiest = ids.shape[1], x_dtype, busiest
         raw = self._call_of(step, call, wire_dtype, plan=plan)
         return lib.zmoe_exchange_dispatch(
-            self._exchange, raw, routed, _microseconds(deadline_s), self._fault
+            self._exchange, raw, routed, microseconds(deadline_s), self._fault
         )
 
     def receive(
@@ -211,7 +230,7 @@ class NativeExchange:
         out.raw.local, out.raw.experts = numbers, len(numbers)
         out.raw.width = width
         return lib.zmoe_exchange_receive(
-            self._exchange, out.raw, step, layer, _microseconds(deadline_s), self._fault
+            self._exchange, out.raw, step, layer, microseconds(deadline_s), self._fault
         )
 
     def collect(self, out: OutBuffer, out_dtype: Dtype, deadline_s: float, at: int = 0) -> int:
@@ -225,7 +244,7 @@ class NativeExchange:
         """
         pointer = out.pointer + at if at else out.pointer
         return lib.zmoe_exchange_collect(
-            self._exchange, pointer, out_dtype, _microseconds(deadline_s), self._fault
+            self._exchange, pointer, out_dtype, microseconds(deadline_s), self._fault
         )
 
     def service(self) -> int:
@@ -234,16 +253,7 @@ class NativeExchange:
 
     def fault(self) -> Fault:
         """What the last call that failed had to say."""
-        raw = self._fault
-        return Fault(
-            _ranks(raw.missing),
-            _ranks(raw.lost),
-            _ranks(raw.diverged),
-            int(raw.zmq_errno),
-            int(raw.step),
-            int(raw.layer),
-            header_of(raw.theirs),
-        )
+        return fault_of(self._fault)
 
     def stats(self) -> dict[str, int]:
         """Counters of zmoe_exchange_stats."""

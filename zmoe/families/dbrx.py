@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.dbrx import Model as MlxModel
 from mlx_lm.models.dbrx import ModelArgs
+from mlx_lm.models.dbrx import SparseMoeBlock as MlxBlock
 from mlx_lm.models.switch_layers import SwitchGLU
+
+from zmoe.families.routers import dbrx as route
 
 __all__ = ["Model", "ModelArgs"]
 
@@ -23,16 +27,28 @@ _FUSED = re.compile(r"(.*\.experts)\.mlp\.(w1|v1|w2)$")
 _SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(w1|v1|w2)\.(weight|scales|biases)$")
 
 
-class Model(MlxModel):
-    """mlx-lm's DBRX; `experts` of every block is a SwitchGLU."""
+class SparseMoeBlock(MlxBlock):
+    """mlx-lm's block; `experts` is a SwitchGLU, and nothing is evaluated within."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
         ffn = args.ffn_config
+        self.experts: Any = SwitchGLU(args.d_model, ffn["ffn_hidden_size"], ffn["moe_num_experts"])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`x` (..., hidden_size) to the block's output, alike."""
+        routing = route(self, x)
+        y: mx.array = self.experts(x, routing.ids) * routing.weights[..., None]
+        return y.sum(axis=-2).astype(x.dtype)
+
+
+class Model(MlxModel):
+    """mlx-lm's DBRX with these blocks."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
         for layer in self.layers:
-            layer.ffn.experts = SwitchGLU(
-                args.d_model, ffn["ffn_hidden_size"], ffn["moe_num_experts"]
-            )
+            layer.ffn = SparseMoeBlock(args)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Stack the experts of either layout; what is stacked already stays."""

@@ -36,7 +36,9 @@ ADAPTERS: dict[str, Adapter] = {
     "granitemoe.GraniteMoeMoE": Adapter(routers.by_router),
     "granitemoehybrid.GraniteMoeHybridMoE": Adapter(routers.by_router),
     "laguna.MoE": Adapter(routers.by_scaled_gate, shared=shared_module("shared_expert")),
-    "longcat_flash.LongcatFlashMoE": Adapter(routers.by_router, shared=outputs.longcat_identities),
+    "longcat_flash.LongcatFlashMoE": Adapter(
+        routers.by_router, shared=outputs.longcat_identities, skips_ids=True
+    ),
     "mimo_v2_flash.MoE": _GATE,
     "step3p5.Step3p5MoE": Adapter(routers.by_gate, shared=shared_module("share_expert")),
     # ---- softmax, then top-k ----

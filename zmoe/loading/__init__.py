@@ -8,10 +8,12 @@ plan          what to read, what to map, what to leave alone
 mapping       weights that stay in their files
 load          a node's share as a model that computes with its peers
 experts_only  the share of a worker of the centralised schedule
+graph         whether exchanges are operations of MLX's graph
 fuse          whole layers on the kernels
 """
 
 from zmoe.loading.experts_only import LoadedExperts, load_experts
+from zmoe.loading.graph import form_of
 from zmoe.loading.inspect import describe
 from zmoe.loading.load import LoadedShard, load_shard
 from zmoe.loading.skeleton import Skeleton
@@ -21,6 +23,7 @@ __all__ = [
     "LoadedShard",
     "Skeleton",
     "describe",
+    "form_of",
     "load_experts",
     "load_shard",
 ]

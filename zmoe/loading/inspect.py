@@ -14,7 +14,6 @@ from zmoe.checkpoint.safetensors import Tensor
 from zmoe.config import QUANTIZATIONS
 from zmoe.errors import ModelError
 from zmoe.families.sites import projections
-from zmoe.loading.plan import mappable
 from zmoe.loading.skeleton import Skeleton
 from zmoe.loading.slices import can_be_sliced
 from zmoe.perf.shape import PLAIN_ALIGNMENT
@@ -46,8 +45,8 @@ _CONTEXTS = (
 )
 
 
-def describe(skeleton: Skeleton) -> ModelInfo:
-    """Describe a checkpoint, reading no weights.
+def describe(skeleton: Skeleton, on_mlx: bool = False) -> ModelInfo:
+    """Describe a checkpoint, reading no weights. `on_mlx`: MLX will compute the experts.
 
     Raises ModelError, in one line, for a folder that is damaged, whose tensors
     do not make up the model, of a type unknown to mlx-lm, or without experts.
@@ -83,7 +82,7 @@ def describe(skeleton: Skeleton) -> ModelInfo:
         experts=experts,
         top_k=top_k,
         hidden_size=hidden,
-        **_sizes(skeleton, can_be_sliced(sites, mappable(skeleton, skeleton.places, False, True))),
+        **_sizes(skeleton, on_mlx or can_be_sliced(sites)),
         exchange_width=max(site.width * (1 if site.adapter else top_k) for site in sites),
         context_length=_integer(config, _CONTEXTS),
         vocabulary=max(tensors[name].shape[0] for name in _embeddings(path, tensors)),

@@ -24,9 +24,10 @@ from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
 from zmoe.loading.skeleton import Skeleton
-from zmoe.loading.slices import cut_biases, put_back
+from zmoe.loading.slices import can_be_sliced, cut_biases, cut_copied, put_back
 from zmoe.moe.block import ExpertParallelMoE, ExpertParallelSwitch, Layer
 from zmoe.moe.experts import Experts
+from zmoe.moe.graph import Form, Graph, GraphMoE, GraphSwitch
 from zmoe.native import lib
 from zmoe.obs import Recorder, Spans
 from zmoe.placement.assignment import Ownership
@@ -43,9 +44,9 @@ class LoadedShard:
 
     `share_bytes` is what the model's arrays take, `largest_tensor_bytes` the
     largest of them, `bytes_read` what was read of the checkpoint for them.
-    `notices` are lines for the user. `head` says of each pass which rows'
-    logits are wanted; what MLX computes is lazy anyway. `paged` are the caches of a
-    model whose layers are all the kernels'.
+    `notices` are lines for the user, those of `form` included.
+    `head` says of each pass which rows' logits are wanted; what MLX computes is lazy
+    anyway. `paged` are the caches of a model whose layers are all the kernels'.
     """
 
     model: Module
@@ -56,6 +57,7 @@ class LoadedShard:
     share_bytes: int
     largest_tensor_bytes: int
     notices: tuple[str, ...]
+    form: Form
 
 
 def load_shard(
@@ -70,6 +72,7 @@ def load_shard(
     policy: str = "selected",
     recorder: Recorder | None = None,
     skeleton: Skeleton | None = None,
+    form: Form | None = None,
 ) -> LoadedShard:
     """Load the dense weights and the experts that `placement` gives `reducer.rank`.
 
@@ -77,14 +80,24 @@ def load_shard(
     never holds more than they take and one more tensor. `skeleton` is used up,
     so that a node that inspected the model does not build it again. Layers may own
     different numbers of experts, or none. The model runs in the thread that
-    loads it, its large matmuls on `pool` if there is one; then what lies in
+    loads it, its MoE layers in the `form` given; None: evaluated one by one. Its large
+    matmuls run on `pool` if there is one; then what lies in
     the checkpoint as the kernels want it stays there, mapped, and with `fuse`
     whole layers of known families are the kernels'. Raises ModelError naming
     what is damaged or missing, PlacementError for a placement of another model.
     """
+    form = form or Form()
     owned = owned_by(info, placement, reducer.rank)
     kept = slice_of(placement, reducer.rank)
-    share = take_share(info, owned, pool, progress, kept_slice=kept, skeleton=skeleton)
+    share = take_share(
+        info,
+        owned,
+        pool,
+        progress,
+        kept_slice=kept,
+        skeleton=skeleton,
+        in_graph=form.graph is not None,
+    )
     model, sites = share.model, share.sites
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
@@ -101,13 +114,24 @@ def load_shard(
         select_rows(model, head)
     sizes = share.sizes([model])
     for site, layer in zip(sites, layers, strict=True):
-        _install(model, site, layer, experts.get(site.path))
+        if form.graph is not None:
+            _install_in_graph(model, site, layer.ordinal, form.graph)
+        elif not form.as_it_is:
+            _install(model, site, layer, experts.get(site.path))
     paged = None
     if pool is not None and fuse:
         paged = fuse_layers(model, sites, layers, experts, pool, dtype)
-    notices = (*share.notices, *_notices(sites))
+    notices = (*share.notices, *_notices(sites), *form.notices)
     return LoadedShard(
-        model, share.config, head, paged, share.bytes_read, sum(sizes), max(sizes), notices
+        model,
+        share.config,
+        head,
+        paged,
+        share.bytes_read,
+        sum(sizes),
+        max(sizes),
+        notices,
+        form,
     )
 
 
@@ -136,15 +160,22 @@ def take_share(
     dense: bool = True,
     kept_slice: tuple[int, int] | None = None,
     skeleton: Skeleton | None = None,
+    in_graph: bool = False,
 ) -> Share:
     """Read or map what a node needs; without `dense`, stand-ins take the other weights' places.
 
     `progress` gets the bytes read so far and in all. `kept_slice`: only this range of
-    the experts' moe_intermediate_size. Raises ModelError for what is damaged or missing.
+    the experts' moe_intermediate_size. Raises ModelError for what is damaged or missing,
+    PlacementError for slices of experts whose outputs are not added as they are, but `in_graph`.
     """
     count = max(1, *(len(ids) for ids in owned))
     path, own = Path(info.path), dict(zip(info.moe_layers, owned, strict=True))
     skeleton = skeleton or Skeleton(path)
+    if kept_slice is not None and not in_graph and not can_be_sliced(skeleton.sites):
+        raise PlacementError(
+            f"slices of the experts of {info.path} need the exchange in MLX's graph, since "
+            "their outputs are not added as they are"
+        )
     plan = make_plan(info, skeleton, owned, count, pool is not None, dense, kept_slice)
     report = progress or (lambda done, total: None)
     checked = check_share(path, own, lambda: report(0, plan.total), dense)
@@ -159,6 +190,7 @@ def take_share(
     for site, ids in zip(sites, owned, strict=True):
         _trim(site, len(ids), count, mapped)
         if kept_slice is not None:
+            cut_copied(site, {path: cut for path, cut in plan.cuts.items() if path not in mapped})
             cut_biases(site, kept_slice)
             if pool is None:
                 put_back(site, mapped)
@@ -236,6 +268,14 @@ def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -
     else:
         switch = ExpertParallelSwitch(site.switch, layer, experts)
         replace_module(site.block, site.switch_path, switch)
+
+
+def _install_in_graph(model: Module, site: Site, ordinal: int, graph: Graph) -> None:
+    if site.adapter is not None:
+        block = GraphMoE(site.block, site.adapter, ordinal, graph)
+        replace_module(model, site.path, block)
+    else:
+        replace_module(site.block, site.switch_path, GraphSwitch(site.switch, ordinal, graph))
 
 
 def _far_away(mapping: Mapping) -> tuple[str, ...]:

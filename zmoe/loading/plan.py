@@ -26,12 +26,14 @@ class Plan:
     `pieces` are what it reads, in the order of the files. Of these `mapped`
     stay in their files: the places of the parts (weight, scales, biases) of each
     linear layer, by its path in the model; of a layer in `cuts` only the slice
-    is kept. Zeros stand in for `shapes`; the tensors `unused` are dropped by the model.
+    is kept. Those `copied`, of layers that are cut and not mapped, MLX reads when a slice is
+    made of them. Zeros stand in for `shapes`; the tensors `unused` are dropped by the model.
     """
 
     pieces: list[Piece]
     mapped: dict[str, dict[str, Place]]
     cuts: dict[str, Cut]
+    copied: set[str]
     shapes: list[Piece]
     unused: set[str]
 
@@ -41,7 +43,7 @@ class Plan:
         cut_off = sum(
             piece.nbytes - cut.of(piece.nbytes)
             for path, cut in self.cuts.items()
-            for place in self.mapped[path].values()
+            for place in self.mapped.get(path, {}).values()
             for piece in place.pieces
         )
         return sum(piece.nbytes for piece in self.pieces) - cut_off
@@ -85,12 +87,21 @@ def make_plan(
         shapes = [piece for piece in kept if piece.name not in needed]
         kept = [piece for piece in kept if piece.name in needed]
     cuts: dict[str, Cut] = {}
+    copied: set[str] = set()
     experts_too = native or kept_slice is not None
     mapped = mappable(skeleton, untouched, native and dense, experts_too)
     if kept_slice is not None:
         assert info.slice_alignment, "a placement that was checked slices no such experts"
         cuts = cuts_of(skeleton.sites, kept_slice, info.moe_intermediate_size)
-    return Plan(kept, mapped, cuts, shapes, unused)
+        copied = {p.name for p in kept if of_experts(p.source, info.experts, own)}
+        copied -= _names(mapped)
+    return Plan(kept, mapped, cuts, copied, shapes, unused)
+
+
+def _names(mapped: dict[str, dict[str, Place]]) -> set[str]:
+    """The checkpoint's names of what is mapped."""
+    places = (place for parts in mapped.values() for place in parts.values())
+    return {piece.name for place in places for piece in place.pieces}
 
 
 def unused_names(sanitize: Sanitize, weights: Weights) -> set[str]:
@@ -168,8 +179,7 @@ def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
 
     `progress` gets the bytes read so far and `plan.total` after each piece.
     """
-    places = [place for parts in plan.mapped.values() for place in parts.values()]
-    mapped = {piece.name for place in places for piece in place.pieces}
+    mapped = _names(plan.mapped)
 
     def feed(sanitize: Sanitize, offered: Weights) -> Weights:
         weights = {name: offered[name] for name in plan.unused if name in offered}
@@ -178,7 +188,11 @@ def reading(plan: Plan, reader: Reader, progress: Progress) -> Feed:
             if piece.name in mapped:
                 weights[piece.name] = placeholder(piece)
                 continue
-            weights[piece.name] = reader.read(piece)
+            if piece.name in plan.copied and piece.name in offered:  # a store's are not
+                weights[piece.name] = offered[piece.name]
+                reader.bytes_read += piece.nbytes
+            else:
+                weights[piece.name] = reader.read(piece)
             progress(reader.bytes_read, plan.total)
         return sanitize(weights)
 

@@ -6,7 +6,7 @@ one that range of its columns. The outputs of all slices add up to the expert's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,15 +56,25 @@ def cuts_of(sites: Sequence[Site], kept: tuple[int, int], width: int) -> dict[st
     return cuts
 
 
-def can_be_sliced(sites: Sequence[Site], in_place: Collection[str]) -> bool:
-    """Whether the experts' outputs are added as they are, and the paths of all their linear
-    layers are `in_place`: their weights lie in the checkpoint as the model has them.
+def can_be_sliced(sites: Sequence[Site]) -> bool:
+    """Whether the experts' outputs are added as they are."""
+    return all(site.adapter is None or site.adapter.per_expert is None for site in sites)
+
+
+def cut_copied(site: Site, cuts: Mapping[str, Cut]) -> None:
+    """Keep the slices of those of the site's linear layers that are in `cuts`, by path: of weights
+    that MLX makes of the checkpoint's, evaluated with the slice alone.
     """
-    return all(
-        (site.adapter is None or site.adapter.per_expert is None)
-        and all(path in in_place for path in site.linears)
-        for site in sites
-    )
+    for path, layer in site.linears.items():
+        if path not in cuts:
+            continue
+        cut = cuts[path]
+        for name in ("weight", "scales", "biases"):
+            if name in layer:
+                array = layer[name]
+                start, stop = cut.edges(array.shape[2 if cut.of_columns else 1])
+                kept = array[..., start:stop] if cut.of_columns else array[:, start:stop]
+                layer[name] = mx.contiguous(kept)
 
 
 def cut_biases(site: Site, kept: tuple[int, int]) -> None:
@@ -80,5 +90,5 @@ def cut_biases(site: Site, kept: tuple[int, int]) -> None:
 def put_back(site: Site, mapped: dict[str, Parts]) -> None:
     """Move the slices out of `mapped` into the site's linear layers, for MLX to compute with."""
     for path, layer in site.linears.items():
-        for part, stored in mapped.pop(path).items():
+        for part, stored in mapped.pop(path, {}).items():
             layer[part] = stored.as_array()

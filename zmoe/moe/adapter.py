@@ -44,7 +44,8 @@ class Adapter:
     `route` gets what the block is called with; `switch` is the path of the
     SwitchGLU or SwitchMLP in the block, all that a node needs which holds
     experts only. What `shared` returns is computed
-    while the sum over the nodes is under way.
+    while the sum over the nodes is under way. With `skips_ids`, `route` may return ids outside
+    of the experts.
     """
 
     route: Callable[..., Routing]
@@ -52,6 +53,7 @@ class Adapter:
     shared: Callable[[Block, mx.array, Routing], mx.array | None] = no_shared
     finish: Callable[[Block, mx.array, mx.array, Any], mx.array] = add_shared
     per_expert: Callable[[Block, mx.array], mx.array] | None = None
+    skips_ids: bool = False
 
     @property
     def has_shared(self) -> bool:

@@ -77,20 +77,24 @@ class MlxExperts:
 
 def expert_outputs(switch: Switch, x: mx.array, pairs: LocalPairs) -> mx.array:
     """The output of each pair: (pairs, hidden_size) from x (tokens, hidden_size)."""
-    if mx.default_device() == mx.cpu and not _gathers_on_cpu(switch, x):
-        return grouped(switch, x, pairs)
-    return gathered(switch, x, pairs)
+    return (gathered if gathers(switch, x.dtype) else grouped)(switch, x, pairs)
 
 
-def _gathers_on_cpu(switch: Switch, x: mx.array) -> bool:
-    """MLX's CPU gather_mm knows float32 alone; its gather_qmm all three types."""
-    glu = isinstance(switch, SwitchGLU)
-    layers = (
-        (switch.gate_proj, switch.up_proj, switch.down_proj) if glu else (switch.fc1, switch.fc2)
-    )
-    return all(
-        isinstance(layer, QuantizedSwitchLinear) or x.dtype == layer.weight.dtype == mx.float32
-        for layer in layers
+def linears(switch: Switch) -> tuple[Any, ...]:
+    """The linear layers of a switch layer; the last comes last."""
+    if isinstance(switch, SwitchGLU):
+        return switch.gate_proj, switch.up_proj, switch.down_proj
+    return switch.fc1, switch.fc2
+
+
+def gathers(switch: Switch, dtype: mx.Dtype) -> bool:
+    """Whether MLX's gathering matmuls take inputs of `dtype` on this device.
+
+    On the CPU gather_mm knows float32 alone; gather_qmm all three types.
+    """
+    return mx.default_device() != mx.cpu or all(
+        isinstance(layer, QuantizedSwitchLinear) or dtype == layer.weight.dtype == mx.float32
+        for layer in linears(switch)
     )
 
 

@@ -11,10 +11,7 @@ from zmoe.placement.types import Placement
 MOST_SPEED = 1 << 20
 
 
-NOT_SLICED = (
-    "cannot be sliced: their widths differ, or they do not lie apart in the checkpoint, as they "
-    "do in what zmoe-prestack writes"
-)
+NOT_SLICED = "cannot be sliced: their widths differ, or their outputs are not added as they are"
 
 
 def check_placement(placement: Placement, shape: ModelShape) -> None:

@@ -75,8 +75,10 @@ class Chooser:
         schedule: str = "decentralized",
         policy: str = "selected",
         usage: Usage | None = None,
+        in_graph: bool = False,
     ) -> None:
         self._info, self._offers, self._mapped = info, tuple(offers), mapped
+        self._in_graph = in_graph
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
         self._setup, self._capacity = setup_of(info, offers, mapped, schedule, policy)
@@ -106,6 +108,9 @@ class Chooser:
         if len(self._offers) == 1:
             alone = self._predicted("experts", made["experts"]())
             return self._choice(alone, "there is one node", ())
+        if self._in_graph and (slices := self._slices_that_fit(made["slices"])) is not None:
+            why = "MLX computes slices in one graph per step"
+            return self._choice(self._predicted("slices", slices), why, ())
         considered: list[Alternative] = []
         for label, make in made.items():
             considered.append(self._considered(label, make, considered))
@@ -139,6 +144,13 @@ class Chooser:
             if other.placement == placement:
                 return Alternative(label, remark=f"the same as {other.label}")
         return self._predicted(label, placement)
+
+    def _slices_that_fit(self, make: Callable[[], Placement]) -> Placement | None:
+        try:
+            placement = make()
+        except PlacementError:
+            return None
+        return placement if self._missing(placement) <= 0 else None
 
     def _out_of_question(self, label: str) -> str:
         """Why `auto` does not even look at a way, where it does not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.local import SingleNode
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import Skeleton, describe, load_shard
+from zmoe.moe.graph import Form
 from zmoe.obs import Spans
 from zmoe.placement.build import place_evenly
 
@@ -41,13 +43,33 @@ class Driver:
     """Runs spans of TEXTS on an engine, and compares each row's logits with mlx-lm's."""
 
     def __init__(
-        self, folder: Path, max_kv_size: int | None = None, pool: ThreadPool | None = None
+        self,
+        folder: Path,
+        max_kv_size: int | None = None,
+        pool: ThreadPool | None = None,
+        looks_ahead: bool = False,
     ) -> None:
         self._reference, _ = load_model(folder)
         self.info, self._file = describe(Skeleton(folder)), folder / "prompt cache"
         info, reducer = self.info, SingleNode()
-        shard = load_shard(info, place_evenly(info.shape, 1), reducer, spans=Spans(), pool=pool)
-        self.engine = MlxEngine(shard.model, reducer, shard.head, max_kv_size)
+        shard = load_shard(
+            info,
+            place_evenly(info.shape, 1),
+            reducer,
+            spans=Spans(),
+            pool=pool,
+            form=Form(as_it_is=looks_ahead),
+        )
+        self.engine = MlxEngine(
+            shard.model, reducer, shard.head, max_kv_size, looks_ahead=looks_ahead
+        )
+        self.passes, run_pass = 0, self.engine._logits
+
+        def counted(*given: Any) -> mx.array:
+            self.passes += 1
+            return run_pass(*given)
+
+        vars(self.engine)["_logits"] = counted
         self._wanted: dict[int, np.ndarray] = {}
         self._step = 1
 
@@ -106,6 +128,37 @@ def test_side_by_side_is_as_alone(family: str, tmp_path: Path) -> None:
 )
 def test_with_native_matmuls_too(family: str, tmp_path: Path) -> None:
     check(family, Driver(build(family, tmp_path / family), pool=ThreadPool(1)))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "dbrx", "nemotron_h", "deepseek_v3"])
+def test_looking_ahead_in_vain(family: str, tmp_path: Path) -> None:
+    """The likeliest token is hardly ever the next one; nemotron_h cannot go back."""
+    check(family, Driver(build(family, tmp_path / family), looks_ahead=True))
+
+
+def test_looking_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the likeliest token is the next one, a pass is under way when its plan comes."""
+    driver = Driver(build("qwen3_moe", tmp_path), looks_ahead=True)
+    for sequence in (1, 2):
+        text = TEXTS[sequence][:6]
+        while len(text) < 30:
+            text.append(int(alone(driver._reference, text)[-1].argmax()))
+        monkeypatch.setitem(TEXTS, sequence, text)
+    driver.run((1, 0, 6))
+    for at in range(6, 10):
+        driver.run((1, at, 1))
+    assert driver.passes == 6  # one for each step, and the one that is under way
+    driver.run((2, 0, 6))
+    assert driver.passes == 8
+    driver.run((2, 6, 1), (1, 10, 1))  # side by side, so the last guess was in vain
+    for at in range(1, 5):
+        driver.run((1, 10 + at, 1), (2, 6 + at, 1))
+    assert driver.passes == 14
+    wrong = (TEXTS[1][15] + 1) % VOCAB
+    monkeypatch.setitem(TEXTS, 3, [*TEXTS[1][:15], wrong, *TEXTS[1][16:]])
+    driver.run((1, 15, 1), (2, 11, 1), texts={1: 3})  # another token was picked
+    driver.run((1, 16, 1), (2, 12, 1), texts={1: 3})
+    driver.run((2, 13, 1), free=[1])
 
 
 def check(family: str, driver: Driver) -> None:

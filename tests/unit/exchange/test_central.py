@@ -421,7 +421,7 @@ def test_a_caller_out_of_turn(groups: Callable[..., list[CentralExchange]]) -> N
 def test_spans_measure_both_sides(groups: Callable[..., list[CentralExchange]]) -> None:
     spans = [Spans(), Spans()]
     group = groups(2)
-    group[0]._spans = spans[0]
+    group[0].spans = spans[0]
     given = [routed(3, layer) for layer in range(LAYERS)]
     owned = [layer[1] for layer in placement(2).owned]
 

@@ -165,7 +165,7 @@ def test_spans_measure_the_exchange() -> None:
 
 def test_a_silent_peer() -> None:
     group = local_group(3)
-    group[0]._deadline_s = 0.1
+    group[0].deadline_s = 0.1
     group[0].step = 12
     with pytest.raises(PeerError, match="rank 1 sent nothing within 0.1 s .nor did 2.") as caught:
         group[0].all_reduce(Call(4, 1, 4, mx.float32, 0), None)

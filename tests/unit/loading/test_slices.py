@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +15,7 @@ from mlx_lm.utils import load_model
 from tests.families import EXPERTS, build
 from tests.ranks import Meeting, ThreadReducer, on_ranks
 from tests.unit.store.stores import store_of
-from zmoe.errors import PlacementError
+from zmoe.errors import ModelError, PlacementError
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import Skeleton, describe, load_experts, load_shard
 from zmoe.obs import Spans
@@ -69,6 +72,27 @@ def test_published_layouts_and_stores(native: bool, tmp_path: Path) -> None:
     check(store, native, original=folder)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "mlx"])
+def test_a_store_with_biases(native: bool, tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path / "mlx", **WIDTHS["gpt_oss"])
+    check(store_of(folder, tmp_path / "store"), native, original=folder)
+
+
+def test_a_store_of_plain_mlps(tmp_path: Path) -> None:
+    folder = build("phixtral", tmp_path / "mlx")
+    store = store_of(folder, tmp_path / "store")
+    info = describe(Skeleton(store))
+    slices = ((0, 64), (64, 192), (192, 256))
+    want = np.array(load_model(folder)[0](TOKENS))
+
+    def work(reducer: ThreadReducer) -> np.ndarray:
+        placement = replace(sliced(info), slices=slices)
+        return np.array(load_shard(info, placement, reducer, spans=Spans()).model(TOKENS))
+
+    for logits in on_ranks(3, work):
+        np.testing.assert_allclose(logits, want, atol=2e-4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("pool", [None, ThreadPool(1)], ids=["mlx", "native"])
 def test_a_node_reads_and_holds_its_slice(
@@ -94,16 +118,44 @@ def test_a_node_reads_and_holds_its_slice(
     assert reports[-1][0] == reports[-1][1]
 
 
-def test_what_cannot_be_sliced(tmp_path: Path) -> None:
-    """DBRX as published has the rows of all experts in one matrix, two of them transposed."""
+@pytest.mark.parametrize("native", [True, False], ids=["native", "mlx"])
+@pytest.mark.parametrize("family", ["dbrx", "gpt_oss"])
+def test_slices_of_what_lies_otherwise(family: str, native: bool, tmp_path: Path) -> None:
+    """DBRX as published has the rows of all experts in one matrix, two of them transposed, gpt-oss
+    gate and up by turns. Every byte is read once.
+    """
     config = {
         "attn_pdrop": 0,
         "ffn_hidden_size": HIDDEN,
         "moe_num_experts": EXPERTS,
         "moe_top_k": 2,
     }
-    folder = build("dbrx", tmp_path, layout="hf", ffn_config=config)
+    width = {"dbrx": {"ffn_config": config}, "gpt_oss": {"intermediate_size": HIDDEN}}
+    folder = build(family, tmp_path, layout="hf", **width[family])
+    check(folder, native)
     info = describe(Skeleton(folder))
-    assert info.slice_alignment == 0
-    with pytest.raises(PlacementError, match="cannot be sliced: .* zmoe-prestack"):
+    pool = ThreadPool() if native else None
+    shard = load_shard(
+        info, sliced(info), ThreadReducer(1, Meeting(3)), spans=Spans(), pool=pool, fuse=False
+    )
+    assert shard.bytes_read <= sum(tensor.nbytes for tensor in Skeleton(folder).tensors.values())
+
+
+def test_a_truncated_file_of_what_lies_otherwise(tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path, layout="hf", intermediate_size=HIDDEN)
+    info, skeleton = describe(Skeleton(folder)), Skeleton(folder)
+    assert skeleton.sites
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, file.stat().st_size - 4096)
+    with pytest.raises(ModelError, match=re.escape(str(folder))):
+        load_shard(
+            info, sliced(info), ThreadReducer(1, Meeting(3)), spans=Spans(), skeleton=skeleton
+        )
+
+
+def test_what_cannot_be_sliced(tmp_path: Path) -> None:
+    """Experts of several widths, or whose outputs are no sums."""
+    folder = build("mixtral", tmp_path, **WIDTHS["mixtral"])
+    info = replace(describe(Skeleton(folder)), slice_alignment=0)
+    with pytest.raises(PlacementError, match="cannot be sliced: their widths differ"):
         check_placement(sliced(info), info.shape)

@@ -12,12 +12,13 @@ import pytest
 from mlx_lm.models import muse_spark
 
 from tests.families import EXPERTS, FAMILIES, random_model
-from tests.ranks import ThreadReducer, on_ranks, owning
+from tests.ranks import ThreadGraph, ThreadReducer, on_ranks, owning
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.families.sites import find_sites, projections
 from zmoe.families.table import ADAPTERS
 from zmoe.moe.adapter import Adapter, Routing
 from zmoe.moe.block import ExpertParallelMoE, Layer
+from zmoe.moe.graph import GraphMoE
 from zmoe.obs import Spans
 
 DIM = 64
@@ -211,5 +212,15 @@ def test_muse_spark_norms_each_expert_where_it_is_computed(
         layer = Layer(0, owning(EXPERTS, owned), mx.float32, reducer, Spans())
         return np.array(ExpertParallelMoE(moe, adapter, layer)(x))
 
-    for got in on_ranks(2, work):
+    def work_on_slices(reducer: ThreadReducer) -> np.ndarray:
+        moe = block()
+        kept = slice(0, 16) if reducer.rank == 0 else slice(16, 48)
+        *before, last = projections(moe.experts)
+        for layer in before:
+            layer.weight = layer.weight[:, kept]
+        last.weight = last.weight[..., kept]
+        graph = ThreadGraph(reducer, mx.float32)
+        return np.array(GraphMoE(moe, ADAPTERS["muse_spark.MoE"], 0, graph)(x))
+
+    for got in (*on_ranks(2, work), *on_ranks(2, work_on_slices)):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

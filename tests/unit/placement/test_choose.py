@@ -278,3 +278,15 @@ def test_fastest_of_none_that_is_predicted() -> None:
     placement = place_evenly(MEDIUM.shape, 2)
     blind = [Alternative("experts", remark="no room"), Alternative("replicas", placement)]
     assert fastest(blind)[0].label == "replicas"
+
+
+def test_slices_in_the_graph_of_mlx() -> None:
+    """They are taken where they fit, whatever a prediction would say; else whole experts are."""
+    how: dict[str, Any] = {"mapped": False, "in_graph": True}
+    choice = choose(MEDIUM, here(2), **how)
+    assert choice.placement == place_slices(MEDIUM.shape, [1, 1], [10**6] * 2)
+    assert choice.why == "MLX computes slices in one graph per step"
+    assert choose(MEDIUM, here(1), **how).why == "there is one node"
+    whole = replace(MEDIUM, slice_alignment=0)
+    assert choose(whole, here(2), **how).placement == place_evenly(MEDIUM.shape, 2)
+    assert choose(MEDIUM, here(2), mapped=False).placement == place_evenly(MEDIUM.shape, 2)

@@ -1,0 +1,217 @@
+"""Slices of experts on MLX, exchanged inside its graph, on real nodes, against mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from tests.cluster.conftest import PATIENCE_S, Commands, first_output
+from tests.cluster.test_failure import LOST
+from tests.families import build
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import EngineConfig
+from zmoe.errors import SettingError
+
+PROMPT = [
+    (7 * i + 3) % 90 for i in range(60)
+]  # a chunk that is evaluated at its exchanges, and one
+CHUNK = 50
+TOKENS = 8
+WIDE = {"moe_intermediate_size": 256}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": WIDE,
+    "qwen2_moe": WIDE,
+    "gpt_oss": {"intermediate_size": 256},
+    "longcat_flash": {"expert_ffn_hidden_size": 256},
+    "nemotron_h": WIDE,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that can be cut in four, with the tokenizer of zmoe-tiny."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    build("qwen3_moe", folder, vocab_size=1024, **WIDE)
+    tiny = resolve_model("zmoe-tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(tiny / name, folder)
+    return folder
+
+
+def reference(folder: Path) -> tuple[list[int], list[np.ndarray]]:
+    """mlx-lm alone: greedy tokens, and the logits (vocabulary,) of each step."""
+    model, _ = load_model(folder)
+    cache = make_prompt_cache(model)
+    tokens, logits, todo = [], [], PROMPT
+    for _ in range(TOKENS):
+        logits.append(np.array(model(mx.array([todo]), cache=cache)[0, -1]))
+        tokens.append(int(logits[-1].argmax()))
+        todo = tokens[-1:]
+    return tokens, logits
+
+
+def check(folder: Path, nodes: int, **engine: Any) -> None:
+    tokens, logits = reference(folder)
+    scale = max(float(np.abs(row).max()) for row in logits)
+    spec = ClusterSpec(nodes, engine=EngineConfig(compute="mlx", prefill_chunk=CHUNK, **engine))
+    with Cluster(folder, spec=spec) as cluster:
+        assert (len(cluster.placement.slices) == nodes) == (nodes > 1)
+        assert cluster.notices == ()
+        step = cluster.begin()
+        todo, found = PROMPT, []
+        for wanted in logits:
+            row = step(todo, False)
+            assert np.abs(row - wanted).max() <= 1e-4 * scale
+            found.append(int(row.argmax()))
+            todo = found[-1:]
+        assert found == tokens
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4])
+def test_nodes_agree_with_mlx_lm(folder: Path, nodes: int) -> None:
+    check(folder, nodes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_agree_with_mlx_lm(family: str, tmp_path: Path) -> None:
+    """Groups of experts, biases, a gated shared expert, experts that do nothing, plain MLPs."""
+    folder = build(family, tmp_path / family, vocab_size=1024, **FAMILIES[family])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model("zmoe-tiny") / name, folder)
+    check(folder, 2)
+
+
+@pytest.mark.parametrize(
+    "quantize", [("affine", 4, 32), ("mxfp4", 4, 32)], ids=lambda quantize: quantize[0]
+)
+def test_quantised_slices(folder: Path, quantize: tuple[str, int, int], tmp_path: Path) -> None:
+    quantised = build("qwen3_moe", tmp_path / "q", quantize=quantize, vocab_size=1024, **WIDE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, quantised)
+    check(quantised, 3)
+
+
+def test_a_batch_is_as_alone(folder: Path) -> None:
+    """On MLX results may change with the batch: these are certain enough not to."""
+    prompts = [f"{word} {word} and" for word in ("to be", "a king", "my lord", "the night")]
+    with Cluster(folder, spec=ClusterSpec(2, engine=EngineConfig(compute="mlx"))) as cluster:
+        alone = [[t.id for t in cluster.submit(prompt, max_tokens=6)] for prompt in prompts]
+        together = [cluster.submit(prompt, max_tokens=6) for prompt in prompts]
+        assert [[t.id for t in generation] for generation in together] == alone
+
+
+# ---- backends --------------------------------------------------------------------------
+
+
+def said(commands: Commands, folder: Path, *arguments: object) -> dict[str, Any]:
+    done = commands.run("--model", folder, "-m", 12, "--json", "--compute", "mlx", *arguments, "x")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer | {"errors": done.stderr}
+
+
+def test_backends_give_the_same_text(commands: Commands, folder: Path) -> None:
+    alone = said(commands, folder)
+    for backend in ("auto", "zmq", "ring"):
+        answer = said(commands, folder, "-n", 3, "--backend", backend)
+        assert answer["tokens"] == alone["tokens"], backend
+        assert answer["errors"] == ""
+
+
+def test_a_library_that_the_user_named(commands: Commands, folder: Path) -> None:
+    alone = said(commands, folder)
+    commands.env["MLX_MPI_LIBNAME"] = "libmpi.so"
+    answer = said(commands, folder, "-n", 2)
+    assert answer["tokens"] == alone["tokens"]
+    line = "MoE layers are evaluated one by one: on node 0, 1 MLX_MPI_LIBNAME is set, or"
+    assert line in answer["errors"]
+
+
+def test_two_runs_of_a_process(folder: Path) -> None:
+    """The second one evaluates its layers one by one, and the first goes on in its graph."""
+    spec = ClusterSpec(2, engine=EngineConfig(compute="mlx"))
+    with Cluster(folder, spec=spec) as first:
+        with Cluster(folder, spec=spec) as second:
+            assert "another run of the same process" in second.notices[0]
+            ours, theirs = (cluster.submit("my lord", max_tokens=8) for cluster in (first, second))
+            assert [token.id for token in ours] == [token.id for token in theirs]
+        assert first.notices == ()
+        assert len([*first.submit("the night", max_tokens=4)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-n", 2, "--backend", "nccl"), "--backend is nccl: this MLX on node 0 has none"),
+        (("--backend", "ring"), "--backend is ring: expected auto, as there is one node"),
+        (
+            ("-n", 2, "--backend", "ring", "--placement", "experts"),
+            "--backend is ring: expected auto, as the nodes hold whole experts",
+        ),
+        (
+            ("-n", 2, "--backend", "ring", "--policy", "busy-full", "--placement", "slices"),
+            "--backend is ring: expected auto, as the schedule or the policy needs the routing",
+        ),
+        (
+            ("-n", 2, "--backend", "ring", "--wire-dtype", "q8"),
+            "--wire-dtype is q8: expected auto with the backend ring",
+        ),
+        (("-n", 5, "--placement", "slices"), "4 slices at most, not 5"),
+    ],
+    ids=lambda value: " ".join(map(str, value[-3:])) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be(
+    commands: Commands, folder: Path, arguments: tuple[object, ...], words: str
+) -> None:
+    done = commands.run("--model", folder, "--compute", "mlx", *arguments, "x")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_backend_is_for_mlx(folder: Path) -> None:
+    spec = ClusterSpec(engine=EngineConfig(compute="native", backend="ring"))
+    with pytest.raises(SettingError, match="is ring: expected auto, as MLX does not compute"):
+        Cluster(folder, spec=spec).__enter__()
+
+
+# ---- failures --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_everybody_names_a_lost_peer(
+    commands: Commands, free_port: int, folder: Path, how: int
+) -> None:
+    port = ("--manual", "--starting-port", free_port, "--model", folder)
+    nodes = [commands.start("run", "-n", 3, *port, "--compute", "mlx", "-m", 100000, "x")]
+    for rank in (1, 2):
+        leader = f"127.0.0.1:{free_port}"
+        nodes.append(commands.start("node", "--leader", leader, "--rank", rank, "--once"))
+    first_output(nodes[0])
+    nodes[1].send_signal(how)
+    for process in (nodes[0], nodes[2]):
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 1, errors
+        assert re.search(LOST, errors.strip().splitlines()[-1]), errors
+
+
+def test_ctrl_c_ends_all_processes(commands: Commands, folder: Path) -> None:
+    leader = commands.start(
+        "run", "-n", 3, "--model", folder, "--compute", "mlx", "-m", 100000, "x"
+    )
+    first_output(leader)
+    leader.send_signal(signal.SIGINT)
+    _, errors = leader.communicate(timeout=PATIENCE_S)
+    assert leader.returncode == 130, errors

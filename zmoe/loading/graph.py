@@ -1,0 +1,90 @@
+"""In which form MLX computes the MoE layers of a run, and which backend carries exchanges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from zmoe.config import EngineConfig
+from zmoe.errors import SettingError
+from zmoe.exchange.allreduce import Exchange
+from zmoe.exchange.groups import Door, backend_joined, can_open_door, join_backend
+from zmoe.families.sites import Site
+from zmoe.loading.load import DTYPES
+from zmoe.moe.experts import gathers
+from zmoe.moe.graph import Form, Graph
+from zmoe.placement.types import ModelInfo, Placement
+
+_RDMA_DEVICES = "MLX_IBV_DEVICES"  # the file that says which of them lead to which rank
+
+
+def form_of(
+    info: ModelInfo,
+    placement: Placement,
+    sites: Sequence[Site],
+    exchange: Exchange | None,
+    config: EngineConfig,
+    *,
+    on_mlx: bool,
+    records: bool,
+) -> Form:
+    """How a node computes its MoE layers, of which `sites` are the blocks.
+
+    In a graph if all nodes compute slices `on_mlx` and none `records` the routing or has
+    another MPI library. All nodes decide alike: they call this at the same time, once they are
+    connected. Raises SettingError where `config` asks for a backend that cannot be had.
+    """
+    reason = "MLX does not compute" if not on_mlx else _reason(info, sites, config)
+    if exchange is None:
+        _refuse_backend(config, reason or "there is one node")
+        return Form(as_it_is=not (reason or records))
+    reason = reason or _reason_of_placement(info, placement)
+    if reason:
+        _refuse_backend(config, reason)
+        return Form()
+    told = exchange.tell((records, not can_open_door(), _has_rdma())).astype(bool)
+    recorders, without_door, rdma = told.T
+    if recorders.any():
+        _refuse_backend(config, "the routing is recorded")
+        return Form()
+    backend = config.backend
+    if backend == "auto":
+        backend = "jaccl" if rdma.all() and exchange.wire is None else "zmq"
+    if backend == "zmq" and without_door.any():
+        nodes = ", ".join(map(str, without_door.nonzero()[0]))
+        line = (
+            f"MoE layers are evaluated one by one: on node {nodes} MLX_MPI_LIBNAME is set, or "
+            "another run of the same process exchanges in MLX's graph"
+        )
+        return Form(notices=(line,))
+    groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
+    return Form(Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype])))
+
+
+def _refuse_backend(config: EngineConfig, reason: str) -> None:
+    if config.backend not in ("auto", "zmq"):
+        raise SettingError("backend", f"is {config.backend}: expected auto, as {reason}")
+
+
+def _reason(info: ModelInfo, sites: Sequence[Site], config: EngineConfig) -> str:
+    """Why this node needs the routing on the host, as every node does; "" if not."""
+    if config.schedule != "decentralized" or config.policy != "selected":
+        return "the schedule or the policy needs the routing on the host"
+    if not all(gathers(site.switch, DTYPES[info.dtype]) for site in sites):
+        return f"MLX's gathering matmuls take no {info.dtype} on this device"
+    return ""
+
+
+def _reason_of_placement(info: ModelInfo, placement: Placement) -> str:
+    """Why the nodes do not have a slice of every expert each; "" if they do."""
+    everything = tuple(range(info.experts))
+    if not placement.slices or any(ids != everything for layer in placement.owned for ids in layer):
+        return "the nodes hold whole experts"
+    return "" if len(set(placement.slices)) == placement.nodes else "slices have copies"
+
+
+def _has_rdma() -> bool:
+    is_there = _RDMA_DEVICES in os.environ and mx.distributed.is_available("jaccl")
+    return is_there and not backend_joined()
