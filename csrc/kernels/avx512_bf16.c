@@ -133,7 +133,7 @@ BF16_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
 }
 
 BF16_INLINE uint32_t panel_rows(const enum codes codes) {
-  return codes == CODES8 ? 6 : 12;
+  return codes == CODES8 ? 12 : ZMOE_ROW_BLOCK + 1;
 }
 
 #define INLINE BF16_INLINE
