@@ -92,6 +92,7 @@ INLINE void add_block(const enum codes codes, const unsigned char *from, size_t 
                       uint32_t bytes, const table t, const __m512 factor[ZMOE_DOT_ROWS],
                       const char *const elements[ZMOE_DOT_ROWS], const uint32_t rows,
                       const uint32_t n_out, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+  const uint32_t n_values = BLOCK_VALUES(codes);
   __m512i words[ZMOE_DOT_ROWS][2], value[ZMOE_DOT_ROWS];
   __m512 part[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS];
   EACH(j, n_out)
@@ -99,7 +100,7 @@ INLINE void add_block(const enum codes codes, const unsigned char *from, size_t 
   EACH(r, rows)
     EACH(j, n_out)
       part[r][j] = _mm512_setzero_ps();
-  EACH_VALUE(i, BLOCK_VALUES(codes)) {
+  EACH_VALUE(i, n_values) {
     EACH(j, n_out)
       value[j] = value_of(codes, words[j], i, t);
     EACH(r, rows)
