@@ -22,7 +22,7 @@
 #define BLOCK_VALUES(codes) (BLOCK_CODES(codes) / ELEMENTS)
 #define EACH_VALUE(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
-enum { PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS, TILE_OUTS = 2 };
+enum { TILE_ROWS = 6, TILE_OUTS = 2, PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS };
 
 /* The registers of a block; even lanes are of the first 64 bytes. */
 INLINE void load_block(const unsigned char *at, uint32_t bytes, __m512i words[2]) {
@@ -65,7 +65,7 @@ INLINE struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
 /* What x's sums add to `n_out` outputs, of which `there` are there. */
 INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outputs out,
                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
-                       uint32_t there, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+                       uint32_t there, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   const uint32_t groups = w->in_features / w->group;
   EACH(r, rows)
     EACH(j, n_out)
@@ -86,15 +86,22 @@ INLINE uint32_t few_outs(const uint32_t rows) {
   return rows == 1 ? 4 : 2;
 }
 
+/* Of so many rows those of the next tile: no tile is much smaller than another, since decoding
+ * costs each as much as two rows do. */
+static inline uint32_t tile_rows(uint32_t rows) {
+  uint32_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  return (rows + tiles - 1) / tiles;
+}
+
 /* Adds a block of `n_out` outputs, of which `bytes` bytes are there: in one chain of products for
  * each row and output, x's elements loaded once for all outputs. */
 INLINE void add_block(const enum codes codes, const unsigned char *from, size_t row_bytes,
                       uint32_t bytes, const table t, const __m512 factor[ZMOE_DOT_ROWS],
-                      const char *const elements[ZMOE_DOT_ROWS], const uint32_t rows,
-                      const uint32_t n_out, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+                      const char *const elements[TILE_ROWS], const uint32_t rows,
+                      const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   const uint32_t n_values = BLOCK_VALUES(codes);
   __m512i words[ZMOE_DOT_ROWS][2], value[ZMOE_DOT_ROWS];
-  __m512 part[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS];
+  __m512 part[TILE_ROWS][ZMOE_DOT_ROWS];
   EACH(j, n_out)
     load_block(from + j * row_bytes, bytes, words[j]);
   EACH(r, rows)
@@ -121,8 +128,8 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
   const __m512i first_lanes = block_lanes(w, codes);
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
-  __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[ZMOE_DOT_ROWS];
-  const char *elements[ZMOE_DOT_ROWS];
+  __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[ZMOE_DOT_ROWS];
+  const char *elements[TILE_ROWS];
   EACH(r, rows)
     elements[r] = x[r].elements;
   EACH(j, n_out)
@@ -158,7 +165,7 @@ INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
                     const void *const *xs, const uint32_t rows, uint32_t first, uint32_t last,
                     float *const *ys) {
   const uint32_t n_out = few_outs(rows);
-  zmoe_packed x[ZMOE_DOT_ROWS];
+  zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
   uint32_t o = first;
@@ -166,6 +173,27 @@ INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
     dot_outputs(w, codes, t, x, rows, n_out, o, ys, o - first);
   for (; o < last; o++)
     dot_outputs(w, codes, t, x, rows, 1, o, ys, o - first);
+}
+
+INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const table t,
+                      const void *const *xs, uint32_t rows, uint32_t first, uint32_t last,
+                      float *const *ys) {
+#define TILE(rows)                                                                                 \
+  case rows:                                                                                       \
+    dot_few(w, codes, t, xs, rows, first, last, ys);                                               \
+    break
+  for (uint32_t n; rows > 0; rows -= n, xs += n, ys += n) {
+    n = tile_rows(rows);
+    switch (n) {
+      TILE(1);
+      TILE(2);
+      TILE(3);
+      TILE(4);
+      TILE(5);
+      TILE(6);
+    }
+  }
+#undef TILE
 }
 
 /* ---- many rows ----------------------------------------------------------------------- */
@@ -209,7 +237,7 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
 /* `blocks` blocks of TILE_OUTS outputs from the panel's j on. */
 INLINE void add_tile(const enum codes codes, const struct panel *panel, uint32_t blocks, uint32_t j,
                      const zmoe_packed *x, size_t at, const uint32_t rows,
-                     __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+                     __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   const uint32_t n_values = BLOCK_VALUES(codes);
   const char *elements[ZMOE_DOT_ROWS];
   EACH(r, rows)
@@ -242,7 +270,7 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
                      float *const *ys, uint32_t y) {
   const uint32_t blocks = (end - begin + BLOCK_CODES(codes) - 1) / BLOCK_CODES(codes);
   for (uint32_t j = 0; j < n_out; j += TILE_OUTS) {
-    __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS];
+    __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS];
     if (begin == 0)
       start_sums(w, codes, out, x, rows, TILE_OUTS, n_out - j, sum);
     else
@@ -307,5 +335,5 @@ INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *
   if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else
-    ZMOE_BY_ROWS(dot_few, w, codes, t);
+    dot_tiles(w, codes, t, xs, rows, first, last, ys);
 }
