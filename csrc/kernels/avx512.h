@@ -88,8 +88,7 @@ AVX512_INLINE __m128 reduce_4(const __m512 v[4]) {
 
 /* `rows` x `n_out` sums into ys, from y on. */
 AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
-                              __m512 sum[][ZMOE_DOT_ROWS], float *const *ys,
-                              uint32_t y) {
+                              __m512 sum[][ZMOE_DOT_ROWS], float *const *ys, uint32_t y) {
   const uint32_t n = rows * n_out;
   EACH(q, (n + 3) / 4) {
     __m512 four[4];
