@@ -62,6 +62,13 @@ INLINE struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
   return out;
 }
 
+INLINE void pass_outputs(struct outputs *out, uint32_t count) {
+  out->data += count * out->row_bytes;
+  out->scales += count * out->scale_bytes;
+  if (out->biases != NULL)
+    out->biases += count * out->scale_bytes;
+}
+
 /* What x's sums add to `n_out` outputs, of which `there` are there. */
 INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outputs out,
                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
@@ -119,21 +126,22 @@ INLINE void add_block(const enum codes codes, const unsigned char *from, size_t 
       sum[r][j] = _mm512_fmadd_ps(part[r][j], factor[j], sum[r][j]);
 }
 
-/* `n_out` outputs from o on, all of whose sums stay in registers. */
+/* `n_out` outputs, all of whose sums stay in registers. */
 INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const table t,
-                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out, uint32_t o,
+                        const __m512i first_lanes, size_t skipped, struct outputs out,
+                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
                         float *const *ys, uint32_t y) {
   const uint32_t in_features = w->in_features, groups = in_features / w->group;
-  const struct outputs out = outputs_at(w, o);
-  const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
-  const __m512i first_lanes = block_lanes(w, codes);
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
   __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[ZMOE_DOT_ROWS];
   const char *elements[TILE_ROWS];
   EACH(r, rows)
     elements[r] = x[r].elements;
-  EACH(j, n_out)
-    prefetch_scales(w, o + j + skipped, out.scale_bytes);
+  EACH(j, n_out) {
+    prefetch_line(out.scales + (skipped + j) * out.scale_bytes);
+    if (codes != FP4)
+      prefetch_line(out.biases + (skipped + j) * out.scale_bytes);
+  }
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
     EACH(j, n_out)
@@ -164,15 +172,18 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
 INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
                     const void *const *xs, const uint32_t rows, uint32_t first, uint32_t last,
                     float *const *ys) {
-  const uint32_t n_out = few_outs(rows);
+  const uint32_t n_out = few_outs(rows), n = last - first;
+  const __m512i lanes = block_lanes(w, codes);
+  struct outputs out = outputs_at(w, first);
+  const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
   zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
-  uint32_t o = first;
-  for (; o + n_out <= last; o += n_out)
-    dot_outputs(w, codes, t, x, rows, n_out, o, ys, o - first);
-  for (; o < last; o++)
-    dot_outputs(w, codes, t, x, rows, 1, o, ys, o - first);
+  uint32_t y = 0;
+  for (; y + n_out <= n; y += n_out, pass_outputs(&out, n_out))
+    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, n_out, ys, y);
+  for (; y < n; y++, pass_outputs(&out, 1))
+    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, 1, ys, y);
 }
 
 INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const table t,
@@ -286,9 +297,7 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
       store_sums(rows, TILE_OUTS, sum, ys, y + j);
     else
       store_sums(rows, 1, sum, ys, y + j);
-    out.scales += TILE_OUTS * out.scale_bytes;
-    if (codes != FP4)
-      out.biases += TILE_OUTS * out.scale_bytes;
+    pass_outputs(&out, TILE_OUTS);
   }
 }
 
