@@ -38,7 +38,7 @@ AVX512_INLINE void dot_outputs_f32(const zmoe_weight *w, uint32_t format, const 
   for (; k + 32 <= in_features; k += 32) {
     EACH(j, n_out)
       for (size_t line = 0; line < 32 * item; line += 64)
-        _mm_prefetch((const char *)data + j * row_bytes + k * item + line + ahead, _MM_HINT_T0);
+        prefetch_line(data + j * row_bytes + k * item + line + ahead);
     EACH(i, 2)
       add_floats(data, row_bytes, format, k + 16 * i, 0xffff, xs, rows, n_out, sum);
   }
@@ -93,11 +93,6 @@ AVX512_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
 AVX512_INLINE uint32_t panel_rows(const enum codes codes) {
   (void)codes;
   return ZMOE_ROW_BLOCK + 1;
-}
-
-AVX512_INLINE float added_to(const enum codes codes) {
-  (void)codes;
-  return 0;
 }
 
 #include "avx512_codes.h"

@@ -44,7 +44,7 @@ BF16_INLINE void dot_outputs_bf16(const zmoe_weight *w, const void *const *xs, c
   for (; k + 64 <= w->in_features; k += 64) {
     EACH(j, n_out)
       EACH(line, 2)
-        _mm_prefetch((const char *)data + j * row_bytes + 2 * k + 64 * line + ahead, _MM_HINT_T0);
+        prefetch_line(data + j * row_bytes + 2 * k + 64 * line + ahead);
     EACH(i, 2)
       add_halves(data, row_bytes, k + 32 * i, 0xffffffffu, x, rows, n_out, sum);
   }
@@ -133,12 +133,7 @@ BF16_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
 }
 
 BF16_INLINE uint32_t panel_rows(const enum codes codes) {
-  return codes == CODES8 ? 6 : 12;
-}
-
-BF16_INLINE float added_to(const enum codes codes) {
-  (void)codes;
-  return 0;
+  return codes == CODES8 ? 12 : ZMOE_ROW_BLOCK + 1;
 }
 
 #define INLINE BF16_INLINE
@@ -236,7 +231,7 @@ BF16_INLINE void dot_block(const zmoe_weight *w, const uint32_t bits, const zmoe
       __mmask16 words = lanes16((end - k) / per_lane);
       EACH(i, n_out) {
         const unsigned char *at = data + i * row_bytes + k * 4 / per_lane;
-        _mm_prefetch((const char *)at + skipped * row_bytes, _MM_HINT_T0);
+        prefetch_line(at + skipped * row_bytes);
         __m512i values[2];
         const uint32_t n = bytes_of(bits, affine, _mm512_maskz_loadu_epi32(words, at), values);
         __m512 factor = _mm512_permutexvar_ps(spread, scale[i]);

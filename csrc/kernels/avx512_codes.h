@@ -3,7 +3,6 @@
  *   layout_of(codes)      the layout of x,
  *   table, table_of(w, codes), value_of(codes, words, i, table)  value i of BLOCK_VALUES, from
  *                         the two registers of a block,
- *   added_to(codes)       what an affine code's value is above the code,
  *   lane_code(codes, lane)  the first code in a block that belongs to `lane` of a value,
  *   panel_rows(codes)     from how many rows on decoding once pays for storing what it gives,
  *   multiply_add(sum, value, x)   adds the products of ELEMENTS elements, lane by lane;
@@ -23,7 +22,7 @@
 #define BLOCK_VALUES(codes) (BLOCK_CODES(codes) / ELEMENTS)
 #define EACH_VALUE(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
-enum { PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS, TILE_OUTS = 2 };
+enum { TILE_ROWS = 6, TILE_OUTS = 2, PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS };
 
 /* The registers of a block; even lanes are of the first 64 bytes. */
 INLINE void load_block(const unsigned char *at, uint32_t bytes, __m512i words[2]) {
@@ -63,10 +62,17 @@ INLINE struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
   return out;
 }
 
+INLINE void pass_outputs(struct outputs *out, uint32_t count) {
+  out->data += count * out->row_bytes;
+  out->scales += count * out->scale_bytes;
+  if (out->biases != NULL)
+    out->biases += count * out->scale_bytes;
+}
+
 /* What x's sums add to `n_out` outputs, of which `there` are there. */
 INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outputs out,
                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
-                       uint32_t there, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
+                       uint32_t there, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   const uint32_t groups = w->in_features / w->group;
   EACH(r, rows)
     EACH(j, n_out)
@@ -75,8 +81,6 @@ INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outp
     EACH(j, n_out) {
       const size_t row = (j < there ? j : there - 1) * out.scale_bytes;
       __m512 bias = load_floats(out.biases + row, g, w->scale_dtype, lanes16(groups - g));
-      __m512 scale = load_floats(out.scales + row, g, w->scale_dtype, lanes16(groups - g));
-      bias = _mm512_fnmadd_ps(scale, _mm512_set1_ps(added_to(codes)), bias);
       EACH(r, rows)
         sum[r][j] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[r][j]);
     }
@@ -84,41 +88,60 @@ INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outp
 
 /* ---- few rows ---------------------------------------------------------------------- */
 
-/* Adds `bytes` bytes of codes, the block from element `at` on, to output j: a chain of products for
- * each of its registers. */
-INLINE void add_block(const enum codes codes, const unsigned char *from, uint32_t bytes,
-                      const table t, __m512 factor, const zmoe_packed *x, size_t at,
-                      const uint32_t rows, uint32_t j, __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
-  const uint32_t half = BLOCK_VALUES(codes) / 2;
-  __m512i words[2];
-  __m512 part[2][ZMOE_DOT_ROWS];
-  load_block(from, bytes, words);
-  EACH(r, rows)
-    part[0][r] = part[1][r] = _mm512_setzero_ps();
-  EACH(i, half)
-    EACH(c, 2) {
-      __m512i value = value_of(codes, words, c * half + i, t);
-      EACH(r, rows) {
-        const char *elements = (const char *)x[r].elements + at * (64 / ELEMENTS);
-        part[c][r] = multiply_add(part[c][r], value, elements + (c * half + i) * 64);
-      }
-    }
-  EACH(r, rows)
-    sum[r][j] = _mm512_fmadd_ps(_mm512_add_ps(part[0][r], part[1][r]), factor, sum[r][j]);
+/* Outputs at a time: as many as leave all sums in registers. */
+INLINE uint32_t few_outs(const uint32_t rows) {
+  return rows == 1 ? 4 : 2;
 }
 
-/* `n_out` outputs from o on, all of whose sums stay in registers. */
+/* Of so many rows those of the next tile: no tile is much smaller than another, since decoding
+ * costs each as much as two rows do. */
+static inline uint32_t tile_rows(uint32_t rows) {
+  uint32_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  return (rows + tiles - 1) / tiles;
+}
+
+/* Adds a block of `n_out` outputs, of which `bytes` bytes are there: in one chain of products for
+ * each row and output, x's elements loaded once for all outputs. */
+INLINE void add_block(const enum codes codes, const unsigned char *from, size_t row_bytes,
+                      uint32_t bytes, const table t, const __m512 factor[ZMOE_DOT_ROWS],
+                      const char *const elements[TILE_ROWS], const uint32_t rows,
+                      const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
+  const uint32_t n_values = BLOCK_VALUES(codes);
+  __m512i words[ZMOE_DOT_ROWS][2], value[ZMOE_DOT_ROWS];
+  __m512 part[TILE_ROWS][ZMOE_DOT_ROWS];
+  EACH(j, n_out)
+    load_block(from + j * row_bytes, bytes, words[j]);
+  EACH(r, rows)
+    EACH(j, n_out)
+      part[r][j] = _mm512_setzero_ps();
+  EACH_VALUE(i, n_values) {
+    EACH(j, n_out)
+      value[j] = value_of(codes, words[j], i, t);
+    EACH(r, rows)
+      EACH(j, n_out)
+        part[r][j] = multiply_add(part[r][j], value[j], elements[r] + 64 * i);
+  }
+  EACH(r, rows)
+    EACH(j, n_out)
+      sum[r][j] = _mm512_fmadd_ps(part[r][j], factor[j], sum[r][j]);
+}
+
+/* `n_out` outputs, all of whose sums stay in registers. */
 INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const table t,
-                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out, uint32_t o,
+                        const __m512i first_lanes, size_t skipped, struct outputs out,
+                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
                         float *const *ys, uint32_t y) {
   const uint32_t in_features = w->in_features, groups = in_features / w->group;
-  const struct outputs out = outputs_at(w, o);
-  const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
-  const __m512i first_lanes = block_lanes(w, codes);
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
-  __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
-  EACH(j, n_out)
-    prefetch_scales(w, o + j + skipped, out.scale_bytes);
+  __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[ZMOE_DOT_ROWS];
+  const char *elements[TILE_ROWS];
+  EACH(r, rows)
+    elements[r] = x[r].elements;
+  EACH(j, n_out) {
+    prefetch_line(out.scales + (skipped + j) * out.scale_bytes);
+    if (codes != FP4)
+      prefetch_line(out.biases + (skipped + j) * out.scale_bytes);
+  }
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
     EACH(j, n_out)
@@ -126,19 +149,22 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
     uint32_t at = g * w->group, end = at + 16 * w->group;
     end = end < in_features ? end : in_features;
     __m512i lanes = first_lanes;
-    for (; at + BLOCK_CODES(codes) <= end; at += BLOCK_CODES(codes)) {
+    for (; at < end; at += BLOCK_CODES(codes)) {
+      const unsigned char *from = out.data + at * bits_of(codes) / 8;
       EACH(j, n_out) {
-        const unsigned char *from = out.data + j * out.row_bytes + at * bits_of(codes) / 8;
-        _mm_prefetch((const char *)from + skipped * out.row_bytes, _MM_HINT_T0);
-        _mm_prefetch((const char *)from + skipped * out.row_bytes + 64, _MM_HINT_T0);
-        add_block(codes, from, 128, t, _mm512_permutexvar_ps(lanes, scale[j]), x, at, rows, j, sum);
+        factor[j] = _mm512_permutexvar_ps(lanes, scale[j]);
+        prefetch_line(from + (skipped + j) * out.row_bytes);
+        prefetch_line(from + (skipped + j) * out.row_bytes + 64);
       }
+      if (at + BLOCK_CODES(codes) <= end)
+        add_block(codes, from, out.row_bytes, 128, t, factor, elements, rows, n_out, sum);
+      else
+        add_block(codes, from, out.row_bytes, (end - at) * bits_of(codes) / 8, t, factor, elements,
+                  rows, n_out, sum);
+      EACH(r, rows)
+        elements[r] += 64 * BLOCK_VALUES(codes);
       lanes = _mm512_add_epi32(lanes, per_block);
     }
-    for (uint32_t j = 0; j < n_out && at < end; j++)
-      add_block(codes, out.data + j * out.row_bytes + at * bits_of(codes) / 8,
-                (end - at) * bits_of(codes) / 8, t, _mm512_permutexvar_ps(lanes, scale[j]), x, at,
-                rows, j, sum);
   }
   store_sums(rows, n_out, sum, ys, y);
 }
@@ -146,15 +172,39 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
 INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
                     const void *const *xs, const uint32_t rows, uint32_t first, uint32_t last,
                     float *const *ys) {
-  const uint32_t n_out = ZMOE_DOT_ROWS / rows;
-  zmoe_packed x[ZMOE_DOT_ROWS];
+  const uint32_t n_out = few_outs(rows), n = last - first;
+  const __m512i lanes = block_lanes(w, codes);
+  struct outputs out = outputs_at(w, first);
+  const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
+  zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
-  uint32_t o = first;
-  for (; o + n_out <= last; o += n_out)
-    dot_outputs(w, codes, t, x, rows, n_out, o, ys, o - first);
-  for (; o < last; o++)
-    dot_outputs(w, codes, t, x, rows, 1, o, ys, o - first);
+  uint32_t y = 0;
+  for (; y + n_out <= n; y += n_out, pass_outputs(&out, n_out))
+    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, n_out, ys, y);
+  for (; y < n; y++, pass_outputs(&out, 1))
+    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, 1, ys, y);
+}
+
+INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const table t,
+                      const void *const *xs, uint32_t rows, uint32_t first, uint32_t last,
+                      float *const *ys) {
+#define TILE(rows)                                                                                 \
+  case rows:                                                                                       \
+    dot_few(w, codes, t, xs, rows, first, last, ys);                                               \
+    break
+  for (uint32_t n; rows > 0; rows -= n, xs += n, ys += n) {
+    n = tile_rows(rows);
+    switch (n) {
+      TILE(1);
+      TILE(2);
+      TILE(3);
+      TILE(4);
+      TILE(5);
+      TILE(6);
+    }
+  }
+#undef TILE
 }
 
 /* ---- many rows ----------------------------------------------------------------------- */
@@ -181,8 +231,8 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
     const uint32_t g = at / w->group, bytes = (end - at) * bits_of(codes) / 8;
     const unsigned char *from = data + at * bits_of(codes) / 8;
     __m512i words[2];
-    _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
-    _mm_prefetch((const char *)from + ahead + 64, _MM_HINT_T0);
+    prefetch_line(from + ahead);
+    prefetch_line(from + ahead + 64);
     if ((at - begin) % (16 * w->group) == 0) {
       scale = load_scales(w, scales, g, lanes16(groups - g));
       lanes = first_lanes;
@@ -198,32 +248,28 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
 /* `blocks` blocks of TILE_OUTS outputs from the panel's j on. */
 INLINE void add_tile(const enum codes codes, const struct panel *panel, uint32_t blocks, uint32_t j,
                      const zmoe_packed *x, size_t at, const uint32_t rows,
-                     __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS]) {
-  const uint32_t half = BLOCK_VALUES(codes) / 2;
+                     __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
+  const uint32_t n_values = BLOCK_VALUES(codes);
   const char *elements[ZMOE_DOT_ROWS];
   EACH(r, rows)
     elements[r] = (const char *)x[r].elements + at * (64 / ELEMENTS);
   for (uint32_t b = 0; b < blocks; b++) {
-    __m512 part[2][ZMOE_DOT_ROWS][TILE_OUTS];
+    __m512 part[ZMOE_DOT_ROWS][TILE_OUTS];
     EACH(r, rows)
       EACH(o, TILE_OUTS)
-        part[0][r][o] = part[1][r][o] = _mm512_setzero_ps();
-    EACH(c, 2)
-      _Pragma("GCC unroll 4") for (uint32_t i = 0; i < half; i++) { /* of more, sums would spill */
-        __m512i value[TILE_OUTS];
+        part[r][o] = _mm512_setzero_ps();
+    EACH(i, n_values) {
+      __m512i value[TILE_OUTS];
+      EACH(o, TILE_OUTS)
+        value[o] = panel->values[j + o][b * n_values + i];
+      EACH(r, rows)
         EACH(o, TILE_OUTS)
-          value[o] = panel->values[j + o][(2 * b + c) * half + i];
-        EACH(r, rows)
-          EACH(o, TILE_OUTS)
-            part[c][r][o] =
-                multiply_add(part[c][r][o], value[o], elements[r] + (c * half + i) * 64);
-      }
+          part[r][o] = multiply_add(part[r][o], value[o], elements[r] + i * 64);
+    }
     EACH(r, rows) {
-      elements[r] += 128 * half;
-      EACH(o, TILE_OUTS) {
-        __m512 both = _mm512_add_ps(part[0][r][o], part[1][r][o]);
-        sum[r][o] = _mm512_fmadd_ps(both, panel->factors[j + o][b], sum[r][o]);
-      }
+      elements[r] += 64 * n_values;
+      EACH(o, TILE_OUTS)
+        sum[r][o] = _mm512_fmadd_ps(part[r][o], panel->factors[j + o][b], sum[r][o]);
     }
   }
 }
@@ -235,7 +281,7 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
                      float *const *ys, uint32_t y) {
   const uint32_t blocks = (end - begin + BLOCK_CODES(codes) - 1) / BLOCK_CODES(codes);
   for (uint32_t j = 0; j < n_out; j += TILE_OUTS) {
-    __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS];
+    __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS];
     if (begin == 0)
       start_sums(w, codes, out, x, rows, TILE_OUTS, n_out - j, sum);
     else
@@ -251,9 +297,7 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
       store_sums(rows, TILE_OUTS, sum, ys, y + j);
     else
       store_sums(rows, 1, sum, ys, y + j);
-    out.scales += TILE_OUTS * out.scale_bytes;
-    if (codes != FP4)
-      out.biases += TILE_OUTS * out.scale_bytes;
+    pass_outputs(&out, TILE_OUTS);
   }
 }
 
@@ -300,5 +344,5 @@ INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *
   if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else
-    ZMOE_BY_ROWS(dot_few, w, codes, t);
+    dot_tiles(w, codes, t, xs, rows, first, last, ys);
 }

@@ -56,14 +56,10 @@ static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group
   }
 }
 
-static uint32_t run_of(const struct zmoe_experts_job *job, uint32_t tasks) {
-  return job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(tasks, job->threads);
-}
-
 static void activate(struct zmoe_experts_job *job, float *scratch) {
   uint32_t panels = zmoe_panels(job->hidden), count = job->n_groups * panels;
   zmoe_run mine = {0, 0};
-  for (uint32_t task; zmoe_take_of_run(&job->up_tasks, count, run_of(job, count), &mine, &task);)
+  for (uint32_t task; zmoe_take_of_run(&job->up_tasks, count, job->threads, &mine, &task);)
     activate_panel(job, &job->groups[task / panels], task % panels * ZMOE_PANEL, scratch);
 }
 
@@ -102,9 +98,9 @@ static void add_weighted(const struct zmoe_experts_job *job, const struct zmoe_g
 
 static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
   float *panel = scratch, *sums = scratch + ZMOE_PANEL_BYTES / 4, *total = sums + ZMOE_SUMS;
-  uint32_t count = zmoe_panels(job->width), run = run_of(job, count);
+  uint32_t count = zmoe_panels(job->width);
   zmoe_run mine = {0, 0};
-  for (uint32_t task; zmoe_take_of_run(&job->down_tasks, count, run, &mine, &task);) {
+  for (uint32_t task; zmoe_take_of_run(&job->down_tasks, count, job->threads, &mine, &task);) {
     uint32_t first = task * ZMOE_PANEL;
     memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
     for (uint32_t g = 0; g < job->n_groups; g++) {

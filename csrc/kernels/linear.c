@@ -30,7 +30,7 @@ struct linear {
   uint32_t of_weight[ZMOE_MAX_WEIGHTS]; /* index of its packing */
   uint32_t first_task[ZMOE_MAX_WEIGHTS + 1];
   unsigned char *per_thread;
-  uint32_t run; /* of tasks */
+  uint32_t threads;
   zmoe_tasks input_tasks, tasks;
 };
 
@@ -68,7 +68,7 @@ static void multiply(struct linear *job, uint32_t thread) {
   float *sums = panel + ZMOE_PANEL_BYTES / 4;
   uint32_t n_tasks = job->first_task[job->n_weights], i = 0;
   zmoe_run mine = {0, 0};
-  for (uint32_t task; zmoe_take_of_run(&job->tasks, n_tasks, job->run, &mine, &task);) {
+  for (uint32_t task; zmoe_take_of_run(&job->tasks, n_tasks, job->threads, &mine, &task);) {
     while (task >= job->first_task[i + 1])
       i++;
     const zmoe_weight *w = job->weights[i];
@@ -151,8 +151,6 @@ static int multiply_block(zmoe_thread_pool *pool, struct linear *job, zmoe_preci
   plan_packings(job, precision);
   for (uint32_t i = 0; i < job->n_weights; i++)
     job->first_task[i + 1] = job->first_task[i] + zmoe_panels(job->weights[i]->out_features);
-  uint32_t n_tasks = job->first_task[job->n_weights];
-  job->run = job->rows > ZMOE_DOT_ROWS ? 1 : zmoe_run_of(n_tasks, zmoe_thread_pool_threads(pool));
   size_t mark = zmoe_thread_pool_mark(pool);
   int status = take_scratch(pool, job);
   if (status == ZMOE_OK)
@@ -178,6 +176,7 @@ int zmoe_linear(zmoe_thread_pool *pool, const zmoe_weight *const *weights, uint3
     struct linear job = {
         .kernels = zmoe_kernels_for(zmoe_thread_pool_isa(pool)),
         .isa = zmoe_thread_pool_isa(pool),
+        .threads = zmoe_thread_pool_threads(pool),
         .n_weights = n_weights,
         .weights = weights,
         .x = (const unsigned char *)x + (size_t)first * in_features * x_item,

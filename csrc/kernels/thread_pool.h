@@ -45,24 +45,28 @@ typedef struct zmoe_run {
   uint32_t next, end;
 } zmoe_run;
 
-static inline int zmoe_take_of_run(zmoe_tasks *tasks, uint32_t count, uint32_t run, zmoe_run *mine,
-                                   uint32_t *task) {
+/* How many neighbours to take when `left` tasks are left: fewer towards the end, so that
+ * no thread waits long for another, whatever else its core has to do. */
+static inline uint32_t zmoe_run_of(uint32_t left, uint32_t threads) {
+  uint32_t run = left / (4 * threads);
+  return run < 1 ? 1 : run > 16 ? 16 : run;
+}
+
+static inline int zmoe_take_of_run(zmoe_tasks *tasks, uint32_t count, uint32_t threads,
+                                   zmoe_run *mine, uint32_t *task) {
   if (mine->next == mine->end) {
-    uint32_t begin = atomic_fetch_add_explicit(&tasks->next, run, memory_order_relaxed);
-    if (begin >= count)
-      return 0;
+    uint32_t begin = atomic_load_explicit(&tasks->next, memory_order_relaxed), run;
+    do {
+      if (begin >= count)
+        return 0;
+      run = zmoe_run_of(count - begin, threads);
+    } while (!atomic_compare_exchange_weak_explicit(&tasks->next, &begin, begin + run,
+                                                    memory_order_relaxed, memory_order_relaxed));
     mine->next = begin;
-    mine->end = count - begin < run ? count : begin + run;
+    mine->end = begin + run;
   }
   *task = mine->next++;
   return 1;
-}
-
-/* How many neighbours to take of `count` tasks that the memory limits: a few runs
- * a thread, so that none waits long for another. */
-static inline uint32_t zmoe_run_of(uint32_t count, uint32_t threads) {
-  uint32_t run = count / (4 * threads);
-  return run < 1 ? 1 : run > 16 ? 16 : run;
 }
 
 static inline size_t zmoe_round_up(size_t value, size_t unit) {

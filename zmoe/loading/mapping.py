@@ -115,16 +115,21 @@ class Mapping:
                     memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise ModelError(f"{path} cannot be mapped: {error}") from None
+            _in_large_pages(memory)
             self._files[path] = (memory, ffi.from_buffer("uint8_t[]", memory))
         return self._files[path]
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:
-    """Memory for `nbytes` in large pages, where the system has them: experts are read at random."""
     memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _in_large_pages(memory)
+    return memory
+
+
+def _in_large_pages(memory: mmap.mmap) -> None:
+    """Where the system has them, for what is not in memory yet: experts are read at random."""
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _page_in(memory: mmap.mmap, start: int, size: int) -> None:
