@@ -147,10 +147,11 @@ KERNEL void dot_few(const zmoe_weight *w, uint32_t format, const uint32_t group,
       struct groups groups;
       if (format == ZMOE_FORMAT_AFFINE)
         load_groups(w, out, group, begin, left < DEPTH ? left : DEPTH, &groups);
-      if (left >= DEPTH)
+      if (format == ZMOE_FORMAT_AFFINE && left >= DEPTH) /* each scale's place is a constant */
         add_chunk(format, group, out.data, &groups, begin, DEPTH, layout, x, rows, sum);
       else
-        add_chunk(format, group, out.data, &groups, begin, left, layout, x, rows, sum);
+        add_chunk(format, group, out.data, &groups, begin, left < DEPTH ? left : DEPTH, layout, x,
+                  rows, sum);
     }
     EACH(r, rows)
       ys[r][o - first] = vec_fold(sum[r]);
