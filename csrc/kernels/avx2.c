@@ -6,6 +6,7 @@
 #include "avx2.h"
 
 #define CODES __m256i
+#define UNIT 2
 
 /* The codes in the low and in the high half of each byte. */
 KERNEL void split(CODES bytes, int affine, CODES codes[2]) {
@@ -18,8 +19,34 @@ KERNEL void split(CODES bytes, int affine, CODES codes[2]) {
     codes[i] = _mm256_shuffle_epi8(fp4, codes[i]);
 }
 
+/* Words are exchanged so that, lane by lane, all of a unit belongs to one group: even lanes are
+ * of the first 64 codes, odd ones of the others; the lanes of each half of a register are of 32. */
+KERNEL void load_unit(const unsigned char *src, uint32_t words, int affine, CODES codes[4]) {
+  __m256i a = load_codes(src, words), b = load_codes(src + 32, words > 8 ? words - 8 : 0);
+  split(_mm256_unpacklo_epi32(a, b), affine, codes);
+  split(_mm256_unpackhi_epi32(a, b), affine, codes + 2);
+}
+
+KERNEL VEC spread(const float *scales, uint32_t group) {
+  if (group == 128)
+    return _mm256_broadcast_ss(scales);
+  if (group == 64)
+    return _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(const void *)scales));
+  __m256 four = _mm256_castps128_ps256(_mm_loadu_ps(scales));
+  return _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 2, 0, 2, 1, 3, 1, 3));
+}
+
 KERNEL __m256i add_pairs(__m256i pairs, int times) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16((short)times));
+}
+
+/* 128 codes with one plane of x: eight products make at most 8 * 24 * 128, which
+ * 16 bits hold. */
+KERNEL __m256i times_plane(const CODES codes[4], const int8_t *elements) {
+  __m256i sum[4];
+  EACH(i, 4)
+    sum[i] = _mm256_maddubs_epi16(codes[i], load_bytes32(elements + 32 * i));
+  return _mm256_add_epi16(_mm256_add_epi16(sum[0], sum[1]), _mm256_add_epi16(sum[2], sum[3]));
 }
 
 KERNEL VEC to_floats(__m256i sum, const zmoe_packed *x, size_t lane) {
@@ -27,19 +54,14 @@ KERNEL VEC to_floats(__m256i sum, const zmoe_packed *x, size_t lane) {
   return _mm256_cvtepi32_ps(sum) * _mm256_loadu_ps(x->scales + lane);
 }
 
-/* 64 codes with one plane of x: four products make at most 4 * 24 * 128, which
- * 16 bits hold. */
-KERNEL __m256i times_plane(const CODES codes[2], const int8_t *elements) {
-  return _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], load_bytes32(elements)),
-                          _mm256_maddubs_epi16(codes[1], load_bytes32(elements + 64)));
+KERNEL VEC times_int8(const CODES codes[4], const zmoe_packed *x, size_t k, uint32_t i) {
+  (void)i; /* a unit is a block */
+  return to_floats(add_pairs(times_plane(codes, (const int8_t *)x->elements + k), 1), x, k / 16);
 }
 
-KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, const int8_t *elements,
-                      size_t lane) {
-  return to_floats(add_pairs(times_plane(codes, elements), 1), x, lane);
-}
-
-KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
+KERNEL VEC times_int22(const CODES codes[4], const zmoe_packed *x, size_t k, uint32_t i) {
+  (void)i;
+  const int8_t *elements = (const int8_t *)x->elements + 3 * k;
   __m256i high = add_pairs(times_plane(codes, elements), -32768);
   __m256i middle = add_pairs(times_plane(codes, elements + ZMOE_BLOCK), 256);
   __m256i low = add_pairs(times_plane(codes, elements + 2 * ZMOE_BLOCK), 1);
@@ -63,13 +85,11 @@ KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
   }
 }
 
-KERNEL VEC spread(const float *scales, int two) {
-  if (!two)
-    return _mm256_broadcast_ss(scales);
-  return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
+static void pack_integers(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  zmoe_avx2_pack_input(layout, w, x, row);
 }
 
 #include "gemv_body.h"
 
-const zmoe_kernels zmoe_kernels_avx2 = {gemv_layout, zmoe_generic_pack_input, gemv_dot};
+const zmoe_kernels zmoe_kernels_avx2 = {gemv_layout, gemv_pack_input, gemv_dot};
 #endif

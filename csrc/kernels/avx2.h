@@ -42,4 +42,6 @@ KERNEL VEC load_e8m0(const unsigned char *src, uint32_t count) {
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(code, 23), odd));
 }
 
+void zmoe_avx2_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+
 #endif

@@ -61,7 +61,8 @@ AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void 
 /* ---- codes ------------------------------------------------------------------------- */
 
 AVX512_INLINE zmoe_layout layout_of(const enum codes codes) {
-  return codes == CODES8 ? ZMOE_LAYOUT_CODES8_WORDS : ZMOE_LAYOUT_CODES4;
+  (void)codes;
+  return ZMOE_LAYOUT_CODES4;
 }
 
 typedef __m512i table;
@@ -75,14 +76,11 @@ AVX512_INLINE __m512 multiply_add(__m512 sum, __m512i value, const void *x) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(value), _mm512_loadu_ps(x), sum);
 }
 
-/* Code i % 8 of each word, or i % 4. */
+/* Code i % 8 of each word. */
 AVX512_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], uint32_t i,
                                table values) {
-  const uint32_t bits = bits_of(codes), half = 32 / bits;
-  __m512i code = _mm512_srli_epi32(words[i / half], i % half * bits);
-  if (bits == 4)
-    return _mm512_permutexvar_epi32(code, values);
-  return (__m512i)_mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(255)));
+  (void)codes;
+  return _mm512_permutexvar_epi32(_mm512_srli_epi32(words[i / 8], i % 8 * 4), values);
 }
 
 AVX512_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
@@ -118,8 +116,8 @@ AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void
                             float *const *ys) {
   if (zmoe_layout_is_integer(layout)) /* without VNNI, AVX2 is as good */
     zmoe_kernels_avx2.dot(w, layout, xs, rows, first, last, scratch, ys);
-  else if (layout == ZMOE_LAYOUT_CODES8_WORDS)
-    dot_codes(w, CODES8, xs, rows, first, last, scratch, ys);
+  else if (layout == ZMOE_LAYOUT_CHAINS)
+    zmoe_avx512_dot_codes8(w, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_MXFP4)
     dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4)
@@ -133,9 +131,16 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4;
   if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
-    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CODES8_WORDS;
+    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CHAINS;
   return ZMOE_LAYOUT_PLAIN;
 }
 
-const zmoe_kernels zmoe_kernels_avx512 = {layout_for, zmoe_avx512_pack_input, zmoe_avx512_dot};
+static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  if (zmoe_layout_is_integer(layout))
+    zmoe_kernels_avx2.pack_input(layout, w, x, row);
+  else
+    zmoe_avx512_pack_input(layout, w, x, row);
+}
+
+const zmoe_kernels zmoe_kernels_avx512 = {layout_for, pack_input, zmoe_avx512_dot};
 #endif

@@ -105,6 +105,9 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
 
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, void *scratch, float *const *ys);
+void zmoe_avx512_dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
+                            uint32_t first, uint32_t last, void *scratch, float *const *ys);
+void zmoe_avx512_pack_chains(const float *x, uint32_t in_features, float *to);
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
 
 #endif

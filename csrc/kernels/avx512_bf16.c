@@ -299,7 +299,7 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   int bf16 = x_dtype == ZMOE_BF16;
   if (layout == ZMOE_LAYOUT_CODES4 && bf16)
     return ZMOE_LAYOUT_CODES4_BF16;
-  if (layout == ZMOE_LAYOUT_CODES8_WORDS && bf16)
+  if (w->format == ZMOE_FORMAT_AFFINE && layout == ZMOE_LAYOUT_CHAINS && bf16)
     return ZMOE_LAYOUT_CODES8_BF16;
   if (w->format == ZMOE_FORMAT_BF16 && bf16)
     return ZMOE_LAYOUT_BF16;

@@ -42,16 +42,10 @@ AVX512_INLINE __m512 gather(const float *x, uint32_t per_word, uint32_t code) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(first), x + code, 4);
 }
 
-/* 256 elements for 4 bits, or 128 for 8: code by code, of the words of both registers of a block.
- */
+/* 256 elements: code by code, of the words of both registers of a block. */
 AVX512 static void block_codes4(const float *x, float *to) {
   for (uint32_t i = 0; i < 16; i++)
     _mm512_storeu_ps(to + 16 * i, gather(x, 8, i / 8 * 16 + i % 8));
-}
-
-AVX512 static void block_codes8(const float *x, float *to) {
-  for (uint32_t i = 0; i < 8; i++)
-    _mm512_storeu_ps(to + 16 * i, gather(x, 4, i / 4 * 8 + i % 4));
 }
 
 BF16_INLINE __m512i round_32(__m512 low, __m512 high) {
@@ -176,16 +170,17 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
   case ZMOE_LAYOUT_CODES4_BF16:
     block_codes4_bf16(x, (uint16_t *)elements + first);
     return;
-  case ZMOE_LAYOUT_BF16:
+  default: /* ZMOE_LAYOUT_BF16 */
     block_bf16(x, (uint16_t *)elements + first);
-    return;
-  default: /* ZMOE_LAYOUT_CODES8_WORDS */
-    block_codes8(x, (float *)elements + first);
   }
 }
 
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
   zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
+  if (layout == ZMOE_LAYOUT_CHAINS) {
+    zmoe_avx512_pack_chains(x, w->in_features, to.elements);
+    return;
+  }
   if (w->group != 0)
     sum_groups(x, w->in_features, w->group,
                layout == ZMOE_LAYOUT_CODES4_BF16 || layout == ZMOE_LAYOUT_CODES8_BF16, to.sums);

@@ -26,8 +26,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_BF16,      /* bf16, in order */
   ZMOE_LAYOUT_CODES4,    /* f32, in the order in which 4-bit codes are decoded */
   ZMOE_LAYOUT_CODES4_BF16,
-  ZMOE_LAYOUT_CODES8,       /* f32, in order, with sums */
-  ZMOE_LAYOUT_CODES8_WORDS, /* f32, in the order in which words of 8-bit codes are decoded */
+  ZMOE_LAYOUT_CHAINS, /* f32, in the order in which f32_body.h sums floats */
   ZMOE_LAYOUT_CODES8_BF16,
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
@@ -103,7 +102,11 @@ extern const zmoe_kernels zmoe_kernels_neon_bf16;
 #endif
 #endif
 
-/* Every layout but those that only AVX-512 has. */
+/* Every layout but those that only x86 has. */
 void zmoe_generic_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
+/* Of a group in 22 bits whose largest element is `largest`: what one is, and its inverse, or 0. */
+float zmoe_scale_int22(float largest, float *inverse);
+/* Scale and rest of group g, `sum` being that of its integers. */
+void zmoe_finish_int22(const zmoe_weight *w, int32_t sum, float scale, size_t g, zmoe_packed to);
 
 #endif

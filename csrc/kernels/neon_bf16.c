@@ -251,7 +251,7 @@ DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 
 /* At most ZMOE_DOT_ROWS rows. */
 static void dot_few(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                    uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+                    uint32_t first, uint32_t last, float *const *ys) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
   if (layout == ZMOE_LAYOUT_BF16)
     dot_halves(w, xs, rows, first, last, ys);
@@ -261,17 +261,27 @@ static void dot_few(const zmoe_weight *w, zmoe_layout layout, const void *const 
     dot_codes8(w, xs, rows, first, last, ys);
   else if (layout == ZMOE_LAYOUT_CODES4_INT8)
     (affine ? dot_codes4_int8 : dot_fp4_int8)(w, xs, rows, first, last, ys);
-  else if (layout == ZMOE_LAYOUT_CODES8_INT8)
-    dot_codes8_int8(w, xs, rows, first, last, ys);
   else
-    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, scratch, ys);
+    dot_codes8_int8(w, xs, rows, first, last, ys);
 }
 
 static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                 uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+  if (layout == ZMOE_LAYOUT_PLAIN || layout == ZMOE_LAYOUT_CHAINS ||
+      layout == ZMOE_LAYOUT_CODES4_INT22) {
+    zmoe_kernels_neon_dot.dot(w, layout, xs, rows, first, last, scratch, ys);
+    return;
+  }
   for (; rows > ZMOE_DOT_ROWS; rows -= ZMOE_DOT_ROWS, xs += ZMOE_DOT_ROWS, ys += ZMOE_DOT_ROWS)
-    dot_few(w, layout, xs, ZMOE_DOT_ROWS, first, last, scratch, ys);
-  dot_few(w, layout, xs, rows, first, last, scratch, ys);
+    dot_few(w, layout, xs, ZMOE_DOT_ROWS, first, last, ys);
+  dot_few(w, layout, xs, rows, first, last, ys);
+}
+
+static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  if (layout == ZMOE_LAYOUT_CHAINS)
+    zmoe_kernels_neon_dot.pack_input(layout, w, x, row);
+  else
+    zmoe_generic_pack_input(layout, w, x, row);
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
@@ -280,11 +290,11 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
     return layout;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     return ZMOE_LAYOUT_CODES4_BF16;
-  if (layout == ZMOE_LAYOUT_CODES8)
+  if (w->format == ZMOE_FORMAT_AFFINE && layout == ZMOE_LAYOUT_CHAINS)
     return ZMOE_LAYOUT_CODES8_BF16;
   return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;
 }
 
-const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, zmoe_generic_pack_input, dot};
+const zmoe_kernels zmoe_kernels_neon_bf16 = {layout_for, pack_input, dot};
 #endif
 #endif

@@ -4,6 +4,7 @@
 #include "neon.h"
 
 #define CODES int8x16_t
+#define UNIT 1
 
 #ifndef DOT4
 /* Two products of bytes, even of -128 and 127, fit 16 bits. */
@@ -17,10 +18,10 @@ KERNEL CODES load_codes(const unsigned char *src, uint32_t count) {
   return vreinterpretq_s8_u8(load_bytes(src, 4 * (size_t)count));
 }
 
-KERNEL void split(CODES bytes, int affine, CODES codes[2]) {
+KERNEL void load_unit(const unsigned char *src, uint32_t words, int affine, CODES codes[2]) {
   static const int8_t fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-  uint8x16_t low = vandq_u8(vreinterpretq_u8_s8(bytes), vdupq_n_u8(15));
-  uint8x16_t high = vshrq_n_u8(vreinterpretq_u8_s8(bytes), 4);
+  uint8x16_t bytes = vreinterpretq_u8_s8(load_codes(src, words));
+  uint8x16_t low = vandq_u8(bytes, vdupq_n_u8(15)), high = vshrq_n_u8(bytes, 4);
   codes[0] = affine ? vreinterpretq_s8_u8(low) : vqtbl1q_s8(vld1q_s8(fp4), low);
   codes[1] = affine ? vreinterpretq_s8_u8(high) : vqtbl1q_s8(vld1q_s8(fp4), high);
 }
@@ -30,13 +31,15 @@ KERNEL int32x4_t times_plane(int32x4_t sum, const CODES codes[2], const int8_t *
   return dot4(sum, codes[1], vld1q_s8(elements + 64));
 }
 
-KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, const int8_t *elements,
-                      size_t lane) {
+KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, size_t k, uint32_t i) {
+  const size_t lane = (k + i) / 8;
+  const int8_t *elements = (const int8_t *)x->elements + k + i / 2;
   int32x4_t sum = times_plane(vld1q_s32(x->offsets + lane), codes, elements);
   return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + lane);
 }
 
-KERNEL VEC times_int22(const CODES codes[2], const int8_t *elements) {
+KERNEL VEC times_int22(const CODES codes[2], const zmoe_packed *x, size_t k, uint32_t i) {
+  const int8_t *elements = (const int8_t *)x->elements + 3 * k + i / 2;
   int32x4_t zero = vdupq_n_s32(0), sum = times_plane(zero, codes, elements);
   sum = vsubq_s32(zero, vshlq_n_s32(sum, 7));
   sum = vshlq_n_s32(times_plane(sum, codes, elements + ZMOE_BLOCK), 8);
@@ -59,11 +62,15 @@ KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
   values[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
 }
 
-KERNEL VEC spread(const float *scales, int two) {
-  (void)two; /* a register of codes has one group */
+KERNEL VEC spread(const float *scales, uint32_t group) {
+  (void)group; /* a register of codes has one */
   return vld1q_dup_f32(scales);
+}
+
+static void pack_integers(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  zmoe_generic_pack_input(layout, w, x, row);
 }
 
 #include "gemv_body.h"
 
-const zmoe_kernels TABLE = {gemv_layout, zmoe_generic_pack_input, gemv_dot};
+const zmoe_kernels TABLE = {gemv_layout, gemv_pack_input, gemv_dot};

@@ -211,17 +211,27 @@ static void store_digits(const int32_t v[ZMOE_INT_GROUP], int8_t *to) {
 
 /* A power of two, so that a bf16 element of at least 2^-14 of the largest is
  * kept as it is. */
-static float scale_int22(float largest) {
+float zmoe_scale_int22(float largest, float *inverse) {
   const float limit = 127 << 15;
+  *inverse = 0.0f;
+  if (largest < 0x1p-100f)
+    return 1.0f;
   float scale = f32_of_bits(((bits_of_f32(largest) >> 23) - 21) << 23);
-  return largest > scale * limit ? scale * 2.0f : scale;
+  scale = largest > scale * limit ? scale * 2.0f : scale;
+  *inverse = 1.0f / scale;
+  return scale;
+}
+
+void zmoe_finish_int22(const zmoe_weight *w, int32_t sum, float scale, size_t g, zmoe_packed to) {
+  float rounded = (float)sum * scale, centre = (float)centre_of(w);
+  to.scales[g] = scale * unit_of(w);
+  to.rests[g] = w->format == ZMOE_FORMAT_AFFINE ? (to.sums[g] - rounded) * centre
+                                                : -rounded * centre * unit_of(w);
 }
 
 /* A group in 22 bits. */
 static void pack_input_int22(const zmoe_weight *w, const float *x, uint32_t first, zmoe_packed to) {
-  float largest = largest_of(x + first, w->group);
-  int tiny = largest < 0x1p-100f;
-  float scale = tiny ? 1.0f : scale_int22(largest), inverse = tiny ? 0.0f : 1.0f / scale;
+  float inverse, scale = zmoe_scale_int22(largest_of(x + first, w->group), &inverse);
   int32_t sum = 0;
   for (uint32_t k = first; k < first + w->group; k += ZMOE_INT_GROUP) {
     int32_t v[ZMOE_INT_GROUP];
@@ -230,11 +240,7 @@ static void pack_input_int22(const zmoe_weight *w, const float *x, uint32_t firs
     for (uint32_t i = 0; i < ZMOE_INT_GROUP; i++)
       sum += v[i];
   }
-  uint32_t g = first / w->group;
-  float rounded = (float)sum * scale, centre = (float)centre_of(w);
-  to.scales[g] = scale * unit_of(w);
-  to.rests[g] = w->format == ZMOE_FORMAT_AFFINE ? (to.sums[g] - rounded) * centre
-                                                : -rounded * centre * unit_of(w);
+  zmoe_finish_int22(w, sum, scale, first / w->group, to);
 }
 
 static void pack_input_integers(zmoe_layout layout, const zmoe_weight *w, const float *x,
