@@ -95,7 +95,7 @@ def test_no_leader_ends_a_serving_worker(
             leader._bus.broadcast(FURTHER)
             deadline = time.monotonic() + PATIENCE_S
             while time.monotonic() < deadline:
-                leader._listen()  # raises what the worker says
+                leader.watch()  # raises what the worker says
         assert node.poll() is None
     hostile.kind = None
     with Cluster(TINY, spec=spec) as cluster:

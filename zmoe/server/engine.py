@@ -88,7 +88,6 @@ class _Request:
 
     def __init__(self, stream: Stream, cancel: Callable[[], None], logprobs: bool) -> None:
         self.stream, self.cancel, self.logprobs = stream, cancel, logprobs
-        self.told_cached = False
 
 
 class _EngineProcess:
@@ -120,14 +119,11 @@ class _EngineProcess:
             self._tell(self._ready())
             while not self._closing:
                 self._receive()
-                if self._requests:
-                    cluster.step()
-                    self._tell_tokens()
-                else:
-                    cluster.step()
-                    self._socket.poll(IDLE_MS)
-                    self._check_front()
+                cluster.step()
+                self._tell_tokens()
                 self._tell_stats()
+                if not self._requests:
+                    self._socket.poll(IDLE_MS)
 
     def _check_front(self) -> None:
         if self._parent is not None and not self._parent.is_alive():
@@ -258,6 +254,7 @@ class _EngineProcess:
         if now < self._next_stats:
             return
         self._next_stats = now + _STATS_S
+        self._check_front()
         if now >= self._next_memory:
             self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
         cluster = self._cluster
