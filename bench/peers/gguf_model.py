@@ -2,7 +2,7 @@
 
 Takes what mlx-lm loads, plain or quantised; quantised weights are dequantised
 as MLX does it and quantised anew. Router and norms stay float32, as llama.cpp
-has them. The file has no vocabulary: only token ids can be run.
+has them. The file's vocabulary is made up, so only token ids make sense.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 from process import BAD_INPUT, PeerFailure
 
 try:
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, quants
 except ImportError as error:
     sys.exit(f"gguf_model.py: cannot import gguf: {error}")
 
@@ -129,8 +129,22 @@ def describe(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> None
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, config["vocab_size"])
+
+
+def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
+    """Words of no meaning for all ids, behind SentencePiece's special tokens and bytes."""
+    special, octets = ["<unk>", "<s>", "</s>"], [f"<0x{n:02X}>" for n in range(256)]
+    words = [f"\u2581w{n}" for n in range(size - len(special) - len(octets))]
+    kinds = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * len(octets)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, *octets, *words])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types([*kinds, *[TokenType.NORMAL] * len(words)])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
 
 
 def stored(weight: Weight, kind: GGMLQuantizationType) -> np.ndarray[Any, np.dtype[Any]]:
