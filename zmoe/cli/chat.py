@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zmoe import __version__
 from zmoe.cli.cluster import add_cluster, cluster_spec
@@ -44,12 +44,19 @@ _HELP = """\
 Messages = list[dict[str, str]]
 
 
+class Piece(NamedTuple):
+    """A piece of an answer; thoughts are no part of the conversation."""
+
+    text: str
+    is_thought: bool = False
+
+
 class Partner(Protocol):
     """Who answers. `tokens` counts those of the last answer."""
 
     tokens: int
 
-    def answer(self, messages: Messages) -> Generator[str, None, None]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """The pieces of an answer. Raises ZmoeError."""
         ...
 
@@ -69,7 +76,7 @@ class ClusterPartner:
         self._cluster, self._sampling, self._template = cluster, sampling, template
         self._stopped, self.tokens = False, 0
 
-    def answer(self, messages: Messages) -> Generator[str, None, None]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """See Partner."""
         from zmoe.engine.prompt import encode_chat
 
@@ -77,7 +84,7 @@ class ClusterPartner:
         ids = encode_chat(self._cluster.tokenizer, messages, self._template)
         with closing(self._cluster.generate(ids, self._sampling)) as generation:
             for self.tokens, token in enumerate(generation, 1):
-                yield token.text
+                yield Piece(token.text)
                 if self._stopped:  # within a step it would have ended the cluster
                     return
 
@@ -111,7 +118,7 @@ class ServerPartner:
         if template:
             self._body["chat_template_kwargs"] = template
 
-    def answer(self, messages: Messages) -> Generator[str, None, None]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """See Partner."""
         body = json.dumps({**self._body, "messages": messages}).encode()
         request = urllib.request.Request(self._url, body, self._headers)
@@ -119,20 +126,22 @@ class ServerPartner:
             with urllib.request.urlopen(request, timeout=_SERVER_S) as answer:
                 for line in answer:
                     if line.startswith(b"data: {"):
-                        yield self._text(json.loads(line[6:]))
+                        yield from self._pieces(json.loads(line[6:]))
         except urllib.error.HTTPError as error:
             raise ZmoeError(f"{self._url}: {_reason(error)}") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise ZmoeError(f"{self._url}: {getattr(reason, 'strerror', None) or reason}") from None
 
-    def _text(self, event: dict[str, Any]) -> str:
+    def _pieces(self, event: dict[str, Any]) -> Iterator[Piece]:
         if "error" in event:
             raise ZmoeError(f"{self._url}: {event['error'].get('message')}")
         if event.get("usage"):
             self.tokens = event["usage"]["completion_tokens"]
-        deltas = [choice["delta"] for choice in event.get("choices", [])]
-        return "".join(d.get("reasoning_content") or d.get("content") or "" for d in deltas)
+        for choice in event.get("choices", []):
+            delta = choice["delta"]
+            yield Piece(delta.get("reasoning_content") or "", is_thought=True)
+            yield Piece(delta.get("content") or "")
 
     def stop(self) -> None:
         """See Partner."""
@@ -261,8 +270,8 @@ def _exchange(partner: Partner, messages: Messages, said: str, interactive: bool
     try:
         with _ctrl_c(partner), closing(partner.answer(messages)) as answer:
             for piece in answer:
-                text += piece
-                print(piece, end="", flush=True)
+                text += "" if piece.is_thought else piece.text
+                print(piece.text, end="", flush=True)
     except _Stopped:
         pass
     except InputError as error:  # such as a conversation that has become too long

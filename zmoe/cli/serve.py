@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from zmoe import __version__
 from zmoe.cli.cluster import add_cluster, cluster_spec
@@ -13,9 +14,6 @@ from zmoe.cli.common import Parser, add_settings, given_settings, run_command, w
 from zmoe.cli.progress import Bars
 from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig
 from zmoe.errors import InputError
-
-if TYPE_CHECKING:
-    from zmoe.server.run import Watcher
 
 PROG = "zmoe-serve"
 
@@ -34,7 +32,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_serving(add: object) -> None:
+def _add_serving(add: Callable[..., Any]) -> None:
     try:
         from zmoe.server.front import ServeConfig
     except ImportError as error:
@@ -42,24 +40,24 @@ def _add_serving(add: object) -> None:
             f"{PROG} needs the extra of that name ({error.name} is missing): "
             "pip install 'zmoe[serve]'"
         ) from None
-    add_settings(add, ServeConfig)  # type: ignore[arg-type]
+    add_settings(add, ServeConfig)
 
 
-def _watcher(bars: Bars) -> Watcher:
-    from zmoe.server.run import Watcher
+class _Teller:
+    """A Watcher that shows progress bars, then says where the server is."""
 
-    class Told(Watcher):
-        def loading(self, rank: int, done: int, total: int) -> None:
-            bars(rank, done, total)
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
 
-        def notice(self, line: str) -> None:
-            bars.print(f"{PROG}: {line}")
+    def loading(self, rank: int, done: int, total: int) -> None:
+        self._bars(rank, done, total)
 
-        def ready(self, address: str) -> None:
-            bars.__exit__()
-            print(f"{PROG}: ready at {address}", flush=True)
+    def notice(self, line: str) -> None:
+        self._bars.print(f"{PROG}: {line}")
 
-    return Told()
+    def ready(self, address: str) -> None:
+        self._bars.__exit__()
+        print(f"{PROG}: ready at {address}", flush=True)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -71,7 +69,7 @@ def _serve(options: argparse.Namespace) -> None:
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address)
     with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as bars:
-        serve(options.model, spec, config, _watcher(bars))
+        serve(options.model, spec, config, _Teller(bars))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
-from zmoe.server.ask import Ask, check_names, type_tag
+from zmoe.server.ask import Ask, type_tag
 from zmoe.server.errors import invalid
 from zmoe.server.fields import refused
 from zmoe.server.http import Body
-from zmoe.server.tools import Function
+from zmoe.server.tools import Function, check_names
 from zmoe.server.turns import Turns
 
 MOST_STOPS = 64

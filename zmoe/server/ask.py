@@ -119,12 +119,3 @@ def type_tag(given: Any) -> str:
     """Tells objects with a type apart for pydantic; the names of fields leave it out."""
     kind = given.get("type") if isinstance(given, Mapping) else getattr(given, "type", None)
     return f"type={kind}"
-
-
-def check_names(names: Sequence[str], param: str) -> None:
-    """Raise ApiError where two tools have one name; `param` is the field of a name, with {}."""
-    seen = set()
-    for at, name in enumerate(names):
-        if name in seen:
-            raise invalid(param.format(at), f"is {name!r}, as that of another tool")
-        seen.add(name)

@@ -77,6 +77,12 @@ class Front:
         return f"fp_{hashlib.blake2b(repr(known).encode(), digest_size=5).hexdigest()}"
 
     @property
+    def context(self) -> int | None:
+        """The most tokens of prompt and text, None where that is unlimited or not known yet."""
+        ready = self.link.ready
+        return ready.context or None if ready is not None else None
+
+    @property
     def status(self) -> str:
         """Whether requests can run: loading, ready, failed, closing or closed."""
         return "closing" if self.is_draining else self.link.state

@@ -72,11 +72,6 @@ class EngineLink:
         self.history, self.meters = History(), Meters()
         self.restarts = 0
 
-    @property
-    def open_requests(self) -> int:
-        """How many requests have not ended."""
-        return len(self._queues)
-
     # ---- the process ----------------------------------------------------------------------
 
     async def run(self) -> None:

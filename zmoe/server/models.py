@@ -38,11 +38,10 @@ def routes(front: Front) -> list[Route]:
 
 
 def _description(front: Front) -> dict[str, object]:
-    ready = front.link.ready
     return {
         "id": front.model,
         "object": "model",
         "created": front.created,
         "owned_by": "zmoe",
-        "max_model_len": ready.context if ready is not None and ready.context else None,
+        "max_model_len": front.context,
     }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 
@@ -32,8 +33,8 @@ _MOST_HEAD_BYTES = 32 << 10
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Watcher:
-    """Who is told how the server comes up: does nothing, unless overridden."""
+class Watcher(Protocol):
+    """Who is told how the server comes up."""
 
     def loading(self, rank: int, done: int, total: int) -> None:
         """So many bytes of a node's share have been read."""

@@ -46,9 +46,8 @@ def routes(front: Front) -> list[Route]:
             ids = (await body.prompt_of_chat(front, with_tools=bool(body.tools))).ids
         else:
             ids = await front.apart(_encode, front, body)
-        ready = front.link.ready
         found: dict[str, Any] = {"count": len(ids), "tokens": ids}
-        found["max_model_len"] = ready.context if ready is not None and ready.context else None
+        found["max_model_len"] = front.context
         if body.return_token_strs:
             found["token_strs"] = front.tokenizer.convert_ids_to_tokens(ids)
         return json_answer(found)

@@ -54,12 +54,18 @@ class _Choice(Body):
 ToolChoice = Annotated[_Choice, BeforeValidator(_kind)]
 
 
+def check_names(names: Sequence[str], param: str) -> None:
+    """Raise ApiError where two tools have one name; `param` is the field of a name, with {}."""
+    seen = set()
+    for at, name in enumerate(names):
+        if name in seen:
+            raise invalid(param.format(at), f"is {name!r}, as that of another tool")
+        seen.add(name)
+
+
 def callable_tools(tools: Sequence[Tool], choice: _Choice | None) -> dict[int, Function]:
     """The functions that the model may call now, by place in `tools`. Raises ApiError."""
-    names = [tool.function.name for tool in tools]
-    for at, name in enumerate(names):
-        if name in names[:at]:
-            raise invalid(f"tools[{at}].function.name", f"is {name!r}, as that of another tool")
+    check_names([tool.function.name for tool in tools], "tools[{}].function.name")
     functions = {at: tool.function for at, tool in enumerate(tools)}
     if choice is None or choice.type == "auto":
         return functions
