@@ -110,6 +110,8 @@ class Answer:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
             "usage": {},
         }
 
@@ -121,7 +123,8 @@ class Answer:
     def add(self, piece: Piece | ToolCall) -> list[Event]:
         """See Teller."""
         if isinstance(piece, ToolCall):
-            block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
+            block: dict[str, Any] = {"type": "tool_use", "id": piece.id, "name": piece.name}
+            block |= {"input": {}, "caller": {"type": "direct"}}
             events = self._start("tool_use", block)
             events.append(
                 self._delta({"type": "input_json_delta", "partial_json": piece.arguments})
@@ -130,7 +133,7 @@ class Answer:
             return events + self._stop()
         events = []
         if self._open != piece.kind:
-            block = {"type": "text", "text": ""}
+            block = {"type": "text", "text": "", "citations": None}
             if piece.kind == "reasoning":
                 block = {"type": "thinking", "thinking": "", "signature": ""}
             events = self._start(piece.kind, block)
@@ -156,13 +159,18 @@ class Answer:
             {"type": "message_stop"},
         ]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         choice = self._choice
         return {
             "input_tokens": choice.prompt_tokens - choice.cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": choice.cached_tokens,
+            "cache_creation": None,
             "output_tokens": choice.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": choice.reasoning_tokens},
+            "service_tier": "standard",
+            "server_tool_use": None,
+            "inference_geo": None,
         }
 
     def _start(self, kind: str, block: dict[str, Any]) -> list[Event]:

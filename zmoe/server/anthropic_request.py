@@ -52,6 +52,12 @@ class ThinkingBlock(Body):
     signature: str = ""
 
 
+class Caller(Body):
+    """Who made a call: the model itself."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Body):
     """A call that the model made."""
 
@@ -59,6 +65,7 @@ class ToolUseBlock(Body):
     id: str = Field(min_length=1)
     name: str = Field(min_length=1)
     input: dict[str, Any]
+    caller: Caller = Caller(type="direct")
     cache_control: CacheControl | None = None
 
 

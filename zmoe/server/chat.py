@@ -205,7 +205,7 @@ def _delta(delta: Delta, calls: int) -> dict[str, Any]:
 
 
 def _message(found: Delta) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "refusal": None, "annotations": []}
     message["content"] = found.content if found.content or not found.tool_calls else None
     if found.reasoning:
         message["reasoning_content"] = found.reasoning

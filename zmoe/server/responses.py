@@ -64,8 +64,16 @@ def routes(front: Front) -> list[Route]:
         store.delete(id)
         return json_answer({"id": id, "object": "response", "deleted": True})
 
+    async def compact(_: Request) -> Response:
+        raise ApiError(
+            404,
+            "POST /v1/responses/compact: this server does not compact conversations",
+            code="not_supported",
+        )
+
     return [
         Route("/v1/responses", create, methods=["POST"]),
+        Route("/v1/responses/compact", compact, methods=["POST"]),
         Route("/v1/responses/{id}", retrieve, methods=["GET"]),
         Route("/v1/responses/{id}", delete, methods=["DELETE"]),
     ]
@@ -107,6 +115,7 @@ class Answer:
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
             "created_at": int(time.time()),
+            "completed_at": None,
             "status": "in_progress",
             "background": False,
             "error": None,
@@ -116,15 +125,19 @@ class Answer:
             "max_tool_calls": body.max_tool_calls,
             "model": model,
             "output": [],
+            "frequency_penalty": 0.0,
             "parallel_tool_calls": body.parallel_tool_calls,
+            "presence_penalty": 0.0,
             "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
+            "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": body.store,
             "temperature": body.temperature,
             "text": {"format": body.text.format.model_dump(by_alias=True, exclude_unset=True)},
             "tool_choice": tool_choice if len(tool_choice) > 1 else body.tool_choice.type,
-            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
+            "tools": [tool.model_dump() for tool in body.tools],
             "top_logprobs": 0,
             "top_p": body.top_p,
             "truncation": body.truncation,
