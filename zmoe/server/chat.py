@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from zmoe.server.calls import ToolCall
 from zmoe.server.chat_messages import ChatPrompt
 from zmoe.server.errors import invalid
 from zmoe.server.fields import CompletionFields, usage
 from zmoe.server.front import Front
-from zmoe.server.generation import Delta, Task, ToolCall, run_together
+from zmoe.server.generation import Delta, Task, run_together
 from zmoe.server.http import (
     error_body,
     event,
@@ -147,7 +148,7 @@ class _Answer:
                     first = {"role": "assistant", "content": ""}
                     yield event(head | ids | {"choices": [_chunk(place, first)]})
                 found = _delta(delta, calls[place])
-                calls[place] += len(delta.tool_calls)
+                calls[place] += sum(call.begins for call in delta.tool_calls)
                 extra = self._extra(delta)
                 if found or (extra and delta.tokens):
                     yield event(head | {"choices": [_chunk(place, found) | extra]})
@@ -198,19 +199,22 @@ def _delta(delta: Delta, calls: int) -> dict[str, Any]:
     if delta.content:
         found["content"] = delta.content
     if delta.tool_calls:
-        found["tool_calls"] = [
-            {"index": at} | _call(call) for at, call in enumerate(delta.tool_calls, calls)
-        ]
+        found["tool_calls"] = []
+        for call in delta.tool_calls:
+            calls += call.begins
+            piece = _call(call) if call.begins else {"function": {"arguments": call.arguments}}
+            found["tool_calls"].append({"index": calls - 1} | piece)
     return found
 
 
 def _message(found: Delta) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "refusal": None, "annotations": []}
-    message["content"] = found.content if found.content or not found.tool_calls else None
+    whole = [_call(call) for call in found.tool_calls if call.ends]
+    message["content"] = found.content if found.content or not whole else None
     if found.reasoning:
         message["reasoning_content"] = found.reasoning
-    if found.tool_calls:
-        message["tool_calls"] = [_call(call) for call in found.tool_calls]
+    if whole:
+        message["tool_calls"] = whole
     return message
 
 
