@@ -211,7 +211,12 @@ class CountRequest(Body):
         if choice.name is not None and choice.name not in offered:
             raise invalid("tool_choice.name", f"{choice.name!r} is no tool")
         functions = [
-            Function(name=tool.name, description=tool.description, parameters=tool.input_schema)
+            Function(
+                name=tool.name,
+                description=tool.description,
+                strict=tool.strict,
+                parameters=tool.input_schema,
+            )
             for tool in self.tools
             if choice.type != "none"
         ]

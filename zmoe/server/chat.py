@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from zmoe.server.ask import answer_grammar
 from zmoe.server.calls import ToolCall
 from zmoe.server.chat_messages import ChatPrompt
 from zmoe.server.errors import invalid
@@ -30,14 +31,7 @@ from zmoe.server.http import (
 )
 from zmoe.server.openapi import operation
 from zmoe.server.token_texts import chat_logprobs
-from zmoe.server.tools import (
-    MOST_CALLS,
-    ToolChoice,
-    answer_or_calls_grammar,
-    callable_tools,
-    calls_grammar,
-    check_parameters,
-)
+from zmoe.server.tools import ToolChoice, callable_tools
 
 
 class ChatRequest(ChatPrompt, CompletionFields):
@@ -63,25 +57,25 @@ class ChatRequest(ChatPrompt, CompletionFields):
         functions = callable_tools(self.tools, self.tool_choice)
         forced = self.tool_choice is not None and self.tool_choice.type in ("required", "function")
         one_call = (forced and self.tool_choice_is_named) or not self.parallel_tool_calls
-        grammar = await self.answer_grammar(front)
-        if forced:
-            if grammar:
-                raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
-            await asyncio.to_thread(check_parameters, front.grammars, functions)
-            grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
-            await self.check_grammar(front, grammar, "tools")
-        elif functions:
-            if not front.tokenizer.has_tool_calling:
-                raise invalid(
-                    "tools",
-                    "are not known to this model's chat template: tool_choice required, or the "
-                    "name of a function, makes calls by a grammar",
-                )
-            if self.grammar:
-                raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
-            if (known := self.answer_schema()) is not None:
-                grammar = answer_or_calls_grammar(known[1], front.tokenizer, front.grammars)
-                await self.check_grammar(front, grammar, known[0])
+        schema, grammar = self.answer_schema(), self.grammar
+        if forced and (schema is not None or grammar):
+            raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
+        if functions and grammar:
+            raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
+        if grammar:
+            await self.check_grammar(front, grammar, "grammar")
+        else:
+            grammar = await asyncio.to_thread(
+                answer_grammar,
+                front,
+                functions=functions,
+                forced=[function.name for function in functions.values()] if forced else (),
+                one_call=one_call,
+                schema=schema,
+                names=("function.parameters", "function.strict"),
+            )
+        if grammar and self.ignore_eos:
+            raise invalid("ignore_eos", "cannot be combined with a grammar, which ends the text")
         prompt = await self.prompt_of_chat(front, with_tools=bool(functions))
         top = (self.top_logprobs or 0) if self.logprobs else None
         return [

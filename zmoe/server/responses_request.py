@@ -256,7 +256,12 @@ class ResponsesRequest(Body):
             self._messages(earlier),
             ("parameters", "text.format.schema", "input"),
             functions=[
-                Function(name=tool.name, description=tool.description, parameters=tool.parameters)
+                Function(
+                    name=tool.name,
+                    description=tool.description,
+                    strict=tool.strict,
+                    parameters=tool.parameters,
+                )
                 for tool in self.tools
                 if choice.type != "none" and tool.name in allowed
             ],
