@@ -290,6 +290,7 @@ class Cluster:
         ignore_chat_template: bool = False,
         chat_template_config: dict[str, Any] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        generated: Sequence[int] | None = None,
         **options: Any,
     ) -> Generation:
         """Begin to generate what follows `prompt` (text, or token ids as they are).
@@ -297,11 +298,12 @@ class Cluster:
         The result iterates over the tokens, also with `async for`. Others may be submitted
         meanwhile: as many as `parallel` of the spec's engine says run at once, the others wait.
         `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
-        Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
-        `sampling`. Raises InputError for a prompt that is empty or too long,
-        QueueFullError where too many wait, TypeError for unknown options. The model's context
-        bounds prompt and text, unless `max_kv_size` of the spec's engine lets the attention go
-        on in a window.
+        With the seed of a generation that was cut short, and the tokens that it had `generated`,
+        the text goes on behind them; it is the same where layers run in C. Options are Sampling's
+        fields (`max_tokens`, `temp`, ...), in place of `sampling`. Raises InputError for a prompt
+        that is empty or too long, QueueFullError where too many wait, TypeError for unknown
+        options. The model's context bounds prompt and text, unless `max_kv_size` of the spec's
+        engine lets the attention go on in a window.
         """
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
@@ -321,7 +323,11 @@ class Cluster:
                 borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
-        stream = self.make_stream(ids, sampling, borders=borders, on_prefill=on_prefill)
+        if generated:
+            generated = check_ids(generated, self.tokenizer)
+        stream = self.make_stream(
+            ids, sampling, borders=borders, on_prefill=on_prefill, generated=generated
+        )
         cancel = self.begin_stream(stream)
         advance = partial(self._advance, stream)
         return Generation(
@@ -345,9 +351,11 @@ class Cluster:
         salt: bytes = b"",
         constraint: Constraint | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        generated: Sequence[int] | None = None,
     ) -> Stream:
-        """What begin_stream() takes, for a prompt of token ids. Raises InputError for a
-        prompt that is too long, SettingError for what the model's vocabulary does not have.
+        """What begin_stream() takes, for a prompt of token ids; `generated` as for submit().
+        Raises InputError for a prompt that is too long, SettingError for what the model's
+        vocabulary does not have.
         """
         _check_vocabulary(sampling, self.info.vocabulary)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
@@ -361,6 +369,7 @@ class Cluster:
             salt=salt,
             constraint=constraint,
             on_prefill=on_prefill,
+            generated=generated,
         )
 
     def begin_stream(self, stream: Stream) -> Callable[[], None]:
@@ -373,9 +382,9 @@ class Cluster:
             self._end_cancelled()
             return partial(self._cancelled.append, self._batcher.submit(stream))
 
-    def step(self) -> bool:
-        """Run a step for all streams; returns False if there is none. While a server is idle it
-        calls this now and then, so that the loss of a node is noticed.
+    def step(self) -> None:
+        """Run a step for all streams. While a server is idle it calls this now and then, so that
+        the loss of a node is noticed.
 
         Raises as a Generation does; what it raises ends the cluster.
         """
@@ -384,10 +393,8 @@ class Cluster:
             with self._stepping():
                 if self._batcher.busy:
                     self._batcher.step()
-                    return True
-                if self._leader is not None:
+                elif self._leader is not None:
                     self._leader.watch()
-                return False
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""

@@ -30,7 +30,7 @@ class Compiler:
 
     def add(self, request: Submit) -> None:
         """Compile the grammar of `request`. Raises QueueFullError where too many wait."""
-        if len(self._waiting) >= self._most:
+        if len(self._waiting) >= self._most and request.generated is None:
             raise QueueFullError(len(self._waiting))
         until = time.monotonic() + COMPILE_S
         found = self._threads.submit(self._grammars.start, request.grammar, request.grammar_after)

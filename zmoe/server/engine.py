@@ -193,6 +193,7 @@ class _EngineProcess:
                 borders=request.borders,
                 salt=request.salt,
                 constraint=constraint,
+                generated=request.generated,
             )
             cancel = self._cluster.begin_stream(stream)
         except (InputError, QueueFullError) as error:

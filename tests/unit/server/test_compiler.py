@@ -31,7 +31,7 @@ class SlowGrammars:
 
 
 def request(number: int, grammar: str) -> Submit:
-    return Submit(number, (1,), Sampling(), (), b"", grammar, (7,))
+    return Submit(number, (1,), Sampling(), (), b"", grammar, (7,), None)
 
 
 def taken(waiting: Compiler, count: int) -> dict[int, Any]:
