@@ -196,6 +196,19 @@ class _Lib:
         h: CData,
         precision: int,
     ) -> int: ...
+    def zmoe_latent_attention_step(
+        self,
+        team: CData,
+        attention: CData,
+        cache: CData,
+        spans: CData,
+        n_spans: int,
+        cosines: CData,
+        sines: CData,
+        h: CData,
+        precision: int,
+    ) -> int: ...
+    def zmoe_latent_attention_scratch(self, attention: CData, threads: int) -> int: ...
     def zmoe_kv_head_bytes(self, head_dim: int, dtype: int, bits: int) -> int: ...
     def zmoe_attention_scratch(self, attention: CData, threads: int) -> int: ...
     def zmoe_route(

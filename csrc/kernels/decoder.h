@@ -12,7 +12,7 @@
 
 #include "compute.h"
 
-#define ZMOE_MAX_HEAD_DIM 256
+#define ZMOE_MAX_HEAD_DIM 640
 
 typedef enum zmoe_norm_kind {
   ZMOE_NORM_NONE = 0,
@@ -86,12 +86,45 @@ int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
 /* Working memory of it, on that many threads. */
 size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t threads);
 
+/* ---- latent attention --------------------------------------------------------------- */
+
+/* Keys and values of all heads are made of one vector per position, the latent; beside it,
+ * all heads share one rotated part of their keys.  A head's matrices are applied to its query
+ * and to its sum of latents, so that latents are used as the cache has them. */
+typedef struct zmoe_latent_attention {
+  zmoe_norm input;                /* of h */
+  const zmoe_weight *query_down;  /* width -> what `query` takes; NULL: it takes norm(h) */
+  zmoe_norm query_norm;           /* of what query_down gives */
+  const zmoe_weight *query;       /* -> heads * (key_dim + rope_dims) */
+  const zmoe_weight *down;        /* width -> latent_dim + rope_dims: latent, shared part */
+  zmoe_norm latent_norm;          /* of the latent */
+  const zmoe_weight *key_heads;   /* [heads]: key_dim -> latent_dim */
+  const zmoe_weight *value_heads; /* [heads]: latent_dim -> value_dim */
+  const zmoe_weight *output;      /* heads * value_dim -> width */
+  uint32_t heads;
+  uint32_t latent_dim, rope_dims; /* together at most ZMOE_MAX_HEAD_DIM; rope_dims: even */
+  uint32_t key_dim, value_dim;
+  float scale; /* these, and the rest, as in zmoe_attention */
+  uint32_t rope_traditional, window, keep, dtype;
+} zmoe_latent_attention;
+
+/* The same as zmoe_attention_step. The cache has `keys` alone, (blocks, 64, latent_dim +
+ * rope_dims) of `dtype`, and `bits` of 0. */
+int zmoe_latent_attention_step(zmoe_thread_pool *pool, const zmoe_latent_attention *attention,
+                               const zmoe_kv_cache *cache, const zmoe_span *spans, uint32_t n_spans,
+                               const float *cosines, const float *sines, float *h,
+                               zmoe_precision precision);
+size_t zmoe_latent_attention_scratch(const zmoe_latent_attention *attention, uint32_t threads);
+
 /* ---- router ---------------------------------------------------------------------- */
 
 typedef enum zmoe_route_kind {
   ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
   ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
+  ZMOE_SIGMOID_TOP_K = 2, /* each expert's logistic function, of which the k best */
 } zmoe_route_kind;
+
+#define ZMOE_MAX_GROUPS 256
 
 typedef struct zmoe_router {
   zmoe_norm input;         /* of h */
@@ -99,6 +132,11 @@ typedef struct zmoe_router {
   uint32_t kind;           /* zmoe_route_kind */
   uint32_t top_k;
   uint32_t normalize; /* 1: a row's weights are divided by their sum */
+  const float *bias;  /* (experts): more for the choice, but not for the weights; or NULL */
+  /* Experts in `groups` equal groups of two or more, at most ZMOE_MAX_GROUPS; 0: none.  All but
+   * the `kept` ones with the best two experts are chosen from as if their scores were 0. */
+  uint32_t groups, kept;
+  float scale; /* of the weights; 0: 1 */
 } zmoe_router;
 
 /* x (rows, width) of `x_dtype` = norm(h); ids, weights (rows, top_k): the experts of

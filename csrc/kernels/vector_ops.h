@@ -60,6 +60,8 @@ typedef struct zmoe_vector_ops {
                      const zmoe_head_block *values, float *sums, size_t sum_stride);
   /* out[i] = codes[i], integers of 8 bits, i < count rounded up to ZMOE_SUM_LANES */
   void (*widen)(const unsigned char *codes, size_t count, float *out);
+  /* x[i] = 1 / (1 + exp(-x[i])) */
+  void (*sigmoid)(float *x, uint32_t count);
   /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
   void (*activate)(const zmoe_expert_layer *layer, const float *gate, const float *up,
                    uint32_t count, float *out);

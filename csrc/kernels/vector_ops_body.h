@@ -168,4 +168,10 @@ TARGET static void widen(const unsigned char *codes, size_t count, float *out) {
     vec_store((unsigned char *)out, i, ZMOE_F32, vec_load8(codes + i));
 }
 
-const zmoe_vector_ops TABLE = {norm_row, clip, rotate, score, soften, add_values, widen, activate};
+TARGET static void sigmoid(float *x, uint32_t count) {
+  for (uint32_t i = 0; i < count; i++)
+    x[i] = sigmoid_of(x[i]);
+}
+
+const zmoe_vector_ops TABLE = {norm_row,   clip,  rotate,  score,   soften,
+                               add_values, widen, sigmoid, activate};

@@ -115,6 +115,13 @@ static void check_activations(const zmoe_vector_ops *plain, const zmoe_vector_op
     fast->activate(&layer, gate, up, dim, out[1]);
     CHECK(memcmp(out[0], out[1], dim * sizeof *gate) == 0);
   }
+  for (int v = 0; v < 2; v++) {
+    memcpy(out[v], gate, dim * sizeof *gate);
+    (v ? fast : plain)->sigmoid(out[v], dim);
+  }
+  CHECK(memcmp(out[0], out[1], dim * sizeof *gate) == 0);
+  for (uint32_t i = 0; i < dim; i++)
+    CHECK(fabs(out[0][i] - 1 / (1 + exp(-(double)gate[i]))) < 1e-6);
   free(gate), free(up);
 }
 

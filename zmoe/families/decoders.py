@@ -1,4 +1,4 @@
-"""The families whose whole layers run in C: their decoder layers and routers taken apart.
+"""The families whose whole layers run in C: their decoder layers and MoE blocks taken apart.
 
 Other families' layers run in MLX, with their matmuls on the kernels.
 """
@@ -9,11 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlx.nn.layers.activations import Sigmoid
 from mlx.nn.layers.base import Module
 
 from zmoe.families.sites import key_of
 from zmoe.kernels.attention import AttentionParts
-from zmoe.kernels.decoder import SOFTMAX_TOP_K, TOP_K_SOFTMAX, RouterParts
+from zmoe.kernels.decoder import RouterParts
+from zmoe.kernels.latent_attention import LatentParts
+from zmoe.kernels.mlp import MlpParts
+from zmoe.kernels.weights import Matrices, Stored, matrices
+from zmoe.native import RouteKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class LayerParts:
     `feed_forward` is the name of that module in `layer`.
     """
 
-    attention: AttentionParts
+    attention: AttentionParts | LatentParts
     norm: Module
     feed_forward: str
 
@@ -62,6 +67,26 @@ def _usual(feed_forward: str) -> Callable[[Any, Any, int], LayerParts]:
     return parts
 
 
+def _latent(model: Any, layer: Any, index: int) -> LayerParts:
+    attn = layer.self_attn
+    is_low_rank = attn.q_lora_rank is not None
+    attention = LatentParts(
+        norm=layer.input_layernorm,
+        query_down=attn.q_a_proj if is_low_rank else None,
+        query_norm=attn.q_a_layernorm if is_low_rank else None,
+        query=attn.q_b_proj if is_low_rank else attn.q_proj,
+        down=attn.kv_a_proj_with_mqa,
+        latent_norm=attn.kv_a_layernorm,
+        key_heads=attn.embed_q,
+        value_heads=attn.unembed_out,
+        output=attn.o_proj,
+        rope_dims=attn.qk_rope_head_dim,
+        scale=attn.scale,
+        rope=attn.rope,
+    )
+    return LayerParts(attention, layer.post_attention_layernorm, "mlp")
+
+
 def _gpt_oss(model: Any, layer: Any, index: int) -> LayerParts:
     inner = model.model
     sliding = inner.layer_types[index] == "sliding_attention"
@@ -93,6 +118,11 @@ LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
     "olmoe.TransformerBlock": _usual("mlp"),
     "mixtral.MixtralDecoderLayer": _usual("block_sparse_moe"),
     "glm4_moe.DecoderLayer": _usual("mlp"),
+    "minimax.MiniMaxDecoderLayer": _usual("block_sparse_moe"),
+    "dots1.Dots1DecoderLayer": _usual("mlp"),
+    "ernie4_5_moe.Ernie4_5_DecoderLayer": _usual("mlp"),
+    "deepseek_v3.DeepseekV3DecoderLayer": _latent,
+    "glm4_moe_lite.Glm4MoeLiteDecoderLayer": _latent,
     "gpt_oss.TransformerBlock": _gpt_oss,
     "dbrx.DecoderLayer": _dbrx,
 }
@@ -101,21 +131,60 @@ LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
 # ---- routers -----------------------------------------------------------------------
 
 
+def _matrix(gate: Any) -> Matrices:
+    """That of a native linear layer, or of a module with a weight alone."""
+    if hasattr(gate, "_matmul"):
+        return gate._matmul.weight  # type: ignore[no-any-return]
+    return matrices("the router's gate", {"weight": Stored.of(gate.weight)}, None)
+
+
 def _softmax(block: Any) -> RouterParts:
-    return RouterParts(block.gate, SOFTMAX_TOP_K, block.top_k, bool(block.norm_topk_prob))
+    gate = _matrix(block.gate)
+    return RouterParts(gate, RouteKind.SOFTMAX_TOP_K, block.top_k, bool(block.norm_topk_prob))
 
 
 def _softmax_unnormalized(block: Any) -> RouterParts:
-    return RouterParts(block.gate, SOFTMAX_TOP_K, block.top_k)
+    return RouterParts(_matrix(block.gate), RouteKind.SOFTMAX_TOP_K, block.top_k)
 
 
 def _dbrx_router(block: Any) -> RouterParts:
-    return RouterParts(block.router.layer, SOFTMAX_TOP_K, block.num_experts_per_tok, True)
+    gate = _matrix(block.router.layer)
+    return RouterParts(gate, RouteKind.SOFTMAX_TOP_K, block.num_experts_per_tok, True)
 
 
 def _top_k_softmax(block: Any) -> RouterParts:
-    gate = block.gate if "gate" in block else block.router
-    return RouterParts(gate, TOP_K_SOFTMAX, block.num_experts_per_tok)
+    gate = _matrix(block.gate if "gate" in block else block.router)
+    return RouterParts(gate, RouteKind.TOP_K_SOFTMAX, block.num_experts_per_tok)
+
+
+def _ernie_router(block: Any) -> RouterParts:
+    is_sigmoid = isinstance(block.gate_act, Sigmoid)
+    kind = RouteKind.SIGMOID_TOP_K if is_sigmoid else RouteKind.SOFTMAX_TOP_K
+    return RouterParts(_matrix(block.gate), kind, block.k, normalize=True)
+
+
+def _minimax_router(block: Any) -> RouterParts:
+    return RouterParts(
+        _matrix(block.gate),
+        RouteKind.SIGMOID_TOP_K,
+        block.num_experts_per_tok,
+        normalize=True,
+        bias=block.e_score_correction_bias,
+    )
+
+
+def _grouped_sigmoid(block: Any) -> RouterParts:
+    gate = block.gate
+    return RouterParts(
+        _matrix(gate),
+        RouteKind.SIGMOID_TOP_K,
+        gate.top_k,
+        normalize=gate.top_k > 1 and bool(gate.norm_topk_prob),
+        bias=gate.e_score_correction_bias,
+        groups=gate.n_group if gate.n_group > 1 else 0,
+        kept=gate.topk_group,
+        scale=float(gate.routed_scaling_factor),
+    )
 
 
 ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
@@ -125,7 +194,48 @@ ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
     "dbrx.SparseMoeBlock": _dbrx_router,
     "mixtral.MixtralSparseMoeBlock": _top_k_softmax,
     "gpt_oss.MLPBlock": _top_k_softmax,
+    "ernie4_5_moe.Ernie4_5_MoeMLP": _ernie_router,
+    "minimax.MiniMaxSparseMoeBlock": _minimax_router,
+    "dots1.Dots1MoE": _grouped_sigmoid,
+    "glm4_moe.MoE": _grouped_sigmoid,
+    "glm4_moe_lite.Glm4MoeLiteMoE": _grouped_sigmoid,
+    "deepseek_v3.DeepseekV3MoE": _grouped_sigmoid,
 }
+
+
+# ---- dense layers and shared experts -----------------------------------------------------
+
+
+def _swiglu(mlp: Any, weight: Any) -> MlpParts:
+    return MlpParts((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weight)
+
+
+MLPS: dict[str, Callable[[Any, Any], MlpParts]] = {
+    "deepseek_v3.DeepseekV3MLP": _swiglu,
+    "dots1.Dots1MLP": _swiglu,
+    "ernie4_5_moe.Ernie4_5_MLP": _swiglu,
+    "glm4_moe.MLP": _swiglu,
+    "glm4_moe_lite.Glm4MoeLiteMLP": _swiglu,
+    "qwen2_moe.MLP": _swiglu,
+    "qwen3_moe.MLP": _swiglu,
+}
+
+
+def mlp_of(module: Any, weight: Any = None) -> MlpParts | None:
+    """A feed-forward network taken apart, with its `weight` if it has one; None for a class
+    that is not known.
+    """
+    take_apart = MLPS.get(key_of(module))
+    return take_apart and take_apart(module, weight)
+
+
+def shared_of(block: Any) -> MlpParts | None:
+    """What a block computes beside its routed experts; None unless it is one known MLP."""
+    if "shared_experts" in block:
+        return mlp_of(block.shared_experts)
+    if "shared_expert" in block and "shared_expert_gate" in block:
+        return mlp_of(block.shared_expert, block.shared_expert_gate)
+    return None
 
 
 def final_norm_of(holder: Any) -> Module:

@@ -9,11 +9,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from zmoe.families.decoders import ROUTERS, LayerParts, final_norm_of, parts_of
+from zmoe.families.decoders import (
+    ROUTERS,
+    LayerParts,
+    final_norm_of,
+    mlp_of,
+    parts_of,
+    shared_of,
+)
 from zmoe.families.sites import Site, key_of, replace_module
-from zmoe.kernels.attention import NativeAttention, NativeNorm
+from zmoe.kernels.attention import NativeNorm
 from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE, PagedLayers
 from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.mlp import MlpMemory, MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
@@ -28,7 +36,11 @@ class _Shared:
     dtype: mx.Dtype
     residual: ResidualBuffer
     buffers: BufferPool
+    mlp_memory: MlpMemory
     rope_tables: list[RopeTables]
+
+    def mlp(self, norm: Any, parts: MlpParts | None) -> NativeMlp | None:
+        return None if parts is None else NativeMlp(norm, parts, self.mlp_memory, self.pool)
 
     def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
         """One for all layers with the same RoPE, so that its tables are made once per step."""
@@ -71,14 +83,15 @@ def fuse_layers(
         return None
     width = parts[0].attention.output._matmul.weight.out_features
     padding = max(layer.ownership.most_padding for layer in layers)
-    shared = _Shared(pool, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
+    buffers = BufferPool(dtype, padding)
+    shared = _Shared(pool, dtype, ResidualBuffer(width), buffers, MlpMemory(width, dtype), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)
     step, attentions = PagedStep(), []
     for index, (layer, part) in enumerate(zip(originals, parts)):
-        rope_tables = shared.tables_of(part.attention.rope, part.attention.head_dim)
-        attention = NativeAttention(part.attention, rope_tables, step, pool, dtype)
+        rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
+        attention = part.attention.make(rope_tables, step, pool, dtype)
         attentions.append(attention)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
         native = NativeLayer(layer, attention, feed_forward, shared.residual)
@@ -95,10 +108,11 @@ def _feed_forward(
     moe: tuple[Site, Layer] | None,
     experts: dict[str, NativeExperts],
     shared: _Shared,
-) -> NativeMoE | MlxFeedForward:
+) -> NativeMoE | NativeMlp | MlxFeedForward:
     module = layer[part.feed_forward]
     if moe is None or not isinstance(module, ExpertParallelMoE):
-        return MlxFeedForward(part.norm, module, shared.dtype)
+        dense = shared.mlp(part.norm, mlp_of(module))
+        return dense or MlxFeedForward(part.norm, module, shared.dtype)
     site, place = moe
     router = ROUTERS.get(key_of(site.block))
     own = experts.get(site.path)
@@ -115,4 +129,5 @@ def _feed_forward(
         place,
         shared.pool,
         shared.buffers,
+        shared.mlp(part.norm, shared_of(site.block)),
     )
