@@ -116,6 +116,45 @@ int zmoe_latent_attention_step(zmoe_thread_pool *pool, const zmoe_latent_attenti
                                zmoe_precision precision);
 size_t zmoe_latent_attention_scratch(const zmoe_latent_attention *attention, uint32_t threads);
 
+/* ---- gated delta nets ------------------------------------------------------------------ */
+
+/* Some elements of each row of `data` (rows, width): those of head h begin at `at` + h * `stride`.
+ */
+typedef struct zmoe_slices {
+  const void *data;
+  uint32_t width, at, stride;
+} zmoe_slices;
+
+/* Between the projections of a gated delta net (Yang et al., 2024): a causal convolution over
+ * rows for each channel, SiLU, queries and keys of length 1, and for each head of values a
+ * state (value_dim, key_dim) that decays, and takes what is new in a value at its key. */
+typedef struct zmoe_delta_net {
+  uint32_t key_heads, value_heads; /* the latter a multiple of the former */
+  uint32_t key_dim, value_dim, taps;
+  const float *conv;           /* (taps, channels): all queries, all keys, all values */
+  const float *decay, *offset; /* (value_heads): what the `a` of a row is made a decay with */
+  zmoe_norm norm;              /* of a head's result, before its gate */
+} zmoe_delta_net;
+
+typedef enum zmoe_delta_part {
+  ZMOE_DELTA_QUERIES = 0, /* (key_dim) of each head of keys */
+  ZMOE_DELTA_KEYS = 1,    /* likewise */
+  ZMOE_DELTA_VALUES = 2,  /* (value_heads / key_heads, value_dim) */
+  ZMOE_DELTA_GATES = 3,   /* likewise */
+  ZMOE_DELTA_B = 4,       /* (value_heads / key_heads): how much of a value is taken in */
+  ZMOE_DELTA_A = 5,       /* likewise: how much decays */
+  ZMOE_DELTA_PARTS = 6
+} zmoe_delta_part;
+
+/* out (sequences, rows, value_heads * value_dim) of `rows` rows of each sequence, whose `parts`
+ * [ZMOE_DELTA_PARTS] are of `dtype`, as are `conv_in` and `conv_out` (sequences, taps - 1,
+ * channels), the rows before.  State (sequences, value_heads, value_dim, key_dim) f32.  What was
+ * before the first row is NULL; in and out do not overlap. */
+int zmoe_delta_step(zmoe_thread_pool *pool, const zmoe_delta_net *net, const zmoe_slices *parts,
+                    zmoe_dtype dtype, uint32_t sequences, uint32_t rows, const void *conv_in,
+                    void *conv_out, const float *state_in, float *state_out, void *out);
+size_t zmoe_delta_scratch(const zmoe_delta_net *net, uint32_t threads);
+
 /* ---- router ---------------------------------------------------------------------- */
 
 typedef enum zmoe_route_kind {

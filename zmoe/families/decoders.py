@@ -5,7 +5,7 @@ Other families' layers run in MLX, with their matmuls on the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mlx.nn.layers.base import Module
 from zmoe.families.sites import key_of
 from zmoe.kernels.attention import AttentionParts
 from zmoe.kernels.decoder import RouterParts
+from zmoe.kernels.delta_net import DeltaParts, Slices
 from zmoe.kernels.latent_attention import LatentParts
 from zmoe.kernels.mlp import MlpParts
 from zmoe.kernels.weights import Matrices, Stored, matrices
@@ -189,6 +190,7 @@ def _grouped_sigmoid(block: Any) -> RouterParts:
 
 ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
     "qwen3_moe.Qwen3MoeSparseMoeBlock": _softmax,
+    "qwen3_next.Qwen3NextSparseMoeBlock": _softmax,
     "olmoe.OlmoeSparseMoeBlock": _softmax,
     "qwen2_moe.Qwen2MoeSparseMoeBlock": _softmax_unnormalized,
     "dbrx.SparseMoeBlock": _dbrx_router,
@@ -200,6 +202,7 @@ ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
     "glm4_moe.MoE": _grouped_sigmoid,
     "glm4_moe_lite.Glm4MoeLiteMoE": _grouped_sigmoid,
     "deepseek_v3.DeepseekV3MoE": _grouped_sigmoid,
+    "deepseek_v32.DeepseekV32MoE": _grouped_sigmoid,
 }
 
 
@@ -212,12 +215,14 @@ def _swiglu(mlp: Any, weight: Any) -> MlpParts:
 
 MLPS: dict[str, Callable[[Any, Any], MlpParts]] = {
     "deepseek_v3.DeepseekV3MLP": _swiglu,
+    "deepseek_v32.DeepseekV32MLP": _swiglu,
     "dots1.Dots1MLP": _swiglu,
     "ernie4_5_moe.Ernie4_5_MLP": _swiglu,
     "glm4_moe.MLP": _swiglu,
     "glm4_moe_lite.Glm4MoeLiteMLP": _swiglu,
     "qwen2_moe.MLP": _swiglu,
     "qwen3_moe.MLP": _swiglu,
+    "qwen3_next.Qwen3NextMLP": _swiglu,
 }
 
 
@@ -236,6 +241,49 @@ def shared_of(block: Any) -> MlpParts | None:
     if "shared_expert" in block and "shared_expert_gate" in block:
         return mlp_of(block.shared_expert, block.shared_expert_gate)
     return None
+
+
+# ---- gated delta nets, in layers of which MLX runs the rest -------------------------------
+
+
+def _delta(net: Any, projections: Sequence[str], slices: Sequence[Slices]) -> DeltaParts:
+    return DeltaParts(
+        projections=[net[name] for name in projections],
+        slices=slices,
+        conv=net.conv1d.weight,
+        log_decay=net.A_log,
+        offset=net.dt_bias,
+        norm=net.norm,
+        output=net.out_proj,
+        key_heads=net.num_k_heads,
+        value_heads=net.num_v_heads,
+        key_dim=net.head_k_dim,
+        value_dim=net.head_v_dim,
+    )
+
+
+def _qwen3_next_delta(net: Any) -> DeltaParts:
+    """Each head of keys has its queries, keys, values and gates beside each other."""
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    at = (0, keys, 2 * keys, 2 * keys + values)
+    qkvz = [Slices(0, start, 2 * keys + 2 * values) for start in at]
+    ba = [Slices(1, start, 2 * count) for start in (0, count)]
+    return _delta(net, ("in_proj_qkvz", "in_proj_ba"), qkvz + ba)
+
+
+def _qwen3_5_delta(net: Any) -> DeltaParts:
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    slices = [Slices(0, 0, keys), Slices(0, net.key_dim, keys), Slices(0, 2 * net.key_dim, values)]
+    slices += [Slices(1, 0, values), Slices(2, 0, count), Slices(3, 0, count)]
+    return _delta(net, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), slices)
+
+
+DELTA_NETS: dict[str, Callable[[Any], DeltaParts]] = {
+    "qwen3_next.Qwen3NextGatedDeltaNet": _qwen3_next_delta,
+    "qwen3_5.GatedDeltaNet": _qwen3_5_delta,
+}
 
 
 def final_norm_of(holder: Any) -> Module:

@@ -158,6 +158,22 @@ class NativeMoE:
             memory += np.asarray(shared.astype(mx.float32)).reshape(memory.shape)
 
 
+class NativeMoEBlock(Module):
+    """Stands in for a MoE block in a layer that MLX runs: `moe` has no norm of its own."""
+
+    def __init__(self, block: Block, moe: NativeMoE) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.block = block
+        self._moe = moe
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The block's output for x (..., hidden_size), alike; evaluates x."""
+        rows: Any = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        out = np.zeros_like(rows)
+        self._moe(ffi.from_buffer("float[]", rows), out)
+        return mx.array(out).reshape(x.shape).astype(x.dtype)
+
+
 class Part(NamedTuple):
     """Some tokens of a routing as the experts take them: x, pairs and their sums.
 

@@ -37,16 +37,16 @@ class MlpMemory:
     f32; every pair is a token and expert 0.
     """
 
-    def __init__(self, width: int, dtype: mx.Dtype) -> None:
-        self.width, self.dtype, self._rows = width, dtype, 0
+    def __init__(self, dtype: mx.Dtype) -> None:
+        self.dtype, self._rows, self._width = dtype, 0, 0
 
-    def reserve(self, rows: int) -> None:
-        """Make room for `rows` tokens; what lies there is lost."""
-        if rows <= self._rows:
+    def reserve(self, rows: int, width: int) -> None:
+        """Make room for `rows` tokens of `width` elements; what lies there is lost."""
+        if rows <= self._rows and width == self._width:
             return
-        self._rows = rows
-        self.x = writable(empty((rows, self.width), self.dtype))
-        self.out = np.empty((rows, self.width), np.float32)
+        self._rows, self._width = rows, width
+        self.x = writable(empty((rows, width), self.dtype))
+        self.out = np.empty((rows, width), np.float32)
         self.pair_rows = _ints(np.arange(rows, dtype=np.int32))
         self.pair_experts, self.ids = (_ints(np.zeros(rows, np.int32)) for _ in range(2))
         self.ones, self.weights = (_floats(np.ones(rows, np.float32)) for _ in range(2))
@@ -68,6 +68,8 @@ class NativeMlp:
         self._weights = weights_of(parts.linears)
         self._keep: list[Any] = [parts]
         self._norm = ffi.new("zmoe_norm *")
+        up = parts.linears[1]._matmul.weight
+        self._norm.width = self._width = up.in_features
         fill_norm(self._norm, norm, self._keep)
         self._layer = ffi.new("zmoe_expert_layer *")
         self._layer.gate, self._layer.up, self._layer.down = (self._weights + i for i in range(3))
@@ -79,7 +81,6 @@ class NativeMlp:
             self._router.input, self._router.gate = self._norm[0], self._keep[-1]
             self._router.kind, self._router.top_k = int(RouteKind.SIGMOID_TOP_K), 1
             pool.reserve(lib.zmoe_route_scratch(self._router))
-        up = parts.linears[1]._matmul.weight
         pool.reserve(lib.zmoe_experts_scratch(up.in_features, up.out_features, 1))
 
     def __call__(self, h: CData, memory: Floats) -> None:
@@ -89,7 +90,7 @@ class NativeMlp:
     def output(self, h: CData, rows: int) -> Floats:
         """mlp(norm(h)) for h (rows, hidden_size) f32, until another MLP runs. Raises ZmoeError."""
         at, pool = self._memory, self._pool
-        at.reserve(rows)
+        at.reserve(rows, self._width)
         dtype, weights, out = DTYPES[at.dtype], at.ones, at.out[:rows]
         if self._router is None:
             status = lib.zmoe_norm_rows(pool.handle, self._norm, h, rows, at.x, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from zmoe.families.decoders import (
+    DELTA_NETS,
     ROUTERS,
     LayerParts,
     final_norm_of,
@@ -19,7 +20,15 @@ from zmoe.families.decoders import (
 )
 from zmoe.families.sites import Site, key_of, replace_module
 from zmoe.kernels.attention import NativeNorm
-from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE, PagedLayers
+from zmoe.kernels.decoder import (
+    BufferPool,
+    MlxFeedForward,
+    NativeLayer,
+    NativeMoE,
+    NativeMoEBlock,
+    PagedLayers,
+)
+from zmoe.kernels.delta_net import NativeDeltaNet
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.mlp import MlpMemory, MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
@@ -34,7 +43,6 @@ class _Shared:
 
     pool: ThreadPool
     dtype: mx.Dtype
-    residual: ResidualBuffer
     buffers: BufferPool
     mlp_memory: MlpMemory
     rope_tables: list[RopeTables]
@@ -73,18 +81,20 @@ def fuse_layers(
     dtype: mx.Dtype,
 ) -> PagedLayers | None:
     """Replace all decoder layers by NativeLayers if each of them is known; returns their caches.
+    Otherwise MLX goes on to run the layers, and known parts of them are replaced.
 
     The model's linear layers are native and its MoE blocks expert-parallel by
     now; `sites` and `layers` are those of the blocks, in the same order, and
     `experts` the native experts by `Site.path`.
     """
+    padding = max(layer.ownership.most_padding for layer in layers)
+    shared = _Shared(pool, dtype, BufferPool(dtype, padding), MlpMemory(dtype), [])
     parts = parts_of(model)
     if parts is None:
+        _fuse_blocks(model, zip(sites, layers), experts, shared)
+        _fuse_delta_nets(model, pool)
         return None
-    width = parts[0].attention.output._matmul.weight.out_features
-    padding = max(layer.ownership.most_padding for layer in layers)
-    buffers = BufferPool(dtype, padding)
-    shared = _Shared(pool, dtype, ResidualBuffer(width), buffers, MlpMemory(width, dtype), [])
+    residual = ResidualBuffer(parts[0].attention.output._matmul.weight.out_features)
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
     paths = {id(module): path for path, module in model.named_modules()}
     first, *_ = originals = list(model.layers)
@@ -94,12 +104,19 @@ def fuse_layers(
         attention = part.attention.make(rope_tables, step, pool, dtype)
         attentions.append(attention)
         feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
-        native = NativeLayer(layer, attention, feed_forward, shared.residual)
+        native = NativeLayer(layer, attention, feed_forward, residual)
         replace_module(model, paths[id(layer)], native)
     holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)
     replace_module(model, paths[id(norm)], NativeNorm(norm, pool, dtype))
     return PagedLayers(attentions, step)
+
+
+def _fuse_delta_nets(model: Any, pool: ThreadPool) -> None:
+    for path, module in list(model.named_modules()):
+        take_apart = DELTA_NETS.get(key_of(module))
+        if take_apart is not None:
+            replace_module(model, path, NativeDeltaNet(module, take_apart(module), pool))
 
 
 def _feed_forward(
@@ -113,21 +130,34 @@ def _feed_forward(
     if moe is None or not isinstance(module, ExpertParallelMoE):
         dense = shared.mlp(part.norm, mlp_of(module))
         return dense or MlxFeedForward(part.norm, module, shared.dtype)
-    site, place = moe
-    router = ROUTERS.get(key_of(site.block))
-    own = experts.get(site.path)
-    if own is None or not own.is_fused or router is None:
-        return MlxFeedForward(part.norm, module, shared.dtype)
-    if site.adapter is None or not site.adapter.only_adds:
-        return MlxFeedForward(part.norm, module, shared.dtype)
+    native = _moe(part.norm, *moe, experts, shared)
+    return native or MlxFeedForward(part.norm, module, shared.dtype)
+
+
+def _moe(
+    norm: Any, site: Site, layer: Layer, experts: dict[str, NativeExperts], shared: _Shared
+) -> NativeMoE | None:
+    """A block in C, `norm` included; None unless its router, experts and sum are known."""
+    router, own, adapter = ROUTERS.get(key_of(site.block)), experts.get(site.path), site.adapter
+    if router is None or own is None or not own.is_fused:
+        return None
+    if adapter is None or not adapter.only_adds:
+        return None
+    beside = shared.mlp(norm, shared_of(site.block))
+    parts = router(site.block)
     return NativeMoE(
-        part.norm,
-        router(site.block),
-        site.block,
-        site.adapter,
-        own,
-        place,
-        shared.pool,
-        shared.buffers,
-        shared.mlp(part.norm, shared_of(site.block)),
+        norm, parts, site.block, adapter, own, layer, shared.pool, shared.buffers, beside
     )
+
+
+def _fuse_blocks(
+    model: Any,
+    blocks: Iterable[tuple[Site, Layer]],
+    experts: dict[str, NativeExperts],
+    shared: _Shared,
+) -> None:
+    modules = dict(model.named_modules())
+    for site, layer in blocks:
+        native = _moe(None, site, layer, experts, shared)
+        if native is not None and isinstance(modules[site.path], ExpertParallelMoE):
+            replace_module(model, site.path, NativeMoEBlock(site.block, native))

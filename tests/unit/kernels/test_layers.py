@@ -17,7 +17,8 @@ from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.config import EngineConfig
 from zmoe.families.decoders import LAYERS, MLPS, ROUTERS
 from zmoe.families.sites import model_classes
-from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE, NativeMoEBlock
+from zmoe.kernels.delta_net import NativeDeltaNet
 from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
 from zmoe.kernels.mlp import NativeMlp
 from zmoe.kernels.threads import ThreadPool
@@ -84,12 +85,23 @@ def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
 
 def test_the_tables_name_families_that_the_tests_have() -> None:
     assert {name.partition(".")[0] for name in LAYERS} == set(FUSED) <= FAMILIES.keys()
-    assert {name.partition(".")[0] for name in ROUTERS} == set(FUSED)
+    routed = {name.partition(".")[0] for name in ROUTERS}
+    assert routed - {"qwen3_next", "deepseek_v32"} == set(FUSED)
 
 
-def test_layers_of_other_families_stay_with_mlx(tmp_path: Path) -> None:
-    shard = load(build("deepseek_v32", tmp_path), alone(), fuse=True)
+@pytest.mark.parametrize(
+    ("family", "nets"), [("qwen3_next", 1), ("qwen3_5_moe", 1), ("deepseek_v32", 0)]
+)
+def test_known_parts_of_layers_that_mlx_runs(family: str, nets: int, tmp_path: Path) -> None:
+    folder, reducer = build(family, tmp_path), alone()
+    plain = logits(load(folder, reducer, fuse=False), reducer)
+    shard = load(folder, reducer, fuse=True)
+    modules = shard.model.modules()
+    assert sum(isinstance(module, NativeDeltaNet) for module in modules) == nets
+    assert sum(isinstance(module, NativeMoEBlock) for module in modules) == 2
     assert not any(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    for got, want in zip(logits(shard, reducer), plain):
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "dbrx"])
