@@ -220,9 +220,51 @@ def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     return config, tensors()
 
 
+def qwen3_next(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of Qwen3-Next, whose every fourth layer has attention."""
+    dim = o.hidden // o.heads
+    keys, values = o.kv_heads * dim, o.heads * dim
+    config, qwen3 = qwen3_moe(o)
+    config |= {
+        "linear_num_value_heads": o.heads,
+        "linear_num_key_heads": o.kv_heads,
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "partial_rotary_factor": 0.25,
+        "shared_expert_intermediate_size": o.ffn,
+    }
+    net = (
+        ("in_proj_qkvz.weight", (2 * keys + 2 * values, o.hidden)),
+        ("in_proj_ba.weight", (2 * o.heads, o.hidden)),
+        ("conv1d.weight", (2 * keys + values, 1, 4)),
+        ("A_log", (o.heads,)),
+        ("dt_bias", (o.heads,)),
+        ("norm.weight", (dim,)),
+        ("out_proj.weight", (o.hidden, values)),
+    )
+
+    def tensors() -> Shapes:
+        for name, shape in qwen3:
+            if ".self_attn." not in name:
+                yield name, shape
+            elif int(name.split(".")[2]) % 4 == 3:
+                yield name, (2 * shape[0], shape[1]) if "q_proj" in name else shape
+        for layer in range(o.layers):
+            prefix = f"model.layers.{layer}"
+            yield from _glu(f"{prefix}.mlp.shared_expert", o)
+            yield f"{prefix}.mlp.shared_expert_gate.weight", (1, o.hidden)
+            for part, shape in net if layer % 4 != 3 else ():
+                yield f"{prefix}.linear_attn.{part}", shape
+
+    return config, tensors()
+
+
 FAMILIES = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "glm4_moe": glm4_moe,
     "minimax": minimax,
     "deepseek_v3": deepseek_v3,
