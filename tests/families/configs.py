@@ -137,6 +137,7 @@ FAMILIES: dict[str, Family] = {
         config(
             "deepseek_v3",
             DEEPSEEK,
+            qk_nope_head_dim=32,  # so that heads can be quantised
             rope_scaling={
                 "type": "yarn",
                 "factor": 4.0,
