@@ -158,6 +158,15 @@ def _top_k_softmax(block: Any) -> RouterParts:
     return RouterParts(gate, RouteKind.TOP_K_SOFTMAX, block.num_experts_per_tok)
 
 
+def _granite_router(block: Any) -> RouterParts:
+    router = block.router
+    return RouterParts(_matrix(router.layer), RouteKind.TOP_K_SOFTMAX, router.top_k)
+
+
+def _hunyuan_router(block: Any) -> RouterParts:
+    return RouterParts(_matrix(block.gate.wg), RouteKind.SOFTMAX_TOP_K, block.top_k)
+
+
 def _ernie_router(block: Any) -> RouterParts:
     is_sigmoid = isinstance(block.gate_act, Sigmoid)
     kind = RouteKind.SIGMOID_TOP_K if is_sigmoid else RouteKind.SOFTMAX_TOP_K
@@ -203,6 +212,12 @@ ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
     "glm4_moe_lite.Glm4MoeLiteMoE": _grouped_sigmoid,
     "deepseek_v3.DeepseekV3MoE": _grouped_sigmoid,
     "deepseek_v32.DeepseekV32MoE": _grouped_sigmoid,
+    "exaone_moe.MoE": _grouped_sigmoid,
+    "granitemoe.GraniteMoeMoE": _granite_router,
+    "granitemoehybrid.GraniteMoeHybridMoE": _granite_router,
+    "hunyuan.MoeBlock": _hunyuan_router,
+    "jamba.JambaSparseMoeBlock": _top_k_softmax,
+    "mellum.MellumSparseMoeBlock": _softmax,
 }
 
 
