@@ -258,7 +258,21 @@ def shared_of(block: Any) -> MlpParts | None:
     return None
 
 
-# ---- gated delta nets, in layers of which MLX runs the rest -------------------------------
+# ---- layers that are in C but for their attention ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class HybridParts:
+    """A decoder layer h = x + mixer(norm(x)); h + feed_forward(norm(h)) on mlx-lm's caches.
+
+    `net` is the mixer taken apart, if it is a gated delta net.
+    """
+
+    input_norm: Module
+    mixer: Module
+    net: DeltaParts | None
+    norm: Module
+    feed_forward: str
 
 
 def _delta(net: Any, projections: Sequence[str], slices: Sequence[Slices]) -> DeltaParts:
@@ -295,9 +309,16 @@ def _qwen3_5_delta(net: Any) -> DeltaParts:
     return _delta(net, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), slices)
 
 
-DELTA_NETS: dict[str, Callable[[Any], DeltaParts]] = {
-    "qwen3_next.Qwen3NextGatedDeltaNet": _qwen3_next_delta,
-    "qwen3_5.GatedDeltaNet": _qwen3_5_delta,
+def _hybrid(layer: Any, take_apart: Callable[[Any], DeltaParts]) -> HybridParts:
+    mixer = layer.linear_attn if layer.is_linear else layer.self_attn
+    net = take_apart(mixer) if layer.is_linear else None
+    norm = layer.post_attention_layernorm
+    return HybridParts(layer.input_layernorm, mixer, net, norm, "mlp")
+
+
+HYBRIDS: dict[str, Callable[[Any], HybridParts]] = {
+    "qwen3_next.Qwen3NextDecoderLayer": lambda layer: _hybrid(layer, _qwen3_next_delta),
+    "qwen3_5.DecoderLayer": lambda layer: _hybrid(layer, _qwen3_5_delta),
 }
 
 
@@ -312,10 +333,17 @@ def parts_of(model: Any) -> list[LayerParts] | None:
 
     The model's linear layers are native by now: they know their sizes.
     """
-    found = []
-    for index, layer in enumerate(model.layers):
-        take_apart = LAYERS.get(key_of(layer))
-        if take_apart is None:
-            return None
-        found.append(take_apart(model, layer, index))
-    return found
+    found = [LAYERS.get(key_of(layer)) for layer in model.layers]
+    if None in found:
+        return None
+    return [
+        take(model, layer, i) for i, (take, layer) in enumerate(zip(found, model.layers)) if take
+    ]
+
+
+def hybrids_of(model: Any) -> list[HybridParts] | None:
+    """Likewise the layers that are in C but for their attention."""
+    found = [HYBRIDS.get(key_of(layer)) for layer in model.layers]
+    if None in found:
+        return None
+    return [take(layer) for take, layer in zip(found, model.layers) if take]

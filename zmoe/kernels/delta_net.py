@@ -1,4 +1,4 @@
-"""Gated delta nets between layers that MLX runs, on mlx-lm's caches."""
+"""Gated delta nets as a few calls of the kernels, on mlx-lm's caches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.layers.base import Module
 
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
-from zmoe.kernels.arrays import as_array, empty, pointer, writable
+from zmoe.kernels.arrays import empty, writable
 from zmoe.kernels.attention import fill_norm
 from zmoe.kernels.threads import ThreadPool
-from zmoe.native import Status, ffi, lib
+from zmoe.native import Dtype, Status, ffi, lib
+from zmoe.placement.pairs import Floats
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -50,13 +50,36 @@ class DeltaParts:
     value_dim: int
 
 
-class NativeDeltaNet(Module):
-    """Stands in for a gated delta net of mlx-lm, with its caches."""
+class StateArrays:
+    """Arrays for the new states of a step's gated delta nets, made for all of them at once.
 
-    def __init__(self, net: Module, parts: DeltaParts, pool: ThreadPool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.net = net
-        self._parts, self._pool = parts, pool
+    C writes into their memory, which nobody else has yet.
+    """
+
+    def __init__(self) -> None:
+        self.nets = 0
+        self._made: list[tuple[mx.array, mx.array]] = []
+        self._like: Any = None
+
+    def take(
+        self, conv: tuple[int, ...], dtype: mx.Dtype, state: tuple[int, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """Arrays of the shape `conv` and `dtype`, and of the shape `state` in float32."""
+        if not self._made or self._like != (conv, dtype, state):
+            self._like = conv, dtype, state
+            self._made = [(mx.zeros(conv, dtype), mx.zeros(state)) for _ in range(self.nets)]
+            mx.eval(self._made)
+        return self._made.pop()
+
+
+class NativeDeltaNet:
+    """h += net(norm(h)) of some sequences with as many rows each."""
+
+    def __init__(
+        self, norm: Any, parts: DeltaParts, states: StateArrays, pool: ThreadPool, dtype: mx.Dtype
+    ) -> None:
+        self._parts, self._states, self._pool, self._dtype = parts, states, pool, dtype
+        states.nets += 1
         conv = np.array(parts.conv.astype(mx.float32))[..., 0].T.copy()
         decay = np.exp(np.array(parts.log_decay.astype(mx.float32)))
         offset = np.array(parts.offset.astype(mx.float32))
@@ -69,79 +92,84 @@ class NativeDeltaNet(Module):
         )
         fill_norm(raw.norm, parts.norm, self._keep)
         self._raw, self._channels = raw, conv.shape[1]
-        self._weights = [module._matmul.weight for module in parts.projections]
-        count = len(self._weights)
-        self._pointers = ffi.new("zmoe_weight *[]", [weight[0] for weight in self._weights])
-        self._targets = ffi.new("void *[]", count)
-        widths = [weight.out_features for weight in self._weights]
-        self._strides = ffi.new("size_t[]", widths)
+        self._norm = ffi.new("zmoe_norm *")
+        fill_norm(self._norm, norm, self._keep)
+        weights = [module._matmul.weight for module in parts.projections]
+        self._widths = [weight.out_features for weight in weights]
+        self._projections = _Linear(weights, pool)
+        self._output = _Linear([parts.output._matmul.weight], pool)
         self._slices = ffi.new("zmoe_slices[]", lib.ZMOE_DELTA_PARTS)
         for to, part in zip(self._slices, parts.slices, strict=True):
-            to.width, to.at, to.stride = widths[part.projection], part.at, part.stride
-        pool.reserve(lib.zmoe_linear_scratch(self._weights[0].in_features))
+            to.width, to.at, to.stride = self._widths[part.projection], part.at, part.stride
         pool.reserve(lib.zmoe_delta_scratch(raw, pool.threads))
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
-        """From x (sequences, rows, hidden_size), alike."""
-        if mask is not None or cache is None or cache.lengths is not None:
-            plain: mx.array = self.net(x, mask, cache)
-            return plain
-        sequences, rows, _ = x.shape
-        parts, net = self._parts, self._raw
-        self._project(x)
-        conv = mx.zeros((sequences, net.taps - 1, self._channels), x.dtype)
-        state = mx.zeros((sequences, net.value_heads, net.value_dim, net.key_dim))
-        mx.eval(conv, state)  # C writes into their memory, which nobody else has yet
-        out = empty((sequences * rows, net.value_heads * net.value_dim), x.dtype)
-        status = lib.zmoe_delta_step(
-            self._pool.handle,
-            net,
-            self._slices,
-            DTYPES[x.dtype],
-            sequences,
-            rows,
-            _memory(cache[0], "uint8_t[]", x.dtype),
-            ffi.from_buffer("uint8_t[]", conv, require_writable=True),
-            _memory(cache[1], "float[]", mx.float32),
-            ffi.from_buffer("float[]", state, require_writable=True),
-            writable(out),
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"a gated delta net failed: {Status(status).name}")
-        cache[0], cache[1] = conv, state
-        cache.advance(rows)
-        y: mx.array = parts.output(as_array(out, x.dtype, (sequences, rows, out.shape[1])))
-        return y
-
-    def _project(self, x: mx.array) -> None:
-        """All projections of x, into memory to which the slices then point."""
-        rows = x.size // x.shape[-1]
-        made = [empty((rows, weight.out_features), x.dtype) for weight in self._weights]
-        for i, buffer in enumerate(made):
-            self._targets[i] = writable(buffer)
-        status = lib.zmoe_linear(
-            self._pool.handle,
-            self._pointers,
-            len(made),
-            pointer(x),
-            DTYPES[x.dtype],
-            rows,
-            self._targets,
-            self._strides,
-            DTYPES[x.dtype],
-            self._pool.precision,
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"a matmul failed: {Status(status).name}")
-        self._made = made
+    def __call__(self, h: CData, memory: Floats, sequences: int, cache: Any) -> None:
+        """Change h (rows of all sequences, hidden_size) f32 in place, as C and as numpy see it;
+        `cache` gets the states after them. Raises ZmoeError.
+        """
+        net, dtype, kind = self._raw, self._dtype, DTYPES[self._dtype]
+        rows, width = memory.shape
+        x = writable(empty((rows, width), dtype))
+        check(lib.zmoe_norm_rows(self._pool.handle, self._norm, h, rows, x, kind))
+        made = [writable(empty((rows, each), dtype)) for each in self._widths]
+        self._projections(x, kind, rows, made, kind)
         for to, part in zip(self._slices, self._parts.slices):
-            to.data = self._targets[part.projection]
+            to.data = made[part.projection]
+        heads = (sequences, net.value_heads, net.value_dim, net.key_dim)
+        conv, state = self._states.take((sequences, net.taps - 1, self._channels), dtype, heads)
+        out = writable(empty((rows, net.value_heads * net.value_dim), dtype))
+        check(
+            lib.zmoe_delta_step(
+                self._pool.handle,
+                net,
+                self._slices,
+                kind,
+                sequences,
+                rows // sequences,
+                _held(cache[0], "uint8_t[]", dtype),
+                ffi.from_buffer("uint8_t[]", conv, require_writable=True),
+                _held(cache[1], "float[]", mx.float32),
+                ffi.from_buffer("float[]", state, require_writable=True),
+                out,
+            )
+        )
+        cache[0], cache[1] = conv, state
+        cache.advance(rows // sequences)
+        y = np.empty((rows, width), np.float32)
+        self._output(out, kind, rows, [writable(y)], Dtype.F32)
+        memory += y
 
 
-def _memory(array: mx.array | None, ctype: str, dtype: mx.Dtype) -> CData:
+class _Linear:
+    """All matmuls of one input, from memory to memory."""
+
+    def __init__(self, weights: Sequence[Any], pool: ThreadPool) -> None:
+        self._pool, self._keep = pool, weights
+        self._weights = ffi.new("zmoe_weight *[]", [weight[0] for weight in weights])
+        self._strides = ffi.new("size_t[]", [weight.out_features for weight in weights])
+        self._targets = ffi.new("void *[]", len(weights))
+        pool.reserve(lib.zmoe_linear_scratch(weights[0].in_features))
+
+    def __call__(
+        self, x: CData, x_dtype: Dtype, rows: int, ys: Sequence[CData], y_dtype: Dtype
+    ) -> None:
+        for i, y in enumerate(ys):
+            self._targets[i] = y
+        given = (self._weights, len(ys), x, x_dtype, rows, self._targets, self._strides, y_dtype)
+        check(lib.zmoe_linear(self._pool.handle, *given, self._pool.precision))
+
+
+def check(status: int) -> None:
+    """Raise ZmoeError unless a call succeeded."""
+    if status != Status.OK:
+        raise ZmoeError(f"a gated delta net failed: {Status(status).name}")
+
+
+def _held(array: mx.array | None, ctype: str, dtype: mx.Dtype) -> CData:
     """What a cache holds, kept alive; NULL where it holds nothing yet."""
     if array is None:
         return ffi.NULL
-    array = mx.contiguous(array.astype(dtype))
-    mx.eval(array)
+    if array.dtype != dtype or not memoryview(array).c_contiguous:  # type: ignore[arg-type]
+        array = mx.contiguous(array.astype(dtype))
+        mx.eval(array)
     return ffi.from_buffer(ctype, array)

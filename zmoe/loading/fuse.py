@@ -10,10 +10,11 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from zmoe.families.decoders import (
-    DELTA_NETS,
     ROUTERS,
+    HybridParts,
     LayerParts,
     final_norm_of,
+    hybrids_of,
     mlp_of,
     parts_of,
     shared_of,
@@ -28,13 +29,16 @@ from zmoe.kernels.decoder import (
     NativeMoEBlock,
     PagedLayers,
 )
-from zmoe.kernels.delta_net import NativeDeltaNet
+from zmoe.kernels.delta_net import NativeDeltaNet, StateArrays
 from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.hybrid import HybridLayer
 from zmoe.kernels.mlp import MlpMemory, MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
+
+_FeedForward = NativeMoE | NativeMlp | MlxFeedForward
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ def fuse_layers(
     dtype: mx.Dtype,
 ) -> PagedLayers | None:
     """Replace all decoder layers by NativeLayers if each of them is known; returns their caches.
-    Otherwise MLX goes on to run the layers, and known parts of them are replaced.
+
+    Otherwise the layers stay on mlx-lm's caches. HybridLayers stand in for those that are known
+    but for their attention, and of others MoE blocks are replaced that are known.
 
     The model's linear layers are native and its MoE blocks expert-parallel by
     now; `sites` and `layers` are those of the blocks, in the same order, and
@@ -89,43 +95,58 @@ def fuse_layers(
     """
     padding = max(layer.ownership.most_padding for layer in layers)
     shared = _Shared(pool, dtype, BufferPool(dtype, padding), MlpMemory(dtype), [])
-    parts = parts_of(model)
-    if parts is None:
-        _fuse_blocks(model, zip(sites, layers), experts, shared)
-        _fuse_delta_nets(model, pool)
-        return None
-    residual = ResidualBuffer(parts[0].attention.output._matmul.weight.out_features)
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
+
+    def feed_forward(index: int, part: LayerParts | HybridParts) -> _FeedForward:
+        return _feed_forward(originals[index], part, by_layer.get(index), experts, shared)
+
+    originals = list(model.layers)
+    parts, hybrids = parts_of(model), hybrids_of(model)
+    if parts is not None:
+        residual, step = ResidualBuffer(parts[0].norm.weight.size), PagedStep()
+        attentions, natives = [], list[Module]()
+        for index, (layer, part) in enumerate(zip(originals, parts)):
+            rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
+            attentions.append(part.attention.make(rope_tables, step, pool, dtype))
+            beside = feed_forward(index, part)
+            natives.append(NativeLayer(layer, attentions[-1], beside, residual))
+        _replace_layers(model, originals, natives, shared)
+        return PagedLayers(attentions, step)
+    if hybrids is not None:
+        residual, states = ResidualBuffer(hybrids[0].norm.weight.size), StateArrays()
+        natives = []
+        for index, (layer, hybrid) in enumerate(zip(originals, hybrids)):
+            net = None
+            if hybrid.net is not None:
+                net = NativeDeltaNet(hybrid.input_norm, hybrid.net, states, pool, dtype)
+            beside = feed_forward(index, hybrid)
+            natives.append(HybridLayer(layer, hybrid, net, beside, residual, dtype))
+        _replace_layers(model, originals, natives, shared)
+        return None
+    _replace_blocks(model, zip(sites, layers), experts, shared)
+    return None
+
+
+def _replace_layers(
+    model: Any, originals: Sequence[Module], natives: Sequence[Module], shared: _Shared
+) -> None:
+    """The layers, and the norm after them."""
     paths = {id(module): path for path, module in model.named_modules()}
-    first, *_ = originals = list(model.layers)
-    step, attentions = PagedStep(), []
-    for index, (layer, part) in enumerate(zip(originals, parts)):
-        rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
-        attention = part.attention.make(rope_tables, step, pool, dtype)
-        attentions.append(attention)
-        feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
-        native = NativeLayer(layer, attention, feed_forward, residual)
+    for layer, native in zip(originals, natives):
         replace_module(model, paths[id(layer)], native)
-    holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
+    first = paths[id(originals[0])]
+    holder = dict(model.named_modules())[first.rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)
-    replace_module(model, paths[id(norm)], NativeNorm(norm, pool, dtype))
-    return PagedLayers(attentions, step)
-
-
-def _fuse_delta_nets(model: Any, pool: ThreadPool) -> None:
-    for path, module in list(model.named_modules()):
-        take_apart = DELTA_NETS.get(key_of(module))
-        if take_apart is not None:
-            replace_module(model, path, NativeDeltaNet(module, take_apart(module), pool))
+    replace_module(model, paths[id(norm)], NativeNorm(norm, shared.pool, shared.dtype))
 
 
 def _feed_forward(
     layer: Any,
-    part: LayerParts,
+    part: LayerParts | HybridParts,
     moe: tuple[Site, Layer] | None,
     experts: dict[str, NativeExperts],
     shared: _Shared,
-) -> NativeMoE | NativeMlp | MlxFeedForward:
+) -> _FeedForward:
     module = layer[part.feed_forward]
     if moe is None or not isinstance(module, ExpertParallelMoE):
         dense = shared.mlp(part.norm, mlp_of(module))
@@ -150,7 +171,7 @@ def _moe(
     )
 
 
-def _fuse_blocks(
+def _replace_blocks(
     model: Any,
     blocks: Iterable[tuple[Site, Layer]],
     experts: dict[str, NativeExperts],
