@@ -118,7 +118,7 @@ static size_t inner_bytes(const latent *a, uint32_t threads) {
   return larger(larger(linear, heads), zmoe_attend_bytes(&plain, threads));
 }
 
-/* Takes all that the block needs, `inner` bytes included; or, without a pool, adds it up. */
+/* Pieces of a pool's working memory; without a pool they are only added up. */
 struct taken {
   zmoe_thread_pool *pool;
   size_t bytes;
