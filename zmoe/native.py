@@ -105,6 +105,14 @@ class Format(IntEnum):
     MXFP8 = 6
 
 
+class RouteKind(IntEnum):
+    """How experts are chosen and weighted; zmoe_route_kind of csrc/kernels/decoder.h."""
+
+    SOFTMAX_TOP_K = 0
+    TOP_K_SOFTMAX = 1
+    SIGMOID_TOP_K = 2
+
+
 class Precision(IntEnum):
     """What becomes of x in quantised matmuls; zmoe_precision of csrc/kernels/compute.h."""
 

@@ -213,6 +213,8 @@ class Node:
         )
         if shard.paged is None:
             self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
+        elif not shard.paged.can_quantize:
+            self._refuse_kv_bits(f"the latents of {self.info.model_type} are kept in full")
         self._engine = make_engine(
             shard.model,
             reducer,
@@ -304,7 +306,7 @@ class Node:
             return
         assert isinstance(engine, PagedEngine)
         memory = engine.memory
-        if len(places) * BLOCK > len(saved.tokens) or max(places) >= len(memory[0]):
+        if len(places) * BLOCK > len(saved.tokens) or max(places) >= min(map(len, memory.values())):
             raise ZmoeError(f"{len(places)} blocks for prompt cache {path} that do not fit")
         read_blocks(saved, memory, places)
 
