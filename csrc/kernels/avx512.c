@@ -45,7 +45,7 @@ AVX512_INLINE void dot_outputs_f32(const zmoe_weight *w, uint32_t format, const 
   for (; k < in_features; k += 16)
     add_floats(data, row_bytes, format, k, lanes16((uint32_t)(in_features - k)), xs, rows, n_out,
                sum);
-  store_sums(rows, n_out, sum, ys, y);
+  store_sums(rows, n_out, n_out, sum, ys, y);
 }
 
 AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
@@ -67,9 +67,14 @@ AVX512_INLINE zmoe_layout layout_of(const enum codes codes) {
 
 typedef __m512i table;
 
-AVX512_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
-  (void)codes;
-  return _mm512_loadu_si512(zmoe_code_values(w));
+AVX512_INLINE table table_of(const enum codes codes) {
+  return _mm512_loadu_si512(is_affine(codes) ? zmoe_affine_values : zmoe_fp4_values);
+}
+
+/* Here codes are of 4 bits. */
+AVX512_INLINE __m512i unpack(const enum codes codes, __m512i bytes, table values) {
+  (void)codes, (void)values;
+  return bytes;
 }
 
 AVX512_INLINE __m512 multiply_add(__m512 sum, __m512i value, const void *x) {
@@ -83,8 +88,9 @@ AVX512_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], u
   return _mm512_permutexvar_epi32(_mm512_srli_epi32(words[i / 8], i % 8 * 4), values);
 }
 
-AVX512_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
-  return lane_word(lane) * 32 / bits_of(codes);
+CODES_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
+  (void)codes;
+  return 8 * lane_word(lane);
 }
 
 /* Storing 16 floats takes as long as decoding them. */
@@ -120,6 +126,8 @@ AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void
     zmoe_avx512_dot_codes8(w, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_MXFP4)
     dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
+  else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_NVFP4)
+    dot_codes(w, NVFP4, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4)
     dot_codes(w, CODES4, xs, rows, first, last, scratch, ys);
   else
@@ -132,6 +140,8 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4;
   if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CHAINS;
+  if (w->format == ZMOE_FORMAT_NVFP4)
+    return ZMOE_LAYOUT_CODES4;
   return ZMOE_LAYOUT_PLAIN;
 }
 
