@@ -4,6 +4,8 @@
 #include "common/vec.h"
 
 #include "avx2.h"
+#include "unpacking.h"
+#include "weight.h"
 
 #define CODES __m256i
 #define UNIT 2
@@ -83,6 +85,45 @@ KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
     __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(src + 8 * i));
     values[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
   }
+}
+
+/* Eight codes lie in the eight bytes from their first on, the last in those that end with them. */
+KERNEL uint32_t window_at(uint32_t bits, uint32_t c) {
+  const uint32_t last = packed_bytes(bits) - 8;
+  return c * bits < last ? c * bits : last;
+}
+
+KERNEL uint8_t place_in_window(uint32_t bits, uint32_t c, uint32_t byte) {
+  return (uint8_t)(byte - window_at(bits, c));
+}
+
+KERNEL VEC widen_packed(const struct unpacking *u, const unsigned char *src, uint32_t c) {
+  int64_t window;
+  memcpy(&window, src + window_at(u->bits, c), sizeof window);
+  __m256i words =
+      _mm256_shuffle_epi8(_mm256_set1_epi64x(window), load_bytes32(u->bytes[LANES * c]));
+  words = _mm256_srlv_epi32(words, load_bytes32(u->shifts + LANES * c));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(u->mask)));
+}
+
+/* The lookup ignores all but the lowest three bits. */
+KERNEL VEC fp4_at(const unsigned char *src) {
+  int32_t word;
+  memcpy(&word, src, sizeof word);
+  __m256i codes =
+      _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  VEC value = _mm256_permutevar8x32_ps(_mm256_loadu_ps(zmoe_fp4_values), codes);
+  VEC sign = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+  return _mm256_xor_ps(value, _mm256_and_ps(sign, vec_splat(-0.0f)));
+}
+
+/* As f16, 2^-8 of the value. */
+KERNEL VEC fp8_at(const unsigned char *src) {
+  const __m128i largest = _mm_set1_epi16(0x3f80);
+  __m128i half = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)src));
+  half = _mm_and_si128(_mm_slli_epi16(half, 7), _mm_set1_epi16((short)0xbf80));
+  __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(half, largest), largest);
+  return _mm256_cvtph_ps(_mm_or_si128(half, nan)) * vec_splat(256.0f);
 }
 
 static void pack_integers(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {

@@ -123,11 +123,9 @@ AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void
   if (zmoe_layout_is_integer(layout)) /* without VNNI, AVX2 is as good */
     zmoe_kernels_avx2.dot(w, layout, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CHAINS)
-    zmoe_avx512_dot_codes8(w, xs, rows, first, last, scratch, ys);
+    zmoe_avx512_dot_chains(w, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_MXFP4)
     dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
-  else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_NVFP4)
-    dot_codes(w, NVFP4, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4)
     dot_codes(w, CODES4, xs, rows, first, last, scratch, ys);
   else
@@ -138,11 +136,9 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
   (void)x_dtype;
   if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4;
-  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
-    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CHAINS;
-  if (w->format == ZMOE_FORMAT_NVFP4)
-    return ZMOE_LAYOUT_CODES4;
-  return ZMOE_LAYOUT_PLAIN;
+  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8 && precision == ZMOE_INT8)
+    return ZMOE_LAYOUT_CODES8_INT8;
+  return zmoe_is_float(w) || w->bits == 1 ? ZMOE_LAYOUT_PLAIN : ZMOE_LAYOUT_CHAINS;
 }
 
 static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {

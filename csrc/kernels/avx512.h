@@ -29,8 +29,10 @@ AVX512_INLINE __m512 load_floats(const unsigned char *src, size_t i, uint32_t dt
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-/* A power of two: the exponent of f32, but 0 is 2^-127 and 255 is NaN. */
-AVX512_INLINE __m512 load_e8m0(const unsigned char *src, __mmask16 lanes) {
+/* Powers of two, those from `count` on zero: the exponent of f32, but 0 is 2^-127 and 255 is NaN.
+ */
+AVX512_INLINE __m512 load_e8m0(const unsigned char *src, uint32_t count) {
+  const __mmask16 lanes = lanes16(count);
   __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, src));
   __m512i bits = _mm512_slli_epi32(code, 23);
   __mmask16 zero = _mm512_mask_cmpeq_epi32_mask(lanes, code, _mm512_setzero_si512());
@@ -39,26 +41,26 @@ AVX512_INLINE __m512 load_e8m0(const unsigned char *src, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
-/* The e4m3 numbers in the lowest 8 bits of each lane, whose other bits are zero.  Multiplying brings
- * the exponent to its place, and subnormal numbers with it. */
+/* The e4m3 numbers in the lowest 8 bits of each lane, whose other bits are zero.  Multiplying
+ * brings the exponent to its place, and subnormal numbers with it. */
 AVX512_INLINE __m512 f32_of_e4m3(__m512i code) {
   __m512i size = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
   __mmask16 nan = _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(0x7f));
-  __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(size, 20)),
-                               _mm512_set1_ps(0x1p120f));
+  __m512 value =
+      _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(size, 20)), _mm512_set1_ps(0x1p120f));
   __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7f), code), 24);
   value = _mm512_or_ps(value, _mm512_castsi512_ps(sign));
   return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(NAN));
 }
 
-/* The scales of 16 groups from group g on. */
+/* The scales of 16 groups from group g on, of which `count` are there. */
 AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const unsigned char *scales, uint32_t g,
-                                 __mmask16 lanes) {
+                                 uint32_t count) {
   if (w->format == ZMOE_FORMAT_AFFINE)
-    return load_floats(scales, g, w->scale_dtype, lanes);
+    return load_floats(scales, g, w->scale_dtype, lanes16(count));
   if (w->format == ZMOE_FORMAT_NVFP4)
-    return f32_of_e4m3(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, scales + g)));
-  return load_e8m0(scales + g, lanes);
+    return f32_of_e4m3(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes16(count), scales + g)));
+  return load_e8m0(scales + g, count);
 }
 
 /* What the codes of a weight stand for.  Affine ones have as many bits as their name says. */
@@ -138,7 +140,7 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out, uint32_
 
 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, void *scratch, float *const *ys);
-void zmoe_avx512_dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
+void zmoe_avx512_dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                             uint32_t first, uint32_t last, void *scratch, float *const *ys);
 void zmoe_avx512_pack_chains(const float *x, uint32_t in_features, float *to);
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);

@@ -1,8 +1,8 @@
 /* GEMV, AVX-512 with BF16 and VNNI.
  *
- * Where x is bf16, codes are looked up as bf16, which holds all their values exactly, and multiplied
- * in pairs with f32 sums: twice the rate of f32, and nothing lost.  Those of 2 and 3 bits are
- * brought to 4 before, those of 5 and 6 to 8.  With x in 8 bits, codes are multiplied as
+ * Where x is bf16, codes are looked up as bf16, which holds all their values exactly, and
+ * multiplied in pairs with f32 sums: twice the rate of f32, and nothing lost.  Those of 2 and 3
+ * bits are brought to 4 before, those of 5 and 6 to 8.  With x in 8 bits, codes are multiplied as
  * integers. */
 #if defined(__x86_64__)
 #include "avx512.h"
@@ -81,8 +81,8 @@ CODES_INLINE zmoe_layout layout_of(const enum codes codes) {
   return unpacked_bits(codes) == 8 ? ZMOE_LAYOUT_CODES8_BF16 : ZMOE_LAYOUT_CODES4_BF16;
 }
 
-/* Of codes in 4 bits v[0], 32 values, since an index has five bits.  Of those in 8 bits the low bytes
- * of codes below 128 as bf16, and the high ones. */
+/* Of codes in 4 bits v[0], 32 values, since an index has five bits.  Of those in 8 bits the low
+ * bytes of codes below 128 as bf16, and the high ones. */
 typedef struct table {
   __m512i v[4], order, starts[2];
 } table;
@@ -154,8 +154,8 @@ BF16_INLINE __m512i unpack(const enum codes codes, __m512i bytes, const table t)
 }
 
 /* Of 4 bits codes i % 4 and i % 4 + 4 of each word, next to each other.  Of 8 bits the
- * first or second halves of all 128-bit parts, in order; from 128 on an affine code's bf16 is 0x4300
- * plus its lowest seven bits. */
+ * first or second halves of all 128-bit parts, in order; from 128 on an affine code's bf16 is
+ * 0x4300 plus its lowest seven bits. */
 BF16_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], const uint32_t i,
                              const table t) {
   if (unpacked_bits(codes) == 4)
@@ -208,11 +208,10 @@ DOT(FP8)
 
 typedef void matmul(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                     uint32_t last, void *scratch, float *const *ys);
-static matmul *const of_codes[] = {[CODES2] = dot_CODES2, [CODES3] = dot_CODES3,
-                                   [CODES4] = dot_CODES4, [CODES5] = dot_CODES5,
-                                   [CODES6] = dot_CODES6, [CODES8] = dot_CODES8,
-                                   [FP4] = dot_FP4,       [NVFP4] = dot_NVFP4,
-                                   [FP8] = dot_FP8};
+static matmul *const of_codes[] = {
+    [CODES2] = dot_CODES2, [CODES3] = dot_CODES3, [CODES4] = dot_CODES4,
+    [CODES5] = dot_CODES5, [CODES6] = dot_CODES6, [CODES8] = dot_CODES8,
+    [FP4] = dot_FP4,       [NVFP4] = dot_NVFP4,   [FP8] = dot_FP8};
 
 /* ---- codes and x in 8 bits ------------------------------------------------------------- */
 
@@ -277,7 +276,7 @@ BF16_INLINE void dot_block(const zmoe_weight *w, const uint32_t bits, const zmoe
   for (uint32_t g = 0; g < groups; g += 16) {
     __mmask16 lanes = lanes16(groups - g);
     EACH(i, n_out) {
-      scale[i] = load_scales(w, scales + i * scale_bytes, g, lanes);
+      scale[i] = load_scales(w, scales + i * scale_bytes, g, groups - g);
       if (!affine)
         continue;
       __m512 bias = load_floats(biases + i * scale_bytes, g, w->scale_dtype, lanes);

@@ -11,8 +11,8 @@
  *
  * A block is 128 bytes of codes, once they are unpacked, in two registers whose words are exchanged
  * so that, lane by lane, all of it belongs to one group: its products share a scale.  (Of NVFP4,
- * whose groups are half as long, all of a register does.)  Each sum starts with what x's sums add by
- * an affine weight's biases, and goes on block by block.
+ * whose groups are half as long, all of a register does.)  Each sum starts with what x's sums add
+ * by an affine weight's biases, and goes on block by block.
  *
  * A few rows are multiplied with each value as it is decoded; of more, PANEL_OUTS outputs are
  * decoded once for all.  `rows` and `codes` are constants in each call of the inlined bodies, so
@@ -50,8 +50,8 @@ INLINE void load_block(const enum codes codes, const unsigned char *at, struct h
                        const table t, __m512i words[2]) {
   __m512i v[2];
   EACH(i, 2)
-    v[i] = unpack(codes, _mm512_maskz_loadu_epi8(there.bytes[i], at + i * BLOCK_BYTES(codes) / 2),
-                  t);
+    v[i] =
+        unpack(codes, _mm512_maskz_loadu_epi8(there.bytes[i], at + i * BLOCK_BYTES(codes) / 2), t);
   words[0] = _mm512_unpacklo_epi32(v[0], v[1]);
   words[1] = _mm512_unpackhi_epi32(v[0], v[1]);
 }
@@ -179,7 +179,7 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
     EACH(j, n_out)
-      scale[j] = load_scales(w, out.scales + j * out.scale_bytes, g, lanes16(groups - g));
+      scale[j] = load_scales(w, out.scales + j * out.scale_bytes, g, groups - g);
     uint32_t at = g * w->group, end = at + 16 * w->group;
     end = end < in_features ? end : in_features;
     __m512i lanes = first_lanes;
@@ -188,7 +188,8 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
       EACH(j, n_out) {
         factor[0][j] = _mm512_permutexvar_ps(lanes, scale[j]);
         if (codes == NVFP4)
-          factor[1][j] = _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(1)), scale[j]);
+          factor[1][j] =
+              _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(1)), scale[j]);
         prefetch_block(codes, from + (skipped + j) * out.row_bytes);
       }
       add_block(codes, from, out.row_bytes, halves_of(codes, (end - at) * bits_of(codes) / 8), t,
@@ -269,7 +270,7 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
     __m512i words[2];
     prefetch_block(codes, from + ahead);
     if ((at - begin) % (16 * w->group) == 0) {
-      scale = load_scales(w, scales, g, lanes16(groups - g));
+      scale = load_scales(w, scales, g, groups - g);
       lanes = first_lanes;
     }
     load_block(codes, from, halves_of(codes, bytes), t, words);
