@@ -117,9 +117,9 @@ AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32
   }
 }
 
-AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
-                            uint32_t rows, uint32_t first, uint32_t last, void *scratch,
-                            float *const *ys) {
+AVX512 static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                       float *const *ys) {
   if (zmoe_layout_is_integer(layout)) /* without VNNI, AVX2 is as good */
     zmoe_kernels_avx2.dot(w, layout, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CHAINS)
@@ -148,5 +148,5 @@ static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x,
     zmoe_avx512_pack_input(layout, w, x, row);
 }
 
-const zmoe_kernels zmoe_kernels_avx512 = {layout_for, pack_input, zmoe_avx512_dot};
+const zmoe_kernels zmoe_kernels_avx512 = {layout_for, pack_input, dot};
 #endif

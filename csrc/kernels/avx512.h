@@ -1,4 +1,4 @@
-/* What the two AVX-512 variants share: loads, scales, and the frame of a dot. */
+/* What the AVX-512 variants share: loads, scales, and the frame of a dot. */
 #ifndef ZMOE_AVX512_H
 #define ZMOE_AVX512_H
 
@@ -138,8 +138,6 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out, uint32_
   }
 }
 
-void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                     uint32_t first, uint32_t last, void *scratch, float *const *ys);
 void zmoe_avx512_dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                             uint32_t first, uint32_t last, void *scratch, float *const *ys);
 void zmoe_avx512_pack_chains(const float *x, uint32_t in_features, float *to);
