@@ -7,6 +7,7 @@
 #include "weight.h"
 
 #define CODES __m256i
+#define FP4_CHAINS
 #define UNIT 2
 
 /* The codes in the low and in the high half of each byte. */

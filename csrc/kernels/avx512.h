@@ -53,16 +53,6 @@ AVX512_INLINE __m512 f32_of_e4m3(__m512i code) {
   return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(NAN));
 }
 
-/* The scales of 16 groups from group g on, of which `count` are there. */
-AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const unsigned char *scales, uint32_t g,
-                                 uint32_t count) {
-  if (w->format == ZMOE_FORMAT_AFFINE)
-    return load_floats(scales, g, w->scale_dtype, lanes16(count));
-  if (w->format == ZMOE_FORMAT_NVFP4)
-    return f32_of_e4m3(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes16(count), scales + g)));
-  return load_e8m0(scales + g, count);
-}
-
 /* What the codes of a weight stand for.  Affine ones have as many bits as their name says. */
 #define CODES_INLINE static inline __attribute__((always_inline))
 enum codes { CODES2 = 2, CODES3, CODES4, CODES5, CODES6, CODES8 = 8, FP4, NVFP4, FP8 };
@@ -84,6 +74,16 @@ static inline enum codes codes_of(const zmoe_weight *w) {
   if (w->format == ZMOE_FORMAT_AFFINE)
     return (enum codes)w->bits;
   return w->format == ZMOE_FORMAT_MXFP4 ? FP4 : w->format == ZMOE_FORMAT_NVFP4 ? NVFP4 : FP8;
+}
+
+/* The scales of 16 groups from group g on, of which `count` are there. */
+AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const enum codes codes,
+                                 const unsigned char *scales, uint32_t g, uint32_t count) {
+  if (is_affine(codes))
+    return load_floats(scales, g, w->scale_dtype, lanes16(count));
+  if (codes == NVFP4)
+    return f32_of_e4m3(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes16(count), scales + g)));
+  return load_e8m0(scales + g, count);
 }
 
 /* Of the 32 words in a block of avx512_codes.h, the one in a lane of its first register. */

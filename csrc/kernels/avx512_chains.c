@@ -31,16 +31,6 @@ KERNEL VEC widen_packed(const struct unpacking *u, const unsigned char *src, uin
   return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(u->mask)));
 }
 
-/* The lookup ignores all but the lowest four bits. */
-KERNEL VEC fp4_at(const unsigned char *src) {
-  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m512i shifts =
-      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)(const void *)src));
-  words = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, words), shifts);
-  return _mm512_permutexvar_ps(words, _mm512_loadu_ps(zmoe_fp4_values));
-}
-
 /* As f16, 2^-8 of the value. */
 KERNEL VEC fp8_at(const unsigned char *src) {
   const __m256i largest = _mm256_set1_epi16(0x3f80);

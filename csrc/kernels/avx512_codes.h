@@ -29,31 +29,32 @@
 
 enum { TILE_ROWS = 6, TILE_OUTS = 2, PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS };
 
-/* Of each half of a block the bytes that are there. */
-struct halves {
-  __mmask64 bytes[2];
-};
-
-INLINE struct halves halves_of(const enum codes codes, uint32_t bytes) {
-  const uint32_t half = BLOCK_BYTES(codes) / 2;
-  const __mmask64 all = ~(__mmask64)0 >> (64 - half);
-  struct halves there = {{all, all}};
-  for (uint32_t i = 0; i < 2 && bytes < BLOCK_BYTES(codes); i++) {
-    uint32_t n = bytes <= i * half ? 0 : bytes - i * half < half ? bytes - i * half : half;
-    there.bytes[i] = n == 0 ? 0 : ~(__mmask64)0 >> (64 - n);
-  }
-  return there;
-}
-
 /* The registers of a block; even lanes are of its first half. */
-INLINE void load_block(const enum codes codes, const unsigned char *at, struct halves there,
-                       const table t, __m512i words[2]) {
+INLINE void load_block(const enum codes codes, const unsigned char *at, const table t,
+                       __m512i words[2]) {
+  const uint32_t half = BLOCK_BYTES(codes) / 2;
+  const __mmask64 bytes = ~(__mmask64)0 >> (64 - half);
   __m512i v[2];
   EACH(i, 2)
-    v[i] =
-        unpack(codes, _mm512_maskz_loadu_epi8(there.bytes[i], at + i * BLOCK_BYTES(codes) / 2), t);
+    v[i] = half == 64 ? _mm512_loadu_si512(at + 64 * i)
+                      : unpack(codes, _mm512_maskz_loadu_epi8(bytes, at + i * half), t);
   words[0] = _mm512_unpacklo_epi32(v[0], v[1]);
   words[1] = _mm512_unpackhi_epi32(v[0], v[1]);
+}
+
+/* Where `n_out` blocks that are not whole, but `bytes` bytes, are read: copies, and zeros. */
+struct last_blocks {
+  __m512i v[ZMOE_DOT_ROWS][2];
+};
+
+INLINE void copy_last(const unsigned char *from, size_t row_bytes, const uint32_t n_out,
+                      uint32_t bytes, struct last_blocks *to) {
+  EACH(i, 2) {
+    const uint32_t n = bytes <= 64 * i ? 0 : bytes - 64 * i;
+    const __mmask64 there = n == 0 ? 0 : ~(__mmask64)0 >> (n < 64 ? 64 - n : 0);
+    EACH(j, n_out)
+      to->v[j][i] = _mm512_maskz_loadu_epi8(there, from + j * row_bytes + 64 * i);
+  }
 }
 
 INLINE void prefetch_block(const enum codes codes, const unsigned char *at) {
@@ -149,12 +150,12 @@ INLINE void add_part(const enum codes codes, const uint32_t p, __m512i words[ZMO
 
 /* Adds a block of `n_out` outputs. */
 INLINE void add_block(const enum codes codes, const unsigned char *from, size_t row_bytes,
-                      struct halves there, const table t, const __m512 factor[2][ZMOE_DOT_ROWS],
+                      const table t, const __m512 factor[2][ZMOE_DOT_ROWS],
                       const char *const elements[TILE_ROWS], const uint32_t rows,
                       const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   __m512i words[ZMOE_DOT_ROWS][2];
   EACH(j, n_out)
-    load_block(codes, from + j * row_bytes, there, t, words[j]);
+    load_block(codes, from + j * row_bytes, t, words[j]);
   add_part(codes, 0, words, t, factor[0], elements, rows, n_out, sum);
   if (BLOCK_PARTS(codes) == 2)
     add_part(codes, 1, words, t, factor[1], elements, rows, n_out, sum);
@@ -169,6 +170,7 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
   __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[2][ZMOE_DOT_ROWS];
   const char *elements[TILE_ROWS];
+  struct last_blocks last;
   EACH(r, rows)
     elements[r] = x[r].elements;
   EACH(j, n_out) {
@@ -179,7 +181,7 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
     EACH(j, n_out)
-      scale[j] = load_scales(w, out.scales + j * out.scale_bytes, g, groups - g);
+      scale[j] = load_scales(w, codes, out.scales + j * out.scale_bytes, g, groups - g);
     uint32_t at = g * w->group, end = at + 16 * w->group;
     end = end < in_features ? end : in_features;
     __m512i lanes = first_lanes;
@@ -192,8 +194,13 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
               _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(1)), scale[j]);
         prefetch_block(codes, from + (skipped + j) * out.row_bytes);
       }
-      add_block(codes, from, out.row_bytes, halves_of(codes, (end - at) * bits_of(codes) / 8), t,
-                factor, elements, rows, n_out, sum);
+      size_t row_bytes = out.row_bytes;
+      if (at + BLOCK_CODES(codes) > end) {
+        copy_last(from, row_bytes, n_out, (end - at) * bits_of(codes) / 8, &last);
+        from = (const unsigned char *)last.v;
+        row_bytes = sizeof last.v[0];
+      }
+      add_block(codes, from, row_bytes, t, factor, elements, rows, n_out, sum);
       EACH(r, rows)
         elements[r] += 64 * BLOCK_VALUES(codes);
       lanes = _mm512_add_epi32(lanes, per_block);
@@ -265,15 +272,20 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
   __m512i *values = panel->values[j], lanes = first_lanes;
   __m512 *factor = panel->factors[j], scale = _mm512_setzero_ps();
   for (uint32_t at = begin; at < end; at += BLOCK_CODES(codes), values += n_values) {
-    const uint32_t g = at / w->group, bytes = (end - at) * bits_of(codes) / 8;
+    const uint32_t g = at / w->group;
     const unsigned char *from = data + at * bits_of(codes) / 8;
+    struct last_blocks last;
     __m512i words[2];
     prefetch_block(codes, from + ahead);
     if ((at - begin) % (16 * w->group) == 0) {
-      scale = load_scales(w, scales, g, groups - g);
+      scale = load_scales(w, codes, scales, g, groups - g);
       lanes = first_lanes;
     }
-    load_block(codes, from, halves_of(codes, bytes), t, words);
+    if (at + BLOCK_CODES(codes) > end) {
+      copy_last(from, 0, 1, (end - at) * bits_of(codes) / 8, &last);
+      from = (const unsigned char *)last.v;
+    }
+    load_block(codes, from, t, words);
     EACH_VALUE(i, n_values)
     values[i] = value_of(codes, words, i, t);
     *factor++ = _mm512_permutexvar_ps(lanes, scale);

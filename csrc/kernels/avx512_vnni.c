@@ -68,7 +68,7 @@ VNNI_INLINE void dot_block(const zmoe_weight *w, const uint32_t bits, const zmoe
   for (uint32_t g = 0; g < groups; g += 16) {
     __mmask16 lanes = lanes16(groups - g);
     EACH(i, n_out) {
-      scale[i] = load_scales(w, scales + i * scale_bytes, g, groups - g);
+      scale[i] = load_scales(w, affine ? CODES8 : FP4, scales + i * scale_bytes, g, groups - g);
       if (!affine)
         continue;
       __m512 bias = load_floats(biases + i * scale_bytes, g, w->scale_dtype, lanes);

@@ -3,7 +3,7 @@
  *   load_e8m0(src, n)     LANES scales, likewise,
  *   widen_bytes(src, values)  CHAINS vectors of codes of 8 bits as floats,
  *   widen_packed(u, src, c)  vector c of so many of fewer bits, by struct unpacking,
- *   fp4_at(src), fp8_at(src)  LANES values of e2m1 and of e4m3,
+ *   fp8_at(src), fp4_at(src)  LANES values of e4m3, and with FP4_CHAINS of e2m1,
  *   place_in_window(bits, c, byte)  where it has a byte of VALUES codes before it shuffles,
  * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_chains.
  *
@@ -141,11 +141,13 @@ KERNEL void load_values(kind t, const unsigned char *data, size_t k, uint32_t co
     else if (!has_groups(t))
       values[c] = count < VALUES ? load_some(data, k + LANES * c, t.format, count - LANES * c)
                                  : vec_load(data, k + LANES * c, (zmoe_dtype)t.format);
+    else if (t.format == ZMOE_FORMAT_MXFP8)
+      values[c] = fp8_at(at + bytes_of(t, LANES * c)) * vec_splat(groups->scales[g]);
+#ifdef FP4_CHAINS
     else if (t.format == ZMOE_FORMAT_NVFP4)
       values[c] = fp4_at(at + bytes_of(t, LANES * c)) *
                   vec_splat(groups->scales[g + (LANES * c >> t.group_shift)]);
-    else if (t.format == ZMOE_FORMAT_MXFP8)
-      values[c] = fp8_at(at + bytes_of(t, LANES * c)) * vec_splat(groups->scales[g]);
+#endif
   if (has_biases(t))
     EACH(c, CHAINS)
       values[c] = vec_fma(values[c], vec_splat(groups->scales[g]), vec_splat(groups->biases[g]));
@@ -335,17 +337,21 @@ CODES_DOT(dot_codes8_32, ZMOE_FORMAT_AFFINE, 8, 5, NULL)
 CODES_DOT(dot_codes8_64, ZMOE_FORMAT_AFFINE, 8, 6, NULL)
 CODES_DOT(dot_codes8_128, ZMOE_FORMAT_AFFINE, 8, 7, NULL)
 CODES_DOT(dot_fp8, ZMOE_FORMAT_MXFP8, 8, 5, NULL)
+#ifdef FP4_CHAINS
 CODES_DOT(dot_nvfp4, ZMOE_FORMAT_NVFP4, 4, 4, NULL)
+#endif
 DOT(dot_packed, struct unpacking u; plan_unpacking(w->bits, &u);
     F32_SUMS(ZMOE_LAYOUT_CHAINS, PACKED, w->bits, (uint32_t)__builtin_ctz(w->group), &u))
 
-/* Codes of all formats that zmoe_has_chains names. */
+/* Codes in ZMOE_LAYOUT_CHAINS. */
 static void dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                        uint32_t last, void *scratch, float *const *ys) {
   if (w->format == ZMOE_FORMAT_MXFP8)
     dot_fp8(w, xs, rows, first, last, scratch, ys);
+#ifdef FP4_CHAINS
   else if (w->format == ZMOE_FORMAT_NVFP4)
     dot_nvfp4(w, xs, rows, first, last, scratch, ys);
+#endif
   else if (w->bits != 8)
     dot_packed(w, xs, rows, first, last, scratch, ys);
   else if (w->group == 32)

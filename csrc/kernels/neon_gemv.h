@@ -5,6 +5,7 @@
 #include "unpacking.h"
 
 #define CODES int8x16_t
+#define FP4_CHAINS
 #define UNIT 1
 
 #ifndef DOT4
