@@ -34,6 +34,15 @@ KERNEL struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
   return out;
 }
 
+KERNEL struct outputs outputs_after(struct outputs out, uint32_t count) {
+  out.data += count * out.row_bytes;
+  if (out.scales != NULL)
+    out.scales += count * out.scale_bytes;
+  if (out.biases != NULL)
+    out.biases += count * out.scale_bytes;
+  return out;
+}
+
 /* ---- f32 -----------------------------------------------------------------------------
  * Floats, and the codes that take no longer to convert than to read, or that nothing else can.  Of
  * DEPTH elements one register in CHAINS is summed from zero, lane by lane, and these sums are added
@@ -196,8 +205,8 @@ KERNEL void add_chunk(kind t, const unsigned char *data, const struct groups *gr
 
 KERNEL void dot_few(const zmoe_weight *w, kind t, zmoe_layout layout, const float *const *x,
                     const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  for (uint32_t o = first; o < last; o++) {
-    const struct outputs out = outputs_at(w, o);
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
     VEC sum[TILE_ROWS];
     EACH(r, rows)
       sum[r] = vec_splat(0.0f);
@@ -279,13 +288,14 @@ KERNEL void dot_tile(struct panel *panel, uint32_t chain, const float *const *x,
 /* More than TILE_ROWS rows: threes, and one or two twos. */
 KERNEL void dot_many(const zmoe_weight *w, kind t, const float *const *x, uint32_t rows,
                      uint32_t first, uint32_t last, struct panel *panel, float *const *ys) {
-  for (uint32_t o = first; o < last; o += PANEL_OUTS) {
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o += PANEL_OUTS, out = outputs_after(out, PANEL_OUTS)) {
     const uint32_t n_out = last - o < PANEL_OUTS ? last - o : PANEL_OUTS;
     memset(panel->sums, 0, rows * sizeof *panel->sums);
     for (uint32_t begin = 0; begin < w->in_features; begin += DEPTH) {
       const uint32_t left = w->in_features - begin, count = left < DEPTH ? left : DEPTH;
       for (uint32_t j = 0; j < PANEL_OUTS; j++) /* the last again where there are no more */
-        decode_output(w, t, outputs_at(w, o + (j < n_out ? j : n_out - 1)), begin, count,
+        decode_output(w, t, outputs_after(out, j < n_out ? j : n_out - 1), begin, count,
                       panel->values[j]);
       const uint32_t chain = chain_of(count);
       uint32_t r = 0;

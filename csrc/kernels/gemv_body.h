@@ -100,8 +100,8 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
   zmoe_packed x[ZMOE_DOT_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
-  for (uint32_t o = first; o < last; o++) {
-    const struct outputs out = outputs_at(w, o);
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
     VEC sum[ZMOE_DOT_ROWS];
     EACH(r, rows)
       sum[r] = vec_splat(0.0f);
