@@ -86,6 +86,8 @@ class Isa(IntEnum):
     AVX512_BF16 = 4
     NEON_DOT = 5
     NEON_BF16 = 6
+    AVX_VNNI = 7
+    AVX512_VNNI = 8
 
     @property
     def supported(self) -> bool:
