@@ -222,7 +222,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         from zmoe.cli.calibrate import calibrate, hosts_of
 
-        hosts = hosts_of(options.hosts, options.hostfile, options.python)
+        hosts = hosts_of(PROG, options.hosts, options.hostfile, options.python)
         calibrate(options.calibrate, hosts, as_json=options.json)
         return
     for flag in ("hosts", "hostfile", "python"):
