@@ -9,16 +9,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from zmoe.calibration.link import Hosts
-from zmoe.cli.calibrate import hosts_of
 from zmoe.cli.common import Parser, add_hosts, run_command
-from zmoe.cli.doctor import hosts, machine
 from zmoe.cli.doctor.check import Check, Result, results
-from zmoe.cli.doctor.report import report_of, show
-from zmoe.cli.doctor.selftest import SelfTest, crossings
 from zmoe.cluster.spec import PYTHON_HELP
 from zmoe.errors import ZmoeError
+
+if TYPE_CHECKING:
+    from zmoe.calibration.link import Hosts
 
 PROG = "zmoe-doctor"
 
@@ -35,6 +34,9 @@ def _parser() -> Parser:
 
 def examine(given: Hosts, folder: Path) -> Iterator[Result]:
     """The result of each check; `folder` is for the model of the self-test."""
+    from zmoe.cli.doctor import hosts, machine
+    from zmoe.cli.doctor.selftest import SelfTest, crossings
+
     found: list[tuple[bool, str]] = []
 
     def device() -> str:
@@ -61,6 +63,9 @@ def _say(text: str) -> None:
 
 
 def _examine(options: argparse.Namespace) -> None:
+    from zmoe.cli.calibrate import hosts_of
+    from zmoe.cli.doctor.report import report_of, show
+
     given = hosts_of(PROG, options.hosts, options.hostfile, options.python)
     with tempfile.TemporaryDirectory(prefix="zmoe-doctor-") as folder:
         found = list(examine(given, Path(folder)))

@@ -39,7 +39,7 @@ def _speed(prediction: Prediction | None) -> float | None:
 
 def forms(setup: Setup) -> dict[str, Setup]:
     """`setup` in the graph, by label: as a run takes it, with attention cut by heads, and either
-    with MLX_METAL_FAST_SYNCH=1. None if a run would evaluate every layer.
+    with MLX_METAL_FAST_SYNCH=1. Empty where a run would evaluate every layer.
     """
     crossings = [machine.crossing_s for machine in setup.machines]
     refused = setup.one_machine or setup.given is not None or setup.placement == "replicas"
