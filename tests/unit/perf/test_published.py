@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from tests.unit.perf.test_paper import PAGE
-from zmoe.cli.plan.forms import FAST, compare, forms
+from zmoe.cli.plan.forms import FAST, compare, forms, gains
 from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.perf.shape import Format, ModelShape, affine
@@ -117,3 +117,15 @@ def test_what_has_no_graph() -> None:
     (three,) = compare(mac, [predict(mac, 3)])
     assert three.in_graph["sharded"] is None and three.in_graph["graph"] is not None
     assert set(forms(replace(mac, machines=(MACHINES["dgx-spark"],)))) == {"graph", "sharded"}
+
+
+def test_what_the_graph_gains_is_said() -> None:
+    mac = Setup(QWEN_235B, (MACHINES["m3-ultra"],), LINKS["tb5-rdma"])
+    compared = compare(mac, [predict(mac, nodes) for nodes in (1, 4)])
+    usual, quick = gains(compared)
+    assert usual.startswith("In MLX's graph: ") and " times the fastest that evaluates" in usual
+    speed = predict(forms(mac)[f"{FAST}, sharded"], 4).tokens_per_second
+    assert quick.endswith(f": 4 nodes, {speed:.3g} tokens/s with sharded attention.")
+    (only,) = gains(compared[:1])  # one node crosses nothing
+    assert only.startswith("In MLX's graph: 1 node, ")
+    assert gains([]) == []

@@ -97,7 +97,7 @@ def purchases(setup: Setup, target: float, machines: Mapping[str, Machine]) -> l
 def _as_run(setup: Setup, evaluated: Prediction) -> Prediction:
     """In the form that a run takes: in MLX's graph where that can be."""
     compared = compare(setup, [evaluated])
-    return compared[0].best or evaluated if compared else evaluated
+    return compared[0].best() or evaluated if compared else evaluated
 
 
 def what_to_buy(setup: Setup, target: float, found: Sequence[Purchase]) -> list[str]:
@@ -125,7 +125,8 @@ def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
         said.append(f"{name} stands here for comparison: zmoe does not run like that.")
     if setup.link is not None and not setup.link.supported:
         said.append(
-            f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do."
+            f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do. "
+            "In MLX's graph another --backend may have one."
         )
     samples = max(p.busiest.standard_error for p in predictions)
     if samples:

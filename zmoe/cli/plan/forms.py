@@ -21,11 +21,10 @@ class Compared:
     evaluated: Prediction
     in_graph: Mapping[str, Prediction | None]
 
-    @property
-    def best(self) -> Prediction | None:
-        """The fastest in the graph that fits and needs no setting."""
-        usual = [p for label, p in self.in_graph.items() if FAST not in label]
-        fitting = [p for p in usual if p is not None and p.fits]
+    def best(self, *, fast: bool = False) -> Prediction | None:
+        """The fastest in the graph that fits; without `fast` synch, unless that is asked for."""
+        asked = [p for label, p in self.in_graph.items() if fast or FAST not in label]
+        fitting = [p for p in asked if p is not None and p.fits]
         return max(fitting, key=lambda p: p.tokens_per_second, default=None)
 
     def row(self) -> dict[str, Any]:
@@ -79,22 +78,28 @@ def _predicted(setup: Setup, nodes: int) -> Prediction | None:
 
 
 def gains(compared: Sequence[Compared]) -> list[str]:
-    """Which number of nodes is fastest in the graph, and by how much."""
-    found = [each for each in compared if each.best is not None]
-    if not found:
+    """Which number of nodes is fastest in the graph, and by how much; and with fast synch."""
+    best = _best(compared, fast=False)
+    if best is None:
         return []
-    fastest = max(found, key=lambda each: _speed(each.best) or 0.0)
-    best = fastest.best
-    assert best is not None
-    line = f"In MLX's graph: {counted(best.nodes)}, {best.tokens_per_second:.3g} tokens/s"
-    if best.sharded:
-        line += " with sharded attention"
-    others = [_speed(each.evaluated) for each in compared]
-    known = [speed for speed in others if speed is not None]
+    line = f"In MLX's graph: {_named(best)}"
+    known = [s for s in (_speed(each.evaluated) for each in compared) if s is not None]
     if known:
         line += f", {best.tokens_per_second / max(known):.3g} times the fastest that evaluates"
-    alone = found[0].best
-    assert alone is not None
-    if best.nodes > 1 and alone.nodes == 1:
+    alone = compared[0].best()
+    if best.nodes > 1 and alone is not None and alone.nodes == 1:
         line += f" and {best.tokens_per_second / alone.tokens_per_second:.3g} times one node"
-    return [line + "."]
+    said, quick = [line + "."], _best(compared, fast=True)
+    if quick is not None and quick.tokens_per_second > best.tokens_per_second:
+        said.append(f"With MLX_METAL_FAST_SYNCH=1, under which GPUs may hang: {_named(quick)}.")
+    return said
+
+
+def _best(compared: Sequence[Compared], *, fast: bool) -> Prediction | None:
+    found = [best for each in compared if (best := each.best(fast=fast)) is not None]
+    return max(found, key=lambda p: (p.tokens_per_second, -p.nodes), default=None)
+
+
+def _named(made: Prediction) -> str:
+    how = " with sharded attention" if made.sharded else ""
+    return f"{counted(made.nodes)}, {made.tokens_per_second:.3g} tokens/s{how}"
