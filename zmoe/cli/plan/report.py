@@ -57,10 +57,9 @@ def report_of(
         "purchases": bought,
         "conclusions": said + caveats(setup, predictions),
     }
-    in_graph = [each.row() for each in compared] or [None] * len(predictions)
+    speeds = [each.row() for each in compared] if compared else [None for _ in predictions]
     rows = [
-        {**made.row(), "tokens_per_second_in_graph": row}
-        for made, row in zip(predictions, in_graph)
+        {**made.row(), "tokens_per_second_in_graph": row} for made, row in zip(predictions, speeds)
     ]
     return {"environment": environment, "results": rows}
 
