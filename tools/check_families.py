@@ -10,6 +10,7 @@ where mlx-lm itself has two that are as close. Exits with 1 if any has not.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -34,16 +35,17 @@ from zmoe.errors import ZmoeError
 PROMPT = [(7 * i + 3) % 90 for i in range(20)]
 TOKENS = 8
 WIDE = {"moe_intermediate_size": 256}
+LATENT = {"qk_nope_head_dim": 32, "v_head_dim": 32}  # a group of weights with 4 bits
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": WIDE,
     "gpt_oss": {"intermediate_size": 256},
     "qwen2_moe": WIDE,
     "deepseek_v2": WIDE,
-    "deepseek_v3": WIDE,
+    "deepseek_v3": WIDE | LATENT,
     "glm4_moe": WIDE,
     "dots1": WIDE,
     "mixtral": {"intermediate_size": 256},
-    "longcat_flash": {"expert_ffn_hidden_size": 256},
+    "longcat_flash": {"expert_ffn_hidden_size": 256} | LATENT,
     "nemotron_h": WIDE,
 }
 SMALL = 2  # families of --small
@@ -97,6 +99,7 @@ def cases(small: bool, plain: str) -> Iterator[tuple[str, str, tuple[str, int, i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as in zmoe-run
     parser.add_argument("--small", action="store_true", help=f"{SMALL} families only")
     options = parser.parse_args()
     # MLX's gathering matmuls take no plain bfloat16 on a CPU.
