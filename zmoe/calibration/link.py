@@ -13,7 +13,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,10 +32,7 @@ SIZES = (4 << 10, 1 << 20)  # bytes: of a decode step, and of a prompt
 DEADLINE_S = 30.0
 PORTS = (20_000, 32_000)
 LOOPBACK = HostList((Host("localhost", "127.0.0.1"),) * 3)
-_RANK = (
-    "import sys; sys.path = [p for p in sys.path if p]; "
-    "from zmoe.calibration.link import main; sys.exit(main())"
-)
+_RANK = "import sys; sys.path = [p for p in sys.path if p]; from {} import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,19 @@ def measure_link(given: Hosts, progress: Progress) -> Link:
 
 def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
     """Median seconds of one all-reduce of each of SIZES among `hosts`, as the first sees it."""
-    ports = _free_port_pairs(len(hosts))
+    with others(hosts, remote, __name__) as (addresses, check):
+        return _take_part(0, addresses, check)
+
+
+@contextmanager
+def others(
+    hosts: Sequence[Host], remote: RemoteOptions, module: str
+) -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """Have all `hosts` but the first run main() of `module`, with rank and addresses as arguments.
+
+    Yields the addresses by rank, and what raises LaunchError if one of them has ended.
+    """
+    ports = free_port_pairs(len(hosts))
     addresses = [f"{host.address}:{port}" for host, port in zip(hosts, ports)]
     processes: list[NodeProcess] = []
 
@@ -90,11 +100,11 @@ def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
 
     try:
         for rank, host in enumerate(hosts[1:], 1):
-            words = ["-c", _RANK, str(rank), *addresses]
+            words = ["-c", _RANK.format(module), str(rank), *addresses]
             local = [sys.executable, *words]
             command = local if host.is_local else over_ssh(words, host, remote)
             processes.append(NodeProcess(rank, host.ssh, command, dict(os.environ)))
-        return _take_part(0, addresses, check)
+        yield addresses, check
     except ZmoeError:
         check()  # what a process said of its end explains more
         raise
@@ -117,7 +127,7 @@ def _take_part(rank: int, addresses: Sequence[str], tick: Callable[[], None]) ->
     return medians
 
 
-def _free_port_pairs(count: int) -> list[int]:
+def free_port_pairs(count: int) -> list[int]:
     """Ports that are free here, as is the one after each.
 
     Not from the range that systems give to outgoing connections: one of those
@@ -137,7 +147,12 @@ def _free_port_pairs(count: int) -> list[int]:
     raise LaunchError(f"no free ports between {PORTS[0]} and {PORTS[1]}")
 
 
-def _end_with_input() -> None:
+def end_with_input() -> None:
+    """End this process when its standard input closes."""
+    threading.Thread(target=_wait_for_input, daemon=True).start()
+
+
+def _wait_for_input() -> None:
     while os.read(0, 4096):
         pass
     os._exit(1)
@@ -145,7 +160,7 @@ def _end_with_input() -> None:
 
 def main() -> int:
     """A rank other than 0: its number and all addresses are the arguments; its exit code."""
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    end_with_input()
     try:
         _take_part(int(sys.argv[1]), sys.argv[2:], lambda: None)
     except ZmoeError as error:
