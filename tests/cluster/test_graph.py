@@ -103,10 +103,39 @@ def test_quantised_slices(folder: Path, quantize: tuple[str, int, int], tmp_path
     check(quantised, 3)
 
 
-def test_a_batch_is_as_alone(folder: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, ("affine", 4, 32)], ids=["float32", "affine"])
+def test_attention_cut_by_heads(
+    folder: Path, quantize: tuple[str, int, int] | None, tmp_path: Path
+) -> None:
+    cut = build("qwen3_moe", tmp_path / "cut", quantize=quantize, vocab_size=1024, **WIDE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, cut)
+    check(cut, 2, attention="sharded")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "words"),
+    [
+        (3, {}, "3 nodes cannot share 2 or 4 heads of qwen3_moe evenly: expected 2 nodes"),
+        (1, {}, "expected replicated, as there is one node"),
+        (2, {"compute": "auto"}, "expected replicated, as MLX does not compute"),
+    ],
+)
+def test_attention_that_cannot_be_cut(
+    folder: Path, nodes: int, engine: dict[str, Any], words: str
+) -> None:
+    config = EngineConfig(**{"compute": "mlx", "attention": "sharded", **engine})
+    with pytest.raises(SettingError) as refusal:
+        Cluster(folder, spec=ClusterSpec(nodes, engine=config))
+    assert str(refusal.value) == f"attention is sharded: {words}"
+
+
+@pytest.mark.parametrize("attention", ["replicated", "sharded"])
+def test_a_batch_is_as_alone(folder: Path, attention: str) -> None:
     """On MLX results may change with the batch: these are certain enough not to."""
     prompts = [f"{word} {word} and" for word in ("to be", "a king", "my lord", "the night")]
-    with Cluster(folder, spec=ClusterSpec(2, engine=EngineConfig(compute="mlx"))) as cluster:
+    engine = EngineConfig(compute="mlx", attention=attention)
+    with Cluster(folder, spec=ClusterSpec(2, engine=engine)) as cluster:
         alone = [[t.id for t in cluster.submit(prompt, max_tokens=6)] for prompt in prompts]
         together = [cluster.submit(prompt, max_tokens=6) for prompt in prompts]
         assert [[t.id for t in generation] for generation in together] == alone
