@@ -78,6 +78,13 @@ def test_one_line_says_what_ends_all(
     assert errors[0].removeprefix("zmoe-launch: ").removeprefix("node 1: ").startswith(words)
 
 
+def test_another_mpi_library_is_refused(commands: Commands) -> None:
+    commands.env["MLX_MPI_LIBNAME"] = "libmpi.so"
+    code, out, errors = launched(commands, "-n", 2, SCRIPT, "any")
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert errors[0].startswith("zmoe-launch: MLX_MPI_LIBNAME is set")
+
+
 def test_a_node_that_is_started_by_hand_and_an_error_of_the_program(
     commands: Commands, free_port: int
 ) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PROG = "zmoe-launch"
 _WATCH_S = 0.05
 _SIGNAL_S = 1.0  # after Ctrl-C or SIGTERM, for the program to end by itself
-_BY_HAND = ("leader", "rank", "tied", "cores")
+_OF_THE_FIRST = {"nodes", "manual", "starting_port", "python", "env", "cwd", "peer_timeout"}
 
 
 def _parser() -> Parser:
@@ -164,7 +164,7 @@ def _print_line(rank: int, line: str) -> None:
 
 def _worker(options: argparse.Namespace, program: _Program) -> Rank:
     """The rank that the flags say. Raises InputError."""
-    for name in vars(options).keys() & {"nodes", "manual", "starting_port", "python", "env", "cwd"}:
+    for name in sorted(vars(options).keys() & _OF_THE_FIRST):
         raise InputError(f"--{name.replace('_', '-')} is for the first node, and not with --rank")
     if options.hosts is not None or options.hostfile is not None:
         raise InputError("--hosts and --hostfile are for the first node, and not with --rank")
@@ -196,8 +196,10 @@ def _join(options: argparse.Namespace, program: _Program) -> Rank | None:
     if rank is None:
         return None
     try:
-        from zmoe.exchange.groups import Door
+        from zmoe.exchange.groups import Door, can_open_door
 
+        if not can_open_door():
+            raise InputError("MLX_MPI_LIBNAME is set: MLX would load that MPI library, not zmoe's")
         rank.come_up()
         Door(rank.exchange, is_program=True)
     except BaseException as error:
