@@ -353,7 +353,8 @@ static int gather(const zmoe_channel *channel, const void *src, uint8_t *out, si
       most > 0 && words / most < UINT8_MAX ? ZMOE_OK : refuse("an all_gather that is too large");
   for (; at < words && rc == ZMOE_OK; at += most, index++) {
     size_t some = words - at < most ? words - at : most;
-    rc = gather_words(index, (const uint8_t *)src + at * WORD, some, out + at * WORD, bytes, until_us);
+    rc = gather_words(index, (const uint8_t *)src + at * WORD, some, out + at * WORD, bytes,
+                      until_us);
   }
   size_t rest = bytes % WORD;
   if (rest == 0 || rc != ZMOE_OK)

@@ -32,7 +32,11 @@ FOLDS(uint64, uint64_t, uint64_t)
 FOLDS(float32, float, float)
 
 #define ROW(name)                                                                                  \
-  { #name, { sum_##name, max_##name, min_##name } }
+  {                                                                                                \
+    #name, {                                                                                       \
+      sum_##name, max_##name, min_##name                                                           \
+    }                                                                                              \
+  }
 static const struct {
   const char *type;
   zmoe_fold *folds[ZMOE_FOLDS];

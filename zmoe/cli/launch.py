@@ -76,7 +76,8 @@ class _Program:
     @property
     def arguments(self) -> list[str]:
         """For another node's command line."""
-        return ["-m", *self.words] if self.is_module else self.words
+        name, *given = self.words
+        return ["-m", name, *given] if self.is_module else [str(Path(name).resolve()), *given]
 
     def check(self) -> None:
         """Raise InputError if there is no such program."""
@@ -174,14 +175,15 @@ def _worker(options: argparse.Namespace, program: _Program) -> Rank:
     if options.tied:
         token = read_token()
         alive = os.dup(0)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)  # the program's own standard input
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)  # for the program
         threading.Thread(target=end_with_input, args=(alive,), daemon=True).start()
     if options.cores is not None:
         pin(options.cores)
     check_leader(options.leader, "--leader")
     bind = getattr(options, "bind", "127.0.0.1")
     check_bind(bind)
+    warn_unencrypted(f"{PROG}[{options.rank}]", bind)
     program.check()
     from zmoe.cluster.program import ProgramWorker
     from zmoe.exchange.sockets import Context

@@ -79,8 +79,8 @@ class ProgramLeader(Crew):
         nodes = (self.exchange.endpoint, *(message.endpoint for message in told.values()))
         self._has_begun = True
         self._bus.broadcast(Endpoints("", nodes))
-        self.exchange.tick = super().watch
-        self.exchange.connect(nodes, timing.join, super().watch)
+        self.exchange.tick = self.watch
+        self.exchange.connect(nodes, timing.join, self.watch)
         self.exchange.calibrate()
         self._step = 1  # from now on, who ends is lost
 
@@ -104,7 +104,6 @@ class ProgramLeader(Crew):
             self.abandon(f"rank 0 ended with exit code {code}")
             return
         self.collect(Ended, "", 0, math.inf)
-        self.watch()
         self.close()
 
     def abandon(self, error: str) -> None:
@@ -120,7 +119,13 @@ class ProgramWorker(Member):
 
     def come_up(self) -> None:
         """See Rank."""
-        begun = self.join()
+        try:
+            self._come_up(self.join())
+        except Exception as error:
+            self.report(error)
+            raise
+
+    def _come_up(self, begun: Program) -> None:
         timing, rank, session = begun.timing, self.spec.rank, self._bus.session
         self._bus.grace = timing.grace
         self.exchange = _listen(rank, begun.nodes, session, self.spec.bind, timing)
