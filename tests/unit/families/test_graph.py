@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from tests.families import EXPERTS, FAMILIES, build
 from tests.ranks import ThreadGraph, ThreadReducer, on_ranks
 from tests.unit.families.test_families import BATCH, generate
 from zmoe.errors import SettingError
+from zmoe.exchange.groups import OneGroup
 from zmoe.loading import Skeleton, check_attention, describe, load_shard
-from zmoe.moe.graph import Form
+from zmoe.loading.attention import cut_attention, sum_heads
+from zmoe.moe.graph import Form, Graph
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
@@ -97,3 +101,16 @@ def test_attention_cut_by_heads(family: str, tmp_path: Path) -> None:
         return
     with pytest.raises(SettingError, match="attention is sharded: expected replicated, as "):
         check_attention(folder, 2)
+
+
+def test_caches_and_weights_are_those_of_a_nodes_heads(tmp_path: Path) -> None:
+    skeleton = Skeleton(build("qwen3_moe", tmp_path / "model"))
+    model: Any = skeleton.module
+    whole = model.layers[0].self_attn.v_proj.weight.shape[0]
+    heads = cut_attention(model, skeleton.sites, "qwen3_moe", 1, 2)
+    graph = Graph(OneGroup(mx.distributed.init(backend="ring")), 0, mx.float32)
+    sum_heads(model, skeleton.sites, heads, graph)
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2]]), cache=cache)
+    assert cache[0].keys.shape[1] == 1  # of 2
+    assert model.layers[0].self_attn.v_proj.weight.shape[0] == whole / 2
