@@ -103,6 +103,12 @@ def test_attention_cut_by_heads(family: str, tmp_path: Path) -> None:
         check_attention(folder, 2)
 
 
+@pytest.mark.parametrize("mode", [("affine", 4, 32), ("mxfp4", 4, 32)], ids=lambda mode: mode[0])
+def test_quantised_attention_cut_by_heads(mode: tuple[str, int, int], tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path / "model", quantize=mode, intermediate_size=128)
+    check(folder, (0, 1), (1, 4), cuts_attention=True)
+
+
 def test_caches_and_weights_are_those_of_a_nodes_heads(tmp_path: Path) -> None:
     skeleton = Skeleton(build("qwen3_moe", tmp_path / "model"))
     model: Any = skeleton.module
