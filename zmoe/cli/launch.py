@@ -22,7 +22,7 @@ from zmoe.cli.node import end_with_input, pin, read_token
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import ClusterSpec, RemoteOptions, WorkerSpec
 from zmoe.config import Timing
-from zmoe.errors import DivergenceError, InputError, PeerError, ZmoeError
+from zmoe.errors import InputError, PeerError, ZmoeError
 
 if TYPE_CHECKING:
     from zmoe.cluster.program import Rank
@@ -265,8 +265,6 @@ def _words(error: Exception) -> str:
     """One line for the user of a program, who knows of no layers and steps."""
     if isinstance(error, PeerError):
         return f"rank {error.rank} {error.reason}"
-    if isinstance(error, DivergenceError):
-        return "the ranks call different collectives, or in groups of some ranks"
     if isinstance(error, ZmoeError):
         return str(error)
     return f"internal error: {type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from zmoe.cluster.member import Member
 from zmoe.cluster.messages import Ended, Endpoints, Join, Listening, Program, Stop
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
-from zmoe.errors import PeerError, ProgramError, ZmoeError
+from zmoe.errors import DivergenceError, PeerError, ProgramError, ZmoeError
 from zmoe.exchange.local import Exchange
 from zmoe.topology.cores import set_affinity
 
@@ -174,9 +174,14 @@ class ProgramWorker(Member):
 
 def _serve(exchange: Exchange) -> None:
     """Raise what a collective has failed with, else answer peers."""
-    if exchange.door is not None:
+    if exchange.door is None:
+        return
+    try:
         exchange.door.check()
         exchange.service()
+    except DivergenceError:  # in words of steps and layers, which a program has none of
+        words = "the ranks call different collectives, or in groups of some ranks"
+        raise ZmoeError(words) from None
 
 
 def _listen(rank: int, nodes: int, session: int, host: str, timing: Timing) -> Exchange:
