@@ -215,7 +215,7 @@ def _enter(
             options.model,
             spec=spec,
             progress=progress,
-            on_placement=partial(_explain, progress) if options.explain else None,
+            on_placement=partial(_explain, progress, spec) if options.explain else None,
             on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
         )
         # All files are looked at before the model is loaded.
@@ -245,10 +245,10 @@ def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
         )
 
 
-def _explain(progress: Bars, choice: Choice) -> None:
+def _explain(progress: Bars, spec: ClusterSpec, choice: Choice) -> None:
     from zmoe.cli.report import explanation
 
-    progress.print(explanation(choice))
+    progress.print(explanation(choice, spec.engine.attention))
 
 
 def _show(before: str, tokens: Iterable[Token], quiet: bool) -> None:
