@@ -114,7 +114,7 @@ def _operation(route: Route, found: Operation, by_body: dict[Any, Any]) -> dict[
         content = {"application/json": {"schema": schema}}
         described["requestBody"] = {"required": True, "content": content}
         if "stream" in found.body.model_fields:
-            answers["text/event-stream"] = {"schema": {"type": "string"}}
+            answers["text/event-stream"] = {}
     error = {"schema": {"$ref": _COMPONENTS.format(model="ErrorAnswer")}}
     described["responses"] = {
         "200": {"description": "The answer", "content": answers},
