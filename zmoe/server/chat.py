@@ -11,24 +11,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.ask import answer_grammar
 from zmoe.server.calls import ToolCall
 from zmoe.server.chat_messages import ChatPrompt
-from zmoe.server.errors import invalid
+from zmoe.server.errors import error_body, invalid
 from zmoe.server.fields import CompletionFields, usage
 from zmoe.server.front import Front
 from zmoe.server.generation import Delta, Task, run_together
-from zmoe.server.http import (
-    error_body,
-    event,
-    event_stream,
-    json_answer,
-    read_body,
-    until_disconnect,
-)
+from zmoe.server.http import event, event_stream, read_body, until_disconnect
 from zmoe.server.openapi import operation
 from zmoe.server.token_texts import chat_logprobs
 from zmoe.server.tools import ToolChoice, callable_tools
@@ -166,7 +159,7 @@ class _Answer:
             for place, (choice, found) in enumerate(zip(self._choices, sums))
         ]
         answer = {"object": "chat.completion", "choices": choices, "usage": usage([self._choices])}
-        return json_answer(self._head | self._prompt_ids() | answer)
+        return JSONResponse(self._head | self._prompt_ids() | answer)
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._prompt.ids} if self._body.return_token_ids else {}

@@ -10,21 +10,14 @@ from typing import Any
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from zmoe.server.errors import invalid
+from zmoe.server.errors import error_body, invalid
 from zmoe.server.fields import MOST_CHOICES, CompletionFields, usage
 from zmoe.server.front import Front
 from zmoe.server.generation import Delta, Task, run_together
-from zmoe.server.http import (
-    error_body,
-    event,
-    event_stream,
-    json_answer,
-    read_body,
-    until_disconnect,
-)
+from zmoe.server.http import event, event_stream, read_body, until_disconnect
 from zmoe.server.openapi import operation
 from zmoe.server.prompts import Prompt
 from zmoe.server.token_texts import TextLogprobs
@@ -139,7 +132,7 @@ class _Answer:
             _choice(place, found.content, choice.finish_reason) | self._extra(place, found, True)
             for place, (choice, found) in enumerate(zip(self._choices, sums))
         ]
-        return json_answer(self._head | {"choices": choices, "usage": usage(self._groups)})
+        return JSONResponse(self._head | {"choices": choices, "usage": usage(self._groups)})
 
     def _extra(self, place: int, delta: Delta, is_first: bool) -> dict[str, Any]:
         """What was asked for besides the text."""
