@@ -121,7 +121,7 @@ class Answer:
             return self._call(piece)
         events = []
         if self._open != piece.kind:
-            block = {"type": "text", "text": "", "citations": None}
+            block: dict[str, Any] = {"type": "text", "text": "", "citations": None}
             if piece.kind == "reasoning":
                 block = {"type": "thinking", "thinking": "", "signature": ""}
             events = self._start(piece.kind, block)
@@ -165,9 +165,14 @@ class Answer:
         }
 
     def _call(self, piece: ToolCall) -> list[Event]:
-        events = []
+        events: list[Event] = []
         if piece.begins:
-            block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
+            block: dict[str, Any] = {
+                "type": "tool_use",
+                "id": piece.id,
+                "name": piece.name,
+                "input": {},
+            }
             events = self._start("tool_use", block | {"caller": {"type": "direct"}})
             self._arguments = ""
         arguments = piece.arguments

@@ -228,7 +228,7 @@ class Answer:
         ]
 
     def _call(self, call: ToolCall) -> list[Event]:
-        events = []
+        events: list[Event] = []
         if call.begins:
             events, self._open = self._close(), "call"
             item = {"id": _id("fc"), "type": "function_call", "status": "in_progress"}
