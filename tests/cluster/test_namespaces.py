@@ -81,7 +81,7 @@ def leader(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[s
 
 @pytest.mark.usefixtures("ssh")
 def test_two_machines_write_the_same_text(commands: Commands, two_hosts: tuple[str, str]) -> None:
-    alone = commands.run(*GREEDY).stdout
+    alone = commands.call("run", *GREEDY).stdout
     process = leader(commands, two_hosts[0], "--hosts", f"{A},{B}", *GREEDY)
     text, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
