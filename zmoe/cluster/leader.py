@@ -6,8 +6,8 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,7 @@ from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.engine.base import Floats
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.exchange.sockets import Context, Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -282,11 +283,31 @@ class Leader:
 
         Raises PeerError, DivergenceError, and what a worker has failed with.
         """
-        self._step = self._bus.step = plan.step
-        try:
-            self._bus.broadcast(Step(plan))
-            self._hear()
+        with self._naming_cause():
+            self._send(plan)
             return self.node.run(plan)
+
+    def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
+        """As run(), in two parts: see Node.begin."""
+        with self._naming_cause():
+            self._send(plan)
+            end = self.node.begin(plan, draws)
+
+        def named() -> Floats | Drawn | None:
+            with self._naming_cause():
+                return end()
+
+        return named
+
+    def _send(self, plan: Plan) -> None:
+        self._step = self._bus.step = plan.step
+        self._bus.broadcast(Step(plan))
+        self._hear()
+
+    @contextmanager
+    def _naming_cause(self) -> Iterator[None]:
+        try:
+            yield
         except PeerError as own:
             self._look_for_cause(own)
             raise

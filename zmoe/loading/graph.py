@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -59,8 +60,14 @@ def form_of(
             "another run of the same process exchanges in MLX's graph"
         )
         return Form(notices=(line,))
-    groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
-    return Form(Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype])))
+    groups = Door(exchange, _patience_s()) if backend == "zmq" else join_backend(backend, exchange)
+    dtype = exchange.sum_dtype(DTYPES[info.dtype])
+    return Form(Graph(groups, len(sites), info.vocabulary, dtype))
+
+
+def _patience_s() -> float:
+    """How long a pass may wait within a graph: macOS ends what keeps a GPU waiting for 5 s."""
+    return 3.0 if mx.metal.is_available() else math.inf
 
 
 def _refuse_backend(config: EngineConfig, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
 EVERYTHING = tuple(range(EXPERTS))
+Cut = tuple[tuple[int, int], ...]
+CUTS: tuple[Cut, ...] = (
+    ((0, 1), (1, 3), (3, 4)),
+    ((0, 1), (1, 4)),
+    ((0, 1), (1, 2), (2, 3), (3, 4)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +60,10 @@ def check(folder: Path, *quarters: tuple[int, int]) -> None:
         assert calls % len(info.moe_layers) == 0 < calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slices_in_one_graph(family: str, tmp_path: Path) -> None:
-    """Of different widths; of all that a family has beside its experts there is one."""
-    check(build(family, tmp_path / family), (0, 1), (1, 3), (3, 4))
+@pytest.mark.parametrize(("family", "cut"), zip(FAMILIES, itertools.cycle(CUTS)))
+def test_slices_in_one_graph(family: str, cut: Cut, tmp_path: Path) -> None:
+    """On two to four nodes; of all that a family has beside its experts there is one."""
+    check(build(family, tmp_path / family), *cut)
 
 
 @pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if each.to_hf])
