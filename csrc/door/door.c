@@ -254,7 +254,8 @@ static int complete(const part *p, what what, uint64_t until_us, int is_only) {
   int rc = run(p, what, until_us);
   pthread_mutex_lock(&door.lock);
   if (rc == ZMOE_ETIMEOUT)
-    door.failure.is_repeatable = is_only && !door.is_patient;
+    door.failure.is_repeatable =
+        is_only && !door.is_patient && door.config.patience_us < door.config.deadline_us;
   pthread_mutex_unlock(&door.lock);
   return rc;
 }

@@ -102,6 +102,7 @@ def main() -> int:
                 with commands_in(Path(folder)) as commands:
                     took = check_round(commands, options.model.resolve(), happened)
                 good, slowest = good + 1, max(slowest, took)
+                print(f"{number}, {happened}: {took:.1f} s", flush=True)
             except Exception as problem:
                 print(f"{number}, {happened}: {type(problem).__name__}: {problem}", flush=True)
     print(f"{good} of {options.rounds} ended as they should, the slowest within {slowest:.1f} s")
