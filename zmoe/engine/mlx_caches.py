@@ -234,7 +234,8 @@ class MlxEngine:
         self._under_way.append(begun)
         if len(spans) == 1:  # a merge holds the caches of its sequences twice for a moment
             held = 2 * sum(cache.nbytes for cache in caches)
-            self.block_bytes = max(self.block_bytes, held * BLOCK // max(KVCache.step, end))
+            positions = max(KVCache.step, spans[0].end)
+            self.block_bytes = max(self.block_bytes, held * BLOCK // positions)
         return begun
 
     def _compute(self, begun: _Pass) -> None:
@@ -268,19 +269,17 @@ class MlxEngine:
         """The tokens of a pass, (sequences, rows of each)."""
         if [PREVIOUS] not in given:
             return mx.array(given)
-        picked = [self._picked.get(sequence) for sequence in order]
-        if given == [[PREVIOUS]] * len(order):
-            first, _ = self._picked[order[0]]
-            if len(first) == len(order) and picked == [(first, i) for i in range(len(order))]:
-                return first[:, None]
-        return mx.concatenate(
-            [
-                known[0][known[1] : known[1] + 1]
-                if known is not None and each == [PREVIOUS]
-                else mx.array(each, mx.uint32)
-                for known, each in zip(picked, given)
-            ]
-        )[:, None]
+        columns, rows = list[mx.array](), list[int]()
+        for sequence, each in zip(order, given):
+            is_known = each != [PREVIOUS]
+            column, row = (mx.array(each, mx.uint32), 0) if is_known else self._picked[sequence]
+            columns.append(column)
+            rows.append(row)
+        first = columns[0]
+        if all(column is first for column in columns) and rows == list(range(len(first))):
+            return first[:, None]
+        parts = [column[row : row + 1] for column, row in zip(columns, rows)]
+        return mx.concatenate(parts)[:, None]
 
     def _settle(self, last: _Pass) -> None:
         """End the passes up to `last`."""

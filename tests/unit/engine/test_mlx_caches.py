@@ -32,7 +32,7 @@ from zmoe.obs import Spans
 from zmoe.placement.build import place_evenly
 
 ONE_AT_A_TIME = {"llama4", "deepseek_v41"}  # their caches have no merge
-TEXTS = {s: [(s * 31 + 7 * i + i * i) % VOCAB for i in range(40)] for s in (1, 2, 3, 4, 11, 12)}
+TEXTS = {s: [(s * 31 + 7 * i + i * i) % VOCAB for i in range(40)] for s in (1, 2, 3, 4, 11, 12, 13)}
 
 
 @pytest.fixture(autouse=True)
@@ -133,31 +133,38 @@ def test_planning_ahead(family: str, tmp_path: Path) -> None:
     driver = Driver(build(family, tmp_path / family), plans_ahead=True)
     check(family, driver)
     greedy, step = Draw(0, 1, 0, 0, 0), itertools.count(1000)
-    texts = {s: TEXTS[s][: 6 + s] for s in (11, 12)}
+    texts = {s: TEXTS[s][: 6 + s] for s in (11, 12, 13)}
     wanted = {s: greedily(driver._reference, text, 6) for s, text in texts.items()}
     found: dict[int, list[int]] = {s: [] for s in texts}
+    planned = dict.fromkeys(texts, 0)  # tokens
     under_way = deque[tuple[tuple[int, ...], Callable[[], Any]]]()
 
-    def begin(*spans: tuple[int, int, int], tokens: Sequence[int]) -> None:
-        plan = Plan(next(step) * 8, tuple(Span(*span, 1) for span in spans), tuple(tokens))
-        of = tuple(sequence for sequence, *_ in spans)
-        under_way.append((of, driver.engine.begin(plan, draws=[greedy] * len(spans))))
+    def begin(*sequences: int) -> None:
+        spans, tokens = [], []
+        for s in sequences:
+            begins = not planned[s]
+            length = len(texts[s])
+            at, given = (0, texts[s]) if begins else (length + planned[s] - 1, [PREVIOUS])
+            spans.append(Span(s, at, len(given), 1))
+            tokens += given
+            planned[s] += 1
+        plan = Plan(next(step) * 8, tuple(spans), tuple(tokens))
+        under_way.append((sequences, driver.engine.begin(plan, draws=[greedy] * len(spans))))
 
     def end() -> None:
         of, ended = under_way.popleft()
-        for sequence, token in zip(of, ended().tokens.tolist()):
+        for sequence, token in zip(of, ended().tokens.tolist(), strict=True):
             found[sequence].append(token)
 
-    begin((11, 0, 17), (12, 0, 18), tokens=[*texts[11], *texts[12]])
-    for at in range(4):
-        begin((12, 18 + at, 1), (11, 17 + at, 1), tokens=(PREVIOUS, PREVIOUS))
+    begin(11, 12)
+    for sequences in ((12, 11), (11, 12, 13), (13, 12, 11), (13, 12, 11), (12, 13)):
+        begin(*sequences)
         end()
-    begin((12, 22, 1), tokens=[PREVIOUS])
-    end(), end()
-    assert found == {11: wanted[11][:5], 12: wanted[12]}
-    begin((11, 21, 1), tokens=found[11][4:])
     end()
-    assert found[11] == wanted[11]
+    assert found == {11: wanted[11][:5], 12: wanted[12], 13: wanted[13][:4]}
+    begin(11, 13)
+    end()
+    assert found[11] == wanted[11] and found[13] == wanted[13][:5]
 
 
 def greedily(model: Module, text: Sequence[int], count: int) -> list[int]:
