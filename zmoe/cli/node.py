@@ -47,7 +47,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _pin(cores: str) -> None:
+def pin(cores: str) -> None:
+    """Keep this process on the CPUs of --cores. Raises InputError."""
     if not hasattr(os, "sched_setaffinity"):
         raise InputError(f"--cores {cores}: this system cannot keep a process on some CPUs")
     try:
@@ -60,7 +61,7 @@ def _pin(cores: str) -> None:
         raise InputError(f"--cores {cores}: this process may not run on CPU {min(beyond)}")
 
 
-def _read_token() -> str:
+def read_token() -> str:
     """Return the first line of standard input, and leave the rest unread. Raises InputError."""
     token, deadline = b"", time.monotonic() + TOKEN_S
     while not token.endswith(b"\n"):
@@ -72,9 +73,9 @@ def _read_token() -> str:
     return token.decode("ascii", "replace").strip()
 
 
-def _end_with_input() -> None:
-    """End this process when its starter, which holds standard input open, has ended."""
-    while os.read(0, 4096):
+def end_with_input(fd: int = 0) -> None:
+    """End this process when its starter, which holds standard input (`fd`) open, has ended."""
+    while os.read(fd, 4096):
         pass
     os._exit(1)
 
@@ -123,10 +124,10 @@ def _in_words(error: Exception) -> str:
 def _serve(options: Any) -> None:
     spec = _spec(options)
     if options.cores is not None:
-        _pin(options.cores)
+        pin(options.cores)
     if options.tied:
-        spec = replace(spec, token=_read_token())
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        spec = replace(spec, token=read_token())
+        threading.Thread(target=end_with_input, daemon=True).start()
     prog = f"{PROG}[{spec.rank}]"
     check_leader(spec.leader, "--leader")
     check_bind(spec.bind)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.spec import ClusterSpec
     from zmoe.engine.generate import Token
     from zmoe.placement.choose import Choice
 
@@ -122,7 +123,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
-            on_placement = partial(_explain, progress) if options.explain else None
+            on_placement = partial(_explain, progress, spec) if options.explain else None
             cluster = Cluster(
                 options.model,
                 spec=spec,
@@ -179,10 +180,10 @@ def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
         )
 
 
-def _explain(progress: Bars, choice: Choice) -> None:
+def _explain(progress: Bars, spec: ClusterSpec, choice: Choice) -> None:
     from zmoe.cli.report import explanation
 
-    progress.print(explanation(choice))
+    progress.print(explanation(choice, spec.engine.attention))
 
 
 def _show(tokens: Iterable[Token], quiet: bool) -> None:

@@ -39,7 +39,7 @@ from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.threads import is_native
-from zmoe.loading import Skeleton, describe
+from zmoe.loading import Skeleton, check_attention, describe
 from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
@@ -95,6 +95,7 @@ class Cluster:
                 "max_kv_size",
                 f"is {window}: {self.info.model_type} has a cache of its own, which is no window",
             )
+        self._check_attention(folder)
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
@@ -115,6 +116,16 @@ class Cluster:
         self.notices: tuple[str, ...] = ()
         self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
+
+    def _check_attention(self, folder: Path) -> None:
+        """Raise SettingError if it is to be cut, and cannot be."""
+        engine, nodes = self.spec.engine, self.spec.nodes
+        if engine.attention == "replicated":
+            return
+        reason = "MLX does not compute" if is_native(engine) else "there is one node"
+        if is_native(engine) or nodes == 1:
+            raise SettingError("attention", f"is sharded: expected replicated, as {reason}")
+        check_attention(folder, nodes)
 
     # ---- life -----------------------------------------------------------------
 

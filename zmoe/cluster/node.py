@@ -7,8 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +45,7 @@ from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
+from zmoe.topology.cores import set_affinity
 
 
 class Node:
@@ -89,7 +89,7 @@ class Node:
     def pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores` until close()."""
         self._affinity = os.sched_getaffinity(0)
-        _set_affinity(cores)
+        set_affinity(cores)
 
     def use_isa(self, isa: str) -> None:
         """Use these instructions in the kernels, as every node of the run does.
@@ -268,6 +268,10 @@ class Node:
         """What files hold of this node's caches. Raises InputError where that is nothing."""
         if self._engine is None:
             raise InputError(f"no prompt cache: node {self.rank} has experts only")
+        if self._config.attention == "sharded":
+            raise SettingError(
+                "attention", "is sharded: a prompt cache has the keys and values of all heads"
+            )
         if isinstance(self.engine, MlxEngine):
             check_caches(self.engine.layout, self.info)
             return MLX
@@ -374,16 +378,9 @@ class Node:
             self._team.close()
             self._team = None
         if self._affinity is not None:
-            _set_affinity(self._affinity)
+            set_affinity(self._affinity)
             self._affinity = None
         mx.clear_cache()  # MLX would keep the weights' memory for later use
-
-
-def _set_affinity(cores: Iterable[int]) -> None:
-    """For all threads of this process: those that MLX started would keep theirs."""
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), cores)
 
 
 def peak_memory() -> int:

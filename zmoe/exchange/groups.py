@@ -163,10 +163,14 @@ class Door:
 
     It takes the exchange over: what else uses it meanwhile goes through the door. A process
     has one door at a time. `patience_s`: how long a pass waits for a peer before it is repeated.
-    Raises ZmoeError where another is open, or where MLX has loaded another MPI library before.
+    With `is_program` the world's collectives are done too, outside of steps; when one fails,
+    whoever calls check() is to end the process. Raises ZmoeError where another door is open, or
+    where MLX has loaded another MPI library before.
     """
 
-    def __init__(self, exchange: Exchange, patience_s: float = math.inf) -> None:
+    def __init__(
+        self, exchange: Exchange, patience_s: float = math.inf, is_program: bool = False
+    ) -> None:
         self._patience_s = min(patience_s, exchange.deadline_s)
         self.rank, self._exchange = exchange.rank, exchange
         self._failure = ffi.new("zmoe_door_failure *")
@@ -183,6 +187,7 @@ class Door:
         config.deadline_us = microseconds(exchange.deadline_s)
         config.patience_us = microseconds(self._patience_s)
         config.wakeup_fd = self._ends[0]
+        config.is_program = is_program
         if lib.zmoe_door_open(config) != Status.OK:
             self._close_pipe()
             raise ZmoeError("another run of this process computes with MLX: close it first")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
-from zmoe.errors import DivergenceError
+from zmoe.errors import DivergenceError, PeerError
 from zmoe.exchange.groups import Groups
 from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import linears
@@ -41,6 +41,7 @@ class Graph:
     def _begin_with(self, known: Sequence[mx.array], evaluates: bool) -> None:
         self._routed: list[mx.array] = []
         self._sums: list[mx.array] = []
+        self._summed: list[int] = []  # the layers of these, in every pass alike
         self._known, self._evaluates = known, evaluates
 
     def begin(self, step: int, plan: int, rows: int) -> None:
@@ -56,10 +57,10 @@ class Graph:
 
         Passes that were begun after it then have to be computed anew, each after a begin_again().
         """
-        layer = self._groups.repeat()
-        if layer is not None:
-            self._begin_with(sums[:layer], True)
-        return layer is not None
+        done = self._groups.repeat()
+        if done is not None:
+            self._begin_with(sums[:done], True)
+        return done is not None
 
     def begin_again(self, rows: int) -> None:
         """As begin(), of a pass that was begun after one that is repeated."""
@@ -69,9 +70,13 @@ class Graph:
         """Around whatever may wait for an exchange: what is computed in a pass, or evaluated."""
         return self._groups.waiting()
 
-    def sum(self, layer: int, partial: mx.array, ids: mx.array) -> mx.array:
-        """The sum of the ranks' `partial` (..., width), of `dtype`; `ids` (..., k): the routing."""
-        self._routed.append(ids)
+    def sum(self, layer: int, partial: mx.array, ids: mx.array | None = None) -> mx.array:
+        """The sum of the ranks' `partial` (..., width), of `dtype`.
+
+        `ids` (..., k): the routing, of a layer's experts; else it is its attention's.
+        """
+        if ids is not None:
+            self._routed.append(ids)
         done = len(self._sums)
         if done < len(self._known):
             total = self._known[done]
@@ -80,11 +85,12 @@ class Graph:
                 mx.eval(partial)
             elif done:  # or the ranks might call in different orders
                 (partial,) = mx.depends([partial], [self._sums[-1]])
-            group = self._groups.of(layer, partial.shape[-1])
+            group = self._groups.of(done, partial.shape[-1])
             total = mx.distributed.all_sum(partial, group=group)
             if self._evaluates:
                 mx.eval(total)
         self._sums.append(total)
+        self._summed.append(layer)
         return total
 
     def tell(self, tokens: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
@@ -94,14 +100,20 @@ class Graph:
         """
         words = mx.concatenate([_digests_of(self._routed), tokens])
         (mine,) = mx.depends([words], [self._sums[-1]])
-        group = self._groups.of(self._layers, 0)
+        group = self._groups.of(len(self._sums), 0)
         told = mx.distributed.all_gather(mine, group=group).reshape(-1, words.size)
         # An embedding has nothing beyond the vocabulary, whatever a peer says.
         return mx.minimum(told[0, self._layers :], self._vocabulary - 1), told, self._sums
 
     def check(self, step: int, told: npt.NDArray[np.uint32]) -> None:
         """Raises PeerError and DivergenceError where what a pass has computed is void."""
-        self._groups.check()
+        try:
+            self._groups.check()
+        except PeerError as lost:  # its layer is the number of a sum, or of what was told
+            layers = (*self._summed, self._layers)
+            if lost.layer is None or lost.layer >= len(layers):
+                raise
+            raise PeerError(lost.rank, layers[lost.layer], lost.step, lost.reason) from lost
         found = told[:, : self._layers]
         differ = np.argwhere(found != found[self._groups.rank])
         if len(differ):
@@ -115,11 +127,13 @@ class Graph:
 @dataclass(frozen=True)
 class Form:
     """How MoE layers are computed on MLX: in `graph`; `as_it_is`, with mlx-lm's own blocks, on
-    a single node; or else evaluated one by one. `notices` are lines for the user.
+    a single node; or else evaluated one by one. `cuts_attention`: in a graph, each node has its
+    share of the attention heads. `notices` are lines for the user.
     """
 
     graph: Graph | None = None
     as_it_is: bool = False
+    cuts_attention: bool = False
     notices: tuple[str, ...] = ()
 
 
