@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast, get_origin
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, WorkerSpec
 from zmoe.config import Batching, EngineConfig, Sampling, Settings, Timing, fields_of
 from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.exchange.keys import is_loopback
 
 MOST_GIB = 1 << 20
 _KINDS = (Sampling, Timing, EngineConfig, Batching, ClusterSpec, PlacementRequest, WorkerSpec)
@@ -235,11 +236,11 @@ def template_config(text: str | None) -> dict[str, Any] | None:
     return config
 
 
-def warn_unencrypted(prog: str, address: str) -> None:
-    """Warn on standard error when `address`, where a node listens, is not a loopback address."""
-    if not address.startswith("127."):
+def warn_unencrypted(prog: str, address: str, insecure: bool) -> None:
+    """Warn on standard error when `insecure` links go beyond this machine, from `address`."""
+    if insecure and not is_loopback(address):
         print(
-            f"{prog}: warning: listening on {address}; links are not yet encrypted, "
+            f"{prog}: warning: listening on {address}; links are not encrypted, "
             "use a network that you trust",
             file=sys.stderr,
         )

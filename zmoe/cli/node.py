@@ -15,7 +15,8 @@ from zmoe.cli.common import Parser, add_settings, given_settings, run_command, w
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import Timing
-from zmoe.errors import InputError, ZmoeError
+from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.exchange.keys import KeyPair, Pinned, is_key, is_loopback
 from zmoe.topology.cores import parse_cpus
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 PROG = "zmoe-node"
 LONGEST_LINE = 1000  # characters
-TOKEN_S, LONGEST_TOKEN = 60.0, 200
+FIRST_LINE_S, LONGEST_FIRST_LINE = 60.0, 200
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
@@ -34,13 +35,14 @@ def _parser() -> Parser:
         "waits for its leader, works for it, and then waits for the next one, until it is stopped.",
     )
     add = parser.add_argument
-    add_settings(add, WorkerSpec, "leader", "rank", "bind", "model", "memory_limit")
+    add_settings(add, WorkerSpec, "leader", "rank", "bind", "key", "insecure", "model")
+    add_settings(add, WorkerSpec, "memory_limit")
     add("--cores", metavar="CPUS", help="CPUs to run on, such as 0-3,8 (Linux)")
     add(
         "--tied",
         action="store_true",
-        help="Read the token by which the leader recognises this node from the first line of "
-        "standard input, and end when standard input closes",
+        help="Read the token by which the leader recognises this node, and its keys, from the "
+        "first line of standard input, and end when standard input closes",
     )
     add("--once", action="store_true", help="End after one run")
     add_settings(add, WorkerSpec, "join_timeout")
@@ -60,16 +62,28 @@ def _pin(cores: str) -> None:
         raise InputError(f"--cores {cores}: this process may not run on CPU {min(beyond)}")
 
 
-def _read_token() -> str:
+def _read_line() -> str:
     """Return the first line of standard input, and leave the rest unread. Raises InputError."""
-    token, deadline = b"", time.monotonic() + TOKEN_S
-    while not token.endswith(b"\n"):
+    line, deadline = b"", time.monotonic() + FIRST_LINE_S
+    while not line.endswith(b"\n"):
         left = deadline - time.monotonic()
         byte = os.read(0, 1) if select.select([0], [], [], max(0.0, left))[0] else b""
-        if not byte or len(token) > LONGEST_TOKEN:
+        if not byte or len(line) > LONGEST_FIRST_LINE:
             raise InputError("--tied: no line with a token came on standard input")
-        token += byte
-    return token.decode("ascii", "replace").strip()
+        line += byte
+    return line.decode("ascii", "replace").strip()
+
+
+def _told_by_leader(spec: WorkerSpec) -> WorkerSpec:
+    """Return `spec` with what the leader says on standard input: a token, this node's secret key
+    and its own public one, or no keys where links are not encrypted. Raises InputError.
+    """
+    token, *keys = _read_line().split(" ")
+    if not keys:
+        return replace(spec, token=token, insecure=True)
+    if len(keys) != 2 or not all(map(is_key, keys)):
+        raise InputError("--tied: expected a token, or a token and two keys on standard input")
+    return replace(spec, token=token, keys=Pinned(KeyPair.of(keys[0]), (keys[1],)))
 
 
 def _end_with_input() -> None:
@@ -111,7 +125,11 @@ def _spec(options: Any) -> WorkerSpec:
         asked.setdefault("join_timeout", Timing().join)
     elif "join_timeout" in asked:
         raise InputError("--join-timeout is for --once")
-    return WorkerSpec(**asked)
+    spec = WorkerSpec(**asked)
+    if spec.insecure and (spec.key is not None or is_loopback(spec.bind)):
+        reason = "with a key" if spec.key is not None else "on one machine"
+        raise SettingError("insecure", f"has no use {reason}")
+    return spec
 
 
 def _in_words(error: Exception) -> str:
@@ -125,12 +143,13 @@ def _serve(options: Any) -> None:
     if options.cores is not None:
         _pin(options.cores)
     if options.tied:
-        spec = replace(spec, token=_read_token())
+        spec = _told_by_leader(spec)
         threading.Thread(target=_end_with_input, daemon=True).start()
     prog = f"{PROG}[{spec.rank}]"
     check_leader(spec.leader, "--leader")
     check_bind(spec.bind)
-    warn_unencrypted(prog, spec.bind)
+    spec.pinned()  # raises where there has to be a key
+    warn_unencrypted(prog, spec.bind, spec.insecure)
     notices = _Notices(prog, quiet=options.tied)
     waiting = f"waiting for a leader at {spec.leader}"
     notices.say(waiting)

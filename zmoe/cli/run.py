@@ -112,7 +112,7 @@ def _generate(options: argparse.Namespace) -> None:
     spec = cluster_spec(options, parallel=1, record_usage=options.record_usage is not None)
     # All that can be wrong without a model has been checked by now.
     if spec.nodes > 1:
-        warn_unencrypted(PROG, spec.address)
+        warn_unencrypted(PROG, spec.address, spec.insecure)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
@@ -137,6 +137,8 @@ def _generate(options: argparse.Namespace) -> None:
             if loads:
                 read_prompt_cache(saved, cluster.info, spec.engine)  # before the model is loaded
             stack.enter_context(cluster)
+            if options.explain:
+                progress.print(report.listeners(cluster))
             if loads:
                 cluster.load_prompt_cache(saved)
             elif saved is not None:

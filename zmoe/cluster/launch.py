@@ -41,9 +41,9 @@ class NodeProcess:
         name: str,
         command: Sequence[str],
         env: dict[str, str],
-        token: str | None = None,
+        line: str | None = None,
     ) -> None:
-        """Start `command`; `token` is the first line of its standard input."""
+        """Start `command`; `line` is the first one of its standard input."""
         self.rank, self.name = rank, name
         self._tail: deque[str] = deque(maxlen=20)
         try:
@@ -71,10 +71,10 @@ class NodeProcess:
             if isinstance(error, RuntimeError):
                 raise LaunchError(f"cannot start node {rank} on {name}: {error}") from error
             raise
-        if token is not None:
+        if line is not None:
             assert self._process.stdin is not None
             with suppress(OSError):  # it has ended, which is noticed elsewhere
-                os.write(self._process.stdin.fileno(), token.encode() + b"\n")
+                os.write(self._process.stdin.fileno(), line.encode() + b"\n")
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -176,9 +176,9 @@ def ask_for_nodes(commands: Sequence[str]) -> str:
     return "\n".join(("waiting for nodes; start each on its machine:", *commands))
 
 
-def command_by_hand(leader: str, rank: int, bind: str) -> str:
-    """What a user types to start node `rank`, which listens at `bind`."""
-    return shlex.join(["zmoe-node", *_place_arguments(leader, rank, bind)])
+def command_by_hand(leader: str, rank: int, bind: str, more: Sequence[str]) -> str:
+    """What a user types to start node `rank`, which listens at `bind`, with `more` flags."""
+    return shlex.join(["zmoe-node", *_place_arguments(leader, rank, bind), *more])
 
 
 def start_local(
@@ -187,25 +187,26 @@ def start_local(
     bind: str,
     cores: Sequence[int] | None,
     join_timeout: float,
-    token: str,
+    line: str,
 ) -> NodeProcess:
     """A worker on this machine, on the given cores when the system can pin.
 
-    `join_timeout`: seconds that the leader at `leader` waits for it. `token`: by which
-    the leader knows it.
+    `join_timeout`: seconds that the leader at `leader` waits for it. `line`: the token by
+    which the leader knows it, and where links are encrypted its secret key and the leader's
+    public one; no argument holds them, since everybody can read those.
     """
     command = [sys.executable, *_node_arguments(leader, rank, bind, join_timeout)]
     if cores is not None:
         command += ["--cores", ",".join(map(str, cores))]
-    return NodeProcess(rank, "this machine", command, dict(os.environ), token)
+    return NodeProcess(rank, "this machine", command, dict(os.environ), line)
 
 
 def start_over_ssh(
-    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float, token: str
+    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float, line: str
 ) -> NodeProcess:
-    """A worker on `host`; `join_timeout` and `token` as in start_local."""
+    """A worker on `host`; `join_timeout` and `line` as in start_local."""
     command = over_ssh(_node_arguments(leader, rank, host.address, join_timeout), host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ), token)
+    return NodeProcess(rank, host.ssh, command, dict(os.environ), line)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from zmoe import __version__
 from zmoe.batch.plan import Plan
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.hosts import Host, is_loopback
+from zmoe.cluster.hosts import Host
 from zmoe.cluster.launch import (
     NodeProcess,
     command_by_hand,
@@ -48,6 +48,7 @@ from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.engine.base import Floats
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.exchange.keys import KeyPair, Pinned, is_loopback
 from zmoe.exchange.sockets import Context, Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa
@@ -87,6 +88,8 @@ class Leader:
         # By these the workers that we start are told from strangers.
         started = () if spec.manual else self._workers
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
+        self._lines = dict(self._tokens)  # of the standard input of each
+        keys = self._make_keys() if spec.encrypted else None
         session = secrets.randbits(63)
         self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
         self._context = Context()
@@ -99,10 +102,21 @@ class Leader:
                 nodes=spec.nodes,
                 grace=spec.timing.grace,
                 tokens=self._tokens,
+                keys=keys,
+                ports=spec.port_range,
             )
         except InputError:
             self._context.term()
             raise
+
+    def _make_keys(self) -> Pinned:
+        """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
+        if self.spec.manual:
+            return Pinned.shared(self.spec.key_of_all())
+        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self._workers}
+        for rank, pair in theirs.items():
+            self._lines[rank] += f" {pair.secret} {own.public}"
+        return Pinned(own, tuple(pair.public for pair in theirs.values()))
 
     # ---- coming up ----------------------------------------------------------
 
@@ -127,9 +141,10 @@ class Leader:
             engine=self.spec.engine,
             timing=timing,
             memory_limit=self.spec.placement.memory_limit,
+            ports=self.spec.port_range,
         )
         self._bus.broadcast(setup)
-        own = node.open_exchange(self.spec.address)
+        own = node.open_exchange(self.spec.address, self._context, encrypted=self.spec.encrypted)
         assert node.exchange is not None
         node.exchange.tick = self._hear
         patience = hello_patience(self._model_name, timing)
@@ -160,6 +175,12 @@ class Leader:
         told = [shard.notices, *(message.notices for message in ready.values())]
         return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
 
+    def listeners(self) -> list[tuple[str, list[int]]]:
+        """The address and the ports at which each node listens for the others, by rank."""
+        found = [(each.host, [each.data_port, each.control_port]) for each in self.endpoints]
+        found[0][1].insert(0, self._bus.port)
+        return found
+
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
@@ -184,7 +205,8 @@ class Leader:
         address, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
             places = [self._address_of(rank) for rank in self._workers]
-            lines = [command_by_hand(address, r, p) for r, p in zip(self._workers, places)]
+            how = self.spec.how_by_hand
+            lines = [command_by_hand(address, r, p, how) for r, p in zip(self._workers, places)]
             self._on_manual(lines)
             return
         if self.spec.hosts is not None:
@@ -197,8 +219,8 @@ class Leader:
             self.node.pin(cores[0])
         for rank in self._workers:
             mine = cores[rank] if cores is not None else None
-            token = self._tokens[rank]
-            process = start_local(address, rank, self.spec.address, mine, patience, token)
+            line = self._lines[rank]
+            process = start_local(address, rank, self.spec.address, mine, patience, line)
             self._processes.append(process)
 
     def _address_of(self, rank: int) -> str:
@@ -208,10 +230,10 @@ class Leader:
         return self.spec.address if is_loopback(self.spec.address) else "ITS_ADDRESS"
 
     def _start_on(self, host: Host, leader: str, rank: int) -> NodeProcess:
-        patience, token = self.spec.timing.join, self._tokens[rank]
+        patience, line = self.spec.timing.join, self._lines[rank]
         if host.is_local:
-            return start_local(leader, rank, host.address, None, patience, token)
-        return start_over_ssh(leader, rank, host, self.spec.remote, patience, token)
+            return start_local(leader, rank, host.address, None, patience, line)
+        return start_over_ssh(leader, rank, host, self.spec.remote, patience, line)
 
     def _check_protocol(self, rank: int, join: Join) -> None:
         if join.protocol != PROTOCOL_VERSION:
@@ -262,9 +284,14 @@ class Leader:
                 break
             if time.monotonic() > deadline:
                 ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
-                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s")
+                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s{self._refused()}")
             self._bus.wait(0.05)
         return dict(sorted(self._inbox.pop(kind).items()))
+
+    def _refused(self) -> str:
+        """Whose keys were refused so far."""
+        refused = self._context.authenticator.refused if self.spec.encrypted else []
+        return "".join(f"; refused {who}" for who in refused)
 
     def _check_processes(self) -> None:
         for process in self._processes:

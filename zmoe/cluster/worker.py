@@ -8,15 +8,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
-
-import zmq
+from typing import TypeVar
 
 from zmoe import __version__
 from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import FAREWELL_S, WorkerBus
-from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import (
     MOST_NOTICES,
     AskMemory,
@@ -41,6 +38,8 @@ from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.keys import is_loopback
+from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
@@ -61,10 +60,10 @@ class Worker:
     """One session with one leader."""
 
     def __init__(
-        self, spec: WorkerSpec, context: zmq.Context[Any], on_setup: Callable[[Setup], None]
+        self, spec: WorkerSpec, context: Context, on_setup: Callable[[Setup], None]
     ) -> None:
-        """`on_setup` is called when the session begins."""
-        self.spec = spec
+        """`on_setup` is called when the session begins. Raises InputError for a key file."""
+        self.spec, self._context, self._keys = spec, context, spec.pinned()
         self._on_setup = on_setup
         join = Join(
             protocol=PROTOCOL_VERSION,
@@ -73,7 +72,7 @@ class Worker:
             host=one_line(socket.gethostname())[:200],
             token=spec.token,
         )
-        self._bus = WorkerBus(context, spec.leader, join, Timing().grace)
+        self._bus = WorkerBus(context, spec.leader, join, Timing().grace, self._keys)
         self._node: Node | None = None
 
     def run(self) -> None:
@@ -133,7 +132,10 @@ class Worker:
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
         offer = resources_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
-        endpoint = node.open_exchange(self.spec.bind)
+        encrypted = self._keys is not None
+        endpoint = node.open_exchange(
+            self.spec.bind, self._context, encrypted=encrypted, ports=setup.ports
+        )
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
         place, endpoints = self._expect(Place, patience), self._expect(Endpoints, timing.join)
