@@ -57,10 +57,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> None:
+def add_settings(
+    add: Callable[..., Any], kind: type[Settings], *names: str, required: bool = True
+) -> None:
     """Add the flags of the fields `names` of `kind`, or of all its fields that have one.
 
-    `add` is the add_argument of a parser or group. given_settings() collects the values.
+    `add` is the add_argument of a parser or group. given_settings() collects the values. Fields
+    without a default are `required`, unless they may come from elsewhere.
     """
     for field in fields_of(kind):
         setting, how = field.setting, dict[str, Any]()
@@ -74,7 +77,7 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
             how |= {"type": float if setting.in_gib else field.kind, "metavar": setting.metavar}
             how |= {"choices": setting.limit.choices if setting.limit is not None else None}
         if not hasattr(kind, field.name):
-            how["required"] = True
+            how["required"] = required
         flags = (setting.short, field.flag) if setting.short else (field.flag,)
         text = _with_default(setting.help, getattr(kind, field.name, None))
         add(*flags, default=argparse.SUPPRESS, help=text, **how)

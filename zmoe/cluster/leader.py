@@ -144,7 +144,12 @@ class Leader:
             ports=self.spec.port_range,
         )
         self._bus.broadcast(setup)
-        own = node.open_exchange(self.spec.address, self._context, encrypted=self.spec.encrypted)
+        own = node.open_exchange(
+            self.spec.address,
+            self._context,
+            encrypted=self.spec.encrypted,
+            ports=self.spec.port_range,
+        )
         assert node.exchange is not None
         node.exchange.tick = self._hear
         patience = hello_patience(self._model_name, timing)
