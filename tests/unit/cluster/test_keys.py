@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from zmoe.cluster import bus as bus_module
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.messages import Join, Message
@@ -107,3 +111,62 @@ def test_what_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert WorkerSpec("10.0.0.1:1", 1, "10.0.0.2").pinned() == Pinned.shared(pair)
     assert WorkerSpec("10.0.0.1:1", 1, "10.0.0.2", insecure=True).pinned() is None
     assert WorkerSpec("127.0.0.1:1", 1).pinned() is None
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"%s" + bytes(32)
+CURVE, NULL = (GREETING % name.ljust(20, b"\0") for name in (b"CURVE", b"NULL"))
+ATTACKS = {
+    "says nothing": b"",
+    "stops in the middle of the greeting": CURVE[:11],
+    "stops after the greeting": CURVE,
+    "wants no encryption": NULL + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER",
+    "sends an endless multipart": CURVE + b"\x01\x10aaaaaaaaaaaaaaaa" * 1000,
+    "sends a command of 1 GiB": CURVE + b"\x06\0\0\0\0\x40\0\0\0" + bytes(1 << 16),
+}
+CONNECTIONS = 300  # of each
+
+
+def memory() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_strangers_without_a_key_are_bounded(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are disconnected when the handshake takes too long, and a worker joins meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(ATTACKS) * CONNECTIONS * 2 + 300  # both ends are in this process
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"{hard} files may be open, {wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    monkeypatch.setattr(bus_module, "HANDSHAKE_MS", 1500)
+    same = Pinned.shared(LEADER)
+    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=9.0, keys=same)
+    strangers = []
+    before = memory()
+    try:
+        for data in ATTACKS.values():
+            for _ in range(CONNECTIONS):
+                strangers.append(socket.create_connection(("127.0.0.1", bus.port), PATIENCE_S))
+                with contextlib.suppress(OSError):  # refused before all was sent
+                    strangers[-1].sendall(data)
+        join = Join(PROTOCOL_VERSION, 1, "1", "here", "")
+        worker = WorkerBus(context, f"127.0.0.1:{bus.port}", join, 9.0, same)
+        deadline = time.monotonic() + PATIENCE_S
+        while not (heard := bus.hear()) and time.monotonic() < deadline:
+            worker.receive(0.02)
+        grown = memory() - before
+        assert heard == [(1, join)]
+        worker.close()
+        assert grown < 32 << 20, grown / len(strangers)
+        for stranger in strangers:
+            stranger.settimeout(PATIENCE_S)
+            with contextlib.suppress(ConnectionError):
+                while stranger.recv(4096):  # until it is disconnected
+                    pass
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        bus.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
