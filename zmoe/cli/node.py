@@ -204,9 +204,9 @@ def _serve(options: Any, arguments: Sequence[str] = ()) -> None:
     warn_unencrypted(prog, spec.bind, spec.insecure)
     notices = _Notices(prog, quiet=options.tied)
     waiting = f"waiting for a leader at {spec.leader}"
-    notices.say(waiting)
     if options.ready_fd is not None:
         _say_ready(options.ready_fd)
+    notices.say(waiting)
     from zmoe.cluster.worker import Worker
     from zmoe.exchange.sockets import Context
 
