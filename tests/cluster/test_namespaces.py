@@ -149,7 +149,7 @@ def test_by_hand_and_with_a_stranger(
     stranger = node(1, other)
     _, errors = stranger.communicate(timeout=PATIENCE_S)
     assert stranger.returncode == 2
-    why = f"does not have the public key that this node expects, {others}"
+    why = f"does not answer by the public key that this node expects, {others}"
     assert errors.splitlines()[-1] == f"zmoe-node[1]: leader {A}:9700 {why}"
     workers = [node(rank, ours) for rank in (1, 2)]
     text, errors = process.communicate(timeout=PATIENCE_S)

@@ -18,7 +18,7 @@ from zmoe.cli.unit import unit
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import Timing
-from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.keys import KeyPair, Pinned, is_key, is_loopback
 from zmoe.topology.cores import parse_cpus
 
@@ -99,7 +99,7 @@ def _told_by_leader(spec: WorkerSpec) -> WorkerSpec:
     """
     token, *keys = _read_line().split(" ")
     if not keys:
-        return replace(spec, token=token, insecure=True)
+        return replace(spec, token=token, insecure=not is_loopback(spec.bind))
     if len(keys) != 2 or not all(map(is_key, keys)):
         raise InputError("--tied: expected a token, or a token and two keys on standard input")
     return replace(spec, token=token, keys=Pinned(KeyPair.of(keys[0]), (keys[1],)))
@@ -174,11 +174,7 @@ def _spec(options: Any) -> WorkerSpec:
         asked.setdefault("join_timeout", Timing().join)
     elif "join_timeout" in asked:
         raise InputError("--join-timeout is for --once")
-    spec = WorkerSpec(**asked)
-    if spec.insecure and (spec.key is not None or is_loopback(spec.bind)):
-        reason = "with a key" if spec.key is not None else "on one machine"
-        raise SettingError("insecure", f"has no use {reason}")
-    return spec
+    return WorkerSpec(**asked)
 
 
 def _in_words(error: Exception) -> str:

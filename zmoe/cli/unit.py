@@ -55,4 +55,5 @@ def _without_specifiers(text: str) -> str:
 def _quoted(word: str) -> str:
     """Return `word` as systemd reads one, whatever it holds."""
     escaped = "".join(f"\\{c}" if c in '"\\' else c for c in _without_specifiers(word))
-    return f'"{escaped}"' if not word or any(c in " \t;'\"\\" for c in word) else escaped
+    quote = '"' if not word or any(c in " \t\n;'\"\\" for c in word) else ""
+    return quote + escaped.replace("\n", "\\n") + quote

@@ -493,11 +493,11 @@ class WorkerBus:
             why = "has no key, while this node has one" if keys else "takes only nodes with a key"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and keys is not None:
             self._failed_handshakes += 1  # or the leader has ended meanwhile
-            if self._failed_handshakes < _FAILED_HANDSHAKES:
+            if self._failed_handshakes < _FAILED_HANDSHAKES or self.has_session:
                 return
-            why = f"does not have the public key that this node expects, {keys.others[0]}"
+            why = f"does not answer by the public key that this node expects, {keys.others[0]}"
         else:
             return
-        if self._channel is not None:
+        if self.has_session:
             raise self._lost(f"is gone: who listens there {why}")
         raise InputError(f"leader {self.leader} {why}")

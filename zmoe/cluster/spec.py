@@ -123,9 +123,7 @@ class ClusterSpec(Settings):
             raise SettingError(
                 "key", "is for nodes that are started by hand: others get keys as they are started"
             )
-        if self.insecure and (self.key is not None or is_loopback(self.address)):
-            reason = "with a key" if self.key is not None else "on one machine"
-            raise SettingError("insecure", f"has no use {reason}")
+        _check_insecure(self.insecure, self.key, self.address)
         if self.engine.backend not in ("auto", "zmq"):
             backend = self.engine.backend
             if self.encrypted:
@@ -199,6 +197,10 @@ class WorkerSpec(Settings):
     keys: Pinned | None = None
     join_timeout: Annotated[float | None, Setting(_OWN_JOIN_HELP, SECONDS, metavar="S")] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_insecure(self.insecure, self.key, self.bind)
+
     def pinned(self) -> Pinned | None:
         """This worker's keys and its leader's; None where links are not encrypted.
 
@@ -209,6 +211,13 @@ class WorkerSpec(Settings):
         if self.key is None and is_loopback(self.bind):
             return None
         return Pinned.shared(_given_key(self.key, f"a node on {self.bind}"))
+
+
+def _check_insecure(insecure: bool, key: Path | None, address: str) -> None:
+    """Raise SettingError where `insecure` would change nothing, or contradict `key`."""
+    if insecure and (key is not None or is_loopback(address)):
+        reason = "with a key" if key is not None else "on one machine"
+        raise SettingError("insecure", f"has no use {reason}")
 
 
 def _given_key(file: Path | None, who: str) -> KeyPair:

@@ -61,7 +61,10 @@ def test_a_worker_with_the_right_keys_joins(context: Context) -> None:
     "worker, words",
     [
         (Pinned(OTHER, (LEADER.public,)), "has refused this node, whose public key is"),
-        (Pinned(WORKER, (OTHER.public,)), "does not have the public key that this node expects"),
+        (
+            Pinned(WORKER, (OTHER.public,)),
+            "does not answer by the public key that this node expects",
+        ),
         (None, "takes only nodes with a key"),
     ],
 )
