@@ -64,11 +64,13 @@ def ssh(commands: Commands, hosts: tuple[str, ...], tmp_path: Path) -> None:
     commands.env["PATH"] = f"{tmp_path}:{commands.env['PATH']}"
 
 
-def start(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    commands: Commands, host: str, *arguments: str, **variables: str
+) -> subprocess.Popen[str]:
     """Start Python with `arguments` in a namespace."""
     process = subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, *arguments],
-        env=commands.env,
+        env={**commands.env, **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -141,17 +143,18 @@ def test_by_hand_and_with_a_stranger(
     run = ("--manual", "--starting-port", "9700", "--hosts", f"{A},{B},{C}", "--key", str(ours))
     process = leader(commands, hosts[0], *run, *GREEDY)
 
-    def node(rank: int, key: Path) -> subprocess.Popen[str]:
-        place = ("--rank", str(rank), "--leader", f"{A}:9700", "--bind", (B, C)[rank - 1])
-        flags = ("-m", "zmoe.cli.node", "--once", "--key", str(key))
-        return start(commands, hosts[rank], *flags, *place)
+    def node(rank: int, address: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
+        flags = ("-m", "zmoe.cli.node", "--once", "--bind", address, *flags)
+        return start(commands, hosts[rank], *flags, **variables)
 
-    stranger = node(1, other)
+    first = ("--leader", f"{A}:9700", "--rank", "1", "--key")
+    stranger = node(1, B, *first, str(other))
     _, errors = stranger.communicate(timeout=PATIENCE_S)
     assert stranger.returncode == 2
     why = f"does not answer by the public key that this node expects, {others}"
     assert errors.splitlines()[-1] == f"zmoe-node[1]: leader {A}:9700 {why}"
-    workers = [node(rank, ours) for rank in (1, 2)]
+    told = {"ZMOE_LEADER": f"{A}:9700", "ZMOE_KEY_FILE": str(ours), "SLURM_PROCID": "2"}
+    workers = [node(1, B, *first, str(ours)), node(2, C, "--rank-env", "SLURM_PROCID", **told)]
     text, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert f"--rank 2 --key {ours}" in errors
