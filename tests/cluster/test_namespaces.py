@@ -141,7 +141,7 @@ def test_by_hand_and_with_a_stranger(
     ours, other = tmp_path / "ours", tmp_path / "other"
     public, others = write_new_key(ours).public, write_new_key(other).public
     run = ("--manual", "--starting-port", "9700", "--hosts", f"{A},{B},{C}", "--key", str(ours))
-    process = leader(commands, hosts[0], *run, *GREEDY)
+    process = leader(commands, hosts[0], *run, "--ports", "9700-9702", "--explain", *GREEDY)
 
     def node(rank: int, address: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
         flags = ("-m", "zmoe.cli.node", "--once", "--bind", address, *flags)
@@ -159,6 +159,10 @@ def test_by_hand_and_with_a_stranger(
     assert process.returncode == 0, errors
     assert f"--rank 2 --key {ours}" in errors
     assert public not in errors
+    assert "links: encrypted\n" in errors
+    listening = re.findall(r"  node [0-2]: (\S+), ports (.+)", errors)
+    workers_listen = [(address, "9700, 9701") for address in (B, C)]
+    assert listening == [(A, "9700, 9701, 9702"), *workers_listen]
     assert text == commands.call("run", *GREEDY).stdout
     for worker in workers:
         _, errors = worker.communicate(timeout=PATIENCE_S)
