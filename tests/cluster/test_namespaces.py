@@ -123,7 +123,7 @@ def test_no_byte_between_three_machines_is_in_clear(
     clear, encrypted = seen
     # The same run sends the same plans and the same partial sums: what is found in one capture,
     # behind the headers of control messages and frames, must not be in the other.
-    steps = set(re.findall(rb"zmoe\x01\0{6}.{26}\x92\xa4Step.{12}", clear, re.DOTALL))
+    steps = set(re.findall(rb"zmoe\x01\0{7}.{24}\x92\xa4Step.{12}", clear, re.DOTALL))
     payloads = set(re.findall(rb"ZMOE.{60}(.{24})", clear, re.DOTALL))
     assert len(steps) >= 16
     assert len(payloads) >= 16 * 4

@@ -52,15 +52,20 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         read_key("/dev/zero")
 
 
+PATIENCE_S = 60
+
+
 def joined(ports: list[int], keys: list[KeyPair | str | None]) -> list[object]:
     """What each rank's all-reduce gave, or how it failed."""
     addresses = [f"127.0.0.1:{port}" for port in ports]
     found: list[object] = [None] * len(ports)
+    everyone = threading.Barrier(len(ports))  # who leaves first may take its payload along
 
     def take_part(rank: int) -> None:
         try:
             with join(rank, addresses, key=keys[rank], deadline_s=3) as exchange:
                 found[rank] = exchange.all_reduce_numpy(np.full((1, 4), 1.5, np.float32)).sum()
+                everyone.wait(PATIENCE_S)
         except ZmoeError as error:
             found[rank] = error
 
