@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,21 @@ class ChildError(BenchError):
 
 class Absent(Exception):
     """Why a peer cannot run here; no error."""
+
+
+def compile_c(compiler: str, source: str, into: Path) -> None:
+    """Compile `source` of csrc/ into the folder `into`. Raises Absent without a compiler."""
+    path = shutil.which(compiler)
+    if path is None:
+        raise Absent(f"no {compiler} on the PATH")
+    output = into / Path(source).stem
+    if output.exists():
+        return
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+    command = [path, *flags, str(BENCH / "csrc" / source), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        raise BenchError(f"{compiler} cannot compile {source}: {done.stderr.strip()}")
 
 
 class Children:

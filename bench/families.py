@@ -38,6 +38,40 @@ def _llama(o: argparse.Namespace, moe: Callable[[str], Shapes]) -> Shapes:
     yield "lm_head.weight", (o.vocab, o.hidden)
 
 
+def _glu(prefix: str, o: argparse.Namespace) -> Shapes:
+    yield f"{prefix}.gate_proj.weight", (o.ffn, o.hidden)
+    yield f"{prefix}.up_proj.weight", (o.ffn, o.hidden)
+    yield f"{prefix}.down_proj.weight", (o.hidden, o.ffn)
+
+
+def _sigmoid_moe(prefix: str, o: argparse.Namespace) -> Shapes:
+    """A MoE block with a shared expert, but in the first layer an MLP."""
+    if prefix.endswith(".0"):
+        yield from _glu(f"{prefix}.mlp", o)
+        return
+    yield f"{prefix}.mlp.gate.weight", (o.experts, o.hidden)
+    yield f"{prefix}.mlp.gate.e_score_correction_bias", (o.experts,)
+    yield from _glu(f"{prefix}.mlp.shared_experts", o)
+    for expert in range(o.experts):
+        yield from _glu(f"{prefix}.mlp.experts.{expert}", o)
+
+
+def _sigmoid_config(o: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "n_routed_experts": o.experts,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": o.ffn,
+        "intermediate_size": o.ffn,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "attention_bias": False,
+        **_llama_config(o),
+    }
+
+
 def mixtral(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     """Config and tensors in the shape of Mixtral."""
     config = {"num_local_experts": o.experts, "intermediate_size": o.ffn, **_llama_config(o)}
@@ -71,12 +105,84 @@ def qwen3_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
             yield f"{prefix}.self_attn.{norm}.weight", (o.hidden // o.heads,)
         yield f"{prefix}.mlp.gate.weight", (o.experts, o.hidden)
         for expert in range(o.experts):
-            name = f"{prefix}.mlp.experts.{expert}"
-            yield f"{name}.gate_proj.weight", (o.ffn, o.hidden)
-            yield f"{name}.up_proj.weight", (o.ffn, o.hidden)
-            yield f"{name}.down_proj.weight", (o.hidden, o.ffn)
+            yield from _glu(f"{prefix}.mlp.experts.{expert}", o)
 
     return config, _llama(o, moe)
+
+
+def glm4_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of GLM-4.5."""
+    head_dim = o.hidden // o.heads
+    config = {
+        "head_dim": head_dim,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+        **_sigmoid_config(o),
+    }
+
+    def moe(prefix: str) -> Shapes:
+        for norm in ("q_norm", "k_norm"):
+            yield f"{prefix}.self_attn.{norm}.weight", (head_dim,)
+        yield from _sigmoid_moe(prefix, o)
+
+    return config, _llama(o, moe)
+
+
+def minimax(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of MiniMax-M2."""
+    head_dim = o.hidden // o.heads
+    config, mixtral_shapes = mixtral(o)
+    config |= {
+        "head_dim": head_dim,
+        "rotary_dim": head_dim // 2,
+        "shared_intermediate_size": 0,
+        "use_qk_norm": True,
+    }
+
+    def tensors() -> Shapes:
+        yield from mixtral_shapes
+        for layer in range(o.layers):
+            prefix = f"model.layers.{layer}"
+            yield f"{prefix}.block_sparse_moe.e_score_correction_bias", (o.experts,)
+            yield f"{prefix}.self_attn.q_norm.weight", (o.hidden,)
+            yield f"{prefix}.self_attn.k_norm.weight", (head_dim * o.kv_heads,)
+
+    return config, tensors()
+
+
+def deepseek_v3(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of DeepSeek-V3, each head's parts as large as there."""
+    latent, rank, rope, head = o.hidden // 4, o.hidden // 2, 64, 128
+    config = {
+        "kv_lora_rank": latent,
+        "q_lora_rank": rank,
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": head,
+        "v_head_dim": head,
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+        **_sigmoid_config(o),
+        "num_key_value_heads": o.heads,
+    }
+    attention = (
+        ("q_a_proj", (rank, o.hidden)),
+        ("q_a_layernorm", (rank,)),
+        ("q_b_proj", (o.heads * (head + rope), rank)),
+        ("kv_a_proj_with_mqa", (latent + rope, o.hidden)),
+        ("kv_a_layernorm", (latent,)),
+        ("kv_b_proj", (o.heads * 2 * head, latent)),
+        ("o_proj", (o.hidden, o.heads * head)),
+    )
+
+    def tensors() -> Shapes:
+        for name, shape in _llama(o, lambda prefix: _sigmoid_moe(prefix, o)):
+            if ".self_attn." not in name:
+                yield name, shape
+        for layer in range(o.layers):
+            for part, shape in attention:
+                yield f"model.layers.{layer}.self_attn.{part}.weight", shape
+
+    return config, tensors()
 
 
 def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
@@ -114,7 +220,56 @@ def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     return config, tensors()
 
 
-FAMILIES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "dbrx": dbrx}
+def qwen3_next(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of Qwen3-Next, whose every fourth layer has attention."""
+    dim = o.hidden // o.heads
+    keys, values = o.kv_heads * dim, o.heads * dim
+    config, qwen3 = qwen3_moe(o)
+    config |= {
+        "linear_num_value_heads": o.heads,
+        "linear_num_key_heads": o.kv_heads,
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "partial_rotary_factor": 0.25,
+        "shared_expert_intermediate_size": o.ffn,
+    }
+    net = (
+        ("in_proj_qkvz.weight", (2 * keys + 2 * values, o.hidden)),
+        ("in_proj_ba.weight", (2 * o.heads, o.hidden)),
+        ("conv1d.weight", (2 * keys + values, 1, 4)),
+        ("A_log", (o.heads,)),
+        ("dt_bias", (o.heads,)),
+        ("norm.weight", (dim,)),
+        ("out_proj.weight", (o.hidden, values)),
+    )
+
+    def tensors() -> Shapes:
+        for name, shape in qwen3:
+            if ".self_attn." not in name:
+                yield name, shape
+            elif int(name.split(".")[2]) % 4 == 3:
+                yield name, (2 * shape[0], shape[1]) if "q_proj" in name else shape
+        for layer in range(o.layers):
+            prefix = f"model.layers.{layer}"
+            yield from _glu(f"{prefix}.mlp.shared_expert", o)
+            yield f"{prefix}.mlp.shared_expert_gate.weight", (1, o.hidden)
+            for part, shape in net if layer % 4 != 3 else ():
+                yield f"{prefix}.linear_attn.{part}", shape
+
+    return config, tensors()
+
+
+FAMILIES = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
+    "glm4_moe": glm4_moe,
+    "minimax": minimax,
+    "deepseek_v3": deepseek_v3,
+    "dbrx": dbrx,
+}
 
 # The shapes that figures are given for: about 0.95 and 6.8 billion parameters, and DBRX's
 # layers, 3.2 billion each, with a head so small that it does not count among a few of them.

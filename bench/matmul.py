@@ -1,4 +1,6 @@
-"""Products of one linear layer: GB/s against the memory's, GFLOP/s against numpy's and MLX's."""
+"""Products of one linear layer: GB/s against the memory's, GFLOP/s against the cores' peak, and
+numpy's and MLX's.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,18 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from common import (
     BENCH,
+    Absent,
     BenchError,
     Children,
+    compile_c,
     environment,
     finish,
     list_of,
@@ -25,9 +31,10 @@ from common import (
 )
 from peers.products import MODES
 
+from zmoe.native import Isa, best_isa
 from zmoe.topology.cores import usable_cores
 
-FORMATS = ["f32", "bf16", "affine-4-g64", "affine-8-g64", "mxfp4"]
+FORMATS = [name for name in MODES if name not in ("affine-4-g32", "affine-4-g128")]
 KEYS = ("cores", "rows", "format", "by")
 # Settings of the machine's owner that keep numpy from its best kernels.
 NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -37,10 +44,11 @@ def arguments() -> argparse.Namespace:
     made = parser("Measure the products of a linear layer in every format.")
     formats = list_of(str)
     made.add_argument("--formats", type=formats, default=FORMATS, help=f"of {', '.join(MODES)}")
-    made.add_argument("--rows", type=list_of(positive), default=[1, 4, 16, 128])
+    made.add_argument("--rows", type=list_of(positive), default=[1, 2, 4, 8, 32, 128, 512])
     made.add_argument("--cores", type=list_of(positive), default=[1, 2], help="how many at a time")
     made.add_argument("--ins", type=positive, default=2048, help="columns of the weight")
     made.add_argument("--megabytes", type=positive, default=256, help="of a one-row weight")
+    made.add_argument("--isa", default=best_isa().name, help="the instruction set to use")
     made.add_argument("--peers", type=list_of(str), default=["mlx", "numpy"], help="mlx, numpy")
     made.add_argument("--rounds", type=positive, default=3, help="over all of it")
     made.add_argument("--budget", type=float, default=0.4, help="seconds for one figure")
@@ -50,10 +58,32 @@ def arguments() -> argparse.Namespace:
         made.error(f"unknown format {unknown[0]}: expected {', '.join(MODES)}")
     if unknown := [name for name in options.peers if name not in ("mlx", "numpy")]:
         made.error(f"unknown peer {unknown[0]}: expected mlx, numpy")
+    if options.isa not in Isa.__members__ or not Isa[options.isa].supported:
+        usable_sets = ", ".join(isa.name for isa in Isa if isa.supported)
+        made.error(f"--isa {options.isa}: this CPU has {usable_sets}")
     usable = len(usable_cores())
     if max(options.cores) > usable:
         made.error(f"--cores {max(options.cores)}: only {usable} are usable")
     return options
+
+
+def peak_of(isa: str) -> float | None:
+    """GFLOP/s of multiply-adds in registers on the first core, or None where nothing tells."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compile_c(os.environ.get("CC", "cc"), "peak.c", Path(folder))
+        except Absent:
+            return None
+        command = [str(Path(folder) / "peak"), isa]
+        core = {usable_cores()[0]}
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=lambda: os.sched_setaffinity(0, core),
+        )
+    return float(done.stdout) if done.returncode == 0 else None
 
 
 def one_round(options: argparse.Namespace, cores: int) -> Iterator[dict[str, Any]]:
@@ -66,6 +96,7 @@ def one_round(options: argparse.Namespace, cores: int) -> Iterator[dict[str, Any
         "one_row_bytes": options.megabytes << 20,
         "many_row_bytes": 8 << 20,
         "peers": options.peers,
+        "isa": options.isa,
         "budget_s": options.budget,
     }
     env = {**os.environ, "OPENBLAS_NUM_THREADS": str(cores), "OMP_NUM_THREADS": str(cores)}
@@ -93,8 +124,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for turn in range(options.rounds):
         for cores in options.cores:
             print(f"round {turn + 1}, {cores} cores", file=sys.stderr)
+            peak = peak_of(options.isa)
             for row in one_round(options, cores):
+                row["isa"] = options.isa
                 row["of_read_bandwidth"] = row["gb_per_s"] / row["read_gb_per_s"]
+                if peak is not None:
+                    row["of_peak"] = row["gflop_per_s"] / (peak * cores)
                 found[tuple(row[key] for key in KEYS)].append(row)
     return [_median(rows) for rows in found.values()]
 
@@ -112,7 +147,7 @@ def show(report: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     titles = ("cores", "rows", "format", "by", "us", "GB/s", "read GB/s", "of it", "GFLOP/s")
-    table = Table(*titles, "of numpy")
+    table = Table(*titles, "of peak", "of numpy")
     numpy = {
         tuple(row[key] for key in KEYS[:3]): row["gflop_per_s"]
         for row in report["results"]
@@ -127,6 +162,7 @@ def show(report: Mapping[str, Any]) -> None:
             f"{row['read_gb_per_s']:.1f}",
             f"{row['of_read_bandwidth']:.0%}",
             f"{row['gflop_per_s']:.0f}",
+            f"{row['of_peak']:.0%}" if "of_peak" in row else "",
             f"{row['gflop_per_s'] / rate:.2f}" if rate else "",
         )
     Console().print(table)

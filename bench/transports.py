@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import BENCH, Absent, BenchError, run_tool
+from common import BENCH, Absent, compile_c, run_tool
 from group import Launch
 
 
@@ -31,23 +29,9 @@ class Transport:
     start: Callable[[Path, str, int, int], list[Launch]]
 
 
-def _compile(compiler: str, source: str, into: Path) -> None:
-    path = shutil.which(compiler)
-    if path is None:
-        raise Absent(f"no {compiler} on the PATH")
-    output = into / Path(source).stem
-    if output.exists():
-        return
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
-    command = [path, *flags, str(BENCH / "csrc" / source), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode != 0:
-        raise BenchError(f"{compiler} cannot compile {source}: {done.stderr.strip()}")
-
-
 def _raw(name: str, mode: str) -> Transport:
     def build(workdir: Path) -> None:
-        _compile(os.environ.get("CC", "cc"), "raw_tcp.c", workdir)
+        compile_c(os.environ.get("CC", "cc"), "raw_tcp.c", workdir)
 
     def start(workdir: Path, control: str, nodes: int, largest: int) -> list[Launch]:
         program = str(workdir / "raw_tcp")
@@ -127,7 +111,7 @@ def _mpi() -> Transport:
     def build(workdir: Path) -> None:
         if "Open MPI" not in (run_tool("mpirun", "--version") or ""):
             raise Absent("no Open MPI (mpirun) on the PATH")
-        _compile("mpicc", "mpi_allreduce.c", workdir)
+        compile_c("mpicc", "mpi_allreduce.c", workdir)
 
     def start(workdir: Path, control: str, nodes: int, largest: int) -> list[Launch]:
         loopback = "lo0" if sys.platform == "darwin" else "lo"

@@ -127,7 +127,7 @@ class ThreadGraph(Graph):
         super().__init__(groups, 0, dtype)
         self._reducer = reducer
 
-    def sum(self, layer: int, partial: mx.array, ids: mx.array) -> mx.array:
+    def sum(self, layer: int, partial: mx.array, ids: mx.array | None = None) -> mx.array:
         assert partial.dtype == self.dtype
         rows = partial.reshape(-1, partial.shape[-1])
         total = self._reducer.all_reduce(Call(layer, *rows.shape, rows.dtype, 0), rows)

@@ -36,11 +36,13 @@ class _Lib:
     ZMOE_MAX_THREADS: int
     ZMOE_ROW_BLOCK: int
     ZMOE_KEY_BLOCK: int
+    ZMOE_DELTA_PARTS: int
     def zmoe_dtype_bytes(self, dtype: int) -> int: ...
     def zmoe_payload_bytes(self, dtype: int, rows: int, width: int) -> int: ...
     def zmoe_isa_best(self) -> int: ...
     def zmoe_isa_supported(self, isa: int) -> int: ...
     def zmoe_isa_name(self, isa: int) -> CData: ...
+    def zmoe_isa_included(self, isa: int) -> int: ...
     def zmoe_convert(
         self, dst: CData, dst_dtype: int, src: CData, src_dtype: int, count: int, isa: int
     ) -> int: ...
@@ -196,6 +198,34 @@ class _Lib:
         h: CData,
         precision: int,
     ) -> int: ...
+    def zmoe_latent_attention_step(
+        self,
+        team: CData,
+        attention: CData,
+        cache: CData,
+        spans: CData,
+        n_spans: int,
+        cosines: CData,
+        sines: CData,
+        h: CData,
+        precision: int,
+    ) -> int: ...
+    def zmoe_latent_attention_scratch(self, attention: CData, threads: int) -> int: ...
+    def zmoe_delta_step(
+        self,
+        team: CData,
+        net: CData,
+        parts: CData,
+        dtype: int,
+        sequences: int,
+        rows: int,
+        conv_in: CData,
+        conv_out: CData,
+        state_in: CData,
+        state_out: CData,
+        out: CData,
+    ) -> int: ...
+    def zmoe_delta_scratch(self, net: CData, threads: int) -> int: ...
     def zmoe_kv_head_bytes(self, head_dim: int, dtype: int, bits: int) -> int: ...
     def zmoe_attention_scratch(self, attention: CData, threads: int) -> int: ...
     def zmoe_route(

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 BACKENDS = ("auto", "zmq", "ring", "jaccl", "nccl")
+ATTENTIONS = ("replicated", "sharded")
 ACTIVATIONS = ("exact", "int8")
 WIRE_DTYPES = ("auto", "f32", "bf16", "f16", "q8")
 POLICIES = ("selected", "busy-full", "router-aided")
@@ -175,6 +176,10 @@ _BACKEND_HELP = (
     "What carries the exchanges where MLX computes slices of experts: zmoe's own messages or "
     "another backend of MLX; auto: zmq, or jaccl where every node has RDMA"
 )
+_ATTENTION_HELP = (
+    "Where MLX computes slices of experts: every node computes all attention heads, or its share "
+    "of them, for one more exchange per layer"
+)
 _ACTIVATIONS_HELP = (
     "Precision of the activations in quantised matmuls on the CPU kernels; int8 is faster on "
     "some CPUs but less exact"
@@ -296,7 +301,8 @@ class EngineConfig(Settings):
     bits, None for the dtype of the activations. `compute`: who computes the large
     matmuls. `activations`: their precision in quantised matmuls on the C kernels.
     `wire_dtype`: how partial sums travel between nodes; "auto" as the model's activations are.
-    `backend`: what carries the exchanges of slices that MLX computes.
+    `backend`: what carries the exchanges of slices that MLX computes. `attention`: whether
+    every node then has all attention heads, "replicated", or its share of them, "sharded".
     `schedule`: "decentralized" (every node routes, one all-reduce per MoE layer), or
     "centralized" (the leader routes, the others hold experts only).
     `policy`: which of its experts a node runs in each MoE layer: "selected", those that
@@ -314,11 +320,16 @@ class EngineConfig(Settings):
     activations: Annotated[str, Setting(_ACTIVATIONS_HELP, one_of(*ACTIVATIONS))] = "exact"
     wire_dtype: Annotated[str, Setting(_WIRE_DTYPE_HELP, one_of(*WIRE_DTYPES))] = "auto"
     backend: Annotated[str, Setting(_BACKEND_HELP, one_of(*BACKENDS))] = "auto"
+    attention: Annotated[str, Setting(_ATTENTION_HELP, one_of(*ATTENTIONS))] = "replicated"
     schedule: Annotated[str, Setting(_SCHEDULE_HELP, one_of(*SCHEDULES))] = "decentralized"
     policy: Annotated[str, Setting(_POLICY_HELP, one_of(*POLICIES))] = "selected"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compute == "native" and self.attention != "replicated":
+            raise SettingError(
+                "attention", "is sharded: expected replicated, as MLX does not compute"
+            )
         if self.compute == "mlx" and self.activations != "exact":
             raise SettingError("activations", "is int8: expected exact where MLX computes")
         if self.compute == "mlx" and self.kv_bits is not None:

@@ -47,6 +47,14 @@ class MismatchError(InputError):
     """A node whose model, dtype, protocol, rounding or placement differs from the leader's."""
 
 
+class ProgramError(ZmoeError):
+    """A program of the user's that has ended with `exit_code` on rank `rank`."""
+
+    def __init__(self, rank: int, exit_code: int) -> None:
+        self.rank, self.exit_code = rank, exit_code
+        super().__init__(f"rank {rank} ended with exit code {exit_code}")
+
+
 class QueueFullError(ZmoeError):
     """More requests than may wait; `waiting` is their number."""
 

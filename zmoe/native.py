@@ -86,6 +86,8 @@ class Isa(IntEnum):
     AVX512_BF16 = 4
     NEON_DOT = 5
     NEON_BF16 = 6
+    AVX_VNNI = 7
+    AVX512_VNNI = 8
 
     @property
     def supported(self) -> bool:
@@ -103,6 +105,14 @@ class Format(IntEnum):
     MXFP4 = 4
     NVFP4 = 5
     MXFP8 = 6
+
+
+class RouteKind(IntEnum):
+    """How experts are chosen and weighted; zmoe_route_kind of csrc/kernels/decoder.h."""
+
+    SOFTMAX_TOP_K = 0
+    TOP_K_SOFTMAX = 1
+    SIGMOID_TOP_K = 2
 
 
 class Precision(IntEnum):

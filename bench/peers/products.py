@@ -21,9 +21,10 @@ import numpy as np
 
 from zmoe.kernels.linear import Head, make_native
 from zmoe.kernels.threads import ThreadPool
-from zmoe.native import Precision
+from zmoe.native import Isa, Precision
 
 READ_BYTES = 512 << 20
+MLX_ROWS = 128  # it takes minutes for more
 MODES = {
     "f32": (mx.float32, None),
     "f16": (mx.float16, None),
@@ -32,6 +33,9 @@ MODES = {
     "affine-4-g64": (mx.bfloat16, ("affine", 4, 64)),
     "affine-4-g128": (mx.bfloat16, ("affine", 4, 128)),
     "affine-8-g64": (mx.bfloat16, ("affine", 8, 64)),
+    "affine-2-g64": (mx.bfloat16, ("affine", 2, 64)),
+    "affine-3-g64": (mx.bfloat16, ("affine", 3, 64)),
+    "affine-5-g64": (mx.bfloat16, ("affine", 5, 64)),
     "affine-6-g64": (mx.bfloat16, ("affine", 6, 64)),
     "mxfp4": (mx.bfloat16, ("mxfp4", 4, 32)),
     "mxfp8": (mx.bfloat16, ("mxfp8", 8, 32)),
@@ -82,6 +86,7 @@ class Bench:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.cores = options, options["cores"]
         self._memory = np.ones(READ_BYTES, np.uint8)
+        self._isa = Isa[options["isa"]]
         self._reader = ThreadPool(self.cores)
 
     def run(self) -> Iterator[dict[str, Any]]:
@@ -122,14 +127,15 @@ class Bench:
         x = mx.random.normal((rows, ins)).astype(mx.bfloat16 if name != "f32" else mx.float32)
         mx.eval(x)
         precisions = [("zmoe", Precision.EXACT)]
-        if mode is not None and mode[1] in (4, 8):
+        if mode is not None and mode[0] in ("affine", "mxfp4") and mode[1] in (4, 8):
             precisions.append(("zmoe-int8", Precision.INT8))
         for way, precision in precisions:
             layer = made(name, outs, ins)
             size = weight_bytes(layer)
-            make_native(Model(layer), ThreadPool(self.cores, precision), {}, Head(mx.float32))
+            pool = ThreadPool(self.cores, precision, self._isa)
+            make_native(Model(layer), pool, {}, Head(mx.float32))
             yield way, size, partial(layer, x), budget
-        if "mlx" in peers:
+        if "mlx" in peers and rows <= MLX_ROWS:
             plain = made(name, outs, ins)
             yield "mlx", weight_bytes(plain), lambda: mx.eval(plain(x)), 0
         if "numpy" in peers:

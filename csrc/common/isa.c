@@ -13,6 +13,7 @@
 #include <cpuid.h>
 
 enum { XCR0_AVX = 0x6, XCR0_AVX512 = 0xe6 };
+enum { HAS_AVX_VNNI = 1 << 4 }; /* of leaf 7.1 EAX; older headers lack the name */
 
 /* The register state that the operating system saves on a task switch. */
 static uint32_t saved_state(void) {
@@ -28,13 +29,17 @@ static zmoe_isa detect(void) {
   uint32_t saved = saved_state();
   if ((saved & XCR0_AVX) != XCR0_AVX || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
     return ZMOE_ISA_GENERIC;
-  uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-  if ((saved & XCR0_AVX512) != XCR0_AVX512 || (b & wanted) != wanted)
-    return ZMOE_ISA_AVX2;
-  uint32_t bytes = bit_AVX512VNNI | bit_AVX512VBMI; /* Cooper Lake lacks VBMI */
-  if ((c & bytes) == bytes && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16))
-    return ZMOE_ISA_AVX512_BF16;
-  return ZMOE_ISA_AVX512;
+  uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, more = 0;
+  uint32_t features = b, bytes = c;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d))
+    more = a;
+  if ((saved & XCR0_AVX512) != XCR0_AVX512 || (features & wanted) != wanted)
+    return more & HAS_AVX_VNNI ? ZMOE_ISA_AVX_VNNI : ZMOE_ISA_AVX2;
+  if (!(bytes & bit_AVX512VNNI))
+    return ZMOE_ISA_AVX512;
+  /* Cooper Lake lacks VBMI. */
+  return bytes & bit_AVX512VBMI && more & bit_AVX512BF16 ? ZMOE_ISA_AVX512_BF16
+                                                         : ZMOE_ISA_AVX512_VNNI;
 }
 #elif defined(__aarch64__) && defined(__linux__)
 /* Bits of AT_HWCAP and AT_HWCAP2; older headers lack the names. */
@@ -86,7 +91,9 @@ static const struct {
     [ZMOE_ISA_GENERIC] = {"generic", ZMOE_ISA_GENERIC},
     [ZMOE_ISA_AVX2] = {"avx2", ZMOE_ISA_GENERIC},
     [ZMOE_ISA_AVX512] = {"avx512", ZMOE_ISA_AVX2},
-    [ZMOE_ISA_AVX512_BF16] = {"avx512_bf16", ZMOE_ISA_AVX512},
+    [ZMOE_ISA_AVX_VNNI] = {"avx_vnni", ZMOE_ISA_AVX2},
+    [ZMOE_ISA_AVX512_VNNI] = {"avx512_vnni", ZMOE_ISA_AVX512},
+    [ZMOE_ISA_AVX512_BF16] = {"avx512_bf16", ZMOE_ISA_AVX512_VNNI},
     [ZMOE_ISA_NEON] = {"neon", ZMOE_ISA_GENERIC},
     [ZMOE_ISA_NEON_DOT] = {"neon_dot", ZMOE_ISA_NEON},
     [ZMOE_ISA_NEON_BF16] = {"neon_bf16", ZMOE_ISA_NEON_DOT},

@@ -10,12 +10,14 @@ typedef enum zmoe_isa {
   ZMOE_ISA_AVX512 = 2,
   ZMOE_ISA_NEON = 3,
   /* Further steps for products alone; the sums of reduce know no difference. */
-  ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI */
+  ZMOE_ISA_AVX512_BF16 = 4, /* and VNNI, VBMI */
   ZMOE_ISA_NEON_DOT = 5,    /* dotprod */
   ZMOE_ISA_NEON_BF16 = 6,   /* and bf16, i8mm */
+  ZMOE_ISA_AVX_VNNI = 7,    /* AVX2 and VNNI */
+  ZMOE_ISA_AVX512_VNNI = 8, /* AVX-512 and VNNI */
 } zmoe_isa;
 
-#define ZMOE_ISAS 7
+#define ZMOE_ISAS 9
 
 zmoe_isa zmoe_isa_best(void);             /* the best this CPU can run */
 int zmoe_isa_supported(zmoe_isa isa);     /* 1 when it can run here */

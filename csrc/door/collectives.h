@@ -8,6 +8,7 @@ typedef struct zmoe_channel {
   uint64_t opening; /* which opening of the door it was split in */
   uint32_t rank, nodes, layer;
   uint32_t width; /* 0: not known */
+  int is_program;
 } zmoe_channel;
 
 /* ZMOE_EINVAL while the door is closed. */

@@ -7,7 +7,9 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct begun {
@@ -24,7 +26,7 @@ static struct {
   atomic_int cancelled;
   atomic_uint_fast64_t spent_us;
   begun queue[ZMOE_DOOR_STEPS]; /* the i-th that began is at i % ZMOE_DOOR_STEPS */
-  uint64_t queued, entered;
+  uint64_t queued, entered;     /* of a program: `entered` counts its collectives */
   begun now;
   int64_t layer; /* of the latest collective of the step; -1: none yet */
   zmoe_door_failure failure;
@@ -107,6 +109,17 @@ int zmoe_door_service(zmoe_fault *fault) {
 
 /* ---- failing --------------------------------------------------------------------- */
 
+/* So that no program goes on with zeros.  Where a signal has ended the wait, they do no harm. */
+static void await_end(int status) {
+  const struct timespec pause = {.tv_nsec = 10000000};
+  if (!door.config.is_program || status == ZMOE_EINTR)
+    return;
+  uint64_t until_us = zmoe_later_us(zmoe_now_us(), ZMOE_DOOR_END_S * UINT64_C(1000000));
+  while (zmoe_now_us() < until_us)
+    nanosleep(&pause, NULL);
+  _exit(EXIT_FAILURE);
+}
+
 static void fail(int status, const zmoe_fault *fault, const char *refused) {
   pthread_mutex_lock(&door.lock);
   if (door.failure.status == ZMOE_OK) {
@@ -119,6 +132,7 @@ static void fail(int status, const zmoe_fault *fault, const char *refused) {
     snprintf(door.failure.refused, sizeof door.failure.refused, "%s", refused);
   }
   pthread_mutex_unlock(&door.lock);
+  await_end(status);
 }
 
 static int refuse(const char *what) {
@@ -143,6 +157,7 @@ int zmoe_door_channel(uint32_t layer, uint32_t width, zmoe_channel *out) {
       .nodes = door.config.nodes,
       .layer = layer,
       .width = width,
+      .is_program = door.config.is_program,
   };
   int rc = door.config.exchange == NULL ? ZMOE_EINVAL : ZMOE_OK;
   pthread_mutex_unlock(&door.lock);
@@ -159,6 +174,14 @@ static void end_turn(uint64_t begun_us) {
   pthread_mutex_unlock(&door.turn);
 }
 
+/* Two of different communicators are different plans: ranks that call on other ones diverge. */
+static void enter_alone(const zmoe_channel *channel) {
+  enum { BITS = 16 };
+  uint64_t count = door.entered++;
+  door.now = (begun){.step = (uint32_t)(count >> BITS) + 1, .plan = channel->layer};
+  door.layer = (int64_t)(count & ((1 << BITS) - 1));
+}
+
 /* A layer that does not come after the last one is the first of the next step. */
 static int enter(const zmoe_channel *channel) {
   const char *problem = NULL;
@@ -168,6 +191,8 @@ static int enter(const zmoe_channel *channel) {
     status = ZMOE_EINTR;
   if (status == ZMOE_OK && channel->opening != door.openings) {
     problem = "a collective of a run that has ended";
+  } else if (status == ZMOE_OK && door.config.is_program) {
+    enter_alone(channel);
   } else if (status == ZMOE_OK && door.layer < (int64_t)channel->layer && door.entered > 0) {
     door.layer = channel->layer;
   } else if (status == ZMOE_OK && door.entered == door.queued) {
@@ -252,7 +277,7 @@ static part part_of_sum(const zmoe_channel *channel, const cut *cut, const void 
       .call =
           {
               .step = door.now.step,
-              .layer = channel->layer,
+              .layer = (uint32_t)door.layer,
               .micro_batch = (uint32_t)index,
               .rows = (uint32_t)(elements / width),
               .width = width,
@@ -297,13 +322,13 @@ void zmoe_door_sum(const zmoe_channel *channel, const void *src, void *out, size
 
 /* ---- gathering ------------------------------------------------------------------- */
 
-static int gather_words(const zmoe_channel *channel, uint32_t index, const void *src, size_t words,
-                        void *out, size_t stride, uint64_t until_us) {
+static int gather_words(uint32_t index, const void *src, size_t words, void *out, size_t stride,
+                        uint64_t until_us) {
   part p = {
       .call =
           {
               .step = door.now.step,
-              .layer = channel->layer,
+              .layer = (uint32_t)door.layer,
               .micro_batch = index,
               .rows = 1,
               .width = (uint32_t)words,
@@ -328,15 +353,15 @@ static int gather(const zmoe_channel *channel, const void *src, uint8_t *out, si
       most > 0 && words / most < UINT8_MAX ? ZMOE_OK : refuse("an all_gather that is too large");
   for (; at < words && rc == ZMOE_OK; at += most, index++) {
     size_t some = words - at < most ? words - at : most;
-    rc = gather_words(channel, index, (const uint8_t *)src + at * WORD, some, out + at * WORD,
-                      bytes, until_us);
+    rc = gather_words(index, (const uint8_t *)src + at * WORD, some, out + at * WORD, bytes,
+                      until_us);
   }
   size_t rest = bytes % WORD;
   if (rest == 0 || rc != ZMOE_OK)
     return rc;
   uint8_t last[WORD] = {0}, of_all[ZMOE_MAX_NODES * WORD];
   memcpy(last, (const uint8_t *)src + words * WORD, rest);
-  rc = gather_words(channel, index, last, 1, of_all, WORD, until_us);
+  rc = gather_words(index, last, 1, of_all, WORD, until_us);
   for (uint32_t r = 0; r < channel->nodes && rc == ZMOE_OK; r++)
     memcpy(out + r * bytes + words * WORD, of_all + r * WORD, rest);
   return rc;

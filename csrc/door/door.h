@@ -7,7 +7,12 @@
  *
  * There is one door in a process, and so one run at a time.  MLX takes no notice of
  * what a collective returns: one that fails writes zeros, as do all after it, at once,
- * so that the graph comes to its end, and whoever evaluated it asks zmoe_door_failed. */
+ * so that the graph comes to its end, and whoever evaluated it asks zmoe_door_failed.
+ *
+ * A program that knows nothing of us has no steps, asks nothing, and calls on the world.
+ * For it each collective is a step of its own, of whose number nobody is told; one that
+ * fails returns nothing false: it waits for whoever looks at zmoe_door_failed to end the
+ * process, and ends it after ZMOE_DOOR_END_S itself. */
 #ifndef ZMOE_DOOR_H
 #define ZMOE_DOOR_H
 
@@ -22,6 +27,7 @@
 #define ZMOE_DOOR_WIDTH 1073741824
 #define ZMOE_DOOR_STEPS 4 /* most steps that have begun and are not yet in their first layer */
 #define ZMOE_DOOR_WORDS 96
+#define ZMOE_DOOR_END_S 10
 
 typedef struct zmoe_door_config {
   zmoe_exchange *exchange; /* connected, of a decentralised run */
@@ -31,6 +37,7 @@ typedef struct zmoe_door_config {
   uint64_t scatter_bytes;   /* payloads of sums of this size and more are scattered */
   uint64_t deadline_us;     /* of one collective */
   int wakeup_fd;            /* non-blocking: a byte SIGINT or SIGTERM ends a wait; -1: none */
+  int is_program;           /* any MLX program calls, which knows of no steps: see above */
 } zmoe_door_config;
 
 typedef struct zmoe_door_failure {

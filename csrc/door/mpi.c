@@ -1,12 +1,15 @@
 /* The part of MPI's C interface that MLX loads by name, over the door.
  *
  * Handles are addresses of objects, as in Open MPI, whose names MLX looks up.  Only sums and
- * all_gather of float32, float16, bfloat16 and 32-bit integers are done. */
+ * all_gather of float32, float16, bfloat16 and 32-bit integers are done; for programs also
+ * what folds.c has, and all_gather of anything. */
 #include "common/platform.h"
 
 #include "collectives.h"
+#include "door/folds.h"
 
 #include <limits.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +27,7 @@ typedef struct zmoe_mpi_type {
 
 typedef struct zmoe_mpi_op {
   const char *name;
+  int fold; /* a zmoe_fold */
 } zmoe_mpi_op;
 
 #define TYPE(symbol, name, bytes, dtype)                                                           \
@@ -41,12 +45,14 @@ TYPE(float, "float32", 4, ZMOE_F32);
 TYPE(double, "float64", 8, UNKNOWN_DTYPE);
 TYPE(c_complex, "complex64", 8, UNKNOWN_DTYPE);
 
-EXPORT zmoe_mpi_op ompi_mpi_op_sum = {"sum"}, ompi_mpi_op_max = {"max"}, ompi_mpi_op_min = {"min"};
+EXPORT zmoe_mpi_op ompi_mpi_op_sum = {"sum", ZMOE_FOLD_SUM};
+EXPORT zmoe_mpi_op ompi_mpi_op_max = {"max", ZMOE_FOLD_MAX};
+EXPORT zmoe_mpi_op ompi_mpi_op_min = {"min", ZMOE_FOLD_MIN};
 EXPORT zmoe_channel ompi_mpi_comm_world = {.nodes = 0}; /* rank and size are the open door's */
 
 /* MLX makes the types float16, bfloat16, and the sums of each, in this order, first. */
 static zmoe_mpi_type made_types[] = {{"float16", 2, ZMOE_F16}, {"bfloat16", 2, ZMOE_BF16}};
-static zmoe_mpi_op other_op = {"max or min"};
+static zmoe_mpi_op other_op = {"max or min", ZMOE_FOLDS};
 static unsigned types_made, ops_made;
 
 /* ---- starting ------------------------------------------------------------------------ */
@@ -109,20 +115,52 @@ EXPORT int MPI_Comm_size(zmoe_channel *comm, int *size) {
   return rc;
 }
 
-/* All ranks split alike: who does not is found out by the first collective. */
-EXPORT int MPI_Comm_split(zmoe_channel *comm, int color, int key, zmoe_channel **out) {
-  zmoe_channel *made = comm == &ompi_mpi_comm_world && color >= 0 ? malloc(sizeof *made) : NULL;
-  uint32_t width = key & ZMOE_DOOR_WIDTH ? (uint32_t)(key & ~ZMOE_DOOR_WIDTH) : 0;
-  if (made == NULL || zmoe_door_channel((uint32_t)color, width, made) != ZMOE_OK) {
-    free(made);
-    return MPI_FAILURE;
+static zmoe_channel *make_channel(int color, uint32_t width) {
+  zmoe_channel *made = malloc(sizeof *made);
+  if (made == NULL || zmoe_door_channel((uint32_t)color, width, made) == ZMOE_OK)
+    return made;
+  free(made);
+  return NULL;
+}
+
+/* MLX frees the communicator of a program's group that nobody holds while collectives of it are
+ * yet to come: so each is there for as long as the process. */
+static zmoe_channel *lasting_channel(int color) {
+  static struct kept {
+    zmoe_channel channel;
+    struct kept *next;
+  } *first;
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&lock);
+  struct kept *each = first;
+  while (each != NULL && each->channel.layer != (uint32_t)color)
+    each = each->next;
+  if (each == NULL && (each = malloc(sizeof *each)) != NULL) {
+    zmoe_door_channel((uint32_t)color, 0, &each->channel);
+    each->next = first;
+    first = each;
   }
-  *out = made;
-  return MPI_SUCCESS;
+  pthread_mutex_unlock(&lock);
+  return each == NULL ? NULL : &each->channel;
+}
+
+/* All ranks split alike: who does not is found out by the first collective.  A program may
+ * split what it has split, but not change the order of the ranks. */
+EXPORT int MPI_Comm_split(zmoe_channel *comm, int color, int key, zmoe_channel **out) {
+  zmoe_channel whole;
+  uint32_t width = key & ZMOE_DOOR_WIDTH ? (uint32_t)(key & ~ZMOE_DOOR_WIDTH) : 0;
+  *out = NULL;
+  if (channel_of(comm, &whole) == MPI_SUCCESS && color >= 0) {
+    if (whole.is_program && (key == 0 || key == (int)whole.rank))
+      *out = lasting_channel(color);
+    else if (!whole.is_program && comm == &ompi_mpi_comm_world)
+      *out = make_channel(color, width);
+  }
+  return *out != NULL ? MPI_SUCCESS : MPI_FAILURE;
 }
 
 EXPORT int MPI_Comm_free(zmoe_channel **comm) {
-  if (*comm != &ompi_mpi_comm_world)
+  if (*comm != &ompi_mpi_comm_world && !(*comm)->is_program)
     free(*comm);
   *comm = NULL;
   return MPI_SUCCESS;
@@ -130,23 +168,53 @@ EXPORT int MPI_Comm_free(zmoe_channel **comm) {
 
 /* ---- collectives --------------------------------------------------------------------- */
 
+static int lacks_steps(const zmoe_channel *comm, const zmoe_channel *channel) {
+  return comm == &ompi_mpi_comm_world && !channel->is_program;
+}
+
 static void refuse(const char *what, const zmoe_mpi_type *type, const zmoe_channel *comm, void *out,
                    size_t count) {
   char words[ZMOE_DOOR_WORDS];
-  const char *where = comm == &ompi_mpi_comm_world ? ", over the whole world" : "";
+  zmoe_channel channel;
+  channel_of(comm, &channel);
+  const char *where = lacks_steps(comm, &channel) ? ", over the whole world" : "";
   snprintf(words, sizeof words, "%s of %s%s", what, type->name, where);
   zmoe_door_refuse(words, out, count * type->bytes);
 }
 
-static int is_done(const zmoe_mpi_type *type, const zmoe_channel *comm) {
-  return type->dtype != UNKNOWN_DTYPE && comm != &ompi_mpi_comm_world;
+static int is_done(const zmoe_mpi_type *type, const zmoe_channel *comm, zmoe_channel *channel) {
+  return channel_of(comm, channel) == MPI_SUCCESS && type->dtype != UNKNOWN_DTYPE &&
+         !lacks_steps(comm, channel);
+}
+
+/* In the order of the ranks. */
+static void fold_all(const zmoe_channel *channel, const void *in, void *out, size_t count,
+                     size_t item, zmoe_fold *fold) {
+  size_t bytes = count * item;
+  uint8_t *all = malloc(bytes * channel->nodes + 1);
+  if (all == NULL) {
+    zmoe_door_refuse("a collective that this machine's memory does not hold", out, bytes);
+    return;
+  }
+  zmoe_door_gather(channel, in, all, bytes);
+  memcpy(out, all, bytes);
+  for (uint32_t r = 1; r < channel->nodes; r++)
+    fold(out, all + r * bytes, count);
+  free(all);
 }
 
 EXPORT int MPI_Allreduce(const void *in, void *out, int count, zmoe_mpi_type *type, zmoe_mpi_op *op,
                          zmoe_channel *comm) {
   const void *const in_place = (const void *)1;
-  if (op == &ompi_mpi_op_sum && is_done(type, comm)) {
-    zmoe_door_sum(comm, in == in_place ? out : in, out, (size_t)count, (zmoe_dtype)type->dtype);
+  zmoe_channel channel;
+  int can_be = is_done(type, comm, &channel);
+  if (op == &ompi_mpi_op_sum && can_be) {
+    zmoe_door_sum(&channel, in == in_place ? out : in, out, (size_t)count, (zmoe_dtype)type->dtype);
+    return MPI_SUCCESS;
+  }
+  zmoe_fold *fold = channel.is_program ? zmoe_fold_of(type->name, op->fold) : NULL;
+  if (fold != NULL) {
+    fold_all(&channel, in == in_place ? out : in, out, (size_t)count, type->bytes, fold);
     return MPI_SUCCESS;
   }
   char what[32];
@@ -157,12 +225,12 @@ EXPORT int MPI_Allreduce(const void *in, void *out, int count, zmoe_mpi_type *ty
 
 EXPORT int MPI_Allgather(const void *in, int count, zmoe_mpi_type *type, void *out, int out_count,
                          zmoe_mpi_type *out_type, zmoe_channel *comm) {
-  if (out_count == count && out_type == type && is_done(type, comm)) {
-    zmoe_door_gather(comm, in, out, (size_t)count * type->bytes);
+  zmoe_channel channel;
+  int is_done_here = is_done(type, comm, &channel) || channel.is_program;
+  if (is_done_here && out_count == count && out_type == type) {
+    zmoe_door_gather(&channel, in, out, (size_t)count * type->bytes);
     return MPI_SUCCESS;
   }
-  zmoe_channel channel;
-  channel_of(comm, &channel);
   refuse("an all_gather", type, comm, out, (size_t)count * channel.nodes);
   return MPI_FAILURE;
 }

@@ -64,18 +64,23 @@ static int span_fits(const zmoe_span *span, const zmoe_kv_cache *cache) {
   return 1;
 }
 
+int zmoe_spans_fit(const zmoe_span *spans, uint32_t n_spans, const zmoe_kv_cache *cache,
+                   uint32_t *rows) {
+  *rows = 0;
+  for (uint32_t i = 0; i < n_spans; i++) {
+    if (!span_fits(&spans[i], cache) || spans[i].rows > UINT32_MAX - *rows)
+      return 0;
+    *rows += spans[i].rows;
+  }
+  return 1;
+}
+
 static int check(const zmoe_attention *a, const zmoe_kv_cache *cache, const zmoe_span *spans,
                  uint32_t n_spans, const float *cosines, const float *sines, uint32_t *rows) {
   if (!is_known(a) || zmoe_kv_head_bytes(a->head_dim, (zmoe_dtype)a->dtype, cache->bits) == 0 ||
       (a->rope_dims > 0 && (cosines == NULL || sines == NULL)))
     return ZMOE_EINVAL;
-  *rows = 0;
-  for (uint32_t i = 0; i < n_spans; i++) {
-    if (!span_fits(&spans[i], cache) || spans[i].rows > UINT32_MAX - *rows)
-      return ZMOE_EINVAL;
-    *rows += spans[i].rows;
-  }
-  return ZMOE_OK;
+  return zmoe_spans_fit(spans, n_spans, cache, rows) ? ZMOE_OK : ZMOE_EINVAL;
 }
 
 /* ---- memory ------------------------------------------------------------------------ */
@@ -86,7 +91,7 @@ static uint32_t widest(const zmoe_attention *a) {
 }
 
 /* For the heads: what all threads have of their own, and sums of ranges. */
-static size_t attend_bytes(const zmoe_attention *a, size_t threads) {
+size_t zmoe_attend_bytes(const zmoe_attention *a, size_t threads) {
   return (threads * zmoe_attend_own_floats(a) + zmoe_attend_most_sums(a)) * sizeof(float) + 64;
 }
 
@@ -100,7 +105,7 @@ static int take_memory(zmoe_thread_pool *pool, const zmoe_attention *a, uint32_t
   m->y = zmoe_thread_pool_scratch(pool, n * a->output->out_features * sizeof *m->y);
   m->pieces = zmoe_thread_pool_scratch(pool, n * sizeof *m->pieces);
   size_t mark = zmoe_thread_pool_mark(pool), threads = zmoe_thread_pool_threads(pool);
-  const void *attend = zmoe_thread_pool_scratch(pool, attend_bytes(a, threads));
+  const void *attend = zmoe_thread_pool_scratch(pool, zmoe_attend_bytes(a, threads));
   zmoe_thread_pool_release(pool, mark);
   int all = m->x != NULL && m->qkv != NULL && m->out != NULL && m->y != NULL && m->pieces != NULL;
   return all && attend != NULL && zmoe_linear_has_room(pool, widest(a)) ? ZMOE_OK : ZMOE_ENOMEM;
@@ -111,7 +116,8 @@ size_t zmoe_attention_scratch(const zmoe_attention *a, uint32_t threads) {
   size_t row = a->output->out_features * (item + sizeof(float)) +
                zmoe_qkv_width(a) * sizeof(float) + a->output->in_features * item +
                sizeof(zmoe_piece);
-  return ZMOE_ROW_BLOCK * row + attend_bytes(a, threads) + 8 * 64 + zmoe_linear_scratch(widest(a));
+  return ZMOE_ROW_BLOCK * row + zmoe_attend_bytes(a, threads) + 8 * 64 +
+         zmoe_linear_scratch(widest(a));
 }
 
 /* ---- the parts of a step -------------------------------------------------------------- */
@@ -131,13 +137,13 @@ static int project(zmoe_thread_pool *pool, const zmoe_attention *a, const struct
                      ZMOE_F32, precision);
 }
 
-static void attend(zmoe_thread_pool *pool, zmoe_attend *job) {
+void zmoe_attend_run(zmoe_thread_pool *pool, zmoe_attend *job, zmoe_thread_fn *fn) {
   uint32_t threads = zmoe_thread_pool_threads(pool);
   size_t mark = zmoe_thread_pool_mark(pool), floats = zmoe_attend_plan(job, threads);
   job->own_floats = zmoe_attend_own_floats(job->attention);
   job->own = zmoe_thread_pool_scratch(pool, threads * job->own_floats * sizeof *job->own);
   job->sums = zmoe_thread_pool_scratch(pool, floats * sizeof *job->sums);
-  zmoe_thread_pool_run(pool, zmoe_attend_work, job);
+  zmoe_thread_pool_run(pool, fn, job);
   zmoe_thread_pool_release(pool, mark);
 }
 
@@ -157,13 +163,12 @@ static void add_rows(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
       job->h[i] += job->y[i];
 }
 
-static int put_out(zmoe_thread_pool *pool, const zmoe_attention *a, const struct memory *m,
-                   uint32_t rows, float *h, zmoe_precision precision) {
-  void *ys[] = {m->y};
-  const size_t strides[] = {a->output->out_features};
-  int status = zmoe_linear(pool, &a->output, 1, m->out, (zmoe_dtype)a->dtype, rows, ys, strides,
-                           ZMOE_F32, precision);
-  struct addition job = {.y = m->y, .h = h, .rows = rows, .width = a->output->out_features};
+int zmoe_add_output(zmoe_thread_pool *pool, const zmoe_weight *output, const void *x,
+                    zmoe_dtype dtype, uint32_t rows, float *y, float *h, zmoe_precision precision) {
+  void *ys[] = {y};
+  const size_t strides[] = {output->out_features};
+  int status = zmoe_linear(pool, &output, 1, x, dtype, rows, ys, strides, ZMOE_F32, precision);
+  struct addition job = {.y = y, .h = h, .rows = rows, .width = output->out_features};
   if (status == ZMOE_OK)
     zmoe_run_rows(pool, add_rows, &job, rows);
   return status;
@@ -182,8 +187,8 @@ static int step_block(zmoe_thread_pool *pool, const zmoe_attention *a, zmoe_atte
     return status;
   job->rows = rows;
   job->n_pieces = zmoe_attend_cut(a, spans, first, rows, m->pieces);
-  attend(pool, job);
-  return put_out(pool, a, m, rows, h, precision);
+  zmoe_attend_run(pool, job, zmoe_attend_work);
+  return zmoe_add_output(pool, a->output, m->out, (zmoe_dtype)a->dtype, rows, m->y, h, precision);
 }
 
 int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
@@ -207,7 +212,11 @@ int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
                        .sines = sines,
                        .pieces = memory.pieces,
                        .qkv = memory.qkv,
-                       .out = memory.out};
+                       .row_width = zmoe_qkv_width(attention),
+                       .out = memory.out,
+                       .out_row = (size_t)attention->heads * attention->head_dim,
+                       .out_head = attention->head_dim,
+                       .out_dim = attention->head_dim};
     status = step_block(pool, attention, &job, spans, first, zmoe_min(rows - first, ZMOE_ROW_BLOCK),
                         h, &memory, precision);
   }

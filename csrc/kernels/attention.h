@@ -34,8 +34,12 @@ typedef struct zmoe_attend {
   const float *cosines, *sines; /* by position */
   const zmoe_piece *pieces;
   uint32_t n_pieces, rows;
-  float *qkv;         /* (rows, (heads + 2 kv_heads) * head_dim) */
-  unsigned char *out; /* (rows, heads * head_dim) of dtype */
+  float *qkv;         /* (rows, row_width): queries of all heads, and what comes after them */
+  unsigned char *out; /* out_dim elements of dtype of each head, `out_row` and `out_head` apart */
+  size_t row_width, out_row, out_head;
+  uint32_t out_dim;
+  /* 1: a block has one head, (64, head_dim), which is the keys and the values of all */
+  uint32_t is_latent;
 
   uint32_t group, padded; /* queries per head of keys; head_dim, to whole vectors */
   uint32_t vectors;       /* queries of the largest unit */
@@ -57,6 +61,7 @@ static inline uint32_t zmoe_min(uint32_t a, uint32_t b) {
   return a < b ? a : b;
 }
 
+/* Of zmoe_attention's projections. */
 static inline size_t zmoe_qkv_width(const zmoe_attention *a) {
   return ((size_t)a->heads + 2 * (size_t)a->kv_heads) * a->head_dim;
 }
@@ -66,7 +71,7 @@ static inline float *zmoe_query(const zmoe_attend *job, const zmoe_piece *piece,
                                 uint32_t v) {
   const zmoe_attention *a = job->attention;
   size_t head = (size_t)kv_head * job->group + v % job->group;
-  return job->qkv + (piece->first + v / job->group) * zmoe_qkv_width(a) + head * a->head_dim;
+  return job->qkv + (piece->first + v / job->group) * job->row_width + head * a->head_dim;
 }
 
 /* The first key of the window of the row at `position`: it sees all from there on, up to itself,
@@ -78,8 +83,9 @@ static inline uint32_t zmoe_window_begin(const zmoe_attention *a, uint32_t posit
 /* A head's keys, or values, of the block that holds `key`. */
 static inline unsigned char *zmoe_cached(const zmoe_attend *job, void *data, const zmoe_span *span,
                                          uint32_t kv_head, uint32_t key) {
-  const zmoe_attention *a = job->attention;
-  size_t block = (size_t)span->blocks[key / ZMOE_KEY_BLOCK] * a->kv_heads + kv_head;
+  size_t block = span->blocks[key / ZMOE_KEY_BLOCK];
+  if (!job->is_latent)
+    block = block * job->attention->kv_heads + kv_head;
   return (unsigned char *)data + block * job->head_bytes;
 }
 
@@ -98,8 +104,22 @@ size_t zmoe_attend_plan(zmoe_attend *job, uint32_t threads);
 size_t zmoe_attend_most_sums(const zmoe_attention *a); /* that it ever needs */
 size_t zmoe_attend_own_floats(const zmoe_attention *a);
 
+/* Takes its own memory of what zmoe_attend_bytes has said, and runs `fn` on all threads. */
+void zmoe_attend_run(zmoe_thread_pool *pool, zmoe_attend *job, zmoe_thread_fn *fn);
+size_t zmoe_attend_bytes(const zmoe_attention *a, size_t threads);
 /* The work of all threads: heads made ready, keys and values written, attended. */
 zmoe_thread_fn zmoe_attend_work;
+/* The last part of it, where queries, keys and values are there. */
+void zmoe_attend_sums(zmoe_thread_pool *pool, zmoe_attend *job, uint32_t thread);
+
+/* ---- what kinds of attention share ------------------------------------------------------ */
+
+/* Whether all spans lie in blocks of the cache; `rows` are those of all. */
+int zmoe_spans_fit(const zmoe_span *spans, uint32_t n_spans, const zmoe_kv_cache *cache,
+                   uint32_t *rows);
+/* h (rows, width) += x (rows, in_features) of `dtype` * output^T, by way of y (rows, width). */
+int zmoe_add_output(zmoe_thread_pool *pool, const zmoe_weight *output, const void *x,
+                    zmoe_dtype dtype, uint32_t rows, float *y, float *h, zmoe_precision precision);
 
 /* Sums over keys [key, key_end), within one range, from nothing.  `panels` are for a block of
  * keys and one of values in f32; `ahead` is the address of the keys that are wanted next, or 0. */

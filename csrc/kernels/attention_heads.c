@@ -242,16 +242,15 @@ static void add_range(const zmoe_attend *job, uint32_t vectors, const zmoe_sums 
 
 static void finish_unit(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
                         const zmoe_sums *all) {
-  const zmoe_attention *a = job->attention;
   for (uint32_t v = 0; v < piece->rows * job->group; v++) {
     float out[ZMOE_MAX_HEAD_DIM], factor = 1.0f / all->softmax[v].sum;
     const float *sums = all->sums + (size_t)v * job->padded;
-    for (uint32_t d = 0; d < a->head_dim; d++)
+    for (uint32_t d = 0; d < job->out_dim; d++)
       out[d] = sums[d] * factor;
     size_t head = (size_t)kv_head * job->group + v % job->group;
-    size_t at = ((piece->first + v / job->group) * (size_t)a->heads + head) * a->head_dim;
+    size_t at = (piece->first + v / job->group) * job->out_row + head * job->out_head;
     (void)zmoe_convert(job->out + at * zmoe_dtype_bytes(job->dtype), job->dtype, out, ZMOE_F32,
-                       a->head_dim, job->isa);
+                       job->out_dim, job->isa);
   }
 }
 
@@ -314,10 +313,18 @@ static void attend_parts(zmoe_attend *job, float *own) {
 
 /* ---- the stages ------------------------------------------------------------------------- */
 
+void zmoe_attend_sums(zmoe_thread_pool *pool, zmoe_attend *job, uint32_t thread) {
+  float *own = job->own + thread * job->own_floats;
+  if (job->ranges > 0) {
+    attend_parts(job, own);
+    zmoe_thread_pool_barrier(pool);
+  }
+  attend_units(job, own);
+}
+
 void zmoe_attend_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   zmoe_attend *job = argument;
   const zmoe_attention *a = job->attention;
-  float *own = job->own + thread * job->own_floats;
   if (a->clip > 0.0f || is_whole(&a->query_norm, a->head_dim) ||
       is_whole(&a->key_norm, a->head_dim)) {
     prepare_rows(job);
@@ -325,9 +332,5 @@ void zmoe_attend_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   }
   prepare_units(job);
   zmoe_thread_pool_barrier(pool);
-  if (job->ranges > 0) {
-    attend_parts(job, own);
-    zmoe_thread_pool_barrier(pool);
-  }
-  attend_units(job, own);
+  zmoe_attend_sums(pool, job, thread);
 }

@@ -72,6 +72,15 @@ static void widen(const zmoe_attend *job, zmoe_head_block *block, uint32_t count
   block->data = (const unsigned char *)panel, block->dtype = ZMOE_F32;
 }
 
+/* Keys (dim, 64) in f32 of the first `count` values (count, dim), which are in f32. */
+static void turn(const float *values, uint32_t count, uint32_t dim, float *keys) {
+  enum { LINE = 16 }; /* elements of a cache line: all of them are used while it is there */
+  for (uint32_t from = 0; from < dim; from += LINE)
+    for (uint32_t j = 0; j < count; j++)
+      for (uint32_t d = from; d < zmoe_min(from + LINE, dim); d++)
+        keys[(size_t)d * ZMOE_KEY_BLOCK + j] = values[(size_t)j * dim + d];
+}
+
 /* Keys [key, key + count) of one block. */
 static void attend_block(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
                          uint32_t key, uint32_t count, uintptr_t ahead, const zmoe_sums *to,
@@ -79,12 +88,19 @@ static void attend_block(const zmoe_attend *job, const zmoe_piece *piece, uint32
   uint32_t dim = job->attention->head_dim, vectors = piece->rows * job->group;
   uint32_t dtype = job->cache->bits == 8 ? ZMOE_CODES : job->dtype;
   unsigned char *key_data = zmoe_cached(job, job->cache->keys, piece->span, kv_head, key);
-  unsigned char *value_data = zmoe_cached(job, job->cache->values, piece->span, kv_head, key);
+  unsigned char *value_data = key_data;
+  if (!job->is_latent)
+    value_data = zmoe_cached(job, job->cache->values, piece->span, kv_head, key);
   zmoe_head_block keys = {.data = key_data, .dtype = dtype, .dim = dim};
   zmoe_head_block values = {.data = value_data, .dtype = dtype, .dim = dim};
-  if (vectors > ZMOE_DIRECT_VECTORS && dtype != ZMOE_F32) {
+  float *value_panel = panels + (size_t)ZMOE_KEY_BLOCK * dim;
+  if (job->is_latent) {
+    widen(job, &values, count * dim, value_panel);
+    turn((const float *)(const void *)values.data, count, dim, panels);
+    keys.data = (const unsigned char *)panels, keys.dtype = ZMOE_F32;
+  } else if (vectors > ZMOE_DIRECT_VECTORS && dtype != ZMOE_F32) {
     widen(job, &keys, ZMOE_KEY_BLOCK * dim, panels);
-    widen(job, &values, count * dim, panels + (size_t)ZMOE_KEY_BLOCK * dim);
+    widen(job, &values, count * dim, value_panel);
   } else {
     keys.ahead = (uintptr_t)values.data, values.ahead = ahead;
   }

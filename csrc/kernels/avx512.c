@@ -45,7 +45,7 @@ AVX512_INLINE void dot_outputs_f32(const zmoe_weight *w, uint32_t format, const 
   for (; k < in_features; k += 16)
     add_floats(data, row_bytes, format, k, lanes16((uint32_t)(in_features - k)), xs, rows, n_out,
                sum);
-  store_sums(rows, n_out, sum, ys, y);
+  store_sums(rows, n_out, n_out, sum, ys, y);
 }
 
 AVX512_INLINE void dot_floats(const zmoe_weight *w, uint32_t format, const void *const *xs,
@@ -67,9 +67,39 @@ AVX512_INLINE zmoe_layout layout_of(const enum codes codes) {
 
 typedef __m512i table;
 
-AVX512_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
-  (void)codes;
-  return _mm512_loadu_si512(zmoe_code_values(w));
+/* Bits above a code's own have no meaning. */
+AVX512_INLINE table table_of(const enum codes codes) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (!is_affine(codes))
+    return _mm512_loadu_si512(zmoe_fp4_values);
+  __m512i code = _mm512_and_si512(first, _mm512_set1_epi32((1 << bits_of(codes)) - 1));
+  return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+}
+
+/* Where `places` has ones, the bits `left` places to the right. */
+AVX512_INLINE __m512i move_up(__m512i v, int places, uint32_t left) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(places), _mm512_slli_epi32(v, left), v, 0xca);
+}
+
+/* Eight codes of 3 bits are brought into a word, or four of 2 into half of one; then the upper half
+ * of what is together moves to where it belongs, down to single codes.  Bits above a code's own
+ * have no meaning. */
+AVX512_INLINE __m512i unpack(const enum codes codes, __m512i bytes, table values) {
+  (void)values;
+  if (codes == CODES2) {
+    bytes = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes));
+  } else if (codes == CODES3) {
+    const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+    const __m512i words =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    bytes = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, bytes), words);
+    bytes = move_up(bytes, (int)0xffff0000, 4);
+  }
+  const uint32_t unused = 4 - bits_of(codes);
+  if (unused == 0)
+    return bytes;
+  bytes = move_up(bytes, (int)0xff00ff00, 2 * unused);
+  return move_up(bytes, (int)0xf0f0f0f0, unused);
 }
 
 AVX512_INLINE __m512 multiply_add(__m512 sum, __m512i value, const void *x) {
@@ -83,8 +113,9 @@ AVX512_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], u
   return _mm512_permutexvar_epi32(_mm512_srli_epi32(words[i / 8], i % 8 * 4), values);
 }
 
-AVX512_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
-  return lane_word(lane) * 32 / bits_of(codes);
+CODES_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
+  (void)codes;
+  return 8 * lane_word(lane);
 }
 
 /* Storing 16 floats takes as long as decoding them. */
@@ -111,28 +142,49 @@ AVX512 static void dot_plain(const zmoe_weight *w, const void *const *xs, uint32
   }
 }
 
-AVX512 void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
-                            uint32_t rows, uint32_t first, uint32_t last, void *scratch,
-                            float *const *ys) {
+AVX512 static void dot_codes4(const zmoe_weight *w, const void *const *xs, uint32_t rows,
+                              uint32_t first, uint32_t last, void *scratch, float *const *ys) {
+  switch (codes_of(w)) {
+  case CODES2:
+    dot_codes(w, CODES2, xs, rows, first, last, scratch, ys);
+    return;
+  case CODES3:
+    dot_codes(w, CODES3, xs, rows, first, last, scratch, ys);
+    return;
+  case CODES4:
+    dot_codes(w, CODES4, xs, rows, first, last, scratch, ys);
+    return;
+  case FP4:
+    dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
+    return;
+  default:
+    dot_codes(w, NVFP4, xs, rows, first, last, scratch, ys);
+  }
+}
+
+AVX512 static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                       float *const *ys) {
   if (zmoe_layout_is_integer(layout)) /* without VNNI, AVX2 is as good */
     zmoe_kernels_avx2.dot(w, layout, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CHAINS)
-    zmoe_avx512_dot_codes8(w, xs, rows, first, last, scratch, ys);
-  else if (layout == ZMOE_LAYOUT_CODES4 && w->format == ZMOE_FORMAT_MXFP4)
-    dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
+    zmoe_avx512_dot_chains(w, xs, rows, first, last, scratch, ys);
   else if (layout == ZMOE_LAYOUT_CODES4)
-    dot_codes(w, CODES4, xs, rows, first, last, scratch, ys);
+    dot_codes4(w, xs, rows, first, last, scratch, ys);
   else
     dot_plain(w, xs, rows, first, last, ys);
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
   (void)x_dtype;
-  if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
-    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4;
-  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
-    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CHAINS;
-  return ZMOE_LAYOUT_PLAIN;
+  if (zmoe_is_float(w) || w->bits == 1)
+    return ZMOE_LAYOUT_PLAIN;
+  const enum codes codes = codes_of(w);
+  if (precision == ZMOE_INT8 && (codes == CODES4 || codes == FP4))
+    return ZMOE_LAYOUT_CODES4_INT8;
+  if (precision == ZMOE_INT8 && codes == CODES8)
+    return ZMOE_LAYOUT_CODES8_INT8;
+  return unpacked_bits(codes) == 4 ? ZMOE_LAYOUT_CODES4 : ZMOE_LAYOUT_CHAINS;
 }
 
 static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
@@ -142,5 +194,5 @@ static void pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x,
     zmoe_avx512_pack_input(layout, w, x, row);
 }
 
-const zmoe_kernels zmoe_kernels_avx512 = {layout_for, pack_input, zmoe_avx512_dot};
+const zmoe_kernels zmoe_kernels_avx512 = {layout_for, pack_input, dot};
 #endif

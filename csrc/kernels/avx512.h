@@ -1,8 +1,9 @@
-/* What the two AVX-512 variants share: loads, scales, and the frame of a dot. */
+/* What the AVX-512 variants share: loads, scales, and the frame of a dot. */
 #ifndef ZMOE_AVX512_H
 #define ZMOE_AVX512_H
 
 #include <immintrin.h>
+#include <math.h>
 
 #include "common/avx512_target.h"
 #include "common/reduce_scalar.h"
@@ -28,8 +29,10 @@ AVX512_INLINE __m512 load_floats(const unsigned char *src, size_t i, uint32_t dt
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-/* A power of two: the exponent of f32, but 0 is 2^-127 and 255 is NaN. */
-AVX512_INLINE __m512 load_e8m0(const unsigned char *src, __mmask16 lanes) {
+/* Powers of two, those from `count` on zero: the exponent of f32, but 0 is 2^-127 and 255 is NaN.
+ */
+AVX512_INLINE __m512 load_e8m0(const unsigned char *src, uint32_t count) {
+  const __mmask16 lanes = lanes16(count);
   __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, src));
   __m512i bits = _mm512_slli_epi32(code, 23);
   __mmask16 zero = _mm512_mask_cmpeq_epi32_mask(lanes, code, _mm512_setzero_si512());
@@ -38,18 +41,49 @@ AVX512_INLINE __m512 load_e8m0(const unsigned char *src, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
-/* The scales of 16 groups from group g on. */
-AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const unsigned char *scales, uint32_t g,
-                                 __mmask16 lanes) {
-  return w->format == ZMOE_FORMAT_AFFINE ? load_floats(scales, g, w->scale_dtype, lanes)
-                                         : load_e8m0(scales + g, lanes);
+/* The e4m3 numbers in the lowest 8 bits of each lane, whose other bits are zero.  Multiplying
+ * brings the exponent to its place, and subnormal numbers with it. */
+AVX512_INLINE __m512 f32_of_e4m3(__m512i code) {
+  __m512i size = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
+  __mmask16 nan = _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(0x7f));
+  __m512 value =
+      _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(size, 20)), _mm512_set1_ps(0x1p120f));
+  __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7f), code), 24);
+  value = _mm512_or_ps(value, _mm512_castsi512_ps(sign));
+  return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(NAN));
 }
 
-/* What is in a register of codes: affine ones but for FP4. */
-enum codes { FP4, CODES4, CODES8 };
+/* What the codes of a weight stand for.  Affine ones have as many bits as their name says. */
+#define CODES_INLINE static inline __attribute__((always_inline))
+enum codes { CODES2 = 2, CODES3, CODES4, CODES5, CODES6, CODES8 = 8, FP4, NVFP4, FP8 };
 
-AVX512_INLINE uint32_t bits_of(const enum codes codes) {
-  return codes == CODES8 ? 8 : 4;
+CODES_INLINE int is_affine(const enum codes codes) {
+  return codes <= CODES8;
+}
+
+CODES_INLINE uint32_t bits_of(const enum codes codes) {
+  return is_affine(codes) ? (uint32_t)codes : codes == FP8 ? 8 : 4;
+}
+
+/* Bits that a code takes in the registers of a block of avx512_codes.h. */
+CODES_INLINE uint32_t unpacked_bits(const enum codes codes) {
+  return bits_of(codes) <= 4 ? 4 : 8;
+}
+
+static inline enum codes codes_of(const zmoe_weight *w) {
+  if (w->format == ZMOE_FORMAT_AFFINE)
+    return (enum codes)w->bits;
+  return w->format == ZMOE_FORMAT_MXFP4 ? FP4 : w->format == ZMOE_FORMAT_NVFP4 ? NVFP4 : FP8;
+}
+
+/* The scales of 16 groups from group g on, of which `count` are there. */
+AVX512_INLINE __m512 load_scales(const zmoe_weight *w, const enum codes codes,
+                                 const unsigned char *scales, uint32_t g, uint32_t count) {
+  if (is_affine(codes))
+    return load_floats(scales, g, w->scale_dtype, lanes16(count));
+  if (codes == NVFP4)
+    return f32_of_e4m3(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes16(count), scales + g)));
+  return load_e8m0(scales + g, count);
 }
 
 /* Of the 32 words in a block of avx512_codes.h, the one in a lane of its first register. */
@@ -86,8 +120,8 @@ AVX512_INLINE __m128 reduce_4(const __m512 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* `rows` x `n_out` sums into ys, from y on. */
-AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
+/* `rows` x `n_out` sums, of which the first `there` of each row are there, into ys, from y on. */
+AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out, uint32_t there,
                               __m512 sum[][ZMOE_DOT_ROWS], float *const *ys, uint32_t y) {
   const uint32_t n = rows * n_out;
   EACH(q, (n + 3) / 4) {
@@ -99,13 +133,12 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out,
     }
     _mm_storeu_ps(folded, reduce_4(four));
     for (uint32_t i = 0; i < 4 && 4 * q + i < n; i++)
-      ys[(4 * q + i) / n_out][y + (4 * q + i) % n_out] = folded[i];
+      if ((4 * q + i) % n_out < there)
+        ys[(4 * q + i) / n_out][y + (4 * q + i) % n_out] = folded[i];
   }
 }
 
-void zmoe_avx512_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
-                     uint32_t first, uint32_t last, void *scratch, float *const *ys);
-void zmoe_avx512_dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
+void zmoe_avx512_dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows,
                             uint32_t first, uint32_t last, void *scratch, float *const *ys);
 void zmoe_avx512_pack_chains(const float *x, uint32_t in_features, float *to);
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);

@@ -1,12 +1,12 @@
-/* GEMV, AVX-512 with BF16 and VNNI.
+/* GEMV, AVX-512 with BF16 and VBMI.
  *
- * Where x is bf16, codes of 4 bits are looked up as bf16, which holds all their
- * values exactly, and multiplied in pairs with f32 sums: twice the rate of f32,
- * and nothing lost.  With x in 8 bits, codes are multiplied as integers. */
+ * Where x is bf16, codes are looked up as bf16, which holds all their values exactly, and
+ * multiplied in pairs with f32 sums: twice the rate of f32, and nothing lost.  Those of 2 and 3
+ * bits are brought to 4 before, those of 5 and 6 to 8. */
 #if defined(__x86_64__)
 #include "avx512.h"
 
-#define FEATURES AVX512_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
+#define FEATURES AVX512_FEATURES ",avx512bf16,avx512vbmi"
 #define BF16 __attribute__((target(FEATURES)))
 #define BF16_INLINE static inline __attribute__((always_inline, target(FEATURES)))
 
@@ -53,7 +53,7 @@ BF16_INLINE void dot_outputs_bf16(const zmoe_weight *w, const void *const *xs, c
     add_halves(data, row_bytes, k, left >= 32 ? 0xffffffffu : (1u << left) - 1, x, rows, n_out,
                sum);
   }
-  store_sums(rows, n_out, sum, ys, y);
+  store_sums(rows, n_out, n_out, sum, ys, y);
 }
 
 BF16_INLINE void dot_bf16(const zmoe_weight *w, const void *const *xs, const uint32_t rows,
@@ -72,39 +72,66 @@ BF16 static void dot_halves(const zmoe_weight *w, const void *const *xs, uint32_
 
 /* ---- codes and bf16 --------------------------------------------------------------------- */
 
-/* The 16 values as bf16, twice, since an index has five bits. */
-static const uint16_t bf16_of_affine[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
-                                            0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
-                                            0x4140, 0x4150, 0x4160, 0x4170};
+/* Of e2m1. */
 static const uint16_t bf16_of_fp4[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
                                          0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0,
                                          0xc000, 0xc040, 0xc080, 0xc0c0};
 
-BF16_INLINE zmoe_layout layout_of(const enum codes codes) {
-  return codes == CODES8 ? ZMOE_LAYOUT_CODES8_BF16 : ZMOE_LAYOUT_CODES4_BF16;
+CODES_INLINE zmoe_layout layout_of(const enum codes codes) {
+  return unpacked_bits(codes) == 8 ? ZMOE_LAYOUT_CODES8_BF16 : ZMOE_LAYOUT_CODES4_BF16;
 }
 
-/* Of FP4 v[0]; of CODES8 the low bytes of codes below 128 as bf16, and the high ones. */
+/* Of codes in 4 bits v[0], 32 values, since an index has five bits.  Of those in 8 bits the low
+ * bytes of codes below 128 as bf16, and the high ones. */
 typedef struct table {
-  __m512i v[4];
+  __m512i v[4], order, starts[2];
 } table;
 
-BF16_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
-  (void)w;
-  table t = {0};
-  if (codes != CODES8)
-    t.v[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(
-        (const __m256i *)(const void *)(codes == FP4 ? bf16_of_fp4 : bf16_of_affine)));
-  if (codes != CODES8)
-    return t;
+/* 32 codes from `code` on as bf16; bits above theirs have no meaning. */
+BF16_INLINE __m512i code_values(const enum codes codes, uint32_t code) {
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 v[2];
   EACH(i, 2) {
-    __m512i v[2];
-    EACH(j, 2) {
-      __m512i code = _mm512_add_epi32(first, _mm512_set1_epi32((int)(64 * i + 32 * j)));
-      __m512i next = _mm512_add_epi32(code, _mm512_set1_epi32(16));
-      v[j] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(next), _mm512_cvtepi32_ps(code));
-    }
+    __m512i number = _mm512_add_epi32(first, _mm512_set1_epi32((int)(code + 16 * i)));
+    if (codes == FP8)
+      v[i] = f32_of_e4m3(number);
+    else
+      v[i] = _mm512_cvtepi32_ps(
+          _mm512_and_si512(number, _mm512_set1_epi32((1 << bits_of(codes)) - 1)));
+  }
+  return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+}
+
+/* How `unpack` brings 64 bits of unpacked codes together, and from which bit on each of their bytes
+ * is taken; of codes in 4 bits the low half, and the high one. */
+BF16_INLINE void plan_unpacking(const enum codes codes, table *t) {
+  const uint32_t bits = bits_of(codes), per_byte = 8 / unpacked_bits(codes);
+  uint8_t order[64], starts[2][64];
+  for (uint32_t i = 0; i < 64; i++) {
+    uint32_t from = i / 8 * bits * per_byte + i % 8;
+    order[i] = (uint8_t)(from < 63 ? from : 63);
+    starts[0][i] = (uint8_t)(i % 8 * bits * per_byte);
+    starts[1][i] = (uint8_t)(starts[0][i] + bits - 4);
+  }
+  t->order = _mm512_loadu_si512(order);
+  EACH(i, 2)
+    t->starts[i] = _mm512_loadu_si512(starts[i]);
+}
+
+BF16_INLINE table table_of(const enum codes codes) {
+  table t = {0};
+  if (bits_of(codes) != unpacked_bits(codes))
+    plan_unpacking(codes, &t);
+  if (codes == FP4 || codes == NVFP4) {
+    t.v[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)bf16_of_fp4));
+    return t;
+  }
+  if (unpacked_bits(codes) == 4) {
+    t.v[0] = code_values(codes, 0);
+    return t;
+  }
+  EACH(i, 2) {
+    const __m512i v[2] = {code_values(codes, 64 * i), code_values(codes, 64 * i + 32)};
     EACH(high, 2)
       t.v[2 * high + i] = _mm512_inserti64x4(
           _mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(v[0], 8 * high))),
@@ -113,161 +140,78 @@ BF16_INLINE table table_of(const zmoe_weight *w, const enum codes codes) {
   return t;
 }
 
+/* Bits above a code's own have no meaning. */
+BF16_INLINE __m512i unpack(const enum codes codes, __m512i bytes, const table t) {
+  if (bits_of(codes) == unpacked_bits(codes))
+    return bytes;
+  bytes = _mm512_permutexvar_epi8(t.order, bytes);
+  __m512i low = _mm512_multishift_epi64_epi8(t.starts[0], bytes);
+  if (unpacked_bits(codes) == 8)
+    return low;
+  const __m512i nibble = _mm512_set1_epi8(15);
+  return _mm512_ternarylogic_epi32(nibble, low, _mm512_multishift_epi64_epi8(t.starts[1], bytes),
+                                   0xca); /* of the first where the nibble has ones */
+}
+
 /* Of 4 bits codes i % 4 and i % 4 + 4 of each word, next to each other.  Of 8 bits the
- * first or second halves of all 128-bit parts, in order; from 128 on a code's bf16 is 0x4300 plus
- * its lowest seven bits. */
+ * first or second halves of all 128-bit parts, in order; from 128 on an affine code's bf16 is
+ * 0x4300 plus its lowest seven bits. */
 BF16_INLINE __m512i value_of(const enum codes codes, const __m512i words[2], const uint32_t i,
                              const table t) {
-  if (codes != CODES8)
+  if (unpacked_bits(codes) == 4)
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i / 4], i % 4 * 4), t.v[0]);
-  __mmask64 large = _mm512_movepi8_mask(words[i / 2]);
-  __m512i code = _mm512_and_si512(words[i / 2], _mm512_set1_epi8(127));
-  __m512i low = _mm512_mask2_permutex2var_epi8(t.v[0], code, ~large, t.v[1]);
-  __m512i high = _mm512_permutex2var_epi8(t.v[2], code, t.v[3]);
-  high = _mm512_mask_mov_epi8(high, large, _mm512_set1_epi8(0x43));
+  __m512i code = words[i / 2], low, high;
+  if (codes == CODES8) {
+    __mmask64 large = _mm512_movepi8_mask(code);
+    code = _mm512_and_si512(code, _mm512_set1_epi8(127));
+    low = _mm512_mask2_permutex2var_epi8(t.v[0], code, ~large, t.v[1]);
+    high = _mm512_permutex2var_epi8(t.v[2], code, t.v[3]);
+    high = _mm512_mask_mov_epi8(high, large, _mm512_set1_epi8(0x43));
+  } else if (codes == FP8) {
+    low = _mm512_permutex2var_epi8(t.v[0], code, t.v[1]);
+    high = _mm512_permutex2var_epi8(t.v[2], code, t.v[3]);
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(INT8_MIN),
+                                     0xf8); /* and the code's sign */
+  } else {
+    low = _mm512_permutexvar_epi8(code, t.v[0]);
+    high = _mm512_permutexvar_epi8(code, t.v[2]);
+  }
   return i % 2 == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high);
 }
 
 BF16_INLINE uint32_t lane_code(const enum codes codes, uint32_t lane) {
-  return codes == CODES8 ? lane % 4 / 2 * 64 + lane / 4 * 16 : 8 * lane_word(lane);
+  return unpacked_bits(codes) == 8 ? lane % 4 / 2 * 64 + lane / 4 * 16 : 8 * lane_word(lane);
 }
 
 BF16_INLINE uint32_t panel_rows(const enum codes codes) {
-  return codes == CODES8 ? 12 : ZMOE_ROW_BLOCK + 1;
+  return unpacked_bits(codes) == 8 ? 12 : ZMOE_ROW_BLOCK + 1;
 }
 
 #define INLINE BF16_INLINE
 #define ELEMENTS 32
 #include "avx512_codes.h"
 
-BF16 static void dot_codes4_bf16(const zmoe_weight *w, const void *const *xs, uint32_t rows,
-                                 uint32_t first, uint32_t last, void *scratch, float *const *ys) {
-  if (w->format == ZMOE_FORMAT_MXFP4)
-    dot_codes(w, FP4, xs, rows, first, last, scratch, ys);
-  else
-    dot_codes(w, CODES4, xs, rows, first, last, scratch, ys);
-}
-
-BF16 static void dot_codes8_bf16(const zmoe_weight *w, const void *const *xs, uint32_t rows,
-                                 uint32_t first, uint32_t last, void *scratch, float *const *ys) {
-  dot_codes(w, CODES8, xs, rows, first, last, scratch, ys);
-}
-
-/* ---- codes and x in 8 bits ------------------------------------------------------------- */
-
-/* As unsigned bytes twice the fp4 value plus 12; an affine code is itself. */
-static const uint8_t byte_of_fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-/* Which of 16 scales each lane of a run's first block is multiplied with. */
-BF16_INLINE __m512i scale_lanes(uint32_t codes_per_lane, uint32_t group) {
-  uint32_t lanes[16];
-  for (uint32_t l = 0; l < 16; l++)
-    lanes[l] = l * codes_per_lane / group;
-  return _mm512_loadu_si512(lanes);
-}
-
-/* A register of codes as bytes, in one or two. */
-BF16_INLINE uint32_t bytes_of(const uint32_t bits, int affine, __m512i words, __m512i values[2]) {
-  if (bits == 8) {
-    values[0] = words;
-    return 1;
+#define DOT(codes)                                                                                 \
+  BF16 static void dot_##codes(const zmoe_weight *w, const void *const *xs, uint32_t rows,         \
+                               uint32_t first, uint32_t last, void *scratch, float *const *ys) {   \
+    dot_codes(w, codes, xs, rows, first, last, scratch, ys);                                       \
   }
-  const __m512i table =
-      _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)byte_of_fp4));
-  values[0] = _mm512_and_si512(words, _mm512_set1_epi8(15));
-  values[1] = _mm512_and_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi8(15));
-  EACH(i, 2)
-    if (!affine)
-      values[i] = _mm512_shuffle_epi8(table, values[i]);
-  return 2;
-}
+DOT(CODES2)
+DOT(CODES3)
+DOT(CODES4)
+DOT(CODES5)
+DOT(CODES6)
+DOT(CODES8)
+DOT(FP4)
+DOT(NVFP4)
+DOT(FP8)
 
-/* The products with element k and on of a row: 16 sums. */
-BF16_INLINE __m512 multiply_int8(const __m512i *values, const uint32_t n, const zmoe_packed *x,
-                                 size_t k, size_t lane) {
-  __m512i sum = _mm512_loadu_si512(x->offsets + lane);
-  const int8_t *elements = (const int8_t *)x->elements + k;
-  EACH(i, n)
-    sum = _mm512_dpbusd_epi32(sum, values[i], _mm512_loadu_si512(elements + 64 * i));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(x->scales + lane));
-}
-
-/* `n_out` outputs from o on with `rows` rows of x, all of whose sums stay in
- * registers; several outputs share the loads of x.  Scales come 16 at a time. */
-BF16_INLINE void dot_block(const zmoe_weight *w, const uint32_t bits, const zmoe_packed *x,
-                           const uint32_t rows, const uint32_t n_out, uint32_t o, float *const *ys,
-                           uint32_t y) {
-  const uint32_t per_lane = 32 / bits, block = 16 * per_lane, group = w->group;
-  const uint32_t in_features = w->in_features, groups = in_features / group;
-  const int affine = w->format == ZMOE_FORMAT_AFFINE;
-  const size_t row_bytes = zmoe_weight_row_bytes(w), scale_bytes = zmoe_weight_scale_bytes(w);
-  const unsigned char *data = (const unsigned char *)w->data + o * row_bytes;
-  const unsigned char *scales = (const unsigned char *)w->scales + o * scale_bytes;
-  const unsigned char *biases = (const unsigned char *)w->biases + (affine ? o * scale_bytes : 0);
-  const __m512i first_lanes = scale_lanes(per_lane, group);
-  const __m512 centre = _mm512_set1_ps(bits == 4 ? ZMOE_CENTRE4 : ZMOE_CENTRE8);
-  const uint32_t skipped = zmoe_rows_ahead(row_bytes, n_out);
-  EACH(i, n_out)
-    prefetch_scales(w, o + i + skipped, scale_bytes);
-  __m512 sum[ZMOE_DOT_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS];
-  EACH(r, rows)
-    EACH(i, n_out)
-      sum[r][i] = _mm512_setzero_ps();
-  for (uint32_t g = 0; g < groups; g += 16) {
-    __mmask16 lanes = lanes16(groups - g);
-    EACH(i, n_out) {
-      scale[i] = load_scales(w, scales + i * scale_bytes, g, lanes);
-      if (!affine)
-        continue;
-      __m512 bias = load_floats(biases + i * scale_bytes, g, w->scale_dtype, lanes);
-      bias = _mm512_fmadd_ps(scale[i], centre, bias);
-      EACH(r, rows)
-        sum[r][i] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(x[r].sums + g), sum[r][i]);
-    }
-    uint32_t begin = g * group,
-             end = begin + 16 * group < in_features ? begin + 16 * group : in_features;
-    for (uint32_t k = begin; k < end; k += block) {
-      __m512i spread = _mm512_add_epi32(first_lanes, _mm512_set1_epi32((int)((k - begin) / group)));
-      __mmask16 words = lanes16((end - k) / per_lane);
-      EACH(i, n_out) {
-        const unsigned char *at = data + i * row_bytes + k * 4 / per_lane;
-        prefetch_line(at + skipped * row_bytes);
-        __m512i values[2];
-        const uint32_t n = bytes_of(bits, affine, _mm512_maskz_loadu_epi32(words, at), values);
-        __m512 factor = _mm512_permutexvar_ps(spread, scale[i]);
-        EACH(r, rows) {
-          __m512 part = multiply_int8(values, n, &x[r], k, k / per_lane);
-          sum[r][i] = _mm512_fmadd_ps(part, factor, sum[r][i]);
-        }
-      }
-    }
-  }
-  store_sums(rows, n_out, sum, ys, y);
-}
-
-BF16_INLINE void dot_int8(const zmoe_weight *w, const uint32_t bits, const void *const *xs,
-                          const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  const zmoe_layout layout = bits == 4 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES8_INT8;
-  const uint32_t n_out = ZMOE_DOT_ROWS / rows;
-  zmoe_packed x[ZMOE_DOT_ROWS];
-  EACH(r, rows)
-    x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
-  uint32_t o = first;
-  for (; o + n_out <= last; o += n_out)
-    dot_block(w, bits, x, rows, n_out, o, ys, o - first);
-  for (; o < last; o++)
-    dot_block(w, bits, x, rows, 1, o, ys, o - first);
-}
-
-BF16 static void dot_codes4_int8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
-                                 uint32_t first, uint32_t last, float *const *ys) {
-  ZMOE_BY_ROWS(dot_int8, w, 4);
-}
-
-BF16 static void dot_codes8_int8(const zmoe_weight *w, const void *const *xs, uint32_t rows,
-                                 uint32_t first, uint32_t last, float *const *ys) {
-  ZMOE_BY_ROWS(dot_int8, w, 8);
-}
+typedef void matmul(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
+                    uint32_t last, void *scratch, float *const *ys);
+static matmul *const of_codes[] = {
+    [CODES2] = dot_CODES2, [CODES3] = dot_CODES3, [CODES4] = dot_CODES4,
+    [CODES5] = dot_CODES5, [CODES6] = dot_CODES6, [CODES8] = dot_CODES8,
+    [FP4] = dot_FP4,       [NVFP4] = dot_NVFP4,   [FP8] = dot_FP8};
 
 /* ---- which one -------------------------------------------------------------------- */
 
@@ -278,32 +222,21 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
     dot_halves(w, xs, rows, first, last, ys);
     return;
   case ZMOE_LAYOUT_CODES4_BF16:
-    dot_codes4_bf16(w, xs, rows, first, last, scratch, ys);
-    return;
   case ZMOE_LAYOUT_CODES8_BF16:
-    dot_codes8_bf16(w, xs, rows, first, last, scratch, ys);
-    return;
-  case ZMOE_LAYOUT_CODES4_INT8:
-    dot_codes4_int8(w, xs, rows, first, last, ys);
-    return;
-  case ZMOE_LAYOUT_CODES8_INT8:
-    dot_codes8_int8(w, xs, rows, first, last, ys);
+    of_codes[codes_of(w)](w, xs, rows, first, last, scratch, ys);
     return;
   default:
-    zmoe_avx512_dot(w, layout, xs, rows, first, last, scratch, ys);
+    zmoe_kernels_avx512_vnni.dot(w, layout, xs, rows, first, last, scratch, ys);
   }
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
-  zmoe_layout layout = zmoe_kernels_avx512.layout(w, x_dtype, precision);
-  int bf16 = x_dtype == ZMOE_BF16;
-  if (layout == ZMOE_LAYOUT_CODES4 && bf16)
-    return ZMOE_LAYOUT_CODES4_BF16;
-  if (w->format == ZMOE_FORMAT_AFFINE && layout == ZMOE_LAYOUT_CHAINS && bf16)
-    return ZMOE_LAYOUT_CODES8_BF16;
-  if (w->format == ZMOE_FORMAT_BF16 && bf16)
-    return ZMOE_LAYOUT_BF16;
-  return layout;
+  zmoe_layout layout = zmoe_kernels_avx512_vnni.layout(w, x_dtype, precision);
+  if (x_dtype != ZMOE_BF16 || zmoe_layout_is_integer(layout) || w->bits == 1)
+    return layout;
+  if (zmoe_is_float(w))
+    return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;
+  return layout_of(codes_of(w));
 }
 
 const zmoe_kernels zmoe_kernels_avx512_bf16 = {layout_for, zmoe_avx512_pack_input, dot};

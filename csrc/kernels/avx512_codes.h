@@ -1,41 +1,65 @@
-/* GEMV and GEMM of codes of 4 and 8 bits, AVX-512.  Before including this, a variant defines
+/* GEMV and GEMM of codes, AVX-512.  Before including this, a variant defines
  * INLINE and ELEMENTS, how many of x are in a register, and
  *   layout_of(codes)      the layout of x,
- *   table, table_of(w, codes), value_of(codes, words, i, table)  value i of BLOCK_VALUES, from
- *                         the two registers of a block,
+ *   table, table_of(codes)   what it looks up,
+ *   unpack(codes, bytes, table)   64 bytes of codes of 4 or 8 bits, from those of bits_of(codes),
+ *   value_of(codes, words, i, table)  value i of BLOCK_VALUES, from the two registers of a block,
  *   lane_code(codes, lane)  the first code in a block that belongs to `lane` of a value,
  *   panel_rows(codes)     from how many rows on decoding once pays for storing what it gives,
  *   multiply_add(sum, value, x)   adds the products of ELEMENTS elements, lane by lane;
  * and afterwards calls dot_codes.
  *
- * A block is 128 bytes of codes, in two registers whose words are exchanged so that, lane by
- * lane, all of it belongs to one group: its products share a scale.  Each sum starts with what
- * x's sums add by an affine weight's biases, and goes on block by block.
+ * A block is 128 bytes of codes, once they are unpacked, in two registers whose words are exchanged
+ * so that, lane by lane, all of it belongs to one group: its products share a scale.  (Of NVFP4,
+ * whose groups are half as long, all of a register does.)  Each sum starts with what x's sums add
+ * by an affine weight's biases, and goes on block by block.
  *
  * A few rows are multiplied with each value as it is decoded; of more, PANEL_OUTS outputs are
  * decoded once for all.  `rows` and `codes` are constants in each call of the inlined bodies, so
  * that sums stay in registers. */
 #include "thread_pool.h"
 
-/* Codes in a block, and registers of values. */
-#define BLOCK_CODES(codes) (1024 / bits_of(codes))
+/* Codes in a block, the bytes that they take in memory, registers of values, and parts that may
+ * differ in scale. */
+#define BLOCK_CODES(codes) (1024 / unpacked_bits(codes))
+#define BLOCK_BYTES(codes) (BLOCK_CODES(codes) * bits_of(codes) / 8)
 #define BLOCK_VALUES(codes) (BLOCK_CODES(codes) / ELEMENTS)
+#define BLOCK_PARTS(codes) ((codes) == NVFP4 ? 2u : 1u)
 #define EACH_VALUE(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
 enum { TILE_ROWS = 6, TILE_OUTS = 2, PANEL_OUTS = 4, PANEL_DEPTH = 32 * ELEMENTS };
 
-/* The registers of a block; even lanes are of the first 64 bytes. */
-INLINE void load_block(const unsigned char *at, uint32_t bytes, __m512i words[2]) {
-  __m512i a, b;
-  if (bytes >= 128) {
-    a = _mm512_loadu_si512(at);
-    b = _mm512_loadu_si512(at + 64);
-  } else {
-    a = _mm512_maskz_loadu_epi32(lanes16(bytes / 4), at);
-    b = _mm512_maskz_loadu_epi32(bytes > 64 ? lanes16(bytes / 4 - 16) : 0, at + 64);
+/* The registers of a block; even lanes are of its first half. */
+INLINE void load_block(const enum codes codes, const unsigned char *at, const table t,
+                       __m512i words[2]) {
+  const uint32_t half = BLOCK_BYTES(codes) / 2;
+  const __mmask64 bytes = ~(__mmask64)0 >> (64 - half);
+  __m512i v[2];
+  EACH(i, 2)
+    v[i] = half == 64 ? _mm512_loadu_si512(at + 64 * i)
+                      : unpack(codes, _mm512_maskz_loadu_epi8(bytes, at + i * half), t);
+  words[0] = _mm512_unpacklo_epi32(v[0], v[1]);
+  words[1] = _mm512_unpackhi_epi32(v[0], v[1]);
+}
+
+/* Where `n_out` blocks that are not whole, but `bytes` bytes, are read: copies, and zeros. */
+struct last_blocks {
+  __m512i v[ZMOE_DOT_ROWS][2];
+};
+
+INLINE void copy_last(const unsigned char *from, size_t row_bytes, const uint32_t n_out,
+                      uint32_t bytes, struct last_blocks *to) {
+  EACH(i, 2) {
+    const uint32_t n = bytes <= 64 * i ? 0 : bytes - 64 * i;
+    const __mmask64 there = n == 0 ? 0 : ~(__mmask64)0 >> (n < 64 ? 64 - n : 0);
+    EACH(j, n_out)
+      to->v[j][i] = _mm512_maskz_loadu_epi8(there, from + j * row_bytes + 64 * i);
   }
-  words[0] = _mm512_unpacklo_epi32(a, b);
-  words[1] = _mm512_unpackhi_epi32(a, b);
+}
+
+INLINE void prefetch_block(const enum codes codes, const unsigned char *at) {
+  EACH(line, (BLOCK_BYTES(codes) + 63) / 64)
+    prefetch_line(at + 64 * line);
 }
 
 /* Which of 16 scales each lane of a run's first block has. */
@@ -77,7 +101,7 @@ INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outp
   EACH(r, rows)
     EACH(j, n_out)
       sum[r][j] = _mm512_setzero_ps();
-  for (uint32_t g = 0; g < groups && codes != FP4; g += 16)
+  for (uint32_t g = 0; g < groups && is_affine(codes); g += 16)
     EACH(j, n_out) {
       const size_t row = (j < there ? j : there - 1) * out.scale_bytes;
       __m512 bias = load_floats(out.biases + row, g, w->scale_dtype, lanes16(groups - g));
@@ -100,73 +124,89 @@ static inline uint32_t tile_rows(uint32_t rows) {
   return (rows + tiles - 1) / tiles;
 }
 
-/* Adds a block of `n_out` outputs, of which `bytes` bytes are there: in one chain of products for
- * each row and output, x's elements loaded once for all outputs. */
-INLINE void add_block(const enum codes codes, const unsigned char *from, size_t row_bytes,
-                      uint32_t bytes, const table t, const __m512 factor[ZMOE_DOT_ROWS],
-                      const char *const elements[TILE_ROWS], const uint32_t rows,
-                      const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
-  const uint32_t n_values = BLOCK_VALUES(codes);
-  __m512i words[ZMOE_DOT_ROWS][2], value[ZMOE_DOT_ROWS];
+/* Adds part p of the BLOCK_PARTS of a block: in one chain of products for each row and output, x's
+ * elements loaded once for all outputs. */
+INLINE void add_part(const enum codes codes, const uint32_t p, __m512i words[ZMOE_DOT_ROWS][2],
+                     const table t, const __m512 factor[ZMOE_DOT_ROWS],
+                     const char *const elements[TILE_ROWS], const uint32_t rows,
+                     const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
+  const uint32_t n_values = BLOCK_VALUES(codes) / BLOCK_PARTS(codes), first = p * n_values;
+  __m512i value[ZMOE_DOT_ROWS];
   __m512 part[TILE_ROWS][ZMOE_DOT_ROWS];
-  EACH(j, n_out)
-    load_block(from + j * row_bytes, bytes, words[j]);
   EACH(r, rows)
     EACH(j, n_out)
       part[r][j] = _mm512_setzero_ps();
   EACH_VALUE(i, n_values) {
     EACH(j, n_out)
-      value[j] = value_of(codes, words[j], i, t);
+      value[j] = value_of(codes, words[j], first + i, t);
     EACH(r, rows)
       EACH(j, n_out)
-        part[r][j] = multiply_add(part[r][j], value[j], elements[r] + 64 * i);
+        part[r][j] = multiply_add(part[r][j], value[j], elements[r] + 64 * (first + i));
   }
   EACH(r, rows)
     EACH(j, n_out)
       sum[r][j] = _mm512_fmadd_ps(part[r][j], factor[j], sum[r][j]);
 }
 
-/* `n_out` outputs, all of whose sums stay in registers. */
+/* Adds a block of `n_out` outputs. */
+INLINE void add_block(const enum codes codes, const unsigned char *from, size_t row_bytes,
+                      const table t, const __m512 factor[2][ZMOE_DOT_ROWS],
+                      const char *const elements[TILE_ROWS], const uint32_t rows,
+                      const uint32_t n_out, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
+  __m512i words[ZMOE_DOT_ROWS][2];
+  EACH(j, n_out)
+    load_block(codes, from + j * row_bytes, t, words[j]);
+  add_part(codes, 0, words, t, factor[0], elements, rows, n_out, sum);
+  if (BLOCK_PARTS(codes) == 2)
+    add_part(codes, 1, words, t, factor[1], elements, rows, n_out, sum);
+}
+
+/* `n_out` outputs, all of whose sums stay in registers; the first `wanted` are stored. */
 INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const table t,
                         const __m512i first_lanes, size_t skipped, struct outputs out,
                         const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
-                        float *const *ys, uint32_t y) {
+                        uint32_t wanted, float *const *ys, uint32_t y) {
   const uint32_t in_features = w->in_features, groups = in_features / w->group;
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
-  __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[ZMOE_DOT_ROWS];
+  __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[2][ZMOE_DOT_ROWS];
   const char *elements[TILE_ROWS];
+  struct last_blocks last;
   EACH(r, rows)
     elements[r] = x[r].elements;
   EACH(j, n_out) {
     prefetch_line(out.scales + (skipped + j) * out.scale_bytes);
-    if (codes != FP4)
+    if (is_affine(codes))
       prefetch_line(out.biases + (skipped + j) * out.scale_bytes);
   }
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
     EACH(j, n_out)
-      scale[j] = load_scales(w, out.scales + j * out.scale_bytes, g, lanes16(groups - g));
+      scale[j] = load_scales(w, codes, out.scales + j * out.scale_bytes, g, groups - g);
     uint32_t at = g * w->group, end = at + 16 * w->group;
     end = end < in_features ? end : in_features;
     __m512i lanes = first_lanes;
     for (; at < end; at += BLOCK_CODES(codes)) {
       const unsigned char *from = out.data + at * bits_of(codes) / 8;
       EACH(j, n_out) {
-        factor[j] = _mm512_permutexvar_ps(lanes, scale[j]);
-        prefetch_line(from + (skipped + j) * out.row_bytes);
-        prefetch_line(from + (skipped + j) * out.row_bytes + 64);
+        factor[0][j] = _mm512_permutexvar_ps(lanes, scale[j]);
+        if (codes == NVFP4)
+          factor[1][j] =
+              _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(1)), scale[j]);
+        prefetch_block(codes, from + (skipped + j) * out.row_bytes);
       }
-      if (at + BLOCK_CODES(codes) <= end)
-        add_block(codes, from, out.row_bytes, 128, t, factor, elements, rows, n_out, sum);
-      else
-        add_block(codes, from, out.row_bytes, (end - at) * bits_of(codes) / 8, t, factor, elements,
-                  rows, n_out, sum);
+      size_t row_bytes = out.row_bytes;
+      if (at + BLOCK_CODES(codes) > end) {
+        copy_last(from, row_bytes, n_out, (end - at) * bits_of(codes) / 8, &last);
+        from = (const unsigned char *)last.v;
+        row_bytes = sizeof last.v[0];
+      }
+      add_block(codes, from, row_bytes, t, factor, elements, rows, n_out, sum);
       EACH(r, rows)
         elements[r] += 64 * BLOCK_VALUES(codes);
       lanes = _mm512_add_epi32(lanes, per_block);
     }
   }
-  store_sums(rows, n_out, sum, ys, y);
+  store_sums(rows, n_out, wanted, sum, ys, y);
 }
 
 INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
@@ -179,11 +219,15 @@ INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
   zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
-  uint32_t y = 0;
-  for (; y + n_out <= n; y += n_out, pass_outputs(&out, n_out))
-    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, n_out, ys, y);
-  for (; y < n; y++, pass_outputs(&out, 1))
-    dot_outputs(w, codes, t, lanes, skipped, out, x, rows, 1, ys, y);
+  for (uint32_t y = 0, wanted; y < n; y += wanted, pass_outputs(&out, wanted)) {
+    struct outputs now = out;
+    wanted = n_out;
+    if (y + n_out > n) { /* one, so many times, as code for fewer would seldom run */
+      wanted = 1;
+      now.row_bytes = now.scale_bytes = 0;
+    }
+    dot_outputs(w, codes, t, lanes, skipped, now, x, rows, n_out, wanted, ys, y);
+  }
 }
 
 INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const table t,
@@ -228,16 +272,20 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
   __m512i *values = panel->values[j], lanes = first_lanes;
   __m512 *factor = panel->factors[j], scale = _mm512_setzero_ps();
   for (uint32_t at = begin; at < end; at += BLOCK_CODES(codes), values += n_values) {
-    const uint32_t g = at / w->group, bytes = (end - at) * bits_of(codes) / 8;
+    const uint32_t g = at / w->group;
     const unsigned char *from = data + at * bits_of(codes) / 8;
+    struct last_blocks last;
     __m512i words[2];
-    prefetch_line(from + ahead);
-    prefetch_line(from + ahead + 64);
+    prefetch_block(codes, from + ahead);
     if ((at - begin) % (16 * w->group) == 0) {
-      scale = load_scales(w, scales, g, lanes16(groups - g));
+      scale = load_scales(w, codes, scales, g, groups - g);
       lanes = first_lanes;
     }
-    load_block(from, bytes, words);
+    if (at + BLOCK_CODES(codes) > end) {
+      copy_last(from, 0, 1, (end - at) * bits_of(codes) / 8, &last);
+      from = (const unsigned char *)last.v;
+    }
+    load_block(codes, from, t, words);
     EACH_VALUE(i, n_values)
     values[i] = value_of(codes, words, i, t);
     *factor++ = _mm512_permutexvar_ps(lanes, scale);
@@ -293,10 +341,8 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
       EACH(r, rows)
         EACH(i, TILE_OUTS)
           kept[r][j + i] = sum[r][i];
-    else if (j + 1 < n_out)
-      store_sums(rows, TILE_OUTS, sum, ys, y + j);
     else
-      store_sums(rows, 1, sum, ys, y + j);
+      store_sums(rows, TILE_OUTS, n_out - j, sum, ys, y + j);
     pass_outputs(&out, TILE_OUTS);
   }
 }
@@ -340,7 +386,7 @@ INLINE void dot_many(const zmoe_weight *w, const enum codes codes, const table t
 INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *const *xs,
                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
                       float *const *ys) {
-  const table t = table_of(w, codes);
+  const table t = table_of(codes);
   if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else

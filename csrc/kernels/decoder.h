@@ -12,7 +12,7 @@
 
 #include "compute.h"
 
-#define ZMOE_MAX_HEAD_DIM 256
+#define ZMOE_MAX_HEAD_DIM 640
 
 typedef enum zmoe_norm_kind {
   ZMOE_NORM_NONE = 0,
@@ -86,12 +86,84 @@ int zmoe_attention_step(zmoe_thread_pool *pool, const zmoe_attention *attention,
 /* Working memory of it, on that many threads. */
 size_t zmoe_attention_scratch(const zmoe_attention *attention, uint32_t threads);
 
+/* ---- latent attention --------------------------------------------------------------- */
+
+/* Keys and values of all heads are made of one vector per position, the latent; beside it,
+ * all heads share one rotated part of their keys.  A head's matrices are applied to its query
+ * and to its sum of latents, so that latents are used as the cache has them. */
+typedef struct zmoe_latent_attention {
+  zmoe_norm input;                /* of h */
+  const zmoe_weight *query_down;  /* width -> what `query` takes; NULL: it takes norm(h) */
+  zmoe_norm query_norm;           /* of what query_down gives */
+  const zmoe_weight *query;       /* -> heads * (key_dim + rope_dims) */
+  const zmoe_weight *down;        /* width -> latent_dim + rope_dims: latent, shared part */
+  zmoe_norm latent_norm;          /* of the latent */
+  const zmoe_weight *key_heads;   /* [heads]: key_dim -> latent_dim */
+  const zmoe_weight *value_heads; /* [heads]: latent_dim -> value_dim */
+  const zmoe_weight *output;      /* heads * value_dim -> width */
+  uint32_t heads;
+  uint32_t latent_dim, rope_dims; /* together at most ZMOE_MAX_HEAD_DIM; rope_dims: even */
+  uint32_t key_dim, value_dim;
+  float scale; /* these, and the rest, as in zmoe_attention */
+  uint32_t rope_traditional, window, keep, dtype;
+} zmoe_latent_attention;
+
+/* The same as zmoe_attention_step. The cache has `keys` alone, (blocks, 64, latent_dim +
+ * rope_dims) of `dtype`, and `bits` of 0. */
+int zmoe_latent_attention_step(zmoe_thread_pool *pool, const zmoe_latent_attention *attention,
+                               const zmoe_kv_cache *cache, const zmoe_span *spans, uint32_t n_spans,
+                               const float *cosines, const float *sines, float *h,
+                               zmoe_precision precision);
+size_t zmoe_latent_attention_scratch(const zmoe_latent_attention *attention, uint32_t threads);
+
+/* ---- gated delta nets ------------------------------------------------------------------ */
+
+/* Some elements of each row of `data` (rows, width): those of head h begin at `at` + h * `stride`.
+ */
+typedef struct zmoe_slices {
+  const void *data;
+  uint32_t width, at, stride;
+} zmoe_slices;
+
+/* Between the projections of a gated delta net (Yang et al., 2024): a causal convolution over
+ * rows for each channel, SiLU, queries and keys of length 1, and for each head of values a
+ * state (value_dim, key_dim) that decays, and takes what is new in a value at its key. */
+typedef struct zmoe_delta_net {
+  uint32_t key_heads, value_heads; /* the latter a multiple of the former */
+  uint32_t key_dim, value_dim, taps;
+  const float *conv;           /* (taps, channels): all queries, all keys, all values */
+  const float *decay, *offset; /* (value_heads): what the `a` of a row is made a decay with */
+  zmoe_norm norm;              /* of a head's result, before its gate */
+} zmoe_delta_net;
+
+typedef enum zmoe_delta_part {
+  ZMOE_DELTA_QUERIES = 0, /* (key_dim) of each head of keys */
+  ZMOE_DELTA_KEYS = 1,    /* likewise */
+  ZMOE_DELTA_VALUES = 2,  /* (value_heads / key_heads, value_dim) */
+  ZMOE_DELTA_GATES = 3,   /* likewise */
+  ZMOE_DELTA_B = 4,       /* (value_heads / key_heads): how much of a value is taken in */
+  ZMOE_DELTA_A = 5,       /* likewise: how much decays */
+  ZMOE_DELTA_PARTS = 6
+} zmoe_delta_part;
+
+/* out (sequences, rows, value_heads * value_dim) of `rows` rows of each sequence, whose `parts`
+ * [ZMOE_DELTA_PARTS] are of `dtype`, as are `conv_in` and `conv_out` (sequences, taps - 1,
+ * channels), the rows before.  State (sequences, value_heads, value_dim, key_dim) f32.  What was
+ * before the first row is NULL; in and out do not overlap. */
+int zmoe_delta_step(zmoe_thread_pool *pool, const zmoe_delta_net *net, const zmoe_slices *parts,
+                    zmoe_dtype dtype, uint32_t sequences, uint32_t rows, const void *conv_in,
+                    void *conv_out, const float *state_in, float *state_out, void *out);
+size_t zmoe_delta_scratch(const zmoe_delta_net *net, uint32_t threads);
+
 /* ---- router ---------------------------------------------------------------------- */
 
 typedef enum zmoe_route_kind {
   ZMOE_SOFTMAX_TOP_K = 0, /* probabilities over all experts, of which the k best */
   ZMOE_TOP_K_SOFTMAX = 1, /* probabilities over the k best alone */
+  ZMOE_SIGMOID_TOP_K = 2, /* each expert's logistic function, of which the k best */
 } zmoe_route_kind;
+
+#define ZMOE_MAX_GROUPS 256
 
 typedef struct zmoe_router {
   zmoe_norm input;         /* of h */
@@ -99,6 +171,11 @@ typedef struct zmoe_router {
   uint32_t kind;           /* zmoe_route_kind */
   uint32_t top_k;
   uint32_t normalize; /* 1: a row's weights are divided by their sum */
+  const float *bias;  /* (experts): more for the choice, but not for the weights; or NULL */
+  /* Experts in `groups` equal groups of two or more, at most ZMOE_MAX_GROUPS; 0: none.  All but
+   * the `kept` ones with the best two experts are chosen from as if their scores were 0. */
+  uint32_t groups, kept;
+  float scale; /* of the weights; 0: 1 */
 } zmoe_router;
 
 /* x (rows, width) of `x_dtype` = norm(h); ids, weights (rows, top_k): the experts of

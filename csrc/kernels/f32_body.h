@@ -1,11 +1,16 @@
 /* Matmuls with f32 sums, in the vectors of vec.h.  Before including this, a variant defines
  *   load_some(src, i, dtype, n)  LANES floats; those from n on are zero and not touched,
+ *   load_e8m0(src, n)     LANES scales, likewise,
  *   widen_bytes(src, values)  CHAINS vectors of codes of 8 bits as floats,
- * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_codes8.
+ *   widen_packed(u, src, c)  vector c of so many of fewer bits, by struct unpacking,
+ *   fp8_at(src), fp4_at(src)  LANES values of e4m3, and with FP4_CHAINS of e2m1,
+ *   place_in_window(bits, c, byte)  where it has a byte of VALUES codes before it shuffles,
+ * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_chains.
  *
- * `rows`, formats and groups are constants in each call of the inlined bodies,
+ * `rows` and all but the packed formats are constants in each call of the inlined bodies,
  * so that choices vanish and sums stay in registers. */
 #include "kernels.h"
+#include "unpacking.h"
 #include "weight.h"
 
 KERNEL VEC load_x(const float *x) {
@@ -29,16 +34,45 @@ KERNEL struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
   return out;
 }
 
-/* ---- f32 -----------------------------------------------------------------------------
- * Floats, and codes of 8 bits, which take no longer to convert than to read.  Of DEPTH elements
- * one register in CHAINS is summed from zero, lane by lane, and these sums are added in order.
- * For a few rows the chains hide each other's latency, and the memory is read in order, one output
- * after the other.  For more, PANEL_OUTS outputs are decoded once for all, and rows and outputs
- * hide it: one chain at a time, which is why x is packed so. */
+KERNEL struct outputs outputs_after(struct outputs out, uint32_t count) {
+  out.data += count * out.row_bytes;
+  if (out.scales != NULL)
+    out.scales += count * out.scale_bytes;
+  if (out.biases != NULL)
+    out.biases += count * out.scale_bytes;
+  return out;
+}
 
-/* A group of codes is whole VALUES. */
-enum { CHAINS = LANES == 16 ? 2 : 4, VALUES = CHAINS * LANES, DEPTH = 512 };
-enum { PANEL_OUTS = 4, TILE_ROWS = 3 };
+/* ---- f32 -----------------------------------------------------------------------------
+ * Floats, and the codes that take no longer to convert than to read, or that nothing else can.  Of
+ * DEPTH elements one register in CHAINS is summed from zero, lane by lane, and these sums are added
+ * in order.  For a few rows the chains hide each other's latency, and the memory is read in order,
+ * one output after the other.  For more, PANEL_OUTS outputs are decoded once for all, and rows and
+ * outputs hide it: one chain at a time, which is why x is packed so. */
+
+/* A group of codes is whole VALUES, or of nvfp4 whole LANES. */
+enum { DEPTH = 512, PANEL_OUTS = 4, TILE_ROWS = 3 };
+
+/* What a weight holds: `format` as zmoe_format has it, or PACKED for affine codes of less than 8
+ * bits; a group is 1 << group_shift codes. */
+enum { PACKED = 16 };
+typedef struct kind {
+  uint32_t format, bits, group_shift;
+  const struct unpacking *unpacking; /* of PACKED */
+} kind;
+
+KERNEL int has_biases(kind t) {
+  return t.format == ZMOE_FORMAT_AFFINE || t.format == PACKED;
+}
+
+KERNEL int has_groups(kind t) {
+  return t.format > ZMOE_FORMAT_BF16;
+}
+
+KERNEL size_t bytes_of(kind t, size_t elements) {
+  return elements * t.bits / 8;
+}
+
 /* Memory that is read in order: farther ahead is slower. */
 enum { NEAR_BYTES = 2048 };
 
@@ -62,51 +96,84 @@ TARGET static void pack_chains(const float *x, uint32_t in_features, float *to) 
 
 /* Scales and biases of DEPTH codes. */
 struct groups {
-  float scales[DEPTH / 32], biases[DEPTH / 32];
+  float scales[DEPTH / 16], biases[DEPTH / 16];
 };
 
-KERNEL void load_groups(const zmoe_weight *w, struct outputs out, const uint32_t group,
-                        uint32_t begin, uint32_t count, struct groups *groups) {
-  for (uint32_t i = 0; i < count / group; i += LANES) {
-    const uint32_t g = begin / group + i, left = count / group - i;
-    VEC scale = load_some(out.scales, g, w->scale_dtype, left);
-    VEC bias = load_some(out.biases, g, w->scale_dtype, left);
+KERNEL VEC scales_at(const zmoe_weight *w, kind t, const unsigned char *scales, size_t g,
+                     uint32_t count) {
+  if (has_biases(t))
+    return load_some(scales, g, w->scale_dtype, count);
+  if (t.format == ZMOE_FORMAT_MXFP8)
+    return load_e8m0(scales + g, count);
+  unsigned char bytes[LANES] = {0};
+  memcpy(bytes, scales + g, count < LANES ? count : LANES);
+  return fp8_at(bytes);
+}
+
+KERNEL void load_groups(const zmoe_weight *w, kind t, struct outputs out, uint32_t begin,
+                        uint32_t count, struct groups *groups) {
+  const uint32_t first = begin >> t.group_shift, n = count >> t.group_shift;
+  for (uint32_t i = 0; i < n; i += LANES) {
+    VEC scale = scales_at(w, t, out.scales, first + i, n - i);
     memcpy(groups->scales + i, &scale, sizeof scale);
+    if (!has_biases(t))
+      continue;
+    VEC bias = load_some(out.biases, first + i, w->scale_dtype, n - i);
     memcpy(groups->biases + i, &bias, sizeof bias);
   }
 }
 
-/* VALUES elements from k on; codes are of group g of what was loaded. */
-KERNEL void load_values(uint32_t format, const unsigned char *data, size_t k,
-                        const struct groups *groups, uint32_t g, VEC values[CHAINS]) {
-  if (format != ZMOE_FORMAT_AFFINE) {
-    EACH(c, CHAINS)
-      values[c] = vec_load(data, k + LANES * c, (zmoe_dtype)format);
-    return;
+KERNEL void plan_unpacking(uint32_t bits, struct unpacking *u) {
+  u->bits = bits;
+  u->mask = (1 << bits) - 1;
+  for (uint32_t i = 0; i < VALUES; i++) {
+    const uint32_t first = i * bits / 8, last = (i * bits + bits - 1) / 8;
+    u->shifts[i] = (int32_t)(i * bits % 8);
+    u->bytes[i][0] = place_in_window(bits, i / LANES, first);
+    u->bytes[i][1] = place_in_window(bits, i / LANES, last);
+    u->bytes[i][2] = u->bytes[i][3] = 128;
   }
-  VEC scale = vec_splat(groups->scales[g]), bias = vec_splat(groups->biases[g]);
-  widen_bytes(data + k, values);
-  EACH(c, CHAINS)
-    values[c] = vec_fma(values[c], scale, bias);
 }
 
-/* The same of the last `count`, fewer: floats, since a group is whole VALUES. */
-KERNEL void load_last(uint32_t format, const unsigned char *data, size_t k, uint32_t count,
-                      VEC values[CHAINS]) {
+/* VALUES elements from k on, those from `count` on zero and not touched; codes are of group g of
+ * what was loaded, and those that follow. */
+KERNEL void load_values(kind t, const unsigned char *data, size_t k, uint32_t count,
+                        const struct groups *groups, uint32_t g, VEC values[CHAINS]) {
+  const unsigned char *at = data + bytes_of(t, k);
+  if (t.format == ZMOE_FORMAT_AFFINE)
+    widen_bytes(at, values);
   EACH(c, CHAINS)
-    values[c] = LANES * c < count ? load_some(data, k + LANES * c, format, count - LANES * c)
+    if (t.format == PACKED)
+      values[c] = widen_packed(t.unpacking, at, c);
+    else if (LANES * c >= count)
+      values[c] = vec_splat(0.0f);
+    else if (!has_groups(t))
+      values[c] = count < VALUES ? load_some(data, k + LANES * c, t.format, count - LANES * c)
+                                 : vec_load(data, k + LANES * c, (zmoe_dtype)t.format);
+    else if (t.format == ZMOE_FORMAT_MXFP8)
+      values[c] = fp8_at(at + bytes_of(t, LANES * c)) * vec_splat(groups->scales[g]);
+#ifdef FP4_CHAINS
+    else if (t.format == ZMOE_FORMAT_NVFP4)
+      values[c] = fp4_at(at + bytes_of(t, LANES * c)) *
+                  vec_splat(groups->scales[g + (LANES * c >> t.group_shift)]);
+#endif
+  if (has_biases(t))
+    EACH(c, CHAINS)
+      values[c] = vec_fma(values[c], vec_splat(groups->scales[g]), vec_splat(groups->biases[g]));
+}
+
+/* Fewer elements of x than VALUES, and zeros. */
+KERNEL void load_last(const float *x, size_t k, uint32_t count, VEC values[CHAINS]) {
+  EACH(c, CHAINS)
+    values[c] = LANES * c < count ? load_some((const unsigned char *)x, k + LANES * c, ZMOE_F32,
+                                              count - LANES * c)
                                   : vec_splat(0.0f);
 }
 
-KERNEL uint32_t item_bytes(uint32_t format) {
-  return format == ZMOE_FORMAT_AFFINE ? 1 : format == ZMOE_FORMAT_F32 ? 4 : 2;
-}
-
 /* Adds `count` elements from `begin` on. */
-KERNEL void add_chunk(uint32_t format, const uint32_t group, const unsigned char *data,
-                      const struct groups *groups, size_t begin, const uint32_t count,
-                      zmoe_layout layout, const float *const *x, const uint32_t rows,
-                      VEC sum[TILE_ROWS]) {
+KERNEL void add_chunk(kind t, const unsigned char *data, const struct groups *groups, size_t begin,
+                      const uint32_t count, zmoe_layout layout, const float *const *x,
+                      const uint32_t rows, VEC sum[TILE_ROWS]) {
   const uint32_t plain = layout == ZMOE_LAYOUT_PLAIN, chain = plain ? LANES : chain_of(count);
   VEC part[TILE_ROWS][CHAINS], values[CHAINS];
   EACH(r, rows)
@@ -114,18 +181,18 @@ KERNEL void add_chunk(uint32_t format, const uint32_t group, const unsigned char
       part[r][c] = vec_splat(0.0f);
   uint32_t i = 0, at = 0;
   for (; i + VALUES <= count; i += VALUES, at += plain ? VALUES : LANES) {
-    for (uint32_t line = 0; line < VALUES * item_bytes(format); line += 64)
-      __builtin_prefetch(data + (begin + i) * item_bytes(format) + line + NEAR_BYTES);
-    load_values(format, data, begin + i, groups, i / group, values);
+    for (uint32_t line = 0; line < bytes_of(t, VALUES); line += 64)
+      __builtin_prefetch(data + bytes_of(t, begin + i) + line + NEAR_BYTES);
+    load_values(t, data, begin + i, VALUES, groups, i >> t.group_shift, values);
     EACH(c, CHAINS)
       EACH(r, rows)
         part[r][c] = vec_fma(values[c], load_x(x[r] + begin + at + c * chain), part[r][c]);
   }
-  if (i < count && format != ZMOE_FORMAT_AFFINE) {
+  if (i < count && (!has_groups(t) || t.format == ZMOE_FORMAT_NVFP4)) {
     VEC other[CHAINS];
-    load_last(format, data, begin + i, count - i, values);
+    load_values(t, data, begin + i, count - i, groups, i >> t.group_shift, values);
     EACH(r, rows) {
-      load_last(ZMOE_F32, (const unsigned char *)x[r], begin + i, plain ? count - i : 0, other);
+      load_last(x[r], begin + i, plain ? count - i : 0, other);
       EACH(c, CHAINS)
         part[r][c] = vec_fma(values[c], plain ? other[c] : load_x(x[r] + begin + at + c * chain),
                              part[r][c]);
@@ -136,24 +203,22 @@ KERNEL void add_chunk(uint32_t format, const uint32_t group, const unsigned char
       sum[r] = sum[r] + part[r][c];
 }
 
-KERNEL void dot_few(const zmoe_weight *w, uint32_t format, const uint32_t group, zmoe_layout layout,
-                    const float *const *x, const uint32_t rows, uint32_t first, uint32_t last,
-                    float *const *ys) {
-  for (uint32_t o = first; o < last; o++) {
-    const struct outputs out = outputs_at(w, o);
+KERNEL void dot_few(const zmoe_weight *w, kind t, zmoe_layout layout, const float *const *x,
+                    const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
     VEC sum[TILE_ROWS];
     EACH(r, rows)
       sum[r] = vec_splat(0.0f);
     for (uint32_t begin = 0; begin < w->in_features; begin += DEPTH) {
       const uint32_t left = w->in_features - begin;
       struct groups groups;
-      if (format == ZMOE_FORMAT_AFFINE)
-        load_groups(w, out, group, begin, left < DEPTH ? left : DEPTH, &groups);
-      if (format == ZMOE_FORMAT_AFFINE && left >= DEPTH) /* each scale's place is a constant */
-        add_chunk(format, group, out.data, &groups, begin, DEPTH, layout, x, rows, sum);
+      if (has_groups(t))
+        load_groups(w, t, out, begin, left < DEPTH ? left : DEPTH, &groups);
+      if (t.format == ZMOE_FORMAT_AFFINE && left >= DEPTH) /* each scale's place is a constant */
+        add_chunk(t, out.data, &groups, begin, DEPTH, layout, x, rows, sum);
       else
-        add_chunk(format, group, out.data, &groups, begin, left < DEPTH ? left : DEPTH, layout, x,
-                  rows, sum);
+        add_chunk(t, out.data, &groups, begin, left < DEPTH ? left : DEPTH, layout, x, rows, sum);
     }
     EACH(r, rows)
       ys[r][o - first] = vec_fold(sum[r]);
@@ -168,23 +233,23 @@ struct panel {
 _Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread's scratch");
 
 /* `count` elements of an output from `begin` on; fetches what the panel will hold next. */
-KERNEL void decode_output(const zmoe_weight *w, uint32_t format, const uint32_t group,
-                          struct outputs out, size_t begin, uint32_t count, float *to) {
-  const uint32_t chain = chain_of(count), item = item_bytes(format);
-  const unsigned char *next = out.data + (begin + count) * item;
+KERNEL void decode_output(const zmoe_weight *w, kind t, struct outputs out, size_t begin,
+                          uint32_t count, float *to) {
+  const uint32_t chain = chain_of(count);
+  const unsigned char *next = out.data + bytes_of(t, begin + count);
   if (begin + count == w->in_features)
     next = out.data + PANEL_OUTS * out.row_bytes;
   struct groups groups;
-  if (format == ZMOE_FORMAT_AFFINE)
-    load_groups(w, out, group, (uint32_t)begin, count, &groups);
+  if (has_groups(t))
+    load_groups(w, t, out, (uint32_t)begin, count, &groups);
   for (uint32_t i = 0; i < count; i += VALUES, to += LANES) {
     VEC values[CHAINS];
-    for (uint32_t line = 0; line < VALUES * item; line += 64)
-      __builtin_prefetch(next + i * item + line);
-    if (format == ZMOE_FORMAT_AFFINE || i + VALUES <= count)
-      load_values(format, out.data, begin + i, &groups, i / group, values);
+    for (uint32_t line = 0; line < bytes_of(t, VALUES); line += 64)
+      __builtin_prefetch(next + bytes_of(t, i) + line);
+    if (has_biases(t) || i + VALUES <= count)
+      load_values(t, out.data, begin + i, VALUES, &groups, i >> t.group_shift, values);
     else
-      load_last(format, out.data, begin + i, count - i, values);
+      load_values(t, out.data, begin + i, count - i, &groups, i >> t.group_shift, values);
     EACH(c, CHAINS)
       memcpy(to + c * chain, &values[c], sizeof values[c]);
   }
@@ -221,17 +286,17 @@ KERNEL void dot_tile(struct panel *panel, uint32_t chain, const float *const *x,
 }
 
 /* More than TILE_ROWS rows: threes, and one or two twos. */
-KERNEL void dot_many(const zmoe_weight *w, uint32_t format, const uint32_t group,
-                     const float *const *x, uint32_t rows, uint32_t first, uint32_t last,
-                     struct panel *panel, float *const *ys) {
-  for (uint32_t o = first; o < last; o += PANEL_OUTS) {
+KERNEL void dot_many(const zmoe_weight *w, kind t, const float *const *x, uint32_t rows,
+                     uint32_t first, uint32_t last, struct panel *panel, float *const *ys) {
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o += PANEL_OUTS, out = outputs_after(out, PANEL_OUTS)) {
     const uint32_t n_out = last - o < PANEL_OUTS ? last - o : PANEL_OUTS;
     memset(panel->sums, 0, rows * sizeof *panel->sums);
     for (uint32_t begin = 0; begin < w->in_features; begin += DEPTH) {
       const uint32_t left = w->in_features - begin, count = left < DEPTH ? left : DEPTH;
       for (uint32_t j = 0; j < PANEL_OUTS; j++) /* the last again where there are no more */
-        decode_output(w, format, group, outputs_at(w, o + (j < n_out ? j : n_out - 1)), begin,
-                      count, panel->values[j]);
+        decode_output(w, t, outputs_after(out, j < n_out ? j : n_out - 1), begin, count,
+                      panel->values[j]);
       const uint32_t chain = chain_of(count);
       uint32_t r = 0;
       for (; r + TILE_ROWS <= rows && rows - r != 4; r += TILE_ROWS)
@@ -246,24 +311,24 @@ KERNEL void dot_many(const zmoe_weight *w, uint32_t format, const uint32_t group
 }
 
 /* Rows that are not packed, which are rare or of a format that is decoded before, by a few. */
-KERNEL void dot_f32_sums(const zmoe_weight *w, uint32_t format, const uint32_t group,
-                         zmoe_layout layout, const void *const *xs, uint32_t rows, uint32_t first,
-                         uint32_t last, void *scratch, float *const *ys) {
+KERNEL void dot_f32_sums(const zmoe_weight *w, kind t, zmoe_layout layout, const void *const *xs,
+                         uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                         float *const *ys) {
   const float *rows_of_x[ZMOE_ROW_BLOCK], *const *x = rows_of_x;
   for (uint32_t r = 0; r < rows; r++)
     rows_of_x[r] = layout == ZMOE_LAYOUT_PLAIN
                        ? xs[r]
                        : zmoe_packed_at((void *)xs[r], layout, w->in_features).elements;
   if (layout != ZMOE_LAYOUT_PLAIN && rows > TILE_ROWS) {
-    dot_many(w, format, group, x, rows, first, last, scratch, ys);
+    dot_many(w, t, x, rows, first, last, scratch, ys);
     return;
   }
   for (; rows >= TILE_ROWS; rows -= TILE_ROWS, x += TILE_ROWS, ys += TILE_ROWS)
-    dot_few(w, format, group, layout, x, TILE_ROWS, first, last, ys);
+    dot_few(w, t, layout, x, TILE_ROWS, first, last, ys);
   if (rows == 2)
-    dot_few(w, format, group, layout, x, 2, first, last, ys);
+    dot_few(w, t, layout, x, 2, first, last, ys);
   else if (rows == 1)
-    dot_few(w, format, group, layout, x, 1, first, last, ys);
+    dot_few(w, t, layout, x, 1, first, last, ys);
 }
 
 /* ---- formats -------------------------------------------------------------------- */
@@ -274,15 +339,32 @@ KERNEL void dot_f32_sums(const zmoe_weight *w, uint32_t format, const uint32_t g
     (void)scratch;                                                                                 \
     body;                                                                                          \
   }
-#define F32_SUMS(format, group, layout)                                                            \
-  dot_f32_sums(w, format, group, layout, xs, rows, first, last, scratch, ys)
-DOT(dot_codes8_32, F32_SUMS(ZMOE_FORMAT_AFFINE, 32, ZMOE_LAYOUT_CHAINS))
-DOT(dot_codes8_64, F32_SUMS(ZMOE_FORMAT_AFFINE, 64, ZMOE_LAYOUT_CHAINS))
-DOT(dot_codes8_128, F32_SUMS(ZMOE_FORMAT_AFFINE, 128, ZMOE_LAYOUT_CHAINS))
+#define F32_SUMS(layout, ...)                                                                      \
+  dot_f32_sums(w, (kind){__VA_ARGS__}, layout, xs, rows, first, last, scratch, ys)
+#define CODES_DOT(name, ...) DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, __VA_ARGS__))
 
-static void dot_codes8(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
+CODES_DOT(dot_codes8_32, ZMOE_FORMAT_AFFINE, 8, 5, NULL)
+CODES_DOT(dot_codes8_64, ZMOE_FORMAT_AFFINE, 8, 6, NULL)
+CODES_DOT(dot_codes8_128, ZMOE_FORMAT_AFFINE, 8, 7, NULL)
+CODES_DOT(dot_fp8, ZMOE_FORMAT_MXFP8, 8, 5, NULL)
+#ifdef FP4_CHAINS
+CODES_DOT(dot_nvfp4, ZMOE_FORMAT_NVFP4, 4, 4, NULL)
+#endif
+DOT(dot_packed, struct unpacking u; plan_unpacking(w->bits, &u);
+    F32_SUMS(ZMOE_LAYOUT_CHAINS, PACKED, w->bits, (uint32_t)__builtin_ctz(w->group), &u))
+
+/* Codes in ZMOE_LAYOUT_CHAINS. */
+static void dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                        uint32_t last, void *scratch, float *const *ys) {
-  if (w->group == 32)
+  if (w->format == ZMOE_FORMAT_MXFP8)
+    dot_fp8(w, xs, rows, first, last, scratch, ys);
+#ifdef FP4_CHAINS
+  else if (w->format == ZMOE_FORMAT_NVFP4)
+    dot_nvfp4(w, xs, rows, first, last, scratch, ys);
+#endif
+  else if (w->bits != 8)
+    dot_packed(w, xs, rows, first, last, scratch, ys);
+  else if (w->group == 32)
     dot_codes8_32(w, xs, rows, first, last, scratch, ys);
   else if (w->group == 64)
     dot_codes8_64(w, xs, rows, first, last, scratch, ys);

@@ -1,7 +1,7 @@
 /* Matmuls, in the vectors of vec.h: the loops that AVX2 and NEON share.  Before
  * including this, a variant defines what f32_body.h needs, CODES, a register of 4 * LANES bytes of
- * codes, UNIT, how many of them are multiplied at a time, and load_e8m0(src, n)     LANES scales;
- * those from n on are zero and not touched, load_codes(src, n)    n words of codes, likewise,
+ * codes, UNIT, how many of them are multiplied at a time, and
+ *   load_codes(src, n)    n words of codes; those from n on are zero and not touched,
  *   load_unit(src, n, affine, codes)  n words of 4-bit codes in 2 * UNIT registers, one code a
  *                         byte, without sign (fp4: twice the value plus 12),
  *   times_int8(codes, x, k, i), times_int22(codes, x, k, i)
@@ -100,8 +100,8 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
   zmoe_packed x[ZMOE_DOT_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
-  for (uint32_t o = first; o < last; o++) {
-    const struct outputs out = outputs_at(w, o);
+  struct outputs out = outputs_at(w, first);
+  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
     VEC sum[ZMOE_DOT_ROWS];
     EACH(r, rows)
       sum[r] = vec_splat(0.0f);
@@ -125,13 +125,13 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
       ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 128);                                         \
   } while (0)
 
-#define FLOATS(name, format)                                                                       \
-  DOT(name, F32_SUMS(format, DEPTH, ZMOE_LAYOUT_CHAINS))                                           \
-  DOT(name##_plain, F32_SUMS(format, DEPTH, ZMOE_LAYOUT_PLAIN))
+#define FLOATS(name, format, bits)                                                                 \
+  DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, format, bits, 0, NULL))                                   \
+  DOT(name##_plain, F32_SUMS(ZMOE_LAYOUT_PLAIN, format, bits, 0, NULL))
 
-FLOATS(dot_f32, ZMOE_FORMAT_F32)
-FLOATS(dot_f16, ZMOE_FORMAT_F16)
-FLOATS(dot_bf16, ZMOE_FORMAT_BF16)
+FLOATS(dot_f32, ZMOE_FORMAT_F32, 32)
+FLOATS(dot_f16, ZMOE_FORMAT_F16, 16)
+FLOATS(dot_bf16, ZMOE_FORMAT_BF16, 16)
 DOT(dot_codes4, GROUPS(CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22))
 DOT(dot_fp4, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
 DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
@@ -151,7 +151,7 @@ static matmul *matmul_of(const zmoe_weight *w, zmoe_layout layout) {
     return affine ? dot_codes4 : dot_fp4;
   if (layout == ZMOE_LAYOUT_CODES4_INT8)
     return affine ? dot_codes4_int8 : dot_fp4_int8;
-  return layout == ZMOE_LAYOUT_CODES8_INT8 ? dot_codes8_int8 : dot_codes8;
+  return layout == ZMOE_LAYOUT_CODES8_INT8 ? dot_codes8_int8 : dot_chains;
 }
 
 static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
@@ -170,7 +170,7 @@ static zmoe_layout gemv_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pr
   (void)x_dtype;
   if (w->format == ZMOE_FORMAT_MXFP4 || (w->format == ZMOE_FORMAT_AFFINE && w->bits == 4))
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4_INT22;
-  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8)
-    return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES8_INT8 : ZMOE_LAYOUT_CHAINS;
-  return zmoe_is_float(w) ? ZMOE_LAYOUT_CHAINS : ZMOE_LAYOUT_PLAIN;
+  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8 && precision == ZMOE_INT8)
+    return ZMOE_LAYOUT_CODES8_INT8;
+  return w->bits == 1 ? ZMOE_LAYOUT_PLAIN : ZMOE_LAYOUT_CHAINS;
 }

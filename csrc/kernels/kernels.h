@@ -89,7 +89,12 @@ const zmoe_kernels *zmoe_kernels_for(zmoe_isa isa);
 extern const zmoe_kernels zmoe_kernels_generic;
 #if defined(__x86_64__)
 extern const zmoe_kernels zmoe_kernels_avx2;
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define ZMOE_AVX_VNNI
+extern const zmoe_kernels zmoe_kernels_avx_vnni;
+#endif
 extern const zmoe_kernels zmoe_kernels_avx512;
+extern const zmoe_kernels zmoe_kernels_avx512_vnni;
 extern const zmoe_kernels zmoe_kernels_avx512_bf16;
 #elif defined(__aarch64__)
 extern const zmoe_kernels zmoe_kernels_neon;

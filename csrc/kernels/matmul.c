@@ -10,7 +10,11 @@ static const zmoe_kernels *const VARIANTS[ZMOE_ISAS] = {
     [ZMOE_ISA_GENERIC] = &zmoe_kernels_generic,
 #if defined(__x86_64__)
     [ZMOE_ISA_AVX2] = &zmoe_kernels_avx2,
+#ifdef ZMOE_AVX_VNNI
+    [ZMOE_ISA_AVX_VNNI] = &zmoe_kernels_avx_vnni,
+#endif
     [ZMOE_ISA_AVX512] = &zmoe_kernels_avx512,
+    [ZMOE_ISA_AVX512_VNNI] = &zmoe_kernels_avx512_vnni,
     [ZMOE_ISA_AVX512_BF16] = &zmoe_kernels_avx512_bf16,
 #elif defined(__aarch64__)
     [ZMOE_ISA_NEON] = &zmoe_kernels_neon,

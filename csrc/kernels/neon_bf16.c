@@ -290,7 +290,7 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
     return layout;
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     return ZMOE_LAYOUT_CODES4_BF16;
-  if (w->format == ZMOE_FORMAT_AFFINE && layout == ZMOE_LAYOUT_CHAINS)
+  if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8 && layout == ZMOE_LAYOUT_CHAINS)
     return ZMOE_LAYOUT_CODES8_BF16;
   return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;
 }

@@ -2,8 +2,10 @@
  * table of kernels, and, where there is dotprod, DOT4 and
  *   dot4(sum, a, b)  lane l of sum + a[4 l] b[4 l] + ... + a[4 l + 3] b[4 l + 3]. */
 #include "neon.h"
+#include "unpacking.h"
 
 #define CODES int8x16_t
+#define FP4_CHAINS
 #define UNIT 1
 
 #ifndef DOT4
@@ -60,6 +62,56 @@ KERNEL void widen_bytes(const unsigned char *src, VEC values[4]) {
   values[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)));
   values[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
   values[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
+}
+
+/* The bytes of a window are those of two loads, which may overlap. */
+KERNEL uint32_t half_window(uint32_t bits) {
+  return packed_bytes(bits) < 8 ? 4 : 8;
+}
+
+KERNEL uint8_t place_in_window(uint32_t bits, uint32_t c, uint32_t byte) {
+  (void)c;
+  const uint32_t half = half_window(bits);
+  return (uint8_t)(byte < half ? byte : byte + 2 * half - packed_bytes(bits));
+}
+
+KERNEL VEC widen_packed(const struct unpacking *u, const unsigned char *src, uint32_t c) {
+  const uint32_t half = half_window(u->bits);
+  const unsigned char *end = src + packed_bytes(u->bits);
+  uint8_t window[16] = {0};
+  memcpy(window, src, half == 8 ? 8 : 4);
+  if (half == 8)
+    memcpy(window + 8, end - 8, 8);
+  else
+    memcpy(window + 4, end - 4, 4);
+  uint8x16_t words = vqtbl1q_u8(vld1q_u8(window), vld1q_u8(u->bytes[LANES * c]));
+  uint32x4_t codes =
+      vshlq_u32(vreinterpretq_u32_u8(words), vnegq_s32(vld1q_s32(u->shifts + LANES * c)));
+  return vcvtq_f32_u32(vandq_u32(codes, vdupq_n_u32((uint32_t)u->mask)));
+}
+
+/* Bytes of twice the values, at the top of each lane. */
+KERNEL VEC fp4_at(const unsigned char *src) {
+  static const int8_t doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  static const int32_t shifts[4] = {24, 20, 16, 12};
+  uint16_t word;
+  memcpy(&word, src, sizeof word);
+  uint32x4_t codes = vshlq_u32(vdupq_n_u32(word), vld1q_s32(shifts));
+  uint8x16_t index =
+      vandq_u8(vreinterpretq_u8_u32(codes), vreinterpretq_u8_u32(vdupq_n_u32(15u << 24)));
+  return vcvtq_n_f32_s32(vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(doubled), index)), 25);
+}
+
+/* As f16, 2^-8 of the value. */
+KERNEL VEC fp8_at(const unsigned char *src) {
+  uint32_t four;
+  memcpy(&four, src, sizeof four);
+  const int16x4_t largest = vdup_n_s16(0x3f80);
+  int16x4_t half = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
+  half = vand_s16(vshl_n_s16(half, 7), vdup_n_s16((int16_t)0xbf80));
+  uint16x4_t nan = vceq_s16(vand_s16(half, largest), largest);
+  return vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(vreinterpret_u16_s16(half), nan))) *
+         vec_splat(256.0f);
 }
 
 KERNEL VEC spread(const float *scales, uint32_t group) {

@@ -60,6 +60,12 @@ typedef struct zmoe_vector_ops {
                      const zmoe_head_block *values, float *sums, size_t sum_stride);
   /* out[i] = codes[i], integers of 8 bits, i < count rounded up to ZMOE_SUM_LANES */
   void (*widen)(const unsigned char *codes, size_t count, float *out);
+  /* x[i] = 1 / (1 + exp(-x[i])) */
+  void (*sigmoid)(float *x, uint32_t count);
+  /* A row of a delta net's state, `to` = decay * `from` + key * beta * (value - what the decayed
+   * row has at the key); returns what it then has at the query. `to` may be `from`. */
+  float (*delta)(const float *from, float *to, const float *key, const float *query, uint32_t dim,
+                 float decay, float value, float beta);
   /* out[i] = activation(gate[i], up[i]); `gate` is unused where the activation has none. */
   void (*activate)(const zmoe_expert_layer *layer, const float *gate, const float *up,
                    uint32_t count, float *out);

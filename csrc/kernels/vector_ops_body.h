@@ -168,4 +168,37 @@ TARGET static void widen(const unsigned char *codes, size_t count, float *out) {
     vec_store((unsigned char *)out, i, ZMOE_F32, vec_load8(codes + i));
 }
 
-const zmoe_vector_ops TABLE = {norm_row, clip, rotate, score, soften, add_values, widen, activate};
+TARGET static void sigmoid(float *x, uint32_t count) {
+  for (uint32_t i = 0; i < count; i++)
+    x[i] = sigmoid_of(x[i]);
+}
+
+/* to[0:dim] = from * scale + key * add; returns to . with. */
+KERNEL float update(const float *from, float *to, float scale, const float *key, float add,
+                    const float *with, uint32_t dim) {
+  VEC lanes[PARTS];
+  clear(lanes);
+  uint32_t i = 0;
+  for (; i + ZMOE_SUM_LANES <= dim; i += ZMOE_SUM_LANES)
+    for (uint32_t p = 0; p < PARTS; p++) {
+      uint32_t at = i + p * LANES;
+      VEC row = get(from + at) * vec_splat(scale) + get(key + at) * vec_splat(add);
+      vec_store((unsigned char *)to, at, ZMOE_F32, row);
+      lanes[p] += row * get(with + at);
+    }
+  float sum = sum_lanes(lanes);
+  for (; i < dim; i++) {
+    to[i] = from[i] * scale + key[i] * add;
+    sum += to[i] * with[i];
+  }
+  return sum;
+}
+
+TARGET static float delta(const float *from, float *to, const float *key, const float *query,
+                          uint32_t dim, float decay, float value, float beta) {
+  float held = update(from, to, decay, key, 0.0f, key, dim);
+  return update(to, to, 1.0f, key, (value - held) * beta, query, dim);
+}
+
+const zmoe_vector_ops TABLE = {norm_row,   clip,  rotate,  score, soften,
+                               add_values, widen, sigmoid, delta, activate};

@@ -38,9 +38,9 @@ static inline float rounded(float x, zmoe_dtype dtype) {
   return x;
 }
 
-static const zmoe_isa ALL_ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
-                                    ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON, ZMOE_ISA_NEON_DOT,
-                                    ZMOE_ISA_NEON_BF16};
+static const zmoe_isa ALL_ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2,     ZMOE_ISA_AVX512,
+                                    ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON,     ZMOE_ISA_NEON_DOT,
+                                    ZMOE_ISA_NEON_BF16,   ZMOE_ISA_AVX_VNNI, ZMOE_ISA_AVX512_VNNI};
 enum { N_ISAS = sizeof ALL_ISAS / sizeof *ALL_ISAS };
 
 /* A thread pool of its own with room for `bytes`. */

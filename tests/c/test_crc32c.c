@@ -6,9 +6,9 @@
 
 #include "common/checksum.h"
 
-static const zmoe_isa ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2, ZMOE_ISA_AVX512,
-                                ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON, ZMOE_ISA_NEON_DOT,
-                                ZMOE_ISA_NEON_BF16};
+static const zmoe_isa ISAS[] = {ZMOE_ISA_GENERIC,     ZMOE_ISA_AVX2,     ZMOE_ISA_AVX512,
+                                ZMOE_ISA_AVX512_BF16, ZMOE_ISA_NEON,     ZMOE_ISA_NEON_DOT,
+                                ZMOE_ISA_NEON_BF16,   ZMOE_ISA_AVX_VNNI, ZMOE_ISA_AVX512_VNNI};
 
 static void expect(const void *data, size_t bytes, uint32_t crc) {
   for (size_t i = 0; i < sizeof ISAS / sizeof *ISAS; i++)

@@ -79,7 +79,7 @@ static void test_norms_of_extremes(void) {
 
 enum { MOST_EXPERTS = 300 };
 
-/* The scores of the experts, by which they are chosen. */
+/* The scores of the experts. */
 static void reference_scores(const zmoe_router *router, const double *x, double *logits) {
   const float *data = router->gate->data, *bias = router->gate->bias;
   uint32_t experts = router->gate->out_features, in_features = router->gate->in_features;
@@ -94,18 +94,47 @@ static void reference_scores(const zmoe_router *router, const double *x, double 
     sum += exp(logits[e] - max);
   for (uint32_t e = 0; e < experts && router->kind == ZMOE_SOFTMAX_TOP_K; e++)
     logits[e] = exp(logits[e] - max) / sum;
+  for (uint32_t e = 0; e < experts && router->kind == ZMOE_SIGMOID_TOP_K; e++)
+    logits[e] = 1 / (1 + exp(-logits[e]));
+}
+
+static double best_two(const double *scores, uint32_t count) {
+  double first = -INFINITY, second = -INFINITY;
+  for (uint32_t i = 0; i < count; i++) {
+    second = fmax(second, fmin(first, scores[i]));
+    first = fmax(first, scores[i]);
+  }
+  return first + second;
+}
+
+/* What they are chosen by: with the bias, and 0 in groups that `kept` others are better than. */
+static void reference_choice(const zmoe_router *router, const double *scores, double *choice) {
+  uint32_t experts = router->gate->out_features, groups = router->groups;
+  double sums[MOST_EXPERTS];
+  for (uint32_t e = 0; e < experts; e++)
+    choice[e] = scores[e] + (router->bias != NULL ? router->bias[e] : 0);
+  for (uint32_t g = 0; g < groups; g++)
+    sums[g] = best_two(choice + g * (experts / groups), experts / groups);
+  for (uint32_t g = 0; g < groups; g++) {
+    uint32_t better = 0;
+    for (uint32_t other = 0; other < groups; other++)
+      better += sums[other] > sums[g];
+    for (uint32_t e = 0; e < experts / groups && better >= router->kept; e++)
+      choice[g * (experts / groups) + e] = 0;
+  }
 }
 
 static void reference_route(const zmoe_router *router, const double *x, int32_t *ids,
                             double *weights) {
-  double scores[MOST_EXPERTS], sum = 0, total = 0;
+  double scores[MOST_EXPERTS], choice[MOST_EXPERTS], sum = 0, total = 0;
   reference_scores(router, x, scores);
+  reference_choice(router, scores, choice);
   for (uint32_t i = 0; i < router->top_k; i++) {
     ids[i] = 0;
     for (uint32_t e = 1; e < router->gate->out_features; e++)
-      ids[i] = scores[e] > scores[ids[i]] ? (int32_t)e : ids[i];
+      ids[i] = choice[e] > choice[ids[i]] ? (int32_t)e : ids[i];
     weights[i] = scores[ids[i]];
-    scores[ids[i]] = -INFINITY;
+    choice[ids[i]] = -INFINITY;
   }
   double best = weights[0]; /* any number serves: exp of the best is never too large */
   for (uint32_t i = 0; i < router->top_k; i++) {
@@ -117,6 +146,7 @@ static void reference_route(const zmoe_router *router, const double *x, int32_t 
     weights[i] /= router->kind == ZMOE_TOP_K_SOFTMAX ? sum : 1;
     if (router->normalize)
       weights[i] /= total / (router->kind == ZMOE_TOP_K_SOFTMAX ? sum : 1);
+    weights[i] *= router->scale != 0 ? router->scale : 1;
   }
 }
 
@@ -151,18 +181,22 @@ static void test_routers(void) {
     uint32_t n = experts[i % 5], width = 1 + next_random() % 60;
     float *gate = random_floats((size_t)n * width, 1 / sqrtf((float)width)),
           *bias = random_floats(n, 1);
-    float *norm = random_floats(width, 2);
+    float *norm = random_floats(width, 2), *more = random_floats(n, 1);
     const zmoe_weight weight = {
         .data = gate, .bias = i % 2 ? bias : NULL, .out_features = n, .in_features = width};
     const zmoe_router router = {.input = {next_random() % 3, width, 1e-5f, norm, NULL},
                                 .gate = &weight,
-                                .kind = i % 2,
+                                .kind = i % 3,
                                 .top_k = 1 + next_random() % (n < 9 ? n : 9),
-                                .normalize = next_random() % 2};
+                                .normalize = next_random() % 2,
+                                .bias = i % 3 == 2 && i % 4 ? more : NULL,
+                                .groups = i % 3 == 2 && n % 4 == 0 ? 4 : 0,
+                                .kept = 1 + i % 4,
+                                .scale = i % 7 ? 2.5f : 0};
     zmoe_isa isa = ALL_ISAS[next_random() % N_ISAS];
     check_router(&router, i % 10 == 9 ? 130 : 1 + i % 4, (zmoe_dtype)(next_random() % 3),
                  zmoe_isa_supported(isa) ? isa : zmoe_isa_best(), 1 + i % 3);
-    free(gate), free(bias), free(norm);
+    free(gate), free(bias), free(norm), free(more);
   }
 }
 
@@ -183,7 +217,7 @@ static void test_ties_go_to_the_lower_id(void) {
   static const int32_t expected[] = {1, 3, 4, 7, 2, 6, 0};
   int32_t ids[7];
   float weights[7];
-  for (uint32_t kind = 0; kind <= ZMOE_TOP_K_SOFTMAX; kind++) {
+  for (uint32_t kind = 0; kind <= ZMOE_SIGMOID_TOP_K; kind++) {
     route_logits(kind, logits, 9, 7, ids, weights);
     CHECK(memcmp(ids, expected, sizeof ids) == 0);
     CHECK(weights[0] == weights[3] && weights[3] > weights[4] && weights[4] == weights[5]);
@@ -211,7 +245,7 @@ static void test_nan_and_infinity(void) {
     static const float odd[] = {NAN, INFINITY, -INFINITY, 1, 0};
     for (int e = 0; e < 20; e++)
       logits[e] = i == 0 ? NAN : odd[next_random() % 5];
-    route_logits((uint32_t)i % 2, logits, 20, k, ids, weights);
+    route_logits((uint32_t)i % 3, logits, 20, k, ids, weights);
     for (uint32_t j = 0; j < k; j++) {
       CHECK(ids[j] >= 0 && ids[j] < 20 && !(seen >> ids[j] & 1));
       seen |= 1u << ids[j];
@@ -226,13 +260,14 @@ static void test_bad_routers(void) {
   const zmoe_weight gate = {.data = data, .out_features = 2, .in_features = 4};
   const zmoe_weight empty = {.data = data, .out_features = 0, .in_features = 4};
   const zmoe_router good = {.gate = &gate, .top_k = 1};
-  zmoe_router bad[6];
-  for (int i = 0; i < 6; i++)
+  zmoe_router bad[8];
+  for (int i = 0; i < 8; i++)
     bad[i] = good;
-  bad[0].top_k = 0, bad[1].top_k = 3, bad[2].kind = 2, bad[3].gate = &empty;
+  bad[6].groups = 1, bad[6].kept = 2, bad[7].groups = 2, bad[7].kept = 1;
+  bad[0].top_k = 0, bad[1].top_k = 3, bad[2].kind = 3, bad[3].gate = &empty;
   bad[4].input = (zmoe_norm){ZMOE_NORM_RMS, 3, 0, NULL, NULL}, bad[5].input.kind = 3;
   zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_route_scratch(&good));
-  for (int i = 0; i < 6; i++)
+  for (int i = 0; i < 8; i++)
     CHECK_EQUAL(zmoe_route(pool, &bad[i], h, 1, x, ZMOE_F32, ids, weights), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_route(pool, &good, h, 1, x, (zmoe_dtype)3, ids, weights), ZMOE_EINVAL);
   CHECK_EQUAL(zmoe_route(pool, &good, h, 0, x, ZMOE_F32, ids, weights), ZMOE_OK);

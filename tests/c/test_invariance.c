@@ -83,8 +83,9 @@ static void test_rows(void) {
       continue;
     for (int i = 0; i < N_ISAS; i++)
       for (int precision = ZMOE_EXACT; precision <= ZMOE_INT8; precision++) {
-        if (!zmoe_isa_supported(ALL_ISAS[i]))
-          continue;
+        if (!zmoe_isa_supported(ALL_ISAS[i]) ||
+            (ALL_ISAS[i] == ZMOE_ISA_AVX512_VNNI && precision == ZMOE_EXACT))
+          continue; /* exact, it has the loops of AVX-512 */
         uint32_t columns = in_features[(n + (uint32_t)precision) % 4];
         layer l = make_layer(n, columns < RIG_KINDS[n % N_KINDS].group ? 384 : columns,
                              n < N_KINDS ? ZMOE_BF16

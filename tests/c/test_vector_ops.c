@@ -106,6 +106,25 @@ static void test_heads(void) {
   each_variant(check_heads);
 }
 
+static void check_delta(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast, uint32_t dim) {
+  float *x = random_floats(3 * (size_t)dim, 1.0f), to[2][MOST], at_query[2];
+  const float *key = x + dim, *query = x + 2 * (size_t)dim;
+  for (int v = 0; v < 2; v++)
+    at_query[v] = (v ? fast : plain)->delta(x, to[v], key, query, dim, 0.9f, 2.0f, 0.7f);
+  CHECK(at_query[0] == at_query[1] && memcmp(to[0], to[1], dim * sizeof *x) == 0);
+  double held = 0, wanted = 0;
+  for (uint32_t i = 0; i < dim; i++)
+    held += 0.9 * x[i] * key[i];
+  for (uint32_t i = 0; i < dim; i++)
+    wanted += (0.9 * x[i] + key[i] * 0.7 * (2 - held)) * query[i];
+  CHECK(fabs(at_query[0] - wanted) < 1e-4 * (1 + dim));
+  free(x);
+}
+
+static void test_delta(void) {
+  each_variant(check_delta);
+}
+
 static void check_activations(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast,
                               uint32_t dim) {
   float *gate = random_floats(dim, 3.0f), *up = random_floats(dim, 3.0f), out[2][MOST];
@@ -115,6 +134,13 @@ static void check_activations(const zmoe_vector_ops *plain, const zmoe_vector_op
     fast->activate(&layer, gate, up, dim, out[1]);
     CHECK(memcmp(out[0], out[1], dim * sizeof *gate) == 0);
   }
+  for (int v = 0; v < 2; v++) {
+    memcpy(out[v], gate, dim * sizeof *gate);
+    (v ? fast : plain)->sigmoid(out[v], dim);
+  }
+  CHECK(memcmp(out[0], out[1], dim * sizeof *gate) == 0);
+  for (uint32_t i = 0; i < dim; i++)
+    CHECK(fabs(out[0][i] - 1 / (1 + exp(-(double)gate[i]))) < 1e-6);
   free(gate), free(up);
 }
 
@@ -126,6 +152,7 @@ int main(void) {
   static const test_case tests[] = {
       {"scores, softmax and sums", test_attention},
       {"clip and rotations", test_heads},
+      {"rows of a delta net's state", test_delta},
       {"activations", test_activations},
   };
   RUN(tests);

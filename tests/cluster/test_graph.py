@@ -103,10 +103,33 @@ def test_quantised_slices(folder: Path, quantize: tuple[str, int, int], tmp_path
     check(quantised, 3)
 
 
-def test_a_batch_is_as_alone(folder: Path) -> None:
+def test_attention_cut_by_heads(folder: Path) -> None:
+    check(folder, 2, attention="sharded")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "words"),
+    [
+        (3, {}, "3 nodes cannot share 2 or 4 heads of qwen3_moe evenly: expected 2 nodes"),
+        (1, {}, "expected replicated, as there is one node"),
+        (2, {"compute": "auto"}, "expected replicated, as MLX does not compute"),
+    ],
+)
+def test_attention_that_cannot_be_cut(
+    folder: Path, nodes: int, engine: dict[str, Any], words: str
+) -> None:
+    config = EngineConfig(**{"compute": "mlx", "attention": "sharded", **engine})
+    with pytest.raises(SettingError) as refusal:
+        Cluster(folder, spec=ClusterSpec(nodes, engine=config))
+    assert str(refusal.value) == f"attention is sharded: {words}"
+
+
+@pytest.mark.parametrize("attention", ["replicated", "sharded"])
+def test_a_batch_is_as_alone(folder: Path, attention: str) -> None:
     """On MLX results may change with the batch: these are certain enough not to."""
     prompts = [f"{word} {word} and" for word in ("to be", "a king", "my lord", "the night")]
-    with Cluster(folder, spec=ClusterSpec(2, engine=EngineConfig(compute="mlx"))) as cluster:
+    engine = EngineConfig(compute="mlx", attention=attention)
+    with Cluster(folder, spec=ClusterSpec(2, engine=engine)) as cluster:
         alone = [[t.id for t in cluster.submit(prompt, max_tokens=6)] for prompt in prompts]
         together = [cluster.submit(prompt, max_tokens=6) for prompt in prompts]
         assert [[t.id for t in generation] for generation in together] == alone

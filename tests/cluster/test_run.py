@@ -126,6 +126,25 @@ def test_a_prompt_goes_on_from_a_file(commands: Commands, tmp_path: Path) -> Non
     assert "was not written: the prompt has" in short.stderr and not (tmp_path / "no").exists()
 
 
+def test_a_run_that_was_killed_goes_on_from_its_journal(commands: Commands, tmp_path: Path) -> None:
+    """On another number of nodes, behind what the crash has left of a line."""
+    file = tmp_path / "journal"
+    flags = ("--compute", "native", "--temp", 0.8, "--frequency-penalty", 0.2, "-m", 300, PROMPT)
+    whole = commands.call("run", "--seed", 3, *flags)
+    with commands.start("run", "-n", 2, "--journal", file, "--seed", 3, *flags) as cut_short:
+        assert cut_short.stdout is not None
+        begun = cut_short.stdout.read(40)
+        cut_short.kill()
+    assert whole.stdout.startswith(begun)
+    with file.open("a") as journal:
+        journal.write('{"token": 1')
+    done = commands.call("run", "--compute", "native", "--resume", file)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", whole.stdout)
+    again = commands.call("run", "--compute", "native", "--resume", file)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert f"journal {file} is of a text that has ended" in again.stderr
+
+
 def test_a_terminal_shows_a_bar_for_each_node(commands: Commands) -> None:
     shown = commands.on_a_terminal("run", "-n", "2", "-m", "2", 200 * PROMPT)
     assert b"loading node 0" in shown

@@ -133,7 +133,21 @@ FAMILIES: dict[str, Family] = {
         ),
         MLP_EXPERTS,
     ),
-    "deepseek_v3": Family(config("deepseek_v3", DEEPSEEK), MLP_EXPERTS),
+    "deepseek_v3": Family(
+        config(
+            "deepseek_v3",
+            DEEPSEEK,
+            qk_nope_head_dim=32,  # so that heads can be quantised
+            rope_scaling={
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+        MLP_EXPERTS,
+    ),
     "deepseek_v32": Family(
         config("deepseek_v32", DEEPSEEK, index_head_dim=32, index_n_heads=2, index_topk=16),
         MLP_EXPERTS,
@@ -188,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         ),
         MLP_EXPERTS,
     ),
-    "glm4_moe_lite": Family(config("glm4_moe_lite", DEEPSEEK), MLP_EXPERTS),
+    "glm4_moe_lite": Family(config("glm4_moe_lite", DEEPSEEK, q_lora_rank=None), MLP_EXPERTS),
     "mimo_v2_flash": Family(
         config(
             "mimo_v2_flash",

@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +19,13 @@ from tests.server.serving import END_S, Server
 
 BODY = {"messages": [{"role": "user", "content": "KING"}], "temperature": 0, "max_tokens": 8}
 LONG = {**BODY, "max_tokens": 900, "stream": True}
+NAMES = {"type": "object", "properties": {"name": {"type": "string", "minLength": 300}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "names", "schema": NAMES}}
+STREAMS: list[dict[str, Any]] = [
+    {**LONG, "temperature": 0.8, "seed": 5, "frequency_penalty": 0.1, "ignore_eos": True},
+    {**LONG, "temperature": 0.8, "seed": 6, "response_format": SCHEMA},
+    {**LONG, "temperature": 0, "logprobs": True, "ignore_eos": True},
+]
 
 
 @pytest.fixture
@@ -37,32 +45,33 @@ def ask(server: Server) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def streamed(server: Server) -> list[str]:
-    """The data of all events of a long answer."""
-    url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=LONG, timeout=60) as answer:
-        assert answer.status_code == 200
-        return [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
-
-
 class Reader(threading.Thread):
     """Reads a long answer in a thread of its own."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, body: Mapping[str, Any] = LONG) -> None:
         super().__init__(daemon=True)
         self.events: list[str] = []
         self.begun = threading.Event()
-        self._server = server
+        self._server, self._body = server, body
         self.start()
         assert self.begun.wait(60)
 
     def run(self) -> None:
         url = f"{self._server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=LONG, timeout=60) as answer:
+        with httpx.stream("POST", url, json=self._body, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     self.events.append(line[6:])
                     self.begun.set()
+
+    def choices(self) -> list[Any]:
+        """The choices of all events of an answer that has ended well."""
+        self.join(120)
+        assert self.events[-1] == "[DONE]", self.events[-1]
+        return [json.loads(event)["choices"] for event in self.events[:-1]]
+
+    def text(self) -> str:
+        return "".join(each[0]["delta"].get("content") or "" for each in self.choices())
 
 
 def wait_for_end(server: Server) -> None:
@@ -104,38 +113,41 @@ def test_nothing_outlives_a_front_that_is_killed(own: Server) -> None:
     wait_for_end(own)
 
 
-def test_an_engine_that_is_killed_is_started_again(own: Server) -> None:
-    before = ask(own)
-    reader = Reader(own)
+def wanted(server: Server) -> list[str]:
+    """The texts of STREAMS while nothing dies."""
+    return [Reader(server, body).text() for body in STREAMS]
+
+
+def test_streams_go_on_when_the_engine_is_killed(own: Server) -> None:
+    before, texts = ask(own), wanted(own)
+    readers = [Reader(own, body) for body in STREAMS]
     engine = engine_of(own)
     assert engine is not None
     os.kill(engine, signal.SIGKILL)
-    reader.join(60)
-    assert "[DONE]" not in reader.events
-    assert "the cluster has ended" in json.loads(reader.events[-1])["error"]["message"]
+    while own.health() == "ready":
+        time.sleep(0.01)
     refused = httpx.post(f"{own.url}/v1/chat/completions", json=BODY)
     assert refused.status_code == 503
     assert refused.headers["retry-after"]
     own.wait_for("ready")
+    assert [reader.text() for reader in readers] == texts
+    assert engine_of(own) != engine
     assert ask(own) == before
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_node_that_is_killed_ends_the_engine_which_is_started_again(
-    own: Server, busy: bool
-) -> None:
-    before = ask(own)
+def test_a_node_that_is_killed_is_started_again(own: Server, busy: bool) -> None:
+    before, texts = ask(own), wanted(own) if busy else []
     engine = engine_of(own)
-    reader = Reader(own) if busy else None
+    readers = [Reader(own, body) for body in STREAMS] if busy else []
     (node,) = [pid for pid, line in own.processes().items() if "zmoe.cli.node" in line]
     os.kill(node, signal.SIGKILL)
-    if reader is not None:
-        reader.join(60)
-        assert "rank 1" in json.loads(reader.events[-1])["error"]["message"]
     while engine_of(own) == engine:
         time.sleep(0.05)
     own.wait_for("ready")
+    assert [reader.text() for reader in readers] == texts
     assert ask(own) == before
+    assert "rank 1" in own.end()[1]
 
 
 def failing(*flags: str, port: int | None = None) -> tuple[int, str]:

@@ -263,11 +263,17 @@ def test_bad_input(
         ("DELETE", "/v1/responses/resp_0", 404),
         ("GET", "/v1/responses/resp_0?stream=true", 400),
         ("POST", "/v1/responses/resp_0/cancel", 404),
+        ("POST", "/v1/responses/compact", 404),
     ],
 )
 def test_errors_in_openais_form(server: Server, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, server.url + path)
     assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_a_405_tells_all_methods_of_the_path(server: Server) -> None:
+    answer = httpx.put(f"{server.url}/v1/responses/resp_0")
+    assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET, HEAD"
 
 
 def test_the_snippet_of_the_docs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

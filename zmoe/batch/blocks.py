@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -146,6 +146,25 @@ class Blocks:
                 self._prefixes[block] = prefix
             sequence.prefix = self._prefixes[known]
             sequence.kept = index + 1
+
+    def known(self, text: Sequence) -> Found:
+        """As find(): the blocks of running sequences are found, too."""
+        return self.find(text)
+
+    def adopt(self, text: Sequence, fill: Callable[[list[int]], None]) -> int:
+        """Have `fill` write the full blocks of `text`, as many as there are free ones.
+
+        Returns the number of tokens in them; `fill` may raise.
+        """
+        blocks = min(len(text.tokens) // BLOCK, self.available)
+        del text.tokens[blocks * BLOCK :]
+        if blocks and self.begin(text, Found(0, prefix=Prefix(None, text.salt)), 0):
+            try:
+                fill(text.blocks)
+                self.keep(text, len(text.tokens))
+            finally:
+                self.end(text)
+        return len(text.tokens)
 
     def snapshot(self, sequence: Sequence) -> int:
         """The number of tokens after which a chunk must end: any will do."""

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
-from zmoe.batch.blocks import Blocks, Found, Prefix
+from zmoe.batch.blocks import Blocks, Found
 from zmoe.batch.drafts import Drafts
 from zmoe.batch.plan import (
     BLOCK,
@@ -109,7 +109,7 @@ class Scheduler:
 
     def resize(self, blocks: int) -> None:
         """Count `blocks` blocks from now on; for MLX's caches, whose size only a step tells."""
-        assert isinstance(self._memory, Snapshots)
+        assert not self._paged
         self._memory.count = blocks
 
     def submit(self, request: Request, now: float) -> Sequence:
@@ -125,7 +125,8 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, and the cache of keys and values holds "
                 f"{self.capacity} positions: one fewer must be left free"
             )
-        if self._max_queue is not None and len(self._waiting) >= self._max_queue:
+        full = self._max_queue is not None and len(self._waiting) >= self._max_queue
+        if full and not request.accepted:
             raise QueueFullError(len(self._waiting))
         sequence = Sequence(
             id=next(self._ids),
@@ -154,8 +155,7 @@ class Scheduler:
         """Where the longest beginning of `tokens` is that is computed: in full blocks, or in a
         snapshot or a running sequence.
         """
-        text, memory = _text([*tokens, 0]), self._memory
-        return memory.known(text) if isinstance(memory, Snapshots) else memory.find(text)
+        return self._memory.known(_text([*tokens, 0]))
 
     def adopt(self, tokens: Items[int], fill: Callable[[list[int]], None]) -> int:
         """Have `fill` write a text into blocks, the full ones, or into a snapshot of that number,
@@ -163,18 +163,7 @@ class Scheduler:
 
         Returns the number of tokens for which there was room; `fill` may raise.
         """
-        if isinstance(self._memory, Snapshots):
-            self._memory.adopt(_text(tokens), fill)
-            return self.known(tokens).length
-        blocks = min(len(tokens) // BLOCK, self.available)
-        text = _text(tokens[: blocks * BLOCK])
-        if blocks and self._memory.begin(text, Found(0, prefix=Prefix(None, text.salt)), 0):
-            try:
-                fill(text.blocks)
-                self._memory.keep(text, len(text.tokens))
-            finally:
-                self._memory.end(text)
-        return len(text.tokens)
+        return self._memory.adopt(_text(tokens), fill)
 
     def expire(self, now: float) -> list[Sequence]:
         """End the requests that have waited too long for their first step; returns them."""

@@ -15,13 +15,15 @@ class Request:
 
     Prompts share what they have in common only under the same `salt`. `borders` are numbers of
     tokens after which other prompts may go on differently, such as that of the system prompt:
-    caches that cannot be cut (`exact`) are kept as they are there.
+    caches that cannot be cut (`exact`) are kept as they are there. One that was `accepted` before,
+    by a cluster that has ended, waits however many others do.
     """
 
     tokens: Items[int]
     max_tokens: int
     salt: bytes = b""
     borders: tuple[int, ...] = ()
+    accepted: bool = False
 
 
 @dataclass(eq=False)

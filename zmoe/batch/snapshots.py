@@ -122,11 +122,16 @@ class Snapshots:
                 best = Found(length, snapshot=running.id)
         return best
 
-    def adopt(self, text: Sequence, fill: Callable[[list[int]], None]) -> None:
-        """Have `fill` make the snapshot of that number if there is room and none has the text."""
+    def adopt(self, text: Sequence, fill: Callable[[list[int]], None]) -> int:
+        """Have `fill` make the snapshot of that number if there is room and none has the text.
+
+        Returns how many of its tokens others find then; `fill` may raise.
+        """
         new = next(self._ids)
-        if self._add(new, (text.salt, text.tokens)):
+        if self._add(new, (text.salt, [*text.tokens])):
             fill([new])
+        text.tokens.append(0)  # all before the last token can be found
+        return self.known(text).length
 
     def _count(self, sequence: Sequence, blocks: int) -> None:
         self._running[sequence] = blocks

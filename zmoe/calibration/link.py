@@ -15,7 +15,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,10 +35,7 @@ SIZES = (4 << 10, 1 << 20)  # bytes: of a decode step, and of a prompt
 DEADLINE_S = 30.0
 PORTS = (20_000, 32_000)
 LOOPBACK = HostList((Host("localhost", "127.0.0.1"),) * 3)
-_RANK = (
-    "import sys; sys.path = [p for p in sys.path if p]; "
-    "from zmoe.calibration.link import main; sys.exit(main())"
-)
+_RANK = "import sys; sys.path = [p for p in sys.path if p]; from {} import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,20 @@ def measure_link(given: Hosts, progress: Progress) -> Link:
 
 def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
     """Median seconds of one all-reduce of each of SIZES among `hosts`, as the first sees it."""
-    ports = _free_port_pairs(len(hosts))
+    with others(hosts, remote, __name__) as (addresses, key, check):
+        return _take_part(0, addresses, key, check)
+
+
+@contextmanager
+def others(
+    hosts: Sequence[Host], remote: RemoteOptions, module: str
+) -> Iterator[tuple[list[str], KeyPair | None, Callable[[], None]]]:
+    """Have all `hosts` but the first run main() of `module`, with rank and addresses as arguments.
+
+    Yields the addresses by rank, the key that all get where there are other machines, and what
+    raises LaunchError if one of them has ended.
+    """
+    ports = free_port_pairs(len(hosts))
     addresses = [f"{host.address}:{port}" for host, port in zip(hosts, ports)]
     processes: list[NodeProcess] = []
     local_only = all(is_loopback(host.address) for host in hosts)
@@ -95,12 +106,12 @@ def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
 
     try:
         for rank, host in enumerate(hosts[1:], 1):
-            words = ["-c", _RANK, str(rank), *addresses]
+            words = ["-c", _RANK.format(module), str(rank), *addresses]
             local = [sys.executable, *words]
             command = local if host.is_local else over_ssh(words, host, remote)
             line = key.secret if key is not None else ""
             processes.append(NodeProcess(rank, host.ssh, command, dict(os.environ), line))
-        return _take_part(0, addresses, key, check)
+        yield addresses, key, check
     except ZmoeError:
         check()  # what a process said of its end explains more
         raise
@@ -128,7 +139,7 @@ def _take_part(
     return medians
 
 
-def _free_port_pairs(count: int) -> list[int]:
+def free_port_pairs(count: int) -> list[int]:
     """Ports that are free here, as is the one after each.
 
     Not from the range that systems give to outgoing connections: one of those
@@ -148,7 +159,12 @@ def _free_port_pairs(count: int) -> list[int]:
     raise LaunchError(f"no free ports between {PORTS[0]} and {PORTS[1]}")
 
 
-def _end_with_input() -> None:
+def end_with_input() -> None:
+    """End this process when its standard input closes."""
+    threading.Thread(target=_wait_for_input, daemon=True).start()
+
+
+def _wait_for_input() -> None:
     while os.read(0, 4096):
         pass
     os._exit(1)
@@ -157,7 +173,7 @@ def _end_with_input() -> None:
 def main() -> int:
     """A rank other than 0: its number and all addresses are the arguments; its exit code."""
     line = sys.stdin.readline().strip()
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    end_with_input()
     try:
         key = KeyPair.of(line) if line else None
         _take_part(int(sys.argv[1]), sys.argv[2:], key, lambda: None)

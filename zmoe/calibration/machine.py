@@ -13,10 +13,12 @@ from typing import Any
 import mlx.core as mx
 
 from zmoe import __version__
+from zmoe.calibration.crossing import measure_crossing
 from zmoe.calibration.matmuls import MOST_NODES, Matmuls, Progress
 from zmoe.calibration.scratch import scratch
 from zmoe.calibration.steps import Steps
 from zmoe.config import POLICIES, EngineConfig
+from zmoe.errors import ZmoeError
 from zmoe.kernels.threads import is_native
 from zmoe.perf.hardware import Machine
 from zmoe.perf.measured import MatmulRate
@@ -75,8 +77,19 @@ def _of_mlx(made: Machine, progress: Progress) -> Machine:
         bandwidth=WIDTH * WIDTH * 2 / fastest_seconds(_matmul(WIDTH, 1)),
         rate=2 * MATMUL**3 / fastest_seconds(_matmul(MATMUL, MATMUL)),
         sync_s=sync_s,
+        crossing_s=_crossing_s(progress),
         layer_s=max(0.0, fastest_seconds(_layer_graph, EVALS) - sync_s),
     )
+
+
+def _crossing_s(progress: Progress) -> float | None:
+    """Seconds of a crossing; None where runs, too, evaluate their layers one by one."""
+    progress("the crossing from MLX's graph to the CPU")
+    try:
+        return measure_crossing().crossing_us * 1e-6
+    except ZmoeError as error:
+        progress(f"no exchange in MLX's graph: {error}")
+        return None
 
 
 def fastest_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:

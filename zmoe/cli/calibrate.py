@@ -17,8 +17,8 @@ from zmoe.errors import InputError
 from zmoe.perf.profile import Profile, is_profile, read_profile, write_profile
 
 
-def hosts_of(names: str | None, file: Path | None, python: str | None) -> Hosts:
-    """What --hosts, --hostfile and --python say. Raises InputError."""
+def hosts_of(prog: str, names: str | None, file: Path | None, python: str | None) -> Hosts:
+    """What --hosts, --hostfile and --python of the command `prog` say. Raises InputError."""
     found = hosts_from(names, file)
     if found is None:
         if python is not None:
@@ -80,6 +80,8 @@ def _show(path: Path, profile: Profile) -> None:
         )
     if machine.sync_s:
         print(f"mx.eval    {1e6 * machine.sync_s:.0f} us")
+    if machine.crossing_s is not None:
+        print(f"crossing   {1e6 * machine.crossing_s:.0f} us, from MLX's graph to the CPU and back")
     print(f"exchange   {1e6 * link.latency_s:.0f} us, {link.bandwidth / 1e9:.2f} GB/s, {link.name}")
     print(f"third peer {1e6 * link.per_peer_s:.0f} us")
     print(f"written to {path}")

@@ -16,7 +16,7 @@ from zmoe.errors import InputError
 def add_cluster(parser: Parser) -> Callable[..., Any]:
     """Add the flags that cluster_spec() reads; returns what adds to those of the placement."""
     to_compute = parser.add_argument_group("compute").add_argument
-    add_settings(to_compute, EngineConfig, "compute", "activations", "policy")
+    add_settings(to_compute, EngineConfig, "compute", "attention", "activations", "policy")
     to_placement = parser.add_argument_group("placement of the experts").add_argument
     add_settings(to_placement, PlacementRequest, "way", "usage", "memory_limit")
     add = parser.add_argument_group("nodes").add_argument

@@ -68,7 +68,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _pin(cores: str) -> None:
+def pin(cores: str) -> None:
+    """Keep this process on the CPUs of --cores. Raises InputError."""
     if not hasattr(os, "sched_setaffinity"):
         raise InputError(f"--cores {cores}: this system cannot keep a process on some CPUs")
     try:
@@ -93,7 +94,7 @@ def _read_line() -> str:
     return line.decode("ascii", "replace").strip()
 
 
-def _told_by_leader(spec: WorkerSpec) -> WorkerSpec:
+def told_by_leader(spec: WorkerSpec) -> WorkerSpec:
     """Return `spec` with what the leader says on standard input: a token, this node's secret key
     and its own public one, or no keys where links are not encrypted. Raises InputError.
     """
@@ -105,9 +106,9 @@ def _told_by_leader(spec: WorkerSpec) -> WorkerSpec:
     return replace(spec, token=token, keys=Pinned(KeyPair.of(keys[0]), (keys[1],)))
 
 
-def _end_with_input() -> None:
-    """End this process when its starter, which holds standard input open, has ended."""
-    while os.read(0, 4096):
+def end_with_input(fd: int = 0) -> None:
+    """End this process when its starter, which holds standard input (`fd`) open, has ended."""
+    while os.read(fd, 4096):
         pass
     os._exit(1)
 
@@ -189,10 +190,10 @@ def _serve(options: Any, arguments: Sequence[str] = ()) -> None:
         print(unit(spec, [word for word in arguments if word != "--print-unit"], options.rank_env))
         return
     if options.cores is not None:
-        _pin(options.cores)
+        pin(options.cores)
     if options.tied:
-        spec = _told_by_leader(spec)
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        spec = told_by_leader(spec)
+        threading.Thread(target=end_with_input, daemon=True).start()
     prog = f"{PROG}[{spec.rank}]"
     check_leader(spec.leader, "--leader")
     check_bind(spec.bind)

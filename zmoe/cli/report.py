@@ -15,9 +15,9 @@ from zmoe.placement.choose import Alternative, Choice
 from zmoe.placement.types import Placement
 
 
-def explanation(choice: Choice) -> str:
+def explanation(choice: Choice, attention: str = "replicated") -> str:
     """The choice and its alternatives in a few lines of text."""
-    return "\n".join(_lines(choice))
+    return "\n".join(_lines(choice, attention))
 
 
 def listeners(cluster: Cluster) -> str:
@@ -30,7 +30,7 @@ def listeners(cluster: Cluster) -> str:
     return "\n".join([f"links: {how}" if lines else "links: none, there is one node", *lines])
 
 
-def _lines(choice: Choice) -> Iterator[str]:
+def _lines(choice: Choice, attention: str) -> Iterator[str]:
     yield f"placement: {choice.label} ({choice.why})"
     total = sum(choice.resident)
     for node, resident in enumerate(choice.resident):
@@ -39,6 +39,9 @@ def _lines(choice: Choice) -> Iterator[str]:
             f"({resident / total:.0%}), room for {in_bytes(choice.capacity[node])}; "
             f"reads {choice.speeds[node]} GB/s"
         )
+    if attention == "sharded":
+        nodes = choice.placement.nodes
+        yield f"  attention: 1/{nodes} of the heads on each node, one more exchange per layer"
     yield f"  predicted by the cost model, {choice.assumed}:"
     width = max(len(each.label) for each in choice.considered)
     for each in choice.considered:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
 
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.journal import Journaled
+    from zmoe.cluster.spec import ClusterSpec
     from zmoe.engine.generate import Token
     from zmoe.placement.choose import Choice
 
 PROG = "zmoe-run"
+_PROMPT_FLAGS = ("system_prompt", "ignore_chat_template", "chat_template_config")
 _EXPLAIN_HELP = "Print who owns which experts, and why, to stderr"
 _RECORD_HELP = "Add the run's selections to a profile"
+_JOURNAL_HELP = "Write the tokens into a new file, from which --resume goes on after a crash"
+_RESUME_HELP = "Go on with the text of a journal, and with its prompt and settings"
 
 
 def _parser() -> Parser:
@@ -68,6 +74,9 @@ def _parser() -> Parser:
         metavar="FILE",
         help="Begin with the keys and values of this file, or write the prompt's into it",
     )
+    to_journal = parser.add_mutually_exclusive_group().add_argument
+    to_journal("--journal", type=Path, metavar="FILE", help=_JOURNAL_HELP)
+    to_journal("--resume", type=Path, metavar="FILE", help=_RESUME_HELP)
     add("--stats", action="store_true", help="Print a table of times and memory to stderr")
     add("--json", action="store_true", help="Print one JSON object instead of the text")
     return parser
@@ -101,63 +110,80 @@ def _unicode(name: str, text: str) -> str:
     return text
 
 
+def _check_resume(options: argparse.Namespace) -> None:
+    """Raise InputError for what --resume takes from the journal."""
+    given = list(given_settings(options, Sampling))
+    given += [name for name in _PROMPT_FLAGS if getattr(options, name)]
+    if options.prompt is not None or options.prompt_option is not None:
+        given.append("prompt")
+    if given:
+        raise InputError(
+            f"--resume {options.resume} has a prompt and settings of its own: leave out "
+            f"--{given[0].replace('_', '-')}"
+        )
+
+
 def _generate(options: argparse.Namespace) -> None:
-    sampling, prompt = Sampling(**given_settings(options, Sampling)), _prompt(options)
+    sampling, prompt = Sampling(**given_settings(options, Sampling)), ""
+    if options.resume is not None:
+        _check_resume(options)
+    else:
+        prompt = _prompt(options)
     template = template_config(options.chat_template_config)
     _unicode("--system-prompt", options.system_prompt or "")
     if options.record_usage is not None:
         check_writable("--record-usage", options.record_usage)
     if options.prompt_cache_file is not None:
         check_writable("--prompt-cache-file", options.prompt_cache_file)
+    if options.journal is not None and options.journal.exists():
+        raise InputError(f"--journal {options.journal} exists: --resume goes on with it")
+    if options.journal is not None:
+        check_writable("--journal", options.journal)
     spec = cluster_spec(options, parallel=1, record_usage=options.record_usage is not None)
     # All that can be wrong without a model has been checked by now.
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address, spec.insecure)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
-    from zmoe.cluster.cluster import Cluster
-    from zmoe.cluster.launch import ask_for_nodes
-    from zmoe.cluster.prompt_cache import read_prompt_cache
-    from zmoe.placement.usage import check_usage_file
+    from zmoe.cluster.journal import Journal
 
     with ExitStack() as stack:
-        with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
-            on_placement = partial(_explain, progress) if options.explain else None
-            cluster = Cluster(
-                options.model,
-                spec=spec,
-                progress=progress,
-                on_placement=on_placement,
-                on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
-            )
-            if options.record_usage is not None:
-                check_usage_file(options.record_usage, cluster.info)
-            saved = options.prompt_cache_file
-            loads = saved is not None and saved.exists()
-            if loads:
-                read_prompt_cache(saved, cluster.info, spec.engine)  # before the model is loaded
-            stack.enter_context(cluster)
-            if options.explain:
-                progress.print(report.listeners(cluster))
-            if loads:
-                cluster.load_prompt_cache(saved)
-            elif saved is not None:
-                cluster.save_prompt_cache(saved, [])  # which raises where it cannot be done
-        for notice in cluster.notices:
-            print(f"{PROG}: {notice}", file=sys.stderr)
+        cluster, journaled = _enter(stack, options, spec)
         with Bars(["reading the prompt, tokens"], counted=True) as prefill:
-            generation = cluster.generate(
-                prompt,
-                sampling,
-                system_prompt=options.system_prompt,
-                ignore_chat_template=options.ignore_chat_template,
-                chat_template_config=template,
-                on_prefill=partial(prefill, 0),
-            )
-            first = next(generation)
-        if saved is not None and not loads:
+            on_prefill = partial(prefill, 0)
+            if journaled is not None:
+                generation = cluster.generate(
+                    journaled.prompt,
+                    journaled.sampling,
+                    generated=journaled.tokens,
+                    on_prefill=on_prefill,
+                )
+                journal = stack.enter_context(Journal.go_on(options.resume, journaled))
+            else:
+                generation = cluster.generate(
+                    prompt,
+                    sampling,
+                    system_prompt=options.system_prompt,
+                    ignore_chat_template=options.ignore_chat_template,
+                    chat_template_config=template,
+                    on_prefill=on_prefill,
+                )
+            tokens: Iterable[Token] = generation
+            if options.journal is not None:
+                sampling = replace(sampling, seed=generation.seed)
+                journal = stack.enter_context(
+                    Journal.begin(
+                        options.journal, cluster.info, spec.engine, generation.prompt, sampling
+                    )
+                )
+            if options.journal is not None or journaled is not None:
+                tokens = journal.write(generation)
+            before = generation.text
+            first = next(iter(tokens))
+        saved = options.prompt_cache_file
+        if saved is not None and not saved.exists():
             _save_prompt(cluster, saved, generation.prompt)
-        _show(chain([first], generation), quiet=options.json)
+        _show(before, chain([first], tokens), quiet=options.json)
         if generation.context_full:
             how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
             length = cluster.info.context_length
@@ -172,6 +198,47 @@ def _generate(options: argparse.Namespace) -> None:
                 report.print_stats(cluster, generation, summary)
 
 
+def _enter(
+    stack: ExitStack, options: argparse.Namespace, spec: ClusterSpec
+) -> tuple[Cluster, Journaled | None]:
+    """The cluster, running until `stack` ends, and what --resume has found."""
+    from zmoe.cli.progress import Bars
+    from zmoe.cli.report import listeners
+    from zmoe.cluster.cluster import Cluster
+    from zmoe.cluster.journal import read_journal
+    from zmoe.cluster.launch import ask_for_nodes
+    from zmoe.cluster.prompt_cache import read_prompt_cache
+    from zmoe.placement.usage import check_usage_file
+
+    saved, journaled = options.prompt_cache_file, None
+    with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
+        cluster = Cluster(
+            options.model,
+            spec=spec,
+            progress=progress,
+            on_placement=partial(_explain, progress, spec) if options.explain else None,
+            on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
+        )
+        # All files are looked at before the model is loaded.
+        if options.record_usage is not None:
+            check_usage_file(options.record_usage, cluster.info)
+        if options.resume is not None:
+            journaled = read_journal(options.resume, cluster.info, spec.engine)
+        loads = saved is not None and saved.exists()
+        if loads:
+            read_prompt_cache(saved, cluster.info, spec.engine)
+        stack.enter_context(cluster)
+        if options.explain:
+            progress.print(listeners(cluster))
+        if loads:
+            cluster.load_prompt_cache(saved)
+        elif saved is not None:
+            cluster.save_prompt_cache(saved, [])  # which raises where it cannot be done
+    for notice in cluster.notices:
+        print(f"{PROG}: {notice}", file=sys.stderr)
+    return cluster, journaled
+
+
 def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
     if not cluster.save_prompt_cache(file, prompt):
         print(
@@ -181,14 +248,16 @@ def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:
         )
 
 
-def _explain(progress: Bars, choice: Choice) -> None:
+def _explain(progress: Bars, spec: ClusterSpec, choice: Choice) -> None:
     from zmoe.cli.report import explanation
 
-    progress.print(explanation(choice))
+    progress.print(explanation(choice, spec.engine.attention))
 
 
-def _show(tokens: Iterable[Token], quiet: bool) -> None:
-    """Consume all `tokens`, and print their text as it arrives unless `quiet`."""
+def _show(before: str, tokens: Iterable[Token], quiet: bool) -> None:
+    """Consume all `tokens`, and print the text `before` and theirs as it arrives unless `quiet`."""
+    if not quiet:
+        print(before, end="", flush=True)
     for token in tokens:
         if not quiet:
             print(token.text, end="", flush=True)

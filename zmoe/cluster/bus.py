@@ -35,6 +35,7 @@ from zmoe.cluster.messages import (
     Failed,
     Join,
     Message,
+    Program,
     Setup,
     Stop,
     decode,
@@ -437,7 +438,7 @@ class WorkerBus:
         return message
 
     def _begin(self, frame: Frame) -> Message | None:
-        """Take up the session of the leader's Setup, its first message."""
+        """Take up the session of the leader's first message, Setup or Program."""
         if frame.kind is not Kind.MESSAGE or frame.number != 1:
             return None  # written before our link broke; all will be written again
         # Before the message is looked at: by this channel we say what is wrong with it.
@@ -446,7 +447,7 @@ class WorkerBus:
         self._channel.acknowledge()
         self._flush()
         message = decode(frame.body)
-        if not isinstance(message, (Setup, Stop)):
+        if not isinstance(message, (Setup, Program, Stop)):
             raise MessageError(f"{type(message).__name__} before Setup")
         return message
 

@@ -37,7 +37,7 @@ from zmoe.engine.prompt import (
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
-from zmoe.loading import Skeleton, describe
+from zmoe.loading import Skeleton, check_attention, describe
 from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
@@ -93,6 +93,7 @@ class Cluster:
                 "max_kv_size",
                 f"is {window}: {self.info.model_type} has a cache of its own, which is no window",
             )
+        self._check_attention(folder)
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
@@ -113,6 +114,16 @@ class Cluster:
         self.notices: tuple[str, ...] = ()
         self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
+
+    def _check_attention(self, folder: Path) -> None:
+        """Raise SettingError if it is to be cut, and cannot be."""
+        engine, nodes = self.spec.engine, self.spec.nodes
+        if engine.attention == "replicated":
+            return
+        reason = "MLX does not compute" if is_native(engine) else "there is one node"
+        if is_native(engine) or nodes == 1:
+            raise SettingError("attention", f"is sharded: expected replicated, as {reason}")
+        check_attention(folder, nodes)
 
     # ---- life -----------------------------------------------------------------
 
@@ -289,6 +300,7 @@ class Cluster:
         ignore_chat_template: bool = False,
         chat_template_config: dict[str, Any] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        generated: Sequence[int] | None = None,
         **options: Any,
     ) -> Generation:
         """Begin to generate what follows `prompt` (text, or token ids as they are).
@@ -296,11 +308,12 @@ class Cluster:
         The result iterates over the tokens, also with `async for`. Others may be submitted
         meanwhile: as many as `parallel` of the spec's engine says run at once, the others wait.
         `on_prefill(tokens_done, tokens_total)` is called after each step of the prompt.
-        Options are Sampling's fields (`max_tokens`, `temp`, ...), in place of
-        `sampling`. Raises InputError for a prompt that is empty or too long,
-        QueueFullError where too many wait, TypeError for unknown options. The model's context
-        bounds prompt and text, unless `max_kv_size` of the spec's engine lets the attention go
-        on in a window.
+        With the seed of a generation that was cut short, and the tokens that it had `generated`,
+        the text goes on behind them; it is the same where layers run in C. Options are Sampling's
+        fields (`max_tokens`, `temp`, ...), in place of `sampling`. Raises InputError for a prompt
+        that is empty or too long, QueueFullError where too many wait, TypeError for unknown
+        options. The model's context bounds prompt and text, unless `max_kv_size` of the spec's
+        engine lets the attention go on in a window.
         """
         if sampling is not None and options:
             raise InputError(f"give sampling or {sorted(options)[0]}, not both")
@@ -320,7 +333,11 @@ class Cluster:
                 borders = (border_of_system_prompt(self.tokenizer, ids, **settings),)
         else:
             ids = check_ids(prompt, self.tokenizer)
-        stream = self.make_stream(ids, sampling, borders=borders, on_prefill=on_prefill)
+        if generated:
+            generated = check_ids(generated, self.tokenizer)
+        stream = self.make_stream(
+            ids, sampling, borders=borders, on_prefill=on_prefill, generated=generated
+        )
         cancel = self.begin_stream(stream)
         advance = partial(self._advance, stream)
         return Generation(
@@ -344,9 +361,11 @@ class Cluster:
         salt: bytes = b"",
         constraint: Constraint | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        generated: Sequence[int] | None = None,
     ) -> Stream:
-        """What begin_stream() takes, for a prompt of token ids. Raises InputError for a
-        prompt that is too long, SettingError for what the model's vocabulary does not have.
+        """What begin_stream() takes, for a prompt of token ids; `generated` as for submit().
+        Raises InputError for a prompt that is too long, SettingError for what the model's
+        vocabulary does not have.
         """
         _check_vocabulary(sampling, self.info.vocabulary)
         context = self.info.context_length if self.spec.engine.max_kv_size is None else None
@@ -360,6 +379,7 @@ class Cluster:
             salt=salt,
             constraint=constraint,
             on_prefill=on_prefill,
+            generated=generated,
         )
 
     def begin_stream(self, stream: Stream) -> Callable[[], None]:
@@ -372,9 +392,9 @@ class Cluster:
             self._end_cancelled()
             return partial(self._cancelled.append, self._batcher.submit(stream))
 
-    def step(self) -> bool:
-        """Run a step for all streams; returns False if there is none. While a server is idle it
-        calls this now and then, so that the loss of a node is noticed.
+    def step(self) -> None:
+        """Run a step for all streams. While a server is idle it calls this now and then, so that
+        the loss of a node is noticed.
 
         Raises as a Generation does; what it raises ends the cluster.
         """
@@ -383,10 +403,8 @@ class Cluster:
             with self._stepping():
                 if self._batcher.busy:
                     self._batcher.step()
-                    return True
-                if self._leader is not None:
+                elif self._leader is not None:
                     self._leader.watch()
-                return False
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from zmoe.cluster.hosts import Host
@@ -25,11 +25,13 @@ KILL_GRACE_S = 5.0  # after KILL: a process in an uninterruptible sleep outlives
 JOIN_SLACK_S = 30.0
 # Like `python -m zmoe.cli.node`, but for the installed package: a checkout in the
 # working directory would otherwise hide it.
-_NODE = (
+_MAIN = (
     "import sys; sys.path = [p for p in sys.path if p]; "
-    "from zmoe.cli.node import main; sys.exit(main())"
+    "from zmoe.cli.{} import main; sys.exit(main())"
 )
 _LOG = logging.getLogger(__name__)
+
+OnLine = Callable[[int, str], None]  # rank, a line without its end
 
 
 class NodeProcess:
@@ -42,9 +44,12 @@ class NodeProcess:
         command: Sequence[str],
         env: dict[str, str],
         line: str | None = None,
+        on_line: OnLine | None = None,
     ) -> None:
-        """Start `command`; `line` is the first one of its standard input."""
-        self.rank, self.name = rank, name
+        """Start `command`; `line` is the first one of its standard input. `on_line` is given
+        each line that it prints, from another thread.
+        """
+        self.rank, self.name, self._on_line = rank, name, on_line
         self._tail: deque[str] = deque(maxlen=20)
         try:
             # A session of its own: Ctrl-C reaches the leader alone, which then ends us.
@@ -52,8 +57,8 @@ class NodeProcess:
                 command,
                 env=env,
                 stdin=subprocess.PIPE,  # closes when we end, however: the worker then ends too
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if on_line is None else subprocess.PIPE,
+                stderr=subprocess.PIPE if on_line is None else subprocess.STDOUT,
                 start_new_session=True,
                 text=True,
                 errors="replace",
@@ -77,8 +82,11 @@ class NodeProcess:
                 os.write(self._process.stdin.fileno(), line.encode() + b"\n")
 
     def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        lines = self._process.stderr or self._process.stdout
+        assert lines is not None
+        for line in lines:
+            if self._on_line is not None:
+                self._on_line(self.rank, line.rstrip("\n"))
             if line.strip():
                 self._tail.append(line.rstrip())
 
@@ -162,9 +170,22 @@ def _wait(processes: Sequence[NodeProcess], timeout: float) -> list[NodeProcess]
     return [process for process in processes if not process.wait(deadline)]
 
 
-def _node_arguments(leader: str, rank: int, bind: str, join_timeout: float) -> list[str]:
-    arguments = ["--once", "--tied", "--join-timeout", f"{join_timeout + JOIN_SLACK_S:g}"]
-    return ["-c", _NODE, *arguments, *_place_arguments(leader, rank, bind)]
+def _node_arguments(
+    leader: str,
+    rank: int,
+    bind: str,
+    join_timeout: float,
+    program: Sequence[str],
+    cores: Sequence[int] | None = None,
+) -> list[str]:
+    command = "launch" if program else "node"
+    arguments = ["--tied", "--join-timeout", f"{join_timeout + JOIN_SLACK_S:g}"]
+    if not program:
+        arguments.insert(0, "--once")
+    if cores is not None:
+        arguments += ["--cores", ",".join(map(str, cores))]
+    place = _place_arguments(leader, rank, bind)
+    return ["-c", _MAIN.format(command), *arguments, *place, *program]
 
 
 def _place_arguments(leader: str, rank: int, bind: str) -> list[str]:
@@ -176,9 +197,14 @@ def ask_for_nodes(commands: Sequence[str]) -> str:
     return "\n".join(("waiting for nodes; start each on its machine:", *commands))
 
 
-def command_by_hand(leader: str, rank: int, bind: str, more: Sequence[str]) -> str:
-    """What a user types to start node `rank`, which listens at `bind`, with `more` flags."""
-    return shlex.join(["zmoe-node", *_place_arguments(leader, rank, bind), *more])
+def command_by_hand(
+    leader: str, rank: int, bind: str, more: Sequence[str], program: Sequence[str] = ()
+) -> str:
+    """What a user types to start node `rank`, which listens at `bind`, with `more` flags;
+    `program` as in Crew.
+    """
+    command = "zmoe-launch" if program else "zmoe-node"
+    return shlex.join([command, *_place_arguments(leader, rank, bind), *more, *program])
 
 
 def start_local(
@@ -188,25 +214,35 @@ def start_local(
     cores: Sequence[int] | None,
     join_timeout: float,
     line: str,
+    program: Sequence[str] = (),
+    on_line: OnLine | None = None,
 ) -> NodeProcess:
     """A worker on this machine, on the given cores when the system can pin.
 
     `join_timeout`: seconds that the leader at `leader` waits for it. `line`: the token by
     which the leader knows it, and where links are encrypted its secret key and the leader's
-    public one; no argument holds them, since everybody can read those.
+    public one; no argument holds them, since everybody can read those. `program`, `on_line`: as
+    in Crew.
     """
-    command = [sys.executable, *_node_arguments(leader, rank, bind, join_timeout)]
-    if cores is not None:
-        command += ["--cores", ",".join(map(str, cores))]
-    return NodeProcess(rank, "this machine", command, dict(os.environ), line)
+    arguments = _node_arguments(leader, rank, bind, join_timeout, program, cores)
+    command = [sys.executable, *arguments]
+    return NodeProcess(rank, "this machine", command, dict(os.environ), line, on_line)
 
 
 def start_over_ssh(
-    leader: str, rank: int, host: Host, options: RemoteOptions, join_timeout: float, line: str
+    leader: str,
+    rank: int,
+    host: Host,
+    options: RemoteOptions,
+    join_timeout: float,
+    line: str,
+    program: Sequence[str] = (),
+    on_line: OnLine | None = None,
 ) -> NodeProcess:
-    """A worker on `host`; `join_timeout` and `line` as in start_local."""
-    command = over_ssh(_node_arguments(leader, rank, host.address, join_timeout), host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ), line)
+    """A worker on `host`; the other arguments as in start_local."""
+    arguments = _node_arguments(leader, rank, host.address, join_timeout, program)
+    command = over_ssh(arguments, host, options)
+    return NodeProcess(rank, host.ssh, command, dict(os.environ), line, on_line)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:

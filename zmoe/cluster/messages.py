@@ -94,6 +94,29 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Program:
+    """Leader to worker, instead of Setup: run the program that you were started with."""
+
+    nodes: Annotated[int, between(2, 64)]
+    timing: Timing
+    ports: tuple[Port, Port] | None = None
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Worker to leader, instead of Hello: where my data sockets listen."""
+
+    endpoint: Listener
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Worker to leader: my program has ended with this exit code."""
+
+    code: Annotated[int, between(0, 255)]
+
+
+@dataclass(frozen=True)
 class Hello:
     """Worker to leader: what I am and have, and where my data sockets listen."""
 
@@ -215,6 +238,9 @@ class Failed:
 Message = (
     Join
     | Setup
+    | Program
+    | Listening
+    | Ended
     | Hello
     | Place
     | Endpoints

@@ -7,8 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from zmoe.obs import Recorder, Spans
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
+from zmoe.topology.cores import set_affinity
 
 
 class Node:
@@ -88,7 +88,7 @@ class Node:
     def pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores` until close()."""
         self._affinity = os.sched_getaffinity(0)
-        _set_affinity(cores)
+        set_affinity(cores)
 
     def use_isa(self, isa: str) -> None:
         """Use these instructions in the kernels, as every node of the run does.
@@ -220,6 +220,8 @@ class Node:
         )
         if shard.paged is None:
             self._refuse_kv_bits(f"the CPU kernels do not run all layers of {self.info.model_type}")
+        elif not shard.paged.can_quantize:
+            self._refuse_kv_bits(f"the latents of {self.info.model_type} are kept in full")
         self._engine = make_engine(
             shard.model,
             reducer,
@@ -273,6 +275,10 @@ class Node:
         """What files hold of this node's caches. Raises InputError where that is nothing."""
         if self._engine is None:
             raise InputError(f"no prompt cache: node {self.rank} has experts only")
+        if self._config.attention == "sharded":
+            raise SettingError(
+                "attention", "is sharded: a prompt cache has the keys and values of all heads"
+            )
         if isinstance(self.engine, MlxEngine):
             check_caches(self.engine.layout, self.info)
             return MLX
@@ -311,7 +317,7 @@ class Node:
             return
         assert isinstance(engine, PagedEngine)
         memory = engine.memory
-        if len(places) * BLOCK > len(saved.tokens) or max(places) >= len(memory[0]):
+        if len(places) * BLOCK > len(saved.tokens) or max(places) >= min(map(len, memory.values())):
             raise ZmoeError(f"{len(places)} blocks for prompt cache {path} that do not fit")
         read_blocks(saved, memory, places)
 
@@ -367,16 +373,9 @@ class Node:
             self._team.close()
             self._team = None
         if self._affinity is not None:
-            _set_affinity(self._affinity)
+            set_affinity(self._affinity)
             self._affinity = None
         mx.clear_cache()  # MLX would keep the weights' memory for later use
-
-
-def _set_affinity(cores: Iterable[int]) -> None:
-    """For all threads of this process: those that MLX started would keep theirs."""
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), cores)
 
 
 def peak_memory() -> int:

@@ -1,14 +1,14 @@
 """Prompt caches of the C kernels: the full blocks of a prompt.
 
-The file has `tokens`, and one tensor per layer for the keys and for the values, each
-(blocks, kv_heads, 64 * head_dim), or with `kv_bits` bytes (blocks, kv_heads, 64 * head_dim + 256),
-in which 64 scales in float32 follow the integers.
+The file has `tokens`, and one tensor per layer for the keys and for the values, or one for the
+latents of both, each (blocks, kv_heads, 64 * head_dim), or with `kv_bits` bytes
+(blocks, kv_heads, 64 * head_dim + 256), in which 64 scales in float32 follow the integers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +28,13 @@ Array = npt.NDArray[Any]
 _DTYPES = {"uint8": "U8", "uint16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def check_blocks(saved: PromptCache, memory: Sequence[Array]) -> None:
+def check_blocks(saved: PromptCache, memory: Mapping[str, Array]) -> None:
     """Raise InputError unless the tensors of `saved` are blocks of `memory`, all layers' keys and
     values.
     """
     blocks = len(saved.tokens) // BLOCK
     wanted = {
-        name: (_DTYPES[part.dtype.name], (blocks, *part.shape[1:]))
-        for name, part in zip(_names(len(memory)), memory)
+        name: (_DTYPES[part.dtype.name], (blocks, *part.shape[1:])) for name, part in memory.items()
     }
     found = {t.name: (t.dtype, t.shape) for t in saved.tensors.values() if t.name != "tokens"}
     if found != wanted:
@@ -46,14 +45,14 @@ def check_blocks(saved: PromptCache, memory: Sequence[Array]) -> None:
         )
 
 
-def read_blocks(saved: PromptCache, memory: Sequence[Array], blocks: Sequence[int]) -> None:
+def read_blocks(saved: PromptCache, memory: Mapping[str, Array], blocks: Sequence[int]) -> None:
     """Write the first blocks of `saved` into `blocks` of `memory`. Raises InputError."""
     check_blocks(saved, memory)
     digest = blake2b(np.array(saved.tokens, np.uint32).tobytes(), digest_size=16)
     targets = [*blocks, *[None] * (len(saved.tokens) // BLOCK - len(blocks))]
     try:
         with saved.path.open("rb") as file:
-            for name, part in zip(_names(len(memory)), memory):
+            for name, part in memory.items():
                 for data, block in zip(_read(file, saved.tensors[name], part), targets):
                     digest.update(data.tobytes())
                     if block is not None:
@@ -69,7 +68,7 @@ def write_blocks(
     info: ModelInfo,
     config: EngineConfig,
     tokens: Sequence[int],
-    memory: Sequence[Array],
+    memory: Mapping[str, Array],
     blocks: Sequence[int],
 ) -> None:
     """Write the file `path`, which is there when it is whole: the text `tokens` is in `blocks` of
@@ -79,7 +78,7 @@ def write_blocks(
     digest = blake2b(numbers.tobytes(), digest_size=16)
     header: dict[str, Any] = {"tokens": _entry("U32", numbers.shape, 0, numbers.nbytes)}
     at = numbers.nbytes
-    for name, part in zip(_names(len(memory)), memory):
+    for name, part in memory.items():
         for block in index:
             digest.update(part[block].tobytes())
         shape, size = (len(index), *part.shape[1:]), len(index) * part[0].nbytes
@@ -91,14 +90,9 @@ def write_blocks(
     text += b" " * (-len(text) % 8)
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text + numbers.tobytes())
-        for part in memory:
+        for part in memory.values():
             for block in index:
                 file.write(part[block].tobytes())
-
-
-def _names(count: int) -> list[str]:
-    """The tensors of `count` arrays: keys and values of each layer."""
-    return [f"layers.{at // 2}.{'values' if at % 2 else 'keys'}" for at in range(count)]
 
 
 def _entry(dtype: str, shape: tuple[int, ...], at: int, size: int) -> dict[str, Any]:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
-from zmoe import __version__
 from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.bus import FAREWELL_S, WorkerBus
+from zmoe.cluster.bus import WorkerBus
+from zmoe.cluster.member import Member
 from zmoe.cluster.messages import (
     MOST_NOTICES,
     AskMemory,
     Cache,
     Endpoints,
-    Failed,
-    Join,
     Loaded,
     Loading,
     LoadPrefix,
     Memory,
-    Message,
     Place,
     Ready,
     Setup,
@@ -36,8 +31,7 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
-from zmoe.config import PROTOCOL_VERSION, Timing
-from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.keys import is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -47,73 +41,35 @@ from zmoe.loading import Skeleton, describe
 IDLE_SLICE_S = 1.0
 # After a step the next one is near: a core that sleeps meanwhile takes long to wake.
 EAGER_S = 0.001
-JOIN_SLICE_S = 0.2
 PROGRESS_INTERVAL_S = 0.1
-M = TypeVar("M", bound=Message)
 
 
-class StoppedError(ZmoeError):
-    """The leader ended the run, and said why."""
+class Worker(Member):
+    """A worker that computes its share of a model."""
 
-
-class Worker:
-    """One session with one leader."""
+    begins = Setup
 
     def __init__(
         self, spec: WorkerSpec, context: Context, on_setup: Callable[[Setup], None]
     ) -> None:
         """`on_setup` is called when the session begins. Raises InputError for a key file."""
-        self.spec, self._context, self._keys = spec, context, spec.pinned()
-        self._on_setup = on_setup
-        join = Join(
-            protocol=PROTOCOL_VERSION,
-            rank=spec.rank,
-            version=__version__,
-            host=one_line(socket.gethostname())[:200],
-            token=spec.token,
-        )
-        self._bus = WorkerBus(context, spec.leader, join, Timing().grace, self._keys)
+        super().__init__(spec, context)
+        self._context, self._on_setup = context, on_setup
         self._node: Node | None = None
 
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
         try:
-            setup = self._join()
+            setup = self.join()
             self._on_setup(setup)
             self._serve(self._come_up(setup))
         except Exception as error:
-            self._report(error)
+            self.report(error)
             raise
         finally:
             if self._node is not None:
                 self._node.close()
             self._bus.close()
-
-    def _join(self) -> Setup:
-        patience = self.spec.join_timeout
-        deadline = None if patience is None else time.monotonic() + patience
-        while deadline is None or time.monotonic() < deadline:
-            setup = self._expect(Setup, JOIN_SLICE_S)
-            if setup is not None:
-                return setup
-        raise ZmoeError(f"leader {self.spec.leader} did not begin a run within {patience:g} s")
-
-    def _expect(self, kind: type[M], timeout: float) -> M | None:
-        """The next message, of `kind`; None for none within `timeout` seconds."""
-        message = self._bus.receive(timeout)
-        if isinstance(message, kind):
-            return message
-        if isinstance(message, Stop):
-            raise self._stopped(message.error or "too early")
-        if message is not None:
-            raise self._unexpected(message)
-        return None
-
-    def _stopped(self, why: str) -> StoppedError:
-        return StoppedError(f"leader {self.spec.leader} stopped: {why}")
-
-    def _unexpected(self, message: Message) -> ZmoeError:
-        return ZmoeError(f"leader {self.spec.leader} sent an unexpected {type(message).__name__}")
 
     def _come_up(self, setup: Setup) -> Node:
         timing = setup.timing
@@ -138,7 +94,7 @@ class Worker:
         )
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
-        place, endpoints = self._expect(Place, patience), self._expect(Endpoints, timing.join)
+        place, endpoints = self.expect(Place, patience), self.expect(Endpoints, timing.join)
         if place is None or endpoints is None:
             raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
         node.place(place.placement)
@@ -152,7 +108,7 @@ class Worker:
 
     def _listen(self) -> None:
         """While busy with something else: notice a leader that is gone or says stop."""
-        self._expect(Endpoints, 0)
+        self.expect(Endpoints, 0)
         assert self._node is not None
         self._node.service()
 
@@ -179,10 +135,10 @@ class Worker:
                 self._bus.send(Memory(peak_memory()))
             elif isinstance(message, Stop):
                 if message.error:
-                    raise self._stopped(message.error)
+                    raise self.stopped(message.error)
                 return
             else:
-                raise self._unexpected(message)
+                raise self.unexpected(message)
 
     def _follow(self, node: Node, plan: Plan) -> None:
         try:
@@ -198,23 +154,7 @@ class Worker:
         with suppress(PeerError):
             message = self._bus.take()
         if isinstance(message, Stop) and message.error:
-            raise self._stopped(message.error) from lost
-
-    def _report(self, error: Exception) -> None:
-        if isinstance(error, StoppedError) or not self._bus.has_session:
-            return
-        lost = error if isinstance(error, PeerError) else None
-        words = str(error) if isinstance(error, ZmoeError) else f"internal error: {error!r}"
-        failed = Failed(
-            error=one_line(lost.reason if lost is not None else words),
-            input_error=isinstance(error, InputError),
-            lost=lost.rank if lost is not None else None,
-            layer=lost.layer if lost is not None else None,
-            step=lost.step if lost is not None else self._bus.step,
-        )
-        with suppress(PeerError):  # the error itself goes on to our own standard error
-            self._bus.send(failed)
-            self._bus.finish(FAREWELL_S)
+            raise self.stopped(message.error) from lost
 
 
 class _Throttled:

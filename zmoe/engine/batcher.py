@@ -60,7 +60,7 @@ class Batcher:
         """
         self.end_forced()
         sequence = self.scheduler.submit(stream.request, time.monotonic())
-        stream.bound(sequence.limit - sequence.prompt)
+        stream.bound(sequence.limit - len(stream.prompt))
         self._streams[sequence.id] = stream
         return sequence.id
 
@@ -154,7 +154,7 @@ class Batcher:
             self._counted["generated_tokens"] += len(tokens)
             self._counted["drafted_tokens"] += drafted
             self._counted["accepted_tokens"] += accepted
-            if stream.picked == len(tokens):
+            if stream.picked - stream.given == len(tokens):
                 timings.prefill += took
                 stream.prefilled(min(span.end, len(stream.prompt)))
                 if tokens and stream.started is not None:

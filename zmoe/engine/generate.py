@@ -36,6 +36,7 @@ class Generation(Iterator[Token], AsyncIterator[Token]):
     the sequence before the next step, as does letting go of this object.
     `context_full`: whether the "length" that it ended with is the model's context, with
     fewer tokens than `max_tokens`. `seed`: that of Sampling, or the one drawn in its place.
+    Of one that goes on behind tokens of another, these are in `tokens` and `text` from the start.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Generation(Iterator[Token], AsyncIterator[Token]):
         self.finish_reason: str | None = None
         self.context_full = False
         self.seed = stream.seed
+        for token in stream.generated or ():
+            self._add(token)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -102,16 +105,21 @@ class Generation(Iterator[Token], AsyncIterator[Token]):
 
     def _deliver(self) -> Token:
         pick, reason = self._stream.ready.popleft()
+        begun = len(self.text)
         if reason != "stop":
-            self.tokens.append(pick.token)
-            self._detokenizer.add_token(pick.token)
+            self._add(pick.token)
         if reason is not None:
             self.finish_reason = reason
             self.context_full = reason == "length" and self._stream.context_full
             self._detokenizer.finalize()
-        text = self._detokenizer.last_segment
-        self.text += text
+            self.text += self._detokenizer.last_segment
+        text = self.text[begun:]
         return Token(pick.token, text, reason, pick.logprob, pick.top_logprobs)
+
+    def _add(self, token: int) -> None:
+        self.tokens.append(token)
+        self._detokenizer.add_token(token)
+        self.text += self._detokenizer.last_segment
 
 
 class SharedSteps:

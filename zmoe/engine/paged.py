@@ -75,9 +75,13 @@ class PagedEngine:
         return self._layers.bytes_per_block
 
     @property
-    def memory(self) -> list[npt.NDArray[Any]]:
+    def memory(self) -> dict[str, npt.NDArray[Any]]:
         """Keys and values of all layers, by block."""
-        return [part for cache in self._layers.caches for part in cache.memory]
+        return {
+            f"layers.{layer}.{name}": part
+            for layer, cache in enumerate(self._layers.caches)
+            for name, part in cache.memory.items()
+        }
 
     def make_cache(self, blocks: int) -> None:
         """See Engine."""

@@ -95,13 +95,16 @@ class Stream:
         salt: bytes = b"",
         constraint: Constraint | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        generated: Sequence[int] | None = None,
     ) -> None:
         """`context`: most tokens of prompt and text. `borders` and `salt` are a Request's.
         `constraint` limits what is sampled. `on_prefill(done, total)` is told how many
-        tokens of the prompt have been run.
+        tokens of the prompt have been run. A stream that another cluster has begun goes on
+        behind the tokens that it has `generated`.
         """
         self._borders, self._salt, self._constraint = borders, salt, constraint
         self.prompt, self.sampling = list(prompt), sampling
+        self.generated = generated
         self.sampler = Sampler(sampling, self.prompt)
         self.seed = self.sampler.seed
         self.limit, self.context_full = sampling.max_tokens, False
@@ -110,16 +113,21 @@ class Stream:
         self._eos = frozenset() if sampling.ignore_eos else frozenset(eos)
         self._on_prefill = on_prefill
         self._error: Exception | None = None
-        self.picked = 0
+        self.picked = self.given = 0  # tokens, of which another cluster picked the given ones
         self.ready: deque[tuple[Pick, str | None]] = deque()  # with the reason to end
         self.ended = False
         self.started: float | None = None  # when its first step began
         self.timings = Timings(prompt_tokens=len(self.prompt))
+        for token in generated or ():
+            self._accept(token)
+        self.given = self.picked
 
     @property
     def request(self) -> Request:
         """What the scheduler is to run."""
-        return Request(self.prompt, self.limit, self._salt, self._borders)
+        tokens = [*self.prompt, *(self.generated or ())]
+        accepted = self.generated is not None
+        return Request(tokens, self.limit - self.given, self._salt, self._borders, accepted)
 
     def bound(self, tokens: int) -> None:
         """No more than `tokens` will follow the prompt."""
@@ -147,10 +155,7 @@ class Stream:
 
     def take(self, pick: Pick) -> bool:
         """The next token; returns whether the sequence goes on."""
-        self.picked += 1
-        self.sampler.accept(pick.token)
-        if self._constraint is not None:
-            self._constraint.accept(pick.token)
+        self._accept(pick.token)
         reason = None
         if pick.token in self._eos:
             reason = "stop"
@@ -159,6 +164,12 @@ class Stream:
         self.ready.append((pick, reason))
         self.ended = self.ended or reason is not None
         return not self.ended
+
+    def _accept(self, token: int) -> None:
+        self.picked += 1
+        self.sampler.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
 
     def fail(self, error: Exception) -> None:
         """End with `error`, which the consumer gets after the tokens that are ready."""

@@ -133,11 +133,12 @@ class Door:
     """Groups whose collectives are those of an exchange; see csrc/door/door.h.
 
     It takes the exchange over: what else uses it meanwhile goes through the door. A process
-    has one door at a time. Raises ZmoeError where another is open, or where MLX has loaded
-    another MPI library before.
+    has one door at a time. With `is_program` the world's collectives are done too, outside of
+    steps; when one fails, whoever calls check() is to end the process. Raises ZmoeError where
+    another door is open, or where MLX has loaded another MPI library before.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, is_program: bool = False) -> None:
         self.rank, self._exchange = exchange.rank, exchange
         self._failure = ffi.new("zmoe_door_failure *")
         self._groups: dict[int, mx.distributed.Group] = {}
@@ -152,6 +153,7 @@ class Door:
         config.scatter_bytes = int(min(exchange.choice.scatter_from, 2.0**63))
         config.deadline_us = microseconds(exchange.deadline_s)
         config.wakeup_fd = self._ends[0]
+        config.is_program = is_program
         if lib.zmoe_door_open(config) != Status.OK:
             self._close_pipe()
             raise ZmoeError("another run of this process computes with MLX: close it first")
@@ -188,9 +190,10 @@ class Door:
             if in_main and others == -1:
                 _wake(-1)
         self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what the first collective that failed has failed with."""
         failure = self._failure
         status = lib.zmoe_door_failed(failure)
         if status == Status.OK:

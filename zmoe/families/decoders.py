@@ -1,19 +1,25 @@
-"""The families whose whole layers run in C: their decoder layers and routers taken apart.
+"""The families whose whole layers run in C: their decoder layers and MoE blocks taken apart.
 
 Other families' layers run in MLX, with their matmuls on the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx.nn.layers.activations import Sigmoid
 from mlx.nn.layers.base import Module
 
 from zmoe.families.sites import key_of
 from zmoe.kernels.attention import AttentionParts
-from zmoe.kernels.decoder import SOFTMAX_TOP_K, TOP_K_SOFTMAX, RouterParts
+from zmoe.kernels.decoder import RouterParts
+from zmoe.kernels.delta_net import DeltaParts, Slices
+from zmoe.kernels.latent_attention import LatentParts
+from zmoe.kernels.mlp import MlpParts
+from zmoe.kernels.weights import Matrices, Stored, matrices
+from zmoe.native import RouteKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class LayerParts:
     `feed_forward` is the name of that module in `layer`.
     """
 
-    attention: AttentionParts
+    attention: AttentionParts | LatentParts
     norm: Module
     feed_forward: str
 
@@ -62,6 +68,26 @@ def _usual(feed_forward: str) -> Callable[[Any, Any, int], LayerParts]:
     return parts
 
 
+def _latent(model: Any, layer: Any, index: int) -> LayerParts:
+    attn = layer.self_attn
+    is_low_rank = attn.q_lora_rank is not None
+    attention = LatentParts(
+        norm=layer.input_layernorm,
+        query_down=attn.q_a_proj if is_low_rank else None,
+        query_norm=attn.q_a_layernorm if is_low_rank else None,
+        query=attn.q_b_proj if is_low_rank else attn.q_proj,
+        down=attn.kv_a_proj_with_mqa,
+        latent_norm=attn.kv_a_layernorm,
+        key_heads=attn.embed_q,
+        value_heads=attn.unembed_out,
+        output=attn.o_proj,
+        rope_dims=attn.qk_rope_head_dim,
+        scale=attn.scale,
+        rope=attn.rope,
+    )
+    return LayerParts(attention, layer.post_attention_layernorm, "mlp")
+
+
 def _gpt_oss(model: Any, layer: Any, index: int) -> LayerParts:
     inner = model.model
     sliding = inner.layer_types[index] == "sliding_attention"
@@ -93,6 +119,11 @@ LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
     "olmoe.TransformerBlock": _usual("mlp"),
     "mixtral.MixtralDecoderLayer": _usual("block_sparse_moe"),
     "glm4_moe.DecoderLayer": _usual("mlp"),
+    "minimax.MiniMaxDecoderLayer": _usual("block_sparse_moe"),
+    "dots1.Dots1DecoderLayer": _usual("mlp"),
+    "ernie4_5_moe.Ernie4_5_DecoderLayer": _usual("mlp"),
+    "deepseek_v3.DeepseekV3DecoderLayer": _latent,
+    "glm4_moe_lite.Glm4MoeLiteDecoderLayer": _latent,
     "gpt_oss.TransformerBlock": _gpt_oss,
     "dbrx.DecoderLayer": _dbrx,
 }
@@ -101,30 +132,193 @@ LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
 # ---- routers -----------------------------------------------------------------------
 
 
+def _matrix(gate: Any) -> Matrices:
+    """That of a native linear layer, or of a module with a weight alone."""
+    if hasattr(gate, "_matmul"):
+        return gate._matmul.weight  # type: ignore[no-any-return]
+    return matrices("the router's gate", {"weight": Stored.of(gate.weight)}, None)
+
+
 def _softmax(block: Any) -> RouterParts:
-    return RouterParts(block.gate, SOFTMAX_TOP_K, block.top_k, bool(block.norm_topk_prob))
+    gate = _matrix(block.gate)
+    return RouterParts(gate, RouteKind.SOFTMAX_TOP_K, block.top_k, bool(block.norm_topk_prob))
 
 
 def _softmax_unnormalized(block: Any) -> RouterParts:
-    return RouterParts(block.gate, SOFTMAX_TOP_K, block.top_k)
+    return RouterParts(_matrix(block.gate), RouteKind.SOFTMAX_TOP_K, block.top_k)
 
 
 def _dbrx_router(block: Any) -> RouterParts:
-    return RouterParts(block.router.layer, SOFTMAX_TOP_K, block.num_experts_per_tok, True)
+    gate = _matrix(block.router.layer)
+    return RouterParts(gate, RouteKind.SOFTMAX_TOP_K, block.num_experts_per_tok, True)
 
 
 def _top_k_softmax(block: Any) -> RouterParts:
-    gate = block.gate if "gate" in block else block.router
-    return RouterParts(gate, TOP_K_SOFTMAX, block.num_experts_per_tok)
+    gate = _matrix(block.gate if "gate" in block else block.router)
+    return RouterParts(gate, RouteKind.TOP_K_SOFTMAX, block.num_experts_per_tok)
+
+
+def _granite_router(block: Any) -> RouterParts:
+    router = block.router
+    return RouterParts(_matrix(router.layer), RouteKind.TOP_K_SOFTMAX, router.top_k)
+
+
+def _hunyuan_router(block: Any) -> RouterParts:
+    return RouterParts(_matrix(block.gate.wg), RouteKind.SOFTMAX_TOP_K, block.top_k)
+
+
+def _ernie_router(block: Any) -> RouterParts:
+    is_sigmoid = isinstance(block.gate_act, Sigmoid)
+    kind = RouteKind.SIGMOID_TOP_K if is_sigmoid else RouteKind.SOFTMAX_TOP_K
+    return RouterParts(_matrix(block.gate), kind, block.k, normalize=True)
+
+
+def _minimax_router(block: Any) -> RouterParts:
+    return RouterParts(
+        _matrix(block.gate),
+        RouteKind.SIGMOID_TOP_K,
+        block.num_experts_per_tok,
+        normalize=True,
+        bias=block.e_score_correction_bias,
+    )
+
+
+def _grouped_sigmoid(block: Any) -> RouterParts:
+    gate = block.gate
+    return RouterParts(
+        _matrix(gate),
+        RouteKind.SIGMOID_TOP_K,
+        gate.top_k,
+        normalize=gate.top_k > 1 and bool(gate.norm_topk_prob),
+        bias=gate.e_score_correction_bias,
+        groups=gate.n_group if gate.n_group > 1 else 0,
+        kept=gate.topk_group,
+        scale=float(gate.routed_scaling_factor),
+    )
 
 
 ROUTERS: dict[str, Callable[[Any], RouterParts]] = {
     "qwen3_moe.Qwen3MoeSparseMoeBlock": _softmax,
+    "qwen3_next.Qwen3NextSparseMoeBlock": _softmax,
     "olmoe.OlmoeSparseMoeBlock": _softmax,
     "qwen2_moe.Qwen2MoeSparseMoeBlock": _softmax_unnormalized,
     "dbrx.SparseMoeBlock": _dbrx_router,
     "mixtral.MixtralSparseMoeBlock": _top_k_softmax,
     "gpt_oss.MLPBlock": _top_k_softmax,
+    "ernie4_5_moe.Ernie4_5_MoeMLP": _ernie_router,
+    "minimax.MiniMaxSparseMoeBlock": _minimax_router,
+    "dots1.Dots1MoE": _grouped_sigmoid,
+    "glm4_moe.MoE": _grouped_sigmoid,
+    "glm4_moe_lite.Glm4MoeLiteMoE": _grouped_sigmoid,
+    "deepseek_v3.DeepseekV3MoE": _grouped_sigmoid,
+    "deepseek_v32.DeepseekV32MoE": _grouped_sigmoid,
+    "exaone_moe.MoE": _grouped_sigmoid,
+    "granitemoe.GraniteMoeMoE": _granite_router,
+    "granitemoehybrid.GraniteMoeHybridMoE": _granite_router,
+    "hunyuan.MoeBlock": _hunyuan_router,
+    "jamba.JambaSparseMoeBlock": _top_k_softmax,
+    "mellum.MellumSparseMoeBlock": _softmax,
+}
+
+
+# ---- dense layers and shared experts -----------------------------------------------------
+
+
+def _swiglu(mlp: Any, weight: Any) -> MlpParts:
+    return MlpParts((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weight)
+
+
+MLPS: dict[str, Callable[[Any, Any], MlpParts]] = {
+    "deepseek_v3.DeepseekV3MLP": _swiglu,
+    "deepseek_v32.DeepseekV32MLP": _swiglu,
+    "dots1.Dots1MLP": _swiglu,
+    "ernie4_5_moe.Ernie4_5_MLP": _swiglu,
+    "glm4_moe.MLP": _swiglu,
+    "glm4_moe_lite.Glm4MoeLiteMLP": _swiglu,
+    "qwen2_moe.MLP": _swiglu,
+    "qwen3_moe.MLP": _swiglu,
+    "qwen3_next.Qwen3NextMLP": _swiglu,
+}
+
+
+def mlp_of(module: Any, weight: Any = None) -> MlpParts | None:
+    """A feed-forward network taken apart, with its `weight` if it has one; None for a class
+    that is not known.
+    """
+    take_apart = MLPS.get(key_of(module))
+    return take_apart and take_apart(module, weight)
+
+
+def shared_of(block: Any) -> MlpParts | None:
+    """What a block computes beside its routed experts; None unless it is one known MLP."""
+    if "shared_experts" in block:
+        return mlp_of(block.shared_experts)
+    if "shared_expert" in block and "shared_expert_gate" in block:
+        return mlp_of(block.shared_expert, block.shared_expert_gate)
+    return None
+
+
+# ---- layers that are in C but for their attention ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class HybridParts:
+    """A decoder layer h = x + mixer(norm(x)); h + feed_forward(norm(h)) on mlx-lm's caches.
+
+    `net` is the mixer taken apart, if it is a gated delta net.
+    """
+
+    input_norm: Module
+    mixer: Module
+    net: DeltaParts | None
+    norm: Module
+    feed_forward: str
+
+
+def _delta(net: Any, projections: Sequence[str], slices: Sequence[Slices]) -> DeltaParts:
+    return DeltaParts(
+        projections=[net[name] for name in projections],
+        slices=slices,
+        conv=net.conv1d.weight,
+        log_decay=net.A_log,
+        offset=net.dt_bias,
+        norm=net.norm,
+        output=net.out_proj,
+        key_heads=net.num_k_heads,
+        value_heads=net.num_v_heads,
+        key_dim=net.head_k_dim,
+        value_dim=net.head_v_dim,
+    )
+
+
+def _qwen3_next_delta(net: Any) -> DeltaParts:
+    """Each head of keys has its queries, keys, values and gates beside each other."""
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    at = (0, keys, 2 * keys, 2 * keys + values)
+    qkvz = [Slices(0, start, 2 * keys + 2 * values) for start in at]
+    ba = [Slices(1, start, 2 * count) for start in (0, count)]
+    return _delta(net, ("in_proj_qkvz", "in_proj_ba"), qkvz + ba)
+
+
+def _qwen3_5_delta(net: Any) -> DeltaParts:
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    slices = [Slices(0, 0, keys), Slices(0, net.key_dim, keys), Slices(0, 2 * net.key_dim, values)]
+    slices += [Slices(1, 0, values), Slices(2, 0, count), Slices(3, 0, count)]
+    return _delta(net, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), slices)
+
+
+def _hybrid(layer: Any, take_apart: Callable[[Any], DeltaParts]) -> HybridParts:
+    mixer = layer.linear_attn if layer.is_linear else layer.self_attn
+    net = take_apart(mixer) if layer.is_linear else None
+    norm = layer.post_attention_layernorm
+    return HybridParts(layer.input_layernorm, mixer, net, norm, "mlp")
+
+
+HYBRIDS: dict[str, Callable[[Any], HybridParts]] = {
+    "qwen3_next.Qwen3NextDecoderLayer": lambda layer: _hybrid(layer, _qwen3_next_delta),
+    "qwen3_5.DecoderLayer": lambda layer: _hybrid(layer, _qwen3_5_delta),
 }
 
 
@@ -139,10 +333,17 @@ def parts_of(model: Any) -> list[LayerParts] | None:
 
     The model's linear layers are native by now: they know their sizes.
     """
-    found = []
-    for index, layer in enumerate(model.layers):
-        take_apart = LAYERS.get(key_of(layer))
-        if take_apart is None:
-            return None
-        found.append(take_apart(model, layer, index))
-    return found
+    found = [LAYERS.get(key_of(layer)) for layer in model.layers]
+    if None in found:
+        return None
+    return [
+        take(model, layer, i) for i, (take, layer) in enumerate(zip(found, model.layers)) if take
+    ]
+
+
+def hybrids_of(model: Any) -> list[HybridParts] | None:
+    """Likewise the layers that are in C but for their attention."""
+    found = [HYBRIDS.get(key_of(layer)) for layer in model.layers]
+    if None in found:
+        return None
+    return [take(layer) for take, layer in zip(found, model.layers) if take]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -46,6 +46,29 @@ class AttentionParts:
     sinks: mx.array | None = None
     window: int = 0
 
+    @property
+    def rope_width(self) -> int:
+        """The size of the vectors that `rope` turns, the whole of them or their first elements."""
+        return self.head_dim
+
+    def make(self, *given: Any) -> Attention:
+        """The attention that they make, from what NativeAttention takes besides."""
+        return NativeAttention(self, *given)
+
+
+class Attention(Protocol):
+    """h += attention(norm(h)) of one layer, on the spans of the step."""
+
+    cache: PagedCache
+
+    def limit(self, max_kv_size: int | None) -> None:
+        """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
+        ...
+
+    def __call__(self, h: CData) -> None:
+        """Change h (rows of the step, hidden_size) f32 in place. Raises ZmoeError."""
+        ...
+
 
 def fill_norm(raw: CData, norm: Any, keep: list[Any]) -> None:
     """Describe an RMSNorm or LayerNorm (or None) to C; `keep` holds on to its weights."""
@@ -68,6 +91,12 @@ def weights_of(modules: Sequence[Any]) -> CData:
     for i, weight in enumerate(found):
         array[i] = weight.array[0]
     return array
+
+
+def limit_window(raw: CData, window: int, max_kv_size: int | None) -> None:
+    """Set `window` and `keep` of an attention whose own window is `window`: see Attention.limit."""
+    raw.window = window if max_kv_size is None else max_kv_size
+    raw.keep = 0 if max_kv_size is None else _KEPT
 
 
 class NativeNorm(Module):
@@ -133,12 +162,11 @@ class NativeAttention:
         pool.reserve(lib.zmoe_attention_scratch(raw, pool.threads))
 
     def limit(self, max_kv_size: int | None) -> None:
-        """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
-        self._raw.window = self._window if max_kv_size is None else max_kv_size
-        self._raw.keep = 0 if max_kv_size is None else _KEPT
+        """See Attention."""
+        limit_window(self._raw, self._window, max_kv_size)
 
     def __call__(self, h: CData) -> None:
-        """Change h (rows of the step, hidden_size) f32 in place. Raises ZmoeError."""
+        """See Attention."""
         step = self._step
         cosines, sines = self._rope.tables(step.end)
         status = lib.zmoe_attention_step(

@@ -17,30 +17,38 @@ from mlx.nn.layers.base import Module
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, writable
-from zmoe.kernels.attention import NativeAttention, fill_norm, weights_of
+from zmoe.kernels.attention import Attention, fill_norm
 from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.mlp import NativeMlp
 from zmoe.kernels.paged import PagedCache, PagedStep
 from zmoe.kernels.residual import ResidualBuffer
 from zmoe.kernels.threads import ThreadPool
+from zmoe.kernels.weights import Matrices
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer, Routed, forward
-from zmoe.native import Status, ffi, lib
+from zmoe.native import RouteKind, Status, ffi, lib
 from zmoe.placement.pairs import Floats, Ints
 
 if TYPE_CHECKING:
     from zmoe.native import CData
 
-SOFTMAX_TOP_K, TOP_K_SOFTMAX = range(2)
-
 
 @dataclass(frozen=True)
 class RouterParts:
-    """A block's router taken apart: a native linear layer, and how k are chosen."""
+    """A block's router taken apart: the matrix of its gate, and how k experts are chosen.
 
-    gate: Any
-    kind: int
+    `bias` (experts,) adds to the scores for the choice alone. Of `groups` of experts, all but the
+    `kept` best are chosen from as if their scores were 0. `scale` multiplies the weights.
+    """
+
+    gate: Matrices
+    kind: RouteKind
     top_k: int
     normalize: bool = False
+    bias: mx.array | None = None
+    groups: int = 0
+    kept: int = 0
+    scale: float = 1.0
 
 
 class NativeMoE:
@@ -56,15 +64,24 @@ class NativeMoE:
         layer: Layer,
         pool: ThreadPool,
         buffers: BufferPool,
+        shared: NativeMlp | None = None,
     ) -> None:
-        self._block, self._adapter, self._layer = block, adapter, layer
+        """`shared` is all that the block computes beside its routed experts; None: as the
+        adapter says, in MLX.
+        """
+        self._block, self._adapter, self._layer, self._shared = block, adapter, layer, shared
         self._experts, self._pool, self._dtype = experts, pool, buffers.dtype
         self._top_k = router.top_k
-        self._keep: list[Any] = [router.gate, weights_of([router.gate])]
+        self._keep: list[Any] = [router.gate]
         raw = ffi.new("zmoe_router *")
         fill_norm(raw.input, norm, self._keep)
-        raw.gate = self._keep[1]
-        raw.kind, raw.top_k, raw.normalize = router.kind, router.top_k, router.normalize
+        raw.gate = router.gate.array
+        raw.kind, raw.top_k, raw.normalize = int(router.kind), router.top_k, router.normalize
+        raw.groups, raw.kept, raw.scale = router.groups, router.kept, router.scale
+        if router.bias is not None:
+            bias = np.array(router.bias.astype(mx.float32))
+            self._keep.append(bias)
+            raw.bias = ffi.from_buffer("float[]", bias)
         self._raw = raw
         pool.reserve(lib.zmoe_route_scratch(raw))
         self._buffers = buffers
@@ -90,7 +107,7 @@ class NativeMoE:
         if status != Status.OK:
             raise ZmoeError(f"routing failed: {Status(status).name}")
         self._find_pairs(at, rows)
-        at.digest, at.memory = int(at.pairs.digest), memory
+        at.digest, at.memory, at.h = int(at.pairs.digest), memory, h
         return at
 
     def _find_pairs(self, at: Buffers, rows: int) -> None:
@@ -118,8 +135,10 @@ class NativeMoE:
                 self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
         return part.out[: stop - start] if part.assigned else None
 
-    def shared(self, routed: Buffers) -> mx.array | None:
+    def shared(self, routed: Buffers) -> mx.array | Floats | None:
         """See zmoe.moe.block.Backend; evaluated."""
+        if self._shared is not None:
+            return self._shared.output(routed.h, routed.rows)
         if not self._adapter.has_shared:
             return None
         x = as_array(routed.x, self._dtype, (1, *routed.x.shape))
@@ -129,12 +148,30 @@ class NativeMoE:
             mx.eval(part)
         return part
 
-    def finish(self, routed: Buffers, total: Floats, shared: mx.array | None) -> None:
+    def finish(self, routed: Buffers, total: Floats, shared: mx.array | Floats | None) -> None:
         """Add the sum over the nodes and the shared part to h."""
         memory = routed.memory
         memory += total
-        if shared is not None:
+        if isinstance(shared, np.ndarray):
+            memory += shared
+        elif shared is not None:
             memory += np.asarray(shared.astype(mx.float32)).reshape(memory.shape)
+
+
+class NativeMoEBlock(Module):
+    """Stands in for a MoE block in a layer that MLX runs: `moe` has no norm of its own."""
+
+    def __init__(self, block: Block, moe: NativeMoE) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.block = block
+        self._moe = moe
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The block's output for x (..., hidden_size), alike; evaluates x."""
+        rows: Any = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        out = np.zeros_like(rows)
+        self._moe(ffi.from_buffer("float[]", rows), out)
+        return mx.array(out).reshape(x.shape).astype(x.dtype)
 
 
 class Part(NamedTuple):
@@ -179,7 +216,7 @@ class Buffers(Routed):
         x, out = memory.x[: rows + 1], memory.out[:rows]
         x[rows] = 0
         super().__init__(x[:rows], dtype, memory.ids[:rows], memory.weights[:rows], 0, out)
-        self.memory = out  # that of h, once there is a routing
+        self.memory, self.h = out, ffi.NULL  # that of h, once there is a routing
         self.partial = memory.partial[: rows + 1]
         self.x_pointer = writable(x)
         self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
@@ -249,7 +286,7 @@ class NativeLayer(Module):
     def __init__(
         self,
         layer: Module,
-        attention: NativeAttention,
+        attention: Attention,
         feed_forward: Callable[[Any, Any], None],
         residual: ResidualBuffer,
     ) -> None:
@@ -270,7 +307,7 @@ class NativeLayer(Module):
 class PagedLayers:
     """The caches of all layers of a model whose layers are NativeLayers."""
 
-    def __init__(self, attentions: Sequence[NativeAttention], step: PagedStep) -> None:
+    def __init__(self, attentions: Sequence[Attention], step: PagedStep) -> None:
         self._attentions = attentions
         self.step = step
         self.caches = [attention.cache for attention in attentions]
@@ -279,6 +316,11 @@ class PagedLayers:
     def bytes_per_block(self) -> int:
         """Bytes of a block of 64 positions, in all layers."""
         return sum(cache.bytes_per_block for cache in self.caches)
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether the keys and values of all layers may be kept in 8 bits."""
+        return all(cache.can_quantize for cache in self.caches)
 
     def allocate(self, blocks: int) -> None:
         """See PagedCache.allocate."""
@@ -296,13 +338,13 @@ class PagedLayers:
             cache.quantize(bits)
 
     def limit(self, max_kv_size: int | None) -> None:
-        """See NativeAttention.limit."""
+        """See Attention.limit."""
         for attention in self._attentions:
             attention.limit(max_kv_size)
 
 
 class MlxFeedForward:
-    """h += module(norm(h)) by MLX: for dense layers, and for routers of another kind."""
+    """h += module(norm(h)) by MLX: for dense layers and routers of another kind."""
 
     def __init__(self, norm: Module, module: Module, dtype: mx.Dtype) -> None:
         self._norm, self._module, self._dtype = norm, module, dtype

@@ -25,20 +25,29 @@ class PagedCache:
     mlx-lm's models ask it for their mask: the layer itself knows what a row may see.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, kv_heads: int, head_dim: int, dtype: mx.Dtype, is_latent: bool = False
+    ) -> None:
+        """`is_latent`: there is one vector per position, kept in full, for all keys and values."""
         self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, dtype
+        self._names = ("latents",) if is_latent else ("keys", "values")
         self.raw = ffi.new("zmoe_kv_cache *")
         self.quantize(None)
 
     def quantize(self, bits: int | None) -> None:
         """Keep keys and values in 8 bits, or in the model's dtype; what lies there is lost."""
         self.raw.bits, self.raw.blocks = bits or 0, 0
-        self._memory = [self._empty(0), self._empty(0)]
+        self._memory = [self._empty(0) for _ in self._names]
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of the keys and values of 64 positions."""
-        return 2 * self._empty(1).nbytes
+        return len(self._names) * self._empty(1).nbytes
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether keys and values may be kept in 8 bits."""
+        return len(self._names) == 2
 
     def _empty(self, blocks: int) -> Buffer:
         dtype = mx.uint8 if self.raw.bits else self._dtype
@@ -54,7 +63,7 @@ class PagedCache:
         for to, source in zip(new, self._memory):
             to[: len(source)] = source
         self._memory = new
-        self.raw.keys, self.raw.values = (writable(memory) for memory in new)
+        self.raw.keys, self.raw.values = writable(new[0]), writable(new[-1])
         self.raw.blocks = blocks
 
     def copy(self, to: int, source: int) -> None:
@@ -63,12 +72,13 @@ class PagedCache:
             memory[to] = memory[source]
 
     @property
-    def memory(self) -> list[Buffer]:
-        """Keys and values of all blocks, (blocks, kv_heads, 64 * head_dim) each.
+    def memory(self) -> dict[str, Buffer]:
+        """The keys and the values of all blocks, (blocks, kv_heads, 64 * head_dim) each; or the
+        latents, with one head.
 
         In 8 bits they are bytes, and the last axis goes on with 64 scales in float32.
         """
-        return self._memory
+        return dict(zip(self._names, self._memory))
 
     def make_mask(self, *_: Any, **__: Any) -> None:
         """None, as mlx-lm's models see a cache."""

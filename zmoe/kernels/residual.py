@@ -26,15 +26,18 @@ class ResidualBuffer:
     """
 
     def __init__(self, width: int) -> None:
-        self.width = width
+        self.width, self.sequences = width, 1  # the sequences that take() was given last
         self._rows = 0
         self._views: dict[int, tuple[mx.array, CData, Buffer]] = {}
 
     def take(self, x: mx.array) -> tuple[mx.array, CData, Buffer]:
-        """Take x (1, tokens, hidden_size): the buffer as an array, in C, and as numpy."""
+        """Take x (sequences, tokens, hidden_size): the buffer as an array (1, rows, hidden_size),
+        in C, and as numpy.
+        """
         rows = x.size // self.width
         view = self._view(rows)
         if x is not view[0]:
+            self.sequences = x.shape[0]
             if x.dtype not in DTYPES:
                 x = x.astype(mx.float32)
             source = pointer(x)

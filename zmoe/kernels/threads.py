@@ -98,13 +98,16 @@ def best_isa_name() -> str:
 
 def common_isa(names: Sequence[str]) -> str:
     """The best instruction set that all of several machines have; InputError for an unknown one."""
-    for order in (
-        (Isa.AVX512_BF16, Isa.AVX512, Isa.AVX2),
-        (Isa.NEON_BF16, Isa.NEON_DOT, Isa.NEON),
-    ):
-        if all(name in [isa.name for isa in order] for name in names):
-            return max((Isa[name] for name in names), key=order.index).name
     unknown = [name for name in names if name not in Isa.__members__]
     if unknown:
         raise InputError(f"instruction set {unknown[0]!r} is not known")
-    return Isa.GENERIC.name
+    included = [_included(Isa[name]) for name in names]
+    return next(isa for isa in included[0] if all(isa in others for others in included)).name
+
+
+def _included(isa: Isa) -> list[Isa]:
+    """What a machine that has `isa` has, best first; the last is GENERIC."""
+    found = [isa]
+    while found[-1] is not Isa.GENERIC:
+        found.append(Isa(lib.zmoe_isa_included(found[-1])))
+    return found

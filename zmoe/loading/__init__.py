@@ -8,10 +8,12 @@ plan          what to read, what to map, what to leave alone
 mapping       weights that stay in their files
 load          a node's share as a model that computes with its peers
 experts_only  the share of a worker of the centralised schedule
+attention     a node's share of the attention heads
 graph         whether exchanges are operations of MLX's graph
 fuse          whole layers on the kernels
 """
 
+from zmoe.loading.attention import check_attention
 from zmoe.loading.experts_only import LoadedExperts, load_experts
 from zmoe.loading.graph import form_of
 from zmoe.loading.inspect import describe
@@ -22,6 +24,7 @@ __all__ = [
     "LoadedExperts",
     "LoadedShard",
     "Skeleton",
+    "check_attention",
     "describe",
     "form_of",
     "load_experts",

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from zmoe.families.decoders import ROUTERS, LayerParts, final_norm_of, parts_of
+from zmoe.families.decoders import (
+    ROUTERS,
+    HybridParts,
+    LayerParts,
+    final_norm_of,
+    hybrids_of,
+    mlp_of,
+    parts_of,
+    shared_of,
+)
 from zmoe.families.sites import Site, key_of, replace_module
-from zmoe.kernels.attention import NativeAttention, NativeNorm
-from zmoe.kernels.decoder import BufferPool, MlxFeedForward, NativeLayer, NativeMoE, PagedLayers
+from zmoe.kernels.attention import NativeNorm
+from zmoe.kernels.decoder import (
+    BufferPool,
+    MlxFeedForward,
+    NativeLayer,
+    NativeMoE,
+    NativeMoEBlock,
+    PagedLayers,
+)
+from zmoe.kernels.delta_net import NativeDeltaNet, StateArrays
 from zmoe.kernels.experts import NativeExperts
+from zmoe.kernels.hybrid import HybridLayer
+from zmoe.kernels.mlp import MlpMemory, MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
+
+_FeedForward = NativeMoE | NativeMlp | MlxFeedForward
 
 
 @dataclass(frozen=True)
@@ -26,9 +47,12 @@ class _Shared:
 
     pool: ThreadPool
     dtype: mx.Dtype
-    residual: ResidualBuffer
     buffers: BufferPool
+    mlp_memory: MlpMemory
     rope_tables: list[RopeTables]
+
+    def mlp(self, norm: Any, parts: MlpParts | None) -> NativeMlp | None:
+        return None if parts is None else NativeMlp(norm, parts, self.mlp_memory, self.pool)
 
     def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
         """One for all layers with the same RoPE, so that its tables are made once per step."""
@@ -62,57 +86,99 @@ def fuse_layers(
 ) -> PagedLayers | None:
     """Replace all decoder layers by NativeLayers if each of them is known; returns their caches.
 
+    Otherwise the layers stay on mlx-lm's caches. HybridLayers stand in for those that are known
+    but for their attention, and of others MoE blocks are replaced that are known.
+
     The model's linear layers are native and its MoE blocks expert-parallel by
     now; `sites` and `layers` are those of the blocks, in the same order, and
     `experts` the native experts by `Site.path`.
     """
-    parts = parts_of(model)
-    if parts is None:
-        return None
-    width = parts[0].attention.output._matmul.weight.out_features
     padding = max(layer.ownership.most_padding for layer in layers)
-    shared = _Shared(pool, dtype, ResidualBuffer(width), BufferPool(dtype, padding), [])
+    shared = _Shared(pool, dtype, BufferPool(dtype, padding), MlpMemory(dtype), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
+
+    def feed_forward(index: int, part: LayerParts | HybridParts) -> _FeedForward:
+        return _feed_forward(originals[index], part, by_layer.get(index), experts, shared)
+
+    originals = list(model.layers)
+    parts, hybrids = parts_of(model), hybrids_of(model)
+    if parts is not None:
+        residual, step = ResidualBuffer(parts[0].norm.weight.size), PagedStep()
+        attentions, natives = [], list[Module]()
+        for index, (layer, part) in enumerate(zip(originals, parts)):
+            rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
+            attentions.append(part.attention.make(rope_tables, step, pool, dtype))
+            beside = feed_forward(index, part)
+            natives.append(NativeLayer(layer, attentions[-1], beside, residual))
+        _replace_layers(model, originals, natives, shared)
+        return PagedLayers(attentions, step)
+    if hybrids is not None:
+        residual, states = ResidualBuffer(hybrids[0].norm.weight.size), StateArrays()
+        natives = []
+        for index, (layer, hybrid) in enumerate(zip(originals, hybrids)):
+            net = None
+            if hybrid.net is not None:
+                net = NativeDeltaNet(hybrid.input_norm, hybrid.net, states, pool, dtype)
+            beside = feed_forward(index, hybrid)
+            natives.append(HybridLayer(layer, hybrid, net, beside, residual, dtype))
+        _replace_layers(model, originals, natives, shared)
+        return None
+    _replace_blocks(model, zip(sites, layers), experts, shared)
+    return None
+
+
+def _replace_layers(
+    model: Any, originals: Sequence[Module], natives: Sequence[Module], shared: _Shared
+) -> None:
+    """The layers, and the norm after them."""
     paths = {id(module): path for path, module in model.named_modules()}
-    first, *_ = originals = list(model.layers)
-    step, attentions = PagedStep(), []
-    for index, (layer, part) in enumerate(zip(originals, parts)):
-        rope_tables = shared.tables_of(part.attention.rope, part.attention.head_dim)
-        attention = NativeAttention(part.attention, rope_tables, step, pool, dtype)
-        attentions.append(attention)
-        feed_forward = _feed_forward(layer, part, by_layer.get(index), experts, shared)
-        native = NativeLayer(layer, attention, feed_forward, shared.residual)
+    for layer, native in zip(originals, natives):
         replace_module(model, paths[id(layer)], native)
-    holder = dict(model.named_modules())[paths[id(first)].rpartition(".")[0].rpartition(".")[0]]
+    first = paths[id(originals[0])]
+    holder = dict(model.named_modules())[first.rpartition(".")[0].rpartition(".")[0]]
     norm = final_norm_of(holder)
-    replace_module(model, paths[id(norm)], NativeNorm(norm, pool, dtype))
-    return PagedLayers(attentions, step)
+    replace_module(model, paths[id(norm)], NativeNorm(norm, shared.pool, shared.dtype))
 
 
 def _feed_forward(
     layer: Any,
-    part: LayerParts,
+    part: LayerParts | HybridParts,
     moe: tuple[Site, Layer] | None,
     experts: dict[str, NativeExperts],
     shared: _Shared,
-) -> NativeMoE | MlxFeedForward:
+) -> _FeedForward:
     module = layer[part.feed_forward]
     if moe is None or not isinstance(module, ExpertParallelMoE):
-        return MlxFeedForward(part.norm, module, shared.dtype)
-    site, place = moe
-    router = ROUTERS.get(key_of(site.block))
-    own = experts.get(site.path)
-    if own is None or not own.is_fused or router is None:
-        return MlxFeedForward(part.norm, module, shared.dtype)
-    if site.adapter is None or not site.adapter.only_adds:
-        return MlxFeedForward(part.norm, module, shared.dtype)
+        dense = shared.mlp(part.norm, mlp_of(module))
+        return dense or MlxFeedForward(part.norm, module, shared.dtype)
+    native = _moe(part.norm, *moe, experts, shared)
+    return native or MlxFeedForward(part.norm, module, shared.dtype)
+
+
+def _moe(
+    norm: Any, site: Site, layer: Layer, experts: dict[str, NativeExperts], shared: _Shared
+) -> NativeMoE | None:
+    """A block in C, `norm` included; None unless its router, experts and sum are known."""
+    router, own, adapter = ROUTERS.get(key_of(site.block)), experts.get(site.path), site.adapter
+    if router is None or own is None or not own.is_fused:
+        return None
+    if adapter is None or not adapter.only_adds:
+        return None
+    beside = shared.mlp(norm, shared_of(site.block))
+    parts = router(site.block)
     return NativeMoE(
-        part.norm,
-        router(site.block),
-        site.block,
-        site.adapter,
-        own,
-        place,
-        shared.pool,
-        shared.buffers,
+        norm, parts, site.block, adapter, own, layer, shared.pool, shared.buffers, beside
     )
+
+
+def _replace_blocks(
+    model: Any,
+    blocks: Iterable[tuple[Site, Layer]],
+    experts: dict[str, NativeExperts],
+    shared: _Shared,
+) -> None:
+    modules = dict(model.named_modules())
+    for site, layer in blocks:
+        native = _moe(None, site, layer, experts, shared)
+        if native is not None and isinstance(modules[site.path], ExpertParallelMoE):
+            replace_module(model, site.path, NativeMoEBlock(site.block, native))

@@ -38,16 +38,16 @@ def form_of(
     """
     reason = "MLX does not compute" if not on_mlx else _reason(info, sites, config)
     if exchange is None:
-        _refuse_backend(config, reason or "there is one node")
+        _refuse(config, reason or "there is one node")
         return Form(as_it_is=not (reason or records))
     reason = reason or _reason_of_placement(info, placement)
     if reason:
-        _refuse_backend(config, reason)
+        _refuse(config, reason)
         return Form()
     told = exchange.tell((records, not can_open_door(), _has_rdma())).astype(bool)
     recorders, without_door, rdma = told.T
     if recorders.any():
-        _refuse_backend(config, "the routing is recorded")
+        _refuse(config, "the routing is recorded")
         return Form()
     backend = config.backend
     if backend == "auto":
@@ -56,16 +56,21 @@ def form_of(
         backend = "jaccl" if may_rdma else "zmq"
     if backend == "zmq" and without_door.any():
         nodes = ", ".join(map(str, without_door.nonzero()[0]))
-        line = (
-            f"MoE layers are evaluated one by one: on node {nodes} MLX_MPI_LIBNAME is set, or "
-            "another run of the same process exchanges in MLX's graph"
+        reason = (
+            f"on node {nodes} MLX_MPI_LIBNAME is set, or another run of the same process "
+            "exchanges in MLX's graph"
         )
-        return Form(notices=(line,))
+        _refuse(config, reason)
+        return Form(notices=(f"MoE layers are evaluated one by one: {reason}",))
     groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
-    return Form(Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype])))
+    graph = Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype]))
+    return Form(graph, cuts_attention=config.attention == "sharded")
 
 
-def _refuse_backend(config: EngineConfig, reason: str) -> None:
+def _refuse(config: EngineConfig, reason: str) -> None:
+    """Raise SettingError for what only exchanges in MLX's graph have."""
+    if config.attention != "replicated":
+        raise SettingError("attention", f"is {config.attention}: expected replicated, as {reason}")
     if config.backend not in ("auto", "zmq"):
         raise SettingError("backend", f"is {config.backend}: expected auto, as {reason}")
 

@@ -20,6 +20,7 @@ from zmoe.kernels.decoder import PagedLayers
 from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native, select_rows
 from zmoe.kernels.threads import ThreadPool
+from zmoe.loading.attention import cut_attention, sum_heads
 from zmoe.loading.fuse import fuse_layers
 from zmoe.loading.mapping import Mapping
 from zmoe.loading.plan import Progress, make_plan, map_plan, reading
@@ -99,6 +100,9 @@ def load_shard(
         in_graph=form.graph is not None,
     )
     model, sites = share.model, share.sites
+    heads: Sequence[str] = ()
+    if form.cuts_attention:
+        heads = cut_attention(model, sites, info.model_type, reducer.rank, placement.nodes)
     dtype = DTYPES[info.dtype]
     head = Head(dtype)
     summed = reducer.sum_dtype(dtype)
@@ -118,6 +122,8 @@ def load_shard(
             _install_in_graph(model, site, layer.ordinal, form.graph)
         elif not form.as_it_is:
             _install(model, site, layer, experts.get(site.path))
+    if form.graph is not None:
+        sum_heads(model, sites, heads, form.graph)
     paged = None
     if pool is not None and fuse:
         paged = fuse_layers(model, sites, layers, experts, pool, dtype)

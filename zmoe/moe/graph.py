@@ -7,6 +7,7 @@ at each of them: a GPU that waits for peers for long ends the process.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.errors import DivergenceError
+from zmoe.errors import DivergenceError, PeerError
 from zmoe.exchange.groups import Groups
 from zmoe.moe.adapter import Adapter, Block, bound_hook
 from zmoe.moe.experts import linears
@@ -35,6 +36,7 @@ class Graph:
         self.dtype = dtype
         self._groups, self._layers = groups, layers
         self._routed: list[mx.array] = []
+        self._summed: list[int] = []  # the layers of the sums of a pass, as they were called for
         self._last: mx.array | None = None
         self._digests: mx.array | None = None
 
@@ -45,20 +47,33 @@ class Graph:
         Raises PeerError and DivergenceError at its end, when what was computed is void.
         """
         self._routed.clear()
+        self._summed.clear()
         self._last = self._digests = None
-        with self._groups.step(step, plan):
-            yield
+        try:
+            with self._groups.step(step, plan):
+                yield
+        except PeerError as lost:  # its layer is the number of a sum, or of the digests
+            layers = (*self._summed, self._layers)
+            if lost.layer is None or lost.layer >= len(layers):
+                raise
+            raise PeerError(lost.rank, layers[lost.layer], lost.step, lost.reason) from lost
         self._compare(step)
 
-    def sum(self, layer: int, partial: mx.array, ids: mx.array) -> mx.array:
-        """The sum of the ranks' `partial` (..., width), of `dtype`; `ids` (..., k): the routing."""
-        self._routed.append(ids)
-        evaluates = ids.size // ids.shape[-1] > _MOST_LAZY_ROWS
+    def sum(self, layer: int, partial: mx.array, ids: mx.array | None = None) -> mx.array:
+        """The sum of the ranks' `partial` (..., width), of `dtype`.
+
+        `ids` (..., k): the routing, of a layer's experts; else it is its attention's.
+        """
+        if ids is not None:
+            self._routed.append(ids)
+        rows = partial.shape[:-1] if ids is None else ids.shape[:-1]
+        evaluates = math.prod(rows) > _MOST_LAZY_ROWS
         if evaluates:
             mx.eval(partial)
         elif self._last is not None:  # or the ranks might call in different orders
             (partial,) = mx.depends([partial], [self._last])
-        group = self._groups.of(layer, partial.shape[-1])
+        group = self._groups.of(len(self._summed), partial.shape[-1])
+        self._summed.append(layer)
         self._last = mx.distributed.all_sum(partial, group=group)
         if evaluates:
             mx.eval(self._last)
@@ -68,7 +83,7 @@ class Graph:
         """Evaluate a pass: `arrays`, or lists of them, and all of its exchanges."""
         assert self._last is not None
         (mine,) = mx.depends([_digests_of(self._routed)], [self._last])
-        group = self._groups.of(self._layers, 0)
+        group = self._groups.of(len(self._summed), 0)
         self._digests = mx.distributed.all_gather(mine, group=group)
         mx.eval(*arrays, self._digests)
 
@@ -87,11 +102,13 @@ class Graph:
 @dataclass(frozen=True)
 class Form:
     """How MoE layers are computed on MLX: in `graph`; `as_it_is`, with mlx-lm's own blocks, on
-    a single node; or else evaluated one by one. `notices` are lines for the user.
+    a single node; or else evaluated one by one. `cuts_attention`: in a graph, each node has its
+    share of the attention heads. `notices` are lines for the user.
     """
 
     graph: Graph | None = None
     as_it_is: bool = False
+    cuts_attention: bool = False
     notices: tuple[str, ...] = ()
 
 

@@ -21,6 +21,7 @@ from zmoe.perf.routing import mean_distinct
 from zmoe.perf.shape import CACHE, CACHE_BYTES, ModelShape
 
 SYNCS_PER_MOE_LAYER = 2  # the routing goes to the host; the partial sum is complete
+IN_GRAPH_ROWS = 32  # a pass of more rows is evaluated at each exchange (docs/graph.md)
 SCHEDULES = ("decentralized", "centralized")
 POLICIES = ("selected", "busy-full", "router-aided")
 
@@ -64,7 +65,9 @@ class Cluster:
     """Machines in rank order, the leader first, and how they work together.
 
     `link` None: there is one. `one_machine`: they are equal parts of one, whose
-    cores the nodes take in turn.
+    cores the nodes take in turn. `in_graph`: a decode step is one graph of MLX
+    (docs/graph.md), for which all machines have a `crossing_s`, and the experts are slices.
+    `sharded`: there attention is cut by heads, which takes an exchange of its own.
     """
 
     machines: tuple[Machine, ...]
@@ -73,6 +76,8 @@ class Cluster:
     policy: str = "selected"
     wire_bytes: float = 2.0  # an element of an exchanged partial sum
     one_machine: bool = False
+    in_graph: bool = False
+    sharded: bool = False
 
     @property
     def nodes(self) -> int:
@@ -241,12 +246,13 @@ def step_time(
         head = dense_matmul(shape, places[0], shape.head_parameters, step.heads, alone=True)
         matmuls = matmuls + head
     messages, once = step_messages(shape, cluster, step, shared)
+    of_attention = _sharding_messages(shape, cluster, step)
     time = StepTime(
         load=matmuls.load,
         compute=matmuls.compute,
-        latency=messages.latency * shape.moe_layers + once,
-        transfer=messages.transfer * shape.moe_layers,
-        overhead=matmuls.driver + _host_time(shape, cluster),
+        latency=messages.latency * shape.moe_layers + of_attention.latency * shape.layers + once,
+        transfer=messages.transfer * shape.moe_layers + of_attention.transfer * shape.layers,
+        overhead=matmuls.driver + _host_time(shape, cluster, step.rows),
     )
     return time, busiest
 
@@ -284,14 +290,29 @@ def _measured_on_one_machine(cluster: Cluster) -> tuple[float, float] | None:
     return max(0.0, several.layer_s - alone.layer_s), max(0.0, several.step_s - alone.step_s)
 
 
-def _host_time(shape: ModelShape, cluster: Cluster) -> float:
-    """Building and launching every layer, and waiting for the accelerator."""
+def _sharding_messages(shape: ModelShape, cluster: Cluster, step: Step) -> Messages:
+    """Those that add up one layer's attention."""
+    if not cluster.sharded or cluster.link is None or cluster.nodes == 1:
+        return Messages()
+    return all_reduce(cluster.link, cluster.nodes, step.rows * shape.hidden * cluster.wire_bytes)
+
+
+def _host_time(shape: ModelShape, cluster: Cluster, rows: int) -> float:
+    """Building and launching every layer, and waiting for the accelerator or the host."""
+    several = cluster.nodes > 1
     syncs = SYNCS_PER_MOE_LAYER * shape.moe_layers + 1  # and one for the sampled token
+    crossings = 0
+    if cluster.in_graph and several:
+        crossings = shape.moe_layers + cluster.sharded * shape.layers
+        syncs = 1 + (crossings if rows > IN_GRAPH_ROWS else 0)
+    elif cluster.in_graph:
+        syncs = 0  # mlx-lm queues a step before the host has the token of the last one
 
     def of(machine: Machine) -> float:
         alone = step_rate(machine.steps, cluster.schedule, cluster.policy, 1)
         layer_s = machine.layer_s if alone is None else alone.layer_s
         step_s = machine.step_s if alone is None else alone.step_s
-        return shape.layers * layer_s + syncs * machine.sync_s + step_s
+        waits = syncs * machine.sync_s + crossings * (machine.crossing_s or 0.0)
+        return shape.layers * layer_s + waits + step_s
 
     return max(map(of, cluster.machines))

@@ -12,9 +12,10 @@ GIB = 2**30
 # an EPYC, against the core's read bandwidth (docs/performance-model.md). An
 # estimate elsewhere.
 EFFICIENCY = 0.7
-# One host synchronisation with Metal: reported as 180 us on an M3 Ultra
-# (ml-explore/mlx issue 4438).
-METAL_SYNC_S = 180e-6
+# One host synchronisation with Metal, or one crossing from its graph to the CPU and back:
+# reported as 180 us on an M3 Ultra (ml-explore/mlx issue 4438).
+METAL_SYNC_S = METAL_CROSSING_S = 180e-6
+FAST_CROSSING_S = 20e-6  # with MLX_METAL_FAST_SYNCH=1: 15 to 20 us are reported
 LAYER_S = 50e-6  # estimate: some 25 operations of 2 us each (MLX on CPU, measured)
 
 
@@ -28,6 +29,8 @@ class Machine:
     overlap: share of a matmul's loading that hides its computing. 1: a matmul
         takes the longer of both; 0: the sum, as in the paper's model.
     sync_s: one wait of the host for the accelerator (mx.eval).
+    crossing_s: one exchange's way from MLX's graph to the CPU and back, without the exchange;
+        None where zmoe does not compute in MLX's graph.
     layer_s: building and launching one layer. step_s: the same of a step apart from its layers.
     wiring: bytes/s at which the driver of Metal wires weights that went cold;
         None where they stay wired (mx.set_wired_limit) and wherever no driver does.
@@ -49,6 +52,7 @@ class Machine:
     rate_efficiency: float = EFFICIENCY
     overlap: float = 1.0
     sync_s: float = METAL_SYNC_S
+    crossing_s: float | None = None
     layer_s: float = LAYER_S
     wiring: float | None = None
     price_usd: float | None = None

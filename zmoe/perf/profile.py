@@ -26,6 +26,7 @@ _SHARES = {"usable_share", "bandwidth_efficiency", "rate_efficiency", "overlap"}
 _MAY_BE_ZERO = {
     "overlap",
     "sync_s",
+    "crossing_s",
     "layer_s",
     "step_s",
     "latency_s",

@@ -84,6 +84,12 @@ class Attention(Protocol):
         """Operations of one row's scores and weighted values."""
         ...
 
+    def sharded(self, nodes: int) -> Attention | None:
+        """What each of `nodes` nodes computes of it, cut by heads; None where these do not
+        divide.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class GroupedAttention:
@@ -111,6 +117,11 @@ class GroupedAttention:
 
     def score_operations(self, attended: float) -> float:
         return 4 * self.heads * self.head_dim * attended
+
+    def sharded(self, nodes: int) -> GroupedAttention | None:
+        if self.heads % nodes or self.kv_heads % nodes:
+            return None
+        return replace(self, heads=self.heads // nodes, kv_heads=self.kv_heads // nodes)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,10 @@ class LatentAttention:
 
     def score_operations(self, attended: float) -> float:
         return 2 * self.heads * (2 * self.kv_rank + self.rope_dim) * attended
+
+    def sharded(self, nodes: int) -> LatentAttention | None:
+        """The projections into the latent space, and its cache, remain on every node."""
+        return None if self.heads % nodes else replace(self, heads=self.heads // nodes)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zmoe.errors import PlacementError
@@ -41,7 +41,7 @@ class Setup:
 
     `one_machine`: the nodes are processes that share the first machine evenly.
     `given`: the placement, whatever `placement` says. `link` None: nothing joins
-    the machines, so that one node alone can be asked about.
+    the machines, so that one node alone can be asked about. `in_graph`, `sharded`: see Cluster.
     """
 
     shape: ModelShape
@@ -54,6 +54,20 @@ class Setup:
     wire_bytes: float = 2.0
     one_machine: bool = False
     given: Placed | None = None
+    in_graph: bool = False
+    sharded: bool = False
+
+    def shape_on(self, nodes: int) -> ModelShape:
+        """What of the model each of `nodes` nodes is to hold and compute, apart from experts.
+
+        Raises PlacementError where attention cannot be cut for them.
+        """
+        if not self.sharded:
+            return self.shape
+        attention = self.shape.attention.sharded(nodes)
+        if attention is None:
+            raise PlacementError(f"{nodes} nodes do not divide the heads of {self.shape.name}")
+        return replace(self.shape, attention=attention)
 
     def cluster(self, nodes: int) -> Cluster:
         if self.one_machine:
@@ -67,6 +81,8 @@ class Setup:
             self.policy,
             self.wire_bytes,
             self.one_machine,
+            self.in_graph,
+            self.sharded,
         )
 
 
@@ -88,6 +104,10 @@ class Prediction:
     @property
     def nodes(self) -> int:
         return self.cluster.nodes
+
+    @property
+    def sharded(self) -> bool:
+        return self.cluster.sharded
 
     @property
     def missing(self) -> int:
@@ -185,7 +205,7 @@ def _built(setup: Setup, cluster: Cluster) -> list[Placed]:
     """What a run on `cluster` would choose from; whole experts spread evenly where nothing
     of it has room.
     """
-    shape, work = setup.shape, setup.workload
+    shape, work = setup.shape_on(cluster.nodes), setup.workload
     speeds = [machine.reached_bandwidth for machine in cluster.machines]
     slots = expert_slots(shape, cluster, work.batch, work.context)
     makers = ways(shape, speeds, slots, cluster.schedule)
@@ -211,7 +231,8 @@ def predict_all(setup: Setup, counts: Sequence[int]) -> list[Prediction]:
 
 def evaluate(setup: Setup, placed: Placed) -> Prediction:
     """The prediction for as many nodes as the experts are `placed` on."""
-    shape, work, cluster = setup.shape, setup.workload, setup.cluster(len(placed.resident))
+    nodes, work = len(placed.resident), setup.workload
+    shape, cluster = setup.shape_on(nodes), setup.cluster(nodes)
     step = Step(rows=work.batch, sequences=work.batch, context=work.context, heads=work.batch)
     decode, busiest = _timed(shape, cluster, placed, step)
     prefill = StepTime()

@@ -102,3 +102,6 @@ class _DenseWeights:
 
     def score_operations(self, attended: float) -> float:
         return 0.0
+
+    def sharded(self, nodes: int) -> None:
+        """None: how many heads there are is not known here."""

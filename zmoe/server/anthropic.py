@@ -13,9 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from zmoe.server.anthropic_request import CountRequest, MessagesRequest
+from zmoe.server.calls import ToolCall
 from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
-from zmoe.server.generation import Choice, ToolCall
+from zmoe.server.generation import Choice
 from zmoe.server.http import (
     anthropic_error_body,
     event,
@@ -102,6 +103,7 @@ class Answer:
         self._choice, self._max_tokens = choice, body.max_tokens
         self._hides_thoughts = body.thinking.display == "omitted"
         self._open = ""  # the kind of the block that has not ended
+        self._arguments = ""  # of the call that has not ended
         self.message: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -110,6 +112,8 @@ class Answer:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
             "usage": {},
         }
 
@@ -121,16 +125,10 @@ class Answer:
     def add(self, piece: Piece | ToolCall) -> list[Event]:
         """See Teller."""
         if isinstance(piece, ToolCall):
-            block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
-            events = self._start("tool_use", block)
-            events.append(
-                self._delta({"type": "input_json_delta", "partial_json": piece.arguments})
-            )
-            self.message["content"][-1]["input"] = json.loads(piece.arguments)
-            return events + self._stop()
+            return self._call(piece)
         events = []
         if self._open != piece.kind:
-            block = {"type": "text", "text": ""}
+            block = {"type": "text", "text": "", "citations": None}
             if piece.kind == "reasoning":
                 block = {"type": "thinking", "thinking": "", "signature": ""}
             events = self._start(piece.kind, block)
@@ -150,20 +148,45 @@ class Answer:
             reason = "model_context_window_exceeded"
         ended = {"stop_reason": reason, "stop_sequence": choice.stop_string}
         self.message |= ended | {"usage": self._usage()}
+        is_cut, events = self._open == "tool_use", self._stop()
+        if is_cut:  # its input is no object, which the whole message would need
+            del self.message["content"][-1]
         return [
-            *self._stop(),
+            *events,
             {"type": "message_delta", "delta": ended, "usage": self._usage()},
             {"type": "message_stop"},
         ]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         choice = self._choice
         return {
             "input_tokens": choice.prompt_tokens - choice.cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": choice.cached_tokens,
+            "cache_creation": None,
             "output_tokens": choice.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": choice.reasoning_tokens},
+            "service_tier": "standard",
+            "server_tool_use": None,
+            "inference_geo": None,
         }
+
+    def _call(self, piece: ToolCall) -> list[Event]:
+        events = []
+        if piece.begins:
+            block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
+            events = self._start("tool_use", block | {"caller": {"type": "direct"}})
+            self._arguments = ""
+        arguments = piece.arguments
+        if piece.begins and piece.ends:  # a parser's, which may be anything
+            arguments = _json(_object(arguments))
+        self._arguments += arguments
+        if arguments:
+            events.append(self._delta({"type": "input_json_delta", "partial_json": arguments}))
+        if piece.ends:
+            self.message["content"][-1]["input"] = json.loads(self._arguments)
+            events += self._stop()
+        return events
 
     def _start(self, kind: str, block: dict[str, Any]) -> list[Event]:
         events = self._stop()

@@ -52,6 +52,12 @@ class ThinkingBlock(Body):
     signature: str = ""
 
 
+class Caller(Body):
+    """Who made a call: the model itself."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Body):
     """A call that the model made."""
 
@@ -59,6 +65,7 @@ class ToolUseBlock(Body):
     id: str = Field(min_length=1)
     name: str = Field(min_length=1)
     input: dict[str, Any]
+    caller: Caller = Caller(type="direct")
     cache_control: CacheControl | None = None
 
 
@@ -204,7 +211,12 @@ class CountRequest(Body):
         if choice.name is not None and choice.name not in offered:
             raise invalid("tool_choice.name", f"{choice.name!r} is no tool")
         functions = [
-            Function(name=tool.name, description=tool.description, parameters=tool.input_schema)
+            Function(
+                name=tool.name,
+                description=tool.description,
+                strict=tool.strict,
+                parameters=tool.input_schema,
+            )
             for tool in self.tools
             if choice.type != "none"
         ]

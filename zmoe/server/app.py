@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from zmoe.server import (
     anthropic,
@@ -74,5 +74,8 @@ def _http_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     found = ApiError(error.status_code, f"{where}: {error.detail}", code="not_found")
     answer = error_answer(request.url.path, found)
-    answer.headers.update(error.headers or {})  # such as Allow
+    answer.headers.update(error.headers or {})
+    if error.status_code == 405:  # Starlette tells the methods of the path's first route alone
+        fitting = (r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE)
+        answer.headers["Allow"] = ", ".join(sorted({m for r in fitting for m in r.methods}))
     return answer

@@ -20,6 +20,8 @@ from zmoe.server.tools import (
     answer_or_calls_grammar,
     calls_grammar,
     check_parameters,
+    check_strict,
+    strict_grammar,
 )
 
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three
@@ -65,9 +67,18 @@ class Ask:
         """The task, of up to `max_tokens` tokens, None for as many as fit; `sampling` are other
         fields of Sampling. Raises ApiError.
         """
-        grammar = await asyncio.to_thread(self._grammar, front)
+        of_function, of_text, of_prompt = self.names
+        grammar = await asyncio.to_thread(
+            answer_grammar,
+            front,
+            functions=dict(enumerate(self.functions)),
+            forced=self.forced,
+            one_call=self.one_call,
+            schema=None if self.schema is None else (of_text, self.schema),
+            names=(of_function, "strict"),
+        )
         prompt = await self.prompt(front)
-        room = front.room(len(prompt.ids), self.names[2])
+        room = front.room(len(prompt.ids), of_prompt)
         return Task(
             prompt,
             Sampling(max_tokens=min(max_tokens or room, room), **sampling),
@@ -79,40 +90,60 @@ class Ask:
         )
 
     def _tools(self) -> list[dict[str, Any]]:
+        told = {"name", "description", "parameters"}
         return [
-            {"type": "function", "function": function.model_dump(exclude_unset=True)}
-            for function in self.functions
+            {"type": "function", "function": each.model_dump(include=told, exclude_unset=True)}
+            for each in self.functions
         ]
 
-    def _grammar(self, front: Front) -> str:
-        of_function, of_text, _ = self.names
-        if self.forced:
-            forced = {at: f for at, f in enumerate(self.functions) if f.name in self.forced}
-            check_parameters(front.grammars, forced, of_function)
-            grammar = calls_grammar(list(forced.values()), 1 if self.one_call else MOST_CALLS)
-            _check(front, grammar, "tools")
-            return grammar
-        if self.functions and not front.tokenizer.has_tool_calling:
-            raise invalid(
-                "tools",
-                "are not known to this model's chat template: a tool_choice that asks for a call "
-                "makes calls by a grammar",
-            )
-        if self.schema is None:
-            return ""
-        if self.functions:
-            grammar = answer_or_calls_grammar(self.schema, front.tokenizer, front.grammars)
-        else:
-            grammar = json_grammar(self.schema)
-        _check(front, grammar, of_text)
-        return grammar
+
+def answer_grammar(
+    front: Front,
+    *,
+    functions: Mapping[int, Function],
+    forced: Collection[str],
+    one_call: bool,
+    schema: tuple[str, Mapping[str, Any]] | None,
+    names: tuple[str, str],
+) -> str:
+    """The grammar of an answer, empty where it may be anything.
+
+    `functions` may be called, by place in `tools`, and one of `forced` must be, unless that is
+    empty. `schema` is that of a text which is no call, and the field that it comes from; `names`
+    are a tool's fields of parameters and of strictness. Raises ApiError.
+    """
+    tokenizer, grammars = front.tokenizer, front.grammars
+    if forced:
+        functions = {at: f for at, f in functions.items() if f.name in forced}
+        check_parameters(grammars, functions, names[0])
+        grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
+        return _checked(front, grammar, "tools")
+    if functions and not tokenizer.has_tool_calling:
+        raise invalid(
+            "tools",
+            "are not known to this model's chat template: a tool_choice that asks for a call "
+            "makes calls by a grammar",
+        )
+    strict = {at: function for at, function in functions.items() if function.strict}
+    check_strict(strict, tokenizer, names[1])
+    check_parameters(grammars, strict, names[0])
+    offered = list(functions.values())
+    if schema is not None and functions:
+        grammar = answer_or_calls_grammar(schema[1], offered, tokenizer, grammars)
+        return _checked(front, grammar, schema[0])
+    if schema is not None:
+        return _checked(front, json_grammar(schema[1]), schema[0])
+    if strict:
+        return _checked(front, strict_grammar(offered, tokenizer, grammars), "tools")
+    return ""
 
 
-def _check(front: Front, grammar: str, param: str) -> None:
+def _checked(front: Front, grammar: str, param: str) -> str:
     try:
         front.grammars.check(grammar)
     except InputError as error:
         raise invalid(param, f"cannot be compiled: {error}") from None
+    return grammar
 
 
 def type_tag(given: Any) -> str:

@@ -14,11 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from zmoe.server.ask import answer_grammar
+from zmoe.server.calls import ToolCall
 from zmoe.server.chat_messages import ChatPrompt
 from zmoe.server.errors import invalid
 from zmoe.server.fields import CompletionFields, usage
 from zmoe.server.front import Front
-from zmoe.server.generation import Delta, Task, ToolCall, run_together
+from zmoe.server.generation import Delta, Task, run_together
 from zmoe.server.http import (
     error_body,
     event,
@@ -29,14 +31,7 @@ from zmoe.server.http import (
 )
 from zmoe.server.openapi import operation
 from zmoe.server.token_texts import chat_logprobs
-from zmoe.server.tools import (
-    MOST_CALLS,
-    ToolChoice,
-    answer_or_calls_grammar,
-    callable_tools,
-    calls_grammar,
-    check_parameters,
-)
+from zmoe.server.tools import ToolChoice, callable_tools
 
 
 class ChatRequest(ChatPrompt, CompletionFields):
@@ -62,25 +57,25 @@ class ChatRequest(ChatPrompt, CompletionFields):
         functions = callable_tools(self.tools, self.tool_choice)
         forced = self.tool_choice is not None and self.tool_choice.type in ("required", "function")
         one_call = (forced and self.tool_choice_is_named) or not self.parallel_tool_calls
-        grammar = await self.answer_grammar(front)
-        if forced:
-            if grammar:
-                raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
-            await asyncio.to_thread(check_parameters, front.grammars, functions)
-            grammar = calls_grammar(list(functions.values()), 1 if one_call else MOST_CALLS)
-            await self.check_grammar(front, grammar, "tools")
-        elif functions:
-            if not front.tokenizer.has_tool_calling:
-                raise invalid(
-                    "tools",
-                    "are not known to this model's chat template: tool_choice required, or the "
-                    "name of a function, makes calls by a grammar",
-                )
-            if self.grammar:
-                raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
-            if (known := self.answer_schema()) is not None:
-                grammar = answer_or_calls_grammar(known[1], front.tokenizer, front.grammars)
-                await self.check_grammar(front, grammar, known[0])
+        schema, grammar = self.answer_schema(), self.grammar
+        if forced and (schema is not None or grammar):
+            raise invalid("tool_choice", "cannot ask for a call of an answer by a grammar")
+        if functions and grammar:
+            raise invalid("grammar", "cannot be combined with tools, but for tool_choice none")
+        if grammar:
+            await self.check_grammar(front, grammar, "grammar")
+        else:
+            grammar = await asyncio.to_thread(
+                answer_grammar,
+                front,
+                functions=functions,
+                forced=[function.name for function in functions.values()] if forced else (),
+                one_call=one_call,
+                schema=schema,
+                names=("function.parameters", "function.strict"),
+            )
+        if grammar and self.ignore_eos:
+            raise invalid("ignore_eos", "cannot be combined with a grammar, which ends the text")
         prompt = await self.prompt_of_chat(front, with_tools=bool(functions))
         top = (self.top_logprobs or 0) if self.logprobs else None
         return [
@@ -147,7 +142,7 @@ class _Answer:
                     first = {"role": "assistant", "content": ""}
                     yield event(head | ids | {"choices": [_chunk(place, first)]})
                 found = _delta(delta, calls[place])
-                calls[place] += len(delta.tool_calls)
+                calls[place] += sum(call.begins for call in delta.tool_calls)
                 extra = self._extra(delta)
                 if found or (extra and delta.tokens):
                     yield event(head | {"choices": [_chunk(place, found) | extra]})
@@ -198,19 +193,22 @@ def _delta(delta: Delta, calls: int) -> dict[str, Any]:
     if delta.content:
         found["content"] = delta.content
     if delta.tool_calls:
-        found["tool_calls"] = [
-            {"index": at} | _call(call) for at, call in enumerate(delta.tool_calls, calls)
-        ]
+        found["tool_calls"] = []
+        for call in delta.tool_calls:
+            calls += call.begins
+            piece = _call(call) if call.begins else {"function": {"arguments": call.arguments}}
+            found["tool_calls"].append({"index": calls - 1} | piece)
     return found
 
 
 def _message(found: Delta) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "refusal": None}
-    message["content"] = found.content if found.content or not found.tool_calls else None
+    message: dict[str, Any] = {"role": "assistant", "refusal": None, "annotations": []}
+    whole = [_call(call) for call in found.tool_calls if call.ends]
+    message["content"] = found.content if found.content or not whole else None
     if found.reasoning:
         message["reasoning_content"] = found.reasoning
-    if found.tool_calls:
-        message["tool_calls"] = [_call(call) for call in found.tool_calls]
+    if whole:
+        message["tool_calls"] = whole
     return message
 
 

@@ -17,9 +17,10 @@ from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.launch import ask_for_nodes
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.sampler import Pick
-from zmoe.engine.stream import Stream
+from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, QueueFullError, QueueTimeoutError, ZmoeError
 from zmoe.placement.choose import Choice
+from zmoe.server.compiler import Compiler
 from zmoe.server.grammar import Grammars
 from zmoe.server.messages import (
     ENGINE,
@@ -112,18 +113,25 @@ class _EngineProcess:
             on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
             on_placement=self._chosen,
         ) as cluster:
-            self._cluster, self._grammars = cluster, Grammars(cluster.tokenizer)
-            self._grammars.prepare()  # all would wait for it
+            self._cluster, grammars = cluster, Grammars(cluster.tokenizer)
+            grammars.prepare()  # all would wait for it
+            most = self._spec.batching.max_queue
+            assert most is not None
+            self._compiler = Compiler(grammars, most)
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())
-            while not self._closing:
-                self._receive()
-                cluster.step()
-                self._tell_tokens()
-                self._tell_stats()
-                if not self._requests:
-                    self._socket.poll(IDLE_MS)
+            try:
+                while not self._closing:
+                    self._receive()
+                    self._begin_compiled()
+                    cluster.step()
+                    self._tell_tokens()
+                    self._tell_stats()
+                    if not self._requests and not self._compiler:
+                        self._socket.poll(IDLE_MS)
+            finally:
+                self._compiler.close()
 
     def _check_front(self) -> None:
         if self._parent is not None and not self._parent.is_alive():
@@ -153,30 +161,46 @@ class _EngineProcess:
             if isinstance(message, Submit):
                 self._submit(message)
             elif isinstance(message, Abort):
+                self._compiler.drop(message.number)
                 request = self._requests.pop(message.number, None)
                 if request is not None:  # otherwise it has just ended
                     request.cancel()
             else:
                 self._closing = True
 
-    def _submit(self, message: Submit) -> None:
+    def _submit(self, request: Submit) -> None:
+        if not request.grammar:
+            self._begin(request, None)
+            return
         try:
-            constraint = None
-            if message.grammar:
-                constraint = self._grammars.start(message.grammar, message.grammar_after)
+            self._compiler.add(request)
+        except QueueFullError as error:
+            self._tell(Outputs((_failure(request.number, error),)))
+
+    def _begin_compiled(self) -> None:
+        """Begin the requests whose grammars have been compiled."""
+        for request, found in self._compiler.take():
+            if isinstance(found, ZmoeError):
+                self._tell(Outputs((_failure(request.number, found),)))
+            else:
+                self._begin(request, found)
+
+    def _begin(self, request: Submit, constraint: Constraint | None) -> None:
+        try:
             stream = self._cluster.make_stream(
-                message.prompt,
-                message.sampling,
-                borders=message.borders,
-                salt=message.salt,
+                request.prompt,
+                request.sampling,
+                borders=request.borders,
+                salt=request.salt,
                 constraint=constraint,
+                generated=request.generated,
             )
             cancel = self._cluster.begin_stream(stream)
         except (InputError, QueueFullError) as error:
-            self._tell(Outputs((_failure(message.number, error),)))
+            self._tell(Outputs((_failure(request.number, error),)))
             return
-        logprobs = message.sampling.logprobs is not None
-        self._requests[message.number] = _Request(stream, cancel, logprobs)
+        logprobs = request.sampling.logprobs is not None
+        self._requests[request.number] = _Request(stream, cancel, logprobs)
 
     def _tell_tokens(self) -> None:
         outputs = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -14,23 +12,14 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from zmoe.config import Sampling
+from zmoe.server.calls import ForcedCalls, ToolCall, add_calls, parsed_call
 from zmoe.server.errors import error_of
 from zmoe.server.link import EngineError, EngineLink
 from zmoe.server.messages import Logprobs, Output
 from zmoe.server.prompts import Prompt
 from zmoe.server.security import SALT
 
-_JSON = json.JSONDecoder()
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that the model makes; `arguments` is a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 @dataclass
@@ -47,7 +36,7 @@ class Delta:
         """Append what a later step has made."""
         self.content += other.content
         self.reasoning += other.reasoning
-        self.tool_calls += other.tool_calls
+        add_calls(self.tool_calls, other.tool_calls)
         self.tokens += other.tokens
         self.logprobs += other.logprobs
 
@@ -133,7 +122,7 @@ class Choice:
         is_text = task.is_raw or (task.is_plain and task.prompt.state != "reasoning")
         self._roles = roles.make_state("normal" if is_text else task.prompt.state)
         self._tool_text: str | None = None  # of a call that is being made
-        self._array = ""  # of forced calls, behind the complete ones
+        self._forced = ForcedCalls()
         self._called = False
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
@@ -207,18 +196,11 @@ class Choice:
             self._finish("stop")
 
     def _put_forced(self, text: str, delta: Delta) -> None:
-        """Take the calls that are complete from the JSON array; one that is cut off is none."""
-        self._array += text
-        while self._array and "}" in text:
-            self._array = self._array.lstrip("[, ")
-            try:
-                call, end = _JSON.raw_decode(self._array)
-            except ValueError:
-                return
-            self._array = self._array[end:]
-            delta.tool_calls.append(_tool_call(call))
-            self._called = True
-            if self._task.one_call:
+        """Add the calls of the JSON array, as far as they have come."""
+        for piece in self._forced.read(text):
+            add_calls(delta.tool_calls, [piece])
+            self._called |= piece.ends
+            if piece.ends and self._task.one_call:
                 self._finish("stop")
                 return
 
@@ -253,7 +235,7 @@ class Choice:
     def _parse(self, text: str) -> list[ToolCall]:
         try:
             found = self._tokenizer.tool_parser(text, self._task.tools)
-            return [_tool_call(call) for call in (found if isinstance(found, list) else [found])]
+            return [parsed_call(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # the parsers of mlx-lm raise what they meet
             return []
 
@@ -304,12 +286,3 @@ async def run_together(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _tool_call(call: Mapping[str, Any]) -> ToolCall:
-    """A call as mlx-lm's parsers give it. Raises KeyError and the like."""
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    identity = call.get("id") or f"call_{secrets.token_hex(12)}"
-    return ToolCall(str(identity), str(call["name"]), arguments)

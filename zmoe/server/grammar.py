@@ -46,10 +46,7 @@ class Grammars:
         """
         if len(grammar) > MOST_CHARACTERS:
             raise InputError(f"it is longer than {MOST_CHARACTERS} characters")
-        matcher = self._compiled(grammar).deep_copy()
-        matcher.compute_bitmask()
-        if problem := matcher.get_error():
-            raise InputError(_one_line(problem))
+        self._compiled(grammar)
 
     def bytes_of(self, token: int) -> bytes:
         """The text of a token of the vocabulary, which need not be whole characters."""
@@ -71,7 +68,10 @@ class Grammars:
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokens(), grammar, log_level=0)
-        if problem := matcher.get_error():
+        first = matcher.deep_copy()  # which shares what the first mask, the slowest, makes
+        if not first.is_error():
+            first.compute_bitmask()
+        if problem := first.get_error():
             raise InputError(_one_line(problem))
         return matcher
 

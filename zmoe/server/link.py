@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import secrets
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import zmq
 import zmq.asyncio
@@ -38,7 +40,7 @@ from zmoe.server.meters import Meters
 
 State = Literal["loading", "ready", "failed", "closed"]
 _CLOSE_S = 10.0  # for the engine to end its nodes
-_LONGEST_PAUSE_S = 30.0  # between two starts
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0  # between two starts
 
 
 class EngineError(ZmoeError):
@@ -63,7 +65,9 @@ class EngineLink:
         self._model, self.spec = model, spec
         self._on_loading, self._on_notice = on_loading, on_notice
         self._numbers = itertools.count()
-        self._queues: dict[int, asyncio.Queue[Output]] = {}
+        # Of the requests that the engine has; None: it has ended.
+        self._queues: dict[int, asyncio.Queue[Output | None]] = {}
+        self._opened = asyncio.Event()  # set while there is an engine, and when there is none more
         self._socket: zmq.asyncio.Socket | None = None
         self.state: State = "loading"
         self.reason = ""  # of the last failure
@@ -77,24 +81,30 @@ class EngineLink:
     async def run(self) -> None:
         """Start the engine, and again whenever it ends, until this is cancelled, which closes it.
 
-        Raises InputError for what starting again would not help.
+        What was running goes on with the next engine. Raises InputError for what starting again
+        would not help.
         """
-        pause = 1.0
+        try:
+            await self._keep_alive()
+        finally:
+            self.state = "closed"
+            self._opened.set()
+            self._tell_of_the_end()
+
+    async def _keep_alive(self) -> NoReturn:
+        pause = 0.0
         while True:
             begun = time.monotonic()
-            try:
-                ended = await self._live()
-            except asyncio.CancelledError:
-                self.state = "closed"
-                self._fail_all("the server is closing")
-                raise
+            ended = await self._live()
             self.state, self.reason, self.ready = "failed", ended.error, None
-            self._fail_all(f"the cluster has ended: {ended.error}")
+            self._opened.clear()
             if ended.input_error:
                 raise InputError(ended.error)
+            self._tell_of_the_end()
             self._on_notice(f"the cluster has ended: {ended.error}; it is started again")
-            pause = 1.0 if time.monotonic() - begun > _LONGEST_PAUSE_S else pause * 2
-            await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
+            lived = time.monotonic() - begun > _LONGEST_PAUSE_S
+            pause = _FIRST_PAUSE_S if lived or not pause else min(2 * pause, _LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
             self.state, self.stats, self.history = "loading", None, History()
             self.restarts += 1
 
@@ -145,8 +155,7 @@ class EngineLink:
     ) -> None:
         """End the process, politely while that works."""
         if not ended.done():
-            with suppress(zmq.Again):
-                await _send(socket, Close())
+            await self._send(Close())
             for harsher in (process.terminate, process.kill):
                 await asyncio.wait({ended}, timeout=_CLOSE_S)
                 if ended.done():
@@ -171,11 +180,13 @@ class EngineLink:
             self._on_notice(message.text)
         elif isinstance(message, Ready):
             self.ready, self.state, self.reason = message, "ready", ""
+            self._opened.set()
 
-    def _fail_all(self, reason: str) -> None:
-        """Tell all requests that their engine has ended."""
-        for number, queue in self._queues.items():
-            queue.put_nowait(Output(number, (), (), "error", "failed", reason, 0))
+    def _tell_of_the_end(self) -> None:
+        """Tell the requests that the engine had."""
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+        self._queues.clear()
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -191,43 +202,72 @@ class EngineLink:
     ) -> AsyncGenerator[Output]:
         """Yield what the steps give to a request; closing the iterator ends it.
 
-        Raises EngineError for a request that is refused, given up, or lost with the engine.
+        Where an engine ends, the next one goes on behind the tokens that came. Raises EngineError
+        for a request that is refused or given up, and for one that two engines in a row did not
+        survive, or that none could take.
         """
-        if self.state != "ready" or self._socket is None:
+        if self.state != "ready":
             raise EngineError("failed", f"the model is not ready: it is {self.state}")
+        if sampling.seed is None:  # the next engine has to draw the same numbers
+            sampling = replace(sampling, seed=secrets.randbits(64))
         number = next(self._numbers)
-        queue: asyncio.Queue[Output] = asyncio.Queue()  # bounded by what may be generated
-        self._queues[number] = queue
-        submit = Submit(number, tuple(prompt), sampling, borders, salt, grammar, grammar_after)
-        finish, meter = "", self.meters.begin()
+        queue: asyncio.Queue[Output | None] = asyncio.Queue()  # bounded by what may be generated
+        ids = tuple(prompt)
+        submit = Submit(number, ids, sampling, borders, salt, grammar, grammar_after, None)
+        tokens: list[int] = []
+        finish, meter, cached, lost = "", self.meters.begin(), 0, 0
         reason = "cancelled"
         try:
-            try:
-                await _send(self._socket, submit)
-            except zmq.Again:
-                raise EngineError("failed", "the cluster has ended") from None
+            await self._submit(submit, queue)
             while not finish:
                 output = await queue.get()
+                if output is None:
+                    lost, reason = lost + 1, "failed"
+                    await self._until_ready(lost)
+                    await self._submit(replace(submit, generated=tuple(tokens)), queue)
+                    continue
                 finish = output.finish
-                meter.tokens(len(output.tokens), output.cached)
-                reason = output.kind or finish or reason
+                if output.tokens:
+                    cached, lost = cached if tokens else output.cached, 0
+                    tokens += output.tokens
+                meter.tokens(len(output.tokens), cached)
+                reason = output.kind or finish or "cancelled"
                 if finish == "error":
                     raise EngineError(output.kind, output.error)
-                yield output
+                yield replace(output, cached=cached)
         finally:
-            del self._queues[number]
+            self._queues.pop(number, None)
             meter.end(reason)
-            if not finish and self._socket is not None and self.state == "ready":
-                with suppress(zmq.Again):
-                    await _send(self._socket, Abort(number))
+            if not finish and self.state == "ready":
+                await self._send(Abort(number))
 
+    async def _submit(self, submit: Submit, queue: asyncio.Queue[Output | None]) -> None:
+        self._queues[submit.number] = queue
+        await self._send(submit)
 
-async def _send(socket: zmq.asyncio.Socket, message: object) -> None:
-    """Send without waiting, since an engine that has ended would be waited for in vain.
+    async def _until_ready(self, lost: int) -> None:
+        """Wait for the next engine, for a request with which `lost` have ended in a row.
 
-    Raises zmq.Again where there is no engine.
-    """
-    await socket.send(FRONT.encode(message), zmq.NOBLOCK)
+        Raises EngineError where it is given up.
+        """
+        reason = f"the cluster has ended: {self.reason}"
+        if lost > 1:  # it may be what ends them
+            raise EngineError("failed", reason)
+        try:
+            async with asyncio.timeout(self.spec.batching.queue_timeout):
+                await self._opened.wait()
+        except TimeoutError:
+            raise EngineError("failed", reason) from None
+        if self.state == "closed":
+            raise EngineError("failed", reason if self.reason else "the server is closing")
+
+    async def _send(self, message: object) -> None:
+        """Tell the engine, without waiting: one that has ended would be waited for in vain. If
+        it has, all requests are soon told.
+        """
+        if self._socket is not None:
+            with suppress(zmq.Again):
+                await self._socket.send(FRONT.encode(message), zmq.NOBLOCK)
 
 
 async def _end_of(process: multiprocessing.process.BaseProcess) -> None:

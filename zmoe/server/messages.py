@@ -39,7 +39,8 @@ class Submit:
     """Generate what follows `prompt` (token ids). `number` names the request from now on.
 
     `borders` and `salt` are those of a scheduler's Request; `grammar` is one of llguidance,
-    or empty, and begins to count behind the first tokens `grammar_after`.
+    or empty, and begins to count behind the first tokens `grammar_after`. `generated` are the
+    tokens that engines before this one gave to the request, None where it is new.
     """
 
     number: Number
@@ -49,6 +50,7 @@ class Submit:
     salt: bytes
     grammar: Text
     grammar_after: tuple[Number, ...]
+    generated: tuple[Number, ...] | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from zmoe.server.generation import Choice, ToolCall
+from zmoe.server.calls import ToolCall
+from zmoe.server.generation import Choice
 
 Event = dict[str, Any]
 

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from zmoe.server.calls import ToolCall
 from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
-from zmoe.server.generation import Choice, ToolCall
+from zmoe.server.generation import Choice
 from zmoe.server.http import event, event_stream, json_answer, read_body, until_disconnect
 from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
@@ -43,7 +44,7 @@ def routes(front: Front) -> list[Route]:
 
         def keep(response: dict[str, Any]) -> None:
             given = [item.model_dump(exclude_none=True) for item in body.input]
-            store.put(response, [*earlier, *given, *response["output"]])
+            store.put(response, [*earlier, *given, *to_keep(response)])
 
         choice = front.generator.start(task)
         answer = Answer(front.model, choice, body, keep)
@@ -64,8 +65,16 @@ def routes(front: Front) -> list[Route]:
         store.delete(id)
         return json_answer({"id": id, "object": "response", "deleted": True})
 
+    async def compact(_: Request) -> Response:
+        raise ApiError(
+            404,
+            "POST /v1/responses/compact: this server does not compact conversations",
+            code="not_supported",
+        )
+
     return [
         Route("/v1/responses", create, methods=["POST"]),
+        Route("/v1/responses/compact", compact, methods=["POST"]),
         Route("/v1/responses/{id}", retrieve, methods=["GET"]),
         Route("/v1/responses/{id}", delete, methods=["DELETE"]),
     ]
@@ -107,6 +116,7 @@ class Answer:
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
             "created_at": int(time.time()),
+            "completed_at": None,
             "status": "in_progress",
             "background": False,
             "error": None,
@@ -116,15 +126,19 @@ class Answer:
             "max_tool_calls": body.max_tool_calls,
             "model": model,
             "output": [],
+            "frequency_penalty": 0.0,
             "parallel_tool_calls": body.parallel_tool_calls,
+            "presence_penalty": 0.0,
             "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
+            "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": body.store,
             "temperature": body.temperature,
             "text": {"format": body.text.format.model_dump(by_alias=True, exclude_unset=True)},
             "tool_choice": tool_choice if len(tool_choice) > 1 else body.tool_choice.type,
-            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
+            "tools": [tool.model_dump() for tool in body.tools],
             "top_logprobs": 0,
             "top_p": body.top_p,
             "truncation": body.truncation,
@@ -140,7 +154,7 @@ class Answer:
     def add(self, piece: Piece | ToolCall) -> list[Event]:
         """See Teller."""
         if isinstance(piece, ToolCall):
-            return [*self._close(), *self._call(piece)]
+            return self._call(piece)
         events = [] if piece.kind == self._open else [*self._close(), *self._start(piece.kind)]
         name = _NAMES[piece.kind]
         self.response["output"][-1]["content"][0]["text"] += piece.text
@@ -200,9 +214,13 @@ class Answer:
         """End the item that is open."""
         if not self._open:
             return []
-        name, self._open = _NAMES[self._open], ""
+        kind, self._open = self._open, ""
         item = self.response["output"][-1]
-        item["status"], part = status, item["content"][0]
+        item["status"] = status
+        if kind == "call":
+            done = self._of_call("done", name=item["name"], arguments=item["arguments"])
+            return [done, self._item("response.output_item.done", item=item)]
+        name, part = _NAMES[kind], item["content"][0]
         return [
             self._part(f"response.{name}.done", text=part["text"], **_EXTRA[name]),
             self._part("response.content_part.done", part=part),
@@ -210,17 +228,22 @@ class Answer:
         ]
 
     def _call(self, call: ToolCall) -> list[Event]:
-        item = {"id": _id("fc"), "type": "function_call", "status": "completed"}
-        item |= {"call_id": call.id, "name": call.name, "arguments": call.arguments}
-        self.response["output"].append(item)
-        started, where = item | {"status": "in_progress", "arguments": ""}, {"item_id": item["id"]}
-        of_arguments = "response.function_call_arguments"
-        return [
-            self._item("response.output_item.added", item=started),
-            self._item(f"{of_arguments}.delta", delta=call.arguments, **where),
-            self._item(f"{of_arguments}.done", arguments=call.arguments, **where),
-            self._item("response.output_item.done", item=item),
-        ]
+        events = []
+        if call.begins:
+            events, self._open = self._close(), "call"
+            item = {"id": _id("fc"), "type": "function_call", "status": "in_progress"}
+            item |= {"call_id": call.id, "name": call.name, "arguments": ""}
+            self.response["output"].append(item)
+            events.append(self._item("response.output_item.added", item=dict(item)))
+        item = self.response["output"][-1]
+        item["arguments"] += call.arguments
+        if call.arguments:
+            events.append(self._of_call("delta", delta=call.arguments))
+        return [*events, *self._close()] if call.ends else events
+
+    def _of_call(self, kind: str, **more: Any) -> Event:
+        item = self.response["output"][-1]["id"]
+        return self._item(f"response.function_call_arguments.{kind}", item_id=item, **more)
 
     def _whole(self, kind: str) -> Event:
         return self._event(kind, response=self.response)
@@ -235,6 +258,15 @@ class Answer:
     def _event(self, kind: str, **more: Any) -> Event:
         number, self._sequence = self._sequence, self._sequence + 1
         return {"type": kind, "sequence_number": number, **more}
+
+
+def to_keep(response: dict[str, Any]) -> list[dict[str, Any]]:
+    """The items of a response that a conversation can go on with: all but a call cut off."""
+    return [
+        item
+        for item in response["output"]
+        if item["type"] != "function_call" or item["status"] == "completed"
+    ]
 
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text"}

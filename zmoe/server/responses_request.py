@@ -232,8 +232,8 @@ class ResponsesRequest(Body):
     max_tool_calls: int | None = Field(None, ge=1, le=_MOST)  # of built-in tools, of which none is
     service_tier: Literal["auto", "default", "flex", "priority"] = "auto"
     user: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     client_metadata: Any = None
@@ -256,7 +256,12 @@ class ResponsesRequest(Body):
             self._messages(earlier),
             ("parameters", "text.format.schema", "input"),
             functions=[
-                Function(name=tool.name, description=tool.description, parameters=tool.parameters)
+                Function(
+                    name=tool.name,
+                    description=tool.description,
+                    strict=tool.strict,
+                    parameters=tool.parameters,
+                )
                 for tool in self.tools
                 if choice.type != "none" and tool.name in allowed
             ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from pydantic import BeforeValidator, Field
 
 from zmoe.errors import InputError
@@ -15,6 +17,7 @@ from zmoe.server.fields import refused
 from zmoe.server.grammar import JSON_FORM, Grammars, json_grammar
 from zmoe.server.http import Body
 
+_ANY = {"type": "object"}
 MOST_CALLS = 16  # that a grammar lets a model make at once
 
 
@@ -87,14 +90,18 @@ def calls_grammar(functions: Sequence[Function], most: int) -> str:
 
     Each schema is a grammar of its own, so that references stay within it.
     """
-    calls = " | ".join(f"call_{at}" for at in range(len(functions)))
     more = f'(", " call){{0,{most - 1}}}' if most > 1 else ""  # {0,0} is taken as {0,1}
-    rules = [f'start: "[" call {more} "]"', f"call: {calls}"]
+    strict = [function.model_copy(update={"strict": True}) for function in functions]
+    return "\n".join([f'start: "[" call {more} "]"', *_call_rules(strict)])
+
+
+def _call_rules(functions: Sequence[Function]) -> list[str]:
+    rules = ["call: " + " | ".join(f"call_{at}" for at in range(len(functions)))]
     for at, function in enumerate(functions):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
-        schema = {"x-guidance": JSON_FORM, **_schema(function)}
+        schema = {"x-guidance": JSON_FORM} | (_schema(function) if function.strict else _ANY)
         rules.append(f'call_{at}: {head} %json {json.dumps(schema)} "}}"')
-    return "\n".join(rules)
+    return rules
 
 
 def check_parameters(
@@ -110,24 +117,79 @@ def check_parameters(
 
 
 def _schema(function: Function) -> dict[str, Any]:
-    return {"type": "object", **function.parameters}
+    return _ANY | function.parameters
+
+
+def check_strict(
+    functions: Mapping[int, Function], tokenizer: TokenizerWrapper, field: str
+) -> None:
+    """Raise ApiError that names the first function which is strict, a tool's `field`, if the
+    model's own form of calls is none that a grammar can hold to a schema.
+    """
+    can_be_kept_to = tokenizer.tool_parser is json_tools.parse_tool_call
+    for at, function in functions.items():
+        if function.strict and not can_be_kept_to:
+            raise invalid(
+                f"tools[{at}].{field}",
+                "cannot be kept to in the form in which this model calls: a tool_choice that asks "
+                "for a call makes calls by a grammar",
+            )
+
+
+def strict_grammar(
+    functions: Sequence[Function], tokenizer: TokenizerWrapper, grammars: Grammars
+) -> str:
+    """The grammar of text with calls in the model's own form, in which those of strict functions
+    keep to their schemas, and others are of known functions. See check_strict().
+    """
+    start = _marker(tokenizer.tool_call_start, tokenizer, grammars)
+    thoughts = [tokenizer.think_start, tokenizer.think_end] if tokenizer.has_thinking else []
+    marks = [_marker(mark, tokenizer, grammars) for mark in thoughts]
+    special = [mark for mark in marks if mark.startswith("<")]  # others are text
+    if start.startswith("<"):
+        pieces = " | ".join(["TEXT", *special, f"{start} body"])
+        rules = [f"start: ({pieces})*", "TEXT: /(.|\\n)+/"]
+    else:
+        pieces = " | ".join(["before body", *(f"TEXT? {mark}" for mark in special)])
+        marker = re.escape(tokenizer.tool_call_start).replace("/", "\\/")
+        rules = [
+            f"start: ({pieces})* TEXT?",
+            f"before[suffix={start}]: /(.|\\n)*/",
+            f"TEXT: /(.|\\n)+/ & ~/(.|\\n)*{marker}(.|\\n)*/",
+        ]
+    return "\n".join([*rules, *_strict_body(functions, tokenizer, grammars)])
 
 
 def answer_or_calls_grammar(
-    schema: Mapping[str, Any], tokenizer: TokenizerWrapper, grammars: Grammars
+    schema: Mapping[str, Any],
+    functions: Sequence[Function],
+    tokenizer: TokenizerWrapper,
+    grammars: Grammars,
 ) -> str:
-    """The grammar of JSON that `schema` describes, or else of calls in the model's own form."""
+    """The grammar of JSON that `schema` describes, or else of calls in the model's own form; with
+    a strict function as in strict_grammar().
+    """
     start = _marker(tokenizer.tool_call_start, tokenizer, grammars)
     end = _marker(tokenizer.tool_call_end or "", tokenizer, grammars)
-    is_text = end.startswith('"') and end != '""'  # which the body could hold, too
-    return "\n".join(
-        (
-            "start: answer | call (/[ \\n]{1,4}/ call)*",
-            f"answer: %json {json.dumps({'x-guidance': JSON_FORM, **schema})}",
-            f"call: {start} body" + ("" if is_text else f" {end}"),
-            f"body{f'[suffix={end}]' if is_text else ''}: /(.|\\n)*/",
-        )
-    )
+    rules = [
+        f"start: answer | {start} body (/[ \\n]{{1,4}}/ {start} body)*",
+        f"answer: %json {json.dumps({'x-guidance': JSON_FORM, **schema})}",
+    ]
+    if any(function.strict for function in functions):
+        rules += _strict_body(functions, tokenizer, grammars)
+    elif end.startswith('"') and end != '""':  # a text, which the body could hold, too
+        rules.append(f"body[suffix={end}]: /(.|\\n)*/")
+    else:
+        rules.append(f"body: /(.|\\n)*/ {end}")
+    return "\n".join(rules)
+
+
+def _strict_body(
+    functions: Sequence[Function], tokenizer: TokenizerWrapper, grammars: Grammars
+) -> list[str]:
+    """The rules of what follows the marker of a call."""
+    end = _marker(tokenizer.tool_call_end or "", tokenizer, grammars)
+    return [f"body: BLANK? call BLANK? {end}", "BLANK: /[ \\n]{1,4}/", *_call_rules(functions)]
 
 
 def _marker(marker: str, tokenizer: TokenizerWrapper, grammars: Grammars) -> str:

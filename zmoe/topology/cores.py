@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,13 @@ def pool_cores() -> list[int] | int:
 def divide_cores(nodes: int) -> list[list[int]] | None:
     """Return the usable cores of each of `nodes` local nodes; None if the system cannot pin."""
     return deal(_own_cores(), nodes) if hasattr(os, "sched_getaffinity") else None
+
+
+def set_affinity(cores: Iterable[int]) -> None:
+    """Keep all threads of this process on `cores` (Linux)."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 def _own_cores() -> list[Core]:

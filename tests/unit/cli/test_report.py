@@ -19,12 +19,13 @@ def test_slices_are_explained() -> None:
         capacity=(3 << 20, 6 << 20),
         resident=(1 << 20, 3 << 20),
     )
-    assert explanation(choice).splitlines() == [
+    assert explanation(choice, "sharded").splitlines() == [
         "placement: slices (as the flag says)",
         "  node 0: 3 experts per layer (each layer: 0-2), [0, 64) of their intermediate size; "
         "1 MiB of experts (25%), room for 3 MiB; reads 10 GB/s",
         "  node 1: 3 experts per layer (each layer: 0-2), [64, 192) of their intermediate size; "
         "3 MiB of experts (75%), room for 6 MiB; reads 20 GB/s",
+        "  attention: 1/2 of the heads on each node, one more exchange per layer",
         "  predicted by the cost model, decentralized:",
         "  slices  no figures",
     ]

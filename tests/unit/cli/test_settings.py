@@ -32,7 +32,8 @@ RUN: list[tuple[str, Settings]] = [
     ),
     (
         "--prefill-step-size 9 --max-kv-size 64 --kv-bits 8 --compute native --activations int8 "
-        "--wire-dtype q8 --backend zmq --schedule centralized --policy busy-full",
+        "--wire-dtype q8 --backend zmq --attention replicated --schedule centralized "
+        "--policy busy-full",
         EngineConfig(
             parallel=1,
             prefill_chunk=9,
@@ -42,6 +43,7 @@ RUN: list[tuple[str, Settings]] = [
             activations="int8",
             wire_dtype="q8",
             backend="zmq",
+            attention="replicated",
             schedule="centralized",
             policy="busy-full",
         ),

@@ -148,15 +148,21 @@ def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
         Cluster(folder, spec=ClusterSpec(engine=EngineConfig(max_kv_size=64)))
 
 
-def test_kv_bits_of_a_family_whose_caches_are_mlxs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("deepseek_v2", "the CPU kernels do not run all layers of deepseek_v2"),
+        ("deepseek_v3", "the latents of deepseek_v3 are kept in full"),
+    ],
+)
+def test_kv_bits_of_a_family_that_has_none(
+    family: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zmoe.cluster.cluster.open_tokenizer", lambda folder: None)
     spec = ClusterSpec(engine=EngineConfig(kv_bits=8))
-    words = "^kv_bits is 8: expected none, as the CPU kernels do not run all layers of deepseek_v3"
     with (
-        pytest.raises(SettingError, match=words),
-        Cluster(build("deepseek_v3", tmp_path), spec=spec),
+        pytest.raises(SettingError, match=f"^kv_bits is 8: expected none, as {reason}"),
+        Cluster(build(family, tmp_path), spec=spec),
     ):
         pass
 

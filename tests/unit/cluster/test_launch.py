@@ -96,7 +96,7 @@ def test_a_worker_waits_longer_for_its_leader_than_the_leader_for_it(
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(
-        launch, "NodeProcess", lambda rank, name, command, env, token: commands.append(command)
+        launch, "NodeProcess", lambda rank, name, command, *told: commands.append(command)
     )
     launch.start_local("127.0.0.1:1", 1, "127.0.0.1", None, 900.0, "t")
     remote = RemoteOptions("python3")

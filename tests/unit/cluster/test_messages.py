@@ -47,6 +47,9 @@ PLAN = Plan(
 EXAMPLES = [
     Join(PROTOCOL_VERSION, 3, "0.1.0", "host", "token"),
     SETUP,
+    messages.Program(2, Timing(peer=1.5)),
+    messages.Listening(HERE),
+    messages.Ended(3),
     HELLO,
     messages.Place(PLACEMENT),
     ENDPOINTS,

@@ -39,11 +39,13 @@ class Case(NamedTuple):
     activations: str = "exact"
 
 
-# Every family whose layers are in C, and most of the pairs that the other columns can form.
+# Every kind of layer in C, and most of the pairs that the other columns can form.
 CASES = [
     Case("gpt_oss", "f16", "GENERIC"),
     Case("olmoe", "bf16 8-bit", "GENERIC"),
     Case("glm4_moe", "f32", "AVX2"),
+    Case("deepseek_v3", "bf16 4-bit", "AVX512"),
+    Case("minimax", "f32", "AVX512"),
     Case("qwen2_moe", "bf16 4-bit", "AVX512", activations="int8"),
     Case("dbrx", "f32", "AVX512_BF16"),
     Case("qwen3_moe", "bf16", "AVX512_BF16"),
@@ -52,12 +54,13 @@ CASES = [
     Case("mixtral", "f32", "GENERIC", 2, "decentralized", "slices", "f32", "busy-full"),
     Case("olmoe", "f16", "AVX512", 3, "centralized", "slices", "q8"),
     Case("qwen2_moe", "bf16", "AVX2", 3, "centralized", "experts", "f32", "router-aided"),
-    Case("glm4_moe", "f32 mxfp4", "AVX2", 4, "centralized", "slices", "bf16", "router-aided"),
+    Case("minimax", "f32 mxfp4", "AVX2", 4, "centralized", "slices", "bf16", "router-aided"),
     Case("dbrx", "bf16 mxfp4", "AVX512", 3, "decentralized", "replicas", "q8", "busy-full"),
     Case("gpt_oss", "bf16 mxfp4", "AVX512_BF16", 2, "centralized", "experts", "f32"),
     Case("mixtral", "bf16 4-bit", "AVX512_BF16", 3, "centralized", "experts", "bf16", "busy-full"),
     Case("qwen3_moe", "f32 4-bit", "AVX2", 2, "centralized", "slices", "q8", activations="int8"),
     Case("glm4_moe", "bf16", "AVX512", 2, "decentralized", "replicas", "bf16"),
+    Case("deepseek_v3", "f32", "AVX2", 3, "decentralized", "replicas", "q8"),
 ]
 
 

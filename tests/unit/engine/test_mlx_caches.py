@@ -124,7 +124,7 @@ def test_side_by_side_is_as_alone(family: str, tmp_path: Path) -> None:
 
 # Latent, recurrent and linear attention, and experts whose input is not the block's.
 @pytest.mark.parametrize(
-    "family", ["deepseek_v3", "jamba", "qwen3_next", "nemotron_h", "gemma4_text"]
+    "family", ["deepseek_v32", "jamba", "qwen3_next", "qwen3_5_moe", "nemotron_h", "gemma4_text"]
 )
 def test_with_native_matmuls_too(family: str, tmp_path: Path) -> None:
     check(family, Driver(build(family, tmp_path / family), pool=ThreadPool(1)))

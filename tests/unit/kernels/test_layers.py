@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ from tests.families import EXPERTS, FAMILIES, build
 from tests.one_sequence import sequence_on
 from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.config import EngineConfig
-from zmoe.families.decoders import LAYERS, ROUTERS
+from zmoe.families.decoders import LAYERS, MLPS, ROUTERS
 from zmoe.families.sites import model_classes
-from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE
+from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE, NativeMoEBlock
+from zmoe.kernels.hybrid import HybridLayer
 from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
+from zmoe.kernels.mlp import NativeMlp
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading import Skeleton, describe, load_shard
 from zmoe.loading.load import LoadedShard
 from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
-FUSED = ["dbrx", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+FUSED = ["dbrx", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss"]
+FUSED += ["minimax", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
 
 
@@ -52,6 +56,8 @@ def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
     plain = logits(load(folder, reducer, fuse=False), reducer)
     shard = load(folder, reducer, fuse=True)
     assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    in_c = (NativeMoE, NativeMlp)
+    assert all(isinstance(layer._feed_forward, in_c) for layer in shard.model.layers)
     for got, want in zip(logits(shard, reducer), plain):
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -80,12 +86,44 @@ def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
 
 def test_the_tables_name_families_that_the_tests_have() -> None:
     assert {name.partition(".")[0] for name in LAYERS} == set(FUSED) <= FAMILIES.keys()
-    assert {name.partition(".")[0] for name in ROUTERS} < set(FUSED)
+    routed = {name.partition(".")[0] for name in ROUTERS}
+    assert routed == set(FUSED) | (PARTS.keys() - {"qwen3_5_moe"})  # whose block is qwen3_next's
 
 
-def test_layers_of_other_families_stay_with_mlx(tmp_path: Path) -> None:
-    shard = load(build("deepseek_v3", tmp_path), alone(), fuse=True)
-    assert not any(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """MLX would compile its fused functions with the C compiler."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+# What is in C of the layers that are not as a whole, and how many of it.
+PARTS: dict[str, tuple[type, int]] = {
+    "deepseek_v32": (NativeMoEBlock, 2),
+    "exaone_moe": (NativeMoEBlock, 1),
+    "granitemoe": (NativeMoEBlock, 2),
+    "granitemoehybrid": (NativeMoEBlock, 2),
+    "hunyuan": (NativeMoEBlock, 2),
+    "jamba": (NativeMoEBlock, 2),
+    "mellum": (NativeMoEBlock, 2),
+    "qwen3_5_moe": (HybridLayer, 2),
+    "qwen3_next": (HybridLayer, 2),
+}
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_known_parts_of_layers_on_mlxs_caches(
+    family: str, tmp_path: Path, uncompiled: None
+) -> None:
+    kind, count = PARTS[family]
+    folder, reducer = build(family, tmp_path), alone()
+    plain = logits(load(folder, reducer, fuse=False), reducer)
+    shard = load(folder, reducer, fuse=True)
+    assert sum(isinstance(module, kind) for module in shard.model.modules()) == count
+    assert shard.paged is None
+    for got, want in zip(logits(shard, reducer), plain):
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "dbrx"])
@@ -104,12 +142,22 @@ def test_ranks_agree_to_the_bit_and_with_one_node(family: str, tmp_path: Path) -
             assert np.abs(got - single).max() <= 1e-5 * np.abs(single).max()
 
 
-def test_a_dense_layer_and_an_unknown_router_are_mlx_within_a_fused_layer(tmp_path: Path) -> None:
-    shard = load(build("glm4_moe", tmp_path), alone(), fuse=True)
-    kinds = [type(layer._feed_forward) for layer in shard.model.layers]
-    assert set(kinds) == {MlxFeedForward}
-    shard = load(build("mixtral", tmp_path / "m"), alone(), fuse=True)
-    assert {type(layer._feed_forward) for layer in shard.model.layers} == {NativeMoE}
+def test_what_is_not_known_is_mlx_within_a_fused_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown router, and an unknown MLP as a dense layer and as a shared expert."""
+    folder, reducer = build("glm4_moe", tmp_path), alone()
+    plain = logits(load(folder, reducer, fuse=False), reducer)
+    for names, name, kinds in (
+        (ROUTERS, "glm4_moe.MoE", [NativeMlp, MlxFeedForward]),
+        (MLPS, "glm4_moe.MLP", [MlxFeedForward, NativeMoE]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delitem(names, name)
+            shard = load(folder, reducer, fuse=True)
+        assert [type(layer._feed_forward) for layer in shard.model.layers][:2] == kinds
+        for got, want in zip(logits(shard, reducer), plain):
+            assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("quantize", [None, ("affine", 4, 32), ("mxfp4", 4, 32)], ids=str)

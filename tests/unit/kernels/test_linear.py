@@ -207,6 +207,8 @@ def test_working_memory_that_cannot_be_had_is_an_error_of_one_line() -> None:
 
 def test_machines_agree_on_an_instruction_set() -> None:
     assert common_isa(["AVX512_BF16", "AVX2", "AVX512"]) == "AVX2"
+    assert common_isa(["AVX512_BF16", "AVX512_VNNI"]) == "AVX512_VNNI"
+    assert common_isa(["AVX_VNNI", "AVX512_BF16"]) == "AVX2"
     assert common_isa(["NEON_DOT", "NEON_BF16"]) == "NEON_DOT"
     assert common_isa(["NEON_DOT", "AVX2"]) == "GENERIC"
     assert common_isa(["GENERIC", "AVX512"]) == "GENERIC"

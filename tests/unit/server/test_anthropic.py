@@ -89,7 +89,31 @@ def test_the_events_of_thoughts_text_and_calls() -> None:
     assert message["content"][1]["text"].strip() == "I look."
     assert message["content"][3]["input"] == {"city": "Ulm"}
     for streamed, whole in zip(snapshot.content, message["content"]):
-        assert streamed.model_dump(exclude_none=True) == whole
+        told = {name: value for name, value in whole.items() if value is not None}
+        assert streamed.model_dump(exclude_none=True) == told
+
+
+@pytest.mark.parametrize("cut", [0, 6])
+def test_forced_calls_are_told_as_they_are_written(cut: int) -> None:
+    """A call that is cut off is in the stream, and in no message, which needs its whole input."""
+    text = '[{"name": "weather", "arguments": {"city": "Ulm"}}, '
+    text += '{"name": "weather", "arguments": {"city": "Oslo", "days": 12}}]'
+    events, message = answer(
+        text[: len(text) - cut], finish="length" if cut else "stop", forced=True, grammar="g"
+    )
+    calls = ("start", "input_json_delta", "stop")
+    assert kinds(events) == ["message_start", *calls * 2, "message_delta", "message_stop"]
+    pieces = [
+        each["delta"]["partial_json"] for each in events if each["type"] == "content_block_delta"
+    ]
+    assert len(pieces) > 8
+    whole = '{"city": "Ulm"}{"city": "Oslo", "days": 12}'
+    assert "".join(pieces) == (whole[: 2 - cut] if cut else whole)
+    given = [block["input"] for block in message["content"]]
+    assert given == [{"city": "Ulm"}, {"city": "Oslo", "days": 12}][: 1 if cut else 2]
+    assert message["stop_reason"] == ("model_context_window_exceeded" if cut else "tool_use")
+    for each in events:
+        EVENTS.validate_python(each)
 
 
 def test_thoughts_may_be_left_out() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.server.texts import TOOLS, Script, said, tokenizer
 from zmoe.config import Sampling
+from zmoe.server.calls import ForcedCalls, ToolCall, add_calls
 from zmoe.server.generation import Generator, Task, run_together
 from zmoe.server.prompts import Prompt
 
@@ -160,9 +161,30 @@ def test_forced_calls(size: int, thinks: bool) -> None:
     assert choice.finish_reason == "tool_calls"
 
     cut, choice = said(text[:-10], tokens, size=size, state=state, finish="length", **settings)
-    assert (len(cut.tool_calls), cut.content, choice.finish_reason) == (1, "", "length")
+    assert [call.ends for call in cut.tool_calls] == [True, False]
+    assert cut.tool_calls[1].arguments == '{"cit'
+    assert (cut.content, choice.finish_reason) == ("", "length")
     one, choice = said(text, tokens, size=size, state=state, one_call=True, **settings)
     assert (len(one.tool_calls), choice.finish_reason) == (1, "tool_calls")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_forced_calls_are_told_as_they_are_written(size: int) -> None:
+    """In pieces that make the same calls, whatever the borders; what is known comes at once."""
+    arguments = [r'{"a": {"b": "\\\"}", "c": ["{", "\\"]}}', "{}", r'{"é": "\u00e9\n"}']
+    text = ", ".join(f'{{"name": "f.{at}", "arguments": {a}}}' for at, a in enumerate(arguments))
+    calls: list[ToolCall] = []
+    forced, told = ForcedCalls(), ""
+    for at in range(0, len(text) + 2, size):
+        pieces = forced.read(f"[{text}]"[at : at + size])
+        told += "".join(piece.arguments for piece in pieces)
+        add_calls(calls, pieces)
+        written = f"[{text}]"[: at + size]
+        if (behind := written.rfind('"arguments": ')) >= 0 and not calls[-1].ends:
+            assert calls[-1].arguments == written[behind + len('"arguments": ') :]
+    assert [call.arguments for call in calls] == arguments and told == "".join(arguments)
+    assert [call.name for call in calls] == ["f.0", "f.1", "f.2"]
+    assert len({call.id for call in calls}) == 3 and all(call.ends for call in calls)
 
 
 def test_a_grammar_begins_behind_the_thoughts() -> None:

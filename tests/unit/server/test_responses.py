@@ -17,7 +17,7 @@ from zmoe.server.errors import ApiError
 from zmoe.server.generation import Generator, Task
 from zmoe.server.pieces import Event, events_of
 from zmoe.server.prompts import Prompt
-from zmoe.server.responses import Answer
+from zmoe.server.responses import Answer, to_keep
 from zmoe.server.responses_request import ResponsesRequest
 from zmoe.server.responses_store import ResponseStore
 from zmoe.server.security import SALT
@@ -87,6 +87,25 @@ def test_the_events_of_thoughts_text_and_calls() -> None:
     details = response["usage"]["output_tokens_details"]
     assert 0 < details["reasoning_tokens"] < response["usage"]["output_tokens"]
     assert kept == [response]
+
+
+@pytest.mark.parametrize("cut", [0, 6])
+def test_forced_calls_are_told_as_they_are_written(cut: int) -> None:
+    """A call that is cut off is not kept, since no result can follow it."""
+    text = '[{"name": "weather", "arguments": {"city": "Oslo", "days": 12}}]'
+    events, response, kept = answer(
+        text[: len(text) - cut], finish="length" if cut else "stop", forced=True, grammar="g"
+    )
+    (call,) = response["output"]
+    pieces = [each["delta"] for each in events if each["type"].endswith("arguments.delta")]
+    assert len(pieces) > 5 and "".join(pieces) == call["arguments"]
+    assert '{"city": "Oslo", "days": 12}'.startswith(call["arguments"])
+    assert call["status"] == ("incomplete" if cut else "completed")
+    assert events[-2]["item"] == call and events[-3]["arguments"] == call["arguments"]
+    for each in events:
+        EVENTS.validate_python(each)
+    Response.model_validate(response)
+    assert len(to_keep(response)) == (0 if cut else 1) and kept
 
 
 def test_an_answer_that_is_cut_off() -> None:

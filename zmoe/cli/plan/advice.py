@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from zmoe.cli.plan.forms import compare
 from zmoe.perf.hardware import Machine
 from zmoe.perf.units import in_bytes
 from zmoe.placement.build import most_nodes
@@ -85,12 +86,18 @@ def purchases(setup: Setup, target: float, machines: Mapping[str, Machine]) -> l
             continue
         kind = replace(setup, machines=(machine,), one_machine=False)
         for nodes in range(1, min(MOST_NODES, most_nodes(setup.placement, setup.shape)) + 1):
-            made = predict(kind, nodes)
+            made = _as_run(kind, predict(kind, nodes))
             if made.fits and made.tokens_per_second >= target:
                 speed, price = made.tokens_per_second, nodes * machine.price_usd
                 found.append(Purchase(name, nodes, speed, price))
                 break
     return sorted(found, key=lambda purchase: purchase.price_usd)
+
+
+def _as_run(setup: Setup, evaluated: Prediction) -> Prediction:
+    """In the form that a run takes: in MLX's graph where that can be."""
+    compared = compare(setup, [evaluated])
+    return compared[0].best() or evaluated if compared else evaluated
 
 
 def what_to_buy(setup: Setup, target: float, found: Sequence[Purchase]) -> list[str]:
@@ -118,7 +125,8 @@ def caveats(setup: Setup, predictions: Sequence[Prediction]) -> list[str]:
         said.append(f"{name} stands here for comparison: zmoe does not run like that.")
     if setup.link is not None and not setup.link.supported:
         said.append(
-            f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do."
+            f"zmoe has no transport for {setup.link.name} yet: the figures show what it would do. "
+            "In MLX's graph another --backend may have one."
         )
     samples = max(p.busiest.standard_error for p in predictions)
     if samples:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zmoe.cli.common import Parser, add_hosts, run_command
+from zmoe.cli.plan.forms import compare
 from zmoe.cli.plan.known_hardware import LINKS, MACHINES
 from zmoe.cli.plan.known_models import MODELS
 from zmoe.cli.plan.names import find_link, find_machines, find_model, is_file
@@ -105,6 +106,12 @@ def _add_parameters(parser: Parser) -> None:
         help="Share of the memory bandwidth that decoding reaches, up to 1",
     )
     add("--latency-us", type=float, metavar="US", help="Latency between two nodes in microseconds")
+    add(
+        "--crossing-us",
+        type=float,
+        metavar="US",
+        help="Crossing from MLX's graph to the CPU and back, as zmoe-doctor measures it",
+    )
     add("--wiring", type=float, metavar="GB/S", help="Speed of wiring cold weights with Metal")
     add(
         "--wire-bits",
@@ -145,6 +152,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
         ("--target", options.target, math.inf),
         ("--efficiency", options.efficiency, 1),
         ("--latency-us", options.latency_us, math.inf),
+        ("--crossing-us", options.crossing_us, math.inf),
         ("--wiring", options.wiring, math.inf),
     ):
         _positive(flag, value, most)
@@ -158,6 +166,11 @@ def setup_of(options: argparse.Namespace) -> Setup:
         machines = [replace(m, bandwidth_efficiency=options.efficiency) for m in machines]
     if options.wiring is not None:
         machines = [replace(m, wiring=options.wiring * 1e9) for m in machines]
+    if options.crossing_us is not None:
+        for machine in machines:
+            if machine.crossing_s is None:
+                raise InputError(f"--crossing-us: {machine.name} does not compute in MLX's graph")
+        machines = [replace(m, crossing_s=options.crossing_us * 1e-6) for m in machines]
     if options.latency_us is not None and link is not None:
         link = replace(link, latency_s=options.latency_us * 1e-6)
     shape = find_model(options.model, options.bits, options.group_size)
@@ -209,7 +222,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         from zmoe.cli.calibrate import calibrate, hosts_of
 
-        hosts = hosts_of(options.hosts, options.hostfile, options.python)
+        hosts = hosts_of(PROG, options.hosts, options.hostfile, options.python)
         calibrate(options.calibrate, hosts, as_json=options.json)
         return
     for flag in ("hosts", "hostfile", "python"):
@@ -224,13 +237,14 @@ def _plan(options: argparse.Namespace) -> None:
     if options.plot is not None:
         plot = plan_report.plotter(options.plot)
     predictions = predict_all(setup, counts)
-    report = plan_report.report_of(setup, predictions, options.target)
+    compared = compare(setup, predictions)
+    report = plan_report.report_of(setup, predictions, compared, options.target)
     if options.plot is not None:
         plot(predictions)
     if options.json:
         print(json.dumps(report, indent=1), flush=True)
     else:
-        plan_report.show(setup, predictions, report["environment"]["conclusions"])
+        plan_report.show(setup, predictions, compared, report["environment"]["conclusions"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

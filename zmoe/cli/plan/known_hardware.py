@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zmoe.perf.hardware import GIB, Machine
+from zmoe.perf.hardware import GIB, METAL_CROSSING_S, Machine
 from zmoe.perf.links import Link, ethernet
 
 CUDA_SYNC_S = 20e-6  # estimate
 CPU_SYNC_S = 50e-6  # one mx.eval of MLX on CPU, measured on an EPYC
+# What mlx-lm's decoding takes for a MoE layer beside reading weights: some 30 small kernels, each
+# begun when the one before has ended. As cycles of the GPU, since generations differ by their
+# clocks. Derived from rows of one machine (docs/performance-model.md).
+_LAYER_CYCLES = 160e3
+# Shares of the bandwidth that decoding of a plain model (7B, F16) reaches with llama.cpp
+# (discussion 4167): an Ultra's two dies reach less of theirs.
+_ULTRA, _MAX, _PRO = 0.7, 0.78, 0.85
 # Metal's recommended working set: about three quarters, and more with
 # `sysctl iogpu.wired_limit_mb`. An estimate.
 _MAC_SHARE = 0.75
@@ -30,6 +37,9 @@ _MACHINES = (
         f"Mac Studio, 76 GPU cores, 192 GB, 1 TB. {_APPLE} in June 2023 (3,999, 1,000 more for "
         f"the GPU and 1,600 for the memory); {_GPU} (76 x 128 x 1.4 GHz)",
         usable_share=_MAC_SHARE,
+        bandwidth_efficiency=_ULTRA,
+        crossing_s=METAL_CROSSING_S,
+        layer_s=_LAYER_CYCLES / 1.4e9,
         price_usd=6599,
     ),
     Machine(
@@ -40,6 +50,9 @@ _MACHINES = (
         f"Mac Studio, 80 GPU cores, 512 GB, 1 TB. {_APPLE} in March 2025; {_GPU} (80 x 128 x "
         "1.38 GHz)",
         usable_share=_MAC_SHARE,
+        bandwidth_efficiency=_ULTRA,
+        crossing_s=METAL_CROSSING_S,
+        layer_s=_LAYER_CYCLES / 1.38e9,
         price_usd=9499,
     ),
     Machine(
@@ -50,6 +63,9 @@ _MACHINES = (
         f"Mac Studio, 40 GPU cores, 128 GB, 512 GB. {_APPLE} in March 2025; {_GPU} (40 x 128 x "
         "1.8 GHz)",
         usable_share=_MAC_SHARE,
+        bandwidth_efficiency=_MAX,
+        crossing_s=METAL_CROSSING_S,
+        layer_s=_LAYER_CYCLES / 1.8e9,
         price_usd=3499,
     ),
     Machine(
@@ -60,6 +76,9 @@ _MACHINES = (
         f"Mac mini, 20 GPU cores, 64 GB, 512 GB. {_APPLE} in October 2024; {_GPU} (20 x 128 x "
         "1.8 GHz)",
         usable_share=_MAC_SHARE,
+        bandwidth_efficiency=_PRO,
+        crossing_s=METAL_CROSSING_S,
+        layer_s=_LAYER_CYCLES / 1.8e9,
         price_usd=2199,
     ),
     Machine(
@@ -70,6 +89,7 @@ _MACHINES = (
         "memory and bandwidth: NVIDIA's specifications; price: NVIDIA's in October 2025 (4,699 "
         "in 2026); rate: estimate, an eighth of the stated 1 petaflop of sparse FP4",
         sync_s=CUDA_SYNC_S,
+        crossing_s=CUDA_SYNC_S,
         price_usd=3999,
     ),
     Machine(

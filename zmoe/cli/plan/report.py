@@ -7,23 +7,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zmoe import __version__
 from zmoe.cli.plan.advice import best, caveats, conclusions, purchases, what_to_buy
+from zmoe.cli.plan.forms import Compared, gains
 from zmoe.cli.plan.known_hardware import MACHINES
 from zmoe.errors import InputError
 from zmoe.perf.hardware import GIB
 from zmoe.placement.predict import Prediction, Setup
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 TERMS = ("load", "compute", "latency", "transfer", "overhead")
 
 
 def report_of(
-    setup: Setup, predictions: Sequence[Prediction], target: float | None
+    setup: Setup,
+    predictions: Sequence[Prediction],
+    compared: Sequence[Compared],
+    target: float | None,
 ) -> dict[str, Any]:
     """Return the object of `--json`: all parameters with sources, and one row per node count."""
-    said = conclusions(predictions)
+    said = conclusions(predictions) + gains(compared)
     bought: list[dict[str, Any]] | None = None
     if target is not None:
         found = purchases(setup, target, MACHINES)
@@ -50,11 +57,20 @@ def report_of(
         "purchases": bought,
         "conclusions": said + caveats(setup, predictions),
     }
-    return {"environment": environment, "results": [p.row() for p in predictions]}
+    speeds = [each.row() for each in compared] if compared else [None for _ in predictions]
+    rows = [
+        {**made.row(), "tokens_per_second_in_graph": row} for made, row in zip(predictions, speeds)
+    ]
+    return {"environment": environment, "results": rows}
 
 
-def show(setup: Setup, predictions: Sequence[Prediction], said: Sequence[str]) -> None:
-    """Print the table of predictions, and the sentences in `said` below it."""
+def show(
+    setup: Setup,
+    predictions: Sequence[Prediction],
+    compared: Sequence[Compared],
+    said: Sequence[str],
+) -> None:
+    """Print the table of predictions, that of MLX's graph, and the sentences in `said`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -71,8 +87,28 @@ def show(setup: Setup, predictions: Sequence[Prediction], said: Sequence[str]) -
         table.add_row(*_cells(prediction, bytes_per_unit))
     console = Console()
     console.print(table)
+    if compared:
+        console.print(_forms(compared))
     for sentence in said:
         console.print(sentence, highlight=False)
+
+
+def _forms(compared: Sequence[Compared]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = "tokens/s with layers evaluated one by one, and with slices in MLX's graph"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for name in ("nodes", "evaluated", *compared[0].in_graph):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in compared:
+        speeds = (each.evaluated.tokens_per_second if each.evaluated.fits else None,)
+        cells = ("-" if s is None else _short(s) for s in (*speeds, *each.row().values()))
+        table.add_row(str(each.evaluated.nodes), *cells)
+    table.caption = (
+        "one node in the graph is mlx-lm's model; sharded: attention is cut by heads, too"
+    )
+    return table
 
 
 def _title(setup: Setup) -> str:

@@ -1,0 +1,129 @@
+"""Compare tiny random models of ten families with mlx-lm on this machine's device.
+
+    python tools/check_families.py [--small]
+
+Each is computed by MLX on one node and on two, plain and with 4 bits, and is fed mlx-lm's greedy
+tokens: every step's logits have to be mlx-lm's within a tolerance, and so has the best token, but
+where mlx-lm itself has two that are as close. Exits with 1 if any has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.families import build
+from zmoe.checkpoint.hub import resolve_model
+from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import EngineConfig
+from zmoe.errors import ZmoeError
+
+PROMPT = [(7 * i + 3) % 90 for i in range(20)]
+TOKENS = 8
+WIDE = {"moe_intermediate_size": 256}
+LATENT = {"qk_nope_head_dim": 32, "v_head_dim": 32}  # a group of weights with 4 bits
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": WIDE,
+    "gpt_oss": {"intermediate_size": 256},
+    "qwen2_moe": WIDE,
+    "deepseek_v2": WIDE,
+    "deepseek_v3": WIDE | LATENT,
+    "glm4_moe": WIDE,
+    "dots1": WIDE,
+    "mixtral": {"intermediate_size": 256},
+    "longcat_flash": {"expert_ffn_hidden_size": 256} | LATENT,
+    "nemotron_h": WIDE,
+}
+SMALL = 2  # families of --small
+BITS4 = ("affine", 4, 32)
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest logit
+
+Logits = list[np.ndarray]
+
+
+def reference(folder: Path) -> tuple[list[int], Logits]:
+    """Greedy tokens of mlx-lm, and the logits (vocabulary,) of each step."""
+    model, _ = load_model(folder)
+    cache = make_prompt_cache(model)
+    tokens, logits, todo = [], [], PROMPT
+    for _ in range(TOKENS):
+        row = model(mx.array([todo]), cache=cache)[0, -1]
+        logits.append(np.array(row.astype(mx.float32)))
+        tokens.append(int(logits[-1].argmax()))
+        todo = tokens[-1:]
+    return tokens, logits
+
+
+def on_nodes(folder: Path, nodes: int, tokens: list[int]) -> tuple[Logits, str]:
+    """Logits of each step when fed `tokens`, and how the nodes compute. Raises ZmoeError."""
+    spec = ClusterSpec(nodes, engine=EngineConfig(compute="mlx"))
+    with Cluster(folder, spec=spec) as cluster:
+        in_graph = not cluster.notices and (nodes == 1 or len(cluster.placement.slices) == nodes)
+        step, todo, found = cluster.begin(), PROMPT, []
+        for token in tokens:
+            found.append(step(todo, False))
+            todo = [token]
+    return found, "in the graph" if in_graph else "evaluated"
+
+
+def compared(found: Logits, wanted: Logits, tolerance: float) -> tuple[bool, str]:
+    """Whether every step agrees, and by how much of the largest logit they differ at most."""
+    scale = max(float(np.abs(row).max()) for row in wanted)
+    differences = [float(np.abs(a - b).max()) / scale for a, b in zip(found, wanted)]
+    ties = [float(b.max() - b[a.argmax()]) / scale for a, b in zip(found, wanted)]
+    same = sum(tie == 0 for tie in ties)
+    good = max(differences) <= tolerance and max(ties) <= tolerance
+    return good, f"{same} of {len(ties)} tokens the same, logits differ by {max(differences):.1e}"
+
+
+def cases(small: bool, plain: str) -> Iterator[tuple[str, str, tuple[str, int, int] | None]]:
+    """Family, dtype and quantisation."""
+    for family in list(FAMILIES)[: SMALL if small else None]:
+        yield family, plain, None
+        yield family, "bfloat16", BITS4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as in zmoe-run
+    parser.add_argument("--small", action="store_true", help=f"{SMALL} families only")
+    options = parser.parse_args()
+    # MLX's gathering matmuls take no plain bfloat16 on a CPU.
+    plain = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+    tokenizer, failed = resolve_model("zmoe-tiny"), 0
+    for family, dtype, quantize in cases(options.small, plain):
+        with tempfile.TemporaryDirectory() as place:
+            folder = build(
+                family, Path(place), dtype, quantize, vocab_size=1024, **FAMILIES[family]
+            )
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tokenizer / name, folder)
+            tokens, wanted = reference(folder)
+            for nodes in (1, 2):
+                try:
+                    found, how = on_nodes(folder, nodes, tokens)
+                    good, words = compared(found, wanted, TOLERANCES[dtype])
+                except ZmoeError as error:
+                    good, how, words = False, "failed", str(error)
+                failed += not good
+                of = f"{family}, {'4 bits' if quantize else dtype}, {nodes} nodes"
+                print(f"{'ok' if good else 'FAILED'}: {of}, {how}: {words}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""zmoe-doctor: what a machine is, and whether zmoe computes on it as mlx-lm does."""

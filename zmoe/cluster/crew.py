@@ -1,0 +1,234 @@
+"""A leader's workers: started, joined, listened to, ended; whatever they then compute."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, TypeVar
+
+from zmoe import __version__
+from zmoe.cluster.bus import FAREWELL_S, LeaderBus
+from zmoe.cluster.launch import (
+    NodeProcess,
+    OnLine,
+    command_by_hand,
+    end_all,
+    start_local,
+    start_over_ssh,
+)
+from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import PROTOCOL_VERSION
+from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.exchange.keys import KeyPair, Pinned, is_loopback
+from zmoe.exchange.sockets import Context
+from zmoe.topology.cores import divide_cores
+
+OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order
+M = TypeVar("M", bound=Message)
+ENDING_S = 0.5  # a process closes its sockets a moment before it can be waited for
+
+
+class Crew:
+    """Ranks 1 and up of `session`, whose leader listens from here on.
+
+    `program`: the command line of a program of the user's that all ranks run, of which
+    `on_line(rank, line)` is given what workers print; empty: they are zmoe-nodes.
+    """
+
+    collected: ClassVar[tuple[type[Any], ...]] = (Join,)  # messages that collect() waits for
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        session: int,
+        on_manual: OnManual,
+        program: Sequence[str] = (),
+        on_line: OnLine | None = None,
+    ) -> None:
+        self.spec, self._on_manual = spec, on_manual
+        self._program, self._on_line = program, on_line
+        self._processes: list[NodeProcess] = []
+        self._workers = range(1, spec.nodes)
+        self._step = 0
+        self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
+        # By these the workers that we start are told from strangers.
+        started = () if spec.manual else self._workers
+        self._tokens = {rank: secrets.token_hex(16) for rank in started}
+        self._lines = dict(self._tokens)  # of the standard input of each
+        keys = self._make_keys() if spec.encrypted else None
+        self._context = Context()
+        try:
+            self._bus = LeaderBus(
+                self._context,
+                spec.address,
+                spec.port,
+                session=session,
+                nodes=spec.nodes,
+                grace=spec.timing.grace,
+                tokens=self._tokens,
+                keys=keys,
+                ports=spec.port_range,
+            )
+        except InputError:
+            self._context.term()
+            raise
+
+    def _make_keys(self) -> Pinned:
+        """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
+        if self.spec.manual:
+            return Pinned.shared(self.spec.key_of_all())
+        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self._workers}
+        for rank, pair in theirs.items():
+            self._lines[rank] += f" {pair.secret} {own.public}"
+        return Pinned(own, tuple(pair.public for pair in theirs.values()))
+
+    # ---- coming up ----------------------------------------------------------
+
+    def launch(self) -> None:
+        """Start the workers, or tell `on_manual` how to start them by hand.
+
+        Raises LaunchError for a process that cannot be started.
+        """
+        leader, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
+        if self.spec.manual:
+            how = self.spec.how_by_hand
+            lines = [
+                command_by_hand(leader, rank, self._address_of(rank), how, self._program)
+                for rank in self._workers
+            ]
+            self._on_manual(lines)
+            return
+        hosts = self.spec.hosts.hosts if self.spec.hosts is not None else None
+        cores = divide_cores(self.spec.nodes) if hosts is None else None
+        if cores is not None:
+            self._pin(cores[0])
+        for rank in self._workers:
+            told = (patience, self._lines[rank], self._program, self._on_line)
+            if hosts is None:
+                mine = cores[rank] if cores is not None else None
+                process = start_local(leader, rank, self.spec.address, mine, *told)
+            elif hosts[rank].is_local:
+                process = start_local(leader, rank, hosts[rank].address, None, *told)
+            else:
+                process = start_over_ssh(leader, rank, hosts[rank], self.spec.remote, *told)
+            self._processes.append(process)
+
+    def _pin(self, cores: Sequence[int]) -> None:
+        """Keep this process on `cores`, its part of the machine's."""
+
+    def _address_of(self, rank: int) -> str:
+        """Where a worker that is started by hand listens, as far as we know."""
+        if self.spec.hosts is not None:
+            return self.spec.hosts.hosts[rank].address
+        return self.spec.address if is_loopback(self.spec.address) else "ITS_ADDRESS"
+
+    def collect_joins(self) -> dict[int, Join]:
+        """The Join of every worker. Raises LaunchError, and MismatchError for another protocol."""
+        joins = self.collect(Join, "has not joined", self.spec.timing.join)
+        for rank, join in joins.items():
+            if join.protocol != PROTOCOL_VERSION:
+                raise MismatchError(
+                    f"node {rank} ({join.host}) speaks protocol {join.protocol} "
+                    f"(zmoe {join.version}), the leader {PROTOCOL_VERSION} (zmoe {__version__})"
+                )
+        return joins
+
+    # ---- control messages ---------------------------------------------------
+
+    def hear(self) -> None:
+        """Handle what has come; what somebody will wait for goes to the inbox."""
+        for rank, message in self._bus.hear():
+            if isinstance(message, Failed):
+                raise _error_of(rank, message)
+            self._take(rank, message)
+
+    def _take(self, rank: int, message: Message) -> None:
+        if not isinstance(message, self.collected):
+            raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
+        self._inbox[type(message)][rank] = message
+
+    def watch(self) -> None:
+        """While busy with something else: handle what workers say, notice those that ended."""
+        self._check_processes()
+        self.hear()
+
+    def collect(
+        self, kind: type[M], missing: str, timeout: float, deadline: float | None = None
+    ) -> dict[int, M]:
+        """One message of `kind` from every worker, by rank, within `timeout` seconds from now,
+        or until the `deadline` (monotonic) that they gave.
+        """
+        found: dict[int, M] = self._inbox[kind]
+        if deadline is None:
+            deadline = time.monotonic() + timeout
+        while len(found) < len(self._workers):
+            self.watch()
+            if len(found) == len(self._workers):
+                break
+            if time.monotonic() > deadline:
+                ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
+                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s{self._refused()}")
+            self._bus.wait(0.05)
+        return dict(sorted(self._inbox.pop(kind).items()))
+
+    def _refused(self) -> str:
+        """Whose keys were refused so far."""
+        refused = self._context.authenticator.refused if self.spec.encrypted else []
+        return "".join(f"; refused {who}" for who in refused)
+
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            if process.exit_code() is None:
+                continue
+            self.hear()  # its own words, if it sent them, say more
+            if self._step > 0:
+                raise PeerError(process.rank, None, self._step, process.ending())
+            raise LaunchError(f"node {process.rank} {process.ending()}")
+
+    def explained(self, lost: PeerError) -> PeerError:
+        """The same with what is known of the process, if that has ended."""
+        for process in self._processes:
+            if process.rank == lost.rank and process.wait(time.monotonic() + ENDING_S):
+                return PeerError(lost.rank, lost.layer, lost.step, process.ending())
+        return lost
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that this leader started."""
+        return [process.pid for process in self._processes]
+
+    # ---- ending ---------------------------------------------------------------
+
+    def close(self, error: str = "") -> None:
+        """End every node: politely when all is well, at once after an `error`."""
+        try:
+            with suppress(ZmoeError):  # who is gone already need not be told
+                self._bus.broadcast(Stop(one_line(error)))
+            if not error:  # a worker that sees our links go first takes us for lost
+                self._bus.finish(FAREWELL_S)
+        finally:
+            self._end(0.0 if error else 2.0)
+
+    def _end(self, patience: float) -> None:
+        try:
+            self._close_own()
+        finally:
+            end_all(self._processes, patience)
+            self._bus.close()
+            self._context.term()
+
+    def _close_own(self) -> None:
+        """Close what rank 0 itself has."""
+
+
+def _error_of(rank: int, failed: Failed) -> ZmoeError:
+    """What worker `rank` told, as an error of ours."""
+    if failed.lost == 0:
+        return PeerError(rank, failed.layer, failed.step, f"lost its leader: {failed.error}")
+    if failed.lost is not None:
+        return PeerError(failed.lost, failed.layer, failed.step, failed.error)
+    kind = InputError if failed.input_error else ZmoeError
+    return kind(f"node {rank}: {failed.error}")

@@ -1,0 +1,109 @@
+"""Multi-head latent attention as one call of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from zmoe.errors import ZmoeError
+from zmoe.exchange.buffers import DTYPES
+from zmoe.kernels.attention import Attention, fill_norm, limit_window
+from zmoe.kernels.linear import quantization_of, take_parts
+from zmoe.kernels.paged import PagedCache, PagedStep
+from zmoe.kernels.residual import RopeTables
+from zmoe.kernels.threads import ThreadPool
+from zmoe.kernels.weights import Matrices, matrices
+from zmoe.native import Status, ffi, lib
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+
+@dataclass(frozen=True)
+class LatentParts:
+    """A latent attention taken apart: see zmoe_latent_attention in csrc/kernels/decoder.h.
+
+    The linear layers are native; `key_heads` and `value_heads` hold a matrix per head.
+    """
+
+    norm: Any
+    query_down: Any  # with query_norm; or both None
+    query_norm: Any
+    query: Any
+    down: Any
+    latent_norm: Any
+    key_heads: Any
+    value_heads: Any
+    output: Any
+    rope_dims: int
+    scale: float
+    rope: Any
+
+    @property
+    def rope_width(self) -> int:
+        """The size of the vectors that `rope` turns."""
+        return self.rope_dims
+
+    def make(self, *given: Any) -> Attention:
+        """The attention that they make, from what NativeLatentAttention takes besides."""
+        return NativeLatentAttention(self, *given)
+
+
+class NativeLatentAttention:
+    """h += attention(norm(h)); see zmoe.kernels.attention.Attention."""
+
+    def __init__(
+        self,
+        parts: LatentParts,
+        rope_tables: RopeTables,
+        step: PagedStep,
+        pool: ThreadPool,
+        dtype: mx.Dtype,
+    ) -> None:
+        self._pool, self._rope, self._step = pool, rope_tables, step
+        keys, values = (_heads(part) for part in (parts.key_heads, parts.value_heads))
+        self._keep: list[Any] = [parts, keys, values]
+        raw = ffi.new("zmoe_latent_attention *")
+        fill_norm(raw.input, parts.norm, self._keep)
+        fill_norm(raw.query_norm, parts.query_norm, self._keep)
+        fill_norm(raw.latent_norm, parts.latent_norm, self._keep)
+        for name in ("query_down", "query", "down", "output"):
+            linear = getattr(parts, name)
+            setattr(raw, name, ffi.NULL if linear is None else linear._matmul.weight.array)
+        raw.key_heads, raw.value_heads, raw.heads = keys.array, values.array, keys.count
+        raw.latent_dim, raw.rope_dims = values.in_features, parts.rope_dims
+        raw.key_dim, raw.value_dim = keys.in_features, values.out_features
+        raw.scale, raw.rope_traditional = parts.scale, rope_tables.traditional
+        raw.dtype = int(DTYPES[dtype])
+        self.cache = PagedCache(1, raw.latent_dim + raw.rope_dims, dtype, is_latent=True)
+        self._raw = raw
+        pool.reserve(lib.zmoe_latent_attention_scratch(raw, pool.threads))
+
+    def limit(self, max_kv_size: int | None) -> None:
+        """See Attention."""
+        limit_window(self._raw, 0, max_kv_size)
+
+    def __call__(self, h: CData) -> None:
+        """See Attention."""
+        step = self._step
+        cosines, sines = self._rope.tables(step.end)
+        status = lib.zmoe_latent_attention_step(
+            self._pool.handle,
+            self._raw,
+            self.cache.raw,
+            step.raw,
+            step.count,
+            cosines,
+            sines,
+            h,
+            self._pool.precision,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"latent attention failed: {Status(status).name}")
+
+
+def _heads(layer: Any) -> Matrices:
+    """The matrices of mlx-lm's MultiLinear."""
+    return matrices("attention", take_parts(layer, None), quantization_of(layer))
