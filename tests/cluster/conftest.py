@@ -19,7 +19,10 @@ from unittest import mock
 
 import pytest
 
+from tests.conftest import unused_port
 from zmoe.cli import node, prestack, run
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import EngineConfig, Timing
 
 COMMANDS = {"run": run, "node": node, "prestack": prestack}
 MARK = "ZMOE_TEST_MARK"
@@ -200,3 +203,27 @@ def commands_in(folder: Path) -> Iterator[Commands]:
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     with commands_in(tmp_path_factory.mktemp("commands")) as runner:
         yield runner
+
+
+class Workers:
+    """Workers started by hand, one set for each number of nodes, that serve run after run."""
+
+    def __init__(self, commands: Commands) -> None:
+        self._commands, self._ports = commands, dict[int, int]()
+
+    def spec(self, nodes: int, engine: EngineConfig) -> ClusterSpec:
+        """Of a run on them; they are started for the first one."""
+        if nodes not in self._ports:
+            self._ports[nodes] = port = unused_port()
+            for rank in range(1, nodes):
+                self._commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank)
+        timing = Timing(join=PATIENCE_S)
+        return ClusterSpec(
+            nodes, manual=True, port=self._ports[nodes], engine=engine, timing=timing
+        )
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    with commands_in(tmp_path_factory.mktemp("workers")) as commands:
+        yield Workers(commands)

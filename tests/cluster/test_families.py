@@ -7,7 +7,6 @@ and router.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,14 +15,13 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from tests.cluster.conftest import PATIENCE_S, Commands
-from tests.conftest import unused_port
+from tests.cluster.conftest import Workers
 from tests.families import FAMILIES, build
 from tests.one_sequence import ENOUGH_BLOCKS, OneSequence
 from zmoe.cluster.leader import Leader
 from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver
-from zmoe.cluster.spec import ClusterSpec, PlacementRequest
+from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig, Timing
 from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import place_evenly
@@ -54,30 +52,10 @@ def worst_difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float
     return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted)) / scale
 
 
-class Ports:
-    """Three workers started by hand for each cluster size, which serve all families in turn."""
-
-    def __init__(self, commands: Commands) -> None:
-        self.by_nodes: dict[int, int] = {}
-        for nodes in (2, 3, 4):
-            self.by_nodes[nodes] = port = unused_port()
-            for rank in range(1, nodes):
-                commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank)
-
-
-@pytest.fixture(scope="module")
-def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
-    commands = Commands(tmp_path_factory.mktemp("commands"))
-    yield Ports(commands)
-    for process in commands.started:
-        process.terminate()
-        process.communicate(timeout=PATIENCE_S)
-
-
 def run(
     folder: Path,
     nodes: int,
-    ports: Ports,
+    workers: Workers,
     compute: str = "native",
     schedule: str = "decentralized",
 ) -> Run:
@@ -90,13 +68,7 @@ def run(
         node.place(place_evenly(info.shape, 1))
         node.load(lambda done, total: None)
     else:
-        spec = ClusterSpec(
-            nodes=nodes,
-            manual=True,
-            port=ports.by_nodes[nodes],
-            engine=engine,
-            timing=Timing(join=PATIENCE_S),
-        )
+        spec = workers.spec(nodes, engine)
         resolver = PlacementResolver(PlacementRequest("experts"), info, nodes, engine)
         leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
     try:
@@ -127,25 +99,25 @@ ON_NODES = {"deepseek_v3", "gpt_oss", "qwen2_moe", "llama4", "longcat_flash", "n
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_nodes_agree_with_mlx_lm(name: str, ports: Ports, tmp_path: Path) -> None:
+def test_nodes_agree_with_mlx_lm(name: str, workers: Workers, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
     runs = [(1, "decentralized")]
     if name in ON_NODES:
         runs += [(2, "decentralized"), (4, "decentralized"), (3, "centralized")]
     for nodes, schedule in runs:
-        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        found_tokens, found_logits = run(folder, nodes, workers, schedule=schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         difference = worst_difference(found_logits, logits)
         assert difference <= 1e-4, f"{nodes} nodes, {schedule}: logits differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
-def test_mlx_alone_may_compute(name: str, ports: Ports, tmp_path: Path) -> None:
+def test_mlx_alone_may_compute(name: str, workers: Workers, tmp_path: Path) -> None:
     folder = build(name, tmp_path / name)
     tokens, logits = reference(folder)
     for nodes, schedule in ((2, "decentralized"), (2, "centralized")):
-        found_tokens, found_logits = run(folder, nodes, ports, "mlx", schedule)
+        found_tokens, found_logits = run(folder, nodes, workers, "mlx", schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
@@ -160,13 +132,13 @@ def test_mlx_alone_may_compute(name: str, ports: Ports, tmp_path: Path) -> None:
     ids=str,
 )
 def test_quantised_models_agree_with_mlx_lm(
-    name: str, quantize: tuple[str, int, int], ports: Ports, tmp_path: Path
+    name: str, quantize: tuple[str, int, int], workers: Workers, tmp_path: Path
 ) -> None:
     """The activations are float32 and the products the same: so is the bound."""
     folder = build(name, tmp_path / name, quantize=quantize)
     tokens, logits = reference(folder)
     for nodes, schedule in ((1, "decentralized"), (3, "decentralized"), (2, "centralized")):
-        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        found_tokens, found_logits = run(folder, nodes, workers, schedule=schedule)
         assert found_tokens == tokens, f"{nodes} nodes, {schedule}"
         assert worst_difference(found_logits, logits) <= 1e-4, f"{nodes} nodes, {schedule}"
 
@@ -176,7 +148,7 @@ def test_quantised_models_agree_with_mlx_lm(
     [("dbrx", "bfloat16", 8), ("mixtral", "float16", 11), ("qwen3_moe", "bfloat16", 8)],
 )
 def test_halves_agree_with_float32(
-    name: str, dtype: str, digits: int, ports: Ports, tmp_path: Path
+    name: str, dtype: str, digits: int, workers: Workers, tmp_path: Path
 ) -> None:
     """mlx-lm computes the reference in float32 from the same weights.
 
@@ -185,10 +157,10 @@ def test_halves_agree_with_float32(
     logit. Sixteen leave room; a lost expert shows as more than a hundred.
     """
     folder = build(name, tmp_path / name, dtype=dtype)
-    tokens, _ = run(folder, 1, ports)
+    tokens, _ = run(folder, 1, workers)
     _, logits = reference(folder, tokens)
     for nodes, schedule in ((1, "decentralized"), (2, "decentralized"), (4, "centralized")):
-        found_tokens, found_logits = run(folder, nodes, ports, schedule=schedule)
+        found_tokens, found_logits = run(folder, nodes, workers, schedule=schedule)
         same = next((i for i, (a, b) in enumerate(zip(found_tokens, tokens)) if a != b), TOKENS)
         assert same > 0
         difference = worst_difference(found_logits[:same], logits[:same])

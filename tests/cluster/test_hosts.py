@@ -24,7 +24,8 @@ def ssh(commands: Commands, tmp_path: Path) -> Path:
 
 def test_hosts_over_ssh_write_the_same_text(commands: Commands, ssh: Path, tmp_path: Path) -> None:
     alone = commands.call("run", *GREEDY).stdout
-    done = commands.run("--hosts", "127.0.0.1,127.0.0.2,127.0.0.3", *GREEDY)
+    hosts = "127.0.0.1,127.0.0.2,127.0.0.3"
+    done = commands.call("run", "--hosts", hosts, *GREEDY)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone
     calls = sorted(ssh.read_text().splitlines())  # they start at once
@@ -39,7 +40,8 @@ def test_a_hostfile_brings_names_and_environment(
     hostfile = tmp_path / "hosts.json"
     hosts = [{"ssh": "me", "ips": ["127.0.0.1"]}, {"ssh": "you@other", "ips": ["127.0.0.2"]}]
     hostfile.write_text(json.dumps({"envs": ["ZMOE_GREETING=hi there"], "hosts": hosts}))
-    done = commands.run("--hostfile", hostfile, "--cwd", tmp_path, "--env", "A=1", *GREEDY)
+    flags = ("--hostfile", hostfile, "--cwd", tmp_path, "--env", "A=1")
+    done = commands.call("run", *flags, *GREEDY)
     assert done.returncode == 0, done.stderr
     call = ssh.read_text()
     assert "you@other" in call

@@ -14,12 +14,17 @@ SNIPPETS = PYTHON.findall(README)
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+def written(commands: Commands, prompt: str, count: int) -> str:
+    """What zmoe-run writes; here on one node, as nodes change nothing."""
+    return commands.call("run", "-m", count, prompt).stdout
+
+
 def test_the_cluster_snippet(commands: Commands) -> None:
     assert len(SNIPPETS[0].strip().splitlines()) < 15
     process = commands.python("-c", SNIPPETS[0])
     text, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    assert text == commands.run("--temp", 0, "-m", 32, "ROMEO:").stdout.removesuffix("\n")
+    assert text == written(commands, "ROMEO:", 32).removesuffix("\n")
 
 
 def test_the_snippet_of_many_prompts(commands: Commands) -> None:
@@ -27,9 +32,7 @@ def test_the_snippet_of_many_prompts(commands: Commands) -> None:
     process = commands.python("-c", SNIPPETS[1])
     text, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    romeo, juliet = (
-        commands.run("--nodes", 2, "-m", 32, f"{n}:").stdout for n in ("ROMEO", "JULIET")
-    )
+    romeo, juliet = (written(commands, f"{name}:", 32) for name in ("ROMEO", "JULIET"))
     assert text == romeo + juliet + romeo.removesuffix("\n")
 
 
@@ -42,7 +45,7 @@ def test_the_snippets_of_batching(commands: Commands) -> None:
         process = commands.python("-c", snippet)
         text, errors = process.communicate(timeout=90)
         assert process.returncode == 0, errors
-        assert text == "".join(commands.run("-m", count, prompt).stdout for prompt in prompts)
+        assert text == "".join(written(commands, prompt, count) for prompt in prompts)
 
 
 def test_the_exchange_snippet(commands: Commands) -> None:
@@ -55,7 +58,7 @@ def test_the_exchange_snippet(commands: Commands) -> None:
 
 
 def test_every_flag_that_the_readme_shows_exists(commands: Commands) -> None:
-    helped = commands.run("--help").stdout
+    helped = commands.call("run", "--help").stdout
     for line in "".join(SHELL).splitlines():
         if "zmoe-run" in line:
             for flag in re.findall(r"(?<!\S)(--[a-z-]+)", line):

@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -23,14 +26,10 @@ from tests.conftest import unused_port
 from tests.server.serving import Server, serving
 from zmoe.server import page
 
-selenium = pytest.importorskip("selenium", reason="selenium (PyPI) is not installed")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     reason = "there is no chromium with chromedriver (Debian: chromium, chromium-driver)"
     pytest.skip(reason, allow_module_level=True)
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 PATIENCE_S = 60.0
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,800")

@@ -70,16 +70,39 @@ def encode_chat(
         if system or chat_template_config:
             setting = "system_prompt" if system else "chat_template_config"
             raise SettingError(setting, "needs a chat template, and none is in use")
-        text, bos = "\n".join(message["content"] for message in messages), tokenizer.bos_token
-        ids = tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
-    else:
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            **chat_template_config,
-        )
+    ids = render_chat(
+        tokenizer, messages, chat_template_config, ignore_chat_template=ignore_chat_template
+    )
     if not ids:
         raise InputError("the prompt holds no token")
+    return ids
+
+
+def render_chat(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Mapping[str, Any]],
+    chat_template_config: Mapping[str, Any],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    continue_last: bool = False,
+    ignore_chat_template: bool = False,
+) -> list[int]:
+    """Token ids of a conversation by the chat template, which knows `tools` in OpenAI's form and
+    with `continue_last` leaves the last message open; without a template, of the contents one
+    after the other. Raises what the template does.
+    """
+    if ignore_chat_template or not tokenizer.has_chat_template:
+        text = "\n".join(message.get("content") or "" for message in messages)
+        bos = tokenizer.bos_token
+        has_begun = bos is not None and text.startswith(bos)
+        return list(tokenizer.encode(text, add_special_tokens=not has_begun)) if text else []
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=list(tools) or None,
+        add_generation_prompt=not continue_last,
+        continue_final_message=continue_last,
+        **chat_template_config,
+    )
     return list(ids)
 
 

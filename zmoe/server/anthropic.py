@@ -9,22 +9,15 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.anthropic_request import CountRequest, MessagesRequest
 from zmoe.server.calls import ToolCall
-from zmoe.server.errors import ApiError, invalid
+from zmoe.server.errors import ApiError, anthropic_error_body, invalid
 from zmoe.server.front import Front
 from zmoe.server.generation import Choice
-from zmoe.server.http import (
-    anthropic_error_body,
-    event,
-    event_stream,
-    json_answer,
-    read_body,
-    until_disconnect,
-)
+from zmoe.server.http import event, event_stream, read_body, until_disconnect
 from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
 
@@ -63,7 +56,7 @@ def routes(front: Front) -> list[Route]:
         body = await read_body(request, CountRequest)
         front.check_model(body.model)
         prompt = await body.ask().prompt(front)
-        return json_answer({"input_tokens": len(prompt.ids)})
+        return JSONResponse({"input_tokens": len(prompt.ids)})
 
     return [
         Route("/v1/messages", messages, methods=["POST"]),
@@ -93,7 +86,7 @@ async def _whole(events: AsyncGenerator[Event], answer: Answer) -> Response:
     async with aclosing(events):
         async for _ in events:
             pass
-    return json_answer(answer.message)
+    return JSONResponse(answer.message)
 
 
 class Answer:
@@ -128,7 +121,7 @@ class Answer:
             return self._call(piece)
         events = []
         if self._open != piece.kind:
-            block = {"type": "text", "text": "", "citations": None}
+            block: dict[str, Any] = {"type": "text", "text": "", "citations": None}
             if piece.kind == "reasoning":
                 block = {"type": "thinking", "thinking": "", "signature": ""}
             events = self._start(piece.kind, block)
@@ -172,9 +165,14 @@ class Answer:
         }
 
     def _call(self, piece: ToolCall) -> list[Event]:
-        events = []
+        events: list[Event] = []
         if piece.begins:
-            block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
+            block: dict[str, Any] = {
+                "type": "tool_use",
+                "id": piece.id,
+                "name": piece.name,
+                "input": {},
+            }
             events = self._start("tool_use", block | {"caller": {"type": "direct"}})
             self._arguments = ""
         arguments = piece.arguments

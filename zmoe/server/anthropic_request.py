@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Field, Tag, field_validator
 
-from zmoe.server.ask import Ask, type_tag
+from zmoe.server.ask import Ask
+from zmoe.server.blocks import by_type, check_is_text, listed
 from zmoe.server.errors import invalid
 from zmoe.server.fields import refused
 from zmoe.server.http import Body
@@ -39,9 +40,7 @@ class TextBlock(Body):
     @field_validator("type", mode="before")
     @classmethod
     def _is_text(cls, given: Any) -> Any:
-        if given in ("image", "document", "search_result"):
-            raise refused(f"is {given!r}: the model takes text only, no images or documents")
-        return given
+        return check_is_text(given, ("image", "document", "search_result"), "images or documents")
 
 
 class ThinkingBlock(Body):
@@ -69,14 +68,7 @@ class ToolUseBlock(Body):
     cache_control: CacheControl | None = None
 
 
-def _as_blocks(given: Any) -> Any:
-    if isinstance(given, str):
-        return [{"type": "text", "text": given}]
-    if not isinstance(given, list):
-        raise refused("is neither a text nor a list of blocks")
-    return given
-
-
+_as_blocks = listed("text", "blocks")
 Texts = Annotated[
     list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])
 ]
@@ -97,12 +89,7 @@ Block = Annotated[
     | Annotated[ThinkingBlock, Tag("type=thinking")]
     | Annotated[ToolUseBlock, Tag("type=tool_use")]
     | Annotated[ToolResultBlock, Tag("type=tool_result")],
-    Discriminator(
-        type_tag,
-        custom_error_type="refused",
-        custom_error_message="is of an unsupported type: the model takes text, thinking, tool_use "
-        "and tool_result, no images or documents",
-    ),
+    by_type("the model takes text, thinking, tool_use and tool_result, no images or documents"),
 ]
 _MAY_SAY = {
     "user": ("text", "tool_result"),

@@ -144,9 +144,3 @@ def _checked(front: Front, grammar: str, param: str) -> str:
     except InputError as error:
         raise invalid(param, f"cannot be compiled: {error}") from None
     return grammar
-
-
-def type_tag(given: Any) -> str:
-    """Tells objects with a type apart for pydantic; the names of fields leave it out."""
-    kind = given.get("type") if isinstance(given, Mapping) else getattr(given, "type", None)
-    return f"type={kind}"

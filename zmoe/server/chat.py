@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.ask import answer_grammar
 from zmoe.server.calls import ToolCall
 from zmoe.server.chat_messages import ChatPrompt
+from zmoe.server.choices import endpoint, head_of
 from zmoe.server.errors import invalid
 from zmoe.server.fields import CompletionFields, usage
 from zmoe.server.front import Front
 from zmoe.server.generation import Delta, Task, run_together
-from zmoe.server.http import (
-    error_body,
-    event,
-    event_stream,
-    json_answer,
-    read_body,
-    until_disconnect,
-)
-from zmoe.server.openapi import operation
+from zmoe.server.http import event
 from zmoe.server.token_texts import chat_logprobs
 from zmoe.server.tools import ToolChoice, callable_tools
 
@@ -100,32 +90,20 @@ class ChatRequest(ChatPrompt, CompletionFields):
 def routes(front: Front) -> list[Route]:
     """The endpoint."""
 
-    @operation("Answer a chat", ChatRequest)
-    async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatRequest)
-        front.check_model(body.model)
-        front.check_ready()
-        answer = _Answer(front, body, await body.tasks(front))
-        if body.stream:
-            return await event_stream(answer.chunks(), lambda error: event(error_body(error)))
-        return await until_disconnect(request, answer.whole())
+    async def begin(body: ChatRequest) -> _Answer:
+        return _Answer(front, body, await body.tasks(front))
 
-    return [Route("/v1/chat/completions", chat, methods=["POST"])]
+    return [endpoint(front, "/v1/chat/completions", "Answer a chat", ChatRequest, begin)]
 
 
 class _Answer:
     def __init__(self, front: Front, body: ChatRequest, tasks: Sequence[Task]) -> None:
         self._front, self._body, self._prompt = front, body, tasks[0].prompt
         self._choices = [front.generator.start(task) for task in tasks]
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": front.model,
-            "system_fingerprint": front.fingerprint,
-        }
+        self._head = head_of(front, "chatcmpl")
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
+        """See choices.Answer."""
         options = self._body.stream_options
         has_usage = options is not None and options.include_usage
         head = self._head | {"object": "chat.completion.chunk"}
@@ -154,7 +132,7 @@ class _Answer:
         yield event("[DONE]")
 
     async def whole(self) -> Response:
-        """The answer in one piece."""
+        """See choices.Answer."""
         sums = [Delta() for _ in self._choices]
         async with aclosing(run_together([self._choices])) as news:
             async for place, delta in news:
@@ -166,7 +144,7 @@ class _Answer:
             for place, (choice, found) in enumerate(zip(self._choices, sums))
         ]
         answer = {"object": "chat.completion", "choices": choices, "usage": usage([self._choices])}
-        return json_answer(self._head | self._prompt_ids() | answer)
+        return JSONResponse(self._head | self._prompt_ids() | answer)
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._prompt.ids} if self._body.return_token_ids else {}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from zmoe.server.blocks import listed
 from zmoe.server.errors import invalid
 from zmoe.server.fields import refused
 from zmoe.server.front import Front
@@ -17,6 +18,7 @@ from zmoe.server.tools import Tool
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 _TEXTS = ("text", "refusal")
+_as_list = listed("text", "parts")
 
 
 class Part(Body):
@@ -36,15 +38,12 @@ class Part(Body):
 
 
 def _parts(given: Any) -> Any:
-    if isinstance(given, str):
-        return [{"type": "text", "text": given}]
-    if not isinstance(given, list):
-        raise refused("is neither a text nor a list of parts")
-    for at, part in enumerate(given):
+    parts = _as_list(given)
+    for at, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in _TEXTS:
             raise refused(f"has a part {at} of type {kind!r}: the model takes text only, no images")
-    return given
+    return parts
 
 
 class CalledFunction(Body):

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from zmoe.server.choices import endpoint, head_of
 from zmoe.server.errors import invalid
 from zmoe.server.fields import MOST_CHOICES, CompletionFields, usage
 from zmoe.server.front import Front
 from zmoe.server.generation import Delta, Task, run_together
-from zmoe.server.http import (
-    error_body,
-    event,
-    event_stream,
-    json_answer,
-    read_body,
-    until_disconnect,
-)
-from zmoe.server.openapi import operation
+from zmoe.server.http import event
 from zmoe.server.prompts import Prompt
 from zmoe.server.token_texts import TextLogprobs
 
@@ -77,17 +67,11 @@ class CompletionRequest(CompletionFields):
 def routes(front: Front) -> list[Route]:
     """The endpoint."""
 
-    @operation("Go on with a text, or with token ids", CompletionRequest)
-    async def complete(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest)
-        front.check_model(body.model)
-        front.check_ready()
-        answer = _Answer(front, body, await body.groups(front))
-        if body.stream:
-            return await event_stream(answer.chunks(), lambda error: event(error_body(error)))
-        return await until_disconnect(request, answer.whole())
+    async def begin(body: CompletionRequest) -> _Answer:
+        return _Answer(front, body, await body.groups(front))
 
-    return [Route("/v1/completions", complete, methods=["POST"])]
+    summary = "Go on with a text, or with token ids"
+    return [endpoint(front, "/v1/completions", summary, CompletionRequest, begin)]
 
 
 class _Answer:
@@ -100,16 +84,10 @@ class _Answer:
             str(front.tokenizer.decode(prompt.ids)) if body.echo else "" for prompt in self._prompts
         ]
         self._logprobs = [TextLogprobs(front.grammars) for _ in self._choices]
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": front.model,
-            "system_fingerprint": front.fingerprint,
-        }
+        self._head = head_of(front, "cmpl") | {"object": "text_completion"}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
+        """See choices.Answer."""
         options = self._body.stream_options
         has_usage = options is not None and options.include_usage
         head = self._head | ({"usage": None} if has_usage else {})
@@ -130,7 +108,7 @@ class _Answer:
         yield event("[DONE]")
 
     async def whole(self) -> Response:
-        """The answer in one piece."""
+        """See choices.Answer."""
         sums = [Delta(echo) for echo in self._echoes]
         async with aclosing(run_together(self._groups)) as news:
             async for place, delta in news:
@@ -139,7 +117,7 @@ class _Answer:
             _choice(place, found.content, choice.finish_reason) | self._extra(place, found, True)
             for place, (choice, found) in enumerate(zip(self._choices, sums))
         ]
-        return json_answer(self._head | {"choices": choices, "usage": usage(self._groups)})
+        return JSONResponse(self._head | {"choices": choices, "usage": usage(self._groups)})
 
     def _extra(self, place: int, delta: Delta, is_first: bool) -> dict[str, Any]:
         """What was asked for besides the text."""

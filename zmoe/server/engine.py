@@ -115,9 +115,9 @@ class _EngineProcess:
         ) as cluster:
             self._cluster, grammars = cluster, Grammars(cluster.tokenizer)
             grammars.prepare()  # all would wait for it
-            most = self._spec.batching.max_queue
-            assert most is not None
-            self._compiler = Compiler(grammars, most)
+            most_waiting = self._spec.batching.max_queue
+            assert most_waiting is not None
+            self._compiler = Compiler(grammars, most_waiting + self._spec.engine.parallel)
             for notice in cluster.notices:
                 self._tell(Notice(notice))
             self._tell(self._ready())

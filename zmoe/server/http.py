@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from zmoe.server.errors import ApiError
+from zmoe.server.errors import ApiError, anthropic_error_body, error_body
 
 KEEP_ALIVE_S = 10.0  # without an event, until something is sent
 BODY_S = 60.0  # within which a request's body must come
@@ -108,40 +108,6 @@ async def _bytes_of(request: Request) -> bytes:
     return bytes(received)
 
 
-def error_body(error: ApiError) -> dict[str, Any]:
-    """The error object of OpenAI's API."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = kinds.get(
-        error.status, "invalid_request_error" if error.status < 500 else "server_error"
-    )
-    return {
-        "error": {
-            "message": error.message,
-            "type": kind,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-
-
-_ANTHROPIC_ERRORS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-
-
-def anthropic_error_body(error: ApiError) -> dict[str, Any]:
-    """The error object of Anthropic's API."""
-    kind = "invalid_request_error" if error.status < 500 else "api_error"
-    kind = _ANTHROPIC_ERRORS.get(error.status, kind)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
-
-
 def error_answer(path: str, error: ApiError) -> Response:
     """The answer to a request of `path`, in the form of its API."""
     is_anthropic = f"{path}/".startswith("/v1/messages/")
@@ -231,8 +197,3 @@ async def _kept_alive(
         with suppress(asyncio.CancelledError, StopAsyncIteration, ApiError):
             await waiting
         await events.aclose()
-
-
-def json_answer(found: Mapping[str, Any], status: int = 200) -> Response:
-    """A JSON answer."""
-    return JSONResponse(found, status)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.front import Front
-from zmoe.server.http import json_answer
 from zmoe.server.openapi import operation
 
 
@@ -16,19 +15,19 @@ def routes(front: Front) -> list[Route]:
 
     @operation("The model that is served")
     async def models(_: Request) -> Response:
-        return json_answer({"object": "list", "data": [_description(front)]})
+        return JSONResponse({"object": "list", "data": [_description(front)]})
 
     @operation("The model of that name")
     async def model(request: Request) -> Response:
         front.check_model(request.path_params["name"])
-        return json_answer(_description(front))
+        return JSONResponse(_description(front))
 
     @operation("Whether requests can run: status 200 or 503")
     async def health(_: Request) -> Response:
         link = front.link
         status = front.status
         found = {"status": status, "model": front.model, "reason": link.reason or None}
-        return json_answer(found, 200 if status == "ready" else 503)
+        return JSONResponse(found, 200 if status == "ready" else 503)
 
     return [
         Route("/v1/models", models),

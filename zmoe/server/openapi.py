@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from zmoe import __version__
 from zmoe.server.front import Front
-from zmoe.server.http import Body, json_answer
+from zmoe.server.http import Body
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _COMPONENTS = "#/components/schemas/{model}"
@@ -65,7 +65,7 @@ def routes(front: Front, described: Sequence[BaseRoute]) -> list[Route]:
     async def openapi(_: Request) -> Response:
         if not found:
             found.update(description_of([*described, *own], bool(front.config.api_key_file)))
-        return json_answer(found)
+        return JSONResponse(found)
 
     own = [Route("/openapi.json", openapi)]
     return own
@@ -114,7 +114,7 @@ def _operation(route: Route, found: Operation, by_body: dict[Any, Any]) -> dict[
         content = {"application/json": {"schema": schema}}
         described["requestBody"] = {"required": True, "content": content}
         if "stream" in found.body.model_fields:
-            answers["text/event-stream"] = {"schema": {"type": "string"}}
+            answers["text/event-stream"] = {}
     error = {"schema": {"$ref": _COMPONENTS.format(model="ErrorAnswer")}}
     described["responses"] = {
         "200": {"description": "The answer", "content": answers},

@@ -15,7 +15,7 @@ from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.meta import find_undeclared_variables
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from zmoe.engine.prompt import check_ids
+from zmoe.engine.prompt import check_ids, render_chat
 from zmoe.errors import InputError
 from zmoe.server.errors import ApiError, invalid
 
@@ -162,20 +162,15 @@ class Prompts:
         kwargs: Mapping[str, Any] | None,
         continue_last: bool,
     ) -> list[int]:
-        if not self.tokenizer.has_chat_template:
-            if tools:
-                raise invalid("tools", "cannot be told to a model without chat template")
-            text = "\n".join(message.get("content") or "" for message in messages)
-            if not text:
-                raise invalid("messages", "hold no text")
-            return list(self.tokenizer.encode(text))
+        if tools and not self.tokenizer.has_chat_template:
+            raise invalid("tools", "cannot be told to a model without chat template")
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools or None,
-                add_generation_prompt=not continue_last,
-                continue_final_message=continue_last,
-                **(kwargs or {}),
+            ids = render_chat(
+                self.tokenizer,
+                messages,
+                kwargs or {},
+                tools=tools or (),
+                continue_last=continue_last,
             )
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())[:300]
@@ -184,7 +179,7 @@ class Prompts:
             ) from None
         if not ids:
             raise invalid("messages", "make an empty prompt")
-        return list(ids)
+        return ids
 
     def _state(self, ids: Sequence[int], start: int) -> str:
         """Whether the prompt ends within thoughts, which began at `start` or later."""

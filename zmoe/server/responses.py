@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.calls import ToolCall
 from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
 from zmoe.server.generation import Choice
-from zmoe.server.http import event, event_stream, json_answer, read_body, until_disconnect
+from zmoe.server.http import event, event_stream, read_body, until_disconnect
 from zmoe.server.openapi import operation
 from zmoe.server.pieces import Event, Piece, events_of
 from zmoe.server.responses_request import AnyItem, ResponsesRequest
@@ -57,13 +57,13 @@ def routes(front: Front) -> list[Route]:
     async def retrieve(request: Request) -> Response:
         for name in request.query_params:
             raise invalid(name, "is not supported")
-        return json_answer(store.get(request.path_params["id"])[0])
+        return JSONResponse(store.get(request.path_params["id"])[0])
 
     @operation("Forget an answer")
     async def delete(request: Request) -> Response:
         id = request.path_params["id"]
         store.delete(id)
-        return json_answer({"id": id, "object": "response", "deleted": True})
+        return JSONResponse({"id": id, "object": "response", "deleted": True})
 
     async def compact(_: Request) -> Response:
         raise ApiError(
@@ -94,7 +94,7 @@ async def _whole(events: AsyncGenerator[Event], answer: Answer) -> Response:
     async with aclosing(events):
         async for _ in events:
             pass
-    return json_answer(answer.response)
+    return JSONResponse(answer.response)
 
 
 class Answer:
@@ -228,7 +228,7 @@ class Answer:
         ]
 
     def _call(self, call: ToolCall) -> list[Event]:
-        events = []
+        events: list[Event] = []
         if call.begins:
             events, self._open = self._close(), "call"
             item = {"id": _id("fc"), "type": "function_call", "status": "in_progress"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Field, Tag, field_validator
 
-from zmoe.server.ask import Ask, type_tag
+from zmoe.server.ask import Ask
+from zmoe.server.blocks import by_type, check_is_text, listed
 from zmoe.server.errors import invalid
 from zmoe.server.fields import refused
 from zmoe.server.http import Body
@@ -31,19 +32,11 @@ class TextPart(Body):
     @field_validator("type", mode="before")
     @classmethod
     def _is_text(cls, given: Any) -> Any:
-        if given in ("input_image", "input_file", "input_audio"):
-            raise refused(f"is {given!r}: the model takes text only, no images or files")
-        return given
+        others = ("input_image", "input_file", "input_audio")
+        return check_is_text(given, others, "images or files")
 
 
-def _as_parts(given: Any) -> Any:
-    if isinstance(given, str):
-        return [{"type": "input_text", "text": given}]
-    if not isinstance(given, list):
-        raise refused("is neither a text nor a list of parts")
-    return given
-
-
+_as_parts = listed("input_text", "parts")
 Texts = Annotated[
     list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
 ]
@@ -107,12 +100,7 @@ AnyItem = Annotated[
     | Annotated[CallItem, Tag("type=function_call")]
     | Annotated[OutputItem, Tag("type=function_call_output")]
     | Annotated[ReasoningItem, Tag("type=reasoning")],
-    Discriminator(
-        type_tag,
-        custom_error_type="refused",
-        custom_error_message="is of an unsupported type: expected message, function_call, "
-        "function_call_output or reasoning",
-    ),
+    by_type("expected message, function_call, function_call_output or reasoning"),
 ]
 
 

@@ -6,14 +6,13 @@ import dataclasses
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe import __version__
 from zmoe.batch.plan import BLOCK
 from zmoe.server.front import Front
 from zmoe.server.history import Interval
-from zmoe.server.http import json_answer
 from zmoe.server.messages import Ready, Stats
 from zmoe.server.openapi import operation
 
@@ -23,7 +22,7 @@ def routes(front: Front) -> list[Route]:
 
     @operation("The nodes of the cluster, what they hold and what they do")
     async def cluster(_: Request) -> Response:
-        return json_answer(status_of(front))
+        return JSONResponse(status_of(front))
 
     return [Route("/v1/cluster", cluster)]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zmoe.server.chat_messages import ChatMessage, ChatPrompt
 from zmoe.server.errors import ApiError, invalid
 from zmoe.server.front import Front
-from zmoe.server.http import Body, json_answer, read_body
+from zmoe.server.http import Body, read_body
 from zmoe.server.openapi import operation
 
 
@@ -50,13 +50,13 @@ def routes(front: Front) -> list[Route]:
         found["max_model_len"] = front.context
         if body.return_token_strs:
             found["token_strs"] = front.tokenizer.convert_ids_to_tokens(ids)
-        return json_answer(found)
+        return JSONResponse(found)
 
     @operation("The text of token ids", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest)
         front.check_model(body.model)
-        return json_answer({"prompt": await front.apart(_decode, front, body.tokens)})
+        return JSONResponse({"prompt": await front.apart(_decode, front, body.tokens)})
 
     async def embeddings(_: Request) -> Response:
         raise ApiError(

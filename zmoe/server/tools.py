@@ -17,7 +17,7 @@ from zmoe.server.fields import refused
 from zmoe.server.grammar import JSON_FORM, Grammars, json_grammar
 from zmoe.server.http import Body
 
-_ANY = {"type": "object"}
+_ANY: dict[str, Any] = {"type": "object"}
 MOST_CALLS = 16  # that a grammar lets a model make at once
 
 
@@ -104,9 +104,7 @@ def _call_rules(functions: Sequence[Function]) -> list[str]:
     return rules
 
 
-def check_parameters(
-    grammars: Grammars, functions: dict[int, Function], field: str = "function.parameters"
-) -> None:
+def check_parameters(grammars: Grammars, functions: Mapping[int, Function], field: str) -> None:
     """Raise ApiError that names the first schema that cannot be compiled, a tool's `field`."""
     for at, function in functions.items():
         try:

@@ -205,8 +205,9 @@ def test_sums_are_those_of_the_other_schedule_bit_for_bit(
             zeros = np.zeros_like(mine)
             want = expected([zeros if part is None else part for part in parts], wire)
             np.testing.assert_array_equal(mine, want)
-    assert group[0].stats["frames_sent"] == 4 * LAYERS * (nodes - 1)
-    assert group[1].stats["frames_sent"] == 4 * LAYERS
+    for exchange, peers in zip(group, (nodes - 1, *[1] * (nodes - 1)), strict=True):
+        stats = exchange.stats  # a slow machine may ask for some again
+        assert stats["frames_sent"] - stats["resend_served"] == 4 * LAYERS * peers
 
 
 @pytest.mark.parametrize("wire", ["f32", "bf16", "f16", "q8"])

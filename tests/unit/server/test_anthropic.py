@@ -10,19 +10,15 @@ from typing import Any
 import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import TypeAdapter
 from starlette.responses import StreamingResponse
 
-from tests.unit.server.texts import TOOLS, Script, tokenizer
-from zmoe.config import Sampling
+from tests.unit.server.texts import TOOLS, events_told, spoken, tokenizer
 from zmoe.server import http
 from zmoe.server.anthropic import PING, Answer, error_event
 from zmoe.server.anthropic_request import MessagesRequest
 from zmoe.server.errors import ApiError
-from zmoe.server.generation import Generator, Task
-from zmoe.server.pieces import Event, events_of
-from zmoe.server.prompts import Prompt
+from zmoe.server.pieces import Event
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 LOOK = {"name": "look", "input_schema": {"type": "object"}}
@@ -34,23 +30,12 @@ def request(**fields: Any) -> MessagesRequest:
 
 
 def answer(
-    text: str,
-    tokens: TokenizerWrapper | None = None,
-    finish: str = "stop",
-    body: MessagesRequest | None = None,
-    **task: Any,
+    *given: Any, body: MessagesRequest | None = None, **settings: Any
 ) -> tuple[list[Event], dict[str, Any]]:
-    """The events of an answer, as they are when they are told, and the whole message."""
-    tokens = tokens or tokenizer()
-    script: Any = Script(tokens, text, finish=finish)
-    prompt = Prompt([1, 2, 3])
-    choice = Generator(script, tokens).start(Task(prompt, Sampling(), **task))
-    told = Answer("m", choice, body or request())
-
-    async def run() -> list[Event]:
-        return [json.loads(json.dumps(each)) async for each in events_of(choice, told)]
-
-    return asyncio.run(run()), told.message
+    """The events of an answer and the whole message; takes what spoken() does."""
+    choice, _ = spoken(*given, **settings)
+    teller = Answer("m", choice, body or request())
+    return events_told(choice, teller), teller.message
 
 
 def kinds(events: list[Event]) -> list[str]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from tests.unit.server.texts import TOOLS, Script, tokenizer
+from tests.unit.server.texts import TOOLS, Script, events_told, spoken, tokenizer
 from zmoe.config import Sampling
 from zmoe.server.errors import ApiError
 from zmoe.server.generation import Generator, Task
-from zmoe.server.pieces import Event, events_of
+from zmoe.server.pieces import Event
 from zmoe.server.prompts import Prompt
 from zmoe.server.responses import Answer, to_keep
 from zmoe.server.responses_request import ResponsesRequest
@@ -33,19 +31,13 @@ def request(**fields: Any) -> ResponsesRequest:
 
 
 def answer(
-    text: str, tokens: TokenizerWrapper | None = None, finish: str = "stop", **task: Any
+    *given: Any, **settings: Any
 ) -> tuple[list[Event], dict[str, Any], list[dict[str, Any]]]:
-    """The events of an answer, as they are when they are told, the response, and what is kept."""
-    tokens = tokens or tokenizer()
-    script: Any = Script(tokens, text, finish=finish)
-    choice = Generator(script, tokens).start(Task(Prompt([1, 2, 3]), Sampling(), **task))
+    """The events of an answer, the response, and what is kept; takes what spoken() does."""
+    choice, _ = spoken(*given, **settings)
     kept: list[dict[str, Any]] = []
-    told = Answer("m", choice, request(), kept.append)
-
-    async def run() -> list[Event]:
-        return [json.loads(json.dumps(each)) async for each in events_of(choice, told)]
-
-    return asyncio.run(run()), told.response, kept
+    teller = Answer("m", choice, request(), kept.append)
+    return events_told(choice, teller), teller.response, kept
 
 
 def test_the_events_of_thoughts_text_and_calls() -> None:

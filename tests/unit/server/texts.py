@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import Sampling
 from zmoe.server.generation import Choice, Delta, Generator, Task
 from zmoe.server.messages import Output
+from zmoe.server.pieces import Event, Teller, events_of
 from zmoe.server.prompts import Prompt
 
 TOOLS = [
@@ -75,7 +77,7 @@ class Script:
             self.closed += 1
 
 
-def said(
+def spoken(
     text: str,
     tokens: TokenizerWrapper | None = None,
     *,
@@ -83,12 +85,17 @@ def said(
     finish: str = "stop",
     state: str = "normal",
     **task: Any,
-) -> tuple[Delta, Choice]:
-    """All that comes of `text`, and the choice at its end."""
+) -> tuple[Choice, Script]:
+    """A choice that will be `text`, and what it comes from."""
     tokens = tokens or tokenizer()
     script: Any = Script(tokens, text, size, finish)
     prompt = Prompt([1, 2, 3], state=state)
-    choice = Generator(script, tokens).start(Task(prompt, Sampling(), **task))
+    return Generator(script, tokens).start(Task(prompt, Sampling(), **task)), script
+
+
+def said(*given: Any, **settings: Any) -> tuple[Delta, Choice]:
+    """All that comes of a text, and the choice at its end; takes what spoken() does."""
+    choice, script = spoken(*given, **settings)
 
     async def run() -> Delta:
         found = Delta()
@@ -99,3 +106,12 @@ def said(
     found = asyncio.run(run())
     assert script.closed == 1
     return found, choice
+
+
+def events_told(choice: Choice, teller: Teller) -> list[Event]:
+    """The events that `teller` makes of a choice, as they are when they are told."""
+
+    async def run() -> list[Event]:
+        return [json.loads(json.dumps(each)) async for each in events_of(choice, teller)]
+
+    return asyncio.run(run())
