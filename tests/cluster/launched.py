@@ -64,7 +64,10 @@ def main() -> None:
         time.sleep(3600)
     elif scenario == "raises":
         raise ValueError("of the program's own")
-    print(mx.distributed.all_sum(mx.ones(3)).tolist())
+    try:
+        print(mx.distributed.all_sum(mx.ones(3)).tolist())
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.relay import Relay
-from zmoe.cluster import leader
+from zmoe.cluster import crew
 from zmoe.cluster.bus import LeaderBus
 from zmoe.exchange.sockets import Context
 
@@ -77,7 +77,7 @@ def test_a_link_that_is_disturbed_changes_no_token(
     assert run.ids({10: lambda: relay.delay(0.01), 40: relay.restore}) == calm
     assert run.ids({10: lambda: relay.throttle(20_000), 40: relay.restore}) == calm
     assert relay.accepted >= 6
-    monkeypatch.setattr(leader, "FAREWELL_S", PATIENCE_S)  # the machine may be busy
+    monkeypatch.setattr(crew, "FAREWELL_S", PATIENCE_S)  # the machine may be busy
     relay.cut()
     run.cluster.close()  # waits until its Stop has arrived
     _, errors = run.worker.communicate(timeout=PATIENCE_S)

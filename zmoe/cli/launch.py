@@ -231,6 +231,7 @@ class _Watch:
     def __init__(self, prog: str, rank: Rank, quiet: bool) -> None:
         """`quiet`: the leader, which is told, says what has happened."""
         self._prog, self._rank, self._quiet = prog, rank, quiet
+        self.code = 0  # of a signal that has come
         self._ends = os.pipe()
         for end in self._ends:
             os.set_blocking(end, False)
@@ -259,9 +260,10 @@ class _Watch:
 
     def _end_by_signal(self, number: int) -> None:
         """Collectives that wait return, so that Python can raise what it has for the signal."""
+        self.code = 128 + number
         self._rank.exchange.cancel()
         if not self._over.wait(_SIGNAL_S):
-            self._end("", 128 + number)
+            self._end("", self.code)
 
     def _end(self, words: str, code: int) -> NoReturn:
         """End this process at once: what the program would compute from here on is void."""
@@ -303,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     watch = _Watch(prog, rank, options.tied)
     code = program.run()
     watch.stop()
+    code = watch.code or code
     failed = run_command(prog, options.debug, partial(_finish, rank, code, options.tied))
     rank.exchange.close()
     return code or failed
