@@ -101,7 +101,7 @@ class Graph:
 
     def check(self, step: int, told: npt.NDArray[np.uint32]) -> None:
         """Raises PeerError and DivergenceError where what a pass has computed is void."""
-        self._groups.check()
+        self._groups.check(step)
         found = told[:, : self._layers]
         differ = np.argwhere(found != found[self._groups.rank])
         if len(differ):
