@@ -239,7 +239,9 @@ class Door:
         self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
         failure = self._failure
         status = lib.zmoe_door_failed(failure)
-        if status == Status.OK or (step is not None and failure.step > step):  # of a pass that was begun since
+        if status == Status.OK or (
+            step is not None and failure.step > step
+        ):  # of a pass that was begun since
             return
         step, layer = failure.step, failure.layer
         if status == Status.INTERRUPTED:
