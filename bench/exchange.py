@@ -92,6 +92,12 @@ def arguments() -> argparse.Namespace:
         default=["on"],
         help="of the payloads of zmoe and zmoe-c, a row each: on,off; default on",
     )
+    made.add_argument(
+        "--links",
+        type=list_of(one_of(("plain", "curve"))),
+        default=["plain"],
+        help="of zmoe and zmoe-c, a row each: plain, or encrypted with curve; default plain",
+    )
     return made.parse_args()
 
 
@@ -103,7 +109,9 @@ def spread(options: argparse.Namespace) -> list[Transport]:
         if mode is None:
             found.append(transport)
             continue
-        ways = itertools.product(options.algorithm, options.wire_dtype, options.checksum)
+        ways = itertools.product(
+            options.algorithm, options.wire_dtype, options.checksum, options.links
+        )
         found += [ours(mode, *way) for way in ways]
     return found
 

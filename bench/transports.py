@@ -65,7 +65,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 def ours(
-    mode: str, algorithm: str = "auto", wire_dtype: str = "f32", checksum: str = "on"
+    mode: str,
+    algorithm: str = "auto",
+    wire_dtype: str = "f32",
+    checksum: str = "on",
+    links: str = "plain",
 ) -> Transport:
     """Our exchange, timed in C ("c") or from MLX array to MLX array ("mlx")."""
     name = "zmoe-c" if mode == "c" else "zmoe"
@@ -75,7 +79,9 @@ def ours(
         name += f"-{wire_dtype}"
     if checksum != "on":
         name += "-unchecked"
-    return _python(name, "zmoe.native", "ours.py", mode, algorithm, wire_dtype, checksum)
+    if links != "plain":
+        name += f"-{links}"
+    return _python(name, "zmoe.native", "ours.py", mode, algorithm, wire_dtype, checksum, links)
 
 
 def _ring() -> Transport:

@@ -1,6 +1,8 @@
 """zmoe-c and zmoe: our exchange timed in C, and from MLX array to MLX array.
 
-usage: ours.py CONTROL RANK NODES LARGEST c|mlx ALGORITHM WIRE_DTYPE on|off
+usage: ours.py CONTROL RANK NODES LARGEST c|mlx ALGORITHM WIRE_DTYPE CHECKSUM LINKS
+
+CHECKSUM is on or off, LINKS plain or curve.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 from worker import RUN_DEADLINE_S, Worker, timed
 
 from zmoe.exchange.base import Call
+from zmoe.exchange.keys import KeyPair
 from zmoe.exchange.local import Endpoint, Exchange
 from zmoe.native import Dtype, time_exchanges
 
@@ -21,7 +24,7 @@ SMALL = 64 * 1024  # payloads that come every token
 
 worker = Worker()
 largest = int(sys.argv[4])
-mode, algorithm, wire_dtype, checksum = sys.argv[5:9]
+mode, algorithm, wire_dtype, checksum, links = sys.argv[5:10]
 wire = Dtype[wire_dtype.upper()]
 worker.tolerance = 0.02 if wire is Dtype.Q8 else 0.0
 exchange = Exchange(
@@ -33,12 +36,14 @@ exchange = Exchange(
     wire_dtype=wire_dtype,
     algorithm=algorithm,
     payload_checksum=checksum == "on",
+    keys=KeyPair.fresh() if links == "curve" else None,
 )
 mine = exchange.endpoint
-addresses = worker.meet(f"{mine.host}:{mine.data_port}:{mine.control_port}")
-parts = [address.split(":") for address in addresses]
+addresses = worker.meet(f"{mine.host}:{mine.data_port}:{mine.control_port}:{mine.key}")
+parts = [address.split(":", 3) for address in addresses]  # keys may hold colons
 exchange.connect(
-    [Endpoint(host, int(data), int(control)) for host, data, control in parts], RUN_DEADLINE_S
+    [Endpoint(host, int(data), int(control), key) for host, data, control, key in parts],
+    RUN_DEADLINE_S,
 )
 
 exchange.calibrate()

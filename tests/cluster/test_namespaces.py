@@ -1,7 +1,8 @@
-"""Two machines that share only a network: network namespaces joined by a veth pair."""
+"""Machines that share only a network: network namespaces joined by a bridge."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output
+from zmoe.exchange.keys import write_new_key
 
-A, B = "10.213.7.1", "10.213.7.2"
+A, B, C = "10.213.7.1", "10.213.7.2", "10.213.7.3"
 GREEDY = ("--temp", "0", "-m", "16", "ROMEO:")
 
 
@@ -23,54 +25,53 @@ def ip(*arguments: str, check: bool = True) -> None:
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces with addresses A and B."""
+def hosts() -> Iterator[tuple[str, ...]]:
+    """Names of namespaces with the addresses A, B and C; the first one's bridge joins them."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2")
-    names = tuple(f"zmoe{os.getpid()}{side}" for side in "ab")
+    names = tuple(f"zmoe{os.getpid()}{side}" for side in "abc")
     try:
         try:
             for name in names:
                 ip("netns", "add", name)
+            ip("-n", names[0], "link", "add", "zmoe0", "type", "bridge")
         except subprocess.CalledProcessError:
-            pytest.skip("this system does not allow network namespaces")
-        ip(
-            "link",
-            "add",
-            "zmoe0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "zmoe0",
-            "netns",
-            names[1],
-        )
-        for name, address in zip(names, (A, B)):
+            pytest.skip("this system does not allow network namespaces with a bridge")
+        for name in names[1:]:
+            port = ("link", "add", name[-5:], "netns", names[0], "type", "veth")
+            ip(*port, "peer", "zmoe0", "netns", name)
+            ip("-n", names[0], "link", "set", name[-5:], "master", "zmoe0", "up")
+        for name, address in zip(names, (A, B, C)):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "zmoe0")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "zmoe0", "up")
-        yield names[0], names[1]
+        yield names
     finally:
         for name in names:
             ip("netns", "delete", name, check=False)
 
 
 @pytest.fixture
-def ssh(commands: Commands, two_hosts: tuple[str, str], tmp_path: Path) -> None:
-    """An `ssh` that enters the second namespace."""
+def ssh(commands: Commands, hosts: tuple[str, ...], tmp_path: Path) -> None:
+    """An `ssh` that enters the namespace of the host's address."""
     script = tmp_path / "ssh"
-    enter = f"ip netns exec {two_hosts[1]} sh -c"
-    script.write_text(f'#!/bin/sh\nfor last; do :; done\nexec {enter} "$last"\n')
+    script.write_text(
+        "#!/bin/sh\nwhile [ $# -gt 2 ]; do shift; done\n"
+        f"case $1 in {B}) host={hosts[1]};; {C}) host={hosts[2]};; esac\n"
+        'exec ip netns exec $host sh -c "$2"\n'
+    )
     script.chmod(0o755)
     commands.env["PATH"] = f"{tmp_path}:{commands.env['PATH']}"
 
 
-def leader(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    commands: Commands, host: str, *arguments: str, **variables: str
+) -> subprocess.Popen[str]:
+    """Start Python with `arguments` in a namespace."""
     process = subprocess.Popen(
-        ["ip", "netns", "exec", host, sys.executable, "-m", "zmoe.cli.run", *arguments],
-        env=commands.env,
+        ["ip", "netns", "exec", host, sys.executable, *arguments],
+        env={**commands.env, **variables},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -79,21 +80,100 @@ def leader(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[s
     return process
 
 
+def leader(commands: Commands, host: str, *arguments: str) -> subprocess.Popen[str]:
+    return start(commands, host, "-m", "zmoe.cli.run", *arguments)
+
+
+CAPTURE = """
+import select, socket, sys
+sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+sniffer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
+print("on", flush=True)
+with open(sys.argv[1], "wb") as file:
+    while sys.stdin not in select.select([sniffer, sys.stdin], [], [])[0]:
+        file.write(sniffer.recv(1 << 16))
+"""
+
+
+@contextlib.contextmanager
+def captured(commands: Commands, host: str, file: Path) -> Iterator[None]:
+    """Write all that passes the network of `host`, which the nodes share, to `file`."""
+    process = start(commands, host, "-c", CAPTURE, str(file))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    yield
+    process.communicate(timeout=PATIENCE_S)  # closes its standard input
+    assert process.returncode == 0
+
+
 @pytest.mark.usefixtures("ssh")
-def test_two_machines_write_the_same_text(commands: Commands, two_hosts: tuple[str, str]) -> None:
+def test_no_byte_between_three_machines_is_in_clear(
+    commands: Commands, hosts: tuple[str, ...], tmp_path: Path
+) -> None:
     alone = commands.call("run", *GREEDY).stdout
-    process = leader(commands, two_hosts[0], "--hosts", f"{A},{B}", *GREEDY)
+    seen = []
+    for flags in (("--insecure",), ()):
+        with captured(commands, hosts[0], tmp_path / "packets"):
+            process = leader(commands, hosts[0], *flags, "--hosts", f"{A},{B},{C}", *GREEDY)
+            text, errors = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0, errors
+            assert text == alone
+            assert ("links are not encrypted" in errors) == bool(flags)
+        seen.append((tmp_path / "packets").read_bytes())
+    clear, encrypted = seen
+    # The same run sends the same plans and the same partial sums: what is found in one capture,
+    # behind the headers of control messages and frames, must not be in the other.
+    steps = set(re.findall(rb"zmoe\x01\0{7}.{24}\x92\xa4Step.{12}", clear, re.DOTALL))
+    payloads = set(re.findall(rb"ZMOE.{60}(.{24})", clear, re.DOTALL))
+    assert len(steps) >= 16
+    assert len(payloads) >= 16 * 4
+    for step in steps:
+        assert step[-16:] not in encrypted
+    for payload in payloads:  # some are zeros, as padding is
+        assert payload not in encrypted or not any(payload)
+    for word in (b"ROMEO", b"\xa5Setup", b"zmoe\x01\0\0\0", b"zmoe-tiny", b"ZMOE\x01"):
+        assert word not in encrypted, word
+
+
+def test_by_hand_and_with_a_stranger(
+    commands: Commands, hosts: tuple[str, ...], tmp_path: Path
+) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    public, others = write_new_key(ours).public, write_new_key(other).public
+    run = ("--manual", "--starting-port", "9700", "--hosts", f"{A},{B},{C}", "--key", str(ours))
+    process = leader(commands, hosts[0], *run, "--ports", "9700-9702", "--explain", *GREEDY)
+
+    def node(rank: int, address: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
+        flags = ("-m", "zmoe.cli.node", "--once", "--bind", address, *flags)
+        return start(commands, hosts[rank], *flags, **variables)
+
+    first = ("--leader", f"{A}:9700", "--rank", "1", "--key")
+    stranger = node(1, B, *first, str(other))
+    _, errors = stranger.communicate(timeout=PATIENCE_S)
+    assert stranger.returncode == 2
+    why = f"does not answer by the public key that this node expects, {others}"
+    assert errors.splitlines()[-1] == f"zmoe-node[1]: leader {A}:9700 {why}"
+    told = {"ZMOE_LEADER": f"{A}:9700", "ZMOE_KEY_FILE": str(ours), "SLURM_PROCID": "2"}
+    workers = [node(1, B, *first, str(ours)), node(2, C, "--rank-env", "SLURM_PROCID", **told)]
     text, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
-    assert text == alone
-    assert f"listening on {A}; links are not yet encrypted" in errors
+    assert f"--rank 2 --key {ours}" in errors
+    assert public not in errors
+    assert "links: encrypted\n" in errors
+    listening = re.findall(r"  node [0-2]: (\S+), ports (.+)", errors)
+    workers_listen = [(address, "9700, 9701") for address in (B, C)]
+    assert listening == [(A, "9700, 9701, 9702"), *workers_listen]
+    assert text == commands.call("run", *GREEDY).stdout
+    for worker in workers:
+        _, errors = worker.communicate(timeout=PATIENCE_S)
+        assert worker.returncode == 0, errors
 
 
 @pytest.mark.usefixtures("ssh")
-def test_a_cut_cable_is_a_lost_peer(commands: Commands, two_hosts: tuple[str, str]) -> None:
+def test_a_cut_cable_is_a_lost_peer(commands: Commands, hosts: tuple[str, ...]) -> None:
     process = leader(
         commands,
-        two_hosts[0],
+        hosts[0],
         "--hosts",
         f"{A},{B}",
         "-m",
@@ -101,7 +181,7 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, two_hosts: tuple[str, st
         "ROMEO:",
     )
     first_output(process)
-    ip("-n", two_hosts[1], "link", "set", "zmoe0", "down")
+    ip("-n", hosts[1], "link", "set", "zmoe0", "down")
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, errors
     assert re.search(r"zmoe-run: rank 1 .*step \d+", errors)

@@ -135,7 +135,9 @@ def test_the_cluster(server: Server) -> None:
     assert sum(node["experts"] for node in nodes) == 4 * 16
     assert sum(node["expert_share"] for node in nodes) == 1
     ports = [port for node in nodes for port in node["listens"]]
-    assert len(set(ports)) == 4 and all(1024 <= port < 65536 for port in ports)
+    assert [len(node["listens"]) for node in nodes] == [3, 2]
+    assert not found["encrypted"]
+    assert len(set(ports)) == 5 and all(1024 <= port < 65536 for port in ports)
     assert found["queue"]["parallel"] == 32
     assert 0 <= found["cache"]["used"] <= found["cache"]["blocks"]
     whole, counts = found["total"], found["counts"]

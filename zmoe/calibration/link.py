@@ -1,7 +1,9 @@
 """The exchange among processes of this machine, or of several: latency and bandwidth.
 
 Rank 0 is this process. Every other one is started here or over ssh, takes part in
-a known series of exchanges and ends; it also ends when its standard input closes.
+a known series of exchanges and ends; it also ends when its standard input closes. Beyond this
+machine the exchange is encrypted, as those of a run: a key that all have comes as the first line
+of standard input.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.launch import NodeProcess, end_all, over_ssh
 from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError, ZmoeError
+from zmoe.exchange.keys import KeyPair, is_loopback
 from zmoe.exchange.local import join
 from zmoe.perf.links import PER_PEER_S, Link
 
@@ -77,21 +80,24 @@ def measure_link(given: Hosts, progress: Progress) -> Link:
 
 def _seconds(hosts: Sequence[Host], remote: RemoteOptions) -> list[float]:
     """Median seconds of one all-reduce of each of SIZES among `hosts`, as the first sees it."""
-    with others(hosts, remote, __name__) as (addresses, check):
-        return _take_part(0, addresses, check)
+    with others(hosts, remote, __name__) as (addresses, key, check):
+        return _take_part(0, addresses, key, check)
 
 
 @contextmanager
 def others(
     hosts: Sequence[Host], remote: RemoteOptions, module: str
-) -> Iterator[tuple[list[str], Callable[[], None]]]:
+) -> Iterator[tuple[list[str], KeyPair | None, Callable[[], None]]]:
     """Have all `hosts` but the first run main() of `module`, with rank and addresses as arguments.
 
-    Yields the addresses by rank, and what raises LaunchError if one of them has ended.
+    Yields the addresses by rank, the key that all get where there are other machines, and what
+    raises LaunchError if one of them has ended.
     """
     ports = free_port_pairs(len(hosts))
     addresses = [f"{host.address}:{port}" for host, port in zip(hosts, ports)]
     processes: list[NodeProcess] = []
+    local_only = all(is_loopback(host.address) for host in hosts)
+    key = None if local_only else KeyPair.fresh()
 
     def check() -> None:
         for process in processes:
@@ -103,8 +109,9 @@ def others(
             words = ["-c", _RANK.format(module), str(rank), *addresses]
             local = [sys.executable, *words]
             command = local if host.is_local else over_ssh(words, host, remote)
-            processes.append(NodeProcess(rank, host.ssh, command, dict(os.environ)))
-        yield addresses, check
+            line = key.secret if key is not None else ""
+            processes.append(NodeProcess(rank, host.ssh, command, dict(os.environ), line))
+        yield addresses, key, check
     except ZmoeError:
         check()  # what a process said of its end explains more
         raise
@@ -112,10 +119,12 @@ def others(
         end_all(processes, patience=1.0)
 
 
-def _take_part(rank: int, addresses: Sequence[str], tick: Callable[[], None]) -> list[float]:
+def _take_part(
+    rank: int, addresses: Sequence[str], key: KeyPair | None, tick: Callable[[], None]
+) -> list[float]:
     """One rank's part of the measurement. Raises LaunchError, PeerError."""
     medians = []
-    with join(rank, addresses, deadline_s=DEADLINE_S, tick=tick) as exchange:
+    with join(rank, addresses, key=key, deadline_s=DEADLINE_S, tick=tick) as exchange:
         for size in SIZES:
             payload = np.ones((1, size // 4), np.float32)
             taken = []
@@ -124,6 +133,9 @@ def _take_part(rank: int, addresses: Sequence[str], tick: Callable[[], None]) ->
                 exchange.all_reduce_numpy(payload)
                 taken.append(time.perf_counter() - begin)
             medians.append(statistics.median(taken[WARM_UP:]))
+        until = time.monotonic() + DEADLINE_S  # our last payload may still be under way to rank 0
+        while rank > 0 and 0 in exchange.links() and time.monotonic() < until:
+            time.sleep(0.01)
     return medians
 
 
@@ -160,9 +172,11 @@ def _wait_for_input() -> None:
 
 def main() -> int:
     """A rank other than 0: its number and all addresses are the arguments; its exit code."""
+    line = sys.stdin.readline().strip()
     end_with_input()
     try:
-        _take_part(int(sys.argv[1]), sys.argv[2:], lambda: None)
+        key = KeyPair.of(line) if line else None
+        _take_part(int(sys.argv[1]), sys.argv[2:], key, lambda: None)
     except ZmoeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -10,7 +10,7 @@ from pathlib import Path
 from zmoe import __version__
 from zmoe.calibration.link import Hosts, measure_link
 from zmoe.calibration.machine import measure_machine
-from zmoe.cli.common import check_writable, warn_unencrypted
+from zmoe.cli.common import check_writable
 from zmoe.cluster.hosts import hosts_from
 from zmoe.cluster.spec import ClusterSpec, RemoteOptions
 from zmoe.errors import InputError
@@ -28,7 +28,6 @@ def hosts_of(prog: str, names: str | None, file: Path | None, python: str | None
     if nodes < 2:
         raise InputError("--hosts: an exchange takes at least two, this machine first")
     ClusterSpec(nodes=nodes, hosts=found)  # which checks that they can reach this one
-    warn_unencrypted(prog, found.hosts[0].address)
     return Hosts(found, RemoteOptions(python, env=found.envs))
 
 

@@ -201,7 +201,7 @@ def _cluster(options: argparse.Namespace, spec: ClusterSpec) -> Iterator[Cluster
     from zmoe.cluster.launch import ask_for_nodes
 
     if spec.nodes > 1:
-        warn_unencrypted(PROG, spec.address)
+        warn_unencrypted(PROG, spec.address, spec.insecure)
     with ExitStack() as stack:
         with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as progress:
             cluster = Cluster(

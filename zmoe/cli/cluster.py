@@ -23,7 +23,7 @@ def add_cluster(parser: Parser) -> Callable[..., Any]:
     add_settings(add, ClusterSpec, "nodes")
     add_hosts(add)
     add_settings(add, EngineConfig, "schedule")
-    add_settings(add, ClusterSpec, "manual", "bind", "port")
+    add_settings(add, ClusterSpec, "manual", "bind", "port", "ports", "key", "insecure")
     add_settings(add, RemoteOptions)
     add_settings(add, EngineConfig, "wire_dtype", "backend")
     add_settings(add, Timing)

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast, get_origin
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest, WorkerSpec
 from zmoe.config import Batching, EngineConfig, Sampling, Settings, Timing, fields_of
 from zmoe.errors import InputError, SettingError, ZmoeError
+from zmoe.exchange.keys import is_loopback
 
 MOST_GIB = 1 << 20
 _KINDS = (Sampling, Timing, EngineConfig, Batching, ClusterSpec, PlacementRequest, WorkerSpec)
@@ -56,10 +57,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> None:
+def add_settings(
+    add: Callable[..., Any], kind: type[Settings], *names: str, required: bool = True
+) -> None:
     """Add the flags of the fields `names` of `kind`, or of all its fields that have one.
 
-    `add` is the add_argument of a parser or group. given_settings() collects the values.
+    `add` is the add_argument of a parser or group. given_settings() collects the values. Fields
+    without a default are `required`, unless they may come from elsewhere.
     """
     for field in fields_of(kind):
         setting, how = field.setting, dict[str, Any]()
@@ -73,7 +77,7 @@ def add_settings(add: Callable[..., Any], kind: type[Settings], *names: str) -> 
             how |= {"type": float if setting.in_gib else field.kind, "metavar": setting.metavar}
             how |= {"choices": setting.limit.choices if setting.limit is not None else None}
         if not hasattr(kind, field.name):
-            how["required"] = True
+            how["required"] = required
         flags = (setting.short, field.flag) if setting.short else (field.flag,)
         text = _with_default(setting.help, getattr(kind, field.name, None))
         add(*flags, default=argparse.SUPPRESS, help=text, **how)
@@ -235,11 +239,11 @@ def template_config(text: str | None) -> dict[str, Any] | None:
     return config
 
 
-def warn_unencrypted(prog: str, address: str) -> None:
-    """Warn on standard error when `address`, where a node listens, is not a loopback address."""
-    if not address.startswith("127."):
+def warn_unencrypted(prog: str, address: str, insecure: bool) -> None:
+    """Warn on standard error when `insecure` links go beyond this machine, from `address`."""
+    if insecure and not is_loopback(address):
         print(
-            f"{prog}: warning: listening on {address}; links are not yet encrypted, "
+            f"{prog}: warning: listening on {address}; links are not encrypted, "
             "use a network that you trust",
             file=sys.stderr,
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from zmoe.cli.cluster import cluster_spec
 from zmoe.cli.common import Parser, add_hosts, add_settings, run_command, warn_unencrypted
-from zmoe.cli.node import end_with_input, pin, read_token
+from zmoe.cli.node import end_with_input, pin, told_by_leader
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import ClusterSpec, RemoteOptions, WorkerSpec
 from zmoe.config import Timing
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 PROG = "zmoe-launch"
 _WATCH_S = 0.05
 _SIGNAL_S = 1.0  # after Ctrl-C or SIGTERM, for the program to end by itself
-_OF_THE_FIRST = {"nodes", "manual", "starting_port", "python", "env", "cwd", "peer_timeout"}
+_OF_THE_FIRST = {
+    "nodes",
+    "manual",
+    "starting_port",
+    "python",
+    "env",
+    "cwd",
+    "peer_timeout",
+    "ports",
+}
 
 
 def _parser() -> Parser:
@@ -48,7 +57,7 @@ def _parser() -> Parser:
     add = parser.add_argument_group("nodes").add_argument
     add_settings(add, ClusterSpec, "nodes")
     add_hosts(add)
-    add_settings(add, ClusterSpec, "manual", "bind", "port")
+    add_settings(add, ClusterSpec, "manual", "bind", "port", "ports", "key", "insecure")
     add_settings(add, RemoteOptions)
     add_settings(add, Timing, "join", "peer")
     add = parser.add_argument_group("a node that is started by hand").add_argument
@@ -146,7 +155,7 @@ def _leader(options: argparse.Namespace, program: _Program) -> Rank | None:
     program.check()
     if spec.nodes == 1:
         return None
-    warn_unencrypted(PROG, spec.address)
+    warn_unencrypted(PROG, spec.address, spec.insecure)
     from zmoe.cluster.launch import ask_for_nodes
     from zmoe.cluster.program import ProgramLeader
 
@@ -171,9 +180,14 @@ def _worker(options: argparse.Namespace, program: _Program) -> Rank:
         raise InputError("--hosts and --hostfile are for the first node, and not with --rank")
     if options.leader is None:
         raise InputError("--rank is for a node that is started by hand: give its --leader")
-    token = ""
+    bind = getattr(options, "bind", "127.0.0.1")
+    patience = getattr(options, "join_timeout", Timing().join)
+    key, insecure = getattr(options, "key", None), getattr(options, "insecure", False)
+    spec = WorkerSpec(
+        options.leader, options.rank, bind, key=key, insecure=insecure, join_timeout=patience
+    )
     if options.tied:
-        token = read_token()
+        spec = told_by_leader(spec)
         alive = os.dup(0)
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)  # for the program
@@ -181,15 +195,13 @@ def _worker(options: argparse.Namespace, program: _Program) -> Rank:
     if options.cores is not None:
         pin(options.cores)
     check_leader(options.leader, "--leader")
-    bind = getattr(options, "bind", "127.0.0.1")
     check_bind(bind)
-    warn_unencrypted(f"{PROG}[{options.rank}]", bind)
+    spec.pinned()  # raises where there has to be a key
+    warn_unencrypted(f"{PROG}[{options.rank}]", bind, spec.insecure)
     program.check()
     from zmoe.cluster.program import ProgramWorker
     from zmoe.exchange.sockets import Context
 
-    patience = getattr(options, "join_timeout", Timing().join)
-    spec = WorkerSpec(options.leader, options.rank, bind, token=token, join_timeout=patience)
     return ProgramWorker(spec, Context())
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zmoe.cli.common import Parser, add_settings, given_settings, run_command, warn_unencrypted
+from zmoe.cli.unit import unit
 from zmoe.cluster.hosts import check_bind, check_leader
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import Timing
 from zmoe.errors import InputError, ZmoeError
+from zmoe.exchange.keys import KeyPair, Pinned, is_key, is_loopback
 from zmoe.topology.cores import parse_cpus
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 PROG = "zmoe-node"
 LONGEST_LINE = 1000  # characters
-TOKEN_S, LONGEST_TOKEN = 60.0, 200
+FIRST_LINE_S, LONGEST_FIRST_LINE = 60.0, 200
 PAUSE_S = 1.0  # after a run that failed: the next may fail at once, and so on
 
 
@@ -34,16 +38,33 @@ def _parser() -> Parser:
         "waits for its leader, works for it, and then waits for the next one, until it is stopped.",
     )
     add = parser.add_argument
-    add_settings(add, WorkerSpec, "leader", "rank", "bind", "model", "memory_limit")
+    add_settings(add, WorkerSpec, "leader", "rank", required=False)
+    add(
+        "--rank-env",
+        metavar="NAME",
+        help="Environment variable with the rank of this node, such as SLURM_PROCID",
+    )
+    add_settings(add, WorkerSpec, "bind", "key", "insecure", "model", "memory_limit")
     add("--cores", metavar="CPUS", help="CPUs to run on, such as 0-3,8 (Linux)")
     add(
         "--tied",
         action="store_true",
-        help="Read the token by which the leader recognises this node from the first line of "
-        "standard input, and end when standard input closes",
+        help="Read the token by which the leader recognises this node, and its keys, from the "
+        "first line of standard input, and end when standard input closes",
     )
     add("--once", action="store_true", help="End after one run")
     add_settings(add, WorkerSpec, "join_timeout")
+    add(
+        "--ready-fd",
+        type=int,
+        metavar="N",
+        help="File descriptor to write a line to, and to close, when the node waits for its leader",
+    )
+    add(
+        "--print-unit",
+        action="store_true",
+        help="Print a service of systemd that runs this command, and end",
+    )
     return parser
 
 
@@ -61,16 +82,28 @@ def pin(cores: str) -> None:
         raise InputError(f"--cores {cores}: this process may not run on CPU {min(beyond)}")
 
 
-def read_token() -> str:
+def _read_line() -> str:
     """Return the first line of standard input, and leave the rest unread. Raises InputError."""
-    token, deadline = b"", time.monotonic() + TOKEN_S
-    while not token.endswith(b"\n"):
+    line, deadline = b"", time.monotonic() + FIRST_LINE_S
+    while not line.endswith(b"\n"):
         left = deadline - time.monotonic()
         byte = os.read(0, 1) if select.select([0], [], [], max(0.0, left))[0] else b""
-        if not byte or len(token) > LONGEST_TOKEN:
+        if not byte or len(line) > LONGEST_FIRST_LINE:
             raise InputError("--tied: no line with a token came on standard input")
-        token += byte
-    return token.decode("ascii", "replace").strip()
+        line += byte
+    return line.decode("ascii", "replace").strip()
+
+
+def told_by_leader(spec: WorkerSpec) -> WorkerSpec:
+    """Return `spec` with what the leader says on standard input: a token, this node's secret key
+    and its own public one, or no keys where links are not encrypted. Raises InputError.
+    """
+    token, *keys = _read_line().split(" ")
+    if not keys:
+        return replace(spec, token=token, insecure=not is_loopback(spec.bind))
+    if len(keys) != 2 or not all(map(is_key, keys)):
+        raise InputError("--tied: expected a token, or a token and two keys on standard input")
+    return replace(spec, token=token, keys=Pinned(KeyPair.of(keys[0]), (keys[1],)))
 
 
 def end_with_input(fd: int = 0) -> None:
@@ -105,9 +138,39 @@ class _Notices:
         self.say(f"began a run of {setup.model} on {setup.nodes} nodes")
 
 
+def _from_environment(asked: dict[str, Any], rank_env: str | None) -> None:
+    """Add leader and rank to `asked` where no flag has said them. Raises InputError."""
+    if "leader" not in asked:
+        asked["leader"] = os.environ.get("ZMOE_LEADER")
+        if not asked["leader"]:
+            raise InputError("no leader: give --leader HOST:PORT, or set ZMOE_LEADER")
+        check_leader(asked["leader"], "ZMOE_LEADER")
+    if "rank" in asked:
+        if rank_env is not None:
+            raise InputError("--rank and --rank-env exclude each other")
+        return
+    name = rank_env or "ZMOE_RANK"
+    rank = os.environ.get(name)
+    if not rank:
+        raise InputError(f"no rank: give --rank, or set {name}")
+    if not re.fullmatch("[0-9]{1,2}", rank) or not 1 <= int(rank) <= 63:
+        raise InputError(f"{name} is {rank!r}: expected a number from 1 to 63")
+    asked["rank"] = int(rank)
+
+
+def _say_ready(fd: int) -> None:
+    """Tell whoever holds the other end of `fd`. Raises InputError."""
+    try:
+        os.write(fd, b"ready\n")
+        os.close(fd)
+    except OSError as error:
+        raise InputError(f"--ready-fd {fd}: {error.strerror}") from None
+
+
 def _spec(options: Any) -> WorkerSpec:
-    """What the flags say. Raises InputError."""
+    """What the flags and the environment say. Raises InputError."""
     asked = given_settings(options, WorkerSpec)
+    _from_environment(asked, options.rank_env)
     if options.once:
         asked.setdefault("join_timeout", Timing().join)
     elif "join_timeout" in asked:
@@ -121,19 +184,25 @@ def _in_words(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {error}"
 
 
-def _serve(options: Any) -> None:
+def _serve(options: Any, arguments: Sequence[str] = ()) -> None:
     spec = _spec(options)
+    if options.print_unit:
+        print(unit(spec, [word for word in arguments if word != "--print-unit"], options.rank_env))
+        return
     if options.cores is not None:
         pin(options.cores)
     if options.tied:
-        spec = replace(spec, token=read_token())
+        spec = told_by_leader(spec)
         threading.Thread(target=end_with_input, daemon=True).start()
     prog = f"{PROG}[{spec.rank}]"
     check_leader(spec.leader, "--leader")
     check_bind(spec.bind)
-    warn_unencrypted(prog, spec.bind)
+    spec.pinned()  # raises where there has to be a key
+    warn_unencrypted(prog, spec.bind, spec.insecure)
     notices = _Notices(prog, quiet=options.tied)
     waiting = f"waiting for a leader at {spec.leader}"
+    if options.ready_fd is not None:
+        _say_ready(options.ready_fd)
     notices.say(waiting)
     from zmoe.cluster.worker import Worker
     from zmoe.exchange.sockets import Context
@@ -156,9 +225,11 @@ def _serve(options: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(argv)
-    code = run_command(f"{PROG}[{options.rank}]", options.debug, lambda: _serve(options))
-    return code
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(arguments)
+    rank = getattr(options, "rank", None) or os.environ.get(options.rank_env or "ZMOE_RANK")
+    prog = PROG if rank is None else f"{PROG}[{rank}]"
+    return run_command(prog, options.debug, lambda: _serve(options, arguments))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,16 @@ def explanation(choice: Choice, attention: str = "replicated") -> str:
     return "\n".join(_lines(choice, attention))
 
 
+def listeners(cluster: Cluster) -> str:
+    """Say at which ports each node listens for the others."""
+    lines = [
+        f"  node {rank}: {host}, ports {', '.join(map(str, ports))}"
+        for rank, (host, ports) in enumerate(cluster.listeners)
+    ]
+    how = "encrypted" if cluster.spec.encrypted else "not encrypted"
+    return "\n".join([f"links: {how}" if lines else "links: none, there is one node", *lines])
+
+
 def _lines(choice: Choice, attention: str) -> Iterator[str]:
     yield f"placement: {choice.label} ({choice.why})"
     total = sum(choice.resident)

@@ -142,7 +142,7 @@ def _generate(options: argparse.Namespace) -> None:
     spec = cluster_spec(options, parallel=1, record_usage=options.record_usage is not None)
     # All that can be wrong without a model has been checked by now.
     if spec.nodes > 1:
-        warn_unencrypted(PROG, spec.address)
+        warn_unencrypted(PROG, spec.address, spec.insecure)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
     from zmoe.cluster.journal import Journal
@@ -203,6 +203,7 @@ def _enter(
 ) -> tuple[Cluster, Journaled | None]:
     """The cluster, running until `stack` ends, and what --resume has found."""
     from zmoe.cli.progress import Bars
+    from zmoe.cli.report import listeners
     from zmoe.cluster.cluster import Cluster
     from zmoe.cluster.journal import read_journal
     from zmoe.cluster.launch import ask_for_nodes
@@ -227,6 +228,8 @@ def _enter(
         if loads:
             read_prompt_cache(saved, cluster.info, spec.engine)
         stack.enter_context(cluster)
+        if options.explain:
+            progress.print(listeners(cluster))
         if loads:
             cluster.load_prompt_cache(saved)
         elif saved is not None:

@@ -67,7 +67,7 @@ def _serve(options: argparse.Namespace) -> None:
     config = ServeConfig(**given_settings(options, ServeConfig))
     spec = cluster_spec(options)
     if spec.nodes > 1:
-        warn_unencrypted(PROG, spec.address)
+        warn_unencrypted(PROG, spec.address, spec.insecure)
     with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as bars:
         serve(options.model, spec, config, _Teller(bars))
 

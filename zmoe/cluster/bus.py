@@ -5,11 +5,12 @@ back loses nothing. libzmq's own heartbeats run beside compute, on its I/O threa
 so a host that hangs or vanishes breaks the link within seconds even while Python
 is busy.
 
-What strangers can do: each connection holds at most RCVHWM messages of one part of
-at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages, though,
-and it has no limit on a message's parts nor on the number of connections. So memory
-is bounded for strangers only once links are authenticated, and until then they can
-also end the process, by the assertion that zmoe.exchange.sockets tells of.
+What strangers can do: with keys (zmoe.exchange.keys) their connections are closed after the
+handshake, for which they have HANDSHAKE_MS. Without, each connection holds at most RCVHWM
+messages of one part of at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages,
+though, and it has no limit on a message's parts nor on the number of connections. So without keys
+memory is not bounded, and a stranger can also end the process, by the assertion that
+zmoe.exchange.sockets tells of.
 """
 
 from __future__ import annotations
@@ -43,16 +44,27 @@ from zmoe.cluster.messages import (
 from zmoe.codec import MessageError
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.exchange.sockets import heartbeat
+from zmoe.exchange.keys import CURVE_BYTES, Pinned, connect_with, listen_with
+from zmoe.exchange.sockets import Context, Ports, bind, heartbeat
 
+_DOMAIN = "bus"
 HANDSHAKE_MS = 5000
 FAREWELL_S = 3.0  # how long an end waits for the other to acknowledge its last words
 _LINGER_MS = 500
 _MOST_AT_ONCE = 100  # frames: a flood of them must not hold the leader up
+_FAILED_HANDSHAKES = 3  # in a row: no longer by chance
+_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _IDENTITY = re.compile(rb"zmoe-([0-9]{1,2})(-[0-9a-f]{16})?")  # without: protocol 3 and before
 
 
-def _configure(socket: zmq.Socket[bytes], message_bytes: int) -> None:
+def _configure(socket: zmq.Socket[bytes], message_bytes: int, keys: Pinned | None) -> None:
+    message_bytes += CURVE_BYTES if keys is not None else 0
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 1000)
     socket.setsockopt(zmq.RCVHWM, 100)
@@ -91,12 +103,17 @@ class LeaderBus:
         nodes: int,
         grace: float,
         tokens: Mapping[int, str] = MappingProxyType({}),
+        keys: Pinned | None = None,
+        ports: Ports | None = None,
     ) -> None:
-        """Bind to `host` (an IPv4 address) and `port` (0: any). InputError when taken.
+        """Bind to `host` (an IPv4 address) and `port` (0: any, of `ports` where given).
+
+        Raises InputError where that is taken.
 
         Workers 1 to `nodes` - 1 may join, each with its token of `tokens`; a rank
         without one there is a worker that is started by hand. `grace`: seconds that
-        a broken link may take to come back.
+        a broken link may take to come back. With `keys` (the context is a
+        zmoe.exchange.sockets.Context then) all is encrypted, and nobody else gets in.
         """
         self.session = session
         self.dropped = 0
@@ -104,17 +121,20 @@ class LeaderBus:
         self._nodes, self._tokens, self._grace = nodes, tokens, grace
         self._peers: dict[int, _Peer] = {}
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        _configure(self.socket, MAX_REPORT_BYTES)
+        _configure(self.socket, MAX_REPORT_BYTES, keys)
+        if keys is not None:
+            assert isinstance(context, Context)
+            context.authenticator.allow(_DOMAIN, keys.others)
+            listen_with(self.socket, keys.own, _DOMAIN)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A worker that reconnects takes over from its own dead connection.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.host = host
         try:
-            self.socket.bind(f"tcp://{host}:{port or '*'}")
-        except zmq.ZMQError as error:
+            self.port = bind(self.socket, host, port, ports)
+        except InputError:
             self.socket.close()
-            raise InputError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.host, self.port = host, int(bound.rsplit(":", 1)[1])
+            raise
 
     def broadcast(self, message: Message) -> None:
         """Send `message` to every worker that has joined.
@@ -277,22 +297,33 @@ class LeaderBus:
 class WorkerBus:
     """A worker's end; connects to a leader that need not be there yet, and joins it."""
 
-    def __init__(self, context: zmq.Context[Any], leader: str, join: Join, grace: float) -> None:
-        """`grace`: seconds that a broken link may take to come back."""
-        self.leader, self.grace = leader, grace
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        leader: str,
+        join: Join,
+        grace: float,
+        keys: Pinned | None = None,
+    ) -> None:
+        """`grace`: seconds that a broken link may take to come back. `keys`: this worker's and
+        the leader's; without, the link is not encrypted.
+        """
+        self.leader, self.grace, self._keys = leader, grace, keys
+        self._failed_handshakes = 0
         self.step = 0  # the last one begun, for error messages
         self._join = encode(join)
         self._channel: Channel | None = None  # from the leader's first message on
         self._down_since: float | None = None
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        _configure(self.socket, MAX_MESSAGE_BYTES)
+        _configure(self.socket, MAX_MESSAGE_BYTES, keys)
+        if keys is not None:
+            connect_with(self.socket, keys.own, keys.others[0])
         heartbeat(self.socket, MAX_MESSAGE_BYTES)
         # Another worker of this rank has another identity, and cannot take our place.
         identity = b"zmoe-%d-%s" % (join.rank, secrets.token_hex(8).encode())
         self.socket.setsockopt(zmq.ROUTING_ID, identity)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        self._monitor = self.socket.get_monitor_socket(events)
+        self._monitor = self.socket.get_monitor_socket(_EVENTS)
         try:
             self.socket.connect(f"tcp://{leader}")
         except zmq.ZMQError as error:
@@ -438,13 +469,36 @@ class WorkerBus:
 
     def _watch_link(self) -> None:
         while _readable(self._monitor):
-            event = recv_monitor_message(self._monitor)["event"]
+            told = recv_monitor_message(self._monitor)
+            event = told["event"]
             if event == zmq.EVENT_DISCONNECTED:
                 if self._down_since is None:
                     self._down_since = time.monotonic()
                 continue
+            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._check_handshake(event, told["value"])
+                continue
+            self._failed_handshakes = 0
             if self._channel is None:
                 self._write(self._join)
             else:
                 self._channel.reconnected()
             self._down_since = None
+
+    def _check_handshake(self, event: int, value: int) -> None:
+        """Raise InputError where a failed handshake, told by libzmq, means that keys differ."""
+        keys = self._keys
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
+            why = f"has refused this node, whose public key is {keys.own.public}"
+        elif value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            why = "has no key, while this node has one" if keys else "takes only nodes with a key"
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and keys is not None:
+            self._failed_handshakes += 1  # or the leader has ended meanwhile
+            if self._failed_handshakes < _FAILED_HANDSHAKES or self.has_session:
+                return
+            why = f"does not answer by the public key that this node expects, {keys.others[0]}"
+        else:
+            return
+        if self.has_session:
+            raise self._lost(f"is gone: who listens there {why}")
+        raise InputError(f"leader {self.leader} {why}")

@@ -36,7 +36,6 @@ from zmoe.engine.prompt import (
 )
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
-from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, check_attention, describe
 from zmoe.placement.estimate import NodeResources, cache_room
@@ -425,9 +424,11 @@ class Cluster:
         return self._check_running().compute
 
     @property
-    def endpoints(self) -> tuple[Endpoint, ...]:
-        """Where the nodes listen for one another, by rank; empty where there is one only."""
-        return self._leader.endpoints if self._leader is not None else ()
+    def listeners(self) -> list[tuple[str, list[int]]]:
+        """The address and the ports at which each node listens for the others, by rank; empty
+        where there is one only. The leader's first port is that of the control links.
+        """
+        return self._leader.listeners() if self._leader is not None else []
 
     def links(self) -> tuple[int, ...]:
         """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.launch import (
     NodeProcess,
     OnLine,
@@ -24,6 +23,7 @@ from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.exchange.keys import KeyPair, Pinned, is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.topology.cores import divide_cores
 
@@ -58,6 +58,8 @@ class Crew:
         # By these the workers that we start are told from strangers.
         started = () if spec.manual else self._workers
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
+        self._lines = dict(self._tokens)  # of the standard input of each
+        keys = self._make_keys() if spec.encrypted else None
         self._context = Context()
         try:
             self._bus = LeaderBus(
@@ -68,10 +70,21 @@ class Crew:
                 nodes=spec.nodes,
                 grace=spec.timing.grace,
                 tokens=self._tokens,
+                keys=keys,
+                ports=spec.port_range,
             )
         except InputError:
             self._context.term()
             raise
+
+    def _make_keys(self) -> Pinned:
+        """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
+        if self.spec.manual:
+            return Pinned.shared(self.spec.key_of_all())
+        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self._workers}
+        for rank, pair in theirs.items():
+            self._lines[rank] += f" {pair.secret} {own.public}"
+        return Pinned(own, tuple(pair.public for pair in theirs.values()))
 
     # ---- coming up ----------------------------------------------------------
 
@@ -82,8 +95,9 @@ class Crew:
         """
         leader, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
+            how = self.spec.how_by_hand
             lines = [
-                command_by_hand(leader, rank, self._address_of(rank), self._program)
+                command_by_hand(leader, rank, self._address_of(rank), how, self._program)
                 for rank in self._workers
             ]
             self._on_manual(lines)
@@ -93,7 +107,7 @@ class Crew:
         if cores is not None:
             self._pin(cores[0])
         for rank in self._workers:
-            told = (patience, self._tokens[rank], self._program, self._on_line)
+            told = (patience, self._lines[rank], self._program, self._on_line)
             if hosts is None:
                 mine = cores[rank] if cores is not None else None
                 process = start_local(leader, rank, self.spec.address, mine, *told)
@@ -157,9 +171,14 @@ class Crew:
                 break
             if time.monotonic() > deadline:
                 ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
-                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s")
+                raise LaunchError(f"node {ranks} {missing} within {timeout:g} s{self._refused()}")
             self._bus.wait(0.05)
         return dict(sorted(self._inbox.pop(kind).items()))
+
+    def _refused(self) -> str:
+        """Whose keys were refused so far."""
+        refused = self._context.authenticator.refused if self.spec.encrypted else []
+        return "".join(f"; refused {who}" for who in refused)
 
     def _check_processes(self) -> None:
         for process in self._processes:

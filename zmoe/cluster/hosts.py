@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zmoe.errors import InputError, SettingError
+from zmoe.exchange.keys import is_loopback
 from zmoe.json_files import read_json
 
 _HOST_KEYS = {"ssh", "ips", "rdma"}
@@ -66,11 +67,6 @@ def hosts_from_file(path: Path) -> HostList:
         raise InputError(f'{source}: "envs" is no list')
     hosts = [_host_from_entry(entry, f"{source}: host {i}") for i, entry in enumerate(data)]
     return HostList(tuple(hosts), tuple(check_env(env, source) for env in envs))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`."""
-    return ipaddress.ip_address(address).is_loopback
 
 
 def check_address(address: str, setting: str) -> str:

@@ -43,10 +43,10 @@ class NodeProcess:
         name: str,
         command: Sequence[str],
         env: dict[str, str],
-        token: str | None = None,
+        line: str | None = None,
         on_line: OnLine | None = None,
     ) -> None:
-        """Start `command`; `token` is the first line of its standard input. `on_line` is given
+        """Start `command`; `line` is the first one of its standard input. `on_line` is given
         each line that it prints, from another thread.
         """
         self.rank, self.name, self._on_line = rank, name, on_line
@@ -76,10 +76,10 @@ class NodeProcess:
             if isinstance(error, RuntimeError):
                 raise LaunchError(f"cannot start node {rank} on {name}: {error}") from error
             raise
-        if token is not None:
+        if line is not None:
             assert self._process.stdin is not None
             with suppress(OSError):  # it has ended, which is noticed elsewhere
-                os.write(self._process.stdin.fileno(), token.encode() + b"\n")
+                os.write(self._process.stdin.fileno(), line.encode() + b"\n")
 
     def _read(self) -> None:
         lines = self._process.stderr or self._process.stdout
@@ -197,10 +197,14 @@ def ask_for_nodes(commands: Sequence[str]) -> str:
     return "\n".join(("waiting for nodes; start each on its machine:", *commands))
 
 
-def command_by_hand(leader: str, rank: int, bind: str, program: Sequence[str] = ()) -> str:
-    """What a user types to start node `rank`, which listens at `bind`; `program` as in Crew."""
+def command_by_hand(
+    leader: str, rank: int, bind: str, more: Sequence[str], program: Sequence[str] = ()
+) -> str:
+    """What a user types to start node `rank`, which listens at `bind`, with `more` flags;
+    `program` as in Crew.
+    """
     command = "zmoe-launch" if program else "zmoe-node"
-    return shlex.join([command, *_place_arguments(leader, rank, bind), *program])
+    return shlex.join([command, *_place_arguments(leader, rank, bind), *more, *program])
 
 
 def start_local(
@@ -209,18 +213,20 @@ def start_local(
     bind: str,
     cores: Sequence[int] | None,
     join_timeout: float,
-    token: str,
+    line: str,
     program: Sequence[str] = (),
     on_line: OnLine | None = None,
 ) -> NodeProcess:
     """A worker on this machine, on the given cores when the system can pin.
 
-    `join_timeout`: seconds that the leader at `leader` waits for it. `token`: by which
-    the leader knows it. `program`, `on_line`: as in Crew.
+    `join_timeout`: seconds that the leader at `leader` waits for it. `line`: the token by
+    which the leader knows it, and where links are encrypted its secret key and the leader's
+    public one; no argument holds them, since everybody can read those. `program`, `on_line`: as
+    in Crew.
     """
     arguments = _node_arguments(leader, rank, bind, join_timeout, program, cores)
     command = [sys.executable, *arguments]
-    return NodeProcess(rank, "this machine", command, dict(os.environ), token, on_line)
+    return NodeProcess(rank, "this machine", command, dict(os.environ), line, on_line)
 
 
 def start_over_ssh(
@@ -229,14 +235,14 @@ def start_over_ssh(
     host: Host,
     options: RemoteOptions,
     join_timeout: float,
-    token: str,
+    line: str,
     program: Sequence[str] = (),
     on_line: OnLine | None = None,
 ) -> NodeProcess:
     """A worker on `host`; the other arguments as in start_local."""
     arguments = _node_arguments(leader, rank, host.address, join_timeout, program)
     command = over_ssh(arguments, host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ), token, on_line)
+    return NodeProcess(rank, host.ssh, command, dict(os.environ), line, on_line)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:

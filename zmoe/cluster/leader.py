@@ -87,9 +87,15 @@ class Leader(Crew):
             engine=self.spec.engine,
             timing=timing,
             memory_limit=self.spec.placement.memory_limit,
+            ports=self.spec.port_range,
         )
         self._bus.broadcast(setup)
-        own = node.open_exchange(self.spec.address)
+        own = node.open_exchange(
+            self.spec.address,
+            self._context,
+            encrypted=self.spec.encrypted,
+            ports=self.spec.port_range,
+        )
         assert node.exchange is not None
         node.exchange.tick = self.hear
         patience = hello_patience(self._model_name, timing)
@@ -119,6 +125,12 @@ class Leader(Crew):
                 )
         told = [shard.notices, *(message.notices for message in ready.values())]
         return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
+
+    def listeners(self) -> list[tuple[str, list[int]]]:
+        """The address and the ports at which each node listens for the others, by rank."""
+        found = [(each.host, [each.data_port, each.control_port]) for each in self.endpoints]
+        found[0][1].insert(0, self._bus.port)
+        return found
 
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""

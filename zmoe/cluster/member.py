@@ -30,7 +30,8 @@ class Member:
     begins: ClassVar[type[Any]]  # the leader's first message
 
     def __init__(self, spec: WorkerSpec, context: zmq.Context[Any]) -> None:
-        self.spec = spec
+        """Raises InputError for a key file."""
+        self.spec, self._keys = spec, spec.pinned()
         join = Join(
             protocol=PROTOCOL_VERSION,
             rank=spec.rank,
@@ -38,7 +39,7 @@ class Member:
             host=one_line(socket.gethostname())[:200],
             token=spec.token,
         )
-        self._bus = WorkerBus(context, spec.leader, join, Timing().grace)
+        self._bus = WorkerBus(context, spec.leader, join, Timing().grace, self._keys)
 
     def join(self) -> Any:
         """The message that `begins` the session. Raises ZmoeError after spec.join_timeout."""

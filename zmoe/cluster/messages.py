@@ -10,6 +10,7 @@ from zmoe.cluster.hosts import check_address
 from zmoe.codec import Codec, Fields, MessageError, between, items, text
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError
+from zmoe.exchange.keys import is_key
 from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.placement.estimate import NodeResources
@@ -29,6 +30,10 @@ def _address(value: str) -> str:
     return ""
 
 
+def _public_key(value: str) -> str:
+    return "" if not value or is_key(value) else f"is {value[:60]!r}: not a public key"
+
+
 Size = Annotated[int, between(0, 2**60)]  # bytes
 Counter = Annotated[int, between(0, 2**32 - 1)]
 Rank = Annotated[int, between(0, 63)]
@@ -37,7 +42,10 @@ Seconds = Annotated[float, between(0, 1e9)]
 Word = Annotated[str, text(200)]
 Text = Annotated[str, text(LONGEST_TEXT)]
 Address = Annotated[str, _address]
-Listener = Annotated[Endpoint, Fields({"host": Address, "data_port": Port, "control_port": Port})]
+Key = Annotated[str, _public_key]
+Listener = Annotated[
+    Endpoint, Fields({"host": Address, "data_port": Port, "control_port": Port, "key": Key})
+]
 Resources = Annotated[
     NodeResources,
     Fields({"memory": Size, "limit": Size | None, "speed": Annotated[int, between(0, 2**20)]}),
@@ -73,7 +81,8 @@ class Join:
 class Setup:
     """Leader to worker: what will run. `model` is a folder or a hub name.
 
-    `memory_limit`: bytes that a node may take whose own flags don't say.
+    `memory_limit`: bytes that a node may take whose own flags don't say. `ports`: of which a
+    node takes those that it listens at.
     """
 
     nodes: Annotated[int, between(2, 64)]
@@ -81,6 +90,7 @@ class Setup:
     engine: EngineConfig
     timing: Timing
     memory_limit: Size | None
+    ports: tuple[Port, Port] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Program:
 
     nodes: Annotated[int, between(2, 64)]
     timing: Timing
+    ports: tuple[Port, Port] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import mlx.core as mx
 from zmoe.batch.blocks import Found
 from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.plan import check as check_plan
-from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.mlx_prompt_cache import check_caches, read_caches, write_caches
 from zmoe.cluster.paged_prompt_cache import check_blocks, read_blocks, write_blocks
@@ -28,7 +27,9 @@ from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
+from zmoe.exchange.keys import KeyPair, is_loopback
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
+from zmoe.exchange.sockets import Context, Ports
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.kernels.threads import ThreadPool, best_isa_name, check_isa, is_native, make_thread_pool
 from zmoe.loading import (
@@ -105,10 +106,13 @@ class Node:
         if isinstance(self.exchange, CentralExchange):
             self.exchange.place(placement)
 
-    def open_exchange(self, host: str) -> Endpoint:
+    def open_exchange(
+        self, host: str, context: Context, *, encrypted: bool, ports: Ports | None = None
+    ) -> Endpoint:
         """Bind the data sockets on `host`, an IPv4 address; returns where they listen.
 
-        Raises InputError where that is not possible.
+        They are of the given context, and with `encrypted` they get keys for this run; `ports`
+        are those to choose from. Raises InputError where that is not possible.
         """
         info, most = self.info, self._config.max_rows
         wire_dtype, width = self._config.wire_dtype, info.exchange_width
@@ -131,6 +135,9 @@ class Node:
             grace_s=self._timing.grace,
             spans=self.spans,
             wire_dtype=wire_dtype,
+            context=context,
+            ports=ports,
+            keys=KeyPair.fresh() if encrypted else None,
         )
         return self.exchange.endpoint
 

@@ -14,7 +14,9 @@ from zmoe.cluster.messages import Ended, Endpoints, Join, Listening, Program, St
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
 from zmoe.errors import DivergenceError, PeerError, ProgramError, ZmoeError
+from zmoe.exchange.keys import KeyPair
 from zmoe.exchange.local import Exchange
+from zmoe.exchange.sockets import Ports
 from zmoe.topology.cores import set_affinity
 
 _FRAME_BYTES, _ROW_BYTES = 4 << 20, 64 << 10
@@ -64,7 +66,9 @@ class ProgramLeader(Crew):
 
         super().__init__(spec, session, on_manual, program, pass_on)
         try:
-            self.exchange = _listen(0, spec.nodes, session, spec.address, spec.timing)
+            self.exchange = _listen(
+                0, spec.nodes, session, spec.address, spec.timing, spec.encrypted, spec.port_range
+            )
         except BaseException as error:
             self.abandon(str(error))
             raise
@@ -74,7 +78,7 @@ class ProgramLeader(Crew):
         timing = self.spec.timing
         self.launch()
         self.collect_joins()
-        self._bus.broadcast(Program(self.spec.nodes, timing))
+        self._bus.broadcast(Program(self.spec.nodes, timing, self.spec.port_range))
         told = self.collect(Listening, "has not said where it listens", timing.join)
         nodes = (self.exchange.endpoint, *(message.endpoint for message in told.values()))
         self._has_begun = True
@@ -128,7 +132,8 @@ class ProgramWorker(Member):
     def _come_up(self, begun: Program) -> None:
         timing, rank, session = begun.timing, self.spec.rank, self._bus.session
         self._bus.grace = timing.grace
-        self.exchange = _listen(rank, begun.nodes, session, self.spec.bind, timing)
+        encrypted, bind = self._keys is not None, self.spec.bind
+        self.exchange = _listen(rank, begun.nodes, session, bind, timing, encrypted, begun.ports)
         self._bus.send(Listening(self.exchange.endpoint))
         endpoints = self.expect(Endpoints, timing.join)
         if endpoints is None:
@@ -184,7 +189,15 @@ def _serve(exchange: Exchange) -> None:
         raise ZmoeError(words) from None
 
 
-def _listen(rank: int, nodes: int, session: int, host: str, timing: Timing) -> Exchange:
+def _listen(
+    rank: int,
+    nodes: int,
+    session: int,
+    host: str,
+    timing: Timing,
+    encrypted: bool,
+    ports: Ports | None,
+) -> Exchange:
     return Exchange(
         rank,
         nodes,
@@ -194,4 +207,6 @@ def _listen(rank: int, nodes: int, session: int, host: str, timing: Timing) -> E
         bind_host=host,
         deadline_s=timing.peer,
         grace_s=timing.grace,
+        keys=KeyPair.fresh() if encrypted else None,
+        ports=ports,
     )

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from zmoe.cluster.hosts import HostList, check_address, check_listener
-from zmoe.config import SECONDS, Batching, EngineConfig, Setting, Settings, Timing, whole
+from zmoe.config import (
+    SECONDS,
+    Batching,
+    EngineConfig,
+    Limit,
+    Setting,
+    Settings,
+    Timing,
+    whole,
+)
 from zmoe.errors import InputError, SettingError
+from zmoe.exchange.keys import KeyPair, Pinned, is_loopback, read_key
 
 _WAY_HELP = (
     "Which node owns which experts. experts: whole experts, spread evenly, each on one node; "
@@ -27,6 +39,22 @@ PYTHON_HELP = "Python interpreter on the other hosts (default: the same path as 
 _OWN_MODEL_HELP = "Checkpoint on this machine (default: the one that the leader names)"
 _OWN_MEMORY_HELP = "Memory in GiB that this node may use (default: as the leader says)"
 _OWN_JOIN_HELP = f"With --once: seconds to wait for a leader (default: {Timing().join:g})"
+
+
+def _is_range(value: str) -> bool:
+    found = re.fullmatch("([0-9]{1,5})-([0-9]{1,5})", value)
+    return found is not None and 0 < int(found[1]) <= int(found[2]) < 65536
+
+
+_PORTS = Limit("a range of ports such as 9700-9799", _is_range)
+KEY_VARIABLE = "ZMOE_KEY_FILE"
+_KEY_HELP = (
+    "With --manual: the key that encrypts links, as zmoe-keys makes it (default: the file that "
+    f"{KEY_VARIABLE} names)"
+)
+_OWN_KEY_HELP = f"The leader's key file (default: the one that {KEY_VARIABLE} names)"
+_PORTS_HELP = "Ports that every node may listen at, such as 9700-9799 (default: any)"
+INSECURE_HELP = "Do not encrypt links beyond this machine"
 
 
 @dataclass(frozen=True)
@@ -62,8 +90,10 @@ class ClusterSpec(Settings):
 
     `hosts` None: `nodes` processes on this machine. Otherwise one node per
     host, in rank order, the first being this machine. `manual`: start nothing;
-    `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any.
-    `record_usage`: count which experts are selected.
+    `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any, of `ports` where given.
+    `record_usage`: count which experts are selected. Links beyond this machine are
+    encrypted unless `insecure`: by the key in the file `key` where nodes are started by hand,
+    else by new ones, which the nodes get as they are started.
     Raises SettingError and InputError for what no leader on this machine could do.
     """
 
@@ -72,6 +102,9 @@ class ClusterSpec(Settings):
     manual: Annotated[bool, Setting("Wait for nodes that are started by hand")] = False
     bind: Annotated[str | None, Setting(_BIND_HELP, metavar="ADDRESS")] = None
     port: Annotated[int, Setting("Port of the leader; 0: any", _PORT, "--starting-port")] = 0
+    ports: Annotated[str | None, Setting(_PORTS_HELP, _PORTS, metavar="A-B")] = None
+    key: Annotated[Path | None, Setting(_KEY_HELP, metavar="FILE")] = None
+    insecure: Annotated[bool, Setting(INSECURE_HELP)] = False
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -86,6 +119,24 @@ class ClusterSpec(Settings):
         check_address(self.address, "bind")
         if self.nodes > 1:
             check_listener(self.bind, self.hosts)
+        if self.key is not None and not self.manual:
+            raise SettingError(
+                "key", "is for nodes that are started by hand: others get keys as they are started"
+            )
+        _check_insecure(self.insecure, self.key, self.address)
+        if self.engine.backend not in ("auto", "zmq"):
+            backend = self.engine.backend
+            if self.encrypted:
+                problem = f"is {backend}, which does not encrypt: --insecure allows it"
+                raise SettingError("backend", problem)
+            if self.ports is not None:
+                raise SettingError("ports", f"has no use with backend {backend}, which takes any")
+        if self.port_range is not None and self.port:
+            first, last = self.port_range
+            if not first <= self.port <= last:
+                raise SettingError("port", f"is {self.port}: not one of --ports {self.ports}")
+        if self.encrypted and self.manual:
+            self.key_of_all()
 
     @property
     def address(self) -> str:
@@ -94,12 +145,42 @@ class ClusterSpec(Settings):
             return self.bind
         return self.hosts.hosts[0].address if self.hosts is not None else "127.0.0.1"
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether links are: beyond this machine, and where a key is given."""
+        if self.nodes == 1 or self.insecure:
+            return False
+        return self.key is not None or not is_loopback(self.address)
+
+    @property
+    def port_range(self) -> tuple[int, int] | None:
+        """The first and last port of `ports`."""
+        if self.ports is None:
+            return None
+        first, last = map(int, self.ports.split("-"))
+        return first, last
+
+    @property
+    def how_by_hand(self) -> tuple[str, ...]:
+        """The flags of a node that is started by hand which say how links are encrypted."""
+        if self.encrypted:
+            return ("--key", str(_key_file(self.key)))
+        return ("--insecure",) if self.insecure else ()
+
+    def key_of_all(self) -> KeyPair:
+        """What leader and workers have in common where these are started by hand.
+
+        Raises InputError where there is no such file, or no key in it.
+        """
+        return _given_key(self.key, f"a run on {self.address} of nodes that are started by hand")
+
 
 @dataclass(frozen=True)
 class WorkerSpec(Settings):
     """How a worker finds its leader. `model`, `memory_limit` (bytes) None: as the leader says.
 
-    `token`: what the leader that started the worker wrote to its standard input.
+    `token` and `keys` are what the leader that started the worker wrote to its standard input;
+    `key` is the file of a worker that is started by hand. `insecure`: links are not encrypted.
     `join_timeout`: seconds to wait for the leader, None for as long as it takes.
     """
 
@@ -110,5 +191,46 @@ class WorkerSpec(Settings):
     memory_limit: Annotated[int | None, Setting(_OWN_MEMORY_HELP, metavar="GIB", in_gib=True)] = (
         None
     )
+    key: Annotated[Path | None, Setting(_OWN_KEY_HELP, metavar="FILE")] = None
+    insecure: Annotated[bool, Setting(INSECURE_HELP)] = False
     token: str = ""
+    keys: Pinned | None = None
     join_timeout: Annotated[float | None, Setting(_OWN_JOIN_HELP, SECONDS, metavar="S")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_insecure(self.insecure, self.key, self.bind)
+
+    def pinned(self) -> Pinned | None:
+        """This worker's keys and its leader's; None where links are not encrypted.
+
+        Raises InputError where they have to be and there is no key.
+        """
+        if self.keys is not None or self.insecure:
+            return self.keys
+        if self.key is None and is_loopback(self.bind):
+            return None
+        return Pinned.shared(_given_key(self.key, f"a node on {self.bind}"))
+
+
+def _check_insecure(insecure: bool, key: Path | None, address: str) -> None:
+    """Raise SettingError where `insecure` would change nothing, or contradict `key`."""
+    if insecure and (key is not None or is_loopback(address)):
+        reason = "with a key" if key is not None else "on one machine"
+        raise SettingError("insecure", f"has no use {reason}")
+
+
+def _given_key(file: Path | None, who: str) -> KeyPair:
+    """The key of a flag, or of the environment. Raises InputError: `who` needs one."""
+    path = _key_file(file)
+    if path is None:
+        raise InputError(
+            f"{who} needs a key: --key FILE, of zmoe-keys new FILE, or --insecure on a network "
+            "that you trust"
+        )
+    return read_key(path)
+
+
+def _key_file(file: Path | None) -> Path | None:
+    named = os.environ.get(KEY_VARIABLE)
+    return file or (Path(named) if named else None)

@@ -7,14 +7,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import zmq
 
 from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import WorkerBus
-from zmoe.cluster.hosts import is_loopback
 from zmoe.cluster.member import Member
 from zmoe.cluster.messages import (
     MOST_NOTICES,
@@ -36,6 +32,8 @@ from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.errors import PeerError, ZmoeError
+from zmoe.exchange.keys import is_loopback
+from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
@@ -52,11 +50,11 @@ class Worker(Member):
     begins = Setup
 
     def __init__(
-        self, spec: WorkerSpec, context: zmq.Context[Any], on_setup: Callable[[Setup], None]
+        self, spec: WorkerSpec, context: Context, on_setup: Callable[[Setup], None]
     ) -> None:
-        """`on_setup` is called when the session begins."""
+        """`on_setup` is called when the session begins. Raises InputError for a key file."""
         super().__init__(spec, context)
-        self._on_setup = on_setup
+        self._context, self._on_setup = context, on_setup
         self._node: Node | None = None
 
     def run(self) -> None:
@@ -90,7 +88,10 @@ class Worker(Member):
         limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
         # On loopback all nodes are on one machine, and count as equal.
         offer = resources_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
-        endpoint = node.open_exchange(self.spec.bind)
+        encrypted = self._keys is not None
+        endpoint = node.open_exchange(
+            self.spec.bind, self._context, encrypted=encrypted, ports=setup.ports
+        )
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
         place, endpoints = self.expect(Place, patience), self.expect(Endpoints, timing.join)

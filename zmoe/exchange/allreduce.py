@@ -21,8 +21,9 @@ from zmoe.exchange.algorithm import Choice
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, ResultPool, wire_of
 from zmoe.exchange.collective import Collective
+from zmoe.exchange.keys import KeyPair
 from zmoe.exchange.native import NativeExchange, OutBuffer, Source
-from zmoe.exchange.sockets import Context, Endpoint, Sockets
+from zmoe.exchange.sockets import Context, Endpoint, Ports, Sockets
 from zmoe.native import HEADER_BYTES, MAX_NODES, Dtype
 from zmoe.obs import Spans
 
@@ -38,16 +39,19 @@ class Exchange(Collective):
     """All-reduce among `nodes` ranks that move in lock-step; one thread at a time.
 
     Listens as soon as it is made (`endpoint` says where); `connect` joins the
-    others. `session` (64 bits) keeps runs apart: what others send is counted
-    and dropped. `deadline_s` bounds each wait, `grace_s` is how long a broken
-    link may take to come back. `wire_dtype` is how partials travel ("f32",
-    "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes` counts them so. There are
+    others. Ports of 0 are any free ones, of `ports` where given. `session` (64 bits)
+    keeps runs apart: what others send is counted and dropped. `deadline_s` bounds each
+    wait, `grace_s` is how long a broken link may take to come back. `wire_dtype` is how
+    partials travel ("f32", "bf16", "f16", "q8"; "auto": as they are); `max_payload_bytes`
+    counts them so. There are
     more slots for payloads of up to `small_payload_bytes` (a row) and `batch_payload_bytes`
     (one of every sequence; 0: there are none).
     `algorithm` "direct" (one-shot) or "scatter" (reduce-scatter + all-gather) and
     `parts` (micro-batches per call) other than 0 fix what `calibrate` otherwise
     finds out. `max_rows` is CentralExchange's. Without `payload_checksum` a payload
     that was damaged on its way is not noticed. All ranks must give the same values.
+    With `keys` all links are encrypted, so that damage is noticed without checksums; each rank
+    may have keys of its own, which the endpoints tell.
     Raises InputError for values out of range and for a port in use.
     """
 
@@ -62,6 +66,7 @@ class Exchange(Collective):
         bind_host: str = "127.0.0.1",
         data_port: int = 0,
         control_port: int = 0,
+        ports: Ports | None = None,
         deadline_s: float = 30.0,
         grace_s: float = 1.0,
         max_rows: int = 0,
@@ -72,7 +77,8 @@ class Exchange(Collective):
         algorithm: str = "auto",
         parts: int = 0,
         payload_checksum: bool = True,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        context: Context | None = None,
+        keys: KeyPair | None = None,
     ) -> None:
         if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
             raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
@@ -80,7 +86,9 @@ class Exchange(Collective):
         super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
         self.nodes, self.wire = nodes, wire_of(wire_dtype)
         self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
-        self._max_rows, self._payload_checksum = max_rows, payload_checksum
+        self._max_rows = max_rows
+        self._payload_checksum = payload_checksum and keys is None
+        self.is_encrypted, self.ports = keys is not None, ports
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
         self._batch_bytes = batch_payload_bytes
         self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -89,9 +97,9 @@ class Exchange(Collective):
         self._own_context = context is None
         self._context = Context() if context is None else context
         frame_bytes = HEADER_BYTES + max_payload_bytes
-        self._sockets = Sockets(self._context, rank, nodes, session, frame_bytes)
+        self._sockets = Sockets(self._context, rank, nodes, session, frame_bytes, keys)
         try:
-            self.endpoint = self._sockets.bind(bind_host, data_port, control_port)
+            self.endpoint = self._sockets.bind(bind_host, data_port, control_port, ports)
         except InputError:
             self.close()
             raise
@@ -165,6 +173,8 @@ class Exchange(Collective):
             f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
             for r in sorted(everyone - present)
         )
+        if self.is_encrypted:
+            absent += f"; all need the key of this rank, whose public half is {self.endpoint.key}"
         raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
 
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:

@@ -19,6 +19,7 @@ from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.allreduce import Exchange
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, wire_of
+from zmoe.exchange.keys import KeyPair, is_loopback, read_key
 from zmoe.exchange.sockets import Endpoint
 
 __all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
@@ -88,6 +89,8 @@ def join(
     rank: int,
     addresses: Sequence[str],
     *,
+    key: KeyPair | str | os.PathLike[str] | None = None,
+    insecure: bool = False,
     max_payload_bytes: int = 1 << 22,
     deadline_s: float = 30.0,
     tick: Callable[[], None] = nothing,
@@ -97,13 +100,20 @@ def join(
     Each rank takes its port and the one after it. All must give the same list:
     it makes the session, so that groups do not mix. Blocks until all are there
     or raises LaunchError after `deadline_s`; `tick` is Exchange.connect's.
+
+    `key`, or a file of zmoe-keys that holds it, is the same for all ranks and encrypts their
+    links. Raises InputError for a file that is none, and where an address is not of this machine
+    and there is no key, unless `insecure` says so.
     """
+    keys = key if key is None or isinstance(key, KeyPair) else read_key(os.fspath(key))
     endpoints = []
     for address in addresses:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65535:
             raise InputError(f'address "{address}": expected host:port')
-        endpoints.append(Endpoint(host, int(port), int(port) + 1))
+        if keys is None and not insecure and not is_loopback(host):
+            raise InputError(f'address "{address}": beyond this machine links need a key')
+        endpoints.append(Endpoint(host, int(port), int(port) + 1, keys.public if keys else ""))
     if not 0 <= rank < len(endpoints):
         raise InputError(f"rank {rank} is not one of the {len(endpoints)} addresses")
     own = endpoints[rank]
@@ -118,6 +128,7 @@ def join(
         data_port=own.data_port,
         control_port=own.control_port,
         deadline_s=deadline_s,
+        keys=keys,
     )
     try:
         exchange.connect(endpoints, deadline_s, tick)

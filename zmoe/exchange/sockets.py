@@ -3,11 +3,12 @@
 What is for all goes over XPUB and SUB; what is for one rank, such as requests for
 lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
 limits are explicit: what a stranger can make a socket hold is bounded by its
-high-water mark and message size.
+high-water mark and message size. With keys (zmoe.exchange.keys) no stranger gets that far.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,22 +16,28 @@ import zmq
 
 from zmoe import native
 from zmoe.errors import InputError
+from zmoe.exchange.keys import CURVE_BYTES, Authenticator, KeyPair, connect_with, listen_with
 
 _SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
 SLOWEST_BYTES_PER_MS = 10_000  # of a link, as in csrc/exchange/resend.c
 _LONGEST_TTL_MS = 65_000  # libzmq has 16 bits for it
+Ports = tuple[int, int]  # the first and the last of a range
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a node listens: XPUB on `data_port`, ROUTER on `control_port`."""
+    """Where a node listens: XPUB on `data_port`, ROUTER on `control_port`.
+
+    `key` is its public key (Z85), "" where links are not encrypted.
+    """
 
     host: str
     data_port: int
     control_port: int
+    key: str = ""
 
 
 def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: int) -> None:
@@ -70,23 +77,41 @@ class Context(zmq.Context["zmq.Socket[bytes]"]):
     garbage too, to be closed after it.
     """
 
+    _authenticator: Authenticator | None = None
+
+    @property
+    def authenticator(self) -> Authenticator:
+        """What lets keys in; there is none before it is asked for."""
+        if self._authenticator is None:
+            self._authenticator = Authenticator(self)
+        return self._authenticator
+
     def __del__(self) -> None:
         pass
 
 
+_domains = itertools.count()
+
+
 class Sockets:
-    """All sockets of one rank; `connect` adds those that lead to the peers."""
+    """All sockets of one rank; `connect` adds those that lead to the peers.
+
+    With `keys` everything is encrypted, and only who has the key of a peer gets in.
+    """
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
+        context: Context,
         rank: int,
         nodes: int,
         session: int,
         frame_bytes: int,
+        keys: KeyPair | None = None,
     ) -> None:
-        self._context, self._rank, self._session = context, rank, session
-        self._frame_bytes = frame_bytes
+        self._context, self._rank, self._session, self._keys = context, rank, session, keys
+        self._domain = f"exchange {next(_domains)}"
+        more = CURVE_BYTES if keys is not None else 0
+        self._frame_bytes = frame_bytes = frame_bytes + more
         self.dealers: list[zmq.Socket[bytes] | None] = []
         self.monitors: list[zmq.Socket[bytes] | None] = []
         # Lock-step and the pool's slots bound what is under way. The high-water
@@ -94,7 +119,7 @@ class Sockets:
         # been read: a low mark of XPUB drops frames, of a DEALER refuses them, of SUB
         # costs extra wake-ups.
         self.xpub = context.socket(zmq.XPUB)
-        _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES)
+        _limit(self.xpub, 1024, 256, _SUBSCRIPTION_BYTES + more)
         self.xpub.setsockopt(zmq.XPUB_MANUAL, 1)
         self.sub = context.socket(zmq.SUB)
         _limit(self.sub, 64, 64, frame_bytes)
@@ -103,15 +128,34 @@ class Sockets:
         _limit(self.router, 8, 128, frame_bytes)  # requests of 2 minutes (csrc/exchange/resend.c)
         # A peer that reconnects takes over from its own dead connection.
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if keys is not None:
+            context.authenticator.open(self._domain)
+            for listener in (self.xpub, self.router):
+                listen_with(listener, keys, self._domain)
 
-    def bind(self, host: str, data_port: int, control_port: int) -> Endpoint:
-        """Listen; port 0 picks a free one. Raises InputError naming what is in use."""
-        return Endpoint(
-            host, _bind(self.xpub, host, data_port), _bind(self.router, host, control_port)
-        )
+    def bind(
+        self, host: str, data_port: int, control_port: int, ports: Ports | None = None
+    ) -> Endpoint:
+        """Listen; port 0 picks a free one, of `ports` where they are given.
+
+        Raises InputError naming what is in use.
+        """
+        data_port = bind(self.xpub, host, data_port, ports)
+        control_port = bind(self.router, host, control_port, ports)
+        return Endpoint(host, data_port, control_port, self._keys.public if self._keys else "")
 
     def connect(self, endpoints: Sequence[Endpoint]) -> None:
-        """Start connecting to every other rank; returns at once."""
+        """Start connecting to every other rank; returns at once.
+
+        Raises InputError for a rank that has a key where this one has none, or the reverse.
+        """
+        for rank, peer in enumerate(endpoints):
+            if bool(peer.key) != (self._keys is not None):
+                has = "has a key, and this node none" if peer.key else "has no key"
+                raise InputError(f"rank {rank} at {peer.host}:{peer.data_port} {has}")
+        if self._keys is not None:
+            allowed = {peer.key for rank, peer in enumerate(endpoints) if rank != self._rank}
+            self._context.authenticator.allow(self._domain, allowed)
         for rank, peer in enumerate(endpoints):
             if rank == self._rank:
                 self.dealers.append(None)
@@ -128,6 +172,8 @@ class Sockets:
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
             for socket, port in ((self.sub, peer.data_port), (dealer, peer.control_port)):
                 address = f"tcp://{peer.host}:{port}"
+                if self._keys is not None:
+                    connect_with(socket, self._keys, peer.key)
                 try:
                     socket.connect(address)
                 except zmq.ZMQError as problem:
@@ -140,20 +186,29 @@ class Sockets:
         for dealer in self.dealers:
             if dealer is not None and not dealer.closed:
                 dealer.disable_monitor()
+        if self._keys is not None:
+            self._context.authenticator.close(self._domain)
         everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
         for socket in everything:
             if socket is not None:
                 socket.close(linger=0)
 
 
-def _bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
-    address = f"{host}:{port}"
-    try:
-        socket.bind(f"tcp://{host}:{port or '*'}")
-    except zmq.ZMQError as problem:
-        if problem.errno == zmq.EADDRINUSE:
-            raise InputError(f"port in use: {address} is taken by another process") from problem
-        raise InputError(f"cannot listen on {address}: {problem.strerror}") from problem
-    bound = socket.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(bound, bytes)
-    return int(bound.rstrip(b"\0").rsplit(b":", 1)[1])
+def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = None) -> int:
+    """Let `socket` listen at `port`, 0 for any free one of `ports`; returns the port.
+
+    Raises InputError naming what is in use.
+    """
+    tried = range(ports[0], ports[1] + 1) if ports is not None and port == 0 else (port,)
+    for each in tried:
+        try:
+            socket.bind(f"tcp://{host}:{each or '*'}")
+        except zmq.ZMQError as problem:
+            if problem.errno != zmq.EADDRINUSE:
+                raise InputError(f"cannot listen on {host}:{each}: {problem.strerror}") from problem
+            continue
+        bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return int(bound.rsplit(":", 1)[1])
+    if tried == (port,):
+        raise InputError(f"cannot listen: port in use: {host}:{port} is taken by another process")
+    raise InputError(f"cannot listen: {host} has no port free from {tried[0]} to {tried[-1]}")

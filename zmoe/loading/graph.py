@@ -51,7 +51,9 @@ def form_of(
         return Form()
     backend = config.backend
     if backend == "auto":
-        backend = "jaccl" if rdma.all() and exchange.wire is None else "zmq"
+        must_zmq = exchange.is_encrypted or exchange.ports is not None
+        may_rdma = rdma.all() and exchange.wire is None and not must_zmq
+        backend = "jaccl" if may_rdma else "zmq"
     if backend == "zmq" and without_door.any():
         nodes = ", ".join(map(str, without_door.nonzero()[0]))
         reason = (

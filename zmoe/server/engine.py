@@ -258,15 +258,15 @@ class _EngineProcess:
         experts = sum(len(layer[rank]) for layer in placement.owned)
         start, end = placement.slices[rank] if placement.slices else (0, info.moe_intermediate_size)
         share = experts * (end - start) / info.moe_intermediate_size
-        endpoint = cluster.endpoints[rank] if cluster.endpoints else None
+        listeners = cluster.listeners
+        host, ports = listeners[rank] if listeners else (self._spec.address, [])
         machines = list(dict.fromkeys(offer.machine for offer in offers))
         offer = offers[rank]
         return NodeStatus(
             experts=experts,
             expert_share=share / (info.experts * len(info.moe_layers)),
-            host=endpoint.host if endpoint is not None else self._spec.address,
-            data_port=endpoint.data_port if endpoint is not None else 0,
-            control_port=endpoint.control_port if endpoint is not None else 0,
+            host=host,
+            ports=tuple(ports),
             machine=machines.index(offer.machine),
             memory=offer.memory if offer.limit is None else offer.limit,
             peak_memory=self._memory[rank],

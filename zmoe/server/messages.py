@@ -89,7 +89,7 @@ class NodeStatus:
     """What a node is and holds.
 
     `experts` are summed over the layers, and `expert_share` is its part of all experts' weights.
-    It listens at the ports of `host`, which are 0 in a cluster of one. `machine` is the same
+    It listens at `ports` of `host`, which are none in a cluster of one. `machine` is the same
     number for the nodes of one machine, `memory` the bytes that the node may take, and `speed` the
     GB/s at which it reads memory, 0 where that was not measured.
     """
@@ -97,8 +97,7 @@ class NodeStatus:
     experts: Number
     expert_share: float
     host: str
-    data_port: Number
-    control_port: Number
+    ports: tuple[Number, ...]
     machine: Number
     memory: Size
     peak_memory: Size

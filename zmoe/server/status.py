@@ -39,6 +39,7 @@ def status_of(front: Front) -> dict[str, Any]:
         "restarts": link.restarts,
         "schedule": engine.schedule,
         "policy": engine.policy,
+        "encrypted": link.spec.encrypted,
         "model": {"id": front.model},
         "nodes": [],
     }
@@ -91,7 +92,7 @@ def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
             "rank": rank,
             "role": "worker" if rank else "leader",
             "host": node.host,
-            "listens": [node.data_port, node.control_port] if node.data_port else [],
+            "listens": list(node.ports),
             "machine": node.machine,
             "experts": node.experts,
             "expert_share": node.expert_share,

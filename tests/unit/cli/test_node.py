@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +98,45 @@ def test_the_time_out_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> Non
     serve("--once")
     serve("--once", "--join-timeout", "900")
     assert given == [60.0, 900.0]
+
+
+def test_the_environment_says_what_no_flag_does(
+    runs: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ZMOE_LEADER", LEADER)
+    monkeypatch.setenv("ZMOE_RANK", "7")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+
+    def rank(*arguments: str) -> int:
+        return node._spec(node._parser().parse_args(arguments)).rank
+
+    assert rank() == 7
+    assert rank("--rank-env", "SLURM_PROCID") == 3
+    assert rank("--rank", "2") == 2
+    runs(None)
+    mine, theirs = os.pipe()
+    assert node.main(["--once", "--ready-fd", str(theirs)]) == 0
+    assert os.read(mine, 99) == b"ready\n"
+    assert os.read(mine, 99) == b""
+    os.close(mine)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"zmoe-node[7]: waiting for a leader at {LEADER}",
+        "zmoe-node[7]: the run is over",
+    ]
+
+
+def test_the_unit_of_systemd_runs_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZMOE_RANK", "7")
+    assert node.main(["--leader", LEADER, "--key", 'a b$c%d"', "--print-unit"]) == 0
+    unit = capsys.readouterr().out
+    command = '-m zmoe.cli.node --leader 127.0.0.1:9 --key "a b$$c%%d\\""'
+    assert f"ExecStart={sys.executable} {command}\n" in unit
+    assert "Environment=ZMOE_RANK=7\n" in unit
+    if shutil.which("systemd-analyze") is not None:
+        (tmp_path / "zmoe-node.service").write_text(unit)
+        verify = ["systemd-analyze", "verify", str(tmp_path / "zmoe-node.service")]
+        done = subprocess.run(verify, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "zmoe-node" not in done.stderr, done.stderr

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from zmoe.cli import node, prestack, run
+from zmoe.cli import keys, node, prestack, run
 from zmoe.cli.plan import command as plan
 
-COMMANDS = {"run": run, "node": node, "plan": plan, "prestack": prestack}
+COMMANDS = {"run": run, "node": node, "keys": keys, "plan": plan, "prestack": prestack}
 LEADER = ("--leader", "127.0.0.1:9")
 DBRX = ("--model", "dbrx", "--hardware", "m2-ultra", "--link", "10gbe")
 # Command, arguments, words of the line; {tmp} is an empty folder.
@@ -83,6 +83,14 @@ CALLS: list[tuple[str, tuple[str, ...], str]] = [
     ("run", ("--prompt", "one", "two"), "--prompt"),
     ("run", ("--model", "", "x"), "model is empty"),
     ("run", ("--manual", "x"), "--manual is for several nodes"),
+    ("run", ("--key", "k", "-n", "2", "x"), "--key is for nodes that are started by hand"),
+    ("run", ("--insecure", "-n", "2", "x"), "--insecure has no use on one machine"),
+    ("run", ("--ports", "9-1", "-n", "2", "x"), "--ports is '9-1': expected a range of ports"),
+    (
+        "run",
+        ("--ports", "90-99", "--starting-port", "89", "-n", "2", "x"),
+        "--starting-port is 89: not one of --ports 90-99",
+    ),
     ("run", ("--env", "A=1", "-n", "2", "x"), "--env is for nodes on other hosts"),
     ("run", ("--cwd", "/", "--hosts", "127.0.0.1,localhost", "x"), "--cwd is for nodes on other"),
     ("run", ("--python", "p", "--manual", "--hosts", "127.0.0.1,127.0.0.2", "x"), "--python is"),
@@ -99,6 +107,15 @@ CALLS: list[tuple[str, tuple[str, ...], str]] = [
     ("node", ("--leader", "no-such-host.invalid:9", "--rank", "1"), "cannot resolve"),
     ("node", (*LEADER, "--rank", "1", "--bind", "192.0.2.1"), "--bind is 192.0.2.1"),
     ("node", (*LEADER, "--rank", "1", "extra"), "extra"),
+    ("node", (*LEADER, "--rank", "1", "--rank-env", "X"), "--rank and --rank-env exclude"),
+    ("node", (*LEADER, "--rank-env", "NOT_SET"), "no rank: give --rank, or set NOT_SET"),
+    ("node", (*LEADER, "--rank-env", "HOME"), "expected a number from 1 to 63"),
+    ("node", (*LEADER, "--rank", "1", "--insecure"), "--insecure has no use on one machine"),
+    ("node", (*LEADER, "--rank", "1", "--key", "{tmp}/no"), "key file {tmp}/no cannot be read"),
+    ("node", (*LEADER, "--rank", "1", "--ready-fd", "99"), "--ready-fd 99: Bad file descriptor"),
+    ("keys", ("show", "{tmp}/no"), "key file {tmp}/no cannot be read: No such file"),
+    ("keys", ("new", "{tmp}/no/key"), "key file {tmp}/no/key cannot be written: No such file"),
+    ("keys", ("old", "{tmp}/key"), "old"),
     ("plan", (), "--model and --hardware are needed"),
     ("plan", (*DBRX, "extra"), "extra"),
     ("plan", (*DBRX, "--nodes", "4-2"), "--nodes 4-2"),

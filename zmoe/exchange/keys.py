@@ -1,0 +1,196 @@
+"""CURVE on links: pairs of keys, the file that holds one, and whose keys may come in.
+
+libzmq encrypts with CURVE (RFC 26). The side that connects pins the key of the side that
+listens; that side asks an Authenticator for each connection (ZAP, RFC 27), without which libzmq
+would take in any key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import stat
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from zmoe.errors import InputError
+
+KEY_CHARACTERS = 40  # of a key in Z85, as libzmq and its tools write keys
+CURVE_BYTES = 512  # more than encryption adds to a message, or a message of the handshake has
+_ZAP = "inproc://zeromq.zap.01"
+_MOST_REFUSED = 16  # keys that are named; who refuses more has told enough
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A node's two keys, in Z85."""
+
+    public: str
+    secret: str = field(repr=False)
+
+    @classmethod
+    def fresh(cls) -> KeyPair:
+        """A new pair."""
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+    @classmethod
+    def of(cls, secret: str) -> KeyPair:
+        """The pair of a secret key. Raises ValueError for what is none."""
+        if len(secret) != KEY_CHARACTERS:
+            raise ValueError(f"{len(secret)} characters instead of {KEY_CHARACTERS}")
+        if not is_key(secret):
+            raise ValueError("characters that no key has")
+        return cls(zmq.curve_public(secret.encode()).decode(), secret)
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` has the form of a key, public or secret."""
+    try:
+        zmq.curve_public(text.encode("ascii"))
+    except (zmq.ZMQError, ValueError):  # other characters, or not as many
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches `address`, an IPv4 address or a name."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+# ---- the file ------------------------------------------------------------------------
+
+
+def read_key(path: str | Path) -> KeyPair:
+    """The pair of the secret key in a file, its only line.
+
+    Raises InputError that names the file, also for one that others than its owner and group may
+    read or write.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(200) if stat.S_ISREG(mode) else b""
+    except OSError as error:
+        raise InputError(f"key file {path} cannot be read: {error.strerror}") from None
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise InputError(f"key file {path} is open to everyone: chmod o-rw {path}")
+    try:
+        return KeyPair.of(content.decode("ascii", "replace").strip())
+    except ValueError as error:
+        raise InputError(
+            f"key file {path} holds no key but {error}: zmoe-keys new makes one"
+        ) from None
+
+
+def write_new_key(path: Path) -> KeyPair:
+    """Make a pair, and a file of it that only its owner can read. Raises InputError."""
+    pair = KeyPair.fresh()
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{pair.secret}\n")
+    except OSError as error:
+        raise InputError(f"key file {path} cannot be written: {error.strerror}") from None
+    return pair
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What one end of a link needs: its own keys, and the public keys that it talks with."""
+
+    own: KeyPair
+    others: tuple[str, ...]
+
+    @classmethod
+    def shared(cls, pair: KeyPair) -> Pinned:
+        """Of those who all have the same pair."""
+        return cls(pair, (pair.public,))
+
+
+# ---- sockets ---------------------------------------------------------------------------
+
+
+def listen_with(socket: zmq.Socket[bytes], pair: KeyPair, domain: str) -> None:
+    """Encrypt what `socket`, not bound yet, takes in: keys that are allowed in `domain`."""
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+    socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+def connect_with(socket: zmq.Socket[bytes], pair: KeyPair, peer: str) -> None:
+    """Encrypt the next connections of `socket`, which the owner of the public key `peer` takes."""
+    socket.setsockopt_string(zmq.CURVE_SERVERKEY, peer)
+    socket.setsockopt_string(zmq.CURVE_PUBLICKEY, pair.public)
+    socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+
+
+class Authenticator:
+    """Says for each new connection of a context's sockets whether its key may come in.
+
+    A thread does; it ends with the context. If it fails, libzmq lets nobody in any more, and the
+    connections that stand go on.
+    """
+
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        """One for each context."""
+        self.refused: list[str] = []  # whose keys, in words; the first ones
+        self._allowed: dict[str, frozenset[bytes] | None] = {}
+        socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(_ZAP)
+        threading.Thread(target=self._run, args=(socket,), daemon=True).start()
+
+    def open(self, domain: str) -> None:
+        """Let those who come to `domain` try again until allow() says who may."""
+        self._allowed[domain] = None
+
+    def allow(self, domain: str, keys: Collection[str]) -> None:
+        """Let in who has one of these public keys, and no one else."""
+        self._allowed[domain] = frozenset(z85.decode(key) for key in keys)
+
+    def close(self, domain: str) -> None:
+        """Forget `domain`, whose sockets are closed."""
+        self._allowed.pop(domain, None)
+
+    def _run(self, socket: zmq.Socket[bytes]) -> None:
+        try:
+            while True:
+                socket.send_multipart(self._answer(socket.recv_multipart()))
+        except zmq.ContextTerminated:
+            pass
+        except Exception as error:
+            _LOG.warning("zmoe: nobody can connect any more: the check of keys failed: %r", error)
+        finally:
+            socket.close()
+
+    def _answer(self, question: list[bytes]) -> list[bytes]:
+        version, request, name, address, _, mechanism, *credentials = question
+        domain = name.decode()
+        allowed = self._allowed.get(domain)
+        if allowed is None:
+            status = b"300"  # libzmq closes the connection, and the other side tries again
+        elif mechanism == b"CURVE" and credentials[0] in allowed:
+            status = b"200"
+        else:
+            status = b"400"
+            self._note(address.decode(), credentials)
+        return [version, request, status, b"", b"", b""]
+
+    def _note(self, address: str, credentials: list[bytes]) -> None:
+        key = z85.encode(credentials[0]).decode() if credentials else "none"
+        words = f"{address}, whose public key is {key}"
+        if words not in self.refused and len(self.refused) < _MOST_REFUSED:
+            self.refused.append(words)
+            _LOG.warning("zmoe: refused %s: it is none of this run's", words)
