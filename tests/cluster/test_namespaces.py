@@ -133,7 +133,7 @@ def test_no_byte_between_three_machines_is_in_clear(
         assert step[-16:] not in encrypted
     for payload in payloads:  # some are zeros, as padding is
         assert payload not in encrypted or not any(payload)
-    for word in (b"ROMEO", b"\xa5Setup", b"zmoe\x01\0\0\0", b"zmoe-tiny", b"ZMOE\x01"):
+    for word in (b"ROMEO", b"\xa5Setup", b"zmoe\x01\0\0\0", b"zmoe-tiny", b"ZMOE\x03"):
         assert word not in encrypted, word
 
 
@@ -184,7 +184,7 @@ def test_a_launched_program_sends_no_byte_in_clear(
             assert (process.returncode, text) == (0, "[3.0, 3.0, 3.0]\n"), errors
         seen.append((tmp_path / "packets").read_bytes())
     clear, encrypted = seen
-    for word in (b"\xa7Program", b"zmoe\x01\0\0\0", b"ZMOE\x01", np.ones(3, np.float32).tobytes()):
+    for word in (b"\xa7Program", b"zmoe\x01\0\0\0", b"ZMOE\x03", np.ones(3, np.float32).tobytes()):
         assert word in clear, word
         assert word not in encrypted, word
 
