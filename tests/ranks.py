@@ -124,7 +124,7 @@ class ThreadGraph(Graph):
 
     def __init__(self, reducer: ThreadReducer, dtype: mx.Dtype) -> None:
         groups: Any = None
-        super().__init__(groups, 0, dtype)
+        super().__init__(groups, 0, 0, dtype)
         self._reducer = reducer
 
     def sum(self, layer: int, partial: mx.array, ids: mx.array | None = None) -> mx.array:

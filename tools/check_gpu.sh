@@ -22,6 +22,7 @@ case ${1-} in
   *) usage "unknown argument $1" ;;
 esac
 
+export TRANSFORMERS_VERBOSITY=error
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -33,7 +34,7 @@ step() {
 
 step "the machine, and the embedded model in every mode" "$python" -m zmoe.cli.doctor.command
 # shellcheck disable=SC2086  # an empty one is none
-step "ten families, plain and with 4 bits, on 1 and 2 nodes" "$python" tools/check_families.py $families
+step "tiny families, plain and with 4 bits, on 1 and 2 nodes" "$python" tools/check_families.py $families
 step "a model of random weights" "$python" bench/make_model.py "$work/model" --family qwen3_moe \
   --layers $layers --hidden $hidden --experts $experts --top-k 8 --ffn $ffn --vocab $vocab \
   --bits 4 --group-size 64

@@ -60,12 +60,16 @@ def with_zmoe(options: Any) -> dict[str, Any]:
         batching=Batching(speculate="off"),
     )
     prompt = tokens(SEED, options.prompt_tokens, KNOWN)
+    begun: list[Any] = []
     with Cluster(options.model, spec=spec) as cluster:
 
         def begin(count: int) -> Iterator[Any]:
-            return iter(cluster.submit(prompt, max_tokens=count, ignore_eos=True))
+            begun.append(cluster.submit(prompt, max_tokens=count, ignore_eos=True))
+            return iter(begun[-1])
 
-        return measure(begin, options)
+        found = measure(begin, options)
+    spent = [run.timings.breakdown_ms()["exchange_ms"] for run in begun[-options.repetitions :]]
+    return found | {"exchange_ms": statistics.median(spent), "layers": len(cluster.info.moe_layers)}
 
 
 def program() -> dict[str, Any]:

@@ -15,6 +15,7 @@
 typedef struct begun {
   uint32_t step;
   uint64_t plan;
+  int is_patient;
 } begun;
 
 /* `turn` is held for a whole collective: MLX may call from several threads.  `lock`, never
@@ -28,7 +29,9 @@ static struct {
   begun queue[ZMOE_DOOR_STEPS]; /* the i-th that began is at i % ZMOE_DOOR_STEPS */
   uint64_t queued, entered;     /* of a program: `entered` counts its collectives */
   begun now;
-  int64_t layer; /* of the latest collective of the step; -1: none yet */
+  int64_t layer;  /* of the latest collective of the step; -1: none yet */
+  int is_patient; /* the step waits for deadline_us */
+  int is_open;    /* the next collective has been published before */
   zmoe_door_failure failure;
 } door = {.turn = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -52,6 +55,7 @@ int zmoe_door_open(const zmoe_door_config *config) {
     door.openings++;
     door.queued = door.entered = 0;
     door.layer = -1;
+    door.is_patient = door.is_open = 0;
     door.failure = (zmoe_door_failure){.status = ZMOE_OK};
     atomic_store(&door.cancelled, 0);
     rc = ZMOE_OK;
@@ -70,16 +74,31 @@ void zmoe_door_close(void) {
   pthread_mutex_unlock(&door.turn);
 }
 
-int zmoe_door_begin(uint32_t step, uint64_t plan) {
+int zmoe_door_begin(uint32_t step, uint64_t plan, int is_patient) {
   int rc = ZMOE_EINVAL;
   pthread_mutex_lock(&door.lock);
   if (door.config.exchange != NULL && door.queued - door.entered < ZMOE_DOOR_STEPS) {
     if (door.queued == door.entered)
       signalled(); /* those of earlier steps have had their effect */
-    door.queue[door.queued++ % ZMOE_DOOR_STEPS] = (begun){step, plan};
+    door.queue[door.queued++ % ZMOE_DOOR_STEPS] = (begun){step, plan, is_patient};
     rc = ZMOE_OK;
   }
   pthread_mutex_unlock(&door.lock);
+  return rc;
+}
+
+int zmoe_door_repeat(void) {
+  int rc = ZMOE_EINVAL;
+  pthread_mutex_lock(&door.turn);
+  pthread_mutex_lock(&door.lock);
+  if (door.config.exchange != NULL && door.failure.is_repeatable) {
+    door.layer = (int64_t)door.failure.layer - 1;
+    door.is_patient = door.is_open = 1;
+    door.failure = (zmoe_door_failure){.status = ZMOE_OK};
+    rc = ZMOE_OK;
+  }
+  pthread_mutex_unlock(&door.lock);
+  pthread_mutex_unlock(&door.turn);
   return rc;
 }
 
@@ -200,6 +219,7 @@ static int enter(const zmoe_channel *channel) {
   } else if (status == ZMOE_OK) {
     door.now = door.queue[door.entered++ % ZMOE_DOOR_STEPS];
     door.layer = channel->layer;
+    door.is_patient = door.now.is_patient;
   }
   pthread_mutex_unlock(&door.lock);
   return problem == NULL ? status : refuse(problem);
@@ -239,6 +259,29 @@ static int run(const part *p, what what, uint64_t until_us) {
     fault = (zmoe_fault){.missing = 0};
   if (rc != ZMOE_OK)
     fail(rc, &fault, rc == ZMOE_EINVAL ? "a collective out of its order" : "");
+  return rc;
+}
+
+static uint64_t patience_ends_us(void) {
+  uint64_t us = door.is_patient ? door.config.deadline_us : door.config.patience_us;
+  return zmoe_later_us(zmoe_now_us(), us);
+}
+
+/* Publishes, but for a collective that is called again. */
+static int publish(const part *p, uint64_t until_us) {
+  int was_open = door.is_open;
+  door.is_open = 0;
+  return was_open ? ZMOE_OK : run(p, PUBLISH, until_us);
+}
+
+/* The last wait of a collective, which may be repeated if there is no other. */
+static int complete(const part *p, what what, uint64_t until_us, int is_only) {
+  int rc = run(p, what, until_us);
+  pthread_mutex_lock(&door.lock);
+  if (rc == ZMOE_ETIMEOUT)
+    door.failure.is_repeatable =
+        is_only && !door.is_patient && door.config.patience_us < door.config.deadline_us;
+  pthread_mutex_unlock(&door.lock);
   return rc;
 }
 
@@ -296,16 +339,16 @@ static part part_of_sum(const zmoe_channel *channel, const cut *cut, const void 
 static int sum(const zmoe_channel *channel, const void *src, void *out, size_t count,
                zmoe_dtype dtype) {
   cut cut = {.count = 0};
-  uint64_t until_us = zmoe_later_us(zmoe_now_us(), door.config.deadline_us);
+  uint64_t until_us = patience_ends_us();
   int rc = make_cut(channel, count, dtype, &cut);
   for (size_t i = 0; i < cut.parts + ZMOE_WINDOW && rc == ZMOE_OK; i++) {
     if (i >= ZMOE_WINDOW && i - ZMOE_WINDOW < cut.parts) {
       part done = part_of_sum(channel, &cut, src, out, dtype, i - ZMOE_WINDOW);
-      rc = run(&done, COLLECT, until_us);
+      rc = complete(&done, COLLECT, until_us, cut.parts == 1);
     }
     if (i < cut.parts && rc == ZMOE_OK) {
       part next = part_of_sum(channel, &cut, src, out, dtype, i);
-      rc = run(&next, PUBLISH, until_us);
+      rc = publish(&next, until_us);
     }
   }
   return rc;
@@ -323,7 +366,7 @@ void zmoe_door_sum(const zmoe_channel *channel, const void *src, void *out, size
 /* ---- gathering ------------------------------------------------------------------- */
 
 static int gather_words(uint32_t index, const void *src, size_t words, void *out, size_t stride,
-                        uint64_t until_us) {
+                        uint64_t until_us, int is_only) {
   part p = {
       .call =
           {
@@ -340,13 +383,13 @@ static int gather_words(uint32_t index, const void *src, size_t words, void *out
       .stride = stride,
       .dtype = (zmoe_dtype)ZMOE_I32,
   };
-  int rc = run(&p, PUBLISH, until_us);
-  return rc == ZMOE_OK ? run(&p, GATHER, until_us) : rc;
+  int rc = publish(&p, until_us);
+  return rc == ZMOE_OK ? complete(&p, GATHER, until_us, is_only) : rc;
 }
 
 static int gather(const zmoe_channel *channel, const void *src, uint8_t *out, size_t bytes) {
   enum { WORD = sizeof(uint32_t) };
-  uint64_t until_us = zmoe_later_us(zmoe_now_us(), door.config.deadline_us);
+  uint64_t until_us = patience_ends_us();
   size_t words = bytes / WORD, most = door.config.max_payload_bytes / WORD, at = 0;
   uint32_t index = 0;
   int rc =
@@ -354,14 +397,14 @@ static int gather(const zmoe_channel *channel, const void *src, uint8_t *out, si
   for (; at < words && rc == ZMOE_OK; at += most, index++) {
     size_t some = words - at < most ? words - at : most;
     rc = gather_words(index, (const uint8_t *)src + at * WORD, some, out + at * WORD, bytes,
-                      until_us);
+                      until_us, words <= most && bytes % WORD == 0);
   }
   size_t rest = bytes % WORD;
   if (rest == 0 || rc != ZMOE_OK)
     return rc;
   uint8_t last[WORD] = {0}, of_all[ZMOE_MAX_NODES * WORD];
   memcpy(last, (const uint8_t *)src + words * WORD, rest);
-  rc = gather_words(index, last, 1, of_all, WORD, until_us);
+  rc = gather_words(index, last, 1, of_all, WORD, until_us, words == 0);
   for (uint32_t r = 0; r < channel->nodes && rc == ZMOE_OK; r++)
     memcpy(out + r * bytes + words * WORD, of_all + r * WORD, rest);
   return rc;

@@ -36,6 +36,7 @@ typedef struct zmoe_door_config {
   int32_t wire_dtype;       /* of sums of floats; -1: as they are */
   uint64_t scatter_bytes;   /* payloads of sums of this size and more are scattered */
   uint64_t deadline_us;     /* of one collective */
+  uint64_t patience_us;     /* of one that may be repeated after it, at most deadline_us */
   int wakeup_fd;            /* non-blocking: a byte SIGINT or SIGTERM ends a wait; -1: none */
   int is_program;           /* any MLX program calls, which knows of no steps: see above */
 } zmoe_door_config;
@@ -44,6 +45,7 @@ typedef struct zmoe_door_failure {
   int status; /* ZMOE_OK, or why collectives write zeros; ZMOE_EINTR: given up by this rank */
   uint32_t step, layer;
   zmoe_fault fault;
+  int is_repeatable;             /* with ZMOE_ETIMEOUT: see zmoe_door_repeat */
   char refused[ZMOE_DOOR_WORDS]; /* with ZMOE_EINVAL: what the exchange does not do */
 } zmoe_door_failure;
 
@@ -52,8 +54,13 @@ int zmoe_door_open(const zmoe_door_config *config);
 /* Ends what is under way; later collectives write zeros. */
 void zmoe_door_close(void);
 /* The next step, whose collectives follow in the order of their layers, and the digest of its
- * plan.  ZMOE_EINVAL: too many have begun, or the door is closed. */
-int zmoe_door_begin(uint32_t step, uint64_t plan);
+ * plan.  They wait for patience_us each, or for deadline_us if it `is_patient`.  ZMOE_EINVAL: too
+ * many have begun, or the door is closed. */
+int zmoe_door_begin(uint32_t step, uint64_t plan, int is_patient);
+/* After a failure that is repeatable, once no collective is under way: the failed collective
+ * of the step can be called again, and waits on, for deadline_us, as do those after it.  Later
+ * steps that have begun follow.  To the others this rank has only been slow. */
+int zmoe_door_repeat(void);
 /* From any thread: waits, also those to come, end within 100 ms. */
 void zmoe_door_cancel(void);
 /* The first failure since it was opened, if any; returns its status. */

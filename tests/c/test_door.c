@@ -60,6 +60,7 @@ static zmoe_door_config config_of(int wakeup_fd, uint64_t deadline_us) {
       .wire_dtype = -1,
       .scatter_bytes = UINT64_MAX,
       .deadline_us = deadline_us,
+      .patience_us = deadline_us,
       .wakeup_fd = wakeup_fd,
   };
 }
@@ -201,7 +202,7 @@ static void test_sums(void) {
   CHECK(MPI_Comm_size(comm, &size) == 0 && size == NODES);
   CHECK(MPI_Comm_size(&ompi_mpi_comm_world, &size) == 0 && size == NODES);
   CHECK_EQUAL(MPI_Comm_free(&comm), 0);
-  CHECK_EQUAL(zmoe_door_begin(1, PLAN), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_begin(1, PLAN, 0), ZMOE_OK);
   check_sum(ZMOE_F32, &ompi_mpi_float, &ompi_mpi_op_sum, 0, 96, 96, 0);
   check_sum(ZMOE_F32, &ompi_mpi_float, &ompi_mpi_op_sum, 1, 96, 96, 1);
   check_sum(ZMOE_F16, f16, sum_f16, 2, 7 * 33, 33, 0);
@@ -231,7 +232,7 @@ static void publish_words(uint32_t rank, uint32_t part, uint32_t word) {
 /* Words travel as bits: a NaN keeps its payload; an odd half comes alone. */
 static void test_gather(void) {
   open_door(6, small_frames);
-  CHECK_EQUAL(zmoe_door_begin(1, PLAN), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_begin(1, PLAN, 0), ZMOE_OK);
   handle *comm = split(0, 0);
   const uint16_t mine[] = {0x7e01, 0xfe02, 3};
   uint16_t all[3 * NODES];
@@ -252,8 +253,8 @@ static void test_steps(void) {
   float value[4] = {1, 2, 3, 4}, out[4];
   handle *comms[] = {split(0, 0), split(1, 0)};
   for (uint32_t step = 1; step <= ZMOE_DOOR_STEPS; step++)
-    CHECK_EQUAL(zmoe_door_begin(step, 0), ZMOE_OK);
-  CHECK_EQUAL(zmoe_door_begin(9, 0), ZMOE_EINVAL);
+    CHECK_EQUAL(zmoe_door_begin(step, 0, 0), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_begin(9, 0, 0), ZMOE_EINVAL);
   for (uint32_t step = 1; step <= ZMOE_DOOR_STEPS; step++)
     for (uint32_t layer = 0; layer < 2; layer++) {
       for (uint32_t r = 1; r < NODES; r++)
@@ -289,7 +290,7 @@ static void test_refusals(void) {
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     open_door(6, NULL);
-    CHECK_EQUAL(zmoe_door_begin(1, PLAN), ZMOE_OK);
+    CHECK_EQUAL(zmoe_door_begin(1, PLAN, 0), ZMOE_OK);
     handle *comm = split(0, 32 | ZMOE_DOOR_WIDTH);
     memset(wide, 1, sizeof wide), memset(narrow, 1, sizeof narrow), memset(half, 1, sizeof half);
     handle *f32 = &ompi_mpi_float, *i64 = &ompi_mpi_int64_t, *sum = &ompi_mpi_op_sum;
@@ -327,7 +328,7 @@ static void test_splits_that_are_none(void) {
   MPI_Allreduce(IN_PLACE, value, 4, &ompi_mpi_float, &ompi_mpi_op_sum, comm);
   expect_zeros(value, sizeof value);
   open_door(6, NULL);
-  CHECK_EQUAL(zmoe_door_begin(1, PLAN), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_begin(1, PLAN, 0), ZMOE_OK);
   MPI_Allreduce(value, value, 4, &ompi_mpi_float, &ompi_mpi_op_sum, comm);
   expect_refusal("a collective of a run that has ended");
   CHECK_EQUAL(MPI_Comm_free(&comm), 0);
@@ -340,7 +341,7 @@ static void test_splits_that_are_none(void) {
 static zmoe_door_failure fail_at_layer(uint32_t layer) {
   float value[4] = {1, 2, 3, 4};
   handle *comm = split((int)layer, 0), *next = split((int)layer + 1, 0);
-  CHECK_EQUAL(zmoe_door_begin(5, 0), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_begin(5, 0, 0), ZMOE_OK);
   MPI_Allreduce(IN_PLACE, value, 4, &ompi_mpi_float, &ompi_mpi_op_sum, comm);
   expect_zeros(value, sizeof value);
   value[0] = 1;
@@ -380,8 +381,44 @@ static void test_divergence(void) {
 }
 
 static zmoe_door_config impatient(zmoe_door_config config) {
-  config.deadline_us = 1000;
+  config.patience_us = 1000;
   return config;
+}
+
+static float sum_of(handle *comm) {
+  float value[4] = {1, 1, 1, 1};
+  MPI_Allreduce(IN_PLACE, value, 4, &ompi_mpi_float, &ompi_mpi_op_sum, comm);
+  CHECK(memcmp(&value[0], &value[3], sizeof *value) == 0);
+  return value[0];
+}
+
+/* Two steps have begun, and a collective of the first one waits for rank 2 in vain: it is
+ * repeated, from there on.  What it publishes anew would be out of order. */
+static void test_a_slow_peer(void) {
+  open_door(6, impatient);
+  handle *comms[3] = {split(0, 0), split(1, 0), split(2, 0)};
+  for (uint32_t step = 5; step < 7; step++)
+    CHECK_EQUAL(zmoe_door_begin(step, 0, 0), ZMOE_OK);
+  rig_publish(&nodes[1], 5, 0, 10), rig_publish(&nodes[2], 5, 0, 100);
+  rig_publish(&nodes[1], 5, 1, 20);
+  CHECK(sum_of(comms[0]) == 111);
+  for (int i = 1; i < 4; i++) /* the second step begins */
+    CHECK(sum_of(comms[i % 3]) == 0);
+  zmoe_door_failure failure;
+  CHECK_EQUAL(zmoe_door_failed(&failure), ZMOE_ETIMEOUT);
+  CHECK(failure.is_repeatable && failure.step == 5 && failure.layer == 1);
+  CHECK_EQUAL(zmoe_door_repeat(), ZMOE_OK);
+  CHECK_EQUAL(zmoe_door_repeat(), ZMOE_EINVAL);
+  CHECK_EQUAL(zmoe_door_failed(&failure), ZMOE_OK);
+  rig_publish(&nodes[2], 5, 1, 200);
+  CHECK(sum_of(comms[1]) == 221);
+  rig_publish(&nodes[1], 5, 2, 30), rig_publish(&nodes[2], 5, 2, 300);
+  CHECK(sum_of(comms[2]) == 331);
+  rig_publish(&nodes[1], 6, 0, 40), rig_publish(&nodes[2], 6, 0, 400);
+  CHECK(sum_of(comms[0]) == 441);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQUAL(MPI_Comm_free(&comms[i]), 0);
+  close_door();
 }
 
 static void test_the_deadline(void) {
@@ -443,6 +480,7 @@ static const test_case tests[] = {
     {"a lost peer", test_a_lost_peer},
     {"divergence", test_divergence},
     {"the deadline", test_the_deadline},
+    {"a slow peer", test_a_slow_peer},
     {"giving up", test_giving_up},
 };
 

@@ -34,6 +34,14 @@ def shape_of(step: int) -> tuple[int, mx.Dtype]:
     return (1, 7, 900)[step % 3], DTYPES[step // 3 % 3]
 
 
+def evaluate(door: Door, step: int, plan: int, *arrays: object) -> None:
+    """One step, in one eval."""
+    door.begin(step, plan, patient=True)
+    with door.waiting():
+        mx.eval(*arrays)
+    door.check()
+
+
 def sums(exchange: Exchange) -> None:
     """Sums in a graph are those of `all_reduce`, bit for bit."""
     inside: list[np.ndarray] = []
@@ -50,8 +58,7 @@ def sums(exchange: Exchange) -> None:
         words = mx.array([exchange.rank, 0x7F800001 + step], mx.uint32)
         (words,) = mx.depends([words], [found[-1]])
         told = mx.distributed.all_gather(words, group=door.of(LAYERS, 0))
-        with door.step(step, step):
-            mx.eval(found, told)
+        evaluate(door, step, step, found, told)
         every = [[rank, 0x7F800001 + step] for rank in range(exchange.nodes)]
         assert told.reshape(-1, 2).tolist() == every
         inside += [np.array(array.astype(mx.float32)) for array in found]
@@ -88,8 +95,7 @@ def refusals(exchange: Exchange) -> None:
         door = Door(exchange)
         out = ask(door)
         try:
-            with door.step(1, 0):
-                mx.eval(out)
+            evaluate(door, 1, 0, out)
         except ZmoeError as problem:
             say(error=str(problem), zeros=not mx.any(out).item())
         door.close()
@@ -108,8 +114,8 @@ def forever(exchange: Exchange, scenario: str) -> None:
             say(running=True)
             if scenario == "silent":
                 sys.stdin.readline()
-        with door.step(step, step + (scenario == "diverged" and step == 5) * exchange.rank):
-            mx.eval(mine)
+        plan = step + (scenario == "diverged" and step == 5) * exchange.rank
+        evaluate(door, step, plan, mine)
         if step == 2 and exchange.rank != 1:
             say(running=True)
 

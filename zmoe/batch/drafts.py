@@ -26,29 +26,53 @@ class Drafts:
         self._trial = True
         self.acceptance = 0.7  # how often a draft is right if those before it were
 
+    def may_propose(self, tokens: list[int]) -> bool:
+        """Whether to wait for the token after `tokens`, to propose what follows it; else propose()
+        counts as called.
+        """
+        if self._fixed is not None:
+            return True
+        if self._rested():
+            return False
+        self._index(tokens)
+        return self._found(tokens) is not None
+
     def propose(self, tokens: list[int], room: int, rows: int, rates: Rates) -> list[int]:
         """Up to `room` drafts that follow `tokens`, for a step that has `rows` without them."""
-        if self._rest:
-            self._rest -= 1
-            self._trial = not self._rest
+        if self._rested():
             return []
         wanted = self._fixed if self._fixed is not None else self._choose(rows, rates)
         count = min(wanted, room)
         if count <= 0:
             return []
         self._index(tokens)
-        for n in range(LONGEST, SHORTEST - 1, -1):
-            start = self._after.get(tuple(tokens[-n:]))
-            if start is not None:
-                period = len(tokens) - start  # of a text that goes on repeating itself
-                return [tokens[start + i % period] for i in range(count)]
-        return []
+        start = self._found(tokens)
+        if start is None:
+            return []
+        period = len(tokens) - start  # of a text that goes on repeating itself
+        return [tokens[start + i % period] for i in range(count)]
 
     def verified(self, drafted: int, accepted: int) -> None:
         """The first `accepted` of `drafted` drafts were right."""
         self._trial = False
         for right in [1.0] * accepted + [0.0] * (accepted < drafted):
             self.acceptance += FADE * (right - self.acceptance)
+
+    def _rested(self) -> bool:
+        """Whether no drafts are proposed this time, as they did not pay."""
+        if not self._rest:
+            return False
+        self._rest -= 1
+        self._trial = not self._rest
+        return True
+
+    def _found(self, tokens: list[int]) -> int | None:
+        """The position after an earlier place that ends as `tokens` do."""
+        for n in range(LONGEST, SHORTEST - 1, -1):
+            start = self._after.get(tuple(tokens[-n:]))
+            if start is not None:
+                return start
+        return None
 
     def _choose(self, rows: int, rates: Rates) -> int:
         """The number of drafts that gives most tokens per second; none of them starts a rest."""

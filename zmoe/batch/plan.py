@@ -14,7 +14,7 @@ from zmoe.errors import ZmoeError
 
 BLOCK = 64  # positions of a block of keys and values
 UNBOUNDED = 2**31 - 1  # positions of a sequence that its caches do not limit
-PREVIOUS = -1  # as a token: what was sampled in the step before, for the same sequence
+PREVIOUS = -1  # as a token: what the step before draws on the device, for the same sequence
 
 
 class Span(NamedTuple):
@@ -79,10 +79,11 @@ class Plan:
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
+def check(plan: Plan, max_rows: int, vocabulary: int, ahead: bool = False) -> None:
     """Raise ZmoeError for a plan whose parts do not go together, or of more than `max_rows` rows.
 
-    A token outside of the vocabulary would be read beyond the embedding.
+    A token outside of the vocabulary would be read beyond the embedding; `ahead`: PREVIOUS is
+    none of these.
     """
     rows, sequences, sound = 0, set[int](), True
     for sequence, position, count, logits in plan.spans:
@@ -98,9 +99,9 @@ def check(plan: Plan, max_rows: int, vocabulary: int) -> None:
         raise ZmoeError(
             f"step {plan.step} runs a sequence twice, or a span of no rows or before position 0"
         )
-    if PREVIOUS in plan.tokens:
+    if PREVIOUS in plan.tokens and not ahead:
         raise ZmoeError(f"step {plan.step} refers to sampled tokens, which this node never sees")
-    if not 0 <= min(plan.tokens) <= max(plan.tokens) < vocabulary:
+    if not -int(ahead) <= min(plan.tokens) <= max(plan.tokens) < vocabulary:
         raise ZmoeError(f"step {plan.step} has a token outside of 0 to {vocabulary - 1}")
 
 

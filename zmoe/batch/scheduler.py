@@ -200,6 +200,18 @@ class Scheduler:
         self.step += len(passes(plan.spans, self._paged))
         return plan
 
+    def plan_ahead(self, now: float) -> Plan | None:
+        """The next step before `advance()` of the last one, if it only decodes, and nothing else
+        can be done once the tokens are known: no drafts, and nobody's first step.
+        """
+        if self._prefilling or (self._waiting and self._changed):
+            return None
+        may_draft = self._room_for_drafts() > 0
+        for sequence in self._decoding.values() if may_draft else ():
+            if sequence.drafts is not None and sequence.drafts.may_propose(sequence.tokens):
+                return None
+        return self.plan(now)
+
     def advance(self, plan: Plan, sampled: Items[Items[int]]) -> list[Sequence]:
         """Take in the results of a step: the tokens that each of the plan's spans gave.
 

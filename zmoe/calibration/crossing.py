@@ -62,8 +62,10 @@ def _measure(exchange: Exchange, door: Door) -> Crossing:
         mx.eval(_graph(None))
         alone.append(time.perf_counter() - begin)
         before, begin = spans["exchange"], time.perf_counter()
-        with door.step(step, 0):
+        door.begin(step, 0, True)
+        with door.waiting():
             mx.eval(_graph(door))
+        door.check()
         together.append(time.perf_counter() - begin)
         inside.append(spans["exchange"] - before)
     base, whole, part = (statistics.median(t[WARM_UP:]) for t in (alone, together, inside))

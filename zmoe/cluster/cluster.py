@@ -26,6 +26,7 @@ from zmoe.config import DEFAULT_MODEL, Sampling
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.counts import Counts
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.generate import Generation, SharedSteps
 from zmoe.engine.prompt import (
     border_of_system_prompt,
@@ -258,7 +259,9 @@ class Cluster:
             blocks = self._blocks_in(room, node.engine)
             (self._leader or node).make_cache(blocks)
         run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
-        self._batcher = Batcher(run, node.engine, blocks, engine, self.spec.batching, node.spans)
+        begin = partial(Cluster._begin, weakref.proxy(self)) if node.engine.plans_ahead else None
+        batching = self.spec.batching
+        self._batcher = Batcher(run, node.engine, blocks, engine, batching, node.spans, begin)
         self._warm_up(node)
         if not node.engine.paged:  # only now it is known what a block of these caches takes
             self._batcher.scheduler.resize(self._blocks_in(room, node.engine))
@@ -553,6 +556,17 @@ class Cluster:
         assert self._node is not None
         with self._stepping():
             return (self._leader or self._node).run(plan)
+
+    def _begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
+        assert self._node is not None
+        with self._stepping():
+            end = (self._leader or self._node).begin(plan, draws)
+
+        def ended() -> Floats | Drawn | None:
+            with self._stepping():
+                return end()
+
+        return ended
 
 
 def _check_vocabulary(sampling: Sampling, vocabulary: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from zmoe.batch.plan import Plan
@@ -32,6 +33,7 @@ from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.base import Floats
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.errors import LaunchError, MismatchError, PeerError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -179,11 +181,31 @@ class Leader(Crew):
 
         Raises PeerError, DivergenceError, and what a worker has failed with.
         """
-        self._step = self._bus.step = plan.step
-        try:
-            self._bus.broadcast(Step(plan))
-            self.hear()
+        with self._naming_cause():
+            self._send(plan)
             return self.node.run(plan)
+
+    def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
+        """As run(), in two parts: see Node.begin."""
+        with self._naming_cause():
+            self._send(plan)
+            end = self.node.begin(plan, draws)
+
+        def named() -> Floats | Drawn | None:
+            with self._naming_cause():
+                return end()
+
+        return named
+
+    def _send(self, plan: Plan) -> None:
+        self._step = self._bus.step = plan.step
+        self._bus.broadcast(Step(plan))
+        self.hear()
+
+    @contextmanager
+    def _naming_cause(self) -> Iterator[None]:
+        try:
+            yield
         except PeerError as own:
             self._look_for_cause(own)
             raise

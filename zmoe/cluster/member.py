@@ -85,4 +85,5 @@ class Member:
         )
         with suppress(PeerError):  # the error itself goes on to our own standard error
             self._bus.send(failed)
-            self._bus.finish(FAREWELL_S)
+            if lost is None or lost.rank != 0:
+                self._bus.finish(FAREWELL_S)

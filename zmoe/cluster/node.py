@@ -22,10 +22,12 @@ from zmoe.cluster.paged_prompt_cache import check_blocks, read_blocks, write_blo
 from zmoe.cluster.prompt_cache import MLX, PAGED, PromptCache, read_prompt_cache
 from zmoe.config import EngineConfig, Timing
 from zmoe.engine.base import Engine, Floats
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.engine import make_engine
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
+from zmoe.exchange.base import nothing
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.keys import KeyPair, is_loopback
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
@@ -229,7 +231,7 @@ class Node:
             shard.head,
             shard.paged,
             shard.form.graph,
-            looks_ahead=shard.form.as_it_is,
+            plans_ahead=shard.form.as_it_is or shard.form.graph is not None,
         )
         return shard, time.perf_counter() - start
 
@@ -335,20 +337,32 @@ class Node:
             assert isinstance(engine, PagedEngine)
             write_blocks(path, self.info, self._config, tokens, engine.memory, found.blocks)
 
-    def follow(self, plan: Plan) -> None:
+    def follow(self, plan: Plan) -> Callable[[], object]:
         """A worker's part of one step: run() without logits, or its experts only.
 
-        Raises ZmoeError for a plan that is none, PeerError, DivergenceError.
+        Where the engine plans ahead, it only begins, and the result is what ends it; the next step
+        may be there by then. Raises ZmoeError for a plan that is none, PeerError, DivergenceError.
         """
+        if self._held is None and self.engine.plans_ahead:
+            return self.begin(plan, logits=False)
         if self._held is None:
             self.run(plan, logits=False)
-            return
+            return nothing
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, CentralExchange)
         self.exchange.plan = plan.digest
         for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
             self.exchange.step = step
             serve_step(self.exchange, self._held, self.spans)
+        return nothing
+
+    def begin(
+        self, plan: Plan, draws: Sequence[Draw] = (), logits: bool = True
+    ) -> Callable[[], Floats | Drawn | None]:
+        """Begin a step on an engine that plans ahead: see MlxEngine.begin()."""
+        check_plan(plan, self._config.max_rows, self.info.vocabulary, ahead=True)
+        assert isinstance(self.engine, MlxEngine)
+        return self.engine.begin(plan, logits, draws)
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
         """Run one step; arguments and result are those of Engine.run().

@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import WorkerBus
 from zmoe.cluster.member import Member
@@ -32,6 +33,7 @@ from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.errors import PeerError, ZmoeError
+from zmoe.exchange.base import nothing
 from zmoe.exchange.keys import is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -41,7 +43,10 @@ from zmoe.loading import Skeleton, describe
 IDLE_SLICE_S = 1.0
 # After a step the next one is near: a core that sleeps meanwhile takes long to wake.
 EAGER_S = 0.001
+# A step that the leader plans ahead comes soon after the one before it has begun.
+UNDER_WAY_S = 0.02
 PROGRESS_INTERVAL_S = 0.1
+T = TypeVar("T")
 
 
 class Worker(Member):
@@ -115,8 +120,14 @@ class Worker(Member):
     def _serve(self, node: Node) -> None:
         assert node.exchange is not None
         eager_until = 0.0
+        end: Callable[[], object] = nothing  # of the step that is under way
         while True:
             message = self._bus.take()
+            if message is None and end is not nothing:  # MLX has the exchange meanwhile
+                message = self._bus.receive(UNDER_WAY_S)
+                if message is None:
+                    self._follow(end)
+                    end = nothing
             if message is None and time.monotonic() < eager_until:
                 os.sched_yield()
             elif message is None:
@@ -124,7 +135,9 @@ class Worker(Member):
                 self._bus.wait(node.exchange.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
                 self._bus.step = message.plan.step
-                self._follow(node, message.plan)
+                begun = self._follow(partial(node.follow, message.plan))
+                self._follow(end)
+                end = begun
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
@@ -140,9 +153,10 @@ class Worker(Member):
             else:
                 raise self.unexpected(message)
 
-    def _follow(self, node: Node, plan: Plan) -> None:
+    def _follow(self, part: Callable[[], T]) -> T:
+        """A part of a step."""
         try:
-            node.follow(plan)
+            return part()
         except PeerError as lost:
             if lost.rank == 0:
                 self._look_for_cause(lost)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -27,12 +29,33 @@ class SteppedReducer(Protocol):
 class Graph(Protocol):
     """A model whose exchanges are operations of MLX's graph."""
 
-    def step(self, step: int, plan: int) -> AbstractContextManager[None]:
-        """Around a pass and its evaluation; raises at its end what exchanges failed with."""
+    def begin(self, step: int, plan: int, rows: int) -> None:
+        """Before a pass of so many rows; `plan` is the digest of the step's plan."""
         ...
 
-    def evaluate(self, *arrays: object) -> None:
-        """mx.eval, of a whole pass."""
+    def tell(self, tokens: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """After a pass, with as many `tokens` (sequences,), uint32, on all nodes: those of rank 0,
+        what check() takes, and what repeat() takes. Who evaluates the second evaluates all
+        exchanges of the pass.
+        """
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around whatever may wait for an exchange."""
+        ...
+
+    def check(self, step: int, told: npt.NDArray[np.uint32]) -> None:
+        """After the evaluation of a pass: raises what its exchanges failed with."""
+        ...
+
+    def repeat(self, sums: Sequence[mx.array]) -> bool:
+        """After check() has raised, and passes begun later have been evaluated: begin the pass
+        anew. False where no repetition would help.
+        """
+        ...
+
+    def begin_again(self, rows: int) -> None:
+        """As begin(), of a pass that was begun after one that is repeated."""
         ...
 
 
@@ -49,11 +72,13 @@ class Engine(Protocol):
     """A model and its caches of many sequences, in lock-step with the other ranks.
 
     `paged`: whether the caches are blocks, which a plan deals out. `can_batch`: whether several
-    sequences may run in a step; `can_trim`: whether a sequence may go back. `block_bytes`: the
+    sequences may run in a step; `can_trim`: whether a sequence may go back. `plans_ahead`: whether
+    it is an MlxEngine that begins a step before the last one has ended. `block_bytes`: the
     bytes of a block of keys and values in all layers, known from the first step on.
     """
 
     paged: bool
+    plans_ahead: bool
     can_batch: bool
     can_trim: bool
 

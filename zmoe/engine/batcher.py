@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from zmoe.batch.plan import Plan
 from zmoe.batch.scheduler import Scheduler
@@ -12,9 +13,21 @@ from zmoe.batch.sequence import Request
 from zmoe.config import Batching, EngineConfig
 from zmoe.engine.base import Engine, Floats
 from zmoe.engine.counts import Counts
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.stream import Stream
 from zmoe.errors import InputError, QueueTimeoutError, ZmoeError
 from zmoe.obs import Spans
+
+Begin = Callable[[Plan, Sequence[Draw]], Callable[[], Floats | Drawn | None]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that has begun; `end` ends it. `is_drawn`: whether the device draws its tokens."""
+
+    plan: Plan
+    end: Callable[[], Floats | Drawn | None]
+    is_drawn: bool
 
 
 class Batcher:
@@ -28,10 +41,14 @@ class Batcher:
         config: EngineConfig,
         batching: Batching,
         spans: Spans,
+        begin: Begin | None = None,
     ) -> None:
-        """`run` runs a plan on all nodes, whose caches have `blocks` blocks."""
+        """`run` runs a plan on all nodes, whose caches have `blocks` blocks. `begin` begins one
+        whose tokens are drawn on the device, where the engine plans ahead.
+        """
         parallel = config.parallel if engine.can_batch else 1
-        self._run, self._spans = run, spans
+        self._run, self._begin, self._spans = run, begin, spans
+        self._ahead: _Step | None = None  # under way, planned before the last one's results
         self.scheduler = Scheduler(
             blocks=blocks,
             max_rows=config.max_rows,
@@ -98,6 +115,22 @@ class Batcher:
         """Run one step, which gives tokens to the streams that were in it."""
         begun = time.perf_counter()
         now = time.monotonic()
+        self._expire(now)
+        step, self._ahead = self._ahead, None
+        if step is None:
+            plan = self.scheduler.plan(now)
+            if plan is None:
+                assert not self._streams  # the oldest one can always run
+                return
+            self._spans.take()
+            step = self._begun(plan, begun)
+        following = self.scheduler.plan_ahead(now) if step.is_drawn else None
+        if following is not None:
+            self._ahead = self._begun(following, begun)
+        sampled, took = self._results(step, begun)
+        self._account(step.plan, sampled, begun, took)
+
+    def _expire(self, now: float) -> None:
         for late in self.scheduler.expire(now):
             waited = f"{now - late.submitted:.0f} s"
             self._streams.pop(late.id).fail(
@@ -105,23 +138,61 @@ class Batcher:
                     f"the request waited {waited} for others to end, and was given up"
                 )
             )
-        plan = self.scheduler.plan(now)
-        if plan is None:
-            assert not self._streams  # the oldest one can always run
-            return
+
+    def _begun(self, plan: Plan, now: float) -> _Step:
+        """Run a step, or where the device draws its tokens begin one."""
         for span in plan.spans:
             stream = self._streams[span.sequence]
             if stream.started is None:
-                stream.started, stream.timings.cached_tokens = begun, span.position
+                stream.started, stream.timings.cached_tokens = now, span.position
                 self._counted["prompt_tokens"] += len(stream.prompt)
                 self._counted["cached_tokens"] += span.position
-        self._spans.take()
+        draws = self._draws(plan) if self._begin is not None else []
+        if self._begin is not None and draws:
+            return _Step(plan, self._begin(plan, draws), True)
         logits = self._run(plan)
+        return _Step(plan, lambda: logits, False)
+
+    def _draws(self, plan: Plan) -> list[Draw]:
+        """What draws the tokens of all spans on the device; none if one is for the host."""
+        draws = []
+        for span in plan.spans:
+            draw = self._streams[span.sequence].draw(span.end) if span.logits == 1 else None
+            if draw is not None:
+                draws.append(draw)
+            elif span.logits:
+                return []
+        return draws
+
+    def _results(self, step: _Step, begun: float) -> tuple[list[list[int]], float]:
+        """End a step: the tokens that each of its spans gave, and the seconds that it took."""
+        found, plan = step.end(), step.plan
         took = time.perf_counter() - begun
         self.scheduler.rates.took(len(plan.tokens), took)
-        sampled = self._sample(plan, logits)
+        if isinstance(found, Drawn):
+            sampled = self._take_drawn(plan, found)
+        else:
+            sampled = self._sample(plan, found)
         self.scheduler.advance(plan, sampled)
-        self._account(plan, sampled, begun, took)
+        return sampled, took
+
+    def _take_drawn(self, plan: Plan, drawn: Drawn) -> list[list[int]]:
+        """The token that each span gives, or none. A stream may have ended since it was planned."""
+        sampled, row = [], 0
+        for span in plan.spans:
+            stream, tokens = self._streams.get(span.sequence), list[int]()
+            if span.logits and stream is not None:
+                token, largest = int(drawn.tokens[row]), float(drawn.largest[row])
+                try:
+                    pick = stream.sampler.drawn(token, span.end, largest)
+                except ZmoeError as error:
+                    stream.fail(error)
+                else:
+                    tokens.append(token)
+                    stream.take(pick)
+            row += span.logits
+            sampled.append(tokens)
+        return sampled
 
     def _sample(self, plan: Plan, logits: Floats | None) -> list[list[int]]:
         """The tokens that each span gives: none, one, or the drafts that are right and one more."""
@@ -148,7 +219,9 @@ class Batcher:
             self._seconds[name] += spent
         self._step_seconds += whole
         for span, tokens in zip(plan.spans, sampled, strict=True):
-            stream = self._streams[span.sequence]
+            stream = self._streams.get(span.sequence)
+            if stream is None:  # it has ended since this was planned
+                continue
             timings = stream.timings
             drafted, accepted = max(0, span.logits - 1), max(0, len(tokens) - 1)
             self._counted["generated_tokens"] += len(tokens)
@@ -174,6 +247,9 @@ class Batcher:
         """
         if self._streams:
             raise ZmoeError("generations are running on this cluster: let them end first")
+        if self._ahead is not None:  # of streams that have ended
+            step, self._ahead = self._ahead, None
+            self._results(step, time.perf_counter())
         if reset or self._forced is None:
             self.end_forced()
             room = self.scheduler.capacity + 1 - len(tokens)

@@ -19,13 +19,13 @@ def make_engine(
     head: LogitRows,
     paged: PagedLayers | None,
     graph: Graph | None = None,
-    looks_ahead: bool = False,
+    plans_ahead: bool = False,
 ) -> Engine:
     """The engine of a loaded model; `paged` are its caches if all of its layers are in C, `graph`
-    has its exchanges if MLX's graph does. `looks_ahead`: see MlxEngine.
+    has its exchanges if MLX's graph does. `plans_ahead`: see MlxEngine.
     """
     if paged is None:
-        return MlxEngine(model, reducer, head, config.max_kv_size, graph, looks_ahead)
+        return MlxEngine(model, reducer, head, config.max_kv_size, graph, plans_ahead)
     paged.limit(config.max_kv_size)
     paged.quantize(config.kv_bits)
     return PagedEngine(model, reducer, head, paged)

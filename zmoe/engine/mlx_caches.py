@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -19,38 +20,61 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from zmoe.batch.plan import BLOCK, Plan, Span, passes
-from zmoe.engine.base import Floats, Graph, LogitRows, Rows, SteppedReducer
-from zmoe.errors import ZmoeError
+from zmoe.batch.plan import BLOCK, PREVIOUS, Plan, Span, passes
+from zmoe.engine.base import Floats, Graph, LogitRows, SteppedReducer
+from zmoe.engine.draw import Draw, Drawn, draw
+from zmoe.errors import PeerError, ZmoeError
 
 Caches = list[Any]  # one per layer
 
 
-_LONGEST_PAUSE = 64  # steps
+@dataclass
+class _Pass:
+    """A pass that is under way: on `caches`, the `tokens` of each sequence of `order`.
 
+    Of these some are `wanting` logits, after the flattened `rows`; `draws`, if not empty, has a
+    Draw of each of these. `ids` (sequences, tokens) are the tokens.
 
-@dataclass(frozen=True)
-class _Ahead:
-    """A pass that is under way before its plan is known: one row, `tokens`, of each sequence.
-
-    `order` are the sequences in the rows of `caches`; `tokens` (rows,) are the likeliest of the
-    pass before; `logits` (rows, vocabulary), float32.
+    Of the wanting there are `logits` (rows, vocabulary), float32, or the `largest` of each row,
+    (rows,). `picked` (sequences,), uint32, are the tokens that were drawn on the device, 0
+    where none was. `told` and `sums`: see Graph.tell(). `state` is what else is to be
+    evaluated. Once it has ended, `found` has what it gave each sequence.
     """
 
-    order: tuple[int, ...]
+    step: int
     caches: Caches
-    tokens: mx.array
-    logits: mx.array
+    order: tuple[int, ...]
+    wanting: tuple[int, ...]
+    tokens: list[list[int]]
+    rows: list[int]
+    draws: list[Draw]
+    ids: mx.array
+    logits: mx.array | None = None
+    largest: mx.array | None = None
+    picked: mx.array | None = None
+    told: mx.array | None = None
+    sums: list[mx.array] = field(default_factory=list)
+    state: list[Any] = field(default_factory=list)
+    found: dict[int, Floats | Drawn] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many rows it has."""
+        return sum(map(len, self.tokens))
+
+    def arrays(self) -> list[Any]:
+        """All that is to be evaluated."""
+        several = (self.logits, self.largest, self.picked, self.told)
+        return [*self.state, *(each for each in several if each is not None)]
 
 
 class MlxEngine:
     """Runs plans on the caches of mlx-lm, which hold each sequence apart, or many side by side.
 
     The sequences that run one row share a pass, on batch caches; each other one has a pass of
-    its own. With `looks_ahead`, a decode step also begins the next one, with each sequence's
-    likeliest token, before the caller has picked one: so the device need not wait for the host.
-    `can_batch`: whether the model's caches can be put side by side; `can_trim`:
-    whether a sequence can go back.
+    its own. With `plans_ahead`, where nothing is evaluated within a pass, a step may begin while
+    the one before is under way, with tokens that the host has not seen. `can_batch`: whether the
+    model's caches can be put side by side; `can_trim`: whether a sequence can go back.
     """
 
     paged = False
@@ -62,13 +86,12 @@ class MlxEngine:
         head: LogitRows,
         max_kv_size: int | None,
         graph: Graph | None = None,
-        looks_ahead: bool = False,
+        plans_ahead: bool = False,
     ) -> None:
         self._model, self._reducer, self._head = model, reducer, head
-        self._graph, self._looks_ahead = graph, looks_ahead
-        self._is_one_pass = False  # which the plan takes
-        self._ahead: _Ahead | None = None
-        self._wrong = self._pause = 0  # guesses in a row, and decode steps to go without one
+        self._graph, self.plans_ahead = graph, plans_ahead
+        self._under_way: deque[_Pass] = deque()
+        self._picked: dict[int, tuple[mx.array, int]] = {}  # with the row of each sequence
         self._max_kv_size = max_kv_size
         self._alone: dict[int, Caches] = {}
         self._side_by_side: list[int] = []  # the sequences in the rows of `_batch`
@@ -86,14 +109,22 @@ class MlxEngine:
         raise ZmoeError(f"{blocks} blocks of cache for a model whose caches are not paged")
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
-        """See Engine. Everything is evaluated on return, since a lazy array would read buffers
-        of the exchange that the next steps rewrite.
+        """See Engine."""
+        found = self.begin(plan, logits)()
+        assert not isinstance(found, Drawn)
+        return found
+
+    def begin(
+        self, plan: Plan, logits: bool = True, draws: Sequence[Draw] = ()
+    ) -> Callable[[], Floats | Drawn | None]:
+        """Begin a step; the result ends it, and returns what run() does.
+
+        With `draws`, one for each of the wanted rows, that is the tokens drawn from them. An
+        engine that plans ahead may begin the next step before this one has ended; PREVIOUS then
+        stands for a token that was drawn. Steps end in the order in which they began.
+        Raises what run() does, in either part.
         """
         self._check(plan)
-        ahead = self._ahead
-        if ahead is not None and logits and self._was_right(ahead, plan):
-            return self._go_on(ahead, plan)
-        self._take_back()
         if self._reducer.nodes > 1:  # or nobody compares it
             self._reducer.plan = plan.digest
         for sequence in plan.free:
@@ -104,20 +135,25 @@ class MlxEngine:
         for span in plan.spans:
             tokens[span.sequence] = list(plan.tokens[start : start + span.rows])
             start += span.rows
-        found: dict[int, Floats] = {}
-        todo = passes(plan.spans, paged=False)
-        self._is_one_pass = len(todo) == 1
-        for step, spans in enumerate(todo, plan.step):
+        wanting = [span.sequence for span in plan.spans if span.logits and logits]
+        draw_of = dict(zip(wanting, draws, strict=True)) if draws else {}
+        begun: list[_Pass] = []
+        for step, spans in enumerate(passes(plan.spans, paged=False), plan.step):
+            if begun:
+                self._settle(begun[-1])
             self._reducer.step = step
             if not logits:
                 spans = tuple(span._replace(logits=0) for span in spans)
-            with self._graph.step(step, plan.digest) if self._graph else nullcontext():
-                if len(spans) == 1:
-                    found.update(self._run_alone(spans[0], tokens[spans[0].sequence]))
-                else:
-                    found.update(self._run_side_by_side(spans, tokens))
-        wanted = [found[s.sequence] for s in plan.spans if s.logits and logits]
-        return np.concatenate(wanted) if wanted else None
+            begun.append(self._begin_pass(step, plan.digest, spans, tokens, draw_of))
+        if not self.plans_ahead:  # a lazy array would read buffers that the next step rewrites
+            self._settle(begun[-1])
+
+        def end() -> Floats | Drawn | None:
+            self._settle(begun[-1])
+            found = {s: rows for each in begun for s, rows in (each.found or {}).items()}
+            return _joined([found[sequence] for sequence in wanting])
+
+        return end
 
     def _check(self, plan: Plan) -> None:
         if plan.blocks or plan.copies:
@@ -132,60 +168,17 @@ class MlxEngine:
             lengths[fork.new] = fork.length
         if not self.can_batch and len(plan.spans) > 1:
             raise ZmoeError("a plan of several sequences for a model that runs one at a time")
+        start = 0
         for span in plan.spans:
+            given, start = plan.tokens[start : start + span.rows], start + span.rows
             held = lengths.get(span.sequence, 0)
+            drawn = span.sequence in self._picked and span.position == held
+            if PREVIOUS in given and not (drawn and span.rows == 1):
+                raise ZmoeError(f"a plan of a token of sequence {span.sequence} that is not drawn")
             if span.position > held:
                 raise ZmoeError(f"a plan at position {span.position} of a sequence of {held}")
             if 0 < span.position < held and not self.can_trim:
                 raise ZmoeError("a plan that goes back in a sequence whose cache cannot")
-
-    # ---- looking ahead ---------------------------------------------------------------
-
-    def _was_right(self, ahead: _Ahead, plan: Plan) -> bool:
-        """Whether `plan` is the pass that was begun."""
-        likeliest: list[int] = np.array(ahead.tokens).tolist()
-        tokens = dict(zip(ahead.order, likeliest))
-        follows = (
-            not plan.free
-            and not plan.forks
-            and {span.sequence for span in plan.spans} == set(ahead.order)
-            and all(
-                span.rows == span.logits == 1 and span.position == self._lengths[span.sequence]
-                for span in plan.spans
-            )
-        )
-        if follows and tuple(tokens[span.sequence] for span in plan.spans) == plan.tokens:
-            self._wrong = 0
-            return True
-        if follows:
-            self._wrong += 1
-            self._pause = min(2**self._wrong, _LONGEST_PAUSE)
-        return False
-
-    def _take_back(self) -> None:
-        """Drop the pass that was begun, if there is one."""
-        if self._ahead is not None:
-            trim_prompt_cache(self._ahead.caches, 1)
-            self._ahead = None
-
-    def _go_on(self, ahead: _Ahead, plan: Plan) -> Floats:
-        self._ahead = None
-        for span in plan.spans:
-            self._lengths[span.sequence] = span.end
-        self._look_ahead(ahead.order, ahead.caches, ahead.logits)
-        rows = [ahead.order.index(span.sequence) for span in plan.spans]
-        return np.array(ahead.logits)[rows]
-
-    def _look_ahead(self, order: Sequence[int], caches: Caches, logits: mx.array) -> None:
-        """Begin the pass after the one that gives `logits`, a row of each sequence."""
-        if self._pause > 0:
-            self._pause -= 1
-            return
-        mx.async_eval(logits)
-        tokens = logits.argmax(axis=-1)
-        following = self._logits(tokens[:, None], caches, np.arange(len(order)))
-        mx.async_eval(tokens, following)
-        self._ahead = _Ahead(tuple(order), caches, tokens, following)
 
     # ---- prompt caches -------------------------------------------------------------
 
@@ -196,7 +189,8 @@ class MlxEngine:
 
     def copy(self, sequence: int, length: int) -> Caches:
         """A copy of a sequence's caches, cut to its first `length` positions."""
-        self._take_back()
+        if self._under_way:
+            self._settle(self._under_way[-1])
         caches = copy.deepcopy(self._take_out(sequence))
         if surplus := self._lengths[sequence] - length:
             trim_prompt_cache(caches, surplus)
@@ -213,7 +207,135 @@ class MlxEngine:
 
     # ---- passes --------------------------------------------------------------------
 
-    def _run_alone(self, span: Span, tokens: list[int]) -> dict[int, Floats]:
+    def _begin_pass(
+        self,
+        step: int,
+        plan: int,
+        spans: Sequence[Span],
+        tokens: dict[int, list[int]],
+        draw_of: dict[int, Draw],
+    ) -> _Pass:
+        """`plan` is the digest of the step's plan, and `tokens` are those of each sequence."""
+        caches = self._alone_or_side_by_side(spans)
+        order = tuple(self._side_by_side) if len(spans) > 1 else (spans[0].sequence,)
+        of = {span.sequence: span for span in spans}
+        wanting = tuple(sequence for sequence in order if of[sequence].logits)
+        rows, end = list[int](), 0
+        for sequence in order:
+            end += of[sequence].rows
+            rows += range(end - of[sequence].logits, end)
+        given = [tokens[sequence] for sequence in order]
+        draws = [draw_of[sequence] for sequence in wanting] if draw_of else []
+        ids = self._ids(order, given)
+        begun = _Pass(step, caches, order, wanting, given, rows, draws, ids)
+        if self._graph is not None:
+            self._graph.begin(step, plan, begun.size)
+        self._compute(begun)
+        self._under_way.append(begun)
+        if len(spans) == 1:  # a merge holds the caches of its sequences twice for a moment
+            held = 2 * sum(cache.nbytes for cache in caches)
+            positions = max(KVCache.step, spans[0].end)
+            self.block_bytes = max(self.block_bytes, held * BLOCK // positions)
+        return begun
+
+    def _compute(self, begun: _Pass) -> None:
+        """Run the model, draw tokens where there is a Draw of each, and tell them to all nodes;
+        if the engine plans ahead, in the background.
+        """
+        order, wanting, rows = begun.order, begun.wanting, begun.rows
+        with self._waiting():
+            self._head.rows = np.array(rows, np.intp)
+            out = self._model(begun.ids, cache=begun.caches)
+            begun.logits = out.reshape(-1, out.shape[-1]).astype(mx.float32) if rows else None
+            picked = mx.zeros(len(order), mx.uint32)
+            if begun.logits is not None and begun.draws:
+                drawn, begun.largest = draw(begun.logits, begun.draws)
+                begun.logits = None
+                if wanting == order:
+                    picked = drawn
+                else:
+                    picked[mx.array([order.index(s) for s in wanting])] = drawn
+            else:
+                begun.state = [cache.state for cache in begun.caches]
+            if self._graph is not None:
+                picked, begun.told, begun.sums = self._graph.tell(picked)
+            if self.plans_ahead:
+                begun.picked = picked
+                self._picked |= {s: (picked, row) for row, s in enumerate(order)}
+                mx.async_eval(*begun.arrays())
+                begun.state = []  # or the caches would be copied when they next change
+
+    def _ids(self, order: Sequence[int], given: list[list[int]]) -> mx.array:
+        """The tokens of a pass, (sequences, rows of each)."""
+        if [PREVIOUS] not in given:
+            return mx.array(given)
+        columns, rows = list[mx.array](), list[int]()
+        for sequence, each in zip(order, given):
+            is_known = each != [PREVIOUS]
+            column, row = (mx.array(each, mx.uint32), 0) if is_known else self._picked[sequence]
+            columns.append(column)
+            rows.append(row)
+        first = columns[0]
+        if all(column is first for column in columns) and rows == list(range(len(first))):
+            return first[:, None]
+        parts = [column[row : row + 1] for column, row in zip(columns, rows)]
+        return mx.concatenate(parts)[:, None]
+
+    def _settle(self, last: _Pass) -> None:
+        """End the passes up to `last`."""
+        while last.found is None:
+            ended = self._under_way.popleft()
+            try:
+                self._evaluate(ended)
+            except PeerError:
+                if not self._repeat(ended):
+                    raise
+            ended.found = _found(ended)
+
+    def _evaluate(self, ended: _Pass) -> None:
+        with self._waiting():
+            mx.eval(*ended.arrays())
+        if self._graph is not None:
+            assert ended.told is not None
+            self._graph.check(ended.step, np.array(ended.told))
+
+    def _repeat(self, failed: _Pass) -> bool:
+        """Compute a pass anew, and those that were begun after it, where that may help and the
+        caches can go back.
+        """
+        later, graph = list(self._under_way), self._graph
+        same = all(each.caches is failed.caches and each.order == failed.order for each in later)
+        if graph is None or not (self.can_trim and same):
+            return False
+        with self._waiting():  # they wait for nobody now
+            mx.eval(*(each.arrays() for each in later))
+        if not graph.repeat(failed.sums):
+            return False
+        for each in (failed, *later):
+            trim_prompt_cache(failed.caches, each.size // len(each.order))
+        self._compute(failed)
+        self._evaluate(failed)
+        for each in later:
+            each.ids = self._ids(each.order, each.tokens)
+            graph.begin_again(each.size)
+            self._compute(each)
+        return True
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._graph is None else self._graph.waiting()
+
+    def _alone_or_side_by_side(self, spans: Sequence[Span]) -> Caches:
+        """The caches of a pass, of as many positions as it begins with."""
+        if len(spans) == 1:
+            return self._caches_of(spans[0])
+        for span in spans:
+            if self._lengths.get(span.sequence, 0) != span.position:
+                self._go_back(span)
+        self._put_side_by_side([span.sequence for span in spans])
+        self._lengths |= {span.sequence: span.end for span in spans}
+        return self._batch
+
+    def _caches_of(self, span: Span) -> Caches:
         caches = self._take_out(span.sequence)
         if surplus := self._lengths.get(span.sequence, 0) - span.position:
             if span.position == 0:
@@ -221,51 +343,7 @@ class MlxEngine:
             else:
                 trim_prompt_cache(caches, surplus)
         self._lengths[span.sequence] = span.end
-        rows = np.arange(span.rows - span.logits, span.rows)
-        found = self._forward([span.sequence], [tokens], caches, rows)
-        # A merge holds the caches of its sequences twice for a moment.
-        held = 2 * sum(cache.nbytes for cache in caches)
-        self.block_bytes = max(self.block_bytes, held * BLOCK // max(KVCache.step, span.end))
-        return {span.sequence: found}
-
-    def _run_side_by_side(
-        self, spans: Sequence[Span], tokens: dict[int, list[int]]
-    ) -> dict[int, Floats]:
-        for span in spans:
-            if self._lengths.get(span.sequence, 0) != span.position:
-                self._go_back(span)
-        self._put_side_by_side([span.sequence for span in spans])
-        order = self._side_by_side
-        for span in spans:
-            self._lengths[span.sequence] = span.end
-        by_sequence = {span.sequence: span for span in spans}
-        rows = [row for row, s in enumerate(order) if by_sequence[s].logits]
-        ids = [tokens[s] for s in order]
-        out = self._forward(order, ids, self._batch, np.array(rows, np.intp))
-        return {order[row]: out[i : i + 1] for i, row in enumerate(rows)}
-
-    def _logits(self, ids: mx.array, caches: Caches, rows: Rows) -> mx.array:
-        """The logits after `rows` of the flattened `ids` (batch, tokens), float32 and lazy."""
-        self._head.rows = rows
-        out = self._model(ids, cache=caches)
-        return out.reshape(-1, out.shape[-1]).astype(mx.float32)
-
-    def _forward(
-        self, order: Sequence[int], ids: list[list[int]], caches: Caches, rows: Rows
-    ) -> Floats:
-        """The same of the sequences `order`, evaluated."""
-        logits = self._logits(mx.array(ids), caches, rows)
-        may_look = self._looks_ahead and self._is_one_pass and self.can_trim
-        if may_look and len(rows) == len(order):
-            self._look_ahead(order, caches, logits)
-            return np.array(logits)
-        state = [c.state for c in caches]
-        evaluate = mx.eval if self._graph is None else self._graph.evaluate
-        if not len(rows):
-            evaluate(state)
-            return np.empty((0, 0), np.float32)
-        evaluate(state, logits)
-        return np.array(logits)
+        return caches
 
     # ---- sequences -------------------------------------------------------------------
 
@@ -278,6 +356,7 @@ class MlxEngine:
             self._leave([sequence])
         self._alone.pop(sequence, None)
         self._lengths.pop(sequence, None)
+        self._picked.pop(sequence, None)
 
     def _fork(self, new: int, old: int, length: int) -> None:
         self._alone[new] = self.copy(old, length)
@@ -313,3 +392,28 @@ class MlxEngine:
             merged = _merge_caches([self._alone.pop(s, None) or self._empty() for s in new])
             self._batch = _extend_cache(self._batch, merged)
             self._side_by_side += new
+
+
+def _found(ended: _Pass) -> dict[int, Floats | Drawn]:
+    """What each sequence gets of an evaluated pass."""
+    found: dict[int, Floats | Drawn] = {}
+    if ended.largest is not None and ended.picked is not None:
+        picked, largest = np.array(ended.picked), np.array(ended.largest)
+        for row, sequence in enumerate(ended.wanting):
+            at = ended.order.index(sequence)
+            found[sequence] = Drawn(picked[at : at + 1], largest[row : row + 1])
+    elif ended.logits is not None:
+        rows = np.array(ended.logits)
+        several = len(ended.wanting) > 1  # which have a row each
+        for row, sequence in enumerate(ended.wanting):
+            found[sequence] = rows[row : row + 1] if several else rows
+    return found
+
+
+def _joined(rows: Sequence[Floats | Drawn]) -> Floats | Drawn | None:
+    """All that the sequences got, in their order."""
+    drawn = [each for each in rows if isinstance(each, Drawn)]
+    if drawn:
+        return Drawn(*(np.concatenate(parts) for parts in zip(*drawn)))
+    logits = [each for each in rows if not isinstance(each, Drawn)]
+    return np.concatenate(logits) if logits else None

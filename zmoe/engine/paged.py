@@ -56,7 +56,7 @@ class _Sequence(NamedTuple):
 class PagedEngine:
     """Runs plans on a model whose layers are all in C, in lock-step with the other ranks."""
 
-    paged, can_batch, can_trim = True, True, True
+    paged, can_batch, can_trim, plans_ahead = True, True, True, False
 
     def __init__(
         self,

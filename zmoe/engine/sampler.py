@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zmoe.config import Sampling
+from zmoe.engine.draw import Draw
 from zmoe.errors import ZmoeError
 
 Logits = NDArray[np.float32]  # (vocabulary,)
@@ -88,7 +89,7 @@ class Sampler:
         likeliest = int(tops.argmax())
         most = float(tops[likeliest])  # NaN where there is one
         if not math.isfinite(most):
-            raise ZmoeError(f"{self._name}, position {position}: the model's logits hold {most}")
+            raise self._unsound(position, most)
         row = self._adjusted(logits)
         if mask is None and row is logits:
             token = likeliest if greedy else self._choose(row, position, tops)
@@ -101,6 +102,26 @@ class Sampler:
             token = int(ids[self._choose(row[ids], position)])
         top = self._sampling.logprobs
         return Pick(token) if top is None else _with_logprobs(token, logits, most, top)
+
+    def drawn(self, token: int, position: int, largest: float) -> Pick:
+        """The token at `position` that was drawn on the device, as pick() would give it."""
+        if not math.isfinite(largest):
+            raise self._unsound(position, largest)
+        return Pick(token)
+
+    def _unsound(self, position: int, largest: float) -> ZmoeError:
+        return ZmoeError(f"{self._name}, position {position}: the model's logits hold {largest}")
+
+    def draw(self, position: int) -> Draw | None:
+        """What draws the sequence's token at `position` on the device; None where that is not
+        enough: with bias, penalties or log-probabilities.
+        """
+        sampling = self._sampling
+        needs_host = sampling.logit_bias or sampling.repetition_penalty or sampling.presence_penalty
+        if needs_host or sampling.frequency_penalty or sampling.logprobs is not None:
+            return None
+        temp, share = sampling.temp, 0.0 if sampling.temp == 0 else uniform(self.seed, position)
+        return Draw(temp, sampling.top_p, sampling.min_p, sampling.top_k, share)
 
     def _adjusted(self, logits: Logits) -> Logits:
         """`logits` with bias and penalties."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from zmoe.batch.sequence import Request
 from zmoe.config import Sampling
+from zmoe.engine.draw import Draw
 from zmoe.engine.sampler import Logits, Mask, Pick, Sampler
 
 
@@ -152,6 +153,10 @@ class Stream:
         """Pick the token at `position` of the sequence. Raises ZmoeError."""
         mask = None if self._constraint is None else self._constraint.mask()
         return self.sampler.pick(logits, position, mask)
+
+    def draw(self, position: int) -> Draw | None:
+        """What draws the token at `position` on the device; None where the host has to pick it."""
+        return None if self._constraint is not None else self.sampler.draw(position)
 
     def take(self, pick: Pick) -> bool:
         """The next token; returns whether the sequence goes on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -35,11 +36,29 @@ class Groups(Protocol):
         """
         ...
 
-    def step(self, step: int, plan: int) -> AbstractContextManager[None]:
-        """Around the evaluation of a pass; `plan` is the digest of the step's plan.
+    def begin(self, step: int, plan: int, patient: bool) -> None:
+        """Before a pass, while others may be under way; `plan` is the digest of the step's plan.
 
-        Raises PeerError, DivergenceError and ZmoeError at its end, where a collective
-        failed within: its result, and all that came of it, are zeros.
+        A `patient` one waits for as long as the deadline of the exchange allows, any other as long
+        as a GPU may be kept waiting.
+        """
+        ...
+
+    def repeat(self) -> int | None:
+        """After check() has raised, once nothing is under way: begin the pass anew, patiently.
+
+        Returns the layer whose collective is the first to be called again, as the passes that
+        were begun after it are too; None where the failure is not that of a slow peer.
+        """
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around whatever may wait for a collective."""
+        ...
+
+    def check(self) -> None:
+        """After the evaluation of a pass. Raises PeerError, DivergenceError and ZmoeError where a
+        collective has failed: its result, and all that came of it, are zeros.
         """
         ...
 
@@ -54,9 +73,19 @@ class OneGroup:
         """See Groups."""
         return self._group
 
-    def step(self, step: int, plan: int) -> AbstractContextManager[None]:
-        """See Groups; how failures show is up to MLX."""
+    def begin(self, step: int, plan: int, patient: bool) -> None:
+        """See Groups."""
+
+    def repeat(self) -> int | None:
+        """See Groups."""
+        return None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """See Groups."""
         return nullcontext()
+
+    def check(self) -> None:
+        """See Groups; how failures show is up to MLX."""
 
 
 _open_door: Door | None = None
@@ -133,12 +162,16 @@ class Door:
     """Groups whose collectives are those of an exchange; see csrc/door/door.h.
 
     It takes the exchange over: what else uses it meanwhile goes through the door. A process
-    has one door at a time. With `is_program` the world's collectives are done too, outside of
-    steps; when one fails, whoever calls check() is to end the process. Raises ZmoeError where
-    another door is open, or where MLX has loaded another MPI library before.
+    has one door at a time. `patience_s`: how long a pass waits for a peer before it is repeated.
+    With `is_program` the world's collectives are done too, outside of steps; when one fails,
+    whoever calls check() is to end the process. Raises ZmoeError where another door is open, or
+    where MLX has loaded another MPI library before.
     """
 
-    def __init__(self, exchange: Exchange, is_program: bool = False) -> None:
+    def __init__(
+        self, exchange: Exchange, patience_s: float = math.inf, is_program: bool = False
+    ) -> None:
+        self._patience_s = min(patience_s, exchange.deadline_s)
         self.rank, self._exchange = exchange.rank, exchange
         self._failure = ffi.new("zmoe_door_failure *")
         self._groups: dict[int, mx.distributed.Group] = {}
@@ -152,6 +185,7 @@ class Door:
         config.wire_dtype = -1 if exchange.wire is None else exchange.wire
         config.scatter_bytes = int(min(exchange.choice.scatter_from, 2.0**63))
         config.deadline_us = microseconds(exchange.deadline_s)
+        config.patience_us = microseconds(self._patience_s)
         config.wakeup_fd = self._ends[0]
         config.is_program = is_program
         if lib.zmoe_door_open(config) != Status.OK:
@@ -175,11 +209,20 @@ class Door:
             self._groups[layer] = group
         return group
 
-    @contextmanager
-    def step(self, step: int, plan: int) -> Iterator[None]:
-        """See Groups. In the main thread, a signal that Python handles ends waits for peers."""
-        if lib.zmoe_door_begin(step, plan) != Status.OK:
+    def begin(self, step: int, plan: int, patient: bool) -> None:
+        """See Groups."""
+        if lib.zmoe_door_begin(step, plan, patient) != Status.OK:
             raise ZmoeError(f"step {step} begins before earlier ones have ended")
+
+    def repeat(self) -> int | None:
+        """See Groups."""
+        lib.zmoe_door_failed(self._failure)
+        layer: int = self._failure.layer
+        return layer if lib.zmoe_door_repeat() == Status.OK else None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """See Groups. In the main thread, a signal that Python handles ends waits for peers."""
         in_main = threading.current_thread() is threading.main_thread()
         others = _wake(self._ends[1]) if in_main else -1
         if others != -1:  # whoever listens to signals already may call cancel()
@@ -189,11 +232,10 @@ class Door:
         finally:
             if in_main and others == -1:
                 _wake(-1)
-        self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
-        self.check()
 
     def check(self) -> None:
-        """Raise what the first collective that failed has failed with."""
+        """See Groups."""
+        self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
         failure = self._failure
         status = lib.zmoe_door_failed(failure)
         if status == Status.OK:
@@ -204,7 +246,8 @@ class Door:
         if status == Status.INVALID:
             refused = ffi.string(failure.refused).decode(errors="replace")
             raise ZmoeError(f"zmoe's exchange does not do this: {refused}")
-        fault, patience = fault_of(failure.fault), self._exchange.deadline_s
+        fault = fault_of(failure.fault)
+        patience = self._patience_s if failure.is_repeatable else self._exchange.deadline_s
         raise error_of(status, fault, self.rank, step, layer, patience)
 
     def service(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -62,9 +63,15 @@ def form_of(
         )
         _refuse(config, reason)
         return Form(notices=(f"MoE layers are evaluated one by one: {reason}",))
-    groups = Door(exchange) if backend == "zmq" else join_backend(backend, exchange)
-    graph = Graph(groups, len(sites), exchange.sum_dtype(DTYPES[info.dtype]))
+    groups = Door(exchange, _patience_s()) if backend == "zmq" else join_backend(backend, exchange)
+    dtype = exchange.sum_dtype(DTYPES[info.dtype])
+    graph = Graph(groups, len(sites), info.vocabulary, dtype)
     return Form(graph, cuts_attention=config.attention == "sharded")
+
+
+def _patience_s() -> float:
+    """How long a pass may wait within a graph: macOS ends what keeps a GPU waiting for 5 s."""
+    return 3.0 if mx.metal.is_available() else math.inf
 
 
 def _refuse(config: EngineConfig, reason: str) -> None:

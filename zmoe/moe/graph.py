@@ -7,14 +7,14 @@ at each of them: a GPU that waits for peers for long ends the process.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
 from zmoe.errors import DivergenceError, PeerError
@@ -26,38 +26,49 @@ _MOST_LAZY_ROWS = 32
 
 
 class Graph:
-    """The exchanges of the passes of one model with `layers` MoE layers.
+    """The exchanges of the passes of one model with `layers` MoE layers and `vocabulary` tokens.
 
-    `dtype` is that of the partial sums. At the end of a pass the ranks compare digests of
-    each layer's routing, which each of them has computed by itself.
+    `dtype` is that of the partial sums. At the end of a pass rank 0 tells the others which tokens
+    it has drawn, and all compare digests of each layer's routing, which each of them has
+    computed by itself. So the next pass can begin before the host has seen a token.
     """
 
-    def __init__(self, groups: Groups, layers: int, dtype: mx.Dtype) -> None:
+    def __init__(self, groups: Groups, layers: int, vocabulary: int, dtype: mx.Dtype) -> None:
         self.dtype = dtype
-        self._groups, self._layers = groups, layers
+        self._groups, self._layers, self._vocabulary = groups, layers, vocabulary
+        self._begin_with([], False)
+
+    def _begin_with(self, known: Sequence[mx.array], evaluates: bool) -> None:
         self._routed: list[mx.array] = []
-        self._summed: list[int] = []  # the layers of the sums of a pass, as they were called for
-        self._last: mx.array | None = None
-        self._digests: mx.array | None = None
+        self._sums: list[mx.array] = []
+        self._summed: list[int] = []  # the layers of these, in every pass alike
+        self._known, self._evaluates = known, evaluates
 
-    @contextmanager
-    def step(self, step: int, plan: int) -> Iterator[None]:
-        """Around one pass and its evaluation; `plan` is the digest of the step's plan.
-
-        Raises PeerError and DivergenceError at its end, when what was computed is void.
+    def begin(self, step: int, plan: int, rows: int) -> None:
+        """Before a pass of so many rows; `plan` is the digest of the step's plan. Others may be
+        under way.
         """
-        self._routed.clear()
-        self._summed.clear()
-        self._last = self._digests = None
-        try:
-            with self._groups.step(step, plan):
-                yield
-        except PeerError as lost:  # its layer is the number of a sum, or of the digests
-            layers = (*self._summed, self._layers)
-            if lost.layer is None or lost.layer >= len(layers):
-                raise
-            raise PeerError(lost.rank, layers[lost.layer], lost.step, lost.reason) from lost
-        self._compare(step)
+        self._begin_with([], rows > _MOST_LAZY_ROWS)
+        self._groups.begin(step, plan, self._evaluates)
+
+    def repeat(self, sums: Sequence[mx.array]) -> bool:
+        """After check() has raised: begin the pass anew, evaluated at its exchanges, of which some
+        of `sums` are known. False where a peer is not only slow.
+
+        Passes that were begun after it then have to be computed anew, each after a begin_again().
+        """
+        done = self._groups.repeat()
+        if done is not None:
+            self._begin_with(sums[:done], True)
+        return done is not None
+
+    def begin_again(self, rows: int) -> None:
+        """As begin(), of a pass that was begun after one that is repeated."""
+        self._begin_with([], rows > _MOST_LAZY_ROWS)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around whatever may wait for an exchange: what is computed in a pass, or evaluated."""
+        return self._groups.waiting()
 
     def sum(self, layer: int, partial: mx.array, ids: mx.array | None = None) -> mx.array:
         """The sum of the ranks' `partial` (..., width), of `dtype`.
@@ -66,30 +77,44 @@ class Graph:
         """
         if ids is not None:
             self._routed.append(ids)
-        rows = partial.shape[:-1] if ids is None else ids.shape[:-1]
-        evaluates = math.prod(rows) > _MOST_LAZY_ROWS
-        if evaluates:
-            mx.eval(partial)
-        elif self._last is not None:  # or the ranks might call in different orders
-            (partial,) = mx.depends([partial], [self._last])
-        group = self._groups.of(len(self._summed), partial.shape[-1])
+        done = len(self._sums)
+        if done < len(self._known):
+            total = self._known[done]
+        else:
+            if self._evaluates:
+                mx.eval(partial)
+            elif done:  # or the ranks might call in different orders
+                (partial,) = mx.depends([partial], [self._sums[-1]])
+            group = self._groups.of(done, partial.shape[-1])
+            total = mx.distributed.all_sum(partial, group=group)
+            if self._evaluates:
+                mx.eval(total)
+        self._sums.append(total)
         self._summed.append(layer)
-        self._last = mx.distributed.all_sum(partial, group=group)
-        if evaluates:
-            mx.eval(self._last)
-        return self._last
+        return total
 
-    def evaluate(self, *arrays: object) -> None:
-        """Evaluate a pass: `arrays`, or lists of them, and all of its exchanges."""
-        assert self._last is not None
-        (mine,) = mx.depends([_digests_of(self._routed)], [self._last])
-        group = self._groups.of(len(self._summed), 0)
-        self._digests = mx.distributed.all_gather(mine, group=group)
-        mx.eval(*arrays, self._digests)
+    def tell(self, tokens: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """After a pass, with as many `tokens` (sequences,), uint32, on all ranks: those of rank 0,
+        what check() takes, (ranks, words), and what repeat() takes. To evaluate the second takes
+        all exchanges of the pass.
+        """
+        words = mx.concatenate([_digests_of(self._routed), tokens])
+        (mine,) = mx.depends([words], [self._sums[-1]])
+        group = self._groups.of(len(self._sums), 0)
+        told = mx.distributed.all_gather(mine, group=group).reshape(-1, words.size)
+        # An embedding has nothing beyond the vocabulary, whatever a peer says.
+        return mx.minimum(told[0, self._layers :], self._vocabulary - 1), told, self._sums
 
-    def _compare(self, step: int) -> None:
-        assert self._digests is not None
-        found = np.array(self._digests).reshape(-1, self._layers)
+    def check(self, step: int, told: npt.NDArray[np.uint32]) -> None:
+        """Raises PeerError and DivergenceError where what a pass has computed is void."""
+        try:
+            self._groups.check()
+        except PeerError as lost:  # its layer is the number of a sum, or of what was told
+            layers = (*self._summed, self._layers)
+            if lost.layer is None or lost.layer >= len(layers):
+                raise
+            raise PeerError(lost.rank, layers[lost.layer], lost.step, lost.reason) from lost
+        found = told[:, : self._layers]
         differ = np.argwhere(found != found[self._groups.rank])
         if len(differ):
             rank, layer = differ[0].tolist()
@@ -112,14 +137,17 @@ class Form:
     notices: tuple[str, ...] = ()
 
 
-def _digests_of(routed: list[mx.array]) -> mx.array:
+def _digests_of(routed: Sequence[mx.array]) -> mx.array:
     """A digest of each layer's `ids` (..., k), in whatever order a token's experts are: uint32."""
     most = max(ids.shape[-1] for ids in routed)
-    rows = [ids.reshape(-1, ids.shape[-1]).astype(mx.uint32) for ids in routed]
     same = [
-        r if r.shape[-1] == most else mx.pad(r, [(0, 0), (0, most - r.shape[-1])]) for r in rows
+        ids
+        if ids.shape[-1] == most
+        else mx.pad(ids, [*[(0, 0)] * (ids.ndim - 1), (0, most - ids.shape[-1])])
+        for ids in routed
     ]
-    mixed = (mx.stack(same) + 1) * mx.array(0x9E3779B1, mx.uint32)
+    rows = mx.concatenate(same).reshape(len(routed), -1, most).astype(mx.uint32)
+    mixed = (rows + 1) * mx.array(0x9E3779B1, mx.uint32)
     mixed = (mixed ^ (mixed >> 15)) * mx.array(0x85EBCA77, mx.uint32)
     places = 2 * mx.arange(mixed.shape[1], dtype=mx.uint32) + 1
     of_rows = mixed.sum(axis=-1)

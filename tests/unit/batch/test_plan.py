@@ -75,3 +75,10 @@ def test_what_is_no_plan(message: str) -> None:
     check(ROW, 4, 96)
     with pytest.raises(ZmoeError, match=message):
         check(BAD[message], 4, 96)
+
+
+def test_a_plan_ahead() -> None:
+    ahead = replace(ROW, tokens=(PREVIOUS,))
+    check(ahead, 4, 96, ahead=True)
+    with pytest.raises(ZmoeError, match="a token outside of 0 to 95"):
+        check(replace(ROW, tokens=(-2,)), 4, 96, ahead=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from zmoe.batch.plan import Plan
+from zmoe.batch.plan import PREVIOUS, Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.config import Batching, EngineConfig, Sampling
 from zmoe.engine.batcher import Batcher
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.generate import Generation
 from zmoe.engine.prompt import border_of_system_prompt, check_length, encode_prompt, open_tokenizer
 from zmoe.engine.stream import Stream
@@ -33,7 +35,7 @@ def tokenizer() -> TokenizerWrapper:
 class Script:
     """A model that says `tokens` one after the other in every sequence, whatever it is given."""
 
-    paged, can_batch, can_trim, block_bytes = True, True, True, 1
+    paged, can_batch, can_trim, plans_ahead, block_bytes = True, True, True, False, 1
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.vocabulary = list(tokens), vocabulary
@@ -361,3 +363,66 @@ def test_a_folder_without_tokenizer_is_named(tmp_path_factory: pytest.TempPathFa
     shutil.copy(resolve_model("zmoe-tiny") / "config.json", folder)
     with pytest.raises(ModelError, match=f"{folder} holds no tokenizer: expected tokenizer.json"):
         open_tokenizer(folder)
+
+
+class Device:
+    """Draws the tokens of a script, in steps that begin before the last one has ended."""
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.under_way, self.most, self.largest = script, deque[Plan](), 0, 20.0
+
+    def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Drawn]:
+        self.under_way.append(plan)
+        self.most = max(self.most, len(self.under_way))
+
+        def end() -> Drawn:
+            assert self.under_way.popleft() is plan
+            rows = self.script.run(plan)
+            assert rows is not None and len(rows) == len(draws)
+            largest = np.full(len(rows), self.largest, np.float32)
+            return Drawn(rows.argmax(axis=-1).astype(np.uint32), largest)
+
+        return end
+
+    def batcher(self, speculate: str = "off") -> Batcher:
+        config, batching = EngineConfig(parallel=4), Batching(speculate=speculate)
+        return Batcher(self.script.run, self.script, 100, config, batching, Spans(), self.begin)
+
+
+def test_steps_are_planned_before_tokens_are_known(tokenizer: TokenizerWrapper) -> None:
+    device = Device(Script([5, 6, 7, 8], len(tokenizer.get_vocab())))
+    on = device.batcher()
+
+    def tokens(**settings: Any) -> list[int]:
+        sampling = Sampling(max_tokens=4, **settings)
+        return [t.id for t in generation(tokenizer, device.script, [9], sampling, on=on)]
+
+    assert tokens(ignore_eos=True) == [5, 6, 7, 8]
+    assert device.most == 2 and not device.under_way
+    assert PREVIOUS in device.script.plans[-1].tokens
+    device.most = 0
+    assert tokens(ignore_eos=True, logprobs=0) == [5, 6, 7, 8] and device.most == 0
+    device.script.tokens[1] = tokenizer.eos_token_id
+    assert tokens() == [5, tokenizer.eos_token_id]
+    assert len(device.under_way) == 1  # a step too many, which the next one drops
+    on.force([1, 2], True)
+    assert not device.under_way
+    device.largest = math.nan
+    with pytest.raises(ZmoeError, match="position 1: the model's logits hold nan"):
+        tokens()
+
+
+def test_drafts_are_waited_for(tokenizer: TokenizerWrapper) -> None:
+    """Where the text repeats itself, the next token may be the first of some to propose."""
+    device = Device(Script([5, 6, 7, 8, 5, 6, 7, 8, 5], len(tokenizer.get_vocab())))
+    run = generation(
+        tokenizer,
+        device.script,
+        [9],
+        Sampling(max_tokens=9, ignore_eos=True),
+        on=device.batcher("auto"),
+    )
+    assert [token.id for token in run] == device.script.tokens
+    ahead = [PREVIOUS in plan.tokens for plan in device.script.plans]
+    assert ahead[1:6] == [True] * 5 and not any(ahead[7:])
+    assert run.timings.accepted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from zmoe.obs import Spans
 from zmoe.placement.types import Placement
 
 EVERYTHING = tuple(range(EXPERTS))
+Cut = tuple[tuple[int, int], ...]
+CUTS: tuple[Cut, ...] = (
+    ((0, 1), (1, 3), (3, 4)),
+    ((0, 1), (1, 4)),
+    ((0, 1), (1, 2), (2, 3), (3, 4)),
+)
 CUT = {  # of these mlx-lm's shard() cuts attention, and adds up its outputs alone
     "deepseek_v2",
     "deepseek_v3",
@@ -80,10 +87,10 @@ def check(folder: Path, *quarters: tuple[int, int], cuts_attention: bool = False
         assert cuts_attention or calls % len(info.moe_layers) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slices_in_one_graph(family: str, tmp_path: Path) -> None:
-    """Of different widths; of all that a family has beside its experts there is one."""
-    check(build(family, tmp_path / family), (0, 1), (1, 3), (3, 4))
+@pytest.mark.parametrize(("family", "cut"), zip(FAMILIES, itertools.cycle(CUTS)))
+def test_slices_in_one_graph(family: str, cut: Cut, tmp_path: Path) -> None:
+    """On two to four nodes; of all that a family has beside its experts there is one."""
+    check(build(family, tmp_path / family), *cut)
 
 
 @pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if each.to_hf])
@@ -114,7 +121,7 @@ def test_caches_and_weights_are_those_of_a_nodes_heads(tmp_path: Path) -> None:
     model: Any = skeleton.module
     whole = model.layers[0].self_attn.v_proj.weight.shape[0]
     heads = cut_attention(model, skeleton.sites, "qwen3_moe", 1, 2)
-    graph = Graph(OneGroup(mx.distributed.init(backend="ring")), 0, mx.float32)
+    graph = Graph(OneGroup(mx.distributed.init(backend="ring")), 0, 0, mx.float32)
     sum_heads(model, skeleton.sites, heads, graph)
     cache = make_prompt_cache(model)
     model(mx.array([[1, 2]]), cache=cache)

@@ -14,7 +14,7 @@ from zmoe.exchange.groups import OneGroup
 from zmoe.families.sites import find_sites
 from zmoe.moe.graph import Graph, GraphMoE, GraphSwitch
 
-LAYERS = 2
+LAYERS, VOCABULARY = 2, 100
 
 
 def alone() -> OneGroup:
@@ -22,20 +22,29 @@ def alone() -> OneGroup:
     return OneGroup(mx.distributed.init(backend="ring"))
 
 
-def graph_after(*ids: list[list[int]]) -> Graph:
-    """A graph that has evaluated a pass with this routing of each layer."""
-    graph = Graph(alone(), LAYERS, mx.float32)
-    with graph.step(1, 0):
-        for layer, chosen in enumerate(ids):
-            graph.sum(layer, mx.ones((len(chosen), 4)), mx.array(chosen))
-        graph.evaluate()
-    return graph
+def told_after(*ids: list[list[int]], tokens: tuple[int, ...] = ()) -> tuple[list[int], Any]:
+    """The tokens of rank 0, and what is compared, after a pass with this routing of each layer."""
+    graph = Graph(alone(), LAYERS, VOCABULARY, mx.float32)
+    graph.begin(1, 0, len(ids[0]))
+    for layer, chosen in enumerate(ids):
+        graph.sum(layer, mx.ones((len(chosen), 4)), mx.array(chosen))
+    drawn, told, _ = graph.tell(mx.array(tokens, mx.uint32))
+    mx.eval(told)
+    graph.check(1, np.array(told))
+    known: list[int] = drawn.tolist()
+    return known, told
 
 
 def digests(*ids: list[list[int]]) -> list[int]:
-    found: Any = graph_after(*ids)._digests
-    told: list[int] = found.tolist()
-    return told
+    _, told = told_after(*ids)
+    found: list[int] = told.tolist()[0]
+    return found
+
+
+def test_no_token_is_beyond_the_vocabulary() -> None:
+    tokens, told = told_after([[1]], [[1]], tokens=(5, 2**32 - 1, VOCABULARY - 1))
+    assert tokens == [5, VOCABULARY - 1, VOCABULARY - 1]
+    assert told.shape == (1, LAYERS + 3)
 
 
 def test_a_digest_is_of_the_sets_of_every_token() -> None:
@@ -60,17 +69,17 @@ def test_another_routing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mx.distributed, "all_gather", with_another)
     with pytest.raises(DivergenceError, match="rank 1 has another routing: layer 1, step 1"):
-        graph_after([[1, 2]], [[3, 4]])
+        told_after([[1, 2]], [[3, 4]])
 
 
 def test_a_long_pass_is_evaluated_at_its_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[object] = []
     evaluate = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: (evaluated.append(arrays), evaluate(*arrays)))
-    graph_after([[0, 1]] * 33, [[0, 1]] * 33)
+    told_after([[0, 1]] * 33, [[0, 1]] * 33)
     assert len(evaluated) == 2 * LAYERS + 1
     evaluated.clear()
-    graph_after([[0, 1]] * 32, [[0, 1]] * 32)
+    told_after([[0, 1]] * 32, [[0, 1]] * 32)
     assert len(evaluated) == 1
 
 
@@ -80,14 +89,13 @@ def test_with_and_without_an_adapter(whole: bool) -> None:
     site = find_sites(random_model(FAMILIES["qwen2_moe"].config))[0]
     x = mx.random.normal((2, 3, 64))
     want = np.array(site.block(x))
-    graph = Graph(alone(), 1, mx.float32)
+    graph = Graph(alone(), 1, VOCABULARY, mx.float32)
     block: Any = site.block
-    with graph.step(1, 0):
-        if whole:
-            assert site.adapter is not None
-            block = GraphMoE(site.block, site.adapter, 0, graph)
-        else:
-            setattr(site.block, site.switch_path, GraphSwitch(site.switch, 0, graph))
-        out = block(x)
-        graph.evaluate(out)
+    graph.begin(1, 0, 6)
+    if whole:
+        assert site.adapter is not None
+        block = GraphMoE(site.block, site.adapter, 0, graph)
+    else:
+        setattr(site.block, site.switch_path, GraphSwitch(site.switch, 0, graph))
+    out = block(x)
     np.testing.assert_allclose(np.array(out), want, atol=1e-5 * np.abs(want).max())
