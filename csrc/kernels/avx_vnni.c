@@ -1,9 +1,10 @@
-/* GEMV, AVX2 with FMA and VNNI. */
+/* GEMV of 4-bit codes, and of 8-bit x, AVX2 with VNNI; all else as AVX2 has it. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
 #ifdef ZMOE_AVX_VNNI
 #define TABLE zmoe_kernels_avx_vnni
+#define OTHERS zmoe_kernels_avx2
 #define VEC_AVX2
 #include "common/vec.h"
 

@@ -5,7 +5,8 @@
  *   widen_packed(u, src, c)  vector c of so many of fewer bits, by struct unpacking,
  *   fp8_at(src), fp4_at(src)  LANES values of e4m3, and with FP4_CHAINS of e2m1,
  *   place_in_window(bits, c, byte)  where it has a byte of VALUES codes before it shuffles,
- * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_chains.
+ * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_chains, unless OTHERS
+ * names a table that has them.
  *
  * `rows` and all but the packed formats are constants in each call of the inlined bodies,
  * so that choices vanish and sums stay in registers. */
@@ -81,6 +82,7 @@ KERNEL uint32_t chain_of(uint32_t count) {
   return (count + VALUES - 1) / VALUES * LANES;
 }
 
+#ifndef OTHERS
 /* DEPTH elements after the other, chain by chain. */
 TARGET static void pack_chains(const float *x, uint32_t in_features, float *to) {
   for (uint32_t k = 0; k < in_features; k += DEPTH) {
@@ -93,6 +95,8 @@ TARGET static void pack_chains(const float *x, uint32_t in_features, float *to) 
       }
   }
 }
+
+#endif
 
 /* Scales and biases of DEPTH codes. */
 struct groups {
@@ -285,6 +289,18 @@ KERNEL void dot_tile(struct panel *panel, uint32_t chain, const float *const *x,
   }
 }
 
+#ifndef OTHERS
+/* Whatever the panel was decoded from, once for all formats. */
+TARGET static void dot_3_rows(struct panel *panel, uint32_t chain, const float *const *x,
+                              size_t begin, uint32_t r0, int ahead) {
+  dot_tile(panel, chain, x, begin, r0, TILE_ROWS, ahead);
+}
+
+TARGET static void dot_2_rows(struct panel *panel, uint32_t chain, const float *const *x,
+                              size_t begin, uint32_t r0) {
+  dot_tile(panel, chain, x, begin, r0, 2, 0);
+}
+
 /* More than TILE_ROWS rows: threes, and one or two twos. */
 KERNEL void dot_many(const zmoe_weight *w, kind t, const float *const *x, uint32_t rows,
                      uint32_t first, uint32_t last, struct panel *panel, float *const *ys) {
@@ -300,9 +316,9 @@ KERNEL void dot_many(const zmoe_weight *w, kind t, const float *const *x, uint32
       const uint32_t chain = chain_of(count);
       uint32_t r = 0;
       for (; r + TILE_ROWS <= rows && rows - r != 4; r += TILE_ROWS)
-        dot_tile(panel, chain, x, begin, r, TILE_ROWS, r + 2 * TILE_ROWS <= rows);
+        dot_3_rows(panel, chain, x, begin, r, r + 2 * TILE_ROWS <= rows);
       for (; r < rows; r += 2)
-        dot_tile(panel, chain, x, begin, r, 2, 0);
+        dot_2_rows(panel, chain, x, begin, r);
     }
     for (uint32_t r = 0; r < rows; r++)
       for (uint32_t j = 0; j < n_out; j++)
@@ -331,6 +347,8 @@ KERNEL void dot_f32_sums(const zmoe_weight *w, kind t, zmoe_layout layout, const
     dot_few(w, t, layout, x, 1, first, last, ys);
 }
 
+#endif
+
 /* ---- formats -------------------------------------------------------------------- */
 
 #define DOT(name, body)                                                                            \
@@ -339,6 +357,7 @@ KERNEL void dot_f32_sums(const zmoe_weight *w, kind t, zmoe_layout layout, const
     (void)scratch;                                                                                 \
     body;                                                                                          \
   }
+#ifndef OTHERS
 #define F32_SUMS(layout, ...)                                                                      \
   dot_f32_sums(w, (kind){__VA_ARGS__}, layout, xs, rows, first, last, scratch, ys)
 #define CODES_DOT(name, ...) DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, __VA_ARGS__))
@@ -371,3 +390,4 @@ static void dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t row
   else
     dot_codes8_128(w, xs, rows, first, last, scratch, ys);
 }
+#endif

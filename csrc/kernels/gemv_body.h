@@ -125,13 +125,6 @@ KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout la
       ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 128);                                         \
   } while (0)
 
-#define FLOATS(name, format, bits)                                                                 \
-  DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, format, bits, 0, NULL))                                   \
-  DOT(name##_plain, F32_SUMS(ZMOE_LAYOUT_PLAIN, format, bits, 0, NULL))
-
-FLOATS(dot_f32, ZMOE_FORMAT_F32, 32)
-FLOATS(dot_f16, ZMOE_FORMAT_F16, 16)
-FLOATS(dot_bf16, ZMOE_FORMAT_BF16, 16)
 DOT(dot_codes4, GROUPS(CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22))
 DOT(dot_fp4, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
 DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
@@ -141,29 +134,63 @@ DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
 typedef void matmul(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                     uint32_t last, void *scratch, float *const *ys);
 
-static matmul *matmul_of(const zmoe_weight *w, zmoe_layout layout) {
-  static matmul *const floats[2][3] = {{dot_f32, dot_f16, dot_bf16},
-                                       {dot_f32_plain, dot_f16_plain, dot_bf16_plain}};
+static matmul *matmul_of_integers(const zmoe_weight *w, zmoe_layout layout) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
-  if (zmoe_is_float(w))
-    return floats[layout == ZMOE_LAYOUT_PLAIN][w->format];
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     return affine ? dot_codes4 : dot_fp4;
   if (layout == ZMOE_LAYOUT_CODES4_INT8)
     return affine ? dot_codes4_int8 : dot_fp4_int8;
-  return layout == ZMOE_LAYOUT_CODES8_INT8 ? dot_codes8_int8 : dot_chains;
+  return dot_codes8_int8;
 }
+
+#ifdef OTHERS
+static void dot_others(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                       float *const *ys) {
+  OTHERS.dot(w, layout, xs, rows, first, last, scratch, ys);
+}
+
+static void pack_others(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  OTHERS.pack_input(layout, w, x, row);
+}
+#else
+#define FLOATS(name, format, bits)                                                                 \
+  DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, format, bits, 0, NULL))                                   \
+  DOT(name##_plain, F32_SUMS(ZMOE_LAYOUT_PLAIN, format, bits, 0, NULL))
+
+FLOATS(dot_f32, ZMOE_FORMAT_F32, 32)
+FLOATS(dot_f16, ZMOE_FORMAT_F16, 16)
+FLOATS(dot_bf16, ZMOE_FORMAT_BF16, 16)
+
+static void dot_others(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
+                       uint32_t rows, uint32_t first, uint32_t last, void *scratch,
+                       float *const *ys) {
+  static matmul *const floats[2][3] = {{dot_f32, dot_f16, dot_bf16},
+                                       {dot_f32_plain, dot_f16_plain, dot_bf16_plain}};
+  if (zmoe_is_float(w))
+    floats[layout == ZMOE_LAYOUT_PLAIN][w->format](w, xs, rows, first, last, scratch, ys);
+  else
+    dot_chains(w, xs, rows, first, last, scratch, ys);
+}
+
+static void pack_others(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
+  pack_chains(x, w->in_features, zmoe_packed_at(row, layout, w->in_features).elements);
+}
+#endif
 
 static void gemv_dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
                      uint32_t first, uint32_t last, void *scratch, float *const *ys) {
-  matmul_of(w, layout)(w, xs, rows, first, last, scratch, ys);
+  if (zmoe_layout_is_integer(layout))
+    matmul_of_integers(w, layout)(w, xs, rows, first, last, scratch, ys);
+  else
+    dot_others(w, layout, xs, rows, first, last, scratch, ys);
 }
 
 static void gemv_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
-  if (layout == ZMOE_LAYOUT_CHAINS)
-    pack_chains(x, w->in_features, zmoe_packed_at(row, layout, w->in_features).elements);
-  else
+  if (zmoe_layout_is_integer(layout))
     pack_integers(layout, w, x, row);
+  else
+    pack_others(layout, w, x, row);
 }
 
 static zmoe_layout gemv_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {

@@ -19,6 +19,10 @@ int rig_skips(uint32_t n) {
   return (n * 2654435761u >> 16) % every != 0; /* at random, but always the same */
 }
 
+int rig_runs(zmoe_isa isa) {
+  return zmoe_isa_supported(isa) && (every == 1 || isa != ZMOE_ISA_GENERIC);
+}
+
 /* ---- memory -------------------------------------------------------------------- */
 
 enum { MOST_BLOCKS = 256 };

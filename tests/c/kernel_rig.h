@@ -10,6 +10,9 @@
 
 void rig_start(int argc, char **argv);
 int rig_skips(uint32_t n); /* the n-th case */
+/* Whether this CPU has `isa`, and there is time for it: where not all cases are run, plain C is
+ * left to those who run all. */
+int rig_runs(zmoe_isa isa);
 
 /* ---- memory -------------------------------------------------------------------
  * Blocks end where what they hold ends, so that AddressSanitizer sees a read past

@@ -178,7 +178,7 @@ static void check_moe(const moe_options *o) {
   size_t bytes = outputs_of(&m) * zmoe_dtype_bytes(m.out_dtype);
   void *out = rig_block(bytes, o->offset, 0), *first = rig_block(bytes, 0, 0);
   for (int i = 0; i < N_ISAS; i++)
-    for (uint32_t threads = 1; threads <= 3 && zmoe_isa_supported(ALL_ISAS[i]); threads++) {
+    for (uint32_t threads = 1; threads <= 3 && rig_runs(ALL_ISAS[i]); threads++) {
       zmoe_thread_pool *pool =
           make_pool(threads, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, o->top_k));
       memset(out, 0xa5, bytes);
@@ -333,7 +333,7 @@ static void check_memory(const moe *m, zmoe_isa isa, size_t enough) {
 
 static void test_too_little_memory(void) {
   for (int i = 0; i < N_ISAS; i++)
-    for (uint32_t wide = 0; wide < 2 && zmoe_isa_supported(ALL_ISAS[i]); wide++) {
+    for (uint32_t wide = 0; wide < 2 && rig_runs(ALL_ISAS[i]); wide++) {
       const moe_options o = {.gate = FOUR,
                              .up = FOUR,
                              .down = FOUR,
@@ -353,7 +353,7 @@ static void test_too_little_memory(void) {
 /* One row with a NaN leaves the others alone. */
 static void test_odd_numbers(void) {
   for (int i = 0; i < N_ISAS; i++)
-    for (int precision = 0; precision < 2 && zmoe_isa_supported(ALL_ISAS[i]); precision++) {
+    for (int precision = 0; precision < 2 && rig_runs(ALL_ISAS[i]); precision++) {
       moe m = small_moe();
       static expected expect[4 * 64];
       static float out[4 * 64];
@@ -389,7 +389,7 @@ static void check_gather(weight_kind kind, uint32_t rows, zmoe_precision precisi
   size_t bytes = (size_t)m.n_pairs * m.hidden * sizeof(float);
   float *out = rig_block(bytes, 0, 0);
   for (int i = 0; i < N_ISAS; i++) {
-    if (!zmoe_isa_supported(ALL_ISAS[i]))
+    if (!rig_runs(ALL_ISAS[i]))
       continue;
     zmoe_thread_pool *pool = make_pool(2, ALL_ISAS[i], zmoe_experts_scratch(m.width, m.hidden, 2));
     CHECK_EQUAL(zmoe_gather_linear(pool, m.layer.up, m.layer.experts, m.x, m.x_dtype, m.rows,

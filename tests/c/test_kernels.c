@@ -89,7 +89,7 @@ static void check_matmul(const product *p) {
 
 /* ---- over formats and sizes ------------------------------------------------------- */
 
-static const uint32_t ROWS[] = {0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 128, 129};
+static const uint32_t ROWS[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 31, 128, 129};
 static const uint32_t OUT_FEATURES[] = {1, 31, 32, 33, 2, 63, 65};
 static const uint32_t FLOAT_INS[] = {1, 3, 33, 7, 130, 16, 65, 31, 8, 515, 129, 17, 2};
 static const uint32_t GROUPS[] = {1, 3, 5, 2, 9, 7, 4};

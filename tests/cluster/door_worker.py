@@ -39,7 +39,7 @@ def evaluate(door: Door, step: int, plan: int, *arrays: object) -> None:
     door.begin(step, plan, patient=True)
     with door.waiting():
         mx.eval(*arrays)
-    door.check()
+    door.check(step)
 
 
 def sums(exchange: Exchange) -> None:

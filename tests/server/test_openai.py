@@ -440,7 +440,7 @@ def test_drafts_change_no_answer(client: OpenAI, tmp_path: Any) -> None:
 
     def texts(speculate: str) -> list[Any]:
         flags = ("--chat-template", str(template), "--speculate", speculate)
-        with serving("--nodes", "2", *flags) as other:
+        with serving(*flags) as other:
             asked = OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
             with asked:
                 messages = [chat(asked, **each).choices[0].message for each in settings]

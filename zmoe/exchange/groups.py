@@ -56,9 +56,10 @@ class Groups(Protocol):
         """Around whatever may wait for a collective."""
         ...
 
-    def check(self) -> None:
-        """After the evaluation of a pass. Raises PeerError, DivergenceError and ZmoeError where a
-        collective has failed: its result, and all that came of it, are zeros.
+    def check(self, step: int) -> None:
+        """After the evaluation of a pass, that of `step`. Raises PeerError, DivergenceError and
+        ZmoeError where a collective of it has failed: its result, and all that came of it, are
+        zeros.
         """
         ...
 
@@ -84,7 +85,7 @@ class OneGroup:
         """See Groups."""
         return nullcontext()
 
-    def check(self) -> None:
+    def check(self, step: int) -> None:
         """See Groups; how failures show is up to MLX."""
 
 
@@ -233,12 +234,14 @@ class Door:
             if in_main and others == -1:
                 _wake(-1)
 
-    def check(self) -> None:
-        """See Groups."""
+    def check(self, step: int | None = None) -> None:
+        """See Groups; without a `step`, of any collective."""
         self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
         failure = self._failure
         status = lib.zmoe_door_failed(failure)
-        if status == Status.OK:
+        if status == Status.OK or (
+            step is not None and failure.step > step
+        ):  # of a pass that was begun since
             return
         step, layer = failure.step, failure.layer
         if status == Status.INTERRUPTED:

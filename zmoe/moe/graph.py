@@ -108,7 +108,7 @@ class Graph:
     def check(self, step: int, told: npt.NDArray[np.uint32]) -> None:
         """Raises PeerError and DivergenceError where what a pass has computed is void."""
         try:
-            self._groups.check()
+            self._groups.check(step)
         except PeerError as lost:  # its layer is the number of a sum, or of what was told
             layers = (*self._summed, self._layers)
             if lost.layer is None or lost.layer >= len(layers):
