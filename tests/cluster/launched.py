@@ -62,7 +62,7 @@ def main() -> None:
     elif rank == 1 and scenario == "waits":
         print("waiting", flush=True)
         time.sleep(3600)
-    elif scenario == "raises":
+    elif rank == 0 and scenario == "raises":
         raise ValueError("of the program's own")
     try:
         print(mx.distributed.all_sum(mx.ones(3)).tolist())

@@ -21,6 +21,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands
 from tests.families import build
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cli import launch
+from zmoe.exchange.keys import write_new_key
 
 SCRIPT = Path(__file__).with_name("launched.py")
 PROMPT = [(7 * i + 3) % 90 for i in range(40)]
@@ -86,14 +87,17 @@ def test_another_mpi_library_is_refused(commands: Commands) -> None:
 
 
 def test_a_node_that_is_started_by_hand_and_an_error_of_the_program(
-    commands: Commands, free_port: int
+    commands: Commands, free_port: int, tmp_path: Path
 ) -> None:
-    where = ("-n", 2, "--manual", "--starting-port", free_port)
+    """With a key, which all that the two nodes send needs."""
+    key = tmp_path / "key"
+    write_new_key(key)
+    where = ("-n", 2, "--manual", "--starting-port", free_port, "--key", key)
     leader = commands.start("launch", *where, SCRIPT, "raises")
     assert leader.stderr is not None
     assert "start each on its machine" in leader.stderr.readline()
     program, *arguments = shlex.split(leader.stderr.readline())
-    assert program == "zmoe-launch"
+    assert program == "zmoe-launch" and str(key) in arguments
     commands.start("launch", *arguments)
     _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode == 1
@@ -125,6 +129,12 @@ def test_ctrl_c_ends_all_while_a_collective_waits(commands: Commands) -> None:
         (("--leader", "a:1", str(SCRIPT)), "--leader is for a node that is started by hand"),
         (("--rank", "1", str(SCRIPT)), "--rank is for a node that is started by hand"),
         (("--rank", "1", "-n", "2", str(SCRIPT)), "--nodes is for the first node"),
+        (("--rank", "1", "--ports", "8-9", str(SCRIPT)), "--ports is for the first node"),
+        (
+            ("--rank", "1", "--leader", "127.0.0.1:9", "--key", "no", str(SCRIPT)),
+            "key file no cannot be read",
+        ),
+        (("--insecure", "-n", "2", str(SCRIPT)), "--insecure has no use on one machine"),
     ],
 )
 def test_bad_calls(

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output
 from zmoe.exchange.keys import write_new_key
 
 A, B, C = "10.213.7.1", "10.213.7.2", "10.213.7.3"
+PROGRAM = Path(__file__).with_name("launched.py")
 GREEDY = ("--temp", "0", "-m", "16", "ROMEO:")
 
 
@@ -131,7 +133,7 @@ def test_no_byte_between_three_machines_is_in_clear(
         assert step[-16:] not in encrypted
     for payload in payloads:  # some are zeros, as padding is
         assert payload not in encrypted or not any(payload)
-    for word in (b"ROMEO", b"\xa5Setup", b"zmoe\x01\0\0\0", b"zmoe-tiny", b"ZMOE\x01"):
+    for word in (b"ROMEO", b"\xa5Setup", b"zmoe\x01\0\0\0", b"zmoe-tiny", b"ZMOE\x03"):
         assert word not in encrypted, word
 
 
@@ -167,6 +169,24 @@ def test_by_hand_and_with_a_stranger(
     for worker in workers:
         _, errors = worker.communicate(timeout=PATIENCE_S)
         assert worker.returncode == 0, errors
+
+
+@pytest.mark.usefixtures("ssh")
+def test_a_launched_program_sends_no_byte_in_clear(
+    commands: Commands, hosts: tuple[str, ...], tmp_path: Path
+) -> None:
+    seen = []
+    for flags in (("--insecure",), ()):
+        launch = ("-m", "zmoe.cli.launch", *flags, "--hosts", f"{A},{B},{C}", str(PROGRAM), "any")
+        with captured(commands, hosts[0], tmp_path / "packets"):
+            process = start(commands, hosts[0], *launch)
+            text, errors = process.communicate(timeout=PATIENCE_S)
+            assert (process.returncode, text) == (0, "[3.0, 3.0, 3.0]\n"), errors
+        seen.append((tmp_path / "packets").read_bytes())
+    clear, encrypted = seen
+    for word in (b"\xa7Program", b"zmoe\x01\0\0\0", b"ZMOE\x03", np.ones(3, np.float32).tobytes()):
+        assert word in clear, word
+        assert word not in encrypted, word
 
 
 @pytest.mark.usefixtures("ssh")
