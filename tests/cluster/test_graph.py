@@ -65,10 +65,10 @@ def reference(folder: Path) -> tuple[list[int], list[np.ndarray]]:
     return tokens, logits
 
 
-def check(folder: Path, nodes: int, workers: Workers) -> None:
+def check(folder: Path, nodes: int, workers: Workers, attention: str = "replicated") -> None:
     tokens, logits = reference(folder)
     scale = max(float(np.abs(row).max()) for row in logits)
-    engine = EngineConfig(compute="mlx", prefill_chunk=CHUNK)
+    engine = EngineConfig(compute="mlx", prefill_chunk=CHUNK, attention=attention)
     spec = ClusterSpec(nodes, engine=engine)
     if nodes > 1:
         spec = workers.spec(nodes, engine)
@@ -111,8 +111,8 @@ def test_quantised_slices(
     check(quantised, 3, workers)
 
 
-def test_attention_cut_by_heads(folder: Path) -> None:
-    check(folder, 2, attention="sharded")
+def test_attention_cut_by_heads(folder: Path, workers: Workers) -> None:
+    check(folder, 2, workers, attention="sharded")
 
 
 @pytest.mark.parametrize(

@@ -380,10 +380,9 @@ class Node:
 
     def close(self) -> None:
         """Leave the run: let go of sockets, threads and the model, whoever has this object."""
-        waits = self.exchange is None or self.exchange.door is not None
         if self.exchange is not None:
             self.exchange.close()
-        if waits and self._engine is not None:  # a step may be under way, for nobody's part of it
+        elif self._engine is not None:  # a step may be under way, which needs nobody
             mx.synchronize()
         self._engine = self._held = None
         if self._team is not None:

@@ -271,6 +271,7 @@ class Door:
             global _open_door
             self._exchange.door = _open_door = None
             lib.zmoe_door_close()
+            mx.synchronize()  # what is under way uses the groups, even for its zeros
             self._groups.clear()
             self._close_pipe()
 
