@@ -35,11 +35,14 @@ def exchange(group: mx.distributed.Group) -> None:
 
 def generate(folder: str, prompt: list[int], tokens: int) -> list[int]:
     """mlx-lm's own tensor parallelism."""
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step, generation_stream
     from mlx_lm.utils import sharded_load
 
     model, _ = sharded_load(folder, tensor_group=mx.distributed.init())
-    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=tokens)]
+    steps = generate_step(mx.array(prompt), model, max_tokens=tokens)
+    found = [int(token) for token, _ in steps]
+    mx.synchronize(generation_stream)  # which computes one token more, beside other streams
+    return found
 
 
 def main() -> None:
