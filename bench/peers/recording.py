@@ -109,7 +109,7 @@ class Recording:
     def __enter__(self) -> Recording:
         record()
         here = str(Path(__file__).parent)
-        launch._NODE = (
+        launch._MAIN = (
             f"import sys; sys.path = [p for p in sys.path if p] + [{here!r}]; "
             f"from recording import worker; worker({self._folder.name!r})"
         )

@@ -58,8 +58,8 @@ INLINE void copy_last(const unsigned char *from, size_t row_bytes, const uint32_
 }
 
 INLINE void prefetch_block(const enum codes codes, const unsigned char *at) {
-  EACH(line, (BLOCK_BYTES(codes) + 63) / 64)
-    prefetch_line(at + 64 * line);
+  for (uint32_t i = 0; i < BLOCK_BYTES(codes); i += 64)
+    prefetch_line(at + i);
 }
 
 /* Which of 16 scales each lane of a run's first block has. */
