@@ -20,6 +20,7 @@ from zmoe.engine.base import Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.stream import Stream
 from zmoe.exchange.local import connect_group
+from zmoe.exchange.sockets import Context
 from zmoe.loading import Skeleton, describe
 from zmoe.placement.build import ways
 
@@ -196,8 +197,11 @@ def thread_nodes(
     slots = info.experts * len(info.moe_layers)
     placed = ways(info.shape, [1.0] * nodes, [slots] * nodes, schedule)[placement]()
     made = [Node(info, settings, Timing(), rank=r, nodes=nodes, session=9) for r in range(nodes)]
+    context = Context()
     try:
-        endpoints = [node.open_exchange("127.0.0.1") for node in made if nodes > 1]
+        endpoints = [
+            node.open_exchange("127.0.0.1", context, encrypted=False) for node in made if nodes > 1
+        ]
         for node in made:
             node.use_isa(isa)
             node.place(placed)
@@ -215,3 +219,4 @@ def thread_nodes(
     finally:
         for node in made:
             node.close()
+        context.term()

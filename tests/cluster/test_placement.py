@@ -48,8 +48,13 @@ def test_the_default_explained(commands: Commands, alone: str) -> None:
     assert lines[0] == "placement: experts (no other is predicted to be 3% faster)"
     assert lines[1].startswith("  node 0: 8 experts per layer (each layer: 0-7); 3 MiB of")
     assert lines[2].startswith("  node 1: 8 experts per layer (each layer: 8-15); 3 MiB of")
-    labels = [line.split("  ")[1] for line in lines[4:]]
+    labels = [line.split("  ")[1] for line in lines[4:8]]
     assert labels == ["experts", "experts by speed", "replicas", "slices"]
+    assert lines[8] == "links: not encrypted"
+    assert [line.split(", ports ")[0] for line in lines[9:]] == [
+        "  node 0: 127.0.0.1",
+        "  node 1: 127.0.0.1",
+    ]
 
 
 def test_usage_is_recorded_added_up_and_taken(
