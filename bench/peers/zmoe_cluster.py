@@ -77,15 +77,16 @@ def feed(generation: Generation, ids: Sequence[int]) -> None:
     setattr(stream.sampler, pick.__name__, picked)
 
 
-def generate(cluster: Any, options: argparse.Namespace) -> Generation:
-    """One generation, to its end."""
+def generate(cluster: Any, options: argparse.Namespace, turn: int) -> Generation:
+    """One generation, to its end; each `turn` has a prompt of its own, since prompts are cached."""
     sampling = Sampling(max_tokens=options.tokens, ignore_eos=True)
     if options.prompt is not None:
         generation: Generation = cluster.generate(options.prompt, sampling)
     else:
         # The tokenizer may know fewer ids than the model has.
         known = max(cluster.tokenizer.get_vocab().values()) + 1
-        generation = cluster.generate(tokens(SEED, options.prompt_tokens, known), sampling)
+        prompt = tokens(SEED + 10 * turn, options.prompt_tokens, known)
+        generation = cluster.generate(prompt, sampling)
         feed(generation, tokens(SEED + 2, options.tokens, known))
     for _ in generation:
         pass
@@ -98,8 +99,8 @@ def measure(cluster: Any, options: argparse.Namespace) -> dict[str, Any]:
     `cluster` is a Cluster, or looks like one.
     """
     if not options.no_warm_up:
-        generate(cluster, options)
-    runs = [generate(cluster, options) for _ in range(options.repetitions)]
+        generate(cluster, options, options.repetitions)
+    runs = [generate(cluster, options, turn) for turn in range(options.repetitions)]
     timings = [run.timings for run in runs]
     return {
         "prompt_tokens": timings[0].prompt_tokens,

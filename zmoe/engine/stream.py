@@ -49,7 +49,9 @@ class Timings:
 
     @property
     def prompt_tps(self) -> float:
-        return self.prompt_tokens / self.prefill if self.prefill else 0.0
+        """Tokens of the prompt that were run, per second."""
+        run = self.prompt_tokens - self.cached_tokens
+        return run / self.prefill if self.prefill else 0.0
 
     @property
     def generation_tps(self) -> float:
