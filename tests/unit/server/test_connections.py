@@ -13,8 +13,11 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from tests.conftest import unused_port
 from zmoe.server import connections
 from zmoe.server.connections import BoundedProtocol
+from zmoe.server.front import ServeConfig
+from zmoe.server.run import _listen
 
 PATIENCE_S = 30.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -102,3 +105,12 @@ def test_too_many_are_ended(address: tuple[str, int]) -> None:
         assert is_ended(stack.enter_context(socket.create_connection(address, PATIENCE_S)))
         first.sendall(REQUEST)
         assert first.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_what_follows_a_head_does_not_wait_for_the_client() -> None:
+    with (
+        _listen(ServeConfig(http_port=unused_port())) as listener,
+        socket.create_connection(listener.getsockname()[:2]),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
