@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from zmoe.cli.progress import Bars
     from zmoe.cluster.cluster import Cluster
-    from zmoe.cluster.journal import Journaled
+    from zmoe.cluster.journal import Journal, Journaled
     from zmoe.cluster.spec import ClusterSpec
-    from zmoe.engine.generate import Token
+    from zmoe.engine.generate import Generation, Token
     from zmoe.placement.choose import Choice
 
 PROG = "zmoe-run"
@@ -145,7 +145,6 @@ def _generate(options: argparse.Namespace) -> None:
         warn_unencrypted(PROG, spec.address, spec.insecure)
     from zmoe.cli import report
     from zmoe.cli.progress import Bars
-    from zmoe.cluster.journal import Journal
 
     with ExitStack() as stack:
         cluster, journaled = _enter(stack, options, spec)
@@ -158,7 +157,6 @@ def _generate(options: argparse.Namespace) -> None:
                     generated=journaled.tokens,
                     on_prefill=on_prefill,
                 )
-                journal = stack.enter_context(Journal.go_on(options.resume, journaled))
             else:
                 generation = cluster.generate(
                     prompt,
@@ -168,18 +166,11 @@ def _generate(options: argparse.Namespace) -> None:
                     chat_template_config=template,
                     on_prefill=on_prefill,
                 )
-            tokens: Iterable[Token] = generation
-            if options.journal is not None:
-                sampling = replace(sampling, seed=generation.seed)
-                journal = stack.enter_context(
-                    Journal.begin(
-                        options.journal, cluster.info, spec.engine, generation.prompt, sampling
-                    )
-                )
-            if options.journal is not None or journaled is not None:
-                tokens = journal.write(generation)
-            before = generation.text
-            first = next(iter(tokens))
+            journal = _journal(options, cluster, generation, journaled, sampling)
+            if journal is not None:
+                stack.enter_context(journal)
+            tokens = generation if journal is None else journal.write(generation)
+            before, first = generation.text, next(tokens)
         saved = options.prompt_cache_file
         if saved is not None and not saved.exists():
             _save_prompt(cluster, saved, generation.prompt)
@@ -237,6 +228,25 @@ def _enter(
     for notice in cluster.notices:
         print(f"{PROG}: {notice}", file=sys.stderr)
     return cluster, journaled
+
+
+def _journal(
+    options: argparse.Namespace,
+    cluster: Cluster,
+    generation: Generation,
+    journaled: Journaled | None,
+    sampling: Sampling,
+) -> Journal | None:
+    """What the tokens are to be written into, if anything."""
+    from zmoe.cluster.journal import Journal
+
+    if journaled is not None:
+        return Journal.go_on(options.resume, journaled)
+    if options.journal is None:
+        return None
+    sampling = replace(sampling, seed=generation.seed)
+    engine = cluster.spec.engine
+    return Journal.begin(options.journal, cluster.info, engine, generation.prompt, sampling)
 
 
 def _save_prompt(cluster: Cluster, file: Path, prompt: Sequence[int]) -> None:

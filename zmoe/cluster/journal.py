@@ -1,8 +1,8 @@
 """A file from which a text that was cut short goes on as it would have.
 
-It has a line for the model, the prompt and the settings, one for each token, and one for the end,
-in JSON. Every line carries a digest of all lines so far. What a crash leaves of a last line is
-dropped; anything else that does not fit is an error.
+It has a line for the model, the prompt and the settings, and one for each token, in JSON. Every
+line carries a digest of all lines so far. What a crash leaves of a last line is dropped; anything
+else that does not fit is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from zmoe.cluster.prompt_cache import PAGED, settings_of
 from zmoe.config import EngineConfig, Sampling
@@ -73,10 +73,7 @@ class Journal:
     def write(self, generation: Iterable[Token]) -> Iterator[Token]:
         """The tokens, each written before it is handed on. Raises InputError."""
         for token in generation:
-            if token.finish_reason != "stop":
-                self._write({"token": token.id})
-            if token.finish_reason is not None:
-                self._write({"finish_reason": token.finish_reason})
+            self._write({"token": token.id, "finish_reason": token.finish_reason})
             yield token
 
     def __enter__(self) -> Journal:
@@ -125,13 +122,13 @@ def read_journal(path: Path, info: ModelInfo, config: EngineConfig) -> Journaled
             raise InputError(
                 f"journal {path} is of another run: its {name} is {header.get(name)}, here {ours}"
             )
-    if rest and "finish_reason" in rest[-1]:
+    if rest and rest[-1].get("finish_reason") is not None:
         raise InputError(f"journal {path} is of a text that has ended")
-    tokens: list[Any] = [line.get("token") for line in rest]
+    prompt, tokens = header.get("prompt"), [line.get("token") for line in rest]
     sampling = _sampling(header.get("sampling"))
-    if sampling is None or not _are_ids([*header.get("prompt", ()), *tokens], info.vocabulary):
+    if sampling is None or not (_are_ids(prompt, info) and _are_ids(tokens, info)):
         raise InputError(f"journal {path} is damaged: this zmoe would not write such lines")
-    return Journaled(header["prompt"], sampling, tokens, len(whole) + 1, digest)
+    return Journaled(prompt, sampling, tokens, len(whole) + 1, digest)
 
 
 def _settings(info: ModelInfo, config: EngineConfig) -> dict[str, str]:
@@ -152,8 +149,10 @@ def _sampling(settings: Any) -> Sampling | None:
     return sampling if sampling.seed is not None else None
 
 
-def _are_ids(tokens: Sequence[Any], vocabulary: int) -> bool:
-    return all(type(token) is int and 0 <= token < vocabulary for token in tokens)
+def _are_ids(tokens: Any, info: ModelInfo) -> TypeGuard[list[int]]:
+    return isinstance(tokens, list) and all(
+        type(token) is int and 0 <= token < info.vocabulary for token in tokens
+    )
 
 
 def _digest(before: str, line: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,18 +56,48 @@ class AttentionParts:
         return NativeAttention(self, *given)
 
 
-class Attention(Protocol):
-    """h += attention(norm(h)) of one layer, on the spans of the step."""
+class Attention:
+    """h += attention(norm(h)) of one layer, on the spans of the step.
 
-    cache: PagedCache
+    `run` is the kernels' call for the attention `raw`, whose own window is `window`.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., int],
+        raw: CData,
+        cache: PagedCache,
+        rope_tables: RopeTables,
+        step: PagedStep,
+        pool: ThreadPool,
+        window: int = 0,
+    ) -> None:
+        self._run, self._raw, self.cache = run, raw, cache
+        self._rope, self._step, self._pool = rope_tables, step, pool
+        self._window = window
 
     def limit(self, max_kv_size: int | None) -> None:
         """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
-        ...
+        self._raw.window = self._window if max_kv_size is None else max_kv_size
+        self._raw.keep = 0 if max_kv_size is None else _KEPT
 
     def __call__(self, h: CData) -> None:
         """Change h (rows of the step, hidden_size) f32 in place. Raises ZmoeError."""
-        ...
+        step = self._step
+        cosines, sines = self._rope.tables(step.end)
+        status = self._run(
+            self._pool.handle,
+            self._raw,
+            self.cache.raw,
+            step.raw,
+            step.count,
+            cosines,
+            sines,
+            h,
+            self._pool.precision,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"attention failed: {Status(status).name}")
 
 
 def fill_norm(raw: CData, norm: Any, keep: list[Any]) -> None:
@@ -91,12 +121,6 @@ def weights_of(modules: Sequence[Any]) -> CData:
     for i, weight in enumerate(found):
         array[i] = weight.array[0]
     return array
-
-
-def limit_window(raw: CData, window: int, max_kv_size: int | None) -> None:
-    """Set `window` and `keep` of an attention whose own window is `window`: see Attention.limit."""
-    raw.window = window if max_kv_size is None else max_kv_size
-    raw.keep = 0 if max_kv_size is None else _KEPT
 
 
 class NativeNorm(Module):
@@ -128,7 +152,7 @@ class NativeNorm(Module):
         return as_array(out, self._dtype, tuple(x.shape))
 
 
-class NativeAttention:
+class NativeAttention(Attention):
     """h += attention(norm(h)), for layers whose linear parts are native already."""
 
     def __init__(
@@ -139,8 +163,6 @@ class NativeAttention:
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
-        self._pool, self._rope, self._step = pool, rope_tables, step
-        self.cache = PagedCache(parts.kv_heads, parts.head_dim, dtype)
         self._projections = weights_of(parts.projections)
         self._output = weights_of([parts.output])
         self._keep: list[Any] = [parts.projections, parts.output]
@@ -158,27 +180,7 @@ class NativeAttention:
             self._keep.append(sinks)
             raw.sinks = ffi.from_buffer("float[]", sinks)
         raw.dtype = int(DTYPES[dtype])
-        self._raw, self._window = raw, parts.window
+        cache = PagedCache(parts.kv_heads, parts.head_dim, dtype)
+        run, window = lib.zmoe_attention_step, parts.window
+        super().__init__(run, raw, cache, rope_tables, step, pool, window)
         pool.reserve(lib.zmoe_attention_scratch(raw, pool.threads))
-
-    def limit(self, max_kv_size: int | None) -> None:
-        """See Attention."""
-        limit_window(self._raw, self._window, max_kv_size)
-
-    def __call__(self, h: CData) -> None:
-        """See Attention."""
-        step = self._step
-        cosines, sines = self._rope.tables(step.end)
-        status = lib.zmoe_attention_step(
-            self._pool.handle,
-            self._raw,
-            self.cache.raw,
-            step.raw,
-            step.count,
-            cosines,
-            sines,
-            h,
-            self._pool.precision,
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"attention failed: {Status(status).name}")

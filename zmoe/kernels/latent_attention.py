@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
-from zmoe.kernels.attention import Attention, fill_norm, limit_window
+from zmoe.kernels.attention import Attention, fill_norm
 from zmoe.kernels.linear import quantization_of, take_parts
 from zmoe.kernels.paged import PagedCache, PagedStep
 from zmoe.kernels.residual import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices, matrices
-from zmoe.native import Status, ffi, lib
-
-if TYPE_CHECKING:
-    from zmoe.native import CData
+from zmoe.native import ffi, lib
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ class LatentParts:
         return NativeLatentAttention(self, *given)
 
 
-class NativeLatentAttention:
-    """h += attention(norm(h)); see zmoe.kernels.attention.Attention."""
+class NativeLatentAttention(Attention):
+    """h += attention(norm(h)), of latents."""
 
     def __init__(
         self,
@@ -62,7 +58,6 @@ class NativeLatentAttention:
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
-        self._pool, self._rope, self._step = pool, rope_tables, step
         keys, values = (_heads(part) for part in (parts.key_heads, parts.value_heads))
         self._keep: list[Any] = [parts, keys, values]
         raw = ffi.new("zmoe_latent_attention *")
@@ -77,31 +72,9 @@ class NativeLatentAttention:
         raw.key_dim, raw.value_dim = keys.in_features, values.out_features
         raw.scale, raw.rope_traditional = parts.scale, rope_tables.traditional
         raw.dtype = int(DTYPES[dtype])
-        self.cache = PagedCache(1, raw.latent_dim + raw.rope_dims, dtype, is_latent=True)
-        self._raw = raw
+        cache = PagedCache(1, raw.latent_dim + raw.rope_dims, dtype, is_latent=True)
+        super().__init__(lib.zmoe_latent_attention_step, raw, cache, rope_tables, step, pool)
         pool.reserve(lib.zmoe_latent_attention_scratch(raw, pool.threads))
-
-    def limit(self, max_kv_size: int | None) -> None:
-        """See Attention."""
-        limit_window(self._raw, 0, max_kv_size)
-
-    def __call__(self, h: CData) -> None:
-        """See Attention."""
-        step = self._step
-        cosines, sines = self._rope.tables(step.end)
-        status = lib.zmoe_latent_attention_step(
-            self._pool.handle,
-            self._raw,
-            self.cache.raw,
-            step.raw,
-            step.count,
-            cosines,
-            sines,
-            h,
-            self._pool.precision,
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"latent attention failed: {Status(status).name}")
 
 
 def _heads(layer: Any) -> Matrices:

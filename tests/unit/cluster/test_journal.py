@@ -87,6 +87,8 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     [
         ({"prompt": [INFO.vocabulary]}, 5),
         ({"prompt": "ab"}, 5),
+        ({"prompt": 5}, 5),
+        ({"prompt": None}, 5),
         ({"sampling": None}, 5),
         ({"sampling": {"seed": 1}}, 5),
         ({"sampling": {"seed": 1, "logit_bias": None, "temp": -1}}, 5),
