@@ -19,7 +19,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -120,6 +120,7 @@ class LeaderBus:
         self.step = 0  # the last one begun, for error messages
         self._nodes, self._tokens, self._grace = nodes, tokens, grace
         self._peers: dict[int, _Peer] = {}
+        self._given_up: dict[bytes, bytes] = {}  # by identity, what it is told
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         _configure(self.socket, MAX_REPORT_BYTES, keys)
         if keys is not None:
@@ -136,8 +137,8 @@ class LeaderBus:
             self.socket.close()
             raise
 
-    def broadcast(self, message: Message) -> None:
-        """Send `message` to every worker that has joined.
+    def broadcast(self, message: Message, ranks: Collection[int] | None = None) -> None:
+        """Send `message` to every worker that has joined, or to those of `ranks` that have.
 
         It is sent again after a broken link. Raises PeerError, once the others have
         it, for a worker that has long acknowledged nothing.
@@ -145,6 +146,8 @@ class LeaderBus:
         body = encode(message)
         lost: PeerError | None = None
         for rank, peer in self._peers.items():
+            if ranks is not None and rank not in ranks:
+                continue
             try:
                 peer.channel.push(body)
             except ChannelError as error:
@@ -152,6 +155,16 @@ class LeaderBus:
             self._flush(peer)
         if lost is not None:
             raise lost
+
+    def give_up(self, rank: int, why: str) -> None:
+        """Forget worker `rank`: whoever still speaks for it is told `why`, until it joins anew."""
+        peer = self._peers.pop(rank, None)
+        if peer is not None:
+            self._given_up[peer.identity] = stopped = self._last_words(why)
+            self._write(peer.identity, stopped)
+
+    def _last_words(self, why: str) -> bytes:
+        return Channel(self.session).note(encode(Stop(why)))
 
     def wait(self, timeout: float) -> None:
         """Sleep until something has come, at most `timeout` seconds."""
@@ -211,7 +224,8 @@ class LeaderBus:
         frame = parse(parts[1])
         if peer is None or frame.session != self.session:
             # A worker of another run: ours is not its session, which it sees by this.
-            self._write(parts[0], Channel(self.session).note(encode(Stop("another run's leader"))))
+            told = self._given_up.get(parts[0]) or self._last_words("another run's leader")
+            self._write(parts[0], told)
             raise MessageError("of another session")
         body = peer.channel.take(frame)
         peer.down_since = None

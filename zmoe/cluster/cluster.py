@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.leader import Leader, OnManual, Progress
+from zmoe.cluster.leader import Leader, OnManual, OnNotice, Progress
 from zmoe.cluster.node import Node, peak_memory
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
@@ -44,6 +45,7 @@ from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
 StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
+_LOG = logging.getLogger(__name__)
 _UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
 
 
@@ -54,7 +56,9 @@ class Cluster:
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
     before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
-    the nodes are to be started with. Construction and entering raise InputError and its
+    the nodes are to be started with. `on_notice(line)` is told while it runs of a node that is
+    lost, and of who computes its share from then on (default: a warning is logged). Construction
+    and entering raise InputError and its
     kin for what is wrong beforehand; afterwards a lost peer raises PeerError, which ends
     the cluster.
 
@@ -77,6 +81,7 @@ class Cluster:
         progress: Progress | None = None,
         on_placement: OnChoice | None = None,
         on_manual: OnManual | None = None,
+        on_notice: OnNotice | None = None,
     ) -> None:
         if spec is not None and not isinstance(spec, ClusterSpec):
             raise SettingError("spec", f"is {spec!r}: expected a ClusterSpec")
@@ -98,6 +103,7 @@ class Cluster:
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
+        self._on_notice: OnNotice = on_notice or _LOG.warning
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
         records = self.spec.record_usage
         self._resolver = PlacementResolver(request, self.info, count, engine, on_placement, records)
@@ -229,7 +235,13 @@ class Cluster:
         spec = self.spec
         if spec.nodes > 1:
             self._leader = Leader(
-                self.info, self._name, spec, self._resolver, self._progress, self._on_manual
+                self.info,
+                self._name,
+                spec,
+                self._resolver,
+                self._progress,
+                self._on_manual,
+                self._on_notice,
             )
             self._node = self._leader.node
         else:

@@ -52,11 +52,12 @@ class Crew:
         self.spec, self._on_manual = spec, on_manual
         self._program, self._on_line = program, on_line
         self._processes: list[NodeProcess] = []
-        self._workers = range(1, spec.nodes)
+        self._ranks = range(1, spec.nodes)  # of the workers
+        self._workers = list(self._ranks)  # those that are not lost
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         # By these the workers that we start are told from strangers.
-        started = () if spec.manual else self._workers
+        started = () if spec.manual else self._ranks
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         self._lines = dict(self._tokens)  # of the standard input of each
         keys = self._make_keys() if spec.encrypted else None
@@ -143,7 +144,7 @@ class Crew:
         """Handle what has come; what somebody will wait for goes to the inbox."""
         for rank, message in self._bus.hear():
             if isinstance(message, Failed):
-                raise _error_of(rank, message)
+                raise error_of(rank, message)
             self._take(rank, message)
 
     def _take(self, rank: int, message: Message) -> None:
@@ -224,7 +225,7 @@ class Crew:
         """Close what rank 0 itself has."""
 
 
-def _error_of(rank: int, failed: Failed) -> ZmoeError:
+def error_of(rank: int, failed: Failed) -> ZmoeError:
     """What worker `rank` told, as an error of ours."""
     if failed.lost == 0:
         return PeerError(rank, failed.layer, failed.step, f"lost its leader: {failed.error}")

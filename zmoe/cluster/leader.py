@@ -6,16 +6,21 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from zmoe.batch.plan import Plan
-from zmoe.cluster.crew import Crew
+from zmoe.cluster.crew import Crew, error_of
 from zmoe.cluster.crew import OnManual as OnManual
+from zmoe.cluster.launch import end_all
+from zmoe.cluster.membership import Halted as Interrupted
 from zmoe.cluster.messages import (
     AskMemory,
     Cache,
     Endpoints,
+    Failed,
     Hello,
     Join,
     Loaded,
@@ -32,16 +37,22 @@ from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
+from zmoe.cluster.stock import stock_of
+from zmoe.cluster.survival import Survival
 from zmoe.engine.base import Floats
 from zmoe.engine.draw import Draw, Drawn
 from zmoe.errors import LaunchError, MismatchError, PeerError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
-from zmoe.kernels.threads import common_isa
+from zmoe.kernels.threads import common_isa, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
+from zmoe.recovery.messages import Adopted, FromLeader, Halted, Opened, Suspect
+from zmoe.recovery.view import first_view
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
+OnNotice = Callable[[str], None]  # a line for the user, while the run goes on
+T = TypeVar("T")
 
 
 class Leader(Crew):
@@ -57,8 +68,9 @@ class Leader(Crew):
         resolver: PlacementResolver,
         progress: Progress,
         on_manual: OnManual,
+        on_notice: OnNotice,
     ) -> None:
-        session = secrets.randbits(63)
+        session = _new_session()
         self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
         super().__init__(spec, session, on_manual)
         self.info = info
@@ -67,6 +79,8 @@ class Leader(Crew):
         self.resources: list[NodeResources] = []
         self.endpoints: tuple[Endpoint, ...] = ()
         self._load_deadline = math.inf
+        self._on_notice = on_notice
+        self._survival: Survival | None = None  # once all have loaded, where steps can be repeated
 
     # ---- coming up ----------------------------------------------------------
 
@@ -99,7 +113,7 @@ class Leader(Crew):
             ports=self.spec.port_range,
         )
         assert node.exchange is not None
-        node.exchange.tick = self.hear
+        node.exchange.tick = self._listen_in_step
         patience = hello_patience(self._model_name, timing)
         hellos = self.collect(Hello, "has not said hello", patience)
         mine = hello_of(node.info, arithmetic, offer, own)
@@ -125,6 +139,10 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
+        if node.can_repeat:
+            stock = stock_of(self.info, placement, self.resources, is_native(self.spec.engine))
+            view = first_view(self.spec.nodes, node.session)
+            self._survival = Survival(self, view, stock, timing, _new_session, self._on_notice)
         told = [shard.notices, *(message.notices for message in ready.values())]
         return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
 
@@ -148,7 +166,8 @@ class Leader(Crew):
             self._bus.broadcast(LoadPrefix(str(path), digest, tuple(places)))
         self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
-            self.collect(Loaded, "has not read the prompt cache", self.spec.timing.load)
+            wait = partial(self.collect, Loaded, "has not read the prompt cache")
+            self._undisturbed(partial(wait, self.spec.timing.load))
 
     def _pin(self, cores: Sequence[int]) -> None:
         self.node.pin(cores)
@@ -162,17 +181,90 @@ class Leader(Crew):
 
     # ---- control messages ---------------------------------------------------
 
+    def hear(self) -> None:
+        """As Crew's. With a Survival, the loss of a worker is told to it, and not raised."""
+        survival = self._survival
+        if survival is None:
+            super().hear()
+            return
+        try:
+            heard = self._bus.hear()
+        except PeerError as lost:
+            survival.gone(lost.rank, lost.reason)
+            return
+        halted = False
+        for rank, message in heard:
+            try:
+                if isinstance(message, Failed) and message.lost is not None:
+                    survival.gone(rank, f"lost its leader: {message.error}")
+                elif isinstance(message, Failed):
+                    raise error_of(rank, message)
+                elif isinstance(message, (Suspect, Halted, Opened, Adopted)):
+                    survival.heard(rank, message)
+                else:
+                    self._take(rank, message)
+            except Interrupted:
+                halted = True
+        if halted:
+            raise Interrupted
+
     def _take(self, rank: int, message: Message) -> None:
         if isinstance(message, Loading):
             self._progress(rank, message.done, message.total)
         else:
             super()._take(rank, message)
 
+    def _check_processes(self) -> None:
+        if self._survival is None:
+            super()._check_processes()
+            return
+        for process in list(self._processes):
+            if process.exit_code() is not None:
+                self.hear()  # its own words, if it sent them, say more
+                self._survival.gone(process.rank, process.ending())
+
     def watch(self) -> None:
-        """As Crew's; and serve peers between exchanges."""
+        """As Crew's; and serve peers between exchanges. Goes on without those that are lost."""
+        if self._survival is not None:
+            self._survival.undisturbed(self._look)
+        else:
+            self._look()
+
+    def _listen_in_step(self) -> None:
+        self._check_processes()
+        self.hear()
+
+    def _look(self) -> None:
         self._check_processes()
         self.node.service()
         self.hear()
+
+    # ---- what a Survival asks of its crew ----------------------------------------------
+
+    def listen(self, timeout: float) -> None:
+        """See zmoe.cluster.survival.Crew."""
+        self._bus.wait(timeout)
+        self._listen_in_step()
+
+    def tell(self, rank: int, message: FromLeader) -> None:
+        """See zmoe.cluster.survival.Crew."""
+        with suppress(PeerError):  # it is noticed elsewhere
+            self._bus.broadcast(message, (rank,))
+
+    def let_go(self, rank: int, reason: str) -> None:
+        """See zmoe.cluster.survival.Crew."""
+        self._bus.give_up(rank, f"node {rank} is no longer part of the run: {reason}")
+        self._workers.remove(rank)
+        ours = [process for process in self._processes if process.rank == rank]
+        self._processes = [process for process in self._processes if process.rank != rank]
+        for process in ours:
+            process.kill()
+        end_all(ours)
+
+    def once(self, plan: Plan) -> Floats | None:
+        """See zmoe.cluster.survival.Crew."""
+        self._send(plan)
+        return self.node.run(plan)
 
     # ---- running --------------------------------------------------------------
 
@@ -181,9 +273,10 @@ class Leader(Crew):
 
         Raises PeerError, DivergenceError, and what a worker has failed with.
         """
+        if self._survival is not None:
+            return self._survival.run(plan)
         with self._naming_cause():
-            self._send(plan)
-            return self.node.run(plan)
+            return self.once(plan)
 
     def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
         """As run(), in two parts: see Node.begin."""
@@ -222,13 +315,24 @@ class Leader(Crew):
             raise cause from lost
 
     def peak_memory(self) -> list[int]:
-        """Peak resident bytes of every node, by rank."""
+        """Peak resident bytes of every node, by rank; 0 of one that is lost."""
+        answers = self._undisturbed(self._ask_memory)
+        others = (answers[rank].peak_memory if rank in answers else 0 for rank in self._ranks)
+        return [peak_memory(), *others]
+
+    def _ask_memory(self) -> dict[int, Memory]:
         self._bus.broadcast(AskMemory())
-        answers = self.collect(Memory, "did not tell its memory", self.spec.timing.join)
-        return [peak_memory(), *(m.peak_memory for m in answers.values())]
+        return self.collect(Memory, "did not tell its memory", self.spec.timing.join)
+
+    def _undisturbed(self, part: Callable[[], T]) -> T:
+        return part() if self._survival is None else self._survival.undisturbed(part)
 
     def _close_own(self) -> None:
         self.node.close()
+
+
+def _new_session() -> int:
+    return secrets.randbits(63)
 
 
 def notices_of(told: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -15,6 +15,17 @@ from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import Placement
+from zmoe.recovery.messages import (
+    Adopted,
+    Evicted,
+    Halted,
+    Mesh,
+    Opened,
+    Quiesce,
+    Suspect,
+    View,
+)
+from zmoe.recovery.view import ClusterView
 
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
 MAX_REPORT_BYTES = 64 << 10  # from a worker
@@ -36,6 +47,7 @@ def _public_key(value: str) -> str:
 
 Size = Annotated[int, between(0, 2**60)]  # bytes
 Counter = Annotated[int, between(0, 2**32 - 1)]
+Session = Annotated[int, between(0, 2**63 - 1)]
 Rank = Annotated[int, between(0, 63)]
 Port = Annotated[int, between(1, 65535)]
 Seconds = Annotated[float, between(0, 1e9)]
@@ -235,6 +247,25 @@ class Failed:
     step: Counter
 
 
+# ---- of the recovery (zmoe.recovery.messages) ------------------------------------------
+
+_Hosted = Annotated[tuple[Listener, ...], items(1, 64)]  # of the shards of a node, ascending
+_View = Annotated[
+    ClusterView,
+    Fields(
+        {
+            "epoch": Counter,
+            "session": Session,
+            "hosts": Annotated[tuple[Rank, ...], items(1, 64)],
+            "nodes": Annotated[tuple[Rank, ...], items(1, 64)],
+            "base": Counter,
+            "fresh": bool,
+        }
+    ),
+]
+_SUSPECT = Fields({"epoch": Counter, "step": Counter, "lost": Rank})
+_MESH = Fields({"epoch": Counter, "endpoints": Annotated[tuple[_Hosted, ...], items(1, 64)]})
+
 Message = (
     Join
     | Setup
@@ -254,6 +285,14 @@ Message = (
     | Memory
     | Stop
     | Failed
+    | Annotated[Suspect, _SUSPECT]
+    | Annotated[Quiesce, Fields({"epoch": Counter})]
+    | Annotated[Halted, Fields({"epoch": Counter, "done": Counter})]
+    | Annotated[View, Fields({"view": _View})]
+    | Annotated[Opened, Fields({"epoch": Counter, "endpoint": _Hosted})]
+    | Annotated[Mesh, _MESH]
+    | Annotated[Adopted, Fields({"epoch": Counter})]
+    | Annotated[Evicted, Fields({"reason": Text})]
 )
 _CODEC = Codec(Message)
 _JOIN_FIELDS_OF_ALL_VERSIONS = 4

@@ -74,6 +74,11 @@ class Choice:
         self.may_scatter = self._auto or algorithm == "scatter"
         self._lines: tuple[Line, Line] | None = None
 
+    @property
+    def has_learnt(self) -> bool:
+        """Whether there are figures to go by."""
+        return self._lines is not None
+
     def algorithm(self, size: int) -> Algorithm:
         """The algorithm for a payload of `size` bytes."""
         return Algorithm.SCATTER if size >= self.scatter_from else Algorithm.DIRECT

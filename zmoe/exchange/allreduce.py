@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from zmoe.errors import InputError, LaunchError
+from zmoe.errors import AbsentError, InputError
 from zmoe.exchange.algorithm import Choice
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, ResultPool, wire_of
@@ -196,13 +196,13 @@ class Exchange(Collective):
                 break
             tick()
             poller.poll(int(min(left_s, 0.1) * 1000) + 1)
+        ranks = tuple(sorted(everyone - present))
         absent = ", ".join(
-            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
-            for r in sorted(everyone - present)
+            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}" for r in ranks
         )
         if self.is_encrypted:
             absent += f"; all need the key of this rank, whose public half is {self.endpoint.key}"
-        raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
+        raise AbsentError(ranks, f"did not join the exchange within {deadline_s:g} s: {absent}")
 
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:
         """What an idle wait must poll too; when one is readable, call `service`.
