@@ -80,9 +80,13 @@ class Notice:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Run these plans again, in order, on all nodes, and call finish() after each."""
+    """Run these plans again, in order, on all nodes, and call finish() after each.
+
+    The results of those up to step `known` have been used before, and are dropped.
+    """
 
     plans: tuple[Numbered, ...]
+    known: int
 
 
 @dataclass(frozen=True)

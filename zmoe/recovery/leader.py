@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -169,13 +169,16 @@ class LeaderRecovery:
         return self._run(self._without({rank: reason}, now), now)
 
     def tick(self, now: float) -> list[LeaderAction]:
-        """To be called now and then: somebody may be silent for too long."""
-        if now < self._deadline:
+        """To be called now and then, once all messages that have come were handed over.
+
+        Somebody may be silent for too long: but for the leader's own node, whose work ends by
+        itself.
+        """
+        silent = sorted(self._waiting - {0})
+        if now < self._deadline or not silent:
             return []
         late = f"did not {self.phase.value} in time"
-        if 0 in self._waiting:
-            return self._give_up(ZmoeError(f"the leader's own node {late}"))
-        return self._run(self._without(dict.fromkeys(sorted(self._waiting), late), now), now)
+        return self._run(self._without(dict.fromkeys(silent, late), now), now)
 
     def returned(self, rank: int, holding: Holding) -> None:
         """Node `rank`, which was out, is back, has loaded its weights, and waits for a view.
@@ -221,7 +224,7 @@ class LeaderRecovery:
         return left
 
     def _receive(self, rank: int, message: FromNode, now: float) -> list[LeaderAction]:
-        if self.phase is Phase.ENDED or rank not in self._nodes or message.epoch < self._epoch - 1:
+        if self.phase is Phase.ENDED or rank not in self._nodes:
             return []
         if isinstance(message, Suspect):
             return self._suspected(rank, message, now)
@@ -238,7 +241,8 @@ class LeaderRecovery:
         return self._go_on(now)
 
     def _suspected(self, rank: int, message: Suspect, now: float) -> list[LeaderAction]:
-        if message.epoch < self._epoch and self.phase is not Phase.QUIESCE:
+        evidence = message.epoch == self._epoch - 1 and self.phase is Phase.QUIESCE
+        if message.epoch < self._epoch and not evidence:
             return []
         in_view = self.phase in (Phase.RUNNING, Phase.MESH, Phase.REPEAT)
         if message.epoch > self._epoch or (message.epoch == self._epoch and not in_view):
@@ -246,7 +250,7 @@ class LeaderRecovery:
         if message.lost not in self.view.nodes or message.lost == rank:
             raise ZmoeError(f"node {rank} has lost node {message.lost}, which it never had")
         self._accusations.add((rank, message.lost))
-        return self._quiesce(now) if message.epoch == self._epoch else []
+        return [] if evidence else self._quiesce(now)
 
     def _without(self, gone: dict[int, str], now: float) -> list[LeaderAction]:
         """Go on without these nodes, by rank with the reason."""
@@ -284,7 +288,7 @@ class LeaderRecovery:
         if not plans:
             return self._resume()
         self._enter(Phase.REPEAT)
-        return [Repeat(plans)]
+        return [Repeat(plans, self._log.known)]
 
     def _make_view(self, now: float) -> list[LeaderAction]:
         actions = self._evict(self._most_accused())
@@ -310,16 +314,17 @@ class LeaderRecovery:
     def _most_accused(self) -> dict[int, str]:
         """Who goes although it answers, with the reason: nobody, where a death explains it all.
 
-        The leader stays, so whoever accuses it accuses itself.
+        The leader stays, so whoever loses it loses itself. Of two that are accused by as many, the
+        higher rank goes.
         """
-        accused = Counter(lost or rank for rank, lost in self._accusations)
-        if self._removed or not accused:
+        if self._removed or not self._accusations:
             return {}
-        worst = max(accused, key=lambda rank: (accused[rank], rank))
-        by = sorted(
-            {rank if lost else 0 for rank, lost in self._accusations if worst == (lost or rank)}
-        )
-        return {worst: f"cannot be reached by node {', '.join(map(str, by))}"}
+        accusers: defaultdict[int, set[int]] = defaultdict(set)
+        for rank, lost in self._accusations:
+            accusers[lost or rank].add(rank if lost else 0)
+        worst = max(accusers, key=lambda rank: (len(accusers[rank]), rank))
+        by = ", ".join(map(str, sorted(accusers[worst])))
+        return {worst: f"and node {by} cannot reach each other"}
 
     def _resume(self) -> list[LeaderAction]:
         self._fresh = False

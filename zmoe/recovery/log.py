@@ -27,6 +27,7 @@ class StepLog:
         self._kept = kept
         self._plans: tuple[Numbered, ...] = ()
         self._done = kept
+        self.known = kept  # the last step that the leader has ever finished
 
     @property
     def last(self) -> int:
@@ -52,6 +53,7 @@ class StepLog:
         if not following or step != following[0].step:
             raise ZmoeError(f"step {step} is finished after step {self._done}")
         self._done = step
+        self.known = max(self.known, step)
 
     def go_back(self, done: Mapping[int, int]) -> int:
         """The last step that all nodes have finished, from which the log goes on.
@@ -79,5 +81,5 @@ class StepLog:
 
     def forget(self, step: int) -> None:
         """Begin anew after `step`, with nothing to repeat."""
-        self._kept = self._done = step
+        self._kept = self._done = self.known = step
         self._plans = ()

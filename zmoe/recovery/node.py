@@ -100,10 +100,9 @@ class NodeRecovery:
         if self.state is not State.OPENED or message.epoch != self._epoch:
             raise self._unexpected(message)
         assert self.view is not None
-        if len(message.endpoints) != len(self.view.nodes):
-            raise ZmoeError(
-                f"the leader sent {len(message.endpoints)} endpoints of {len(self.view.nodes)} nodes"
-            )
+        found, expected = len(message.endpoints), len(self.view.nodes)
+        if found != expected:
+            raise ZmoeError(f"the leader sent {found} endpoints of {expected} nodes")
         self._work(State.ADOPTING)
         return [Connect(self.view, message.endpoints)]
 
