@@ -45,6 +45,7 @@ from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
 StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
+_PREFILLED_AGAIN = 4  # full steps, at most, for a node that returns
 _LOG = logging.getLogger(__name__)
 _UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
 
@@ -417,9 +418,23 @@ class Cluster:
             self._end_cancelled()
             with self._stepping():
                 if self._batcher.busy:
-                    self._batcher.step()
+                    self._run_step()
                 elif self._leader is not None:
                     self._leader.watch()
+                    self._admit()
+
+    def _run_step(self) -> None:
+        self._admit()
+        self._batcher.step()
+
+    def _admit(self) -> None:
+        """Let nodes in that have returned. Their caches are empty, and so are all then: what runs
+        is prefilled again, which must not take long.
+        """
+        leader = self._leader
+        if leader is not None and leader.has_returned:
+            most = _PREFILLED_AGAIN * self.spec.engine.max_rows
+            self._batcher.forget(most, leader.admit)
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""
@@ -448,7 +463,14 @@ class Cluster:
     def links(self) -> tuple[int, ...]:
         """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""
         with self._running() as node:
-            return node.exchange.links() if node.exchange is not None else ()
+            shards = node.exchange.links() if node.exchange is not None else ()
+            hosts = self.hosts
+            return tuple(sorted({hosts[shard] for shard in shards} - {0}))
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """By rank, the node that computes its share: another one where it is lost."""
+        return self._leader.hosts if self._leader is not None else (0,)
 
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""
@@ -456,7 +478,7 @@ class Cluster:
             if not stream.ready and not stream.ended:
                 self._end_cancelled()
                 with self._stepping():
-                    self._batcher.step()
+                    self._run_step()
 
     def _end_cancelled(self) -> None:
         """End the generations whose consumers have gone away."""

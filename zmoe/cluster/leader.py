@@ -6,21 +6,18 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from zmoe.batch.plan import Plan
-from zmoe.cluster.crew import Crew, error_of
+from zmoe.cluster.crew import Crew
 from zmoe.cluster.crew import OnManual as OnManual
-from zmoe.cluster.launch import end_all
-from zmoe.cluster.membership import Halted as Interrupted
 from zmoe.cluster.messages import (
     AskMemory,
     Cache,
     Endpoints,
-    Failed,
     Hello,
     Join,
     Loaded,
@@ -36,6 +33,7 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
+from zmoe.cluster.returning import Returns, Terms
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.cluster.stock import stock_of
 from zmoe.cluster.survival import Survival
@@ -47,7 +45,6 @@ from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
-from zmoe.recovery.messages import Adopted, FromLeader, Halted, Opened, Suspect
 from zmoe.recovery.view import first_view
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
@@ -80,7 +77,8 @@ class Leader(Crew):
         self.endpoints: tuple[Endpoint, ...] = ()
         self._load_deadline = math.inf
         self._on_notice = on_notice
-        self._survival: Survival | None = None  # once all have loaded, where steps can be repeated
+        self._terms: Terms | None = None  # once all have loaded
+        self._survival: Survival | None = None  # with the caches, where steps can be repeated
 
     # ---- coming up ----------------------------------------------------------
 
@@ -105,7 +103,7 @@ class Leader(Crew):
             memory_limit=self.spec.placement.memory_limit,
             ports=self.spec.port_range,
         )
-        self._bus.broadcast(setup)
+        self.bus.broadcast(setup)
         own = node.open_exchange(
             self.spec.address,
             self._context,
@@ -124,11 +122,11 @@ class Leader(Crew):
         self.resources = [hello.resources for hello in everyone]
         placement = self._resolver.resolve(self.resources)
         node.place(placement)
-        self._bus.broadcast(Place(placement))
+        self.bus.broadcast(Place(placement))
         self.endpoints = tuple(hello.endpoint for hello in everyone)
         isa = common_isa([hello.isa for hello in everyone])
         node.use_isa(isa)
-        self._bus.broadcast(Endpoints(isa, self.endpoints))
+        self.bus.broadcast(Endpoints(isa, self.endpoints))
         node.connect(self.endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = node.load(self._own_progress)
@@ -139,23 +137,29 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
-        if node.can_repeat:
-            stock = stock_of(self.info, placement, self.resources, is_native(self.spec.engine))
-            view = first_view(self.spec.nodes, node.session)
-            self._survival = Survival(self, view, stock, timing, _new_session, self._on_notice)
+        self._terms = Terms(
+            setup, placement, isa, node.exchange.choice.figures, mine, self.spec.engine.schedule
+        )
         told = [shard.notices, *(message.notices for message in ready.values())]
         return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
 
     def listeners(self) -> list[tuple[str, list[int]]]:
         """The address and the ports at which each node listens for the others, by rank."""
         found = [(each.host, [each.data_port, each.control_port]) for each in self.endpoints]
-        found[0][1].insert(0, self._bus.port)
+        found[0][1].insert(0, self.bus.port)
         return found
 
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
-        self._bus.broadcast(Cache(blocks))
+        self.bus.broadcast(Cache(blocks))
+        if self.node.can_repeat:
+            placement, mapped = self.node.placement, is_native(self.spec.engine)
+            assert placement is not None and self._terms is not None
+            stock = stock_of(self.info, placement, self.resources, mapped)
+            view = first_view(self.spec.nodes, self.node.session)
+            returns = Returns(self._terms, blocks)
+            self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
         """Have every node that has caches read a prompt cache into `places`, as Node does.
@@ -163,7 +167,7 @@ class Leader(Crew):
         Raises InputError, naming the node, for one that cannot.
         """
         if self.spec.engine.schedule == "decentralized":
-            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(places)))
+            self.bus.broadcast(LoadPrefix(str(path), digest, tuple(places)), self.workers)
         self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
             wait = partial(self.collect, Loaded, "has not read the prompt cache")
@@ -183,45 +187,24 @@ class Leader(Crew):
 
     def hear(self) -> None:
         """As Crew's. With a Survival, the loss of a worker is told to it, and not raised."""
-        survival = self._survival
-        if survival is None:
+        if self._survival is not None:
+            self._survival.hear()
+        else:
             super().hear()
-            return
-        try:
-            heard = self._bus.hear()
-        except PeerError as lost:
-            survival.gone(lost.rank, lost.reason)
-            return
-        halted = False
-        for rank, message in heard:
-            try:
-                if isinstance(message, Failed) and message.lost is not None:
-                    survival.gone(rank, f"lost its leader: {message.error}")
-                elif isinstance(message, Failed):
-                    raise error_of(rank, message)
-                elif isinstance(message, (Suspect, Halted, Opened, Adopted)):
-                    survival.heard(rank, message)
-                else:
-                    self._take(rank, message)
-            except Interrupted:
-                halted = True
-        if halted:
-            raise Interrupted
 
-    def _take(self, rank: int, message: Message) -> None:
+    def take(self, rank: int, message: Message) -> None:
+        """As Crew's."""
         if isinstance(message, Loading):
             self._progress(rank, message.done, message.total)
         else:
-            super()._take(rank, message)
+            super().take(rank, message)
 
-    def _check_processes(self) -> None:
-        if self._survival is None:
-            super()._check_processes()
-            return
-        for process in list(self._processes):
-            if process.exit_code() is not None:
-                self.hear()  # its own words, if it sent them, say more
-                self._survival.gone(process.rank, process.ending())
+    def check_processes(self) -> None:
+        """As Crew's, and as hear()."""
+        if self._survival is not None:
+            self._survival.check_processes()
+        else:
+            super().check_processes()
 
     def watch(self) -> None:
         """As Crew's; and serve peers between exchanges. Goes on without those that are lost."""
@@ -231,42 +214,20 @@ class Leader(Crew):
             self._look()
 
     def _listen_in_step(self) -> None:
-        self._check_processes()
+        self.check_processes()
         self.hear()
 
     def _look(self) -> None:
-        self._check_processes()
+        self.check_processes()
         self.node.service()
         self.hear()
 
-    # ---- what a Survival asks of its crew ----------------------------------------------
-
-    def listen(self, timeout: float) -> None:
-        """See zmoe.cluster.survival.Crew."""
-        self._bus.wait(timeout)
-        self._listen_in_step()
-
-    def tell(self, rank: int, message: FromLeader) -> None:
-        """See zmoe.cluster.survival.Crew."""
-        with suppress(PeerError):  # it is noticed elsewhere
-            self._bus.broadcast(message, (rank,))
-
-    def let_go(self, rank: int, reason: str) -> None:
-        """See zmoe.cluster.survival.Crew."""
-        self._bus.give_up(rank, f"node {rank} is no longer part of the run: {reason}")
-        self._workers.remove(rank)
-        ours = [process for process in self._processes if process.rank == rank]
-        self._processes = [process for process in self._processes if process.rank != rank]
-        for process in ours:
-            process.kill()
-        end_all(ours)
+    # ---- running --------------------------------------------------------------
 
     def once(self, plan: Plan) -> Floats | None:
-        """See zmoe.cluster.survival.Crew."""
+        """Run a step on all ranks, of which one may be lost: PeerError is raised then."""
         self._send(plan)
         return self.node.run(plan)
-
-    # ---- running --------------------------------------------------------------
 
     def run(self, plan: Plan) -> Floats | None:
         """Run a step on all ranks; the argument and the result are those of Node.run.
@@ -291,8 +252,8 @@ class Leader(Crew):
         return named
 
     def _send(self, plan: Plan) -> None:
-        self._step = self._bus.step = plan.step
-        self._bus.broadcast(Step(plan))
+        self._step = self.bus.step = plan.step
+        self.bus.broadcast(Step(plan), self.workers)
         self.hear()
 
     @contextmanager
@@ -321,8 +282,26 @@ class Leader(Crew):
         return [peak_memory(), *others]
 
     def _ask_memory(self) -> dict[int, Memory]:
-        self._bus.broadcast(AskMemory())
+        self.bus.broadcast(AskMemory(), self.workers)
         return self.collect(Memory, "did not tell its memory", self.spec.timing.join)
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """Which node computes the share of each rank."""
+        return (
+            tuple(range(self.spec.nodes)) if self._survival is None else self._survival.view.hosts
+        )
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether a node that was lost waits to be admitted."""
+        return self._survival is not None and self._survival.has_returned
+
+    def admit(self) -> bool:
+        """Let nodes in that have returned, if none is lost meanwhile; whether all caches of all
+        nodes are empty now.
+        """
+        return self._survival is not None and self._survival.admit()
 
     def _undisturbed(self, part: Callable[[], T]) -> T:
         return part() if self._survival is None else self._survival.undisturbed(part)

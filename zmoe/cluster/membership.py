@@ -19,7 +19,10 @@ class Halted(Exception):
 
 def open_view(node: Node, view: ClusterView) -> Listeners:
     """Leave the exchange, undo what follows the view's base, and listen for the view's nodes."""
-    node.undo(view.base)
+    if view.fresh:
+        node.forget()
+    else:
+        node.undo(view.base)
     endpoints = node.host(view.session, view.shards_of(node.rank))
     return tuple(endpoints[shard] for shard in sorted(endpoints))
 

@@ -45,6 +45,10 @@ def _public_key(value: str) -> str:
     return "" if not value or is_key(value) else f"is {value[:60]!r}: not a public key"
 
 
+def _four_or_none(value: tuple[float, ...]) -> str:
+    return "" if len(value) in (0, 4) else f"has {len(value)} items: not 4, nor none"
+
+
 Size = Annotated[int, between(0, 2**60)]  # bytes
 Counter = Annotated[int, between(0, 2**32 - 1)]
 Session = Annotated[int, between(0, 2**63 - 1)]
@@ -158,6 +162,19 @@ class Endpoints:
 
     isa: Word
     nodes: Annotated[tuple[Listener, ...], items(2, 64)]
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Leader to worker, instead of Place and Endpoints: the others run already. Load, have caches
+    of so many blocks, say Ready, and wait for the view in which you are. `figures`: what is known
+    of the links, as zmoe.exchange.algorithm.Choice has it.
+    """
+
+    placement: Placement
+    isa: Word
+    blocks: Annotated[int, between(1, 2**31 - 1)]
+    figures: Annotated[tuple[float, ...], _four_or_none]
 
 
 @dataclass(frozen=True)
@@ -275,6 +292,7 @@ Message = (
     | Hello
     | Place
     | Endpoints
+    | Enter
     | Loading
     | Ready
     | Cache

@@ -27,6 +27,7 @@ from zmoe.engine.engine import make_engine
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
+from zmoe.exchange.algorithm import Line
 from zmoe.exchange.base import nothing
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
 from zmoe.exchange.hosting import HostingExchange
@@ -159,7 +160,7 @@ class Node:
         """
         assert self.exchange is not None
         self.exchange.connect(endpoints, self._timing.join, tick)
-        if not self.exchange.choice.has_learnt:
+        if not self.exchange.choice.figures:
             self.exchange.calibrate()
         self._connected = True
 
@@ -197,10 +198,21 @@ class Node:
             owned = [Ownership(self.placement, m, shard, policy) for m in layers]
             guest.hold(self._adopted[shard], owned)
 
+    def learn(self, figures: Sequence[float]) -> None:
+        """What the other nodes have measured of the links, as Choice.figures; none: nothing."""
+        assert self.exchange is not None
+        if figures:
+            self.exchange.choice.learn(Line(*figures[:2]), Line(*figures[2:]))
+
     def undo(self, last: int) -> None:
         """Go back to where step `last` ended. Raises ZmoeError where that is too long ago."""
         assert isinstance(self.engine, PagedEngine)
         self.engine.undo(last)
+
+    def forget(self) -> None:
+        """End all sequences."""
+        assert isinstance(self.engine, PagedEngine)
+        self.engine.forget()
 
     def service(self) -> None:
         """Between exchanges: serve peers, watch their links. Raises PeerError for a lost one."""

@@ -78,11 +78,11 @@ class ProgramLeader(Crew):
         timing = self.spec.timing
         self.launch()
         self.collect_joins()
-        self._bus.broadcast(Program(self.spec.nodes, timing, self.spec.port_range))
+        self.bus.broadcast(Program(self.spec.nodes, timing, self.spec.port_range))
         told = self.collect(Listening, "has not said where it listens", timing.join)
         nodes = (self.exchange.endpoint, *(message.endpoint for message in told.values()))
         self._has_begun = True
-        self._bus.broadcast(Endpoints("", nodes))
+        self.bus.broadcast(Endpoints("", nodes))
         self.exchange.tick = self.watch
         self.exchange.connect(nodes, timing.join, self.watch)
         self.exchange.calibrate()

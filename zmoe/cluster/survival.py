@@ -7,15 +7,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
 from zmoe.batch.plan import Plan
+from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.crew import error_of
+from zmoe.cluster.launch import NodeProcess, end_all
 from zmoe.cluster.membership import Halted, join_view, open_view
+from zmoe.cluster.messages import Failed, Loading, Message
 from zmoe.cluster.node import Node
+from zmoe.cluster.returning import Restarts, Returns
+from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
 from zmoe.engine.base import Floats
-from zmoe.errors import PeerError
+from zmoe.errors import PeerError, ZmoeError
 from zmoe.recovery.actions import (
     Connect,
     Evict,
@@ -30,7 +37,7 @@ from zmoe.recovery.actions import (
 )
 from zmoe.recovery.adopt import Stock
 from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
-from zmoe.recovery.messages import FromLeader, FromNode
+from zmoe.recovery.messages import FromNode
 from zmoe.recovery.view import ClusterView
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
@@ -38,21 +45,21 @@ _SPARE_S = 10.0  # that nodes wait longer for the leader than it waits for them
 T = TypeVar("T")
 
 
-class LeaderLike(Protocol):
-    """What a Survival acts by."""
+class Leading(Protocol):
+    """What a Survival acts by: the leader."""
 
     node: Node
+    bus: LeaderBus
+    spec: ClusterSpec
+    workers: list[int]  # those that take part
+    processes: list[NodeProcess]
 
-    def listen(self, timeout: float) -> None:
-        """Wait for what workers say and for the ends of their processes, and tell the Survival."""
+    def take(self, rank: int, message: Message) -> None:
+        """A message that has nothing to do with losses."""
         ...
 
-    def tell(self, rank: int, message: FromLeader) -> None:
-        """Send `message` to a worker, which may be gone."""
-        ...
-
-    def let_go(self, rank: int, reason: str) -> None:
-        """End the process of a worker, if it is ours, and hear it no more."""
+    def start_worker(self, rank: int) -> None:
+        """Start the process of a worker again."""
         ...
 
     def once(self, plan: Plan) -> Floats | None:
@@ -70,16 +77,19 @@ class Survival:
 
     def __init__(
         self,
-        leader: LeaderLike,
+        leader: Leading,
         view: ClusterView,
         stock: Stock,
-        timing: Timing,
+        returns: Returns,
         new_session: Callable[[], int],
         on_notice: Callable[[str], None],
     ) -> None:
         """`view`: the one in which the run begins, of which `stock` tells."""
         self._leader, self._on_notice = leader, on_notice
-        self._machine = LeaderRecovery(view, stock, patience_of(timing), new_session, rewinds=True)
+        patience = patience_of(leader.spec.timing)
+        self._machine = LeaderRecovery(view, stock, patience, new_session, rewinds=True)
+        self._stock, self._returns = stock, returns
+        self._restarts = Restarts(leader.start_worker, on_notice)
         self._actions: deque[LeaderAction] = deque()
         self._may_be_halted = False
 
@@ -88,14 +98,80 @@ class Survival:
         """Who is alive, and who hosts what."""
         return self._machine.view
 
+    @property
+    def has_returned(self) -> bool:
+        """Whether a node waits to be admitted."""
+        return bool(self._machine.waiting_to_enter)
+
     # ---- what happens ----------------------------------------------------------------
 
-    def heard(self, rank: int, message: FromNode) -> None:
-        """A worker has said so. Raises Halted where that ends what is under way."""
-        self._take(self._machine.receive(rank, message, time.monotonic()))
+    def hear(self) -> None:
+        """Handle what workers have said. Raises Halted where that ends what is under way, and
+        what a worker has failed with.
+        """
+        try:
+            heard = self._leader.bus.hear()
+        except PeerError as lost:
+            self._gone(lost.rank, lost.reason)
+            return
+        halted = False
+        for rank, message in heard:
+            try:
+                self._handle(rank, message)
+            except Halted:
+                halted = True
+        if halted:
+            raise Halted
 
-    def gone(self, rank: int, reason: str) -> None:
-        """A worker's process has ended, or its link with the leader. May raise Halted."""
+    def _handle(self, rank: int, message: Message) -> None:
+        if rank not in self._leader.workers:
+            self._handle_outsider(rank, message)
+        elif isinstance(message, Failed) and message.lost is not None:
+            self._gone(rank, f"lost its leader: {message.error}")
+        elif isinstance(message, Failed):
+            raise error_of(rank, message)
+        elif isinstance(message, FromNode):
+            self._take(self._machine.receive(rank, message, time.monotonic()))
+        else:
+            self._leader.take(rank, message)
+
+    def _handle_outsider(self, rank: int, message: Message) -> None:
+        """What a node says that is on its way back, or in the first view that has it."""
+        if isinstance(message, FromNode):
+            self._take(self._machine.receive(rank, message, time.monotonic()))
+        elif isinstance(message, Failed):
+            self._refuse(rank, f"node {rank} could not come back: {message.error}")
+        elif not isinstance(message, Loading):
+            try:
+                answer = self._returns.answer(rank, message)
+            except ZmoeError as error:
+                self._refuse(rank, str(error))
+                return
+            if answer is not None:
+                self._tell(rank, answer)
+            elif rank not in self._machine.waiting_to_enter:
+                self._machine.returned(rank, self._stock.holdings[rank])
+
+    def _refuse(self, rank: int, reason: str) -> None:
+        self._on_notice(reason)
+        self._leader.bus.give_up(rank, reason)
+        self._take(self._machine.ended(rank, reason, time.monotonic()))
+
+    def check_processes(self) -> None:
+        """Handle the ends of processes, as hear(); and start again those that are due."""
+        for process in list(self._leader.processes):
+            if process.exit_code() is not None:
+                with suppress(Halted):
+                    self.hear()  # its own words, if it sent them, say more
+                self._end_process(process.rank)
+                self._gone(process.rank, process.ending())
+        self._restarts.start()
+
+    def _gone(self, rank: int, reason: str) -> None:
+        """A worker's process has ended, or its link with the leader."""
+        if rank not in self._leader.workers:  # it was on its way back
+            self._leader.bus.give_up(rank, f"node {rank} {reason}")
+            self._end_process(rank)
         self._take(self._machine.ended(rank, reason, time.monotonic()))
 
     def _lost(self, lost: PeerError) -> None:
@@ -116,7 +192,7 @@ class Survival:
     def run(self, plan: Plan) -> Floats | None:
         """Run a step, whatever nodes are lost meanwhile: the logits that Node.run gives.
 
-        Raises what LeaderLike.once() does but PeerError, and ZmoeError where the run cannot go on.
+        Raises what Leading.once() does but PeerError, and ZmoeError where the run cannot go on.
         """
         self.settle()
         self._machine.begin(plan)
@@ -164,14 +240,14 @@ class Survival:
         """Carry out what is due, or wait for the nodes; the logits of steps that were repeated."""
         found: list[Floats | None] = []
         if not self._actions:
-            self._leader.listen(_SLICE_S)
+            self._listen(_SLICE_S)
             self._take(self._machine.tick(time.monotonic()))
             return found
         action = self._actions.popleft()
         if isinstance(action, Send):
-            self._leader.tell(action.rank, action.message)
+            self._tell(action.rank, action.message)
         elif isinstance(action, Evict):
-            self._leader.let_go(action.rank, action.reason)
+            self._let_go(action.rank, action.reason)
             self._on_notice(f"node {action.rank} {action.reason}")
         elif isinstance(action, Notice):
             self._on_notice(action.text)
@@ -186,14 +262,55 @@ class Survival:
                 if not self._attempt(partial(self._step, plan, found)):
                     break
         elif isinstance(action, Resume):
-            self._on_notice(_who_hosts_what(action.view))
+            self._resume(action.view)
         elif isinstance(action, GiveUp):
             raise action.error
         return found
 
+    def _listen(self, timeout: float) -> None:
+        self._leader.bus.wait(timeout)
+        self.check_processes()
+        self.hear()
+
+    def _tell(self, rank: int, message: Message) -> None:
+        with suppress(PeerError):  # which is noticed elsewhere
+            self._leader.bus.broadcast(message, (rank,))
+
+    def _let_go(self, rank: int, reason: str) -> None:
+        self._leader.bus.give_up(rank, f"node {rank} is no longer part of the run: {reason}")
+        if rank in self._leader.workers:
+            self._leader.workers.remove(rank)
+        self._end_process(rank)
+
+    def _end_process(self, rank: int) -> None:
+        """End the process of a worker, if this leader has started it; another one comes later."""
+        leader = self._leader
+        ours = [process for process in leader.processes if process.rank == rank]
+        leader.processes = [process for process in leader.processes if process.rank != rank]
+        for process in ours:
+            process.kill()
+            self._restarts.ended(rank)
+        end_all(ours)
+
+    def _resume(self, view: ClusterView) -> None:
+        for rank in set(view.nodes) - {0, *self._leader.workers}:
+            self._restarts.entered(rank)
+            self._on_notice(f"node {rank} is back")
+        self._leader.workers = list(view.nodes[1:])
+        self._on_notice(_who_hosts_what(view))
+
+    def admit(self) -> bool:
+        """Let the nodes in that have returned. Whether all caches are empty now: a new node has
+        none of their contents.
+        """
+        self.settle()
+        self._take(self._machine.admit(time.monotonic()))
+        self.settle()
+        return self.view.fresh
+
     def _connect(self, action: Connect) -> None:
         view = action.view
-        join_view(self._leader.node, view, action.endpoints, partial(self._leader.listen, 0))
+        join_view(self._leader.node, view, action.endpoints, partial(self._listen, 0))
         self._actions += self._machine.adopted(view.epoch, time.monotonic())
 
 

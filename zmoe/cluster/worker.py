@@ -21,6 +21,7 @@ from zmoe.cluster.messages import (
     AskMemory,
     Cache,
     Endpoints,
+    Enter,
     Loaded,
     Loading,
     LoadPrefix,
@@ -37,6 +38,7 @@ from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.cluster.survival import patience_of
+from zmoe.config import Timing
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.base import nothing
 from zmoe.exchange.keys import is_loopback
@@ -110,22 +112,38 @@ class Worker(Member):
         )
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
-        place, endpoints = self.expect(Place, patience), self.expect(Endpoints, timing.join)
-        if place is None or endpoints is None:
-            raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
-        node.place(place.placement)
-        node.use_isa(endpoints.isa)
-        node.connect(endpoints.nodes, self._listen)
+        told = self._bus.receive(patience)
+        if isinstance(told, Enter):
+            node.place(told.placement)
+            node.use_isa(told.isa)
+            node.learn(told.figures)
+        else:
+            self._meet(node, told, timing)
         share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
         assert node.placement is not None
         notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
+        if isinstance(told, Enter):
+            node.make_cache(told.blocks)
         if node.can_repeat:
             assert node.exchange is not None
             node.exchange.tick = self._listen_in_step
-            view = first_view(node.nodes, node.session)
+            view = None if isinstance(told, Enter) else first_view(node.nodes, node.session)
             self._recovery = NodeRecovery(node.rank, view, patience_of(timing).silence)
         self._bus.send(Ready(seconds, node.placement.digest, notices))
         return node
+
+    def _meet(self, node: Node, told: Message | None, timing: Timing) -> None:
+        """Connect with the other nodes, which begin as we do."""
+        if isinstance(told, Stop):
+            raise self.stopped(told.error or "too early")
+        if told is not None and not isinstance(told, Place):
+            raise self.unexpected(told)
+        endpoints = self.expect(Endpoints, timing.join)
+        if told is None or endpoints is None:
+            raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
+        node.place(told.placement)
+        node.use_isa(endpoints.isa)
+        node.connect(endpoints.nodes, self._listen)
 
     def _listen(self) -> None:
         """While busy with something else: notice a leader that is gone or says stop."""

@@ -127,6 +127,11 @@ class PagedEngine:
             if step > last + 1 and not self._before:
                 raise ZmoeError(f"step {last} is too long ago to be gone back to")
 
+    def forget(self) -> None:
+        """End all sequences; the blocks stay."""
+        self._sequences = {}
+        self._before.clear()
+
     def _checked(self, plan: Plan) -> dict[int, _Sequence]:
         """The sequences as `plan` leaves them; raises ZmoeError for what cannot be."""
         named = [*plan.blocks, *chain(*plan.copies)]

@@ -75,9 +75,9 @@ class Choice:
         self._lines: tuple[Line, Line] | None = None
 
     @property
-    def has_learnt(self) -> bool:
-        """Whether there are figures to go by."""
-        return self._lines is not None
+    def figures(self) -> tuple[float, ...]:
+        """What was learnt, as numbers: start and slope of both lines; empty for nothing."""
+        return tuple(n for line in self._lines or () for n in (line.start, line.per_byte))
 
     def algorithm(self, size: int) -> Algorithm:
         """The algorithm for a payload of `size` bytes."""
