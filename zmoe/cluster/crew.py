@@ -208,7 +208,7 @@ class Crew:
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that this leader started."""
-        return [process.pid for process in self.processes]
+        return [process.pid for process in sorted(self.processes, key=lambda each: each.rank)]
 
     # ---- ending ---------------------------------------------------------------
 
