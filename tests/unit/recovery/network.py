@@ -513,7 +513,7 @@ class Network:
                 self.unlinked.add(host)
                 self.at(3.0, self.leader, partial(self.leader.hear_end, host))
                 self.at(3.0, host, partial(self.kill, host, True))  # as a node without a leader
-            elif fault.kind == "come back" and not host.alive and host is not self.leader:
+            elif fault.kind == "come back" and not host.alive and self.leader.alive:
                 self.start_again(fault.node)
 
     def kill(self, host: Host, silent: bool) -> None:
