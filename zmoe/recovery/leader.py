@@ -54,7 +54,7 @@ class Patience:
 
     def __post_init__(self) -> None:
         longest = max(self.quiesce, self.open, self.adopt)
-        if min(self.quiesce, self.open, self.adopt) <= 0 or self.silence <= longest:
+        if self.silence <= longest:
             raise SettingError(
                 "silence", f"is {self.silence:g} s: expected more than the leader's {longest:g} s"
             )
@@ -183,9 +183,10 @@ class LeaderRecovery:
     def returned(self, rank: int, holding: Holding) -> None:
         """Node `rank`, which was out, is back, has loaded its weights, and waits for a view.
 
-        Raises ZmoeError for a rank that never was one of the run's, or still is.
+        Raises ZmoeError for a rank that never was one of the run's, or still is; ended() of its
+        last process comes first.
         """
-        if rank not in self._home or rank in self._nodes:
+        if rank not in self._home or rank in self._nodes | self._entering | self._returned:
             raise ZmoeError(f"node {rank} cannot return: it is none of those that are out")
         holdings = {**self._stock.holdings, rank: holding}
         self._stock = replace(self._stock, holdings=holdings)

@@ -147,7 +147,8 @@ class Host:
         self.cache, self.opened = keeps, view
         self.frames.clear()
         self.greeted.clear()
-        self.later(self.network.short(), partial(self.is_open, view))
+        # Neither this nor adopting can be interrupted, so their ends may come late.
+        self.network.at(self.network.short(), self, partial(self.is_open, view))
 
     def is_open(self, view: ClusterView) -> None:
         self.do(self.machine.opened(view.epoch, (self.rank, view.session), self.network.now))
@@ -170,7 +171,7 @@ class Host:
         if self.connecting and self.greeted | {self.rank} == set(view.nodes):
             self.work += 1
             self.connecting = False
-            self.later(self.network.short() * 20, partial(self.adopted, view))
+            self.network.at(self.network.short() * 20, self, partial(self.adopted, view))
 
     def miss_greeting(self) -> None:
         view = self.opened
@@ -513,7 +514,7 @@ class Network:
                 self.unlinked.add(host)
                 self.at(3.0, self.leader, partial(self.leader.hear_end, host))
                 self.at(3.0, host, partial(self.kill, host, True))  # as a node without a leader
-            elif fault.kind == "come back" and not host.alive and host is not self.leader:
+            elif fault.kind == "come back" and not host.alive and self.leader.alive:
                 self.start_again(fault.node)
 
     def kill(self, host: Host, silent: bool) -> None:

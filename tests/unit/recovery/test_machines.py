@@ -34,11 +34,11 @@ def check(network: Network) -> None:
     leader = network.leader
     shards = network.shards
     assert leader.out == undisturbed(shards, len(leader.out))
-    if not leader.alive:
-        assert not any(host.alive for host in network.hosts.values())
-        return
     if leader.gave_up:
         assert not network.room and "no node has room for shard" in str(leader.error)
+        return
+    if not leader.alive:
+        assert not any(host.alive for host in network.hosts.values())
         return
     assert leader.machine.phase is Phase.RUNNING
     view = leader.machine.view

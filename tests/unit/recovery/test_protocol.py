@@ -144,6 +144,8 @@ def test_a_node_returns() -> None:
     with pytest.raises(ZmoeError, match="node 7 cannot return"):
         it.returned(7, Holding(5, {1: 10}, ()))
     it.returned(1, Holding(5, {1: 10}, ()))
+    with pytest.raises(ZmoeError, match="node 1 cannot return"):
+        it.returned(1, Holding(5, {1: 10}, ()))
     assert it.admit(0.3) == []  # after the recovery
     it.finish(2)
     assert it.waiting_to_enter == (1,)

@@ -50,5 +50,3 @@ def test_the_next_view() -> None:
 def test_a_node_waits_longest() -> None:
     with pytest.raises(SettingError, match="silence is 5 s: expected more than the leader's 5 s"):
         Patience(1.0, 2.0, 5.0, 5.0)
-    with pytest.raises(SettingError, match="expected"):
-        Patience(0.0, 2.0, 5.0, 6.0)
