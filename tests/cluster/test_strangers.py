@@ -32,7 +32,7 @@ def ports_of(cluster: Cluster) -> tuple[int, int, int]:
     assert leader is not None
     exchange = leader.node.exchange
     assert exchange is not None
-    return leader._bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
+    return leader.bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
 
 
 class Strangers(threading.Thread):
@@ -100,4 +100,4 @@ def test_strangers_change_nothing(cluster: Cluster) -> None:
     assert disturbed == calm
     leader = cluster._leader
     assert leader is not None
-    assert leader._bus.dropped > 0
+    assert leader.bus.dropped > 0

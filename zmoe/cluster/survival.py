@@ -41,6 +41,8 @@ from zmoe.recovery.messages import FromNode
 from zmoe.recovery.view import ClusterView
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
+# For a node to say that it has stopped: it hears that in an exchange, between two layers.
+_ANSWER_S = 15.0
 _SPARE_S = 10.0  # that nodes wait longer for the leader than it waits for them
 T = TypeVar("T")
 
@@ -69,7 +71,8 @@ class Leading(Protocol):
 
 def patience_of(timing: Timing) -> Patience:
     """The deadlines of a recovery in a run with these."""
-    return Patience(timing.peer, timing.peer, timing.load, max(timing.peer, timing.load) + _SPARE_S)
+    answer = min(timing.peer, _ANSWER_S)
+    return Patience(answer, answer, timing.load, max(answer, timing.load) + _SPARE_S)
 
 
 class Survival:

@@ -208,13 +208,14 @@ class Worker(Member):
         if not recovery.takes(plan.step):
             return
         self._bus.step = plan.step
-        with suppress(Halted):
-            try:
-                node.follow(plan)
-            except PeerError as lost:
-                self._lose(lost)
-            else:
-                recovery.finish(plan.step)
+        try:
+            node.follow(plan)
+        except PeerError as lost:
+            self._lose(lost)
+        except Halted:  # a step behind this one is dropped with it
+            self._early = deque(each for each in self._early if not isinstance(each, Step))
+        else:
+            recovery.finish(plan.step)
 
     def _lose(self, lost: PeerError) -> None:
         recovery = self._recovery
