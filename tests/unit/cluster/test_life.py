@@ -174,7 +174,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs() -> None:
 
 
 def test_a_lost_peer_ends_the_generations_of_all_threads() -> None:
-    with pair_of("native") as cluster:
+    with pair_of("mlx") as cluster:
         readers = [Reader(cluster) for _ in range(3)]
         assert all(reader.begun.wait(PATIENCE_S) for reader in readers)
         (pid,) = cluster.worker_pids()
