@@ -10,7 +10,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ from zmoe.engine.prompt import (
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
-from zmoe.loading import Skeleton, check_attention, describe
+from zmoe.loading import RECORDED, Skeleton, check_attention, describe, why_evaluated
 from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
@@ -100,14 +101,16 @@ class Cluster:
                 "max_kv_size",
                 f"is {window}: {self.info.model_type} has a cache of its own, which is no window",
             )
-        self._check_attention(folder)
+        heads = self._bytes_of_heads(folder, is_told=on_placement is not None)
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
         self._on_notice: OnNotice = on_notice or _LOG.warning
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        records = self.spec.record_usage
-        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement, records)
+        records, info = self.spec.record_usage, replace(self.info, head_bytes=heads)
+        evaluated = why_evaluated(info, self._skeleton.sites, engine, on_mlx=not is_native(engine))
+        evaluated = evaluated or (RECORDED if records else "")
+        self._resolver = PlacementResolver(request, info, count, engine, on_placement, evaluated)
         self._recorder = UsageRecorder(self.info) if records else None
         self._leader: Leader | None = None
         self._node: Node | None = None
@@ -123,15 +126,20 @@ class Cluster:
         self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
 
-    def _check_attention(self, folder: Path) -> None:
-        """Raise SettingError if it is to be cut, and cannot be."""
+    def _bytes_of_heads(self, folder: Path, is_told: bool) -> int:
+        """Bytes of the weights that sharded attention divides: 0 where it is not asked for, nor
+        the choice `is_told`. Raises SettingError if it is to be cut, and cannot be.
+        """
         engine, nodes = self.spec.engine, self.spec.nodes
-        if engine.attention == "replicated":
-            return
-        reason = "MLX does not compute" if is_native(engine) else "there is one node"
-        if is_native(engine) or nodes == 1:
+        can_be = not is_native(engine) and nodes > 1
+        if engine.attention == "sharded" and not can_be:
+            reason = "MLX does not compute" if is_native(engine) else "there is one node"
             raise SettingError("attention", f"is sharded: expected replicated, as {reason}")
-        check_attention(folder, nodes)
+        if engine.attention == "sharded":
+            return check_attention(folder, nodes)
+        with suppress(SettingError):
+            return check_attention(folder, nodes) if can_be and is_told else 0
+        return 0
 
     # ---- life -----------------------------------------------------------------
 

@@ -127,9 +127,20 @@ class Listening:
 
 @dataclass(frozen=True)
 class Ended:
-    """Worker to leader: my program has ended with this exit code."""
+    """Worker to leader: my program has ended with this exit code, after so many `collectives`;
+    again where MLX still calls some.
+    """
 
     code: Annotated[int, between(0, 255)]
+    collectives: Size
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Leader to worker: what Ended says with exit code 0, of the program of `rank`."""
+
+    rank: Rank
+    collectives: Size
 
 
 @dataclass(frozen=True)
@@ -289,6 +300,7 @@ Message = (
     | Program
     | Listening
     | Ended
+    | Finished
     | Hello
     | Place
     | Endpoints
