@@ -3,7 +3,8 @@
 What is for all goes over XPUB and SUB; what is for one rank, such as requests for
 lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
 limits are explicit: what a stranger can make a socket hold is bounded by its
-high-water mark and message size. With keys (zmoe.exchange.keys) no stranger gets that far.
+high-water mark and message size. A stranger gets as far as the handshake, in which it would have
+to show a key or the token of the session (zmoe.exchange.keys).
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ import zmq
 
 from zmoe import native
 from zmoe.errors import InputError
-from zmoe.exchange.keys import CURVE_BYTES, Authenticator, KeyPair, connect_with, listen_with
+from zmoe.exchange.keys import (
+    CURVE_BYTES,
+    Authenticator,
+    KeyPair,
+    connect_with,
+    connect_with_token,
+    listen_with,
+)
 
 _SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
+HANDSHAKE_MS = 5000
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
 SLOWEST_BYTES_PER_MS = 10_000  # of a link, as in csrc/exchange/resend.c
@@ -47,7 +56,7 @@ def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: in
     socket.setsockopt(zmq.RCVHWM, receive)
     socket.setsockopt(zmq.MAXMSGSIZE, message_bytes)
     socket.setsockopt(zmq.IPV6, 0)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
 
@@ -61,8 +70,8 @@ def heartbeat(socket: zmq.Socket[bytes], queued_bytes: int) -> None:
     HEARTBEAT_TIMEOUT_MS and for as long as these bytes take. The peer learns the
     limit from each heartbeat. It must send none itself: when its high-water mark
     has stopped a connection that then breaks, the next heartbeat on it would abort
-    the process (libzmq's assertion "!_io_error"). A stranger who ends its flood with a
-    heartbeat of its own can still bring that about, until links are authenticated.
+    the process (libzmq's assertion "!_io_error"). Who floods a socket and ends that with a
+    heartbeat of its own can still bring that about, once it is past the handshake.
     """
     limit_ms = HEARTBEAT_TIMEOUT_MS + queued_bytes // SLOWEST_BYTES_PER_MS
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -96,7 +105,8 @@ _domains = itertools.count()
 class Sockets:
     """All sockets of one rank; `connect` adds those that lead to the peers.
 
-    With `keys` everything is encrypted, and only who has the key of a peer gets in.
+    With `keys` everything is encrypted, and only who has the key of a peer gets in; without,
+    only who knows the session.
     """
 
     def __init__(
@@ -109,7 +119,7 @@ class Sockets:
         keys: KeyPair | None = None,
     ) -> None:
         self._context, self._rank, self._session, self._keys = context, rank, session, keys
-        self._domain = f"exchange {next(_domains)}"
+        self._domain, self._token = f"exchange {next(_domains)}", f"{session:016x}"
         more = CURVE_BYTES if keys is not None else 0
         self._frame_bytes = frame_bytes = frame_bytes + more
         self.dealers: list[zmq.Socket[bytes] | None] = []
@@ -130,8 +140,10 @@ class Sockets:
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
             context.authenticator.open(self._domain)
-            for listener in (self.xpub, self.router):
-                listen_with(listener, keys, self._domain)
+        else:
+            context.authenticator.allow(self._domain, [self._token])
+        for listener in (self.xpub, self.router):
+            listen_with(listener, keys, self._domain)
 
     def bind(
         self, host: str, data_port: int, control_port: int, ports: Ports | None = None
@@ -174,6 +186,8 @@ class Sockets:
                 address = f"tcp://{peer.host}:{port}"
                 if self._keys is not None:
                     connect_with(socket, self._keys, peer.key)
+                else:
+                    connect_with_token(socket, self._token)
                 try:
                     socket.connect(address)
                 except zmq.ZMQError as problem:
@@ -186,8 +200,7 @@ class Sockets:
         for dealer in self.dealers:
             if dealer is not None and not dealer.closed:
                 dealer.disable_monitor()
-        if self._keys is not None:
-            self._context.authenticator.close(self._domain)
+        self._context.authenticator.close(self._domain)
         everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
         for socket in everything:
             if socket is not None:
