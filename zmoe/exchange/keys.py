@@ -63,7 +63,7 @@ def is_key(text: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`, an IPv4 address or a name."""
+    """Whether only this machine reaches `address`, an IP address or a name."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -31,8 +31,10 @@ HANDSHAKE_MS = 5000
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
 SLOWEST_BYTES_PER_MS = 10_000  # of a link, as in csrc/exchange/resend.c
+_LINGER_MS = 500  # and what the frames under way take
 _LONGEST_TTL_MS = 65_000  # libzmq has 16 bits for it
 Ports = tuple[int, int]  # the first and the last of a range
+_TRIES = 20  # two that are given any port at once may be given the same: one cannot listen then
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -196,15 +198,20 @@ class Sockets:
                     ) from problem
 
     def close(self) -> None:
-        """Close them all; idempotent, never blocks, drops what is unsent."""
+        """Close them all; idempotent, never blocks.
+
+        What is under way still goes out: a peer may need it though we have our sum. The context's
+        term() waits for that.
+        """
+        linger_ms = _LINGER_MS + len(self.dealers) * self._frame_bytes // SLOWEST_BYTES_PER_MS
         for dealer in self.dealers:
             if dealer is not None and not dealer.closed:
                 dealer.disable_monitor()
         self._context.authenticator.close(self._domain)
-        everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
-        for socket in everything:
+        self.sub.close(linger=0)  # which would wait for those that are gone
+        for socket in (self.xpub, self.router, *self.dealers, *self.monitors):
             if socket is not None:
-                socket.close(linger=0)
+                socket.close(linger_ms)
 
 
 def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = None) -> int:
@@ -212,7 +219,9 @@ def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = 
 
     Raises InputError naming what is in use.
     """
-    tried = range(ports[0], ports[1] + 1) if ports is not None and port == 0 else (port,)
+    tried: Sequence[int] = (port,) if port else (0,) * _TRIES
+    if ports is not None and port == 0:
+        tried = range(ports[0], ports[1] + 1)
     for each in tried:
         try:
             socket.bind(f"tcp://{host}:{each or '*'}")
@@ -222,6 +231,8 @@ def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = 
             continue
         bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(bound.rsplit(":", 1)[1])
-    if tried == (port,):
+    if port:
         raise InputError(f"cannot listen: port in use: {host}:{port} is taken by another process")
+    if ports is None:
+        raise InputError(f"cannot listen: {host} has no port free")
     raise InputError(f"cannot listen: {host} has no port free from {tried[0]} to {tried[-1]}")
