@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from tests.relay import Relay
+from tests.unit.cluster.control_fuzz import Fuzz
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.channel import Channel
 from zmoe.cluster.messages import (
@@ -319,3 +320,14 @@ def test_an_end_waits_until_its_last_words_are_heard(buses: Buses) -> None:
         relay.restore()
         assert taken(worker, leader) == Stop("")
         assert leader.finish(PATIENCE_S) == []
+
+
+def test_whatever_is_sent_is_taken_or_refused() -> None:
+    context = Context()
+    fuzz = Fuzz(context, 1)
+    fuzz.run(3000)
+    fuzz.close()
+    context.term()
+    for end in ("leader", "worker"):
+        for how in ("took", "dropped", "ended"):
+            assert fuzz.told[f"{end} {how}"] > 0
