@@ -185,8 +185,9 @@ class Crew:
         return dict(sorted(self._inbox.pop(kind).items()))
 
     def _refused(self) -> str:
-        """Whose keys were refused so far."""
-        refused = self._context.authenticator.refused if self.spec.encrypted else []
+        """Who was refused so far."""
+        checks = self.spec.encrypted or self._tokens
+        refused = self._context.authenticator.refused if checks else []
         return "".join(f"; refused {who}" for who in refused)
 
     def check_processes(self) -> None:
