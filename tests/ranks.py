@@ -69,6 +69,9 @@ class ThreadReducer:
     def sum_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         return dtype
 
+    def takes_whole(self, call: Call) -> bool:
+        return call.rows == 1
+
     def all_reduce(
         self,
         call: Call,

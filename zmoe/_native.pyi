@@ -188,30 +188,6 @@ class _Lib:
     def zmoe_norm_rows(
         self, team: CData, norm: CData, x: CData, rows: int, out: CData, out_dtype: int
     ) -> int: ...
-    def zmoe_attention_step(
-        self,
-        team: CData,
-        attention: CData,
-        cache: CData,
-        spans: CData,
-        n_spans: int,
-        cosines: CData,
-        sines: CData,
-        h: CData,
-        precision: int,
-    ) -> int: ...
-    def zmoe_latent_attention_step(
-        self,
-        team: CData,
-        attention: CData,
-        cache: CData,
-        spans: CData,
-        n_spans: int,
-        cosines: CData,
-        sines: CData,
-        h: CData,
-        precision: int,
-    ) -> int: ...
     def zmoe_latent_attention_scratch(self, attention: CData, threads: int) -> int: ...
     def zmoe_delta_step(
         self,
@@ -230,17 +206,6 @@ class _Lib:
     def zmoe_delta_scratch(self, net: CData, threads: int) -> int: ...
     def zmoe_kv_head_bytes(self, head_dim: int, dtype: int, bits: int) -> int: ...
     def zmoe_attention_scratch(self, attention: CData, threads: int) -> int: ...
-    def zmoe_route(
-        self,
-        team: CData,
-        router: CData,
-        h: CData,
-        rows: int,
-        x: CData,
-        x_dtype: int,
-        ids: CData,
-        weights: CData,
-    ) -> int: ...
     def zmoe_route_scratch(self, router: CData) -> int: ...
     def zmoe_own_pairs(
         self,
@@ -255,6 +220,25 @@ class _Lib:
         sorted: CData,
         out: CData,
     ) -> None: ...
+    def zmoe_mlp_output(
+        self, team: CData, mlp: CData, h: CData, rows: int, out: CData, precision: int
+    ) -> int: ...
+    def zmoe_mlp_scratch(self, mlp: CData) -> int: ...
+    def zmoe_moe_scratch(self, moe: CData) -> int: ...
+    def zmoe_chain(
+        self,
+        team: CData,
+        sublayers: CData,
+        count: int,
+        spans: CData,
+        n_spans: int,
+        h: CData,
+        rows: int,
+        extent: int,
+        routing: CData,
+        experts_ns: CData,
+        precision: int,
+    ) -> int: ...
     def zmoe_bench_read(self, team: CData, data: CData, size: int) -> int: ...
     def zmoe_bench_exchanges(
         self,

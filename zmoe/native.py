@@ -115,6 +115,15 @@ class RouteKind(IntEnum):
     SIGMOID_TOP_K = 2
 
 
+class Extent(IntEnum):
+    """How far a chain computes its last routed experts; zmoe_extent of csrc/kernels/decoder.h."""
+
+    ROUTE = 0
+    PAIRS = 1
+    SUM = 2
+    ALL = 3
+
+
 class Precision(IntEnum):
     """What becomes of x in quantised matmuls; zmoe_precision of csrc/kernels/compute.h."""
 

@@ -191,6 +191,10 @@ class NaiveReducer:
         """Outputs are sent in float32."""
         return dtype
 
+    def takes_whole(self, call: Call) -> bool:
+        """No: `dispatch` has the outputs computed."""
+        return False
+
     def dispatch(
         self,
         call: Call,

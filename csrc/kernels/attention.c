@@ -147,30 +147,13 @@ void zmoe_attend_run(zmoe_thread_pool *pool, zmoe_attend *job, zmoe_thread_fn *f
   zmoe_thread_pool_release(pool, mark);
 }
 
-struct addition {
-  const float *y;
-  float *h;
-  uint32_t rows;
-  size_t width;
-  zmoe_tasks tasks;
-};
-
-static void add_rows(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
-  (void)pool, (void)thread;
-  struct addition *job = argument;
-  for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
-    for (size_t i = r * job->width; i < (r + 1) * job->width; i++)
-      job->h[i] += job->y[i];
-}
-
 int zmoe_add_output(zmoe_thread_pool *pool, const zmoe_weight *output, const void *x,
                     zmoe_dtype dtype, uint32_t rows, float *y, float *h, zmoe_precision precision) {
   void *ys[] = {y};
   const size_t strides[] = {output->out_features};
   int status = zmoe_linear(pool, &output, 1, x, dtype, rows, ys, strides, ZMOE_F32, precision);
-  struct addition job = {.y = y, .h = h, .rows = rows, .width = output->out_features};
   if (status == ZMOE_OK)
-    zmoe_run_rows(pool, add_rows, &job, rows);
+    zmoe_add_rows(pool, y, rows, output->out_features, h);
   return status;
 }
 

@@ -200,4 +200,75 @@ void zmoe_own_pairs(const int32_t *ids, const float *weights, uint32_t rows, uin
                     const int32_t *local, uint32_t experts, const uint64_t *ranks, uint32_t rank,
                     int32_t *sorted, zmoe_pairs *out);
 
+/* ---- feed-forward networks ------------------------------------------------------------ */
+
+/* A dense network, or a shared expert: an expert to which every row goes. */
+typedef struct zmoe_mlp {
+  zmoe_norm input;                 /* of h */
+  const zmoe_expert_layer *expert; /* of one expert */
+  const zmoe_router *weight;       /* of one expert: its weight multiplies the output; or NULL */
+  uint32_t dtype;                  /* zmoe_dtype of what goes into matmuls */
+} zmoe_mlp;
+
+/* out (rows, width) = mlp(norm(h)), f32; not in place. */
+int zmoe_mlp_output(zmoe_thread_pool *pool, const zmoe_mlp *mlp, const float *h, uint32_t rows,
+                    float *out, zmoe_precision precision);
+size_t zmoe_mlp_scratch(const zmoe_mlp *mlp);
+
+/* A router with what this node owns of its experts. */
+typedef struct zmoe_moe {
+  const zmoe_router *router;
+  const zmoe_expert_layer *experts; /* this node's own */
+  const int32_t *local;             /* (n_experts): see zmoe_own_pairs */
+  uint32_t n_experts;
+  const zmoe_mlp *shared; /* what is added beside the experts; or NULL */
+  uint32_t dtype;         /* zmoe_dtype of what goes into the experts */
+} zmoe_moe;
+
+/* A routing of some rows, in memory of the caller. */
+typedef struct zmoe_routing {
+  void *x;      /* (rows, width) of the zmoe_moe's dtype = norm(h) */
+  int32_t *ids; /* (rows, top_k), as are the next two: see zmoe_route */
+  float *weights;
+  int32_t *sorted;   /* working memory */
+  zmoe_pairs *pairs; /* this node's own */
+  float *sum;        /* (rows, width): the pairs' weighted outputs; what no pair adds to is 0 */
+} zmoe_routing;
+
+/* How far the last sublayer of a chain goes, if it is a zmoe_moe. */
+typedef enum zmoe_extent {
+  ZMOE_EXTENT_ROUTE = 0, /* x, ids and weights of the routing */
+  ZMOE_EXTENT_PAIRS = 1, /* and its pairs */
+  ZMOE_EXTENT_SUM = 2,   /* and their sum */
+  ZMOE_EXTENT_ALL = 3,   /* all is added to h, and the routing is not used */
+} zmoe_extent;
+
+/* ---- chains ----------------------------------------------------------------------- */
+
+/* Angles by position: (positions, rope_dims / 2) each; see zmoe_attention_step. */
+typedef struct zmoe_rope {
+  const float *cosines, *sines;
+  uint32_t positions;
+} zmoe_rope;
+
+/* A part of a decoder layer, h += part(norm(h)): one of the first four, the others being NULL. */
+typedef struct zmoe_sublayer {
+  const zmoe_attention *attention;
+  const zmoe_latent_attention *latent;
+  const zmoe_mlp *mlp;
+  const zmoe_moe *moe;
+  const zmoe_kv_cache *cache; /* of either attention */
+  const zmoe_rope *rope;
+} zmoe_sublayer;
+
+/* Runs `count` sublayers one after the other on h (rows, width) f32, the rows being those of the
+ * spans where there is attention.  `experts_ns` grows by the nanoseconds that routed experts
+ * took.  ZMOE_EINVAL for what any sublayer refuses, for spans of other rows and for angles of too
+ * few positions: h is then what the sublayers before have made of it. */
+int zmoe_chain(zmoe_thread_pool *pool, const zmoe_sublayer *sublayers, uint32_t count,
+               const zmoe_span *spans, uint32_t n_spans, float *h, uint32_t rows,
+               zmoe_extent extent, zmoe_routing *routing, uint64_t *experts_ns,
+               zmoe_precision precision);
+size_t zmoe_moe_scratch(const zmoe_moe *moe);
+
 #endif

@@ -18,6 +18,9 @@ void zmoe_norm_all(zmoe_thread_pool *pool, const zmoe_norm *norm, uint32_t width
  * anything is written. */
 int zmoe_linear_has_room(zmoe_thread_pool *pool, uint32_t in_features);
 
+/* h (rows, width) += y, alike. */
+void zmoe_add_rows(zmoe_thread_pool *pool, const float *y, uint32_t rows, uint32_t width, float *h);
+
 /* Runs `fn` on the whole thread pool, or on the caller alone where there is too little
  * to share: waking helpers takes longer than a row. */
 static inline void zmoe_run_rows(zmoe_thread_pool *pool, zmoe_thread_fn *fn, void *job,

@@ -1,4 +1,4 @@
-/* Norms of rows, and what the calls of decoder.h share. */
+/* Norms and sums of rows, and what the calls of decoder.h share. */
 #include "layer.h"
 
 #include "decoder.h"
@@ -57,6 +57,28 @@ int zmoe_norm_rows(zmoe_thread_pool *pool, const zmoe_norm *norm, const float *x
     return ZMOE_EINVAL;
   zmoe_norm_all(pool, norm, norm->width, x, rows, out, out_dtype);
   return ZMOE_OK;
+}
+
+struct addition {
+  const float *y;
+  float *h;
+  uint32_t rows;
+  size_t width;
+  zmoe_tasks tasks;
+};
+
+static void add_rows(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
+  (void)pool, (void)thread;
+  struct addition *job = argument;
+  for (uint32_t r; (r = zmoe_take(&job->tasks)) < job->rows;)
+    for (size_t i = r * job->width; i < (r + 1) * job->width; i++)
+      job->h[i] += job->y[i];
+}
+
+void zmoe_add_rows(zmoe_thread_pool *pool, const float *y, uint32_t rows, uint32_t width,
+                   float *h) {
+  struct addition job = {.y = y, .h = h, .rows = rows, .width = width};
+  zmoe_run_rows(pool, add_rows, &job, rows);
 }
 
 int zmoe_linear_has_room(zmoe_thread_pool *pool, uint32_t in_features) {

@@ -229,6 +229,10 @@ class Exchange(Collective):
         """See zmoe.exchange.base.Reducer."""
         return mx.float32 if self.wire is Dtype.F32 else dtype
 
+    def takes_whole(self, call: Call) -> bool:
+        """See zmoe.exchange.base.Reducer."""
+        return len(self._bounds(call)) < 2
+
     def all_reduce(
         self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:

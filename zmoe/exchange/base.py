@@ -62,6 +62,12 @@ class Reducer(Protocol):
         """What to make partials and sums of, in a model of `dtype`: no narrower than it."""
         ...
 
+    def takes_whole(self, call: Call) -> bool:
+        """Whether nobody waits for `dispatch`, and a partial's function is called once, for all
+        rows: it may have computed them before.
+        """
+        ...
+
     def all_reduce(
         self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:

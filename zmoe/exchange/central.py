@@ -123,6 +123,10 @@ class CentralExchange(Exchange):
         if status != Status.OK:
             self._fail(status, call.layer)
 
+    def takes_whole(self, call: Call) -> bool:
+        """No: workers wait for `dispatch`."""
+        return False
+
     # ---- workers -----------------------------------------------------------------
 
     def receive(self, layer: int, width: int, local: Ints) -> DispatchBatch:

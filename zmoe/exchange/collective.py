@@ -134,9 +134,8 @@ class Collective:
         under way, which splits the call into micro-batches.
         """
         layer, rows, wire = call.layer, call.rows, self._wire_dtype(call)
-        size = wire.payload_bytes(rows, call.width)
-        algorithm = self.choice.algorithm(size)
-        bounds = self.choice.bounds(rows, size) if in_parts and rows > 1 else ()
+        algorithm = self.choice.algorithm(wire.payload_bytes(rows, call.width))
+        bounds = self._bounds(call) if in_parts else ()
         if len(bounds) < 2:
             data = source(0, rows)
             with self.spans.span("exchange"):
@@ -156,6 +155,14 @@ class Collective:
             overlap()
             for offset in at[-WINDOW:]:
                 self._collect(out, out_dtype, layer, offset)
+
+    def _bounds(self, call: Call) -> Sequence[tuple[int, int]]:
+        """The rows of each micro-batch, where `call` may be split."""
+        if call.rows == 1:
+            return ()
+        return self.choice.bounds(
+            call.rows, self._wire_dtype(call).payload_bytes(call.rows, call.width)
+        )
 
     def _wire_dtype(self, call: Call) -> Dtype:
         return DTYPES[call.dtype] if self.wire is None else self.wire

@@ -47,6 +47,10 @@ class SingleNode:
         """`dtype`: nothing travels."""
         return dtype
 
+    def takes_whole(self, call: Call) -> bool:
+        """Yes: there is nothing to overlap with."""
+        return True
+
     def all_reduce(
         self, call: Call, partial: Partial[mx.array], overlap: Callable[[], None] = nothing
     ) -> mx.array:

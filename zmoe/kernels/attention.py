@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, pointer, writable
-from zmoe.kernels.paged import PagedCache, PagedStep
+from zmoe.kernels.paged import PagedCache
 from zmoe.kernels.residual import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
@@ -57,47 +57,29 @@ class AttentionParts:
 
 
 class Attention:
-    """h += attention(norm(h)) of one layer, on the spans of the step.
+    """h += attention(norm(h)) of one layer: a Sublayer.
 
-    `run` is the kernels' call for the attention `raw`, whose own window is `window`.
+    `kind` is the field of zmoe_sublayer for what `described` is, whose own window is `window`.
     """
 
     def __init__(
         self,
-        run: Callable[..., int],
-        raw: CData,
+        kind: str,
+        described: CData,
         cache: PagedCache,
         rope_tables: RopeTables,
-        step: PagedStep,
-        pool: ThreadPool,
         window: int = 0,
     ) -> None:
-        self._run, self._raw, self.cache = run, raw, cache
-        self._rope, self._step, self._pool = rope_tables, step, pool
+        self._described, self.cache, self._rope = described, cache, rope_tables
         self._window = window
+        self.raw = ffi.new("zmoe_sublayer *")
+        setattr(self.raw, kind, described)
+        self.raw.cache, self.raw.rope = cache.raw, rope_tables.raw
 
     def limit(self, max_kv_size: int | None) -> None:
         """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
-        self._raw.window = self._window if max_kv_size is None else max_kv_size
-        self._raw.keep = 0 if max_kv_size is None else _KEPT
-
-    def __call__(self, h: CData) -> None:
-        """Change h (rows of the step, hidden_size) f32 in place. Raises ZmoeError."""
-        step = self._step
-        cosines, sines = self._rope.tables(step.end)
-        status = self._run(
-            self._pool.handle,
-            self._raw,
-            self.cache.raw,
-            step.raw,
-            step.count,
-            cosines,
-            sines,
-            h,
-            self._pool.precision,
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"attention failed: {Status(status).name}")
+        self._described.window = self._window if max_kv_size is None else max_kv_size
+        self._described.keep = 0 if max_kv_size is None else _KEPT
 
 
 def fill_norm(raw: CData, norm: Any, keep: list[Any]) -> None:
@@ -159,7 +141,6 @@ class NativeAttention(Attention):
         self,
         parts: AttentionParts,
         rope_tables: RopeTables,
-        step: PagedStep,
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
@@ -181,6 +162,5 @@ class NativeAttention(Attention):
             raw.sinks = ffi.from_buffer("float[]", sinks)
         raw.dtype = int(DTYPES[dtype])
         cache = PagedCache(parts.kv_heads, parts.head_dim, dtype)
-        run, window = lib.zmoe_attention_step, parts.window
-        super().__init__(run, raw, cache, rope_tables, step, pool, window)
+        super().__init__("attention", raw, cache, rope_tables, parts.window)
         pool.reserve(lib.zmoe_attention_scratch(raw, pool.threads))

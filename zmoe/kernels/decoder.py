@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from zmoe.errors import ZmoeError
+from zmoe.exchange.base import Call
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, writable
 from zmoe.kernels.attention import Attention, fill_norm
+from zmoe.kernels.chain import Chain, Sublayer
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.mlp import NativeMlp
 from zmoe.kernels.paged import PagedCache, PagedStep
@@ -26,8 +27,8 @@ from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
 from zmoe.moe.adapter import Adapter, Block, Routing
 from zmoe.moe.block import Layer, Routed, forward
-from zmoe.native import RouteKind, Status, ffi, lib
-from zmoe.placement.pairs import Floats, Ints
+from zmoe.native import Extent, RouteKind, ffi, lib
+from zmoe.placement.pairs import Floats, Ints, no_experts
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -52,7 +53,7 @@ class RouterParts:
 
 
 class NativeMoE:
-    """h += experts(router(norm(h))), summed over the nodes."""
+    """h += experts(router(norm(h))), summed over the nodes: a Sublayer."""
 
     def __init__(
         self,
@@ -67,13 +68,31 @@ class NativeMoE:
         shared: NativeMlp | None = None,
     ) -> None:
         """`shared` is all that the block computes beside its routed experts; None: as the
-        adapter says, in MLX.
+        adapter says, in MLX. `norm` None: what h is given is normed already, and not added to.
         """
         self._block, self._adapter, self._layer, self._shared = block, adapter, layer, shared
-        self._experts, self._pool, self._dtype = experts, pool, buffers.dtype
-        self._top_k = router.top_k
+        self._experts, self._pool, self._buffers = experts, pool, buffers
+        self._top_k, own = router.top_k, layer.ownership
         self._keep: list[Any] = [router.gate]
-        raw = ffi.new("zmoe_router *")
+        self._router = ffi.new("zmoe_router *")
+        self._describe_router(norm, router)
+        pool.reserve(lib.zmoe_route_scratch(self._router))
+        described = ffi.new("zmoe_moe *")
+        described.router, described.experts = self._router, experts.raw
+        described.local, described.n_experts = own.local_pointer, own.experts
+        described.shared = ffi.NULL if shared is None else shared.described
+        described.dtype = int(DTYPES[buffers.dtype])
+        self._keep.append(described)
+        self.raw = ffi.new("zmoe_sublayer *")
+        self.raw.moe = described
+        in_c = norm is not None and (shared is not None or not adapter.has_shared)
+        self.is_whole = layer.reducer.nodes == 1 and own.is_fixed and in_c
+        if self.is_whole:
+            pool.reserve(lib.zmoe_moe_scratch(described))
+        self._chain = Chain([self], pool, spans=layer.spans)
+
+    def _describe_router(self, norm: Any, router: RouterParts) -> None:
+        raw = self._router
         fill_norm(raw.input, norm, self._keep)
         raw.gate = router.gate.array
         raw.kind, raw.top_k, raw.normalize = int(router.kind), router.top_k, router.normalize
@@ -82,66 +101,70 @@ class NativeMoE:
             bias = np.array(router.bias.astype(mx.float32))
             self._keep.append(bias)
             raw.bias = ffi.from_buffer("float[]", bias)
-        self._raw = raw
-        pool.reserve(lib.zmoe_route_scratch(raw))
-        self._buffers = buffers
+
+    def follow(self, sublayers: Sequence[Sublayer], step: PagedStep) -> None:
+        """Run `sublayers` before, on the spans of `step`."""
+        self._chain = Chain([*sublayers, self], self._pool, step, self._layer.spans)
 
     def __call__(self, h: Any, memory: Any) -> None:
-        """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
-        forward(self, self._layer, h, memory)
+        """Change h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
+        if self.is_whole:
+            self._chain(h, len(memory))
+        else:
+            forward(self, self._layer, h, memory)
 
     def route(self, h: CData, memory: Floats) -> Buffers:
         """See zmoe.moe.block.Backend."""
         rows, width = memory.shape
+        layer, own = self._layer, self._layer.ownership
         at = self._buffers.of(rows, width, self._top_k)
-        status = lib.zmoe_route(
-            self._pool.handle,
-            self._raw,
-            h,
-            rows,
-            at.x_pointer,
-            DTYPES[self._dtype],
-            at.ids_pointer,
-            at.weights_pointer,
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"routing failed: {Status(status).name}")
-        self._find_pairs(at, rows)
+        extent = Extent.ROUTE
+        if own.is_fixed:
+            call = Call(layer.ordinal, rows, width, layer.dtype, 0)
+            extent = Extent.SUM if layer.reducer.takes_whole(call) else Extent.PAIRS
+        self._chain(h, rows, extent, at.raw)
+        if own.is_fixed:
+            at.pad(no_experts())
+        else:
+            self._find_pairs(at, rows)
         at.digest, at.memory, at.h = int(at.pairs.digest), memory, h
+        at.has_sum = extent is Extent.SUM
         return at
 
     def _find_pairs(self, at: Buffers, rows: int) -> None:
         """What this node has to compute of the routing, and what it runs besides."""
         own = self._layer.ownership
         lib.zmoe_own_pairs(
-            at.ids_pointer,
-            at.weights_pointer,
+            at.raw.ids,
+            at.raw.weights,
             rows,
             self._top_k,
             own.local_pointer,
             own.experts,
             own.assign(at.ids),
             own.rank,
-            at.sorted_pointer,
+            at.raw.sorted,
             at.pairs,
         )
         at.pad(own.padding(at.ids, at.experts[: at.pairs.count]))
 
     def partial(self, routed: Buffers, start: int, stop: int) -> Floats | None:
         """See zmoe.moe.block.Backend."""
+        if routed.has_sum:
+            return routed.partial[: stop - start] if routed.pairs.count else None
         part = routed.between(start, stop)
         if part.pairs.count:
             with self._layer.spans.span("experts"):
-                self._experts.sum_pairs(part.x, self._dtype, part.rows, part.pairs, part.out)
+                self._experts.sum_pairs(part.x, routed.x_dtype, part.rows, part.pairs, part.out)
         return part.out[: stop - start] if part.assigned else None
 
     def shared(self, routed: Buffers) -> mx.array | Floats | None:
         """See zmoe.moe.block.Backend; evaluated."""
         if self._shared is not None:
-            return self._shared.output(routed.h, routed.rows)
+            return self._shared.output(routed.h, routed.beside)
         if not self._adapter.has_shared:
             return None
-        x = as_array(routed.x, self._dtype, (1, *routed.x.shape))
+        x = as_array(routed.x, routed.x_dtype, (1, *routed.x.shape))
         ids, weights = mx.array(routed.ids)[None], mx.array(routed.weights)[None]
         part = self._adapter.shared(self._block, x, Routing(x, ids, weights))
         if part is not None:
@@ -194,7 +217,9 @@ class _Memory:
     def __init__(self, rows: int, width: int, top_k: int, padding: int, dtype: mx.Dtype) -> None:
         self.rows, self.padding = rows, padding
         self.x = empty((rows + 1, width), dtype)
-        self.out, self.partial = (np.empty((rows + 1, width), np.float32) for _ in range(2))
+        self.out, self.partial, self.beside = (
+            np.empty((rows + 1, width), np.float32) for _ in range(3)
+        )
         self.ids, self.weights = (
             np.empty((rows, top_k), np.int32),
             np.empty((rows, top_k), np.float32),
@@ -217,18 +242,24 @@ class Buffers(Routed):
         x[rows] = 0
         super().__init__(x[:rows], dtype, memory.ids[:rows], memory.weights[:rows], 0, out)
         self.memory, self.h = out, ffi.NULL  # that of h, once there is a routing
-        self.partial = memory.partial[: rows + 1]
+        self.has_sum = False  # whether `partial` is there
+        self.partial, self.beside = memory.partial[: rows + 1], memory.beside[:rows]
         self.x_pointer = writable(x)
-        self.ids_pointer = ffi.from_buffer("int32_t[]", self.ids, require_writable=True)
-        self.weights_pointer = ffi.from_buffer("float[]", self.weights, require_writable=True)
         self._pair_rows, self._some_rows = memory.pair_rows, memory.some_rows
         self.experts, self._pair_weights = memory.experts, memory.pair_weights
-        self.sorted_pointer = ffi.from_buffer("int32_t[]", memory.order)
         self.pairs, self._some_pairs = ffi.new("zmoe_pairs *"), ffi.new("zmoe_pairs *")
         self.pairs.rows = ffi.from_buffer("int32_t[]", self._pair_rows)
         self.pairs.experts = ffi.from_buffer("int32_t[]", self.experts)
         self.pairs.weights = ffi.from_buffer("float[]", self._pair_weights)
         self._some_pairs.rows = ffi.from_buffer("int32_t[]", self._some_rows)
+        self.raw = ffi.new("zmoe_routing *")
+        self.raw.x, self.raw.sum = self.x_pointer, ffi.from_buffer("float[]", self.partial)
+        self.raw.ids, self.raw.weights = (
+            ffi.from_buffer("int32_t[]", self.ids),
+            ffi.from_buffer("float[]", self.weights),
+        )
+        self.raw.sorted = ffi.from_buffer("int32_t[]", memory.order)
+        self.raw.pairs = self.pairs
         self._padded = 0
 
     def pad(self, experts: Ints) -> None:
@@ -280,27 +311,50 @@ class BufferPool:
         return found
 
 
+class MlxFeedForward:
+    """h += module(norm(h)) by MLX: for dense layers and routers of another kind."""
+
+    def __init__(self, norm: Module, module: Module, pool: ThreadPool, dtype: mx.Dtype) -> None:
+        self._norm, self._module, self._dtype = norm, module, dtype
+        self._pool, self._chain = pool, Chain([], pool)
+
+    def follow(self, sublayers: Sequence[Sublayer], step: PagedStep) -> None:
+        """Run `sublayers` before, on the spans of `step`."""
+        self._chain = Chain(sublayers, self._pool, step)
+
+    def __call__(self, h: Any, memory: Any) -> None:
+        """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
+        self._chain(h, len(memory))
+        x = self._norm(mx.array(memory)[None]).astype(self._dtype)
+        y = self._module(x).astype(mx.float32)
+        memory += np.asarray(y).reshape(memory.shape)
+
+
+FeedForward = NativeMoE | NativeMlp | MlxFeedForward
+
+
 class NativeLayer(Module):
-    """Stands in for a decoder layer; `feed_forward` changes h in place."""
+    """Stands in for a decoder layer, which changes h in place."""
 
     def __init__(
         self,
         layer: Module,
-        attention: Attention,
-        feed_forward: Callable[[Any, Any], None],
+        parts: tuple[Attention, FeedForward],
+        run: Callable[[Any, Any], None] | None,
         residual: ResidualBuffer,
     ) -> None:
+        """`run` runs the `parts`, after those of the layers before that have none."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
-        self._attention, self._feed_forward, self._residual = attention, feed_forward, residual
+        self.parts, self._run, self._residual = parts, run, residual
 
     def __call__(self, x: mx.array, mask: Any = None, cache: PagedCache | None = None) -> mx.array:
         """From x (1, rows of the step, hidden_size): the residual buffer, which the next step
         overwrites.
         """
         array, h, memory = self._residual.take(x)
-        self._attention(h)
-        self._feed_forward(h, memory)
+        if self._run is not None:
+            self._run(h, memory)
         return array
 
 
@@ -341,16 +395,3 @@ class PagedLayers:
         """See Attention.limit."""
         for attention in self._attentions:
             attention.limit(max_kv_size)
-
-
-class MlxFeedForward:
-    """h += module(norm(h)) by MLX: for dense layers and routers of another kind."""
-
-    def __init__(self, norm: Module, module: Module, dtype: mx.Dtype) -> None:
-        self._norm, self._module, self._dtype = norm, module, dtype
-
-    def __call__(self, h: Any, memory: Any) -> None:
-        """Of h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
-        x = self._norm(mx.array(memory)[None]).astype(self._dtype)
-        y = self._module(x).astype(mx.float32)
-        memory += np.asarray(y).reshape(memory.shape)

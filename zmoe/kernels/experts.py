@@ -130,6 +130,12 @@ class NativeExperts:
         return self._gather(self._weights[-1], hidden, own)
 
     @property
+    def raw(self) -> CData:
+        """Those that are fused, as a zmoe_expert_layer."""
+        assert self._layer is not None
+        return self._layer
+
+    @property
     def is_fused(self) -> bool:
         """Whether the activation is the kernels' too, as sum_pairs needs it."""
         return self._layer is not None

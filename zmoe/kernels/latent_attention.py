@@ -10,7 +10,7 @@ import mlx.core as mx
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.attention import Attention, fill_norm
 from zmoe.kernels.linear import quantization_of, take_parts
-from zmoe.kernels.paged import PagedCache, PagedStep
+from zmoe.kernels.paged import PagedCache
 from zmoe.kernels.residual import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices, matrices
@@ -54,7 +54,6 @@ class NativeLatentAttention(Attention):
         self,
         parts: LatentParts,
         rope_tables: RopeTables,
-        step: PagedStep,
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
@@ -73,7 +72,7 @@ class NativeLatentAttention(Attention):
         raw.scale, raw.rope_traditional = parts.scale, rope_tables.traditional
         raw.dtype = int(DTYPES[dtype])
         cache = PagedCache(1, raw.latent_dim + raw.rope_dims, dtype, is_latent=True)
-        super().__init__(lib.zmoe_latent_attention_step, raw, cache, rope_tables, step, pool)
+        super().__init__("latent", raw, cache, rope_tables)
         pool.reserve(lib.zmoe_latent_attention_scratch(raw, pool.threads))
 
 

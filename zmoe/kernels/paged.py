@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import Buffer, empty, writable
+from zmoe.kernels.residual import RopeTables
 from zmoe.native import ffi, lib
 
 if TYPE_CHECKING:
@@ -88,18 +89,21 @@ class PagedCache:
 class PagedStep:
     """The spans of the step that runs, shared by all layers: `raw` zmoe_span[`count`]."""
 
-    def __init__(self) -> None:
+    def __init__(self, rope_tables: Collection[RopeTables]) -> None:
+        """`rope_tables`: those of all layers, which reach as far as the spans then."""
         self.raw, self.count = ffi.new("zmoe_span[]", 0), 0
-        self.end = 0  # the positions of all rows lie below
+        self._rope_tables = rope_tables
         self._keep: list[CData] = []
 
     def begin(self, spans: Sequence[tuple[int, int, Blocks]]) -> None:
         """Take (position, rows, the sequence's blocks) of each span, in the order of the rows."""
         if self.count != len(spans):
             self.raw, self.count = ffi.new("zmoe_span[]", len(spans)), len(spans)
-        self.end, self._keep = 0, []
+        self._keep, end = [], 0
         for raw, (position, rows, blocks) in zip(self.raw, spans):
             table = ffi.from_buffer("uint32_t[]", blocks)
             raw.position, raw.rows, raw.blocks, raw.n_blocks = position, rows, table, len(blocks)
-            self.end = max(self.end, position + rows)
+            end = max(end, position + rows)
             self._keep.append(table)
+        for tables in self._rope_tables:
+            tables.extend(end)

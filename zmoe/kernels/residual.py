@@ -79,13 +79,12 @@ class RopeTables:
         second = slice(1, self.dims, 2) if self.traditional else slice(self.dims // 2, self.dims)
         probe[..., first] = 1
         self._probe, self._parts = mx.array(probe), (first, second)
-        self._positions = 0
         self._tables = [np.empty((0, self.dims // 2), np.float32) for _ in self._parts]
-        self._raw: list[CData] = []
+        self.raw = ffi.new("zmoe_rope *")
 
-    def tables(self, positions: int) -> list[CData]:
-        """Cosines and sines (at least `positions`, dims / 2) f32, from position 0 on."""
-        known = self._positions
+    def extend(self, positions: int) -> None:
+        """Let `raw` have the cosines and sines of at least so many positions."""
+        known = self.raw.positions
         if positions > known:
             count = max(positions - known, known, _POSITIONS_AHEAD)
             probe = mx.broadcast_to(self._probe, (1, 1, count, self._probe.shape[-1]))
@@ -94,6 +93,7 @@ class RopeTables:
                 np.concatenate([table, turned[:, part]])
                 for table, part in zip(self._tables, self._parts)
             ]
-            self._raw = [ffi.from_buffer("float[]", table) for table in self._tables]
-            self._positions = known + count
-        return self._raw
+            self.raw.cosines, self.raw.sines = (
+                ffi.from_buffer("float[]", table) for table in self._tables
+            )
+            self.raw.positions = known + count

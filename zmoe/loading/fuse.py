@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from zmoe.families.decoders import (
     shared_of,
 )
 from zmoe.families.sites import Site, key_of, replace_module
-from zmoe.kernels.attention import NativeNorm
+from zmoe.kernels.attention import Attention, NativeNorm
+from zmoe.kernels.chain import Chain, Sublayer
 from zmoe.kernels.decoder import (
     BufferPool,
+    FeedForward,
     MlxFeedForward,
     NativeLayer,
     NativeMoE,
@@ -32,13 +34,14 @@ from zmoe.kernels.decoder import (
 from zmoe.kernels.delta_net import NativeDeltaNet, StateArrays
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.hybrid import HybridLayer
-from zmoe.kernels.mlp import MlpMemory, MlpParts, NativeMlp
+from zmoe.kernels.mlp import MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
+from zmoe.obs import Spans
 
-_FeedForward = NativeMoE | NativeMlp | MlxFeedForward
+_Layer = tuple[Attention, FeedForward]
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,10 @@ class _Shared:
     pool: ThreadPool
     dtype: mx.Dtype
     buffers: BufferPool
-    mlp_memory: MlpMemory
     rope_tables: list[RopeTables]
 
     def mlp(self, norm: Any, parts: MlpParts | None) -> NativeMlp | None:
-        return None if parts is None else NativeMlp(norm, parts, self.mlp_memory, self.pool)
+        return None if parts is None else NativeMlp(norm, parts, self.pool, self.dtype)
 
     def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
         """One for all layers with the same RoPE, so that its tables are made once per step."""
@@ -94,24 +96,28 @@ def fuse_layers(
     `experts` the native experts by `Site.path`.
     """
     padding = max(layer.ownership.most_padding for layer in layers)
-    shared = _Shared(pool, dtype, BufferPool(dtype, padding), MlpMemory(dtype), [])
+    shared = _Shared(pool, dtype, BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
 
-    def feed_forward(index: int, part: LayerParts | HybridParts) -> _FeedForward:
+    def feed_forward(index: int, part: LayerParts | HybridParts) -> FeedForward:
         return _feed_forward(originals[index], part, by_layer.get(index), experts, shared)
 
     originals = list(model.layers)
     parts, hybrids = parts_of(model), hybrids_of(model)
     if parts is not None:
-        residual, step = ResidualBuffer(parts[0].norm.weight.size), PagedStep()
-        attentions, natives = [], list[Module]()
-        for index, (layer, part) in enumerate(zip(originals, parts)):
+        residual, step = ResidualBuffer(parts[0].norm.weight.size), PagedStep(shared.rope_tables)
+        made: list[_Layer] = []
+        for index, part in enumerate(parts):
             rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
-            attentions.append(part.attention.make(rope_tables, step, pool, dtype))
-            beside = feed_forward(index, part)
-            natives.append(NativeLayer(layer, attentions[-1], beside, residual))
+            attention = part.attention.make(rope_tables, pool, dtype)
+            made.append((attention, feed_forward(index, part)))
+        runs = _runs(made, pool, step, layers[0].spans)
+        natives: list[Module] = [
+            NativeLayer(layer, each, run, residual)
+            for layer, each, run in zip(originals, made, runs)
+        ]
         _replace_layers(model, originals, natives, shared)
-        return PagedLayers(attentions, step)
+        return PagedLayers([attention for attention, _ in made], step)
     if hybrids is not None:
         residual, states = ResidualBuffer(hybrids[0].norm.weight.size), StateArrays()
         natives = []
@@ -125,6 +131,30 @@ def fuse_layers(
         return None
     _replace_blocks(model, zip(sites, layers), experts, shared)
     return None
+
+
+def _runs(
+    layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Spans
+) -> Iterator[Callable[[Any, Any], None] | None]:
+    """What each layer runs: all that has not run before, up to where C does not go on by itself.
+
+    None where it does.
+    """
+    sublayers: list[Sublayer] = []
+    for index, (attention, beside) in enumerate(layers):
+        sublayers.append(attention)
+        if isinstance(beside, NativeMlp) or (isinstance(beside, NativeMoE) and beside.is_whole):
+            sublayers.append(beside)
+            is_last = index + 1 == len(layers)
+            yield _whole(Chain(sublayers, pool, step, spans)) if is_last else None
+            continue
+        beside.follow(sublayers, step)
+        yield beside
+        sublayers = []
+
+
+def _whole(chain: Chain) -> Callable[[Any, Any], None]:
+    return lambda h, memory: chain(h, len(memory))
 
 
 def _replace_layers(
@@ -146,13 +176,13 @@ def _feed_forward(
     moe: tuple[Site, Layer] | None,
     experts: dict[str, NativeExperts],
     shared: _Shared,
-) -> _FeedForward:
+) -> FeedForward:
     module = layer[part.feed_forward]
     if moe is None or not isinstance(module, ExpertParallelMoE):
         dense = shared.mlp(part.norm, mlp_of(module))
-        return dense or MlxFeedForward(part.norm, module, shared.dtype)
+        return dense or MlxFeedForward(part.norm, module, shared.pool, shared.dtype)
     native = _moe(part.norm, *moe, experts, shared)
-    return native or MlxFeedForward(part.norm, module, shared.dtype)
+    return native or MlxFeedForward(part.norm, module, shared.pool, shared.dtype)
 
 
 def _moe(

@@ -101,6 +101,12 @@ class Ownership:
         """How many experts may be run on no row at all."""
         return self._idle.most
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the experts owned alone that say what of a routing is computed here."""
+        shares = self._shared or self._idle.needs_busiest
+        return not shares and self._idle.most == 0 and self._recorder is None
+
     def assign(self, ids: Ints) -> CData:
         """Share out the experts `ids` (rows, k) among their owners, each row by itself.
 

@@ -57,7 +57,7 @@ def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
     shard = load(folder, reducer, fuse=True)
     assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
     in_c = (NativeMoE, NativeMlp)
-    assert all(isinstance(layer._feed_forward, in_c) for layer in shard.model.layers)
+    assert all(isinstance(layer.parts[1], in_c) for layer in shard.model.layers)
     for got, want in zip(logits(shard, reducer), plain):
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -155,7 +155,7 @@ def test_what_is_not_known_is_mlx_within_a_fused_layer(
         with monkeypatch.context() as patch:
             patch.delitem(names, name)
             shard = load(folder, reducer, fuse=True)
-        assert [type(layer._feed_forward) for layer in shard.model.layers][:2] == kinds
+        assert [type(layer.parts[1]) for layer in shard.model.layers][:2] == kinds
         for got, want in zip(logits(shard, reducer), plain):
             assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 

@@ -1,0 +1,69 @@
+"""Sublayers of consecutive decoder layers as one call of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from zmoe.errors import ZmoeError
+from zmoe.kernels.paged import PagedStep
+from zmoe.kernels.threads import ThreadPool
+from zmoe.native import Extent, Status, ffi, lib
+from zmoe.obs import Spans
+
+if TYPE_CHECKING:
+    from zmoe.native import CData
+
+
+class Sublayer(Protocol):
+    """h += part(norm(h)); `raw` is its zmoe_sublayer."""
+
+    @property
+    def raw(self) -> CData: ...
+
+
+class Chain:
+    """Sublayers that run one after the other; attention runs on the spans of `step`.
+
+    `spans` gets the time of the experts.
+    """
+
+    def __init__(
+        self,
+        sublayers: Sequence[Sublayer],
+        pool: ThreadPool,
+        step: PagedStep | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        self._keep, self._pool = sublayers, pool
+        self._step, self._spans = step or PagedStep(()), spans or Spans()
+        self._raw = ffi.new("zmoe_sublayer[]", len(sublayers))
+        for i, sublayer in enumerate(sublayers):
+            self._raw[i] = sublayer.raw[0]
+        self._experts_ns = ffi.new("uint64_t *")
+
+    def __call__(
+        self, h: CData, rows: int, extent: Extent = Extent.ALL, routing: CData = ffi.NULL
+    ) -> None:
+        """Change h (rows, hidden_size) f32 in place; `routing` is a zmoe_routing for what the
+        last sublayer, if it is routed experts, computes up to `extent`. Raises ZmoeError.
+        """
+        step, pool, ns = self._step, self._pool, self._experts_ns
+        ns[0] = 0
+        status = lib.zmoe_chain(
+            pool.handle,
+            self._raw,
+            len(self._keep),
+            step.raw,
+            step.count,
+            h,
+            rows,
+            extent,
+            routing,
+            ns,
+            pool.precision,
+        )
+        if status != Status.OK:
+            raise ZmoeError(f"the kernels failed within a layer: {Status(status).name}")
+        if ns[0]:
+            self._spans.seconds["experts"] += ns[0] * 1e-9
