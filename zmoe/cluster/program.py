@@ -137,7 +137,7 @@ class ProgramLeader(Crew):
 
     def _tell(self, rank: int, collectives: int) -> None:
         if self._finished.take(rank, collectives):
-            self._bus.broadcast(Finished(rank, collectives))
+            self.bus.broadcast(Finished(rank, collectives))
 
     def finish(self, code: int) -> None:
         """See Rank."""
