@@ -44,7 +44,7 @@ class LaunchError(InputError):
 
 
 class AbsentError(LaunchError):
-    """Ranks that did not join the exchange; `ranks`, ascending."""
+    """Nodes that have ended, or did not join the exchange: `ranks`, ascending."""
 
     def __init__(self, ranks: tuple[int, ...], message: str) -> None:
         self.ranks = ranks

@@ -269,8 +269,9 @@ def test_the_leader_shows_what_a_worker_has_noticed(
 
 
 def test_a_notice_names_its_nodes_unless_all_have_it() -> None:
-    assert notices_of([("slow", "far"), ("slow",), ("slow", "far")]) == ("slow", "node 0, 2: far")
-    assert notices_of([(), ("far",)]) == ("node 1: far",)
+    told = {0: ("slow", "far"), 1: ("slow",), 2: ("slow", "far")}
+    assert notices_of(told) == ("slow", "node 0, 2: far")
+    assert notices_of({0: (), 1: ("far",)}) == ("node 1: far",)
 
 
 def test_a_worker_says_why_its_leader_stopped(commands: Commands, free_port: int) -> None:

@@ -22,7 +22,7 @@ from zmoe.cluster.launch import (
 from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION
-from zmoe.errors import InputError, LaunchError, MismatchError, PeerError, ZmoeError
+from zmoe.errors import AbsentError, InputError, LaunchError, MismatchError, PeerError, ZmoeError
 from zmoe.exchange.keys import KeyPair, Pinned, is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.topology.cores import divide_cores
@@ -198,7 +198,7 @@ class Crew:
             self.hear()  # its own words, if it sent them, say more
             if self._step > 0:
                 raise PeerError(process.rank, None, self._step, process.ending())
-            raise LaunchError(f"node {process.rank} {process.ending()}")
+            raise AbsentError((process.rank,), f"node {process.rank} {process.ending()}")
 
     def explained(self, lost: PeerError) -> PeerError:
         """The same with what is known of the process, if that has ended."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,13 @@ from zmoe.cluster.stock import stock_of
 from zmoe.cluster.survival import Survival
 from zmoe.engine.base import Floats
 from zmoe.engine.draw import Draw, Drawn
-from zmoe.errors import LaunchError, MismatchError, PeerError
+from zmoe.errors import AbsentError, LaunchError, MismatchError, PeerError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
+from zmoe.recovery.messages import Suspect
 from zmoe.recovery.view import first_view
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
@@ -79,6 +80,9 @@ class Leader(Crew):
         self._on_notice = on_notice
         self._terms: Terms | None = None  # once all have loaded
         self._survival: Survival | None = None  # with the caches, where steps can be repeated
+        # Of workers that are lost between the time when all are connected and the first step:
+        self._lost_early: dict[int, AbsentError | PeerError] | None = None
+        self._suspected_early: list[tuple[int, Suspect]] = []  # who said so
 
     # ---- coming up ----------------------------------------------------------
 
@@ -129,8 +133,12 @@ class Leader(Crew):
         self.bus.broadcast(Endpoints(isa, self.endpoints))
         node.connect(self.endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
+        self._lost_early = {}
         shard, seconds = node.load(self._own_progress)
         ready = self.collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
+        if not node.can_repeat:
+            for error in self._lost_early.values():
+                raise error
         for rank, message in ready.items():
             if message.placement != placement.digest:
                 raise MismatchError(
@@ -140,8 +148,8 @@ class Leader(Crew):
         self._terms = Terms(
             setup, placement, isa, node.exchange.choice.figures, mine, self.spec.engine.schedule
         )
-        told = [shard.notices, *(message.notices for message in ready.values())]
-        return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
+        told = {0: shard.notices, **{rank: message.notices for rank, message in ready.items()}}
+        return notices_of(told), max([seconds, *(message.seconds for message in ready.values())])
 
     def listeners(self) -> list[tuple[str, list[int]]]:
         """The address and the ports at which each node listens for the others, by rank."""
@@ -160,6 +168,11 @@ class Leader(Crew):
             view = first_view(self.spec.nodes, self.node.session)
             returns = Returns(self._terms, blocks)
             self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
+            lost, self._lost_early = self._lost_early or {}, None
+            for rank, error in lost.items():
+                self._survival.lose(rank, str(error).removeprefix(f"node {rank} "))
+            for rank, message in self._suspected_early:
+                self._survival.suspect(rank, message)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
         """Have every node that has caches read a prompt cache into `places`, as Node does.
@@ -189,13 +202,18 @@ class Leader(Crew):
         """As Crew's. With a Survival, the loss of a worker is told to it, and not raised."""
         if self._survival is not None:
             self._survival.hear()
-        else:
+            return
+        try:
             super().hear()
+        except PeerError as lost:
+            self._lose_early(lost.rank, lost)
 
     def take(self, rank: int, message: Message) -> None:
         """As Crew's."""
         if isinstance(message, Loading):
             self._progress(rank, message.done, message.total)
+        elif isinstance(message, Suspect) and self._lost_early is not None:
+            self._suspected_early.append((rank, message))
         else:
             super().take(rank, message)
 
@@ -203,8 +221,22 @@ class Leader(Crew):
         """As Crew's, and as hear()."""
         if self._survival is not None:
             self._survival.check_processes()
-        else:
+            return
+        try:
             super().check_processes()
+        except AbsentError as lost:
+            self._lose_early(lost.ranks[0], lost)
+
+    def _lose_early(self, rank: int, error: AbsentError | PeerError) -> None:
+        """Raise `error` unless the others can go on loading without that worker."""
+        if self._lost_early is None:
+            raise error
+        if rank in self._lost_early:
+            return
+        self._lost_early[rank] = error
+        self.workers.remove(rank)
+        self.processes = [process for process in self.processes if process.rank != rank]
+        self.bus.give_up(rank, str(error))
 
     def watch(self) -> None:
         """As Crew's; and serve peers between exchanges. Goes on without those that are lost."""
@@ -219,7 +251,10 @@ class Leader(Crew):
 
     def _look(self) -> None:
         self.check_processes()
-        self.node.service()
+        try:
+            self.node.service()
+        except PeerError as lost:
+            self._lose_early(lost.rank, lost)
         self.hear()
 
     # ---- running --------------------------------------------------------------
@@ -314,10 +349,10 @@ def _new_session() -> int:
     return secrets.randbits(63)
 
 
-def notices_of(told: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def notices_of(told: Mapping[int, Sequence[str]]) -> tuple[str, ...]:
     """What the nodes have told, by rank: each notice once, and who told it unless all did."""
     ranks: dict[str, list[int]] = {}
-    for rank, notices in enumerate(told):
+    for rank, notices in told.items():
         for notice in notices:
             ranks.setdefault(notice, []).append(rank)
     return tuple(

@@ -37,7 +37,7 @@ from zmoe.recovery.actions import (
 )
 from zmoe.recovery.adopt import Stock
 from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
-from zmoe.recovery.messages import FromNode
+from zmoe.recovery.messages import FromNode, Suspect
 from zmoe.recovery.view import ClusterView
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
@@ -105,6 +105,16 @@ class Survival:
     def has_returned(self) -> bool:
         """Whether a node waits to be admitted."""
         return bool(self._machine.waiting_to_enter)
+
+    def lose(self, rank: int, reason: str) -> None:
+        """A worker was lost before the first step."""
+        self._take(self._machine.ended(rank, reason, time.monotonic()))
+        self.settle()
+
+    def suspect(self, rank: int, message: Suspect) -> None:
+        """A worker has lost another one before the first step."""
+        self._take(self._machine.receive(rank, message, time.monotonic()))
+        self.settle()
 
     # ---- what happens ----------------------------------------------------------------
 

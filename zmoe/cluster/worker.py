@@ -72,6 +72,7 @@ class Worker(Member):
         super().__init__(spec, context)
         self._context, self._on_setup = context, on_setup
         self._node: Node | None = None
+        self._is_loading = False
         self._recovery: NodeRecovery | None = None  # where steps can be repeated
         self._early: deque[Message] = deque()  # what came while this node was at something else
 
@@ -119,7 +120,9 @@ class Worker(Member):
             node.learn(told.figures)
         else:
             self._meet(node, told, timing)
+        self._is_loading = True
         share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
+        self._is_loading = False
         assert node.placement is not None
         notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
         if isinstance(told, Enter):
@@ -149,7 +152,11 @@ class Worker(Member):
         """While busy with something else: notice a leader that is gone or says stop."""
         self.expect(Endpoints, 0)
         assert self._node is not None
-        self._node.service()
+        try:
+            self._node.service()
+        except PeerError:
+            if not self._is_loading:  # else the leader sees it, too, and says what follows
+                raise
 
     def _serve(self, node: Node) -> None:
         assert node.exchange is not None
