@@ -137,7 +137,8 @@ class Leader(Crew):
         shard, seconds = node.load(self._own_progress)
         ready = self.collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
         if not node.can_repeat:
-            for error in self._lost_early.values():
+            lost, self._lost_early = self._lost_early, None
+            for error in lost.values():
                 raise error
         for rank, message in ready.items():
             if message.placement != placement.digest:
@@ -214,6 +215,8 @@ class Leader(Crew):
             self._progress(rank, message.done, message.total)
         elif isinstance(message, Suspect) and self._lost_early is not None:
             self._suspected_early.append((rank, message))
+        elif isinstance(message, Suspect):
+            raise PeerError(message.lost, None, message.step, f"was lost by node {rank}")
         else:
             super().take(rank, message)
 

@@ -29,8 +29,8 @@ from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
 from zmoe.exchange.algorithm import Line
 from zmoe.exchange.base import nothing
-from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
-from zmoe.exchange.hosting import HostingExchange
+from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held
+from zmoe.exchange.hosting import Hosting, HostingCentral, HostingExchange
 from zmoe.exchange.keys import KeyPair, is_loopback
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.exchange.sockets import Context, Ports
@@ -128,7 +128,7 @@ class Node:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
             row_bytes = width * 4 + info.top_k * PAIR_BYTES
             pairs = most * info.top_k  # and as many rows, where each pair has its own
-            make = partial(CentralExchange, max_rows=pairs, max_pairs=pairs)
+            make = partial(HostingCentral, max_rows=pairs, max_pairs=pairs)
         self.exchange = make(
             self.rank,
             self.nodes,
@@ -169,14 +169,15 @@ class Node:
     @property
     def can_repeat(self) -> bool:
         """Whether the step that a node's loss has ended can be repeated without that node."""
-        hosts = isinstance(self.exchange, HostingExchange)
-        return hosts and isinstance(self._engine, PagedEngine)
+        has_no_caches = self._held is not None
+        hosts = isinstance(self.exchange, Hosting)
+        return hosts and (has_no_caches or isinstance(self._engine, PagedEngine))
 
     def host(self, session: int, shards: Sequence[int]) -> dict[int, Endpoint]:
         """Leave the exchange for that of a new view, in which this node hosts `shards`, its own
         among them; returns where each listens. connect() joins the others.
         """
-        assert isinstance(self.exchange, HostingExchange)
+        assert isinstance(self.exchange, Hosting)
         self._connected = False
         return self.exchange.host(session, [shard for shard in shards if shard != self.rank])
 
@@ -185,7 +186,7 @@ class Node:
 
         `progress` as for load(). Raises ModelError for what cannot be read.
         """
-        assert isinstance(self.exchange, HostingExchange) and self.placement is not None
+        assert isinstance(self.exchange, Hosting) and self.placement is not None
         policy = self._config.policy
         for guest in self.exchange.guests:
             shard = guest.exchange.rank
@@ -206,13 +207,13 @@ class Node:
 
     def undo(self, last: int) -> None:
         """Go back to where step `last` ended. Raises ZmoeError where that is too long ago."""
-        assert isinstance(self.engine, PagedEngine)
-        self.engine.undo(last)
+        if isinstance(self._engine, PagedEngine):
+            self._engine.undo(last)
 
     def forget(self) -> None:
         """End all sequences."""
-        assert isinstance(self.engine, PagedEngine)
-        self.engine.forget()
+        if isinstance(self._engine, PagedEngine):
+            self._engine.forget()
 
     def service(self) -> None:
         """Between exchanges: serve peers, watch their links. Raises PeerError for a lost one."""
@@ -404,11 +405,11 @@ class Node:
             self.run(plan, logits=False)
             return nothing
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
-        assert isinstance(self.exchange, CentralExchange)
+        assert isinstance(self.exchange, HostingCentral)
         self.exchange.plan = plan.digest
         for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
             self.exchange.step = step
-            serve_step(self.exchange, self._held, self.spans)
+            self.exchange.serve(self._held)
         return nothing
 
     def begin(

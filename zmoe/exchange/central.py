@@ -77,11 +77,13 @@ class CentralExchange(Exchange):
         super().__init__(rank, nodes, max_rows=max_rows, algorithm="direct", parts=1, **others)
         if rank > 0:  # it waits for the leader, who may wait as long for another
             self.deadline_s *= 2
+        self.placement: Placement | None = None
         self._sharing: list[Sharing] = []
         self._rows = DispatchBatch(others["max_payload_bytes"], max_pairs) if rank > 0 else None
 
     def place(self, placement: Placement) -> None:
         """Tell the exchange who computes what; called before the first step."""
+        self.placement = placement
         self._sharing = [Sharing(placement, layer) for layer in range(len(placement.owned))]
 
     def calibrate(self) -> None:
@@ -160,12 +162,17 @@ def serve_step(exchange: CentralExchange, layers: Sequence[Held], spans: Spans) 
     Raises PeerError and DivergenceError.
     """
     for layer, held in enumerate(layers):
-        with spans.span("exchange"):
-            received = exchange.receive(layer, held.width, held.local)
-        partial = None
-        with spans.span("experts"):
-            if received.rows:
-                partial = held.partial(received)
-            held.run_idle(received)
-        with spans.span("exchange"):
-            exchange.reply(layer, received, partial, held.dtype)
+        serve_layer(exchange, layer, held, spans)
+
+
+def serve_layer(exchange: CentralExchange, layer: int, held: Held, spans: Spans) -> None:
+    """As serve_step, of one layer."""
+    with spans.span("exchange"):
+        received = exchange.receive(layer, held.width, held.local)
+    partial = None
+    with spans.span("experts"):
+        if received.rows:
+            partial = held.partial(received)
+        held.run_idle(received)
+    with spans.span("exchange"):
+        exchange.reply(layer, received, partial, held.dtype)

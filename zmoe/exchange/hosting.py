@@ -20,7 +20,7 @@ import zmq
 from zmoe.exchange.allreduce import Exchange
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, ResultPool
-from zmoe.exchange.central import Held
+from zmoe.exchange.central import CentralExchange, Held, serve_layer
 from zmoe.exchange.dispatched import DispatchBatch
 from zmoe.exchange.sockets import Endpoint
 from zmoe.placement.assignment import Ownership
@@ -34,14 +34,14 @@ class Guest:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self._layers: Sequence[Held] = ()
+        self.layers: Sequence[Held] = ()
         self._owned: Sequence[Ownership] = ()
         self._batch = DispatchBatch(0, 0)
         self._out: Floats = np.empty((0, 0), np.float32)
 
     def hold(self, layers: Sequence[Held], owned: Sequence[Ownership]) -> None:
         """The shard's experts, and what of a routing is theirs, by layer."""
-        self._layers, self._owned = layers, owned
+        self.layers, self._owned = layers, owned
 
     def partial(
         self, call: Call, x: Any, x_dtype: mx.Dtype, ids: Ints, weights: Floats
@@ -54,7 +54,7 @@ class Guest:
             x, _ = ResultPool.source(x, x.size)
         shape = (call.rows, call.width)
         self._batch = self._batch.filled(x, DTYPES[x_dtype], shape, pairs, weights)
-        sums = self._layers[call.layer].partial(self._batch)
+        sums = self.layers[call.layer].partial(self._batch)
         if isinstance(sums, mx.array):
             sums = np.array(sums.astype(mx.float32))
         sums = sums.reshape(shape)
@@ -72,17 +72,14 @@ class Guest:
         self.exchange.all_reduce_host(call, partial, self._out)
 
 
-class HostingExchange(Exchange):
-    """An Exchange that takes part as its `guests` too, once there are any."""
+class Hosting(Exchange):
+    """An exchange with guests, once there are any: each joins it as another rank."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._made_by = options
         self.guests: list[Guest] = []
         self._threads: ThreadPoolExecutor | None = None
-        self._routed: tuple[Any, mx.Dtype, Ints, Floats] | None = None
         super().__init__(*args, **options)
-
-    # ---- joining ---------------------------------------------------------------
 
     def host(self, session: int, guests: Sequence[int]) -> dict[int, Endpoint]:
         """Leave the peers, and listen for those of `session`: as this rank, and as each of the
@@ -95,14 +92,18 @@ class HostingExchange(Exchange):
         endpoints = {self.rank: self.renew(session)}
         options = {**self._made_by, "session": session, "context": self._context, "spans": None}
         for rank in guests:
-            exchange = Exchange(rank, self.nodes, **options)
-            exchange.choice = self.choice
-            exchange.step = self.step
+            exchange = self._exchange_of(rank, options)
             self.guests.append(Guest(exchange))
             endpoints[rank] = exchange.endpoint
         if guests:
             self._threads = ThreadPoolExecutor(len(guests), "zmoe-guest")
         return endpoints
+
+    def _exchange_of(self, rank: int, options: dict[str, Any]) -> Exchange:
+        """What a guest takes part by."""
+        exchange = Exchange(rank, self.nodes, **options)
+        exchange.choice = self.choice
+        return exchange
 
     def connect(
         self,
@@ -152,7 +153,13 @@ class HostingExchange(Exchange):
             guest.exchange.close()
         self.guests = []
 
-    # ---- the all-reduce --------------------------------------------------------
+
+class HostingExchange(Hosting):
+    """An all-reduce in which each guest adds its shard's partial sums as well."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._routed: tuple[Any, mx.Dtype, Ints, Floats] | None = None
+        super().__init__(*args, **options)
 
     def dispatch(self, call: Call, x: Any, x_dtype: mx.Dtype, ids: Ints, weights: Floats) -> None:
         """Keep what the guests' partial sums are made of."""
@@ -204,3 +211,34 @@ class HostingExchange(Exchange):
             raise
         for each in under_way:
             each.result()
+
+
+class HostingCentral(Hosting, CentralExchange):
+    """The centralised schedule, of a node that serves the leader's rows as its guests, too."""
+
+    def _exchange_of(self, rank: int, options: dict[str, Any]) -> Exchange:
+        exchange = CentralExchange(rank, self.nodes, **options)
+        assert self.placement is not None
+        exchange.place(self.placement)
+        return exchange
+
+    def dispatch(self, call: Call, x: Any, x_dtype: mx.Dtype, ids: Ints, weights: Floats) -> None:
+        """See CentralExchange; the leader's own guests have served it then."""
+        super().dispatch(call, x, x_dtype, ids, weights)
+        self._serve_as_guests(call.layer)
+
+    def serve(self, layers: Sequence[Held]) -> None:
+        """A worker's share of one step, whose own experts are `layers`.
+
+        Raises PeerError and DivergenceError.
+        """
+        for layer, held in enumerate(layers):
+            serve_layer(self, layer, held, self.spans)
+            self._serve_as_guests(layer)
+
+    def _serve_as_guests(self, layer: int) -> None:
+        for guest in self.guests:
+            exchange = guest.exchange
+            assert isinstance(exchange, CentralExchange)
+            exchange.step, exchange.plan = self.step, self.plan
+            serve_layer(exchange, layer, guest.layers[layer], self.spans)
