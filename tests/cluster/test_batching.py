@@ -17,6 +17,7 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.leader import Leader
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Batching, EngineConfig
 from zmoe.engine.batcher import Batcher
@@ -98,10 +99,11 @@ class Consumer(threading.Thread):
             self.error = f"{type(error).__name__}: {error}"
 
 
-def test_a_killed_worker_changes_no_text() -> None:
-    """Eight at once, of which some prefill, others draft; each is as if nothing had happened."""
+@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
+def test_a_killed_worker_changes_no_text(schedule: str) -> None:
+    """Twelve at once, of which some prefill, others draft; all are as if nothing had happened."""
     told: list[str] = []
-    spec = spec_of(3, Batching(speculate="2"), prefill_chunk=64)
+    spec = spec_of(3, Batching(speculate="2"), prefill_chunk=64, schedule=schedule)
     with Cluster("zmoe-tiny", spec=spec, on_notice=told.append) as cluster:
         before = texts(list(submitted(cluster)))
         generations = list(submitted(cluster))
@@ -113,8 +115,12 @@ def test_a_killed_worker_changes_no_text() -> None:
     assert found == before
 
 
-def test_a_killed_worker_ends_all_consumers() -> None:
-    with Cluster("zmoe-tiny", spec=spec_of(3, schedule="centralized")) as cluster:
+def test_a_killed_worker_ends_all_consumers_where_nobody_can_take_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in MLX's graph."""
+    monkeypatch.setattr(Leader, "survive", lambda self, blocks: None)
+    with Cluster("zmoe-tiny", spec=spec_of(3)) as cluster:
         consumers = [Consumer(cluster.submit("ROMEO:", **ENDLESS)) for _ in range(5)]
         assert all(consumer.begun.wait(PATIENCE_S) for consumer in consumers)
         os.kill(cluster.worker_pids()[0], signal.SIGKILL)

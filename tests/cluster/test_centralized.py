@@ -53,26 +53,6 @@ def test_workers_hold_nothing_dense(compute: str, tmp_path: Path) -> None:
     assert apart - central > 0.9 * dense
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_everybody_names_a_lost_worker(commands: Commands, free_port: int, how: int) -> None:
-    leader = commands.start(
-        "run", "-n", 3, "--manual", "--starting-port", free_port, *CENTRAL, *ENDLESS, "ROMEO:"
-    )
-    workers = [
-        commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", rank, "--once")
-        for rank in (1, 2)
-    ]
-    first_output(leader)
-    workers[0].send_signal(how)
-    for process in (leader, workers[1]):
-        _, errors = process.communicate(timeout=PATIENCE_S)
-        if process is workers[1] and process.returncode == 0:
-            continue  # it was between two steps: the leader told it to stop
-        assert process.returncode == 1, errors
-        last = errors.strip().splitlines()[-1]
-        assert re.search(r"rank 1 .*(layer \d+, |between layers, )step \d+", last), errors
-
-
 def test_workers_end_when_the_leader_is_killed(commands: Commands) -> None:
     leader = commands.start("run", "-n", 2, *CENTRAL, *ENDLESS, "ROMEO:")
     first_output(leader)

@@ -16,7 +16,6 @@ import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output, wait_until
 
 ENDLESS = ("-m", 100000, "--prefill-step-size", 4)
-LOST = r"rank 1 .*(layer \d+, |between layers, )step \d+"
 
 
 def manual_cluster(
@@ -30,17 +29,6 @@ def manual_cluster(
         commands.start("node", "--leader", f"127.0.0.1:{port}", "--rank", rank, "--once")
         for rank in range(1, nodes)
     ]
-
-
-def test_everybody_names_a_lost_peer(commands: Commands, free_port: int) -> None:
-    nodes = manual_cluster(commands, 3, free_port, *ENDLESS, "--compute", "mlx")
-    first_output(nodes[0])
-    nodes[1].kill()
-    for process in (nodes[0], nodes[2]):
-        _, errors = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == 1, errors
-        last = errors.strip().splitlines()[-1]  # as noticed, or as the leader told
-        assert re.search(LOST, last), errors
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
@@ -137,7 +125,15 @@ def test_a_node_lost_between_two_prompts_is_not_missed() -> None:
         assert [token.id for token in cluster.generate("ROMEO:", **options)] == before
 
 
-@pytest.mark.parametrize("engine", [{"wire_dtype": "q8"}, {"max_kv_size": 256, "kv_bits": 8}])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"wire_dtype": "q8"},
+        {"max_kv_size": 256, "kv_bits": 8},
+        {"schedule": "centralized"},
+        {"compute": "mlx"},  # whose caches cannot go back: what ran is prefilled again
+    ],
+)
 def test_all_workers_lost_inside_a_prompt_are_not_missed(engine: dict[str, Any]) -> None:
     spec = zmoe.ClusterSpec(nodes=3, engine=zmoe.EngineConfig(prefill_chunk=4, **engine))
     options = {"max_tokens": 20, "temp": 0.8, "seed": 4, "ignore_eos": True}
@@ -154,20 +150,6 @@ def test_all_workers_lost_inside_a_prompt_are_not_missed(engine: dict[str, Any])
         found = [t.id for t in cluster.generate(prompt, on_prefill=kill, **options)]
         assert cluster.hosts == (0, 0, 0)
     assert found == whole
-
-
-def test_a_peer_lost_inside_a_prompt_is_named() -> None:
-    spec = zmoe.ClusterSpec(nodes=3, engine=zmoe.EngineConfig(prefill_chunk=1, compute="mlx"))
-
-    def kill(done: int, total: int) -> None:
-        if done >= 40 and doomed:
-            os.kill(doomed.pop(0), signal.SIGKILL)
-
-    with zmoe.Cluster(spec=spec) as cluster, pytest.raises(zmoe.PeerError) as caught:
-        doomed = cluster.worker_pids()[:1]
-        list(cluster.generate([7] * 1000, max_tokens=1, on_prefill=kill))
-    assert caught.value.rank == 1
-    assert caught.value.step > 1
 
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
@@ -193,31 +175,22 @@ worker._Throttled.__call__ = hold
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-@pytest.mark.parametrize("compute", ["native", "mlx"])
-def test_a_peer_lost_while_loading(
-    commands: Commands, free_port: int, tmp_path: Path, how: int, compute: str
+def test_a_peer_lost_while_loading_is_not_missed(
+    commands: Commands, free_port: int, tmp_path: Path, how: int
 ) -> None:
-    """On MLX everybody names it and ends; on the kernels the others run."""
     marker = tmp_path / "loading"
     (tmp_path / "sitecustomize.py").write_text(HOLD.format(marker=str(marker)))
     usual = commands.env
     commands.env = {**usual, "PYTHONPATH": f"{tmp_path}:{usual.get('PYTHONPATH', '')}"}
     victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
     commands.env = usual
-    run = ("run", "-n", 3, "-m", 20, "--compute", compute)
+    run = ("run", "-n", 3, "-m", 20)
     leader = commands.start(*run, "--manual", "--starting-port", free_port, "ROMEO:")
     third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
     wait_until(marker.exists, PATIENCE_S, "node 1 loads")
     victim.send_signal(how)
     told = [process.communicate(timeout=PATIENCE_S) for process in (leader, third)]
-    codes = leader.returncode, third.returncode
-    if compute == "mlx":
-        assert codes == (1, 1), told
-        for text, errors in told:
-            assert text == ""
-            assert re.search("rank 1 was lost between layers", errors), errors
-    else:
-        assert codes == (0, 0), told
-        assert "node 2 computes the share of node 1" in told[0][1]
-        alone, _ = commands.start("run", "-m", 20, "ROMEO:").communicate(timeout=PATIENCE_S)
-        assert told[0][0] == alone
+    assert (leader.returncode, third.returncode) == (0, 0), told
+    assert "node 2 computes the share of node 1" in told[0][1]
+    alone, _ = commands.start("run", "-m", 20, "ROMEO:").communicate(timeout=PATIENCE_S)
+    assert told[0][0] == alone

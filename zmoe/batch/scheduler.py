@@ -172,9 +172,12 @@ class Scheduler:
         return sum(sequence.position for sequence in running)
 
     def forget(self) -> None:
-        """Between two steps: all caches of all nodes are empty, so that what runs begins anew."""
+        """Between two steps, or in place of one that was planned: all caches of all nodes are
+        empty, so that what runs begins anew.
+        """
         for sequence in [*self._prefilling.values(), *self._decoding.values()]:
             self._preempt(sequence)
+            sequence.ahead = 0  # a step that was planned is not run
         self._memory.forget()
         self._changed = True
 

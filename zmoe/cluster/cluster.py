@@ -25,7 +25,7 @@ from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
-from zmoe.engine.base import Engine, Floats
+from zmoe.engine.base import CachesEmptied, Engine, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.counts import Counts
 from zmoe.engine.draw import Draw, Drawn
@@ -236,6 +236,8 @@ class Cluster:
         """What is raised within ends the cluster, also Ctrl-C: the ranks are out of step then."""
         try:
             yield
+        except CachesEmptied:
+            raise
         except BaseException as error:
             self._failed = _reason(error)
             raise
@@ -279,6 +281,8 @@ class Cluster:
         if node.engine.paged:
             blocks = self._blocks_in(room, node.engine)
             (self._leader or node).make_cache(blocks)
+        if self._leader is not None:
+            self._leader.survive(blocks if node.engine.paged else 0)
         run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
         begin = partial(Cluster._begin, weakref.proxy(self)) if node.engine.plans_ahead else None
         batching = self.spec.batching
@@ -439,10 +443,13 @@ class Cluster:
         """Let nodes in that have returned. Their caches are empty, and so are all then: what runs
         is prefilled again, which must not take long.
         """
-        leader = self._leader
-        if leader is not None and leader.has_returned:
-            most = _PREFILLED_AGAIN * self.spec.engine.max_rows
-            self._batcher.forget(most, leader.admit)
+        leader, most = self._leader, _PREFILLED_AGAIN * self.spec.engine.max_rows
+        if leader is None:
+            return
+        if leader.has_returned and self._batcher.forgets(most):
+            leader.admit()
+        if leader.take_emptied():
+            self._batcher.scheduler.forget()
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""

@@ -136,7 +136,7 @@ class Leader(Crew):
         self._lost_early = {}
         shard, seconds = node.load(self._own_progress)
         ready = self.collect(Ready, "has not loaded its share", timing.load, self._load_deadline)
-        if not node.can_repeat:
+        if not node.can_go_on:
             lost, self._lost_early = self._lost_early, None
             for error in lost.values():
                 raise error
@@ -162,18 +162,24 @@ class Leader(Crew):
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
         self.bus.broadcast(Cache(blocks))
-        if self.node.can_repeat:
-            placement, mapped = self.node.placement, is_native(self.spec.engine)
-            assert placement is not None and self._terms is not None
-            stock = stock_of(self.info, placement, self.resources, mapped)
-            view = first_view(self.spec.nodes, self.node.session)
-            returns = Returns(self._terms, blocks)
-            self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
-            lost, self._lost_early = self._lost_early or {}, None
-            for rank, error in lost.items():
-                self._survival.lose(rank, str(error).removeprefix(f"node {rank} "))
-            for rank, message in self._suspected_early:
-                self._survival.suspect(rank, message)
+
+    def survive(self, blocks: int) -> None:
+        """Go on without nodes that are lost from here on, where that can be. `blocks`: of every
+        node's caches, 0 where these are not paged.
+        """
+        node, mapped = self.node, is_native(self.spec.engine)
+        lost, self._lost_early = self._lost_early or {}, None
+        if not node.can_go_on:
+            return
+        assert node.placement is not None and self._terms is not None
+        stock = stock_of(self.info, node.placement, self.resources, mapped)
+        view = first_view(self.spec.nodes, node.session)
+        returns = Returns(self._terms, blocks)
+        self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
+        for rank, error in lost.items():
+            self._survival.lose(rank, str(error).removeprefix(f"node {rank} "))
+        for rank, message in self._suspected_early:
+            self._survival.suspect(rank, message)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
         """Have every node that has caches read a prompt cache into `places`, as Node does.
@@ -270,7 +276,8 @@ class Leader(Crew):
     def run(self, plan: Plan) -> Floats | None:
         """Run a step on all ranks; the argument and the result are those of Node.run.
 
-        Raises PeerError, DivergenceError, and what a worker has failed with.
+        Raises CachesEmptied in its place, PeerError where the others cannot go on without a node
+        that is lost, DivergenceError, and what a worker has failed with.
         """
         if self._survival is not None:
             return self._survival.run(plan)
@@ -335,11 +342,14 @@ class Leader(Crew):
         """Whether a node that was lost waits to be admitted."""
         return self._survival is not None and self._survival.has_returned
 
-    def admit(self) -> bool:
-        """Let nodes in that have returned, if none is lost meanwhile; whether all caches of all
-        nodes are empty now.
-        """
-        return self._survival is not None and self._survival.admit()
+    def admit(self) -> None:
+        """Let nodes in that have returned."""
+        assert self._survival is not None
+        self._survival.admit()
+
+    def take_emptied(self) -> bool:
+        """Whether all nodes have emptied all their caches since this was asked last."""
+        return self._survival is not None and self._survival.take_emptied()
 
     def _undisturbed(self, part: Callable[[], T]) -> T:
         return part() if self._survival is None else self._survival.undisturbed(part)

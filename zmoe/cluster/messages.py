@@ -178,13 +178,13 @@ class Endpoints:
 @dataclass(frozen=True)
 class Enter:
     """Leader to worker, instead of Place and Endpoints: the others run already. Load, have caches
-    of so many blocks, say Ready, and wait for the view in which you are. `figures`: what is known
-    of the links, as zmoe.exchange.algorithm.Choice has it.
+    of so many blocks (0: they are not paged), say Ready, and wait for the view in which you are.
+    `figures`: what is known of the links, as zmoe.exchange.algorithm.Choice has it.
     """
 
     placement: Placement
     isa: Word
-    blocks: Annotated[int, between(1, 2**31 - 1)]
+    blocks: Annotated[int, between(0, 2**31 - 1)]
     figures: Annotated[tuple[float, ...], _four_or_none]
 
 

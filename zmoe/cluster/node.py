@@ -167,11 +167,15 @@ class Node:
     # ---- the shards of nodes that are lost ------------------------------------------------
 
     @property
-    def can_repeat(self) -> bool:
-        """Whether the step that a node's loss has ended can be repeated without that node."""
-        has_no_caches = self._held is not None
-        hosts = isinstance(self.exchange, Hosting)
-        return hosts and (has_no_caches or isinstance(self._engine, PagedEngine))
+    def can_go_on(self) -> bool:
+        """Whether the others can go on without a node that is lost: not in MLX's graph."""
+        on_mlx = isinstance(self._engine, MlxEngine) and not self._engine.plans_ahead
+        return isinstance(self.exchange, Hosting) and (self.can_undo or on_mlx)
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether steps can be undone here: in paged caches, or without any."""
+        return self._held is not None or isinstance(self._engine, PagedEngine)
 
     def host(self, session: int, shards: Sequence[int]) -> dict[int, Endpoint]:
         """Leave the exchange for that of a new view, in which this node hosts `shards`, its own
@@ -212,7 +216,7 @@ class Node:
 
     def forget(self) -> None:
         """End all sequences."""
-        if isinstance(self._engine, PagedEngine):
+        if isinstance(self._engine, (PagedEngine, MlxEngine)):
             self._engine.forget()
 
     def service(self) -> None:

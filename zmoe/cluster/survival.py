@@ -5,7 +5,7 @@ and what that decides is carried out on sockets, processes and the leader's own 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +21,7 @@ from zmoe.cluster.node import Node
 from zmoe.cluster.returning import Restarts, Returns
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
-from zmoe.engine.base import Floats
+from zmoe.engine.base import CachesEmptied, Floats
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.recovery.actions import (
     Connect,
@@ -90,11 +90,13 @@ class Survival:
         """`view`: the one in which the run begins, of which `stock` tells."""
         self._leader, self._on_notice = leader, on_notice
         patience = patience_of(leader.spec.timing)
-        self._machine = LeaderRecovery(view, stock, patience, new_session, rewinds=True)
+        rewinds = leader.node.can_undo
+        self._machine = LeaderRecovery(view, stock, patience, new_session, rewinds=rewinds)
         self._stock, self._returns = stock, returns
         self._restarts = Restarts(leader.start_worker, on_notice)
         self._actions: deque[LeaderAction] = deque()
         self._may_be_halted = False
+        self._emptied = False
 
     @property
     def view(self) -> ClusterView:
@@ -205,15 +207,24 @@ class Survival:
     def run(self, plan: Plan) -> Floats | None:
         """Run a step, whatever nodes are lost meanwhile: the logits that Node.run gives.
 
-        Raises what Leading.once() does but PeerError, and ZmoeError where the run cannot go on.
+        Raises CachesEmptied in its place where caches cannot go back; else what Leading.once() does
+        but PeerError, and ZmoeError where the run cannot go on.
         """
         self.settle()
-        self._machine.begin(plan)
         found: list[Floats | None] = []
-        self._attempt(partial(self._step, plan, found))
-        while self._machine.phase is not Phase.RUNNING or self._actions:
-            found += self._recover()
+        if not self._emptied:
+            self._machine.begin(plan)
+            self._attempt(partial(self._step, plan, found))
+            while self._machine.phase is not Phase.RUNNING or self._actions:
+                found += self._recover()
+        if self.take_emptied():
+            raise CachesEmptied
         return found[-1]
+
+    def take_emptied(self) -> bool:
+        """Whether all caches were emptied since this was asked last, or since they were made."""
+        emptied, self._emptied = self._emptied, False
+        return emptied
 
     def settle(self) -> None:
         """Between steps: go on without the nodes that were lost since the last one."""
@@ -310,16 +321,14 @@ class Survival:
             self._restarts.entered(rank)
             self._on_notice(f"node {rank} is back")
         self._leader.workers = list(view.nodes[1:])
+        self._emptied |= view.fresh
         self._on_notice(_who_hosts_what(view))
 
-    def admit(self) -> bool:
-        """Let the nodes in that have returned. Whether all caches are empty now: a new node has
-        none of their contents.
-        """
+    def admit(self) -> None:
+        """Let the nodes in that have returned. All caches are empty then: theirs are."""
         self.settle()
         self._take(self._machine.admit(time.monotonic()))
         self.settle()
-        return self.view.fresh
 
     def _connect(self, action: Connect) -> None:
         view = action.view
@@ -329,11 +338,12 @@ class Survival:
 
 def _who_hosts_what(view: ClusterView) -> str:
     """One line for the user."""
-    moved = [
-        f"node {host} computes the share of node {shard}"
-        for shard, host in enumerate(view.hosts)
-        if host != shard
-    ]
-    if not moved:
+    adopted: defaultdict[int, list[str]] = defaultdict(list)
+    for shard, host in enumerate(view.hosts):
+        if host != shard:
+            adopted[host].append(f"node {shard}")
+    if not adopted:
         return "every node computes its own share again"
-    return f"the run goes on; besides its own, {', '.join(moved)}"
+    shares = [f"node {host} computes the share of {' and '.join(s)}" for host, s in adopted.items()]
+    again = ", once what runs is prefilled again" if view.fresh else ""
+    return f"the run goes on{again}; besides its own, {', '.join(shares)}"

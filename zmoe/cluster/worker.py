@@ -125,9 +125,9 @@ class Worker(Member):
         self._is_loading = False
         assert node.placement is not None
         notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
-        if isinstance(told, Enter):
+        if isinstance(told, Enter) and told.blocks:
             node.make_cache(told.blocks)
-        if node.can_repeat:
+        if node.can_go_on:
             assert node.exchange is not None
             node.exchange.tick = self._listen_in_step
             view = None if isinstance(told, Enter) else first_view(node.nodes, node.session)

@@ -16,6 +16,12 @@ Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.intp]
 
 
+class CachesEmptied(Exception):
+    """A step was not run: all nodes have dropped what they kept of all sequences, which are to be
+    prefilled again.
+    """
+
+
 class SteppedReducer(Protocol):
     """A reducer whose frames, if there are other nodes, carry the number of the step and the
     digest of its plan.

@@ -11,7 +11,7 @@ from zmoe.batch.plan import Plan
 from zmoe.batch.scheduler import Scheduler
 from zmoe.batch.sequence import Request
 from zmoe.config import Batching, EngineConfig
-from zmoe.engine.base import Engine, Floats
+from zmoe.engine.base import CachesEmptied, Engine, Floats
 from zmoe.engine.counts import Counts
 from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.stream import Stream
@@ -123,7 +123,11 @@ class Batcher:
                 assert not self._streams  # the oldest one can always run
                 return
             self._spans.take()
-            step = self._begun(plan, begun)
+            try:
+                step = self._begun(plan, begun)
+            except CachesEmptied:
+                self.scheduler.forget()
+                return
         following = self.scheduler.plan_ahead(now) if step.is_drawn else None
         if following is not None:
             self._ahead = self._begun(following, begun)
@@ -239,13 +243,10 @@ class Batcher:
             if stream.ended:
                 self.end(span.sequence)
 
-    def forget(self, most: int, empty: Callable[[], bool]) -> None:
-        """Have `empty` drop what all nodes keep of all sequences, unless more than `most` positions
-        would have to be computed again. It says whether it has.
-        """
+    def forgets(self, most: int) -> bool:
+        """Whether emptying all caches costs no more than `most` positions to be computed again."""
         idle = self._forced is None and self._ahead is None
-        if idle and self.scheduler.positions <= most and empty():
-            self.scheduler.forget()
+        return idle and self.scheduler.positions <= most
 
     # ---- one sequence whose caller brings the tokens -------------------------------------
 
@@ -284,7 +285,14 @@ class Batcher:
                     f"the sequence has {self.scheduler.capacity} tokens, all that the cache of "
                     "keys and values holds"
                 )
-            logits = self._run(plan)
+            try:
+                logits = self._run(plan)
+            except CachesEmptied:
+                self.end_forced()
+                self.scheduler.forget()
+                raise ZmoeError(
+                    "a node was lost, and with it the sequence: begin it anew"
+                ) from None
             if logits is not None:
                 self._held_back = plan
                 row: Floats = logits[0]

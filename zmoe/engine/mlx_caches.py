@@ -155,6 +155,14 @@ class MlxEngine:
 
         return end
 
+    def forget(self) -> None:
+        """End all sequences, and the passes that are under way."""
+        self._under_way.clear()
+        self._picked.clear()
+        self._alone.clear()
+        self._lengths.clear()
+        self._side_by_side, self._batch = [], []
+
     def _check(self, plan: Plan) -> None:
         if plan.blocks or plan.copies:
             raise ZmoeError("a plan with blocks, on a node without paged caches")
