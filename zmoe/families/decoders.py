@@ -328,6 +328,18 @@ def final_norm_of(holder: Any) -> Module:
     return norm
 
 
+def ends_of(model: Any, holder: Any) -> tuple[Matrices, Matrices] | None:
+    """The embedding and the matrix of the logits; None unless both are native.
+
+    In these families nothing else is before the layers, and nothing but the norm after them.
+    """
+    embedding = holder.embed_tokens if "embed_tokens" in holder else holder.wte
+    head = model.lm_head if "lm_head" in model else embedding
+    if not hasattr(embedding, "_matmul") or not hasattr(head, "_matmul"):
+        return None
+    return embedding._matmul.weight, head._matmul.weight
+
+
 def parts_of(model: Any) -> list[LayerParts] | None:
     """The layers of `model` taken apart, in order; None unless all of them can be.
 
