@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from zmoe.native import CData
 
 
+_NO_PADDING = no_experts()
+
+
 @dataclass(frozen=True)
 class RouterParts:
     """A block's router taken apart: the matrix of its gate, and how k experts are chosen.
@@ -84,8 +87,9 @@ class NativeMoE:
         self._keep.append(described)
         self.raw = ffi.new("zmoe_sublayer *")
         self.raw.moe = described
+        self._finds_pairs = own.is_fixed
         in_c = norm is not None and (shared is not None or not adapter.has_shared)
-        self.is_whole = layer.reducer.nodes == 1 and own.is_fixed and in_c
+        self.is_whole = layer.reducer.nodes == 1 and self._finds_pairs and in_c
         if self.is_whole:
             pool.reserve(lib.zmoe_moe_scratch(described))
         self._chain = Chain([self], pool, spans=layer.spans)
@@ -115,15 +119,15 @@ class NativeMoE:
     def route(self, h: CData, memory: Floats) -> Buffers:
         """See zmoe.moe.block.Backend."""
         rows, width = memory.shape
-        layer, own = self._layer, self._layer.ownership
+        layer = self._layer
         at = self._buffers.of(rows, width, self._top_k)
         extent = Extent.ROUTE
-        if own.is_fixed:
+        if self._finds_pairs:
             call = Call(layer.ordinal, rows, width, layer.dtype, 0)
             extent = Extent.SUM if layer.reducer.takes_whole(call) else Extent.PAIRS
         self._chain(h, rows, extent, at.raw)
-        if own.is_fixed:
-            at.pad(no_experts())
+        if self._finds_pairs:
+            at.pad(_NO_PADDING)
         else:
             self._find_pairs(at, rows)
         at.digest, at.memory, at.h = int(at.pairs.digest), memory, h
