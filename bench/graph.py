@@ -2,6 +2,10 @@
 
 On a CPU a tiny, deep model stands in for a GPU's host: what it takes is the host's work. The
 rows take turns; a ratio is the median over the rounds of each round's ratio.
+
+Nodes of one machine share its cores, so that one node on all of them is no measure for what
+several have to compute. That is the row "a slice": the graph of a node of these, on the cores
+that zmoe gives such a node, without the exchanges.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from typing import Any
 
 from common import BENCH, environment, finish, main, parser, positive, run_json, short_name
 
+from zmoe.topology.cores import divide_cores
+
 DEADLINE_S = 600.0
-ALONE, ONE = "mlx-lm", "one node"
+ALONE, ONE, SLICE, ZMQ = "mlx-lm", "one node", "a slice", "zmq"
 
 
 def arguments() -> argparse.Namespace:
@@ -34,16 +40,22 @@ def rows_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     alone: dict[str, tuple[str, ...]] = {ALONE: (), ONE: ("--nodes", "1")}
     if options.nodes == 1:
         return alone
+    cores = divide_cores(options.nodes)
+    pinned = ("--cores", ",".join(map(str, cores[0]))) if cores is not None else ()
     return alone | {
+        SLICE: ("--slice-of", str(options.nodes), *pinned),
         "evaluated": (*several, "--placement", "experts"),
-        "zmq": (*several, "--placement", "slices", "--backend", "zmq"),
+        ZMQ: (*several, "--placement", "slices", "--backend", "zmq"),
         "ring": (*several, "--placement", "slices", "--backend", "ring"),
     }
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row each: milliseconds a token, how much of mlx-lm's and the ring's that is, and
-    what the host takes beyond one node's time and the collectives, in microseconds a layer.
+    microseconds a layer: `beyond_us_per_layer` what several take longer than a slice; in zmoe's
+    collectives, where a node waits for the others, too, `exchange_us_per_layer`; and what
+    remains of the former without these, `host_us_per_layer`, which is negative where a node
+    builds the next step's graph while a collective waits.
     """
     rows = rows_of(options)
     counts = ("-p", str(options.prompt_tokens), "-n", str(options.max_tokens), "-r", "3")
@@ -57,6 +69,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             found[name].append(told["ms"])
             within[name].append(told.get("exchange_ms", 0.0))
             layers = told.get("layers", layers)
+    several = found.keys() - {ALONE, ONE, SLICE}
     return [
         {
             "row": name,
@@ -65,13 +78,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "to_mlx_lm": _ratio(runs, found[ALONE]),
             "to_ring": _ratio(runs, found["ring"]) if "ring" in found else None,
             "speed_to_mlx_lm": _ratio(found[ALONE], runs),
-            "exchange_us_per_layer": _us_per_layer(within[name], layers),
-            "host_us_per_layer": _us_per_layer(
-                [a - b - c for a, b, c in zip(runs, within[name], found[ONE])], layers
-            ),
+            **(_per_layer(runs, found[SLICE], within[name], layers) if name in several else {}),
         }
         for name, runs in found.items()
     ]
+
+
+def _per_layer(
+    runs: list[float], alone: list[float], within: list[float], layers: int
+) -> dict[str, float]:
+    beyond = [a - b for a, b in zip(runs, alone)]
+    return {
+        "beyond_us_per_layer": _us_per_layer(beyond, layers),
+        "exchange_us_per_layer": _us_per_layer(within, layers),
+        "host_us_per_layer": _us_per_layer([a - b for a, b in zip(beyond, within)], layers),
+    }
 
 
 def _us_per_layer(ms: list[float], layers: int) -> float:
@@ -91,12 +112,13 @@ def show(report: Mapping[str, Any]) -> None:
         ratios = f"{row['to_mlx_lm']:>10.2f}{to_ring:>10}"
         print(f"{name:12}{row['ms']:>10.2f}{ratios}   {spread}")
     print(f"one node decodes at {rows[ONE]['speed_to_mlx_lm']:.2f} x the speed of mlx-lm")
-    if "zmq" in rows:
-        zmq = rows["zmq"]
+    if ZMQ in rows:
+        zmq = rows[ZMQ]
         print(
-            f"several: {zmq['exchange_us_per_layer']:.0f} us a layer in collectives, and "
-            f"{zmq['host_us_per_layer']:.0f} us beyond these and one node's time; "
-            f"{zmq['to_ring']:.2f} x the time of the same graph over MLX's ring"
+            f"several: {zmq['beyond_us_per_layer']:.0f} us a layer beyond a slice, "
+            f"{zmq['host_us_per_layer']:.0f} us beyond that and the collectives' "
+            f"{zmq['exchange_us_per_layer']:.0f} us; {zmq['to_ring']:.2f} x the time of the same "
+            "graph over MLX's ring"
         )
 
 

@@ -75,9 +75,14 @@ class Codec:
     """The messages of one protocol, by the names of their dataclasses."""
 
     def __init__(self, messages: Any) -> None:
-        """`messages` is the union of the dataclasses."""
-        kinds = typing.get_args(messages)
-        self._readers = {kind.__name__: _record_reader(kind, kind.__name__, {}) for kind in kinds}
+        """`messages` is the union of the dataclasses; Fields may annotate those of other rooms."""
+        self._readers = dict[str, Reader]()
+        for kind in typing.get_args(messages):
+            hints = {}
+            if typing.get_origin(kind) is Annotated:
+                kind, mark = typing.get_args(kind)
+                hints = mark.hints
+            self._readers[kind.__name__] = _record_reader(kind, kind.__name__, hints)
 
     def encode(self, message: Any) -> bytes:
         """One frame's bytes."""

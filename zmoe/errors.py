@@ -43,6 +43,14 @@ class LaunchError(InputError):
     """A node that could not be started or did not join."""
 
 
+class AbsentError(LaunchError):
+    """Ranks that did not join the exchange; `ranks`, ascending."""
+
+    def __init__(self, ranks: tuple[int, ...], message: str) -> None:
+        self.ranks = ranks
+        super().__init__(message)
+
+
 class MismatchError(InputError):
     """A node whose model, dtype, protocol, rounding or placement differs from the leader's."""
 

@@ -5,7 +5,10 @@
  *   VEC            the vector,      LANES   how many f32 it holds,
  *   vec_load(src, i, dtype), vec_store(dst, i, dtype, v), vec_splat(value),
  *   vec_fma(a, b, c)   a * b + c, rounded once where the CPU can,
+ *   vec_max(a, b)  a where a > b, else b;   vec_most(v)   the largest of its lanes;
  *   vec_fold(v)    the sum of its lanes: lane l and l + LANES / 2 first, and so on;
+ *   vec_load_pair(src, even, odd)  from 2 * LANES bf16: every other one, faster than in order;
+ *   vec_zip(even, odd), vec_unzip(low, high)   two vectors from that order, and into it;
  *   vec_load8(src)         from LANES integers of 8 bits,
  *   vec_store8(dst, v)     to such, rounding to nearest even; all within [-127, 127],
  *   vec_largest(v, count)  the largest magnitude in an array of vectors, as bits;

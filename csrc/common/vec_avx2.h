@@ -43,6 +43,35 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
   return _mm256_fmadd_ps(a, b, c);
 }
 
+KERNEL VEC vec_max(VEC a, VEC b) {
+  return _mm256_max_ps(a, b);
+}
+
+KERNEL float vec_most(VEC v) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+KERNEL void vec_load_pair(const unsigned char *src, VEC *even, VEC *odd) {
+  __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)src);
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+KERNEL void vec_zip(VEC *even, VEC *odd) {
+  VEC low = _mm256_unpacklo_ps(*even, *odd), high = _mm256_unpackhi_ps(*even, *odd);
+  *even = _mm256_permute2f128_ps(low, high, 0x20);
+  *odd = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+KERNEL void vec_unzip(VEC *low, VEC *high) {
+  VEC outer = _mm256_permute2f128_ps(*low, *high, 0x20);
+  VEC inner = _mm256_permute2f128_ps(*low, *high, 0x31);
+  *low = _mm256_shuffle_ps(outer, inner, 0x88);
+  *high = _mm256_shuffle_ps(outer, inner, 0xdd);
+}
+
 KERNEL float vec_fold(VEC v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   return (four[0] + four[2]) + (four[1] + four[3]);

@@ -44,6 +44,36 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
   return _mm512_fmadd_ps(a, b, c);
 }
 
+KERNEL VEC vec_max(VEC a, VEC b) {
+  return _mm512_max_ps(a, b);
+}
+
+KERNEL float vec_most(VEC v) {
+  return _mm512_reduce_max_ps(v);
+}
+
+KERNEL void vec_load_pair(const unsigned char *src, VEC *even, VEC *odd) {
+  __m512i both = _mm512_loadu_si512(src);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+KERNEL void vec_zip(VEC *even, VEC *odd) {
+  __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  VEC a = *even, b = *odd;
+  *even = _mm512_permutex2var_ps(a, low, b);
+  *odd = _mm512_permutex2var_ps(a, high, b);
+}
+
+KERNEL void vec_unzip(VEC *low, VEC *high) {
+  __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  VEC a = *low, b = *high;
+  *low = _mm512_permutex2var_ps(a, even, b);
+  *high = _mm512_permutex2var_ps(a, odd, b);
+}
+
 KERNEL float vec_fold(VEC v) {
   __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -37,6 +37,37 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
   return a * b + c;
 }
 
+KERNEL VEC vec_max(VEC a, VEC b) {
+  for (size_t l = 0; l < LANES; l++)
+    a[l] = a[l] > b[l] ? a[l] : b[l];
+  return a;
+}
+
+KERNEL float vec_most(VEC v) {
+  VEC two = vec_max(v, (VEC){v[2], v[3], v[2], v[3]});
+  return two[0] > two[1] ? two[0] : two[1];
+}
+
+KERNEL void vec_load_pair(const unsigned char *src, VEC *even, VEC *odd) {
+  zmoe_words4 both, low, high;
+  memcpy(&both, src, sizeof both);
+  low = both << 16, high = both & 0xffff0000u;
+  memcpy(even, &low, sizeof low);
+  memcpy(odd, &high, sizeof high);
+}
+
+KERNEL void vec_zip(VEC *even, VEC *odd) {
+  VEC a = *even, b = *odd;
+  *even = (VEC){a[0], b[0], a[1], b[1]};
+  *odd = (VEC){a[2], b[2], a[3], b[3]};
+}
+
+KERNEL void vec_unzip(VEC *low, VEC *high) {
+  VEC a = *low, b = *high;
+  *low = (VEC){a[0], a[2], b[0], b[2]};
+  *high = (VEC){a[1], a[3], b[1], b[3]};
+}
+
 KERNEL float vec_fold(VEC v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }

@@ -41,6 +41,32 @@ KERNEL VEC vec_fma(VEC a, VEC b, VEC c) {
   return vfmaq_f32(c, a, b);
 }
 
+KERNEL VEC vec_max(VEC a, VEC b) {
+  return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
+
+KERNEL float vec_most(VEC v) {
+  return vmaxvq_f32(v);
+}
+
+KERNEL void vec_load_pair(const unsigned char *src, VEC *even, VEC *odd) {
+  uint32x4_t both = vreinterpretq_u32_u8(vld1q_u8(src));
+  *even = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+  *odd = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000u)));
+}
+
+KERNEL void vec_zip(VEC *even, VEC *odd) {
+  VEC a = *even, b = *odd;
+  *even = vzip1q_f32(a, b);
+  *odd = vzip2q_f32(a, b);
+}
+
+KERNEL void vec_unzip(VEC *low, VEC *high) {
+  VEC a = *low, b = *high;
+  *low = vuzp1q_f32(a, b);
+  *high = vuzp2q_f32(a, b);
+}
+
 KERNEL float vec_fold(VEC v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }

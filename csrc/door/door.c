@@ -117,6 +117,13 @@ uint64_t zmoe_door_spent_us(void) {
   return atomic_exchange(&door.spent_us, 0);
 }
 
+uint64_t zmoe_door_called(void) {
+  pthread_mutex_lock(&door.lock);
+  uint64_t called = door.config.is_program ? door.entered : 0;
+  pthread_mutex_unlock(&door.lock);
+  return called;
+}
+
 int zmoe_door_service(zmoe_fault *fault) {
   if (pthread_mutex_trylock(&door.turn) != 0)
     return ZMOE_OK;

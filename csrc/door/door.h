@@ -67,6 +67,8 @@ void zmoe_door_cancel(void);
 int zmoe_door_failed(zmoe_door_failure *out);
 /* Microseconds that collectives took since the last call. */
 uint64_t zmoe_door_spent_us(void);
+/* How many collectives a program has called. */
+uint64_t zmoe_door_called(void);
 /* Between steps: zmoe_exchange_service, but where a collective is under way, which does it. */
 int zmoe_door_service(zmoe_fault *fault);
 

@@ -15,7 +15,7 @@ struct tile {
 /* How many vectors from `v` on the kernels take at once. */
 static uint32_t vectors_at(uint32_t v, uint32_t vectors) {
   uint32_t left = vectors - v;
-  return left >= ZMOE_QUERIES ? ZMOE_QUERIES : left >= 2 ? 2 : 1;
+  return left >= ZMOE_QUERIES ? ZMOE_QUERIES : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
 static void multiply(float *x, const float *scales, uint32_t count) {
@@ -40,8 +40,10 @@ static float soften(const zmoe_attend *job, uint32_t position, const struct tile
   float correction = from < to ? job->ops->soften(scores + from, to - from, softmax) : 1.0f;
   if (tile->value_scales != NULL)
     multiply(scores + from, tile->value_scales + from, to - from);
-  memset(scores, 0, from * sizeof *scores);
-  memset(scores + to, 0, (tile->depth - to) * sizeof *scores);
+  if (to - from < tile->depth) {
+    memset(scores, 0, from * sizeof *scores);
+    memset(scores + to, 0, (tile->depth - to) * sizeof *scores);
+  }
   return correction;
 }
 
@@ -72,15 +74,6 @@ static void widen(const zmoe_attend *job, zmoe_head_block *block, uint32_t count
   block->data = (const unsigned char *)panel, block->dtype = ZMOE_F32;
 }
 
-/* Keys (dim, 64) in f32 of the first `count` values (count, dim), which are in f32. */
-static void turn(const float *values, uint32_t count, uint32_t dim, float *keys) {
-  enum { LINE = 16 }; /* elements of a cache line: all of them are used while it is there */
-  for (uint32_t from = 0; from < dim; from += LINE)
-    for (uint32_t j = 0; j < count; j++)
-      for (uint32_t d = from; d < zmoe_min(from + LINE, dim); d++)
-        keys[(size_t)d * ZMOE_KEY_BLOCK + j] = values[(size_t)j * dim + d];
-}
-
 /* Keys [key, key + count) of one block. */
 static void attend_block(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
                          uint32_t key, uint32_t count, uintptr_t ahead, const zmoe_sums *to,
@@ -92,15 +85,17 @@ static void attend_block(const zmoe_attend *job, const zmoe_piece *piece, uint32
   if (!job->is_latent)
     value_data = zmoe_cached(job, job->cache->values, piece->span, kv_head, key);
   zmoe_head_block keys = {.data = key_data, .dtype = dtype, .dim = dim};
-  zmoe_head_block values = {.data = value_data, .dtype = dtype, .dim = dim};
-  float *value_panel = panels + (size_t)ZMOE_KEY_BLOCK * dim;
+  zmoe_head_block values = {.data = value_data, .dtype = dtype, .dim = job->out_dim, .stride = dim};
+  /* f32 and bf16 cost next to nothing to use as they lie in the cache. */
+  int is_widened = vectors > ZMOE_DIRECT_VECTORS && dtype != ZMOE_F32 && dtype != ZMOE_BF16;
+  if (is_widened)
+    widen(job, &values, count * dim, panels + (size_t)ZMOE_KEY_BLOCK * dim);
   if (job->is_latent) {
-    widen(job, &values, count * dim, value_panel);
-    turn((const float *)(const void *)values.data, count, dim, panels);
+    job->ops->turn(values.data, (zmoe_dtype)values.dtype, count, dim, panels);
     keys.data = (const unsigned char *)panels, keys.dtype = ZMOE_F32;
-  } else if (vectors > ZMOE_DIRECT_VECTORS && dtype != ZMOE_F32) {
+    values.ahead = ahead;
+  } else if (is_widened) {
     widen(job, &keys, ZMOE_KEY_BLOCK * dim, panels);
-    widen(job, &values, count * dim, value_panel);
   } else {
     keys.ahead = (uintptr_t)values.data, values.ahead = ahead;
   }

@@ -88,10 +88,12 @@ static int is_known(const latent *a) {
 /* ---- as an attention of one head of keys -------------------------------------------------- */
 
 /* Heads that share their keys are cut into as many groups as there are threads, if they can be:
- * for the sums these are heads of keys. */
-static zmoe_attention as_attention(const latent *a, uint32_t threads) {
+ * for the sums these are heads of keys.  With `end` positions that make ranges enough for the
+ * threads they stay together, so that each key is turned once. */
+static zmoe_attention as_attention(const latent *a, uint32_t threads, uint32_t end) {
   uint32_t group = zmoe_min(a->heads, ZMOE_UNIT_VECTORS);
-  while (a->heads % group != 0 || (group > 1 && a->heads / group < threads))
+  int is_long = end / ZMOE_RANGE_KEYS >= 2 * threads;
+  while (a->heads % group != 0 || (!is_long && group > 1 && a->heads / group < threads))
     group--;
   return (zmoe_attention){.heads = a->heads,
                           .kv_heads = a->heads / group,
@@ -99,6 +101,14 @@ static zmoe_attention as_attention(const latent *a, uint32_t threads) {
                           .window = a->window,
                           .keep = a->keep,
                           .dtype = a->dtype};
+}
+
+/* The positions of the sequence that has the fewest. */
+static uint32_t shortest(const zmoe_span *spans, uint32_t n_spans) {
+  uint32_t least = UINT32_MAX;
+  for (uint32_t i = 0; i < n_spans; i++)
+    least = zmoe_min(least, spans[i].position + spans[i].rows);
+  return least;
 }
 
 /* ---- memory ------------------------------------------------------------------------ */
@@ -109,13 +119,14 @@ static size_t larger(size_t a, size_t b) {
 
 /* Of the calls within, one at a time. */
 static size_t inner_bytes(const latent *a, uint32_t threads) {
-  const zmoe_attention plain = as_attention(a, threads);
+  const zmoe_attention cut = as_attention(a, threads, 0), whole = as_attention(a, 1, 0);
+  size_t attend = larger(zmoe_attend_bytes(&cut, threads), zmoe_attend_bytes(&whole, threads));
   size_t linear = larger(zmoe_linear_scratch(width_of(a)), zmoe_linear_scratch(query_rank(a)));
   linear = larger(linear, zmoe_linear_scratch(a->output->in_features));
   size_t heads = larger(zmoe_experts_scratch(a->key_dim, a->latent_dim, 1),
                         zmoe_experts_scratch(a->latent_dim, a->value_dim, 1));
   heads += a->heads * 4 * sizeof(uint64_t);
-  return larger(larger(linear, heads), zmoe_attend_bytes(&plain, threads));
+  return larger(larger(linear, heads), attend);
 }
 
 /* Pieces of a pool's working memory; without a pool they are only added up. */
@@ -303,7 +314,7 @@ int zmoe_latent_attention_step(zmoe_thread_pool *pool, const zmoe_latent_attenti
     return ZMOE_EINVAL;
   if (all == 0)
     return ZMOE_OK;
-  const zmoe_attention plain = as_attention(attention, threads);
+  const zmoe_attention plain = as_attention(attention, threads, shortest(spans, n_spans));
   size_t mark = zmoe_thread_pool_mark(pool);
   struct taken taken = {.pool = pool};
   const struct memory m = take_memory(&taken, attention, zmoe_min(all, BLOCK_ROWS));

@@ -12,7 +12,7 @@
 
 #include "decoder.h"
 
-enum { ZMOE_SUM_LANES = 16, ZMOE_QUERIES = 4 };
+enum { ZMOE_SUM_LANES = 16, ZMOE_QUERIES = 8 };
 
 /* A softmax that sees its scores block by block. */
 typedef struct zmoe_softmax {
@@ -32,6 +32,7 @@ typedef struct zmoe_head_block {
   uintptr_t ahead; /* address of a block that will be wanted next, 0 for none */
   uint32_t dtype;  /* zmoe_dtype, or ZMOE_CODES */
   uint32_t dim, count;
+  uint32_t stride; /* of values: elements from one to the next, `dim` of which are summed */
 } zmoe_head_block;
 
 /* A head's block is too short for the processor to guess what comes after it. */
@@ -48,18 +49,21 @@ typedef struct zmoe_vector_ops {
   void (*rotate)(float *x, const float *cosines, const float *sines, uint32_t dims,
                  uint32_t traditional);
   /* scores[i * ZMOE_KEY_BLOCK + j] = queries[i] . keys[:, j], keys (dim, ZMOE_KEY_BLOCK), i < n,
-   * which is 1, 2 or ZMOE_QUERIES; j < count rounded up to ZMOE_SUM_LANES */
+   * which is 1, 2, 4 or ZMOE_QUERIES; j < count rounded up to ZMOE_SUM_LANES */
   void (*score)(const float *const *queries, uint32_t n, const zmoe_head_block *keys,
                 float *scores);
   /* scores[j] = exp(scores[j] - max), taken into `state`; what was made with its
    * earlier max is to be multiplied with the result: 1 for no scores. */
   float (*soften)(float *scores, uint32_t count, zmoe_softmax *state);
   /* sums[i * sum_stride + d] = sums[...] * corrections[i] + sum over j < count of
-   * weights[i * ZMOE_KEY_BLOCK + j] * values[j][d], values (count, dim); n as above */
+   * weights[i * ZMOE_KEY_BLOCK + j] * values[j][d], values (count, stride); d < dim; n as above */
   void (*add_values)(const float *weights, uint32_t n, const float *corrections,
                      const zmoe_head_block *values, float *sums, size_t sum_stride);
   /* out[i] = codes[i], integers of 8 bits, i < count rounded up to ZMOE_SUM_LANES */
   void (*widen)(const unsigned char *codes, size_t count, float *out);
+  /* keys (dim, ZMOE_KEY_BLOCK) in f32 of the first `count` rows of `rows` (count, dim) */
+  void (*turn)(const unsigned char *rows, zmoe_dtype dtype, uint32_t count, uint32_t dim,
+               float *keys);
   /* x[i] = 1 / (1 + exp(-x[i])) */
   void (*sigmoid)(float *x, uint32_t count);
   /* A row of a delta net's state, `to` = decay * `from` + key * beta * (value - what the decayed

@@ -6,9 +6,10 @@
 #include "exp_of.h"
 
 enum { PARTS = ZMOE_SUM_LANES / LANES };
+typedef uint32_t WORDS __attribute__((vector_size(4 * LANES)));
 
 /* A loop that must be unrolled: sums in an array stay in registers only so. */
-#define EACH(i, count) _Pragma("GCC unroll 8") for (uint32_t i = 0; i < (count); i++)
+#define EACH(i, count) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < (count); i++)
 
 KERNEL VEC get(const float *x) {
   return vec_load((const unsigned char *)x, 0, ZMOE_F32);
@@ -135,29 +136,61 @@ KERNEL float larger(float a, float b) {
 KERNEL float max_of(const float *x, uint32_t count, float max) {
   uint32_t i = 0;
   if (count >= ZMOE_SUM_LANES) {
-    float lanes[ZMOE_SUM_LANES];
-    memcpy(lanes, x, sizeof lanes);
+    VEC lanes[PARTS];
+    EACH(p, PARTS)
+      lanes[p] = get(x + p * LANES);
     for (i = ZMOE_SUM_LANES; i + ZMOE_SUM_LANES <= count; i += ZMOE_SUM_LANES)
-      for (uint32_t l = 0; l < ZMOE_SUM_LANES; l++)
-        lanes[l] = larger(x[i + l], lanes[l]);
-    for (uint32_t half = ZMOE_SUM_LANES / 2; half > 0; half /= 2)
-      for (uint32_t l = 0; l < half; l++)
-        lanes[l] = larger(lanes[l], lanes[l + half]);
-    max = larger(lanes[0], max);
+      EACH(p, PARTS)
+        lanes[p] = vec_max(get(x + i + p * LANES), lanes[p]);
+    for (uint32_t p = 1; p < PARTS; p++)
+      lanes[0] = vec_max(lanes[p], lanes[0]);
+    max = larger(vec_most(lanes[0]), max);
   }
   for (; i < count; i++)
     max = larger(x[i], max);
   return max;
 }
 
-TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
+/* exp_of lane by lane, of what is not above 0, or no number. */
+KERNEL VEC exp_below(VEC x) {
+  VEC clamped = vec_max(vec_splat(-87.0f), x);
+  VEC whole = clamped * vec_splat(1.44269504f) + vec_splat(12582912.0f);
+  VEC n = whole - vec_splat(12582912.0f);
+  VEC r = clamped - n * vec_splat(0.693359375f) + n * vec_splat(2.12194440e-4f);
+  VEC p = vec_splat(1.9875691500e-4f);
+  p = p * r + vec_splat(1.3981999507e-3f);
+  p = p * r + vec_splat(8.3334519073e-3f);
+  p = p * r + vec_splat(4.1665795894e-2f);
+  p = p * r + vec_splat(1.6666665459e-1f);
+  p = p * r + vec_splat(5.0000001201e-1f);
+  p = p * r * r + r + vec_splat(1.0f);
+  WORDS power = ((WORDS)whole + 127) << 23, is_zero = (WORDS)(x < vec_splat(-87.0f));
+  return (VEC)((WORDS)(p * (VEC)power) & ~is_zero);
+}
+
+KERNEL float soften_all(float *scores, const uint32_t count, zmoe_softmax *state) {
   float max = max_of(scores, count, state->max);
-  for (uint32_t j = 0; j < count; j++)
-    scores[j] = exp_of(scores[j] - max);
-  float correction = exp_of(state->max - max);
-  state->sum = state->sum * correction + sum_of(scores, count);
-  state->max = max;
+  VEC lanes[PARTS];
+  clear(lanes);
+  uint32_t j = 0;
+  for (; j + ZMOE_SUM_LANES <= count; j += ZMOE_SUM_LANES)
+    EACH(p, PARTS) {
+      VEC weight = exp_below(get(scores + j + p * LANES) - vec_splat(max));
+      vec_store((unsigned char *)scores, j + p * LANES, ZMOE_F32, weight);
+      lanes[p] += weight;
+    }
+  float sum = sum_lanes(lanes);
+  for (; j < count; j++)
+    sum += scores[j] = exp_of(scores[j] - max);
+  float correction = state->max == max ? 1.0f : exp_of(state->max - max);
+  *state = (zmoe_softmax){max, state->sum * correction + sum};
   return correction;
+}
+
+TARGET static float soften(float *scores, uint32_t count, zmoe_softmax *state) {
+  if (count == ZMOE_KEY_BLOCK) /* nearly always: its vectors hide each other's latency */
+    return soften_all(scores, ZMOE_KEY_BLOCK, state);
+  return soften_all(scores, count, state);
 }
 
 #include "activation_body.h"
@@ -200,5 +233,5 @@ TARGET static float delta(const float *from, float *to, const float *key, const 
   return update(to, to, 1.0f, key, (value - held) * beta, query, dim);
 }
 
-const zmoe_vector_ops TABLE = {norm_row,   clip,  rotate,  score, soften,
-                               add_values, widen, sigmoid, delta, activate};
+const zmoe_vector_ops TABLE = {norm_row, clip, rotate,  score, soften,  add_values,
+                               widen,    turn, sigmoid, delta, activate};

@@ -42,9 +42,13 @@ def test_graph_has_a_row_for_each_form(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     report = report_of("graph.py", str(tmp_path / "m"), "--runs", "1", "-m", "2")
     rows = {row["row"]: row for row in report["results"]}
-    assert list(rows) == ["mlx-lm", "one node", "evaluated", "zmq", "ring"]
+    assert list(rows) == ["mlx-lm", "one node", "a slice", "evaluated", "zmq", "ring"]
     assert rows["mlx-lm"]["to_mlx_lm"] == rows["ring"]["to_ring"] == 1.0
     assert all(row["ms"] == row["runs"][0] > 0 for row in rows.values())
+    zmq, beyond_ms = rows["zmq"], rows["zmq"]["ms"] - rows["a slice"]["ms"]
+    assert zmq["beyond_us_per_layer"] == pytest.approx(1e3 * beyond_ms / 2, abs=2)  # layers
+    host = zmq["beyond_us_per_layer"] - zmq["exchange_us_per_layer"]
+    assert zmq["host_us_per_layer"] == pytest.approx(host, abs=2)
 
 
 def test_what_is_not_installed_is_named_and_no_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
  * exchange has the exact size that its caller would make, for AddressSanitizer to guard.
  *
  * With libFuzzer: clang -fsanitize=fuzzer -DLIBFUZZER.  Without, main() below makes the
- * inputs by chance: fuzz_exchange SECONDS */
+ * inputs by chance: fuzz_exchange SECONDS [SEED] */
 #include "common/platform.h"
 
 #include "check.h"
@@ -240,6 +240,14 @@ static zmoe_dispatch_batch got;
 static uint64_t ranks[PAIRS];
 static long long taken[2]; /* sums, and rows of a worker */
 
+enum role { DIRECT, SCATTER, LEADER, WORKER, ROLES };
+static const char *const ROLE_NAMES[ROLES] = {"direct", "scatter", "leader", "worker"};
+static long long frames[ROLES]; /* given to each role, behind right checksums */
+
+static enum role role(void) {
+  return central ? (rank > 0 ? WORKER : LEADER) : in_chunks ? SCATTER : DIRECT;
+}
+
 static zmoe_call due(void) {
   return (zmoe_call){
       .step = step,
@@ -388,6 +396,8 @@ static size_t make_frame(uint32_t from, uint8_t *out) {
   size_t bytes = ZMOE_HEADER_BYTES + header.payload_bytes;
   if (chance(16)) /* damage that a checksum finds */
     out[draw((uint32_t)bytes)] ^= (uint8_t)(1 + draw(255));
+  else
+    frames[role()]++;
   return chance(32) ? draw((uint32_t)bytes) : bytes + chance(32);
 }
 
@@ -612,6 +622,8 @@ int main(int argc, char **argv) {
   enum { INPUT_BYTES = 1024 };
   static uint8_t data[INPUT_BYTES];
   CHECK(argc >= 2);
+  if (argc > 2)
+    state += strtoull(argv[2], NULL, 10);
   long long runs = 0;
   for (time_t end = time(NULL) + atoi(argv[1]); time(NULL) < end;)
     for (int i = 0; i < 100; i++, runs++) {
@@ -621,7 +633,12 @@ int main(int argc, char **argv) {
       }
       LLVMFuzzerTestOneInput(data, sizeof data);
     }
-  printf("fuzz_exchange: %lld runs, %lld sums, %lld times rows\n", runs, taken[0], taken[1]);
+  printf("fuzz_exchange: %lld runs, %lld sums, %lld times rows; frames:", runs, taken[0], taken[1]);
+  for (int r = 0; r < ROLES; r++) {
+    printf(" %s %lld", ROLE_NAMES[r], frames[r]);
+    CHECK(frames[r] > 0);
+  }
+  printf("\n");
   CHECK(taken[0] > 0 && taken[1] > 0);
   return 0;
 }

@@ -24,7 +24,7 @@ static zmoe_head_block random_block(uint32_t dim, zmoe_dtype dtype, float *x) {
     x[i] = rounded(drawn[i], dtype);
   zmoe_convert(data + 1, dtype, x, ZMOE_F32, (size_t)KEYS * dim, ZMOE_ISA_GENERIC);
   free(drawn);
-  return (zmoe_head_block){data + 1, 0, dtype, dim, 1 + next_random() % KEYS};
+  return (zmoe_head_block){data + 1, 0, dtype, dim, 1 + next_random() % KEYS, dim};
 }
 
 /* Plain x86-64 has no fused multiply-add. */
@@ -45,8 +45,9 @@ static void check_sums(const zmoe_vector_ops *plain, const zmoe_vector_ops *ops,
     for (int dtype = 0; dtype < 3; dtype++) {
       zmoe_head_block block = random_block(dim, (zmoe_dtype)dtype, elements);
       float *x = random_floats(QUERIES * MOST, 1.0f), scores[QUERIES * KEYS], sums[QUERIES * MOST];
-      const float *queries[QUERIES] = {x, x + MOST, x + 2 * MOST, x + 3 * MOST};
-      const float corrections[QUERIES] = {1, 0.3f, 0, 2};
+      const float *queries[QUERIES], corrections[QUERIES] = {1, 0.3f, 0, 2, 1, 0.7f, 0, 3};
+      for (uint32_t i = 0; i < QUERIES; i++)
+        queries[i] = x + i * MOST;
       memcpy(sums, x, sizeof sums);
       ops->score(queries, n, &block, scores);
       for (uint32_t i = 0; i < n; i++)
@@ -68,6 +69,26 @@ static void check_sums(const zmoe_vector_ops *plain, const zmoe_vector_ops *ops,
     }
 }
 
+/* Rows become columns, and half of each row is summed where that is all that is asked for. */
+static void check_latents(const zmoe_vector_ops *plain, const zmoe_vector_ops *ops, uint32_t dim) {
+  (void)plain;
+  static float elements[KEYS * MOST], keys[KEYS * MOST], sums[2][MOST];
+  for (int dtype = 0; dtype < 3; dtype++) {
+    zmoe_head_block block = random_block(dim, (zmoe_dtype)dtype, elements);
+    ops->turn(block.data, (zmoe_dtype)dtype, block.count, dim, keys);
+    for (uint32_t j = 0; j < block.count; j++)
+      for (uint32_t d = 0; d < dim; d++)
+        CHECK(keys[d * KEYS + j] == elements[j * dim + d]);
+    memset(sums, 0, sizeof sums);
+    const float correction = 1;
+    ops->add_values(elements, 1, &correction, &block, sums[0], MOST);
+    block.dim = dim / 2;
+    ops->add_values(elements, 1, &correction, &block, sums[1], MOST);
+    for (uint32_t d = 0; d < dim; d++)
+      CHECK(sums[1][d] == (d < dim / 2 ? sums[0][d] : 0));
+  }
+}
+
 static void check_softmax(const zmoe_vector_ops *plain, const zmoe_vector_ops *fast, uint32_t dim) {
   float *x = random_floats(dim, 3.0f), scores[2][MOST], corrections[2];
   zmoe_softmax states[2] = {zmoe_softmax_empty(), zmoe_softmax_empty()};
@@ -85,6 +106,7 @@ static void check_softmax(const zmoe_vector_ops *plain, const zmoe_vector_ops *f
 
 static void test_attention(void) {
   each_variant(check_sums);
+  each_variant(check_latents);
   each_variant(check_softmax);
 }
 

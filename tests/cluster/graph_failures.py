@@ -22,6 +22,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, first_outp
 NODES = 3
 PEER_TIMEOUT_S = 3
 ENDING_S = 5  # for a process to end, beyond the deadline, on a busy machine
+ENDLESS_RUN = Path(__file__).with_name("endless_run.py")
 STRAYING_NODE = Path(__file__).with_name("straying_node.py")
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "astray": signal.SIGUSR1}
 
@@ -63,7 +64,7 @@ def check_round(commands: Commands, model: Path, happened: Round) -> float:
     port = free_port()
     common = ("--model", model, "--compute", "mlx", "--peer-timeout", PEER_TIMEOUT_S, "-m", 100000)
     manual = ("--manual", "--starting-port", port)
-    nodes = [commands.start("run", "-n", NODES, *manual, *common, "x")]
+    nodes = [commands.python(ENDLESS_RUN, "-n", NODES, *manual, *common, "x")]
     for rank in range(1, NODES):
         joins = ("--leader", f"127.0.0.1:{port}", "--rank", rank, "--once")
         nodes.append(commands.python(STRAYING_NODE, *joins))

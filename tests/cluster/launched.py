@@ -60,6 +60,8 @@ def main() -> None:
         mx.eval(mx.distributed.all_sum(mx.ones(3), group=group.split(rank)))
     elif rank == 1 and scenario == "exit":
         sys.exit(3)
+    elif rank == int(given[0] if given else 2) and scenario == "early":
+        return
     elif rank == 1 and scenario == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif rank == 1 and scenario == "waits":

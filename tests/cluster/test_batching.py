@@ -98,9 +98,23 @@ class Consumer(threading.Thread):
             self.error = f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize("schedule", ["decentralized", "centralized"])
-def test_a_killed_worker_ends_all_consumers(schedule: str) -> None:
-    with Cluster("zmoe-tiny", spec=spec_of(3, schedule=schedule)) as cluster:
+def test_a_killed_worker_changes_no_text() -> None:
+    """Eight at once, of which some prefill, others draft; each is as if nothing had happened."""
+    told: list[str] = []
+    spec = spec_of(3, Batching(speculate="2"), prefill_chunk=64)
+    with Cluster("zmoe-tiny", spec=spec, on_notice=told.append) as cluster:
+        before = texts(list(submitted(cluster)))
+        generations = list(submitted(cluster))
+        found = [[next(each).id] for each in generations]
+        os.kill(cluster.worker_pids()[0], signal.SIGKILL)
+        for begun, rest in zip(found, texts(generations)):
+            begun += rest
+        assert cluster.hosts == (0, 2, 2), told
+    assert found == before
+
+
+def test_a_killed_worker_ends_all_consumers() -> None:
+    with Cluster("zmoe-tiny", spec=spec_of(3, schedule="centralized")) as cluster:
         consumers = [Consumer(cluster.submit("ROMEO:", **ENDLESS)) for _ in range(5)]
         assert all(consumer.begun.wait(PATIENCE_S) for consumer in consumers)
         os.kill(cluster.worker_pids()[0], signal.SIGKILL)

@@ -29,7 +29,7 @@ def worker_memory(folder: Path, compute: str, schedule: str) -> int:
     engine = EngineConfig(compute=compute, schedule=schedule)
     info, spec = describe(Skeleton(folder)), ClusterSpec(nodes=2, engine=engine)
     resolver = PlacementResolver(PlacementRequest("experts"), info, 2, engine)
-    leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
+    leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None, print)
     error = "the test failed"
     try:
         leader.launch()

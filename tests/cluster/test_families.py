@@ -70,7 +70,7 @@ def run(
     else:
         spec = workers.spec(nodes, engine)
         resolver = PlacementResolver(PlacementRequest("experts"), info, nodes, engine)
-        leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None)
+        leader = Leader(info, str(folder), spec, resolver, lambda *_: None, lambda _: None, print)
     try:
         if leader is not None:
             leader.start()

@@ -24,7 +24,7 @@ from zmoe.cluster.messages import Endpoints, Failed, Hello, Join, Message, Place
 from zmoe.cluster.node import Node, check_hello, hello_of
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
-from zmoe.errors import MismatchError, ZmoeError
+from zmoe.errors import InputError, MismatchError, ZmoeError
 from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -139,8 +139,15 @@ def test_a_stranger_that_comes_first_takes_no_workers_place(free_port: int) -> N
     context = Context()
     join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost", "")
     stranger = WorkerBus(context, f"127.0.0.1:{free_port}", join, 5.0)
-    answers: list[Message | None] = []
-    waiting = threading.Thread(target=lambda: answers.append(stranger.receive(PATIENCE_S)))
+    refusals: list[str] = []
+
+    def wait() -> None:
+        try:
+            stranger.receive(PATIENCE_S)
+        except InputError as error:
+            refusals.append(str(error))
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     with Cluster(TINY, spec=ClusterSpec(nodes=2, port=free_port)) as cluster:
         assert len(list(cluster.generate("ROMEO:", max_tokens=4))) == 4
@@ -150,7 +157,8 @@ def test_a_stranger_that_comes_first_takes_no_workers_place(free_port: int) -> N
         for file in ("cmdline", "environ"):
             assert token not in Path(f"/proc/{pid}/{file}").read_bytes()
     waiting.join()
-    assert answers == [Stop("rank 1 of this run is a worker that its leader starts")]
+    words = "takes only nodes with a key, or that it starts itself"
+    assert refusals == [f"leader 127.0.0.1:{free_port} {words}"]
     stranger.close()
     context.term()
 

@@ -92,7 +92,7 @@ def test_no_leader_ends_a_serving_worker(
         with pytest.raises(ZmoeError, match=words), Cluster(TINY, spec=spec) as cluster:
             leader = cluster._leader
             assert leader is not None
-            leader._bus.broadcast(FURTHER)
+            leader.bus.broadcast(FURTHER)
             deadline = time.monotonic() + PATIENCE_S
             while time.monotonic() < deadline:
                 leader.watch()  # raises what the worker says

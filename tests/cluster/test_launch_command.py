@@ -68,13 +68,15 @@ def test_mlx_lms_tensor_parallelism_says_what_mlx_lm_says(
         ("refused", 1, "zmoe's exchange does not do this: a send of float32"),
         ("apart", 1, "the ranks call different collectives, or in groups of some ranks"),
         ("exit", 3, "rank 1 ended with exit code 3"),
+        ("early 1", 1, "rank 1 has ended, and rank 0 waits for it in a collective"),
+        ("early 0", 1, "rank 0 has ended, and rank 1 waits for it in a collective"),
         ("killed", 1, "rank 1 on this machine (pid "),
     ],
 )
 def test_one_line_says_what_ends_all(
     commands: Commands, scenario: str, code: int, words: str
 ) -> None:
-    found, out, errors = launched(commands, "-n", 2, SCRIPT, scenario)
+    found, out, errors = launched(commands, "-n", 2, SCRIPT, *scenario.split())
     assert (found, out, len(errors)) == (code, "", 1), errors
     assert errors[0].removeprefix("zmoe-launch: ").removeprefix("node 1: ").startswith(words)
 

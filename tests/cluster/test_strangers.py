@@ -1,4 +1,4 @@
-"""Strangers at every port of a running cluster: counted, dropped, the text unharmed."""
+"""Strangers at every port of a running cluster: refused, the text unharmed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.cluster.conftest import PATIENCE_S
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import Cache, Failed, Join, encode
 from zmoe.config import PROTOCOL_VERSION
+from zmoe.exchange.keys import connect_with_token
 
 TOKENS = 40
 
@@ -32,7 +33,7 @@ def ports_of(cluster: Cluster) -> tuple[int, int, int]:
     assert leader is not None
     exchange = leader.node.exchange
     assert exchange is not None
-    return leader._bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
+    return leader.bus.port, exchange.endpoint.data_port, exchange.endpoint.control_port
 
 
 class Strangers(threading.Thread):
@@ -45,8 +46,11 @@ class Strangers(threading.Thread):
 
     def run(self) -> None:
         context: zmq.Context[Any] = zmq.Context()
-        sockets = [self._dealer(context, port, b"zmoe-9") for port in self._ports]
-        sockets.append(self._dealer(context, self._ports[0], None))
+        sockets = [
+            self._dealer(context, port, identity, token)
+            for port in self._ports
+            for identity, token in ((b"zmoe-9", ""), (b"zmoe-1", "guess"), (None, "guess"))
+        ]
         while not self._halt.is_set():
             for port in self._ports:
                 self._garbage(port)
@@ -65,11 +69,15 @@ class Strangers(threading.Thread):
         context.destroy(linger=0)
 
     @staticmethod
-    def _dealer(context: zmq.Context[Any], port: int, identity: bytes | None) -> zmq.Socket[Any]:
+    def _dealer(
+        context: zmq.Context[Any], port: int, identity: bytes | None, token: str
+    ) -> zmq.Socket[Any]:
         dealer = context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.SNDHWM, 0)
         if identity is not None:
             dealer.setsockopt(zmq.ROUTING_ID, identity)
+        if token:
+            connect_with_token(dealer, token)
         dealer.connect(f"tcp://127.0.0.1:{port}")
         return dealer
 
@@ -100,4 +108,5 @@ def test_strangers_change_nothing(cluster: Cluster) -> None:
     assert disturbed == calm
     leader = cluster._leader
     assert leader is not None
-    assert leader._bus.dropped > 0
+    assert leader._context.authenticator.refused == ["127.0.0.1, who has no token"]
+    assert leader.bus.dropped == 0  # who is refused sends no message

@@ -151,16 +151,27 @@ def test_streams_go_on_when_the_engine_is_killed(lasting: Server) -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_node_that_is_killed_is_started_again(lasting: Server, busy: bool) -> None:
+def test_a_node_that_is_killed_is_missed_by_nobody(lasting: Server, busy: bool) -> None:
     before, texts = ask(lasting), wanted(lasting) if busy else []
     engine = engine_of(lasting)
     readers = [Reader(lasting, body) for body in STREAMS] if busy else []
     (node,) = [pid for pid, line in lasting.processes().items() if "zmoe.cli.node" in line]
     os.kill(node, signal.SIGKILL)
-    while engine_of(lasting) == engine:
-        time.sleep(0.05)
-    lasting.wait_for("ready")
+    lasting.wait_for("degraded")
+    assert httpx.get(f"{lasting.url}/health").json()["reason"] == (
+        "node 1 is lost, and node 0 computes its share"
+    )
+    status = httpx.get(f"{lasting.url}/v1/cluster").json()
+    assert [(each["link"], each["computed_by"]) for each in status["nodes"]] == [
+        (None, 0),
+        ("lost", 0),
+    ]
+    assert ask(lasting) == before
     assert [reader.text() for reader in readers] == texts
+    lasting.wait_for("ready")  # another process has taken its place
+    status = httpx.get(f"{lasting.url}/v1/cluster").json()
+    assert [each["computed_by"] for each in status["nodes"]] == [0, 1]
+    assert engine_of(lasting) == engine
     assert ask(lasting) == before
 
 

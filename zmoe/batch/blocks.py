@@ -184,6 +184,14 @@ class Blocks:
             self.free.append(sequence.id)
         sequence.blocks, sequence.room, sequence.sent = [], 0, 0
 
+    def forget(self) -> None:
+        """No block has a text any more, on any node; no sequence is running."""
+        self._spare += self._cached
+        self._cached.clear()
+        self._blocks.clear()
+        self._prefixes.clear()
+        self.free.clear()
+
     def _lacking(self, held: int, end: int) -> int:
         """How many blocks a sequence that has `held` ones needs for `end` positions."""
         return min(blocks_of(end), self._most) - min(held, self._most)

@@ -165,6 +165,19 @@ class Scheduler:
         """
         return self._memory.adopt(_text(tokens), fill)
 
+    @property
+    def positions(self) -> int:
+        """How many the running sequences have computed."""
+        running = (*self._prefilling.values(), *self._decoding.values())
+        return sum(sequence.position for sequence in running)
+
+    def forget(self) -> None:
+        """Between two steps: all caches of all nodes are empty, so that what runs begins anew."""
+        for sequence in [*self._prefilling.values(), *self._decoding.values()]:
+            self._preempt(sequence)
+        self._memory.forget()
+        self._changed = True
+
     def expire(self, now: float) -> list[Sequence]:
         """End the requests that have waited too long for their first step; returns them."""
         late = []
@@ -296,14 +309,18 @@ class Scheduler:
         """Make room up to `end`, by preempting the newest ones; False if itself was among them."""
         while not self._memory.grow(sequence, end):
             newest = self._sequences[max(*self._decoding, *self._prefilling, -1)]
-            self._leave(newest, keep=False)
-            newest.preemptions += 1
-            self.preemptions += 1
-            self._waiting[newest.id] = newest
-            self._waiting = dict(sorted(self._waiting.items()))
+            self._preempt(newest)
             if newest is sequence:
                 return False
         return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let it wait until there is room for it, and begin anew."""
+        self._leave(sequence, keep=False)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._waiting[sequence.id] = sequence
+        self._waiting = dict(sorted(self._waiting.items()))
 
     def _leave(self, sequence: Sequence, keep: bool) -> None:
         """It runs no longer."""

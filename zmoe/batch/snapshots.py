@@ -133,6 +133,13 @@ class Snapshots:
         text.tokens.append(0)  # all before the last token can be found
         return self.known(text).length
 
+    def forget(self) -> None:
+        """No snapshot is there any more, on any node; no sequence is running."""
+        self._texts.clear()
+        self._kept = 0
+        self.free.clear()
+        self.forks.clear()
+
     def _count(self, sequence: Sequence, blocks: int) -> None:
         self._running[sequence] = blocks
         self._longest = max(self._longest, blocks)

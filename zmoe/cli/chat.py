@@ -209,6 +209,7 @@ def _cluster(options: argparse.Namespace, spec: ClusterSpec) -> Iterator[Cluster
                 spec=spec,
                 progress=progress,
                 on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
+                on_notice=lambda line: print(f"{PROG}: {line}", file=sys.stderr),
             )
             stack.enter_context(cluster)
         for notice in cluster.notices:

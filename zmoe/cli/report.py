@@ -39,13 +39,27 @@ def _lines(choice: Choice, attention: str) -> Iterator[str]:
             f"({resident / total:.0%}), room for {in_bytes(choice.capacity[node])}; "
             f"reads {choice.speeds[node]} GB/s"
         )
-    if attention == "sharded":
-        nodes = choice.placement.nodes
-        yield f"  attention: 1/{nodes} of the heads on each node, one more exchange per layer"
+    if choice.evaluated is not None:
+        yield from _forms(choice, attention)
     yield f"  predicted by the cost model, {choice.assumed}:"
-    width = max(len(each.label) for each in choice.considered)
+    width = max(len(each.name) for each in choice.considered)
     for each in choice.considered:
-        yield f"  {each.label:{width}}  {_outcome(each)}"
+        yield f"  {each.name:{width}}  {_outcome(each)}"
+
+
+def _forms(choice: Choice, attention: str) -> Iterator[str]:
+    """How MLX computes the layers, and where the attention heads are."""
+    nodes = choice.placement.nodes
+    if choice.evaluated:
+        yield f"  layers: evaluated one by one, as {choice.evaluated}"
+    elif nodes == 1:
+        yield "  layers: in MLX's graph, as mlx-lm's model, which one node computes as it is"
+    else:
+        yield "  layers: in MLX's graph, as every node has a slice of every expert"
+    if attention == "sharded":
+        yield f"  attention: 1/{nodes} of the heads on each node, one more exchange per layer"
+    elif nodes > 1 and not choice.evaluated:
+        yield "  attention: all heads on each node, unless --attention sharded is given"
 
 
 def _owned(placement: Placement, node: int) -> str:

@@ -209,6 +209,7 @@ def _enter(
             progress=progress,
             on_placement=partial(_explain, progress, spec) if options.explain else None,
             on_manual=lambda lines: progress.print(f"{PROG}: {ask_for_nodes(lines)}"),
+            on_notice=lambda line: print(f"{PROG}: {line}", file=sys.stderr),
         )
         # All files are looked at before the model is loaded.
         if options.record_usage is not None:

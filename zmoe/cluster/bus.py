@@ -5,12 +5,12 @@ back loses nothing. libzmq's own heartbeats run beside compute, on its I/O threa
 so a host that hangs or vanishes breaks the link within seconds even while Python
 is busy.
 
-What strangers can do: with keys (zmoe.exchange.keys) their connections are closed after the
-handshake, for which they have HANDSHAKE_MS. Without, each connection holds at most RCVHWM
+What strangers can do: with keys, and where the leader starts all workers (zmoe.exchange.keys),
+their connections are closed after the handshake, for which they have HANDSHAKE_MS. Workers that
+are started by hand, without a key, have nothing to show. Each connection then holds at most RCVHWM
 messages of one part of at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages,
-though, and it has no limit on a message's parts nor on the number of connections. So without keys
-memory is not bounded, and a stranger can also end the process, by the assertion that
-zmoe.exchange.sockets tells of.
+though, and it has no limit on a message's parts. So memory is not bounded then, and a stranger
+can also end the process, by the assertion that zmoe.exchange.sockets tells of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -44,11 +44,15 @@ from zmoe.cluster.messages import (
 from zmoe.codec import MessageError
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import InputError, PeerError, ZmoeError
-from zmoe.exchange.keys import CURVE_BYTES, Pinned, connect_with, listen_with
-from zmoe.exchange.sockets import Context, Ports, bind, heartbeat
+from zmoe.exchange.keys import (
+    CURVE_BYTES,
+    Pinned,
+    connect_with,
+    connect_with_token,
+    listen_with,
+)
+from zmoe.exchange.sockets import HANDSHAKE_MS, Context, Ports, bind, heartbeat
 
-_DOMAIN = "bus"
-HANDSHAKE_MS = 5000
 FAREWELL_S = 3.0  # how long an end waits for the other to acknowledge its last words
 _LINGER_MS = 500
 _MOST_AT_ONCE = 100  # frames: a flood of them must not hold the leader up
@@ -112,20 +116,22 @@ class LeaderBus:
 
         Workers 1 to `nodes` - 1 may join, each with its token of `tokens`; a rank
         without one there is a worker that is started by hand. `grace`: seconds that
-        a broken link may take to come back. With `keys` (the context is a
-        zmoe.exchange.sockets.Context then) all is encrypted, and nobody else gets in.
+        a broken link may take to come back. With `keys` all is encrypted. With them, or a token
+        for each worker, nobody else gets in; the context is a zmoe.exchange.sockets.Context then.
         """
         self.session = session
         self.dropped = 0
         self.step = 0  # the last one begun, for error messages
         self._nodes, self._tokens, self._grace = nodes, tokens, grace
         self._peers: dict[int, _Peer] = {}
+        self._given_up: dict[bytes, bytes] = {}  # by identity, what it is told
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         _configure(self.socket, MAX_REPORT_BYTES, keys)
-        if keys is not None:
+        if keys is not None or len(tokens) == nodes - 1:
             assert isinstance(context, Context)
-            context.authenticator.allow(_DOMAIN, keys.others)
-            listen_with(self.socket, keys.own, _DOMAIN)
+            domain = f"bus {session}"
+            context.authenticator.allow(domain, keys.others if keys else tuple(tokens.values()))
+            listen_with(self.socket, keys.own if keys else None, domain)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A worker that reconnects takes over from its own dead connection.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -136,8 +142,8 @@ class LeaderBus:
             self.socket.close()
             raise
 
-    def broadcast(self, message: Message) -> None:
-        """Send `message` to every worker that has joined.
+    def broadcast(self, message: Message, ranks: Collection[int] | None = None) -> None:
+        """Send `message` to every worker that has joined, or to those of `ranks` that have.
 
         It is sent again after a broken link. Raises PeerError, once the others have
         it, for a worker that has long acknowledged nothing.
@@ -145,6 +151,8 @@ class LeaderBus:
         body = encode(message)
         lost: PeerError | None = None
         for rank, peer in self._peers.items():
+            if ranks is not None and rank not in ranks:
+                continue
             try:
                 peer.channel.push(body)
             except ChannelError as error:
@@ -152,6 +160,13 @@ class LeaderBus:
             self._flush(peer)
         if lost is not None:
             raise lost
+
+    def give_up(self, rank: int, why: str) -> None:
+        """Forget worker `rank`: whoever still speaks for it is told `why`, until it joins anew."""
+        peer = self._peers.pop(rank, None)
+        if peer is not None:
+            words = self._given_up[peer.identity] = peer.channel.note(encode(Stop(why)))
+            self._write(peer.identity, words)
 
     def wait(self, timeout: float) -> None:
         """Sleep until something has come, at most `timeout` seconds."""
@@ -210,8 +225,10 @@ class LeaderBus:
             return self._greet(rank, parts[0], peer, decode(parts[1]))
         frame = parse(parts[1])
         if peer is None or frame.session != self.session:
-            # A worker of another run: ours is not its session, which it sees by this.
-            self._write(parts[0], Channel(self.session).note(encode(Stop("another run's leader"))))
+            # A worker of another run, which sees by this that its session is none here. Strangers
+            # get this as well, and are not told ours; who was given up is told why.
+            none_here = Channel(0).note(encode(Stop("another run's leader")))
+            self._write(parts[0], self._given_up.get(parts[0], none_here))
             raise MessageError("of another session")
         body = peer.channel.take(frame)
         peer.down_since = None
@@ -309,6 +326,7 @@ class WorkerBus:
         the leader's; without, the link is not encrypted.
         """
         self.leader, self.grace, self._keys = leader, grace, keys
+        self._has_token = bool(join.token)
         self._failed_handshakes = 0
         self.step = 0  # the last one begun, for error messages
         self._join = encode(join)
@@ -318,6 +336,8 @@ class WorkerBus:
         _configure(self.socket, MAX_MESSAGE_BYTES, keys)
         if keys is not None:
             connect_with(self.socket, keys.own, keys.others[0])
+        elif join.token:
+            connect_with_token(self.socket, join.token)
         heartbeat(self.socket, MAX_MESSAGE_BYTES)
         # Another worker of this rank has another identity, and cannot take our place.
         identity = b"zmoe-%d-%s" % (join.rank, secrets.token_hex(8).encode())
@@ -486,12 +506,19 @@ class WorkerBus:
             self._down_since = None
 
     def _check_handshake(self, event: int, value: int) -> None:
-        """Raise InputError where a failed handshake, told by libzmq, means that keys differ."""
+        """Raise InputError where a failed handshake, told by libzmq, means that keys or tokens
+        differ.
+        """
         keys = self._keys
+        is_mismatch = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
             why = f"has refused this node, whose public key is {keys.own.public}"
-        elif value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            why = "has no key, while this node has one" if keys else "takes only nodes with a key"
+        elif is_mismatch and keys is not None:
+            why = "has no key, while this node has one"
+        elif self._has_token and (is_mismatch or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH):
+            why = "is not the one that has started this node"
+        elif is_mismatch:
+            why = "takes only nodes with a key, or that it starts itself"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and keys is not None:
             self._failed_handshakes += 1  # or the leader has ended meanwhile
             if self._failed_handshakes < _FAILED_HANDSHAKES or self.has_session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -9,7 +10,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,7 @@ from typing import Any
 
 from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.leader import Leader, OnManual, Progress
+from zmoe.cluster.leader import Leader, OnManual, OnNotice, Progress
 from zmoe.cluster.node import Node, peak_memory
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
@@ -38,12 +40,14 @@ from zmoe.engine.prompt import (
 from zmoe.engine.stream import Constraint, Stream
 from zmoe.errors import InputError, SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
-from zmoe.loading import Skeleton, check_attention, describe
+from zmoe.loading import RECORDED, Skeleton, check_attention, describe, why_evaluated
 from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import Usage, UsageRecorder, add_usage, check_usage_file
 
 StepFunction = Callable[[Sequence[int], bool], Floats]  # (tokens, starts a new sequence) -> logits
+_PREFILLED_AGAIN = 4  # full steps, at most, for a node that returns
+_LOG = logging.getLogger(__name__)
 _UNKNOWN_CONTEXT = 1 << 17  # tokens, of a model that does not say
 
 
@@ -54,7 +58,9 @@ class Cluster:
     `nodes` processes on this machine, or what `spec` says. `progress(rank,
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
     before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
-    the nodes are to be started with. Construction and entering raise InputError and its
+    the nodes are to be started with. `on_notice(line)` is told while it runs of a node that is
+    lost, and of who computes its share from then on (default: a warning is logged). Construction
+    and entering raise InputError and its
     kin for what is wrong beforehand; afterwards a lost peer raises PeerError, which ends
     the cluster.
 
@@ -77,6 +83,7 @@ class Cluster:
         progress: Progress | None = None,
         on_placement: OnChoice | None = None,
         on_manual: OnManual | None = None,
+        on_notice: OnNotice | None = None,
     ) -> None:
         if spec is not None and not isinstance(spec, ClusterSpec):
             raise SettingError("spec", f"is {spec!r}: expected a ClusterSpec")
@@ -94,13 +101,16 @@ class Cluster:
                 "max_kv_size",
                 f"is {window}: {self.info.model_type} has a cache of its own, which is no window",
             )
-        self._check_attention(folder)
+        heads = self._bytes_of_heads(folder, is_told=on_placement is not None)
         self._name = str(model) if _is_name(str(model)) else str(folder)
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
+        self._on_notice: OnNotice = on_notice or _LOG.warning
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
-        records = self.spec.record_usage
-        self._resolver = PlacementResolver(request, self.info, count, engine, on_placement, records)
+        records, info = self.spec.record_usage, replace(self.info, head_bytes=heads)
+        evaluated = why_evaluated(info, self._skeleton.sites, engine, on_mlx=not is_native(engine))
+        evaluated = evaluated or (RECORDED if records else "")
+        self._resolver = PlacementResolver(request, info, count, engine, on_placement, evaluated)
         self._recorder = UsageRecorder(self.info) if records else None
         self._leader: Leader | None = None
         self._node: Node | None = None
@@ -116,15 +126,20 @@ class Cluster:
         self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
 
-    def _check_attention(self, folder: Path) -> None:
-        """Raise SettingError if it is to be cut, and cannot be."""
+    def _bytes_of_heads(self, folder: Path, is_told: bool) -> int:
+        """Bytes of the weights that sharded attention divides: 0 where it is not asked for, nor
+        the choice `is_told`. Raises SettingError if it is to be cut, and cannot be.
+        """
         engine, nodes = self.spec.engine, self.spec.nodes
-        if engine.attention == "replicated":
-            return
-        reason = "MLX does not compute" if is_native(engine) else "there is one node"
-        if is_native(engine) or nodes == 1:
+        can_be = not is_native(engine) and nodes > 1
+        if engine.attention == "sharded" and not can_be:
+            reason = "MLX does not compute" if is_native(engine) else "there is one node"
             raise SettingError("attention", f"is sharded: expected replicated, as {reason}")
-        check_attention(folder, nodes)
+        if engine.attention == "sharded":
+            return check_attention(folder, nodes)
+        with suppress(SettingError):
+            return check_attention(folder, nodes) if can_be and is_told else 0
+        return 0
 
     # ---- life -----------------------------------------------------------------
 
@@ -229,7 +244,13 @@ class Cluster:
         spec = self.spec
         if spec.nodes > 1:
             self._leader = Leader(
-                self.info, self._name, spec, self._resolver, self._progress, self._on_manual
+                self.info,
+                self._name,
+                spec,
+                self._resolver,
+                self._progress,
+                self._on_manual,
+                self._on_notice,
             )
             self._node = self._leader.node
         else:
@@ -405,9 +426,23 @@ class Cluster:
             self._end_cancelled()
             with self._stepping():
                 if self._batcher.busy:
-                    self._batcher.step()
+                    self._run_step()
                 elif self._leader is not None:
                     self._leader.watch()
+                    self._admit()
+
+    def _run_step(self) -> None:
+        self._admit()
+        self._batcher.step()
+
+    def _admit(self) -> None:
+        """Let nodes in that have returned. Their caches are empty, and so are all then: what runs
+        is prefilled again, which must not take long.
+        """
+        leader = self._leader
+        if leader is not None and leader.has_returned:
+            most = _PREFILLED_AGAIN * self.spec.engine.max_rows
+            self._batcher.forget(most, leader.admit)
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""
@@ -436,7 +471,14 @@ class Cluster:
     def links(self) -> tuple[int, ...]:
         """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""
         with self._running() as node:
-            return node.exchange.links() if node.exchange is not None else ()
+            shards = node.exchange.links() if node.exchange is not None else ()
+            hosts = self.hosts
+            return tuple(sorted({hosts[shard] for shard in shards} - {0}))
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """By rank, the node that computes its share: another one where it is lost."""
+        return self._leader.hosts if self._leader is not None else (0,)
 
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""
@@ -444,7 +486,7 @@ class Cluster:
             if not stream.ready and not stream.ended:
                 self._end_cancelled()
                 with self._stepping():
-                    self._batcher.step()
+                    self._run_step()
 
     def _end_cancelled(self) -> None:
         """End the generations whose consumers have gone away."""

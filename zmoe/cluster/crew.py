@@ -51,18 +51,20 @@ class Crew:
     ) -> None:
         self.spec, self._on_manual = spec, on_manual
         self._program, self._on_line = program, on_line
-        self._processes: list[NodeProcess] = []
-        self._workers = range(1, spec.nodes)
+        self.processes: list[NodeProcess] = []
+        self._cores: Sequence[Sequence[int]] | None = None  # of each rank, once they are divided
+        self._ranks = range(1, spec.nodes)  # of the workers
+        self.workers = list(self._ranks)  # those that are not lost
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
         # By these the workers that we start are told from strangers.
-        started = () if spec.manual else self._workers
+        started = () if spec.manual else self._ranks
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         self._lines = dict(self._tokens)  # of the standard input of each
         keys = self._make_keys() if spec.encrypted else None
         self._context = Context()
         try:
-            self._bus = LeaderBus(
+            self.bus = LeaderBus(
                 self._context,
                 spec.address,
                 spec.port,
@@ -81,7 +83,7 @@ class Crew:
         """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
         if self.spec.manual:
             return Pinned.shared(self.spec.key_of_all())
-        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self._workers}
+        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self.workers}
         for rank, pair in theirs.items():
             self._lines[rank] += f" {pair.secret} {own.public}"
         return Pinned(own, tuple(pair.public for pair in theirs.values()))
@@ -93,29 +95,35 @@ class Crew:
 
         Raises LaunchError for a process that cannot be started.
         """
-        leader, patience = f"{self.spec.address}:{self._bus.port}", self.spec.timing.join
         if self.spec.manual:
+            leader = f"{self.spec.address}:{self.bus.port}"
             how = self.spec.how_by_hand
             lines = [
                 command_by_hand(leader, rank, self._address_of(rank), how, self._program)
-                for rank in self._workers
+                for rank in self._ranks
             ]
             self._on_manual(lines)
             return
+        if self.spec.hosts is None:
+            self._cores = divide_cores(self.spec.nodes)
+        if self._cores is not None:
+            self._pin(self._cores[0])
+        for rank in self._ranks:
+            self.start_worker(rank)
+
+    def start_worker(self, rank: int) -> None:
+        """Start the process of a worker. Raises LaunchError."""
+        leader = f"{self.spec.address}:{self.bus.port}"
         hosts = self.spec.hosts.hosts if self.spec.hosts is not None else None
-        cores = divide_cores(self.spec.nodes) if hosts is None else None
-        if cores is not None:
-            self._pin(cores[0])
-        for rank in self._workers:
-            told = (patience, self._lines[rank], self._program, self._on_line)
-            if hosts is None:
-                mine = cores[rank] if cores is not None else None
-                process = start_local(leader, rank, self.spec.address, mine, *told)
-            elif hosts[rank].is_local:
-                process = start_local(leader, rank, hosts[rank].address, None, *told)
-            else:
-                process = start_over_ssh(leader, rank, hosts[rank], self.spec.remote, *told)
-            self._processes.append(process)
+        told = (self.spec.timing.join, self._lines[rank], self._program, self._on_line)
+        if hosts is None:
+            cores = self._cores[rank] if self._cores is not None else None
+            process = start_local(leader, rank, self.spec.address, cores, *told)
+        elif hosts[rank].is_local:
+            process = start_local(leader, rank, hosts[rank].address, None, *told)
+        else:
+            process = start_over_ssh(leader, rank, hosts[rank], self.spec.remote, *told)
+        self.processes.append(process)
 
     def _pin(self, cores: Sequence[int]) -> None:
         """Keep this process on `cores`, its part of the machine's."""
@@ -141,19 +149,20 @@ class Crew:
 
     def hear(self) -> None:
         """Handle what has come; what somebody will wait for goes to the inbox."""
-        for rank, message in self._bus.hear():
+        for rank, message in self.bus.hear():
             if isinstance(message, Failed):
-                raise _error_of(rank, message)
-            self._take(rank, message)
+                raise error_of(rank, message)
+            self.take(rank, message)
 
-    def _take(self, rank: int, message: Message) -> None:
+    def take(self, rank: int, message: Message) -> None:
+        """Keep what somebody will wait for. Raises ZmoeError for anything else."""
         if not isinstance(message, self.collected):
             raise ZmoeError(f"node {rank} sent an unexpected {type(message).__name__}")
         self._inbox[type(message)][rank] = message
 
     def watch(self) -> None:
         """While busy with something else: handle what workers say, notice those that ended."""
-        self._check_processes()
+        self.check_processes()
         self.hear()
 
     def collect(
@@ -165,23 +174,25 @@ class Crew:
         found: dict[int, M] = self._inbox[kind]
         if deadline is None:
             deadline = time.monotonic() + timeout
-        while len(found) < len(self._workers):
+        while len(found) < len(self.workers):
             self.watch()
-            if len(found) == len(self._workers):
+            if len(found) == len(self.workers):
                 break
             if time.monotonic() > deadline:
-                ranks = ", ".join(str(rank) for rank in self._workers if rank not in found)
+                ranks = ", ".join(str(rank) for rank in self.workers if rank not in found)
                 raise LaunchError(f"node {ranks} {missing} within {timeout:g} s{self._refused()}")
-            self._bus.wait(0.05)
+            self.bus.wait(0.05)
         return dict(sorted(self._inbox.pop(kind).items()))
 
     def _refused(self) -> str:
-        """Whose keys were refused so far."""
-        refused = self._context.authenticator.refused if self.spec.encrypted else []
+        """Who was refused so far."""
+        checks = self.spec.encrypted or self._tokens
+        refused = self._context.authenticator.refused if checks else []
         return "".join(f"; refused {who}" for who in refused)
 
-    def _check_processes(self) -> None:
-        for process in self._processes:
+    def check_processes(self) -> None:
+        """Raise PeerError, or while coming up LaunchError, for a process that has ended."""
+        for process in self.processes:
             if process.exit_code() is None:
                 continue
             self.hear()  # its own words, if it sent them, say more
@@ -191,14 +202,14 @@ class Crew:
 
     def explained(self, lost: PeerError) -> PeerError:
         """The same with what is known of the process, if that has ended."""
-        for process in self._processes:
+        for process in self.processes:
             if process.rank == lost.rank and process.wait(time.monotonic() + ENDING_S):
                 return PeerError(lost.rank, lost.layer, lost.step, process.ending())
         return lost
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that this leader started."""
-        return [process.pid for process in self._processes]
+        return [process.pid for process in sorted(self.processes, key=lambda each: each.rank)]
 
     # ---- ending ---------------------------------------------------------------
 
@@ -206,9 +217,9 @@ class Crew:
         """End every node: politely when all is well, at once after an `error`."""
         try:
             with suppress(ZmoeError):  # who is gone already need not be told
-                self._bus.broadcast(Stop(one_line(error)))
+                self.bus.broadcast(Stop(one_line(error)))
             if not error:  # a worker that sees our links go first takes us for lost
-                self._bus.finish(FAREWELL_S)
+                self.bus.finish(FAREWELL_S)
         finally:
             self._end(0.0 if error else 2.0)
 
@@ -216,15 +227,15 @@ class Crew:
         try:
             self._close_own()
         finally:
-            end_all(self._processes, patience)
-            self._bus.close()
+            end_all(self.processes, patience)
+            self.bus.close()
             self._context.term()
 
     def _close_own(self) -> None:
         """Close what rank 0 itself has."""
 
 
-def _error_of(rank: int, failed: Failed) -> ZmoeError:
+def error_of(rank: int, failed: Failed) -> ZmoeError:
     """What worker `rank` told, as an error of ours."""
     if failed.lost == 0:
         return PeerError(rank, failed.layer, failed.step, f"lost its leader: {failed.error}")

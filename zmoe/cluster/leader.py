@@ -7,7 +7,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from zmoe.batch.plan import Plan
 from zmoe.cluster.crew import Crew
@@ -31,17 +33,23 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resolver import PlacementResolver
 from zmoe.cluster.resources import resources_of
+from zmoe.cluster.returning import Returns, Terms
 from zmoe.cluster.spec import ClusterSpec
+from zmoe.cluster.stock import stock_of
+from zmoe.cluster.survival import Survival
 from zmoe.engine.base import Floats
 from zmoe.engine.draw import Draw, Drawn
 from zmoe.errors import LaunchError, MismatchError, PeerError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
-from zmoe.kernels.threads import common_isa
+from zmoe.kernels.threads import common_isa, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
+from zmoe.recovery.view import first_view
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
+OnNotice = Callable[[str], None]  # a line for the user, while the run goes on
+T = TypeVar("T")
 
 
 class Leader(Crew):
@@ -57,8 +65,9 @@ class Leader(Crew):
         resolver: PlacementResolver,
         progress: Progress,
         on_manual: OnManual,
+        on_notice: OnNotice,
     ) -> None:
-        session = secrets.randbits(63)
+        session = _new_session()
         self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
         super().__init__(spec, session, on_manual)
         self.info = info
@@ -67,6 +76,9 @@ class Leader(Crew):
         self.resources: list[NodeResources] = []
         self.endpoints: tuple[Endpoint, ...] = ()
         self._load_deadline = math.inf
+        self._on_notice = on_notice
+        self._terms: Terms | None = None  # once all have loaded
+        self._survival: Survival | None = None  # with the caches, where steps can be repeated
 
     # ---- coming up ----------------------------------------------------------
 
@@ -91,7 +103,7 @@ class Leader(Crew):
             memory_limit=self.spec.placement.memory_limit,
             ports=self.spec.port_range,
         )
-        self._bus.broadcast(setup)
+        self.bus.broadcast(setup)
         own = node.open_exchange(
             self.spec.address,
             self._context,
@@ -99,7 +111,7 @@ class Leader(Crew):
             ports=self.spec.port_range,
         )
         assert node.exchange is not None
-        node.exchange.tick = self.hear
+        node.exchange.tick = self._listen_in_step
         patience = hello_patience(self._model_name, timing)
         hellos = self.collect(Hello, "has not said hello", patience)
         mine = hello_of(node.info, arithmetic, offer, own)
@@ -110,11 +122,11 @@ class Leader(Crew):
         self.resources = [hello.resources for hello in everyone]
         placement = self._resolver.resolve(self.resources)
         node.place(placement)
-        self._bus.broadcast(Place(placement))
+        self.bus.broadcast(Place(placement))
         self.endpoints = tuple(hello.endpoint for hello in everyone)
         isa = common_isa([hello.isa for hello in everyone])
         node.use_isa(isa)
-        self._bus.broadcast(Endpoints(isa, self.endpoints))
+        self.bus.broadcast(Endpoints(isa, self.endpoints))
         node.connect(self.endpoints, self.watch)
         self._load_deadline = time.monotonic() + timing.load
         shard, seconds = node.load(self._own_progress)
@@ -125,19 +137,29 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
+        self._terms = Terms(
+            setup, placement, isa, node.exchange.choice.figures, mine, self.spec.engine.schedule
+        )
         told = [shard.notices, *(message.notices for message in ready.values())]
         return notices_of(told), max(seconds, *(message.seconds for message in ready.values()))
 
     def listeners(self) -> list[tuple[str, list[int]]]:
         """The address and the ports at which each node listens for the others, by rank."""
         found = [(each.host, [each.data_port, each.control_port]) for each in self.endpoints]
-        found[0][1].insert(0, self._bus.port)
+        found[0][1].insert(0, self.bus.port)
         return found
 
     def make_cache(self, blocks: int) -> None:
         """Have every node hold `blocks` blocks of keys and values."""
         self.node.make_cache(blocks)
-        self._bus.broadcast(Cache(blocks))
+        self.bus.broadcast(Cache(blocks))
+        if self.node.can_repeat:
+            placement, mapped = self.node.placement, is_native(self.spec.engine)
+            assert placement is not None and self._terms is not None
+            stock = stock_of(self.info, placement, self.resources, mapped)
+            view = first_view(self.spec.nodes, self.node.session)
+            returns = Returns(self._terms, blocks)
+            self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
         """Have every node that has caches read a prompt cache into `places`, as Node does.
@@ -145,10 +167,11 @@ class Leader(Crew):
         Raises InputError, naming the node, for one that cannot.
         """
         if self.spec.engine.schedule == "decentralized":
-            self._bus.broadcast(LoadPrefix(str(path), digest, tuple(places)))
+            self.bus.broadcast(LoadPrefix(str(path), digest, tuple(places)), self.workers)
         self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
-            self.collect(Loaded, "has not read the prompt cache", self.spec.timing.load)
+            wait = partial(self.collect, Loaded, "has not read the prompt cache")
+            self._undisturbed(partial(wait, self.spec.timing.load))
 
     def _pin(self, cores: Sequence[int]) -> None:
         self.node.pin(cores)
@@ -162,28 +185,59 @@ class Leader(Crew):
 
     # ---- control messages ---------------------------------------------------
 
-    def _take(self, rank: int, message: Message) -> None:
+    def hear(self) -> None:
+        """As Crew's. With a Survival, the loss of a worker is told to it, and not raised."""
+        if self._survival is not None:
+            self._survival.hear()
+        else:
+            super().hear()
+
+    def take(self, rank: int, message: Message) -> None:
+        """As Crew's."""
         if isinstance(message, Loading):
             self._progress(rank, message.done, message.total)
         else:
-            super()._take(rank, message)
+            super().take(rank, message)
+
+    def check_processes(self) -> None:
+        """As Crew's, and as hear()."""
+        if self._survival is not None:
+            self._survival.check_processes()
+        else:
+            super().check_processes()
 
     def watch(self) -> None:
-        """As Crew's; and serve peers between exchanges."""
-        self._check_processes()
+        """As Crew's; and serve peers between exchanges. Goes on without those that are lost."""
+        if self._survival is not None:
+            self._survival.undisturbed(self._look)
+        else:
+            self._look()
+
+    def _listen_in_step(self) -> None:
+        self.check_processes()
+        self.hear()
+
+    def _look(self) -> None:
+        self.check_processes()
         self.node.service()
         self.hear()
 
     # ---- running --------------------------------------------------------------
+
+    def once(self, plan: Plan) -> Floats | None:
+        """Run a step on all ranks, of which one may be lost: PeerError is raised then."""
+        self._send(plan)
+        return self.node.run(plan)
 
     def run(self, plan: Plan) -> Floats | None:
         """Run a step on all ranks; the argument and the result are those of Node.run.
 
         Raises PeerError, DivergenceError, and what a worker has failed with.
         """
+        if self._survival is not None:
+            return self._survival.run(plan)
         with self._naming_cause():
-            self._send(plan)
-            return self.node.run(plan)
+            return self.once(plan)
 
     def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
         """As run(), in two parts: see Node.begin."""
@@ -198,8 +252,8 @@ class Leader(Crew):
         return named
 
     def _send(self, plan: Plan) -> None:
-        self._step = self._bus.step = plan.step
-        self._bus.broadcast(Step(plan))
+        self._step = self.bus.step = plan.step
+        self.bus.broadcast(Step(plan), self.workers)
         self.hear()
 
     @contextmanager
@@ -222,13 +276,42 @@ class Leader(Crew):
             raise cause from lost
 
     def peak_memory(self) -> list[int]:
-        """Peak resident bytes of every node, by rank."""
-        self._bus.broadcast(AskMemory())
-        answers = self.collect(Memory, "did not tell its memory", self.spec.timing.join)
-        return [peak_memory(), *(m.peak_memory for m in answers.values())]
+        """Peak resident bytes of every node, by rank; 0 of one that is lost."""
+        answers = self._undisturbed(self._ask_memory)
+        others = (answers[rank].peak_memory if rank in answers else 0 for rank in self._ranks)
+        return [peak_memory(), *others]
+
+    def _ask_memory(self) -> dict[int, Memory]:
+        self.bus.broadcast(AskMemory(), self.workers)
+        return self.collect(Memory, "did not tell its memory", self.spec.timing.join)
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """Which node computes the share of each rank."""
+        return (
+            tuple(range(self.spec.nodes)) if self._survival is None else self._survival.view.hosts
+        )
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether a node that was lost waits to be admitted."""
+        return self._survival is not None and self._survival.has_returned
+
+    def admit(self) -> bool:
+        """Let nodes in that have returned, if none is lost meanwhile; whether all caches of all
+        nodes are empty now.
+        """
+        return self._survival is not None and self._survival.admit()
+
+    def _undisturbed(self, part: Callable[[], T]) -> T:
+        return part() if self._survival is None else self._survival.undisturbed(part)
 
     def _close_own(self) -> None:
         self.node.close()
+
+
+def _new_session() -> int:
+    return secrets.randbits(63)
 
 
 def notices_of(told: Sequence[Sequence[str]]) -> tuple[str, ...]:

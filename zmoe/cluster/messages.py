@@ -15,6 +15,17 @@ from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import Placement
+from zmoe.recovery.messages import (
+    Adopted,
+    Evicted,
+    Halted,
+    Mesh,
+    Opened,
+    Quiesce,
+    Suspect,
+    View,
+)
+from zmoe.recovery.view import ClusterView
 
 MAX_MESSAGE_BYTES = 4 << 20  # from the leader: several times the largest placement
 MAX_REPORT_BYTES = 64 << 10  # from a worker
@@ -34,8 +45,13 @@ def _public_key(value: str) -> str:
     return "" if not value or is_key(value) else f"is {value[:60]!r}: not a public key"
 
 
+def _four_or_none(value: tuple[float, ...]) -> str:
+    return "" if len(value) in (0, 4) else f"has {len(value)} items: not 4, nor none"
+
+
 Size = Annotated[int, between(0, 2**60)]  # bytes
 Counter = Annotated[int, between(0, 2**32 - 1)]
+Session = Annotated[int, between(0, 2**63 - 1)]
 Rank = Annotated[int, between(0, 63)]
 Port = Annotated[int, between(1, 65535)]
 Seconds = Annotated[float, between(0, 1e9)]
@@ -111,9 +127,20 @@ class Listening:
 
 @dataclass(frozen=True)
 class Ended:
-    """Worker to leader: my program has ended with this exit code."""
+    """Worker to leader: my program has ended with this exit code, after so many `collectives`;
+    again where MLX still calls some.
+    """
 
     code: Annotated[int, between(0, 255)]
+    collectives: Size
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Leader to worker: what Ended says with exit code 0, of the program of `rank`."""
+
+    rank: Rank
+    collectives: Size
 
 
 @dataclass(frozen=True)
@@ -146,6 +173,19 @@ class Endpoints:
 
     isa: Word
     nodes: Annotated[tuple[Listener, ...], items(2, 64)]
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Leader to worker, instead of Place and Endpoints: the others run already. Load, have caches
+    of so many blocks, say Ready, and wait for the view in which you are. `figures`: what is known
+    of the links, as zmoe.exchange.algorithm.Choice has it.
+    """
+
+    placement: Placement
+    isa: Word
+    blocks: Annotated[int, between(1, 2**31 - 1)]
+    figures: Annotated[tuple[float, ...], _four_or_none]
 
 
 @dataclass(frozen=True)
@@ -235,15 +275,36 @@ class Failed:
     step: Counter
 
 
+# ---- of the recovery (zmoe.recovery.messages) ------------------------------------------
+
+_Hosted = Annotated[tuple[Listener, ...], items(1, 64)]  # of the shards of a node, ascending
+_View = Annotated[
+    ClusterView,
+    Fields(
+        {
+            "epoch": Counter,
+            "session": Session,
+            "hosts": Annotated[tuple[Rank, ...], items(1, 64)],
+            "nodes": Annotated[tuple[Rank, ...], items(1, 64)],
+            "base": Counter,
+            "fresh": bool,
+        }
+    ),
+]
+_SUSPECT = Fields({"epoch": Counter, "step": Counter, "lost": Rank})
+_MESH = Fields({"epoch": Counter, "endpoints": Annotated[tuple[_Hosted, ...], items(1, 64)]})
+
 Message = (
     Join
     | Setup
     | Program
     | Listening
     | Ended
+    | Finished
     | Hello
     | Place
     | Endpoints
+    | Enter
     | Loading
     | Ready
     | Cache
@@ -254,6 +315,14 @@ Message = (
     | Memory
     | Stop
     | Failed
+    | Annotated[Suspect, _SUSPECT]
+    | Annotated[Quiesce, Fields({"epoch": Counter})]
+    | Annotated[Halted, Fields({"epoch": Counter, "done": Counter})]
+    | Annotated[View, Fields({"view": _View})]
+    | Annotated[Opened, Fields({"epoch": Counter, "endpoint": _Hosted})]
+    | Annotated[Mesh, _MESH]
+    | Annotated[Adopted, Fields({"epoch": Counter})]
+    | Annotated[Evicted, Fields({"reason": Text})]
 )
 _CODEC = Codec(Message)
 _JOIN_FIELDS_OF_ALL_VERSIONS = 4

@@ -27,8 +27,10 @@ from zmoe.engine.engine import make_engine
 from zmoe.engine.mlx_caches import MlxEngine
 from zmoe.engine.paged import PagedEngine
 from zmoe.errors import InputError, MismatchError, PlacementError, SettingError, ZmoeError
+from zmoe.exchange.algorithm import Line
 from zmoe.exchange.base import nothing
 from zmoe.exchange.central import PAIR_BYTES, CentralExchange, Held, serve_step
+from zmoe.exchange.hosting import HostingExchange
 from zmoe.exchange.keys import KeyPair, is_loopback
 from zmoe.exchange.local import Endpoint, Exchange, SingleNode, payload_bytes
 from zmoe.exchange.sockets import Context, Ports
@@ -43,6 +45,7 @@ from zmoe.loading import (
     load_shard,
 )
 from zmoe.obs import Recorder, Spans
+from zmoe.placement.assignment import Ownership
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
@@ -81,6 +84,7 @@ class Node:
         self._config, self._timing = config, timing
         self._engine: Engine | None = None
         self._held: Sequence[Held] | None = None
+        self._adopted: dict[int, Sequence[Held]] = {}  # by shard
         self._paged = False
         self._connected = False
         self._affinity: set[int] | None = None
@@ -119,7 +123,7 @@ class Node:
         info, most = self.info, self._config.max_rows
         wire_dtype, width = self._config.wire_dtype, info.exchange_width
         row_bytes = payload_bytes(1, width, info.dtype, wire_dtype)
-        make: Callable[..., Exchange] = Exchange
+        make: Callable[..., Exchange] = HostingExchange
         if self._is_central:
             # Rows go out as the experts see them, in float32 at worst, with their pairs.
             row_bytes = width * 4 + info.top_k * PAIR_BYTES
@@ -156,8 +160,59 @@ class Node:
         """
         assert self.exchange is not None
         self.exchange.connect(endpoints, self._timing.join, tick)
-        self.exchange.calibrate()
+        if not self.exchange.choice.figures:
+            self.exchange.calibrate()
         self._connected = True
+
+    # ---- the shards of nodes that are lost ------------------------------------------------
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether the step that a node's loss has ended can be repeated without that node."""
+        hosts = isinstance(self.exchange, HostingExchange)
+        return hosts and isinstance(self._engine, PagedEngine)
+
+    def host(self, session: int, shards: Sequence[int]) -> dict[int, Endpoint]:
+        """Leave the exchange for that of a new view, in which this node hosts `shards`, its own
+        among them; returns where each listens. connect() joins the others.
+        """
+        assert isinstance(self.exchange, HostingExchange)
+        self._connected = False
+        return self.exchange.host(session, [shard for shard in shards if shard != self.rank])
+
+    def adopt(self, progress: Callable[[int, int], None]) -> None:
+        """Load the experts of every shard that this node hosts for another, unless it has them.
+
+        `progress` as for load(). Raises ModelError for what cannot be read.
+        """
+        assert isinstance(self.exchange, HostingExchange) and self.placement is not None
+        policy = self._config.policy
+        for guest in self.exchange.guests:
+            shard = guest.exchange.rank
+            if shard not in self._adopted:
+                held = load_experts(
+                    self.info, self.placement, guest.exchange, progress=progress, pool=self._team
+                )
+                self._adopted[shard] = held.layers
+            layers = range(len(self._adopted[shard]))
+            owned = [Ownership(self.placement, m, shard, policy) for m in layers]
+            guest.hold(self._adopted[shard], owned)
+
+    def learn(self, figures: Sequence[float]) -> None:
+        """What the other nodes have measured of the links, as Choice.figures; none: nothing."""
+        assert self.exchange is not None
+        if figures:
+            self.exchange.choice.learn(Line(*figures[:2]), Line(*figures[2:]))
+
+    def undo(self, last: int) -> None:
+        """Go back to where step `last` ended. Raises ZmoeError where that is too long ago."""
+        assert isinstance(self.engine, PagedEngine)
+        self.engine.undo(last)
+
+    def forget(self) -> None:
+        """End all sequences."""
+        assert isinstance(self.engine, PagedEngine)
+        self.engine.forget()
 
     def service(self) -> None:
         """Between exchanges: serve peers, watch their links. Raises PeerError for a lost one."""
@@ -385,6 +440,7 @@ class Node:
         elif self._engine is not None:  # a step may be under way, which needs nobody
             mx.synchronize()
         self._engine = self._held = None
+        self._adopted = {}
         if self._team is not None:
             self._team.close()
             self._team = None

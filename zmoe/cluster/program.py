@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 from zmoe.cluster.crew import Crew, OnManual
 from zmoe.cluster.launch import OnLine
 from zmoe.cluster.member import Member
-from zmoe.cluster.messages import Ended, Endpoints, Join, Listening, Program, Stop
-from zmoe.cluster.spec import ClusterSpec
+from zmoe.cluster.messages import Ended, Endpoints, Finished, Join, Listening, Program, Stop
+from zmoe.cluster.spec import ClusterSpec, WorkerSpec
 from zmoe.config import Timing
 from zmoe.errors import DivergenceError, PeerError, ProgramError, ZmoeError
 from zmoe.exchange.keys import KeyPair
 from zmoe.exchange.local import Exchange
-from zmoe.exchange.sockets import Ports
+from zmoe.exchange.sockets import Context, Ports
 from zmoe.topology.cores import set_affinity
 
 _FRAME_BYTES, _ROW_BYTES = 4 << 20, 64 << 10
 _TICK_S = 0.05
+_LATE_S = 1.0  # in which MLX may still call what a program that has ended had it compute
 
 
 class Rank(Protocol):
@@ -49,6 +51,31 @@ class Rank(Protocol):
         ...
 
 
+class _Finished:
+    """How many collectives the ranks called whose programs have ended: no more will come."""
+
+    def __init__(self) -> None:
+        self._called: dict[int, int] = {}
+        self._late_since: float | None = None
+
+    def take(self, rank: int, collectives: int) -> bool:
+        """Whether that is news."""
+        known = self._called.get(rank)
+        self._called[rank] = collectives
+        return known != collectives
+
+    def check(self, exchange: Exchange) -> None:
+        """Raise ZmoeError if this rank's program has called one that another does not call."""
+        late = [rank for rank, called in self._called.items() if called < _called(exchange)]
+        now = time.monotonic()
+        if not late or self._late_since is None:
+            self._late_since = now if late else None
+        elif now - self._late_since > _LATE_S:
+            raise ZmoeError(
+                f"rank {late[0]} has ended, and rank {exchange.rank} waits for it in a collective"
+            )
+
+
 class ProgramLeader(Crew):
     """Rank 0, which starts the others with `program`, the command line of the user's."""
 
@@ -58,7 +85,8 @@ class ProgramLeader(Crew):
         self, spec: ClusterSpec, program: Sequence[str], on_manual: OnManual, on_line: OnLine
     ) -> None:
         session = secrets.randbits(63)
-        self._has_begun = False
+        self._has_begun = self._has_ended = False
+        self._finished = _Finished()
 
         def pass_on(rank: int, line: str) -> None:
             if self._has_begun:  # before, it is why a node has ended, which is told elsewhere
@@ -78,11 +106,11 @@ class ProgramLeader(Crew):
         timing = self.spec.timing
         self.launch()
         self.collect_joins()
-        self._bus.broadcast(Program(self.spec.nodes, timing, self.spec.port_range))
+        self.bus.broadcast(Program(self.spec.nodes, timing, self.spec.port_range))
         told = self.collect(Listening, "has not said where it listens", timing.join)
         nodes = (self.exchange.endpoint, *(message.endpoint for message in told.values()))
         self._has_begun = True
-        self._bus.broadcast(Endpoints("", nodes))
+        self.bus.broadcast(Endpoints("", nodes))
         self.exchange.tick = self.watch
         self.exchange.connect(nodes, timing.join, self.watch)
         self.exchange.calibrate()
@@ -98,15 +126,25 @@ class ProgramLeader(Crew):
             for rank, ended in self._inbox[Ended].items():
                 if ended.code:
                     raise ProgramError(rank, ended.code)
+                self._tell(rank, ended.collectives)
+            if self._has_ended:
+                self._tell(0, _called(self.exchange))
+            else:
+                self._finished.check(self.exchange)
             _serve(self.exchange)
         except PeerError as lost:
             raise self.explained(lost) from lost
+
+    def _tell(self, rank: int, collectives: int) -> None:
+        if self._finished.take(rank, collectives):
+            self.bus.broadcast(Finished(rank, collectives))
 
     def finish(self, code: int) -> None:
         """See Rank."""
         if code:
             self.abandon(f"rank 0 ended with exit code {code}")
             return
+        self._has_ended = True
         self.collect(Ended, "", 0, math.inf)
         self.close()
 
@@ -120,6 +158,10 @@ class ProgramWorker(Member):
 
     begins = Program
     exchange: Exchange
+
+    def __init__(self, spec: WorkerSpec, context: Context) -> None:
+        super().__init__(spec, context)
+        self._finished = _Finished()
 
     def come_up(self) -> None:
         """See Rank."""
@@ -145,6 +187,9 @@ class ProgramWorker(Member):
     def _is_over(self) -> bool:
         """Whether the leader has said that all is over. Raises what else it says."""
         message = self._bus.take()
+        while isinstance(message, Finished):
+            self._finished.take(message.rank, message.collectives)
+            message = self._bus.take()
         if isinstance(message, Stop) and message.error:
             raise self.stopped(message.error)
         if message is not None and not isinstance(message, Stop):
@@ -159,6 +204,7 @@ class ProgramWorker(Member):
         """See Rank."""
         try:
             self._hear()
+            self._finished.check(self.exchange)
             _serve(self.exchange)
         except Exception as error:
             self.report(error)
@@ -166,8 +212,12 @@ class ProgramWorker(Member):
 
     def finish(self, code: int) -> None:
         """See Rank."""
-        self._bus.send(Ended(code))
+        told = -1
         while not self._is_over():
+            called = _called(self.exchange)
+            if called != told:
+                self._bus.send(Ended(code, called))
+                told = called
             _serve(self.exchange)
             self._bus.wait(self.exchange.poll_sockets(), _TICK_S)
         self._bus.close()
@@ -175,6 +225,10 @@ class ProgramWorker(Member):
     def abandon(self, error: str) -> None:
         """See Rank."""
         self._bus.close()
+
+
+def _called(exchange: Exchange) -> int:
+    return 0 if exchange.door is None else exchange.door.called
 
 
 def _serve(exchange: Exchange) -> None:

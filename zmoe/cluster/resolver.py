@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,10 +13,12 @@ from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
 from zmoe.kernels.threads import is_native
+from zmoe.perf.hardware import CPU, CUDA, FAST_CROSSING_S, KERNELS, METAL, Device
+from zmoe.perf.links import RDMA
 from zmoe.placement.build import WAYS, check_way
 from zmoe.placement.check import check_placement
 from zmoe.placement.choose import Choice, Chooser
-from zmoe.placement.estimate import NodeResources
+from zmoe.placement.estimate import NETWORK, NodeResources
 from zmoe.placement.file import read_placement
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import read_usage
@@ -32,14 +36,14 @@ class PlacementResolver:
         nodes: int,
         config: EngineConfig,
         on_choice: OnChoice | None = None,
-        records: bool = False,
+        evaluated: str = "",
     ) -> None:
         """Raises InputError and its kin for what is wrong whatever resources the nodes have.
 
-        `on_choice` is called with every choice that is made. `records`: the run records its
-        routing.
+        `on_choice` is called with every choice that is made. `evaluated`: why MLX cannot compute
+        the layers in its graph.
         """
-        self._records = records
+        self._evaluated = evaluated
         self._way, self._info, self._config, self._on_choice = request.way, info, config, on_choice
         self._from_file: Placement | None = None
         self._usage = read_usage(request.usage, info) if request.usage is not None else None
@@ -53,29 +57,34 @@ class PlacementResolver:
 
         Raises PlacementError where the model does not fit.
         """
+        config = self._config
         chooser = Chooser(
             self._info,
             resources,
-            mapped=is_native(self._config),
-            schedule=self._config.schedule,
-            policy=self._config.policy,
+            device=_device(config),
+            network=RDMA if config.backend == "jaccl" else NETWORK,
+            schedule=config.schedule,
+            policy=config.policy,
             usage=self._usage,
-            in_graph=self._is_in_graph(),
+            evaluated=self._evaluated,
+            sharded=config.attention == "sharded",
         )
         choice = chooser.choose(self._way, self._from_file)
         if self._on_choice is not None:
             self._on_choice(choice)
         return choice.placement
 
-    def _is_in_graph(self) -> bool:
-        """Whether the nodes may compute slices in a graph of MLX."""
-        config, on_gpu = self._config, mx.default_device() != mx.Device(mx.cpu)
-        return (
-            not is_native(config)
-            and not self._records
-            and (config.schedule, config.policy) == ("decentralized", "selected")
-            and (on_gpu or self._info.dtype == "float32")
-        )
+
+def _device(config: EngineConfig) -> Device:
+    """What computes on this node, and so, as far as is known, on the others."""
+    if is_native(config):
+        return KERNELS
+    if mx.default_device() == mx.Device(mx.cpu):
+        return CPU
+    if mx.metal.is_available():
+        is_fast = os.environ.get("MLX_METAL_FAST_SYNCH") == "1"
+        return replace(METAL, crossing_s=FAST_CROSSING_S) if is_fast else METAL
+    return replace(CUDA, crossing_s=0.0) if config.backend == "nccl" else CUDA  # on the GPU itself
 
 
 def _read_file(path: Path, info: ModelInfo, nodes: int) -> Placement:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.bus import WorkerBus
 from zmoe.cluster.member import Member
+from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import (
     MOST_NOTICES,
     AskMemory,
     Cache,
     Endpoints,
+    Enter,
     Loaded,
     Loading,
     LoadPrefix,
     Memory,
+    Message,
     Place,
     Ready,
     Setup,
@@ -32,6 +37,8 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import WorkerSpec
+from zmoe.cluster.survival import patience_of
+from zmoe.config import Timing
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.base import nothing
 from zmoe.exchange.keys import is_loopback
@@ -39,6 +46,10 @@ from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
+from zmoe.recovery.actions import Connect, End, NodeAction, Open, Tell
+from zmoe.recovery.messages import Evicted, FromLeader, Quiesce
+from zmoe.recovery.node import NodeRecovery
+from zmoe.recovery.view import ClusterView, first_view
 
 IDLE_SLICE_S = 1.0
 # After a step the next one is near: a core that sleeps meanwhile takes long to wake.
@@ -61,6 +72,8 @@ class Worker(Member):
         super().__init__(spec, context)
         self._context, self._on_setup = context, on_setup
         self._node: Node | None = None
+        self._recovery: NodeRecovery | None = None  # where steps can be repeated
+        self._early: deque[Message] = deque()  # what came while this node was at something else
 
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
@@ -99,17 +112,38 @@ class Worker(Member):
         )
         self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
-        place, endpoints = self.expect(Place, patience), self.expect(Endpoints, timing.join)
-        if place is None or endpoints is None:
-            raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
-        node.place(place.placement)
-        node.use_isa(endpoints.isa)
-        node.connect(endpoints.nodes, self._listen)
+        told = self._bus.receive(patience)
+        if isinstance(told, Enter):
+            node.place(told.placement)
+            node.use_isa(told.isa)
+            node.learn(told.figures)
+        else:
+            self._meet(node, told, timing)
         share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
         assert node.placement is not None
         notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
+        if isinstance(told, Enter):
+            node.make_cache(told.blocks)
+        if node.can_repeat:
+            assert node.exchange is not None
+            node.exchange.tick = self._listen_in_step
+            view = None if isinstance(told, Enter) else first_view(node.nodes, node.session)
+            self._recovery = NodeRecovery(node.rank, view, patience_of(timing).silence)
         self._bus.send(Ready(seconds, node.placement.digest, notices))
         return node
+
+    def _meet(self, node: Node, told: Message | None, timing: Timing) -> None:
+        """Connect with the other nodes, which begin as we do."""
+        if isinstance(told, Stop):
+            raise self.stopped(told.error or "too early")
+        if told is not None and not isinstance(told, Place):
+            raise self.unexpected(told)
+        endpoints = self.expect(Endpoints, timing.join)
+        if told is None or endpoints is None:
+            raise ZmoeError(f"leader {self.spec.leader} did not say who owns what and who is where")
+        node.place(told.placement)
+        node.use_isa(endpoints.isa)
+        node.connect(endpoints.nodes, self._listen)
 
     def _listen(self) -> None:
         """While busy with something else: notice a leader that is gone or says stop."""
@@ -122,7 +156,7 @@ class Worker(Member):
         eager_until = 0.0
         end: Callable[[], object] = nothing  # of the step that is under way
         while True:
-            message = self._bus.take()
+            message = self._early.popleft() if self._early else self._bus.take()
             if message is None and end is not nothing:  # MLX has the exchange meanwhile
                 message = self._bus.receive(UNDER_WAY_S)
                 if message is None:
@@ -131,14 +165,19 @@ class Worker(Member):
             if message is None and time.monotonic() < eager_until:
                 os.sched_yield()
             elif message is None:
-                node.service()
+                self._between_steps(node)
                 self._bus.wait(node.exchange.poll_sockets(), IDLE_SLICE_S)
+            elif isinstance(message, Step) and self._recovery is not None:
+                self._run(node, message.plan, self._recovery)
+                eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, Step):
                 self._bus.step = message.plan.step
                 begun = self._follow(partial(node.follow, message.plan))
                 self._follow(end)
                 end = begun
                 eager_until = time.monotonic() + EAGER_S
+            elif isinstance(message, FromLeader) and self._recovery is not None:
+                self._do(self._recovery.receive(message, time.monotonic()))
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
             elif isinstance(message, LoadPrefix):
@@ -161,6 +200,69 @@ class Worker(Member):
             if lost.rank == 0:
                 self._look_for_cause(lost)
             raise
+
+    # ---- going on without a node that is lost ---------------------------------------------
+
+    def _run(self, node: Node, plan: Plan, recovery: NodeRecovery) -> None:
+        """A step, unless the loss of a node ends it."""
+        if not recovery.takes(plan.step):
+            return
+        self._bus.step = plan.step
+        try:
+            node.follow(plan)
+        except PeerError as lost:
+            self._lose(lost)
+        except Halted:  # a step behind this one is dropped with it
+            self._early = deque(each for each in self._early if not isinstance(each, Step))
+        else:
+            recovery.finish(plan.step)
+
+    def _lose(self, lost: PeerError) -> None:
+        recovery = self._recovery
+        assert recovery is not None and recovery.view is not None
+        self._do(recovery.lost(recovery.view.hosts[lost.rank], time.monotonic()))
+
+    def _between_steps(self, node: Node) -> None:
+        if self._recovery is None:
+            node.service()
+            return
+        self._do(self._recovery.tick(time.monotonic()))
+        try:
+            node.service()
+        except PeerError as lost:
+            self._lose(lost)
+
+    def _listen_in_step(self) -> None:
+        """Raises Halted where the leader wants something else than what is under way."""
+        message = self._bus.take()
+        if message is not None:
+            self._early.append(message)
+            if isinstance(message, (Quiesce, Evicted, Stop)):
+                raise Halted
+
+    def _do(self, actions: Sequence[NodeAction]) -> None:
+        """What the recovery asks for."""
+        node, recovery = self._node, self._recovery
+        assert node is not None and recovery is not None
+        for action in actions:
+            if isinstance(action, Tell):
+                self._bus.send(action.message)
+            elif isinstance(action, Open):
+                view = action.view
+                self._do(recovery.opened(view.epoch, open_view(node, view), time.monotonic()))
+            elif isinstance(action, Connect):
+                with suppress(Halted):
+                    self._connect(node, action.view, action.endpoints)
+                    self._do(recovery.adopted(action.view.epoch))
+            elif isinstance(action, End):
+                raise action.error
+
+    def _connect(self, node: Node, view: ClusterView, listeners: Sequence[object]) -> None:
+        try:
+            join_view(node, view, listeners, self._listen_in_step)
+        except PeerError as lost:
+            self._lose(lost)
+            raise Halted from lost
 
     def _look_for_cause(self, lost: PeerError) -> None:
         """Raise what the leader said before it went, if it did."""

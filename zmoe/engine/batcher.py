@@ -239,6 +239,14 @@ class Batcher:
             if stream.ended:
                 self.end(span.sequence)
 
+    def forget(self, most: int, empty: Callable[[], bool]) -> None:
+        """Have `empty` drop what all nodes keep of all sequences, unless more than `most` positions
+        would have to be computed again. It says whether it has.
+        """
+        idle = self._forced is None and self._ahead is None
+        if idle and self.scheduler.positions <= most and empty():
+            self.scheduler.forget()
+
     # ---- one sequence whose caller brings the tokens -------------------------------------
 
     def force(self, tokens: Sequence[int], reset: bool) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from zmoe.engine.base import Floats, SteppedReducer
 from zmoe.errors import ZmoeError
 
 Blocks = npt.NDArray[np.uint32]
+MOST_REPEATED = 2  # steps, after the loss of a node
 
 
 class PagedStep(Protocol):
@@ -64,6 +66,8 @@ class PagedEngine:
     def __init__(self, model: PagedModel, reducer: SteppedReducer) -> None:
         self._model, self._reducer = model, reducer
         self._sequences: dict[int, _Sequence] = {}
+        # Of the last steps begun: the number of each, and the sequences before it.
+        self._before: deque[tuple[int, dict[int, _Sequence]]] = deque(maxlen=MOST_REPEATED)
         self._blocks = 0
 
     @property
@@ -82,15 +86,15 @@ class PagedEngine:
 
     def make_cache(self, blocks: int) -> None:
         """See Engine."""
-        self._sequences.clear()
+        self._sequences = {}
         self._model.allocate(blocks)
         self._blocks = blocks
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
-        """See Engine. A step that failed in the exchange can be repeated by a plan of the
-        same positions.
-        """
-        self._sequences = self._checked(plan)
+        """See Engine. A step that failed in the exchange is repeated after undo()."""
+        sequences = self._checked(plan)
+        self._before.append((plan.step, self._sequences))
+        self._sequences = sequences
         for copy in plan.copies:
             self._model.copy(copy.to, copy.source)
         self._model.step.begin(
@@ -105,6 +109,20 @@ class PagedEngine:
             end += span.rows
             wanted += range(end - span.logits, end)
         return self._model.forward(plan.tokens, wanted)
+
+    def undo(self, last: int) -> None:
+        """Go back to where step `last` ended. What later ones wrote is written over by those that
+        come instead. Raises ZmoeError for a step of which too many have begun since.
+        """
+        while self._before and self._before[-1][0] > last:
+            step, self._sequences = self._before.pop()
+            if step > last + 1 and not self._before:
+                raise ZmoeError(f"step {last} is too long ago to be gone back to")
+
+    def forget(self) -> None:
+        """End all sequences; the blocks stay."""
+        self._sequences = {}
+        self._before.clear()
 
     def _checked(self, plan: Plan) -> dict[int, _Sequence]:
         """The sequences as `plan` leaves them; raises ZmoeError for what cannot be."""

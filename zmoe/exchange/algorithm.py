@@ -74,6 +74,11 @@ class Choice:
         self.may_scatter = self._auto or algorithm == "scatter"
         self._lines: tuple[Line, Line] | None = None
 
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """What was learnt, as numbers: start and slope of both lines; empty for nothing."""
+        return tuple(n for line in self._lines or () for n in (line.start, line.per_byte))
+
     def algorithm(self, size: int) -> Algorithm:
         """The algorithm for a payload of `size` bytes."""
         return Algorithm.SCATTER if size >= self.scatter_from else Algorithm.DIRECT

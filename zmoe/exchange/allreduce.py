@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from zmoe.errors import InputError, LaunchError
+from zmoe.errors import AbsentError, InputError
 from zmoe.exchange.algorithm import Choice
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, ResultPool, wire_of
@@ -85,26 +85,53 @@ class Exchange(Collective):
         choice = Choice(nodes, algorithm, parts)
         super().__init__(rank, max_payload_bytes, deadline_s, spans or Spans(), choice)
         self.nodes, self.wire = nodes, wire_of(wire_dtype)
-        self._session, self._grace_s, self._spin_us = session, grace_s, spin_us
-        self._max_rows = max_rows
+        self._grace_s, self._spin_us, self._max_rows = grace_s, spin_us, max_rows
         self._payload_checksum = payload_checksum and keys is None
         self.is_encrypted, self.ports = keys is not None, ports
         self._small_bytes = min(small_payload_bytes, max_payload_bytes)
         self._batch_bytes = batch_payload_bytes
-        self._final: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._counted: dict[str, int] = {}  # by exchanges in C that are closed
+        self._pool_counters: dict[str, int] = {}  # of the last of these
         self._results = ResultPool(max_payload_bytes, self.wire)
         self.endpoints: tuple[Endpoint, ...] = ()  # of all ranks, once they are known
         self._own_context = context is None
         self._context = Context() if context is None else context
-        frame_bytes = HEADER_BYTES + max_payload_bytes
-        self._sockets = Sockets(self._context, rank, nodes, session, frame_bytes, keys)
+        self._bind_host, self._keys = bind_host, keys
         try:
-            self.endpoint = self._sockets.bind(bind_host, data_port, control_port, ports)
+            self._listen(session, data_port, control_port)
         except InputError:
             self.close()
             raise
 
     # ---- joining ---------------------------------------------------------------
+
+    def _listen(self, session: int, data_port: int = 0, control_port: int = 0) -> None:
+        """Make the sockets of `session`, which listen from here on."""
+        frame_bytes = HEADER_BYTES + self.max_bytes
+        self._session = session
+        self._sockets = Sockets(
+            self._context, self.rank, self.nodes, session, frame_bytes, self._keys
+        )
+        self.endpoint = self._sockets.bind(self._bind_host, data_port, control_port, self.ports)
+
+    def renew(self, session: int) -> Endpoint:
+        """Leave the peers, and listen for those of another `session`, at other ports.
+
+        `connect` joins them. What was learnt of the links, the counters and the buffers stay;
+        nothing of the old session is answered any more. Returns the new endpoint. Raises
+        InputError where no port is free.
+        """
+        self._leave()
+        self._listen(session)
+        return self.endpoint
+
+    def _leave(self) -> None:
+        """Let go of the peers, and of what C holds."""
+        if self._native is not None:
+            self._counted, self._pool_counters = self.stats, self._native.pool_stats()
+            self._native.close()
+            self._native = None
+        self._sockets.close()
 
     def connect(
         self,
@@ -169,13 +196,13 @@ class Exchange(Collective):
                 break
             tick()
             poller.poll(int(min(left_s, 0.1) * 1000) + 1)
+        ranks = tuple(sorted(everyone - present))
         absent = ", ".join(
-            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}"
-            for r in sorted(everyone - present)
+            f"rank {r} at {endpoints[r].host}:{endpoints[r].data_port}" for r in ranks
         )
         if self.is_encrypted:
             absent += f"; all need the key of this rank, whose public half is {self.endpoint.key}"
-        raise LaunchError(f"did not join the exchange within {deadline_s:g} s: {absent}")
+        raise AbsentError(ranks, f"did not join the exchange within {deadline_s:g} s: {absent}")
 
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:
         """What an idle wait must poll too; when one is readable, call `service`.
@@ -268,22 +295,19 @@ class Exchange(Collective):
     @property
     def stats(self) -> dict[str, int]:
         """Counters: exchanges, frames, bytes, bad frames by kind, resends, links, waits."""
-        return self._native.stats() if self._native is not None else self._final[0]
+        mine = self._native.stats() if self._native is not None else {}
+        return {n: self._counted.get(n, 0) + mine.get(n, 0) for n in {**self._counted, **mine}}
 
     @property
     def pool_stats(self) -> dict[str, int]:
         """Counters of the slot pool, and how much of it is locked in memory."""
-        return self._native.pool_stats() if self._native is not None else self._final[1]
+        return self._native.pool_stats() if self._native is not None else self._pool_counters
 
     def close(self) -> None:
         """Leave; idempotent, never blocks, drops what is unsent."""
         if self.door is not None:
             self.door.close()
-        if self._native is not None:
-            self._final = (self.stats, self.pool_stats)
-            self._native.close()
-            self._native = None
-        self._sockets.close()
+        self._leave()
         if self._own_context:
             self._context.term()
 

@@ -34,6 +34,30 @@ class DispatchBatch:
         self.raw.x_bytes, self.raw.max_pairs = x_bytes, max_pairs
         self._sums: Floats = np.empty(0, np.float32)
 
+    def filled(
+        self,
+        x: Any,
+        dtype: Dtype,
+        shape: tuple[int, int],
+        pairs: LocalPairs,
+        weights: Floats,
+    ) -> DispatchBatch:
+        """What a leader would send of rows that this node has routed itself.
+
+        `x` is the memory of (rows, width) of `dtype`, `weights` are those of the routing,
+        (rows, k). It is this object, or a larger one; both are overwritten by the next.
+        """
+        count, memory = len(pairs.rows), np.frombuffer(x, np.uint8)
+        if memory.nbytes > self._x.nbytes or count > len(self._rows):
+            larger = max(self._x.nbytes, memory.nbytes), max(len(self._rows), count)
+            return DispatchBatch(*larger).filled(x, dtype, shape, pairs, weights)
+        self._x[: memory.nbytes] = memory
+        self._rows[:count], self._experts[:count] = pairs.rows, pairs.experts
+        self._weights[:count] = weights[pairs.rows, pairs.slots]
+        self.raw.rows, self.raw.width = shape
+        self.raw.dtype, self.raw.pairs = int(dtype), count
+        return self
+
     @property
     def rows(self) -> int:
         """How many tokens came."""

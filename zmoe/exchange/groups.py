@@ -253,6 +253,12 @@ class Door:
         patience = self._patience_s if failure.is_repeatable else self._exchange.deadline_s
         raise error_of(status, fault, self.rank, step, layer, patience)
 
+    @property
+    def called(self) -> int:
+        """How many collectives a program has called, those that wait included."""
+        count: int = lib.zmoe_door_called()
+        return count
+
     def service(self) -> None:
         """Between steps, what Exchange.service does."""
         fault = ffi.new("zmoe_fault *")

@@ -1,8 +1,9 @@
-"""CURVE on links: pairs of keys, the file that holds one, and whose keys may come in.
+"""Who may come in on a link: pairs of keys, the file that holds one, tokens on plain links.
 
 libzmq encrypts with CURVE (RFC 26). The side that connects pins the key of the side that
 listens; that side asks an Authenticator for each connection (ZAP, RFC 27), without which libzmq
-would take in any key.
+would take in any key. On links that are not encrypted, the side that connects shows a token
+instead (PLAIN, RFC 24): who has none is refused in the handshake, before it can send a message.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def is_key(text: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`, an IPv4 address or a name."""
+    """Whether only this machine reaches `address`, an IP address or a name."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -121,10 +122,15 @@ class Pinned:
 # ---- sockets ---------------------------------------------------------------------------
 
 
-def listen_with(socket: zmq.Socket[bytes], pair: KeyPair, domain: str) -> None:
-    """Encrypt what `socket`, not bound yet, takes in: keys that are allowed in `domain`."""
-    socket.setsockopt(zmq.CURVE_SERVER, 1)
-    socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+def listen_with(socket: zmq.Socket[bytes], pair: KeyPair | None, domain: str) -> None:
+    """Let `socket`, not bound yet, take in only what is allowed in `domain`: keys, of links that
+    are encrypted by `pair`; without a pair, tokens.
+    """
+    if pair is not None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+    else:
+        socket.setsockopt(zmq.PLAIN_SERVER, 1)
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
@@ -136,8 +142,14 @@ def connect_with(socket: zmq.Socket[bytes], pair: KeyPair, peer: str) -> None:
     socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
 
 
+def connect_with_token(socket: zmq.Socket[bytes], token: str) -> None:
+    """Show `token` on the next connections of `socket`, which are not encrypted."""
+    socket.setsockopt_string(zmq.PLAIN_USERNAME, "zmoe")
+    socket.setsockopt_string(zmq.PLAIN_PASSWORD, token)
+
+
 class Authenticator:
-    """Says for each new connection of a context's sockets whether its key may come in.
+    """Says for each new connection of a context's sockets whether its key, or token, may come in.
 
     A thread does; it ends with the context. If it fails, libzmq lets nobody in any more, and the
     connections that stand go on.
@@ -145,8 +157,8 @@ class Authenticator:
 
     def __init__(self, context: zmq.Context[Any]) -> None:
         """One for each context."""
-        self.refused: list[str] = []  # whose keys, in words; the first ones
-        self._allowed: dict[str, frozenset[bytes] | None] = {}
+        self.refused: list[str] = []  # who, in words; the first ones
+        self._allowed: dict[str, frozenset[str] | None] = {}
         socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(_ZAP)
@@ -156,9 +168,9 @@ class Authenticator:
         """Let those who come to `domain` try again until allow() says who may."""
         self._allowed[domain] = None
 
-    def allow(self, domain: str, keys: Collection[str]) -> None:
-        """Let in who has one of these public keys, and no one else."""
-        self._allowed[domain] = frozenset(z85.decode(key) for key in keys)
+    def allow(self, domain: str, shown: Collection[str]) -> None:
+        """Let in who shows one of these public keys, or tokens, and no one else."""
+        self._allowed[domain] = frozenset(shown)
 
     def close(self, domain: str) -> None:
         """Forget `domain`, whose sockets are closed."""
@@ -179,18 +191,19 @@ class Authenticator:
         version, request, name, address, _, mechanism, *credentials = question
         domain = name.decode()
         allowed = self._allowed.get(domain)
+        is_key = mechanism == b"CURVE"
+        shown = z85.encode(credentials[0]) if is_key else b"".join(credentials[1:])
         if allowed is None:
             status = b"300"  # libzmq closes the connection, and the other side tries again
-        elif mechanism == b"CURVE" and credentials[0] in allowed:
+        elif shown.decode("ascii", "replace") in allowed:
             status = b"200"
         else:
             status = b"400"
-            self._note(address.decode(), credentials)
+            key = f"whose public key is {shown.decode()}" if is_key else "who has no token"
+            self._note(f"{address.decode()}, {key}")
         return [version, request, status, b"", b"", b""]
 
-    def _note(self, address: str, credentials: list[bytes]) -> None:
-        key = z85.encode(credentials[0]).decode() if credentials else "none"
-        words = f"{address}, whose public key is {key}"
+    def _note(self, words: str) -> None:
         if words not in self.refused and len(self.refused) < _MOST_REFUSED:
             self.refused.append(words)
             _LOG.warning("zmoe: refused %s: it is none of this run's", words)

@@ -3,7 +3,8 @@
 What is for all goes over XPUB and SUB; what is for one rank, such as requests for
 lost frames, over DEALER and ROUTER, whose monitors tell of broken links. All
 limits are explicit: what a stranger can make a socket hold is bounded by its
-high-water mark and message size. With keys (zmoe.exchange.keys) no stranger gets that far.
+high-water mark and message size. A stranger gets as far as the handshake, in which it would have
+to show a key or the token of the session (zmoe.exchange.keys).
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ import zmq
 
 from zmoe import native
 from zmoe.errors import InputError
-from zmoe.exchange.keys import CURVE_BYTES, Authenticator, KeyPair, connect_with, listen_with
+from zmoe.exchange.keys import (
+    CURVE_BYTES,
+    Authenticator,
+    KeyPair,
+    connect_with,
+    connect_with_token,
+    listen_with,
+)
 
 _SUBSCRIPTION_BYTES = 256  # most that a message to an XPUB may have
+HANDSHAKE_MS = 5000
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000  # and what the frames under way take
 SLOWEST_BYTES_PER_MS = 10_000  # of a link, as in csrc/exchange/resend.c
+_LINGER_MS = 500  # and what the frames under way take
 _LONGEST_TTL_MS = 65_000  # libzmq has 16 bits for it
 Ports = tuple[int, int]  # the first and the last of a range
+_TRIES = 20  # two that are given any port at once may be given the same: one cannot listen then
 _LINK_EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -47,7 +58,7 @@ def _limit(socket: zmq.Socket[bytes], send: int, receive: int, message_bytes: in
     socket.setsockopt(zmq.RCVHWM, receive)
     socket.setsockopt(zmq.MAXMSGSIZE, message_bytes)
     socket.setsockopt(zmq.IPV6, 0)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
 
@@ -61,8 +72,8 @@ def heartbeat(socket: zmq.Socket[bytes], queued_bytes: int) -> None:
     HEARTBEAT_TIMEOUT_MS and for as long as these bytes take. The peer learns the
     limit from each heartbeat. It must send none itself: when its high-water mark
     has stopped a connection that then breaks, the next heartbeat on it would abort
-    the process (libzmq's assertion "!_io_error"). A stranger who ends its flood with a
-    heartbeat of its own can still bring that about, until links are authenticated.
+    the process (libzmq's assertion "!_io_error"). Who floods a socket and ends that with a
+    heartbeat of its own can still bring that about, once it is past the handshake.
     """
     limit_ms = HEARTBEAT_TIMEOUT_MS + queued_bytes // SLOWEST_BYTES_PER_MS
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -96,7 +107,8 @@ _domains = itertools.count()
 class Sockets:
     """All sockets of one rank; `connect` adds those that lead to the peers.
 
-    With `keys` everything is encrypted, and only who has the key of a peer gets in.
+    With `keys` everything is encrypted, and only who has the key of a peer gets in; without,
+    only who knows the session.
     """
 
     def __init__(
@@ -109,7 +121,7 @@ class Sockets:
         keys: KeyPair | None = None,
     ) -> None:
         self._context, self._rank, self._session, self._keys = context, rank, session, keys
-        self._domain = f"exchange {next(_domains)}"
+        self._domain, self._token = f"exchange {next(_domains)}", f"{session:016x}"
         more = CURVE_BYTES if keys is not None else 0
         self._frame_bytes = frame_bytes = frame_bytes + more
         self.dealers: list[zmq.Socket[bytes] | None] = []
@@ -130,8 +142,10 @@ class Sockets:
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
             context.authenticator.open(self._domain)
-            for listener in (self.xpub, self.router):
-                listen_with(listener, keys, self._domain)
+        else:
+            context.authenticator.allow(self._domain, [self._token])
+        for listener in (self.xpub, self.router):
+            listen_with(listener, keys, self._domain)
 
     def bind(
         self, host: str, data_port: int, control_port: int, ports: Ports | None = None
@@ -174,6 +188,8 @@ class Sockets:
                 address = f"tcp://{peer.host}:{port}"
                 if self._keys is not None:
                     connect_with(socket, self._keys, peer.key)
+                else:
+                    connect_with_token(socket, self._token)
                 try:
                     socket.connect(address)
                 except zmq.ZMQError as problem:
@@ -182,16 +198,20 @@ class Sockets:
                     ) from problem
 
     def close(self) -> None:
-        """Close them all; idempotent, never blocks, drops what is unsent."""
+        """Close them all; idempotent, never blocks.
+
+        What is under way still goes out: a peer may need it though we have our sum. The context's
+        term() waits for that.
+        """
+        linger_ms = _LINGER_MS + len(self.dealers) * self._frame_bytes // SLOWEST_BYTES_PER_MS
         for dealer in self.dealers:
             if dealer is not None and not dealer.closed:
                 dealer.disable_monitor()
-        if self._keys is not None:
-            self._context.authenticator.close(self._domain)
-        everything = [self.xpub, self.sub, self.router, *self.dealers, *self.monitors]
-        for socket in everything:
+        self._context.authenticator.close(self._domain)
+        self.sub.close(linger=0)  # which would wait for those that are gone
+        for socket in (self.xpub, self.router, *self.dealers, *self.monitors):
             if socket is not None:
-                socket.close(linger=0)
+                socket.close(linger_ms)
 
 
 def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = None) -> int:
@@ -199,7 +219,9 @@ def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = 
 
     Raises InputError naming what is in use.
     """
-    tried = range(ports[0], ports[1] + 1) if ports is not None and port == 0 else (port,)
+    tried: Sequence[int] = (port,) if port else (0,) * _TRIES
+    if ports is not None and port == 0:
+        tried = range(ports[0], ports[1] + 1)
     for each in tried:
         try:
             socket.bind(f"tcp://{host}:{each or '*'}")
@@ -209,6 +231,8 @@ def bind(socket: zmq.Socket[bytes], host: str, port: int, ports: Ports | None = 
             continue
         bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(bound.rsplit(":", 1)[1])
-    if tried == (port,):
+    if port:
         raise InputError(f"cannot listen: port in use: {host}:{port} is taken by another process")
+    if ports is None:
+        raise InputError(f"cannot listen: {host} has no port free")
     raise InputError(f"cannot listen: {host} has no port free from {tried[0]} to {tried[-1]}")

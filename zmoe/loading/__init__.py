@@ -15,12 +15,13 @@ fuse          whole layers on the kernels
 
 from zmoe.loading.attention import check_attention
 from zmoe.loading.experts_only import LoadedExperts, load_experts
-from zmoe.loading.graph import form_of
+from zmoe.loading.graph import RECORDED, form_of, why_evaluated
 from zmoe.loading.inspect import describe
 from zmoe.loading.load import LoadedShard, load_shard
 from zmoe.loading.skeleton import Skeleton
 
 __all__ = [
+    "RECORDED",
     "LoadedExperts",
     "LoadedShard",
     "Skeleton",
@@ -29,4 +30,5 @@ __all__ = [
     "form_of",
     "load_experts",
     "load_shard",
+    "why_evaluated",
 ]

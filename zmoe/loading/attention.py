@@ -16,6 +16,7 @@ from mlx.nn.layers.distributed import (
     QuantizedShardedToAllLinear,
     ShardedToAllLinear,
 )
+from mlx.utils import tree_flatten
 
 from zmoe.checkpoint.select import layer_of
 from zmoe.errors import SettingError
@@ -80,11 +81,21 @@ def cut_attention(
     return sorted(summed, key=lambda path: layer_of(path) or 0)
 
 
-def check_attention(folder: Path, nodes: int) -> None:
-    """Raise SettingError where cut_attention() would, for the model in `folder`."""
+def check_attention(folder: Path, nodes: int) -> int:
+    """Bytes of the weights that cut_attention() divides among `nodes` nodes.
+
+    Raises SettingError where it would, for the model in `folder`.
+    """
     skeleton = Skeleton(folder)
-    model_type = skeleton.config["model_type"]
-    cut_attention(skeleton.module, skeleton.sites, model_type, 0, nodes)
+    model: Any = skeleton.module
+    whole = _bytes_of(model)
+    cut_attention(model, skeleton.sites, skeleton.config["model_type"], 0, nodes)
+    return (whole - _bytes_of(model)) * nodes // (nodes - 1)
+
+
+def _bytes_of(model: Any) -> int:
+    leaves: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in leaves)
 
 
 def sum_heads(model: Module, sites: Sequence[Site], summed: Sequence[str], graph: Graph) -> None:

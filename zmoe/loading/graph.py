@@ -16,8 +16,10 @@ from zmoe.families.sites import Site
 from zmoe.loading.load import DTYPES
 from zmoe.moe.experts import gathers
 from zmoe.moe.graph import Form, Graph
+from zmoe.perf.cost import may_be_in_graph
 from zmoe.placement.types import ModelInfo, Placement
 
+RECORDED = "the routing is recorded"  # as a reason
 _RDMA_DEVICES = "MLX_IBV_DEVICES"  # the file that says which of them lead to which rank
 
 
@@ -37,18 +39,18 @@ def form_of(
     another MPI library. All nodes decide alike: they call this at the same time, once they are
     connected. Raises SettingError where `config` asks for a backend that cannot be had.
     """
-    reason = "MLX does not compute" if not on_mlx else _reason(info, sites, config)
+    reason = why_evaluated(info, sites, config, on_mlx=on_mlx)
     if exchange is None:
         _refuse(config, reason or "there is one node")
         return Form(as_it_is=not (reason or records))
-    reason = reason or _reason_of_placement(info, placement)
+    reason = reason or placement.unsliced
     if reason:
         _refuse(config, reason)
         return Form()
     told = exchange.tell((records, not can_open_door(), _has_rdma())).astype(bool)
     recorders, without_door, rdma = told.T
     if recorders.any():
-        _refuse(config, "the routing is recorded")
+        _refuse(config, RECORDED)
         return Form()
     backend = config.backend
     if backend == "auto":
@@ -82,21 +84,19 @@ def _refuse(config: EngineConfig, reason: str) -> None:
         raise SettingError("backend", f"is {config.backend}: expected auto, as {reason}")
 
 
-def _reason(info: ModelInfo, sites: Sequence[Site], config: EngineConfig) -> str:
-    """Why this node needs the routing on the host, as every node does; "" if not."""
-    if config.schedule != "decentralized" or config.policy != "selected":
+def why_evaluated(
+    info: ModelInfo, sites: Sequence[Site], config: EngineConfig, *, on_mlx: bool
+) -> str:
+    """Why no placement has the layers, of which `sites` are the blocks, computed in MLX's graph;
+    "" if one may. It is the same on all nodes.
+    """
+    if not on_mlx:
+        return "MLX does not compute"
+    if not may_be_in_graph(config.schedule, config.policy):
         return "the schedule or the policy needs the routing on the host"
     if not all(gathers(site.switch, DTYPES[info.dtype]) for site in sites):
         return f"MLX's gathering matmuls take no {info.dtype} on this device"
     return ""
-
-
-def _reason_of_placement(info: ModelInfo, placement: Placement) -> str:
-    """Why the nodes do not have a slice of every expert each; "" if they do."""
-    everything = tuple(range(info.experts))
-    if not placement.slices or any(ids != everything for layer in placement.owned for ids in layer):
-        return "the nodes hold whole experts"
-    return "" if len(set(placement.slices)) == placement.nodes else "slices have copies"
 
 
 def _has_rdma() -> bool:

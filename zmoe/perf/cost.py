@@ -26,6 +26,11 @@ SCHEDULES = ("decentralized", "centralized")
 POLICIES = ("selected", "busy-full", "router-aided")
 
 
+def may_be_in_graph(schedule: str, policy: str) -> bool:
+    """Whether no host needs the routing, so that MLX may compute a step in one graph."""
+    return (schedule, policy) == ("decentralized", "selected")
+
+
 @dataclass(frozen=True)
 class Step:
     """`rows`: tokens of the pass, over all `sequences`. `context`: tokens that a

@@ -16,7 +16,28 @@ EFFICIENCY = 0.7
 # reported as 180 us on an M3 Ultra (ml-explore/mlx issue 4438).
 METAL_SYNC_S = METAL_CROSSING_S = 180e-6
 FAST_CROSSING_S = 20e-6  # with MLX_METAL_FAST_SYNCH=1: 15 to 20 us are reported
+CUDA_SYNC_S = 20e-6  # estimate, of a crossing, too
+CPU_SYNC_S = 50e-6  # one mx.eval of MLX on CPU, measured on an EPYC
 LAYER_S = 50e-6  # estimate: some 25 operations of 2 us each (MLX on CPU, measured)
+# What mlx-lm's decoding takes for a MoE layer beside reading weights: some 30 small kernels, each
+# begun when the one before has ended. As cycles of the GPU, since generations differ by their
+# clocks. Derived from rows of one machine (docs/performance-model.md).
+METAL_LAYER_CYCLES = 160e3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes the layers of a run, of which nothing is known but its kind; see Machine."""
+
+    sync_s: float
+    crossing_s: float | None
+    layer_s: float
+
+
+KERNELS = Device(0.0, None, 60e-6)  # zmoe's own; measured (zmoe-run --stats)
+METAL = Device(METAL_SYNC_S, METAL_CROSSING_S, METAL_LAYER_CYCLES / 1.6e9)  # 1.4 to 1.8 GHz
+CUDA = Device(CUDA_SYNC_S, CUDA_SYNC_S, LAYER_S)
+CPU = Device(CPU_SYNC_S, 0.0, LAYER_S)  # MLX's, which exchanges where it computes
 
 
 @dataclass(frozen=True)

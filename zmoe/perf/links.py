@@ -36,6 +36,17 @@ def ethernet(name: str, gigabits: float, network_us: float) -> Link:
     return Link(name, (34 + network_us) * 1e-6, 0.94 * gigabits * 1e9 / 8, source)
 
 
+RDMA = Link(
+    "tb5-rdma",
+    10e-6,
+    7e9,
+    "RDMA over Thunderbolt 5 (macOS 26.2). latency: users report 5 to 9 us; bandwidth: "
+    "7.6 GB/s a rank reported in pytorch pull request 189856",
+    per_peer_s=2e-6,
+    supported=False,
+)
+
+
 @dataclass(frozen=True)
 class Messages:
     """Seconds that messages take by their number, and by their bytes."""

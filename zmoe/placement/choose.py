@@ -9,10 +9,12 @@ from math import ceil
 from pathlib import Path
 
 from zmoe.errors import PlacementError
+from zmoe.perf.hardware import KERNELS, Device
+from zmoe.perf.links import Link
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.perf.units import in_bytes
 from zmoe.placement.build import resident, ways
-from zmoe.placement.estimate import NodeResources, on_one_machine, setup_of, speeds_of
+from zmoe.placement.estimate import NETWORK, NodeResources, on_one_machine, setup_of, speeds_of
 from zmoe.placement.placed import placed_of
 from zmoe.placement.predict import MARGIN, Prediction, evaluate, preferred
 from zmoe.placement.remedy import counted, remedy
@@ -22,12 +24,13 @@ from zmoe.placement.usage import Usage
 # Slices are copies, which no system takes back when others need memory, unlike mapped experts.
 MOST_COPIED = 0.5  # of a machine's memory, unless a limit says what the nodes may take
 OVERRIDE = "(--memory-limit sets what a node may take)"
+EVALUATED, IN_GRAPH, SHARDED = "evaluated", "in MLX's graph", " with sharded attention"
 
 
 @dataclass(frozen=True)
 class Alternative:
     """A placement that was considered. `remark`: why there is none, or no prediction;
-    `missing`: the bytes that its most crowded node lacks.
+    `missing`: the bytes that its most crowded node lacks. `form`: how MLX would compute it.
     """
 
     label: str
@@ -35,17 +38,23 @@ class Alternative:
     prediction: Prediction | None = None
     remark: str = ""
     missing: int = 0
+    form: str = ""
 
     @property
     def seconds(self) -> float | None:
         """Of one decoded token."""
         return self.prediction.decode.total if self.prediction else None
 
+    @property
+    def name(self) -> str:
+        return f"{self.label}, {self.form}" if self.form else self.label
+
 
 @dataclass(frozen=True)
 class Choice:
     """What was chosen and why, and what predictions `assumed`. Bytes of experts by node:
-    `capacity` for them, and how much is `resident`.
+    `capacity` for them, and how much is `resident`. `evaluated`: why MLX evaluates the layers
+    one by one, "" if it computes them in its graph.
     """
 
     placement: Placement
@@ -56,14 +65,16 @@ class Choice:
     speeds: tuple[int, ...]
     capacity: tuple[int, ...]
     resident: tuple[int, ...]
+    evaluated: str | None = None  # None: MLX does not compute
 
 
 class Chooser:
     """Chooses for a model on the nodes that `offers` describe.
 
-    `mapped`: the nodes compute, on the kernels, with what they map of the
-    checkpoint. `schedule` and `policy`: those of the run. `usage`: how often
-    experts are chosen, for replicas.
+    `device` computes; KERNELS with what the nodes map of the checkpoint. `network` joins the
+    machines. `schedule` and `policy`: those of the run. `usage`: how often experts are chosen,
+    for replicas. `evaluated`: why MLX could not compute slices in its graph, "" if it can.
+    `sharded`: attention is to be, in the graph.
     """
 
     def __init__(
@@ -71,17 +82,21 @@ class Chooser:
         info: ModelInfo,
         offers: Sequence[NodeResources],
         *,
-        mapped: bool,
+        device: Device = KERNELS,
+        network: Link = NETWORK,
         schedule: str = "decentralized",
         policy: str = "selected",
         usage: Usage | None = None,
-        in_graph: bool = False,
+        evaluated: str = "",
+        sharded: bool = False,
     ) -> None:
-        self._info, self._offers, self._mapped = info, tuple(offers), mapped
-        self._in_graph = in_graph
+        self._info, self._offers, self._mapped = info, tuple(offers), device == KERNELS
+        self._evaluated, self._sharded = evaluated, sharded
         self._counts = usage.counts if usage is not None else None
         self._speeds = speeds_of(offers)
-        self._setup, self._capacity = setup_of(info, offers, mapped, schedule, policy)
+        self._setup, self._capacity = setup_of(
+            info, offers, device, network, schedule, policy, sharded
+        )
         self._slots = [max(0, each // info.expert_bytes) for each in self._capacity]
 
     def choose(self, way: str, given: Placement | None = None) -> Choice:
@@ -108,9 +123,6 @@ class Chooser:
         if len(self._offers) == 1:
             alone = self._predicted("experts", made["experts"]())
             return self._choice(alone, "there is one node", ())
-        if self._in_graph and (slices := self._slices_that_fit(made["slices"])) is not None:
-            why = "MLX computes slices in one graph per step"
-            return self._choice(self._predicted("slices", slices), why, ())
         considered: list[Alternative] = []
         for label, make in made.items():
             considered.append(self._considered(label, make, considered))
@@ -136,7 +148,7 @@ class Chooser:
         if missing > 0:
             remark = f"{in_bytes(missing)} are missing on a node"
             return Alternative(label, remark=remark, missing=missing)
-        if label == "slices" and self._copies_too_much(placement):
+        if label == "slices" and self._mapped and self._copies_too_much(placement):
             return Alternative(
                 label, remark="copies of them would take more than half of a machine's memory"
             )
@@ -145,30 +157,50 @@ class Chooser:
                 return Alternative(label, remark=f"the same as {other.label}")
         return self._predicted(label, placement)
 
-    def _slices_that_fit(self, make: Callable[[], Placement]) -> Placement | None:
-        try:
-            placement = make()
-        except PlacementError:
-            return None
-        return placement if self._missing(placement) <= 0 else None
-
     def _out_of_question(self, label: str) -> str:
         """Why `auto` does not even look at a way, where it does not."""
         if label == "replicas" and on_one_machine(self._offers):
             return "the nodes share one machine's memory"
-        if label == "slices" and not self._mapped:
+        if label == "slices" and not self._mapped and self._evaluated:
             return "no figures for MLX's matmuls on slices"
         return ""
 
+    def _why_evaluated(self, placement: Placement) -> str | None:
+        """See Choice.evaluated."""
+        if self._mapped:
+            return None
+        return self._evaluated or ("" if placement.nodes == 1 else placement.unsliced)
+
     def _predicted(self, label: str, placement: Placement) -> Alternative:
+        """In the form that a run takes."""
+        in_graph = self._why_evaluated(placement) == ""
+        return self._in_form(label, placement, in_graph, in_graph and self._sharded)
+
+    def _in_form(
+        self, label: str, placement: Placement, in_graph: bool, sharded: bool
+    ) -> Alternative:
+        form = "" if self._mapped else EVALUATED
+        if in_graph:
+            form = IN_GRAPH + (SHARDED if sharded else "")
         placed = placed_of(placement, self._info.moe_intermediate_size, label)
-        if placed is None:
-            return Alternative(label, placement, remark="slices with copies are not modelled")
-        try:
-            prediction = evaluate(self._setup, placed)
-        except PlacementError as error:  # replicas on more nodes than can be counted
-            return Alternative(label, placement, remark=str(error))
-        return Alternative(label, placement, prediction)
+        remark, prediction = "slices with copies are not modelled", None
+        if placed is not None:
+            setup = replace(self._setup, in_graph=in_graph, sharded=sharded)
+            try:
+                remark, prediction = "", evaluate(setup, placed)
+            except PlacementError as error:  # replicas on more nodes than can be counted
+                remark = str(error)
+        return Alternative(label, placement, prediction, remark, form=form)
+
+    def _other_forms(self, chosen: Alternative) -> tuple[Alternative, ...]:
+        """Of a placement that MLX computes in its graph."""
+        placement = chosen.placement
+        if placement is None or self._why_evaluated(placement) != "":
+            return ()
+        evaluated = self._in_form(chosen.label, placement, False, False)
+        if placement.nodes == 1:
+            return (evaluated,)
+        return (self._in_form(chosen.label, placement, True, not self._sharded), evaluated)
 
     # ---- memory --------------------------------------------------------------------
 
@@ -221,17 +253,22 @@ class Chooser:
         return f"{name} does not fit this machine: {lacking}; {would} {OVERRIDE}"
 
     def _choice(self, chosen: Alternative, why: str, considered: tuple[Alternative, ...]) -> Choice:
-        link = self._setup.link
+        link, crossing_s = self._setup.link, self._setup.machines[0].crossing_s
         assert chosen.placement is not None and link is not None
+        evaluated = self._why_evaluated(chosen.placement)
+        assumed = f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange"
+        if evaluated == "" and crossing_s is not None and chosen.placement.nodes > 1:
+            assumed += f", {1e6 * crossing_s:.0f} us a crossing"
         return Choice(
             chosen.placement,
             chosen.label,
             why,
-            considered or (chosen,),
-            f"{self._setup.schedule}, {1e6 * link.latency_s:.0f} us an exchange",
+            (considered or (chosen,)) + self._other_forms(chosen),
+            assumed,
             self._speeds,
             tuple(self._capacity),
             self._bytes(chosen.placement),
+            evaluated,
         )
 
 
@@ -252,4 +289,7 @@ def fastest(considered: Sequence[Alternative]) -> tuple[Alternative, str]:
     if best is even:
         return even, f"no other is predicted to be {MARGIN:.0%} faster"
     gain = 1 - taken.decode.total / even.seconds
-    return best, f"predicted to be {gain:.0%} faster than whole experts spread evenly"
+    why = f"predicted to be {gain:.0%} faster than whole experts spread evenly"
+    if taken.setup.in_graph:
+        why = "MLX computes them in one graph per step" + (f", {why}" if gain >= MARGIN else "")
+    return best, why

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from zmoe.perf.hardware import Machine
+from zmoe.perf.hardware import KERNELS, Device, Machine
 from zmoe.perf.links import Link, ethernet
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.build import resident
@@ -18,7 +18,6 @@ from zmoe.placement.types import ModelInfo, Placement
 # measured on two cores, 32 us with nothing else to do (bench/exchange.py).
 LOOPBACK = Link("loopback", 100e-6, 2e9, "estimate between the two that were measured")
 NETWORK = ethernet("10gbe", 10, 25)  # what joins the machines is not known
-NATIVE_LAYER_S = 60e-6  # measured: neither matmul nor exchange, a layer (zmoe-run --stats)
 UNKNOWN_SPEED = 20  # GB/s, where no node has measured
 
 
@@ -103,13 +102,22 @@ def cache_room(
 
 
 def setup_of(
-    info: ModelInfo, offers: Sequence[NodeResources], mapped: bool, schedule: str, policy: str
+    info: ModelInfo,
+    offers: Sequence[NodeResources],
+    device: Device,
+    network: Link,
+    schedule: str,
+    policy: str,
+    sharded: bool,
 ) -> tuple[Setup, list[int]]:
-    """What to predict of a decoded token, and each node's capacity for experts in bytes."""
-    central = schedule == "centralized"
-    dense = [0 if central and node else info.dense_bytes for node in range(len(offers))]
-    capacity = capacity_for(info, offers, dense, mapped)
-    default = Machine("", 0, 0.0, 0.0, "")
+    """What to predict of a decoded token, and each node's capacity for experts in bytes.
+
+    `network` joins the machines. `sharded`: attention is, so that each node holds less of it.
+    """
+    central, nodes = schedule == "centralized", len(offers)
+    elsewhere = info.head_bytes * (nodes - 1) // nodes if sharded else 0
+    dense = [0 if central and node else info.dense_bytes - elsewhere for node in range(nodes)]
+    capacity = capacity_for(info, offers, dense, device == KERNELS)
     machines = [
         Machine(
             name=f"node {node}",
@@ -119,12 +127,13 @@ def setup_of(
             source="measured by the node",
             usable_share=1.0,
             bandwidth_efficiency=1.0,
-            sync_s=0.0 if mapped else default.sync_s,
-            layer_s=NATIVE_LAYER_S if mapped else default.layer_s,
+            sync_s=device.sync_s,
+            crossing_s=device.crossing_s,
+            layer_s=device.layer_s,
         )
         for node, speed in enumerate(speeds_of(offers))
     ]
-    link = LOOPBACK if on_one_machine(offers) else NETWORK
+    link = LOOPBACK if on_one_machine(offers) else network
     work = Workload(prompt=0)
     return Setup(info.shape, tuple(machines), link, work, schedule, policy), capacity
 

@@ -66,7 +66,7 @@ class Setup:
             return self.shape
         attention = self.shape.attention.sharded(nodes)
         if attention is None:
-            raise PlacementError(f"{nodes} nodes do not divide the heads of {self.shape.name}")
+            raise PlacementError(f"attention cannot be cut by heads for {nodes} nodes")
         return replace(self.shape, attention=attention)
 
     def cluster(self, nodes: int) -> Cluster:
@@ -190,13 +190,15 @@ def predict(setup: Setup, nodes: int) -> Prediction:
 def preferred(predictions: Sequence[Prediction]) -> Prediction:
     """The placement that `auto` takes of those predicted, one at least, which all fit.
 
-    Whole experts spread evenly, labelled "experts", unless another is faster by MARGIN, since
-    a prediction is one; of others that are about as fast as the fastest the one that holds least.
+    What MLX computes in its graph, or else whole experts spread evenly, labelled "experts",
+    unless another is faster by MARGIN, since a prediction is one; of others that are about as
+    fast as the fastest the one that holds least.
     """
     least = min(p.decode.total for p in predictions)
-    for even in predictions:
-        if even.placed.label == "experts" and least > (1 - MARGIN) * even.decode.total:
-            return even
+    for usual in sorted(predictions, key=lambda p: not p.setup.in_graph):
+        is_usual = usual.setup.in_graph or usual.placed.label == "experts"
+        if is_usual and least > (1 - MARGIN) * usual.decode.total:
+            return usual
     alike = [p for p in predictions if p.decode.total <= (1 + ALIKE) * least]
     return min(alike, key=lambda p: sum(p.placed.resident))
 

@@ -30,6 +30,16 @@ class Placement:
     speeds: tuple[int, ...] = ()
 
     @property
+    def unsliced(self) -> str:
+        """Why not every rank has a slice of every expert, unlike the others'; "" if it has."""
+        if not self.slices:
+            return "the nodes hold whole experts"
+        everything = tuple(range(self.experts))
+        if any(ids != everything for layer in self.owned for ids in layer):
+            return "the nodes hold slices of some experts only"
+        return "" if len(set(self.slices)) == self.nodes else "slices have copies"
+
+    @property
     def digest(self) -> str:
         """Hex digest that the hello compares."""
         parts = [self.nodes, self.experts, self.owned, self.slices, self.speeds]
@@ -60,6 +70,7 @@ class ModelInfo:
     context_length: int | None
     vocabulary: int  # token ids lie below it
     has_own_cache: bool = False  # not one of keys and values alone, so it can be no window
+    head_bytes: int = 0  # of dense_bytes, what sharded attention divides; 0: unknown, or none
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -74,7 +85,10 @@ class ModelInfo:
             name=self.path,
             hidden=self.hidden_size,
             layers=self.layers,
-            attention=_DenseWeights(max(0, int((dense - router) / self.layers))),
+            attention=_DenseWeights(
+                max(0, int((dense - router) / self.layers)),
+                int(self.head_bytes / self.dense_bytes * dense / self.layers),
+            ),
             experts=self.experts,
             top_k=self.top_k,
             expert_hidden=self.moe_intermediate_size,
@@ -89,9 +103,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _DenseWeights:
-    """All dense weights of a layer in the place of its attention."""
+    """All dense weights of a layer in the place of its attention; `of_heads` are cut with these,
+    for a number of nodes that is known to divide them.
+    """
 
     weights: int
+    of_heads: int = 0
     cache_elements: int = 0
 
     def parameters(self, hidden: int) -> int:
@@ -103,5 +120,8 @@ class _DenseWeights:
     def score_operations(self, attended: float) -> float:
         return 0.0
 
-    def sharded(self, nodes: int) -> None:
-        """None: how many heads there are is not known here."""
+    def sharded(self, nodes: int) -> _DenseWeights | None:
+        """None where no weights are known to be cut."""
+        if not self.of_heads:
+            return None
+        return _DenseWeights(self.weights - self.of_heads + self.of_heads // nodes)

@@ -112,6 +112,7 @@ class _EngineProcess:
             progress=self._loading,
             on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
             on_placement=self._chosen,
+            on_notice=self._lost_or_back,
         ) as cluster:
             self._cluster, grammars = cluster, Grammars(cluster.tokenizer)
             grammars.prepare()  # all would wait for it
@@ -148,6 +149,10 @@ class _EngineProcess:
 
     def _chosen(self, choice: Choice) -> None:
         self._placement = (choice.label, choice.why)
+
+    def _lost_or_back(self, notice: str) -> None:
+        self._tell(Notice(notice))
+        self._next_stats = 0.0  # they have changed
 
     def _take(self) -> object:
         return FRONT.decode(self._socket.recv())
@@ -282,7 +287,8 @@ class _EngineProcess:
         if now >= self._next_memory:
             self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
         cluster = self._cluster
-        self._tell(Stats(cluster.counts(), tuple(self._memory), cluster.links()))
+        counts, memory = cluster.counts(), tuple(self._memory)
+        self._tell(Stats(counts, memory, cluster.links(), cluster.hosts))
 
 
 def _logprobs(pick: Pick) -> Logprobs:

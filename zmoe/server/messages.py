@@ -175,8 +175,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Stats:
-    """The state of the cluster, told every second; `peak_memory` is in bytes by rank, and `links`
-    are the ranks to which the leader's link stands.
+    """The state of the cluster, told every second; `peak_memory` is in bytes by rank, `links` are
+    the ranks to which the leader's link stands, and `hosts` is by rank the node that computes its
+    share: another one where it is lost.
     """
 
     counts: Annotated[
@@ -191,6 +192,12 @@ class Stats:
     ]
     peak_memory: tuple[Size, ...]
     links: tuple[Number, ...]
+    hosts: tuple[Number, ...]
+
+    @property
+    def lost(self) -> list[int]:
+        """The ranks whose share another node computes."""
+        return [rank for rank, host in enumerate(self.hosts) if host != rank]
 
 
 @dataclass(frozen=True)

@@ -167,3 +167,5 @@ def _of_nodes(ready: Ready, stats: Stats) -> Iterator[Metric]:
     yield _gauge("node_peak_memory_bytes", "Peak resident memory of a node", memory, "rank")
     links = {rank: float(int(rank) in stats.links) for rank in ranks[1:]}
     yield _gauge("node_link_up", "1 while the leader's link to a node stands", links, "rank")
+    lost = {rank: float(int(rank) in stats.lost) for rank in ranks[1:]}
+    yield _gauge("node_lost", "1 while another node computes a node's share", lost, "rank")

@@ -24,10 +24,16 @@ def routes(front: Front) -> list[Route]:
 
     @operation("Whether requests can run: status 200 or 503")
     async def health(_: Request) -> Response:
-        link = front.link
-        status = front.status
-        found = {"status": status, "model": front.model, "reason": link.reason or None}
-        return JSONResponse(found, 200 if status == "ready" else 503)
+        status, reason, stats = front.status, front.link.reason, front.link.stats
+        can_run = status == "ready"
+        if can_run and stats is not None and stats.lost:
+            status = "degraded"
+            reason = "; ".join(
+                f"node {rank} is lost, and node {stats.hosts[rank]} computes its share"
+                for rank in stats.lost
+            )
+        found = {"status": status, "model": front.model, "reason": reason or None}
+        return JSONResponse(found, 200 if can_run else 503)
 
     return [
         Route("/v1/models", models),

@@ -19,13 +19,14 @@ from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.errors import InputError
+from zmoe.exchange.keys import is_loopback
 from zmoe.server.app import make_app
 from zmoe.server.connections import BoundedProtocol
 from zmoe.server.front import Front, ServeConfig
 from zmoe.server.keys import read_api_keys
 from zmoe.server.link import EngineLink
 from zmoe.server.metrics import CountRequests
-from zmoe.server.security import Guard, is_loopback
+from zmoe.server.security import Guard
 
 _BACKLOG = 512
 _KEEP_ALIVE_S = 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Sequence
 from contextvars import ContextVar
 from urllib.parse import urlsplit
@@ -13,20 +12,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from zmoe.exchange.keys import is_loopback
 from zmoe.server.errors import ApiError
 from zmoe.server.http import error_answer
 
 SALT: ContextVar[bytes] = ContextVar("SALT", default=b"")  # of the request that is handled
 _OPEN_PATHS = ("/health", "/")  # and the page's files
 _PAGE = "/page/"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Guard:

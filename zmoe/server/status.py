@@ -86,7 +86,9 @@ def _of_ready(ready: Ready, model: str) -> dict[str, Any]:
 
 
 def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
-    """By rank. The leader sees its own links only: `link` is None for itself."""
+    """By rank. The leader sees its own links only: `link` is None for itself. `computed_by` is the
+    node that computes its share, another one while it is lost.
+    """
     return [
         {
             "rank": rank,
@@ -100,6 +102,7 @@ def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
             "peak_memory": stats.peak_memory[rank] if stats is not None else node.peak_memory,
             "memory_gb_per_s": node.speed or None,
             "link": _link(rank, stats),
+            "computed_by": stats.hosts[rank] if stats is not None else rank,
         }
         for rank, node in enumerate(ready.nodes)
     ]
@@ -108,6 +111,8 @@ def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
 def _link(rank: int, stats: Stats | None) -> str | None:
     if rank == 0 or stats is None:
         return None
+    if rank in stats.lost:
+        return "lost"
     return "up" if rank in stats.links else "down"
 
 

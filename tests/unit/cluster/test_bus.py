@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from tests.relay import Relay
+from tests.unit.cluster.control_fuzz import Fuzz
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.channel import Channel
 from zmoe.cluster.messages import (
@@ -29,7 +30,8 @@ from zmoe.cluster.messages import (
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.cluster.worker import Worker
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
-from zmoe.errors import PeerError, ZmoeError
+from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.sockets import Context
 
 PATIENCE_S = 60
 GRACE_S = 30.0
@@ -41,7 +43,7 @@ class Buses:
     """Makes buses, all in one context."""
 
     def __init__(self) -> None:
-        self.context: zmq.Context[Any] = zmq.Context()
+        self.context = Context()
         self.made: list[LeaderBus | WorkerBus] = []
 
     def leader(self, port: int = 0, nodes: int = 2, **options: Any) -> LeaderBus:
@@ -79,7 +81,7 @@ def buses() -> Iterator[Buses]:
     yield made
     for bus in made.made:
         bus.close()
-    made.context.destroy(linger=0)
+    made.context.term()
 
 
 def until(look: Callable[[], Any]) -> Any:
@@ -131,7 +133,7 @@ def taken(worker: WorkerBus, *leaders: LeaderBus) -> Message:
 )
 def test_a_flood_does_not_hold_up_the_leader(buses: Buses, frame: bytes) -> None:
     """It takes a part at a time, and remembers nothing of it."""
-    bus = buses.leader(tokens={1: "secret"})
+    bus = buses.leader()
     with buses.stranger(bus.port, b"zmoe-1-0123456789abcdef") as stranger:
         for _ in range(FLOOD):
             stranger.send(frame)
@@ -175,13 +177,37 @@ def test_a_worker_that_ended_before_the_run_began_is_replaced(buses: Buses) -> N
     assert taken(second[-1], leader) == SETUP
 
 
-def test_a_worker_without_the_token_is_refused(buses: Buses) -> None:
+@pytest.mark.parametrize(
+    "token, words",
+    [
+        ("guess", "is not the one that has started this node"),
+        ("", "takes only nodes with a key, or that it starts itself"),
+    ],
+)
+def test_a_worker_without_the_token_is_refused(buses: Buses, token: str, words: str) -> None:
     leader = buses.leader(tokens={1: "secret"})
-    stranger = buses.worker(leader.port, token="guess")
-    refusal = taken(stranger, leader)
-    assert refusal == Stop("rank 1 of this run is a worker that its leader starts")
+    stranger = buses.worker(leader.port, token=token)
+    with pytest.raises(InputError, match=f"leader 127.0.0.1:{leader.port} {words}"):
+        taken(stranger, leader)
     worker = buses.worker(leader.port, token="secret")
     assert isinstance(heard(leader, worker)[1], Join)
+    assert leader.dropped == 0
+    refused = ["127.0.0.1, who has no token"] if token else []  # by others libzmq knows them
+    assert buses.context.authenticator.refused == refused
+
+
+def test_the_token_of_one_worker_is_not_that_of_another(buses: Buses) -> None:
+    leader = buses.leader(nodes=3, tokens={1: "one", 2: "two"})
+    worker = buses.worker(leader.port, token="two")
+    refusal = taken(worker, leader)
+    assert refusal == Stop("rank 1 of this run is a worker that its leader starts")
+
+
+def test_a_worker_that_another_leader_meets_says_so(buses: Buses) -> None:
+    leader = buses.leader()
+    worker = buses.worker(leader.port, token="secret")
+    with pytest.raises(InputError, match="is not the one that has started this node"):
+        taken(worker, leader)
 
 
 def test_a_worker_of_protocol_3_is_named_and_told(buses: Buses) -> None:
@@ -190,7 +216,10 @@ def test_a_worker_of_protocol_3_is_named_and_told(buses: Buses) -> None:
         old.send(msgpack.packb(["Join", 3, 1, "0.3", "oldhost"]))
         assert heard(leader) == (1, Join(3, 1, "0.3", "oldhost", ""))
         assert old.poll(PATIENCE_S * 1000)
-        assert msgpack.unpackb(old.recv()) == ["Stop", "the leader speaks protocol 9"]
+        assert msgpack.unpackb(old.recv()) == [
+            "Stop",
+            f"the leader speaks protocol {PROTOCOL_VERSION}",
+        ]
 
 
 def test_a_worker_that_sends_what_none_can_is_named(buses: Buses) -> None:
@@ -294,3 +323,14 @@ def test_an_end_waits_until_its_last_words_are_heard(buses: Buses) -> None:
         relay.restore()
         assert taken(worker, leader) == Stop("")
         assert leader.finish(PATIENCE_S) == []
+
+
+def test_whatever_is_sent_is_taken_or_refused() -> None:
+    context = Context()
+    fuzz = Fuzz(context, 1)
+    fuzz.run(3000)
+    fuzz.close()
+    context.term()
+    for end in ("leader", "worker"):
+        for how in ("took", "dropped", "ended"):
+            assert fuzz.told[f"{end} {how}"] > 0

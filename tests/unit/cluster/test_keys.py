@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from zmoe.cluster import bus as bus_module
@@ -18,7 +21,9 @@ from zmoe.cluster.messages import Join, Message
 from zmoe.cluster.spec import KEY_VARIABLE, ClusterSpec, WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, EngineConfig
 from zmoe.errors import InputError
+from zmoe.exchange import sockets
 from zmoe.exchange.keys import KeyPair, Pinned, write_new_key
+from zmoe.exchange.local import Exchange, connect_group
 from zmoe.exchange.sockets import Context
 
 PATIENCE_S = 60
@@ -65,7 +70,7 @@ def test_a_worker_with_the_right_keys_joins(context: Context) -> None:
             Pinned(WORKER, (OTHER.public,)),
             "does not answer by the public key that this node expects",
         ),
-        (None, "takes only nodes with a key"),
+        (None, "takes only nodes with a key, or that it starts itself"),
     ],
 )
 def test_others_are_told_why_not(context: Context, worker: Pinned | None, words: str) -> None:
@@ -116,17 +121,29 @@ def test_what_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert WorkerSpec("127.0.0.1:1", 1).pinned() is None
 
 
+# ---- strangers ---------------------------------------------------------------------------
+
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"%s" + bytes(32)
-CURVE, NULL = (GREETING % name.ljust(20, b"\0") for name in (b"CURVE", b"NULL"))
-ATTACKS = {
-    "says nothing": b"",
-    "stops in the middle of the greeting": CURVE[:11],
-    "stops after the greeting": CURVE,
-    "wants no encryption": NULL + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER",
-    "sends an endless multipart": CURVE + b"\x01\x10aaaaaaaaaaaaaaaa" * 1000,
-    "sends a command of 1 GiB": CURVE + b"\x06\0\0\0\0\x40\0\0\0" + bytes(1 << 16),
-}
-CONNECTIONS = 300  # of each
+READY = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+HELLO = b"\x05HELLO\x04zmoe\x05guess"
+PARTS = (b"\x01\xff" + bytes(255)) * 4096  # of a message that does not end
+SUBSCRIPTIONS = b"\x00\x11\x01aaaaaaaaaaaaaaaa" * 50_000
+SILENT, FLOODING = 250, 10  # connections of each of the attacks
+FLOOD_BYTES = 64 << 20  # of each of those that flood, unless it is refused before
+
+
+def attacks(mechanism: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """What a stranger says, and what it then says again and again."""
+    greeting, other = GREETING % mechanism.ljust(20, b"\0"), GREETING % b"NULL".ljust(20, b"\0")
+    yield b"", b""
+    yield greeting[:11], b""
+    yield greeting, b""
+    yield other + b"\x04" + bytes([len(READY)]) + READY, b""
+    yield greeting + b"\x06\0\0\0\0\x40\0\0\0", bytes(1 << 16)  # a command of 1 GiB
+    yield other + b"\x04" + bytes([len(READY)]) + READY, PARTS
+    for begin in (b"", b"\x04" + bytes([len(HELLO)]) + HELLO):
+        yield greeting + begin, PARTS
+        yield greeting + begin, SUBSCRIPTIONS
 
 
 def memory() -> int:
@@ -134,35 +151,62 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_strangers_without_a_key_are_bounded(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All are disconnected when the handshake takes too long, and a worker joins meanwhile."""
+@pytest.fixture
+def open_files() -> Iterator[None]:
+    """Lets this process have as many as the test needs, which has both ends of each link."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(ATTACKS) * CONNECTIONS * 2 + 300  # both ends are in this process
+    wanted = 2 * sum(FLOODING if more else SILENT for _, more in attacks(b"")) + 300
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"{hard} files may be open, {wanted} are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("open_files")
+@pytest.mark.parametrize("keys", [LEADER, None], ids=["keys", "tokens"])
+def test_strangers_are_bounded(
+    context: Context, monkeypatch: pytest.MonkeyPatch, keys: KeyPair | None
+) -> None:
+    """All are disconnected when the handshake takes too long; a worker joins, and ranks sum
+    meanwhile.
+    """
     monkeypatch.setattr(bus_module, "HANDSHAKE_MS", 1500)
-    same = Pinned.shared(LEADER)
-    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=9.0, keys=same)
+    monkeypatch.setattr(sockets, "HANDSHAKE_MS", 1500)
+    same = Pinned.shared(keys) if keys is not None else None
+    tokens = {1: "secret"}
+    bus = LeaderBus(
+        context, "127.0.0.1", 0, session=1, nodes=2, grace=9.0, tokens=tokens, keys=same
+    )
+    make = {"session": 2, "max_payload_bytes": 4096, "small_payload_bytes": 64}
+    group = [Exchange(rank, 2, **make, context=context, keys=keys) for rank in range(2)]
+    connect_group(group, [[each.endpoint for each in group]] * 2, PATIENCE_S)
+    ports = itertools.cycle([bus.port, group[0].endpoint.data_port, group[0].endpoint.control_port])
     strangers = []
-    before = memory()
+    most = before = memory()
     try:
-        for data in ATTACKS.values():
-            for _ in range(CONNECTIONS):
-                strangers.append(socket.create_connection(("127.0.0.1", bus.port), PATIENCE_S))
-                with contextlib.suppress(OSError):  # refused before all was sent
-                    strangers[-1].sendall(data)
-        join = Join(PROTOCOL_VERSION, 1, "1", "here", "")
+        for begin, more in attacks(b"CURVE" if keys is not None else b"PLAIN"):
+            for _ in range(FLOODING if more else SILENT):
+                stranger = socket.create_connection(("127.0.0.1", next(ports)), PATIENCE_S)
+                strangers.append(stranger)
+                with contextlib.suppress(OSError):  # refused
+                    stranger.sendall(begin)
+                    for _ in range(FLOOD_BYTES // len(more) if more else 0):
+                        stranger.sendall(more)
+            most = max(most, memory())
+        join = Join(PROTOCOL_VERSION, 1, "1", "here", "secret")
         worker = WorkerBus(context, f"127.0.0.1:{bus.port}", join, 9.0, same)
         deadline = time.monotonic() + PATIENCE_S
         while not (heard := bus.hear()) and time.monotonic() < deadline:
             worker.receive(0.02)
-        grown = memory() - before
         assert heard == [(1, join)]
         worker.close()
-        assert grown < 32 << 20, grown / len(strangers)
+        ones = np.ones(4, np.float32)
+        with ThreadPoolExecutor() as threads:
+            sums = list(threads.map(lambda each: each.all_reduce_numpy(ones), group))
+        np.testing.assert_array_equal(sums, np.full((2, 4), 2.0))
+        most = max(most, memory())
+        assert most - before < 16 << 20, (most - before) / len(strangers)
         for stranger in strangers:
             stranger.settimeout(PATIENCE_S)
             with contextlib.suppress(ConnectionError):
@@ -171,5 +215,6 @@ def test_strangers_without_a_key_are_bounded(
     finally:
         for stranger in strangers:
             stranger.close()
+        for each in group:
+            each.close()
         bus.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -317,13 +317,13 @@ def test_a_file_that_only_the_leader_has(
     for there, words in ((tmp_path / "none", "No such file"), (other, "another one than the l")):
         with Cluster("zmoe-tiny", 2) as pair:
             assert pair._leader is not None
-            send = pair._leader._bus.broadcast
+            send = pair._leader.bus.broadcast
 
             def elsewhere(message: Any, there: Path = there, send: Any = send) -> None:
                 is_load = isinstance(message, LoadPrefix)
                 send(replace(message, path=str(there)) if is_load else message)
 
-            monkeypatch.setattr(pair._leader._bus, "broadcast", elsewhere)
+            monkeypatch.setattr(pair._leader.bus, "broadcast", elsewhere)
             with pytest.raises(InputError, match=f"node 1: .*{there}.*{words}"):
                 pair.load_prompt_cache(saved)
             with pytest.raises(ZmoeError, match="has ended"):

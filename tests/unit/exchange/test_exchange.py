@@ -298,7 +298,7 @@ def test_another_session_is_not_joined() -> None:
         two.start_connect(endpoints)
         with pytest.raises(LaunchError, match="rank 1"):
             one.connect(endpoints, 0.3)
-        assert one.stats["bad_stranger"] > 0
+        assert one._context.authenticator.refused == ["127.0.0.1, who has no token"]
 
 
 def test_a_rank_has_joined_once_it_can_be_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,30 @@ def test_the_first_frames_of_a_centralised_run_are_asked_for_again(
     assert linked.control[1].accepted == 2
 
 
+def test_who_leaves_first_takes_no_payload_along(pair: Callable[..., Pair]) -> None:
+    """It has its sum, while its own payload is still under way on a slow link."""
+    elements = 1 << 22  # more than the kernel's buffers hold
+    linked = pair(Exchange, 20.0, max_payload_bytes=4 * elements, algorithm="direct")
+    linked.relays[2].hold(to_server=False)  # what rank 1 gets of rank 0
+
+    def reduce_and_leave() -> Any:
+        try:
+            return linked.ranks[0].all_reduce_numpy(np.full(elements, 1.5, np.float32))
+        finally:
+            linked.ranks[0].close()
+
+    def reduce_slowly() -> Any:
+        data = np.full(elements, 2.5, np.float32)
+        release = threading.Timer(0.5, linked.relays[2].restore)
+        release.start()
+        try:
+            return linked.ranks[1].all_reduce_numpy(data)
+        finally:
+            release.join()
+
+    same(together([reduce_and_leave, reduce_slowly]), elements)
+
+
 def test_a_flood_that_ends_in_a_reset_ends_no_process() -> None:
     """Where a heartbeat is due on a connection that its mark had stopped, libzmq aborts."""
     ended = subprocess.run(

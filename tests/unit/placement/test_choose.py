@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.placement.conftest import described
+from zmoe.cli.plan.forms import compare
 from zmoe.errors import PlacementError
-from zmoe.perf.hardware import GIB
+from zmoe.perf.hardware import GIB, METAL, METAL_CROSSING_S
 from zmoe.perf.memory import PROGRAM_BYTES
 from zmoe.placement.build import place_by_speed, place_evenly, place_replicas, place_slices
 from zmoe.placement.check import check_placement
@@ -32,6 +33,8 @@ MEDIUM = described(
     expert_bytes=3 * 2048 * 1024 * 9 // 16,
     dense_bytes=400 << 20,
 )
+BY_LAYERS: dict[str, Any] = {"device": METAL, "evaluated": "the routing is recorded"}
+IN_GRAPH: dict[str, Any] = {"device": METAL}
 TINY = described(16, 4, hidden=128, expert_bytes=98304, dense_bytes=2 << 20)
 WEIGHTS = 64 * 16 * MEDIUM.expert_bytes
 
@@ -50,7 +53,7 @@ def apart(*machines: tuple[int, float]) -> list[NodeResources]:
 
 
 def choose(info: ModelInfo, offers: list[NodeResources], way: str = "auto", **how: Any) -> Choice:
-    return Chooser(info, offers, **{"mapped": True, **how}).choose(way)
+    return Chooser(info, offers, **how).choose(way)
 
 
 # ---- what nodes bring ----------------------------------------------------------------
@@ -122,7 +125,7 @@ def test_slices_leave_a_machine_half_of_its_memory() -> None:
 
 
 def test_without_the_kernels_slices_are_not_tried() -> None:
-    choice = choose(MEDIUM, here(2), mapped=False)
+    choice = choose(MEDIUM, here(2), **BY_LAYERS)
     assert choice.label == "experts"
     assert choice.considered[-1].remark == "no figures for MLX's matmuls on slices"
 
@@ -141,12 +144,12 @@ def test_unequal_machines() -> None:
     for label in ("experts by speed", "replicas", "slices"):
         assert (considered[label].seconds or 0) < 0.8 * (considered["experts"].seconds or 0)
     # Where memory is short the fast machine takes what it has room for.
-    short = choose(MEDIUM, apart((50, 1.5), (25, 20)), mapped=False)
+    short = choose(MEDIUM, apart((50, 1.5), (25, 20)), **BY_LAYERS)
     assert short.resident[0] <= short.capacity[0] < WEIGHTS / 2
 
 
 def test_replicas_across_machines() -> None:
-    choice = choose(MEDIUM, apart((25, 20), (25, 20), (25, 20)), mapped=False)
+    choice = choose(MEDIUM, apart((25, 20), (25, 20), (25, 20)), **BY_LAYERS)
     assert choice.label == "replicas"
     assert choice.placement == place_replicas(MEDIUM.shape, [25] * 3, [64 * 16] * 3)
 
@@ -163,13 +166,14 @@ def test_what_is_chosen_fits_or_is_refused(data: st.DataObject) -> None:
         for name, limit, speed in data.draw(st.lists(nodes, min_size=1, max_size=4))
     ]
     way = data.draw(st.sampled_from(("auto", "experts", "replicas", "slices")))
-    mapped = data.draw(st.booleans())
+    how = data.draw(st.sampled_from(({}, BY_LAYERS, IN_GRAPH)))
+    mapped = not how
     try:
-        choice = choose(info, offers, way, mapped=mapped)
+        choice = choose(info, offers, way, **how)
     except PlacementError as error:
         assert "are missing per node" in str(error) or "slices" in str(error)
         return
-    assert choose(info, offers, way, mapped=mapped).placement == choice.placement
+    assert choose(info, offers, way, **how).placement == choice.placement
     check_placement(choice.placement, info.shape)
     assert choice.placement.nodes == len(offers)
     assert all(held <= max(0, room) for held, room in zip(choice.resident, choice.capacity))
@@ -201,10 +205,10 @@ def test_usage_steers_the_copies() -> None:
 
 def test_a_given_placement_is_taken_unless_a_node_lacks_room() -> None:
     given_one = place_by_speed(MEDIUM.shape, [3, 1], [64 * 16] * 2)
-    chooser = Chooser(MEDIUM, apart((25, 4), (25, 2)), mapped=True)
+    chooser = Chooser(MEDIUM, apart((25, 4), (25, 2)))
     choice = chooser.choose("my.json", given_one)
     assert choice.placement is given_one and choice.why == "as the file says"
-    chooser = Chooser(MEDIUM, apart((25, 2), (25, 4)), mapped=True)
+    chooser = Chooser(MEDIUM, apart((25, 2), (25, 4)))
     with pytest.raises(PlacementError) as caught:
         chooser.choose("my.json", given_one)
     room = (2 * GIB - PROGRAM_BYTES - (400 << 20)) // MEDIUM.expert_bytes
@@ -233,7 +237,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         NodeResources("b", 1728 << 20, None, 1)
     ]
     with pytest.raises(PlacementError, match="does not fit 4 nodes: 269 MiB are missing per node"):
-        choose(info, crowded, "auto", mapped=False)
+        choose(info, crowded, "auto", **BY_LAYERS)
 
 
 # ---- what the planner can say of a placement -----------------------------------------
@@ -280,13 +284,85 @@ def test_fastest_of_none_that_is_predicted() -> None:
     assert fastest(blind)[0].label == "replicas"
 
 
+# ---- MLX's graph ---------------------------------------------------------------------
+
+HEADS = 16 << 20  # of the dense weights, in MLX's graph
+
+
+def names(choice: Choice) -> list[str]:
+    return [each.name for each in choice.considered]
+
+
 def test_slices_in_the_graph_of_mlx() -> None:
-    """They are taken where they fit, whatever a prediction would say; else whole experts are."""
-    how: dict[str, Any] = {"mapped": False, "in_graph": True}
-    choice = choose(MEDIUM, here(2), **how)
+    """They cross to the host once a layer and wait once a step; else it is two waits a layer."""
+    choice = choose(MEDIUM, here(2), **IN_GRAPH)
     assert choice.placement == place_slices(MEDIUM.shape, [1, 1], [10**6] * 2)
-    assert choice.why == "MLX computes slices in one graph per step"
-    assert choose(MEDIUM, here(1), **how).why == "there is one node"
-    whole = replace(MEDIUM, slice_alignment=0)
-    assert choose(whole, here(2), **how).placement == place_evenly(MEDIUM.shape, 2)
-    assert choose(MEDIUM, here(2), mapped=False).placement == place_evenly(MEDIUM.shape, 2)
+    assert choice.why.startswith("MLX computes them in one graph per step, predicted to be ")
+    assert choice.evaluated == "" and choice.assumed.endswith("an exchange, 180 us a crossing")
+    assert names(choice)[0] == "experts, evaluated"
+    assert names(choice)[-3:] == [
+        "slices, in MLX's graph",
+        "slices, in MLX's graph with sharded attention",
+        "slices, evaluated",
+    ]
+    graph, sharded, evaluated = (each.prediction for each in choice.considered[-3:])
+    assert graph and evaluated and sharded is None
+    waits = 16 * (2 * METAL.sync_s - METAL_CROSSING_S)
+    assert evaluated.decode.total - graph.decode.total == pytest.approx(waits)
+    assert choice.considered[-2].remark == "attention cannot be cut by heads for 2 nodes"
+
+
+def test_what_cannot_be_in_a_graph_is_evaluated() -> None:
+    whole = choose(replace(MEDIUM, slice_alignment=0), here(2), **IN_GRAPH)
+    assert whole.placement == place_evenly(MEDIUM.shape, 2)
+    assert whole.evaluated == "the nodes hold whole experts"
+    recorded = choose(MEDIUM, here(2), **BY_LAYERS)
+    assert recorded.placement == place_evenly(MEDIUM.shape, 2)
+    assert recorded.evaluated == "the routing is recorded"
+    assert "180 us" not in recorded.assumed
+    assert choose(MEDIUM, here(2)).evaluated is None  # by the kernels
+    as_asked = choose(MEDIUM, here(2), "experts", **IN_GRAPH)
+    assert names(as_asked) == ["experts, evaluated"]
+
+
+def test_one_node_is_mlx_lms_model() -> None:
+    choice = choose(MEDIUM, here(1), **IN_GRAPH)
+    assert choice.why == "there is one node" and choice.evaluated == ""
+    assert names(choice) == ["experts, in MLX's graph", "experts, evaluated"]
+    graph, evaluated = (each.prediction for each in choice.considered)
+    assert graph and evaluated
+    waits = (2 * 16 + 1) * METAL.sync_s  # it waits for nothing
+    assert evaluated.decode.total - graph.decode.total == pytest.approx(waits)
+
+
+def test_sharded_attention_is_predicted_and_leaves_more_room() -> None:
+    info = replace(MEDIUM, head_bytes=HEADS)
+    whole = choose(info, apart((25, 2.5), (25, 2.5)), **IN_GRAPH)
+    cut = choose(info, apart((25, 2.5), (25, 2.5)), **IN_GRAPH, sharded=True)
+    assert cut.label == whole.label == "slices"
+    assert names(cut)[-3:-1] == names(whole)[-3:-1][::-1]
+    replicated, sharded = (each.prediction for each in whole.considered[-3:-1])
+    assert replicated and sharded
+    read = HEADS / 2 / 25e9
+    assert replicated.decode.load - sharded.decode.load == pytest.approx(read, rel=1e-2)
+    more = sharded.decode.overhead - replicated.decode.overhead
+    assert more == pytest.approx(16 * METAL_CROSSING_S)
+    assert [b - a for a, b in zip(whole.capacity, cut.capacity)] == [HEADS // 2] * 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_the_planner_prefers_the_same_in_the_graph(nodes: int, sharded: bool) -> None:
+    """Its own forms, on the machines that the nodes are taken for."""
+    info = replace(MEDIUM, head_bytes=HEADS)
+    offers = apart(*[(25, 20)] * nodes)
+    choice = choose(info, offers, **IN_GRAPH, sharded=sharded and nodes > 1)
+    evaluated = choose(info, offers, **BY_LAYERS).considered[0].prediction
+    taken = {each.name: each.prediction for each in choice.considered}
+    assert evaluated
+    (compared,) = compare(evaluated.setup, [evaluated])
+    labels = {"graph": "in MLX's graph", "sharded": "in MLX's graph with sharded attention"}
+    for label, form in labels.items():
+        planned, ours = compared.in_graph[label], taken.get(f"{choice.label}, {form}")
+        assert (planned is None) == (ours is None)
+        assert not (planned and ours) or planned.decode == ours.decode

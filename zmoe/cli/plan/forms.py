@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zmoe.errors import PlacementError
+from zmoe.perf.cost import may_be_in_graph
 from zmoe.perf.hardware import FAST_CROSSING_S
 from zmoe.placement.predict import Prediction, Setup, predict
 from zmoe.placement.remedy import counted
@@ -42,8 +43,7 @@ def forms(setup: Setup) -> dict[str, Setup]:
     """
     crossings = [machine.crossing_s for machine in setup.machines]
     refused = setup.one_machine or setup.given is not None or setup.placement == "replicas"
-    usual = setup.schedule == "decentralized" and setup.policy == "selected"
-    if refused or not usual or None in crossings:
+    if refused or not may_be_in_graph(setup.schedule, setup.policy) or None in crossings:
         return {}
     graph = replace(setup, in_graph=True, placement="slices")
     found = {"graph": graph, "sharded": replace(graph, sharded=True)}

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zmoe.perf.hardware import GIB, METAL_CROSSING_S, Machine
-from zmoe.perf.links import Link, ethernet
+from zmoe.perf.hardware import (
+    CPU_SYNC_S,
+    CUDA_SYNC_S,
+    GIB,
+    METAL_CROSSING_S,
+    METAL_LAYER_CYCLES,
+    Machine,
+)
+from zmoe.perf.links import RDMA, Link, ethernet
 
-CUDA_SYNC_S = 20e-6  # estimate
-CPU_SYNC_S = 50e-6  # one mx.eval of MLX on CPU, measured on an EPYC
-# What mlx-lm's decoding takes for a MoE layer beside reading weights: some 30 small kernels, each
-# begun when the one before has ended. As cycles of the GPU, since generations differ by their
-# clocks. Derived from rows of one machine (docs/performance-model.md).
-_LAYER_CYCLES = 160e3
 # Shares of the bandwidth that decoding of a plain model (7B, F16) reaches with llama.cpp
 # (discussion 4167): an Ultra's two dies reach less of theirs.
 _ULTRA, _MAX, _PRO = 0.7, 0.78, 0.85
@@ -39,7 +40,7 @@ _MACHINES = (
         usable_share=_MAC_SHARE,
         bandwidth_efficiency=_ULTRA,
         crossing_s=METAL_CROSSING_S,
-        layer_s=_LAYER_CYCLES / 1.4e9,
+        layer_s=METAL_LAYER_CYCLES / 1.4e9,
         price_usd=6599,
     ),
     Machine(
@@ -52,7 +53,7 @@ _MACHINES = (
         usable_share=_MAC_SHARE,
         bandwidth_efficiency=_ULTRA,
         crossing_s=METAL_CROSSING_S,
-        layer_s=_LAYER_CYCLES / 1.38e9,
+        layer_s=METAL_LAYER_CYCLES / 1.38e9,
         price_usd=9499,
     ),
     Machine(
@@ -65,7 +66,7 @@ _MACHINES = (
         usable_share=_MAC_SHARE,
         bandwidth_efficiency=_MAX,
         crossing_s=METAL_CROSSING_S,
-        layer_s=_LAYER_CYCLES / 1.8e9,
+        layer_s=METAL_LAYER_CYCLES / 1.8e9,
         price_usd=3499,
     ),
     Machine(
@@ -78,7 +79,7 @@ _MACHINES = (
         usable_share=_MAC_SHARE,
         bandwidth_efficiency=_PRO,
         crossing_s=METAL_CROSSING_S,
-        layer_s=_LAYER_CYCLES / 1.8e9,
+        layer_s=METAL_LAYER_CYCLES / 1.8e9,
         price_usd=2199,
     ),
     Machine(
@@ -150,15 +151,7 @@ _LINKS = (
         "TCP over Thunderbolt 5. latency: half of the least round trip (0.38 ms) in exo issue "
         "2295; bandwidth: estimate, half of the stated 80 Gb/s",
     ),
-    Link(
-        "tb5-rdma",
-        10e-6,
-        7e9,
-        "RDMA over Thunderbolt 5 (macOS 26.2). latency: users report 5 to 9 us; bandwidth: "
-        "7.6 GB/s a rank reported in pytorch pull request 189856",
-        per_peer_s=2e-6,
-        supported=False,
-    ),
+    RDMA,
     Link(
         "roce",
         8e-6,

@@ -7,7 +7,8 @@ const EVERY_MS = 1000;
 const POINTS = 60;
 const PARTS = ["experts", "exchange", "wait", "other"];
 const COLOURS = { ready: "good", loading: "warn", closing: "warn" };
-const STATES = { up: "linked", down: "link down" }; // as the leader sees the others
+// As the leader sees the others:
+const STATES = { up: "linked", down: "link down", lost: "lost" };
 const speeds = [];
 let last = null; // {at, tokens}: of the answer before
 
@@ -120,8 +121,9 @@ function fillRow(row, node, model) {
   experts.querySelector("meter").value = node.expert_share;
   experts.querySelector("meter").ariaLabel = "Share of all experts";
   write(memory, size(node.peak_memory), `of ${size(node.memory)}`);
-  setText(state.firstChild, STATES[node.link] ?? "leads");
-  state.firstChild.className = `pill ${node.link === "down" ? "bad" : "good"}`;
+  const taken = node.link === "lost" ? `, taken over by ${node.computed_by}` : "";
+  setText(state.firstChild, `${STATES[node.link] ?? "leads"}${taken}`);
+  state.firstChild.className = `pill ${["down", "lost"].includes(node.link) ? "bad" : "good"}`;
 }
 
 function write(cell, text, small) {

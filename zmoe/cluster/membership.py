@@ -1,0 +1,45 @@
+"""What a node does to enter a view of the cluster: listen, connect, adopt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zmoe.cluster.node import Node
+from zmoe.errors import AbsentError, PeerError
+from zmoe.exchange.local import Endpoint
+from zmoe.recovery.view import ClusterView
+
+Listeners = tuple[Endpoint, ...]  # of the shards that a node hosts, ascending
+
+
+class Halted(Exception):
+    """What this node was at is to be dropped: a recovery has begun."""
+
+
+def open_view(node: Node, view: ClusterView) -> Listeners:
+    """Leave the exchange, undo what follows the view's base, and listen for the view's nodes."""
+    if view.fresh:
+        node.forget()
+    else:
+        node.undo(view.base)
+    endpoints = node.host(view.session, view.shards_of(node.rank))
+    return tuple(endpoints[shard] for shard in sorted(endpoints))
+
+
+def join_view(
+    node: Node, view: ClusterView, listeners: Sequence[Any], tick: Callable[[], None]
+) -> None:
+    """Connect with the view's nodes, which listen there, and load what the view adds.
+
+    `listeners`, Listeners each, are in the order of the view's nodes. `tick` is called now and
+    then, and may raise. Raises PeerError, of one of its shards, for a node that cannot be reached.
+    """
+    by_shard = dict[int, Endpoint]()
+    for rank, theirs in zip(view.nodes, listeners, strict=True):
+        by_shard.update(zip(view.shards_of(rank), theirs))
+    try:
+        node.connect([by_shard[shard] for shard in range(node.nodes)], tick)
+    except AbsentError as absent:
+        raise PeerError(absent.ranks[0], None, view.base, "cannot be reached") from absent
+    node.adopt(lambda done, total: tick())

@@ -1,0 +1,329 @@
+"""The leader's side of recoveries: what happens is told to the state machine of zmoe.recovery,
+and what that decides is carried out on sockets, processes and the leader's own node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Protocol, TypeVar
+
+from zmoe.batch.plan import Plan
+from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.crew import error_of
+from zmoe.cluster.launch import NodeProcess, end_all
+from zmoe.cluster.membership import Halted, join_view, open_view
+from zmoe.cluster.messages import Failed, Loading, Message
+from zmoe.cluster.node import Node
+from zmoe.cluster.returning import Restarts, Returns
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.config import Timing
+from zmoe.engine.base import Floats
+from zmoe.errors import PeerError, ZmoeError
+from zmoe.recovery.actions import (
+    Connect,
+    Evict,
+    GiveUp,
+    Halt,
+    LeaderAction,
+    Notice,
+    Open,
+    Repeat,
+    Resume,
+    Send,
+)
+from zmoe.recovery.adopt import Stock
+from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
+from zmoe.recovery.messages import FromNode
+from zmoe.recovery.view import ClusterView
+
+_SLICE_S = 0.02  # of a wait for the nodes, in a recovery
+# For a node to say that it has stopped: it hears that in an exchange, between two layers.
+_ANSWER_S = 15.0
+_SPARE_S = 10.0  # that nodes wait longer for the leader than it waits for them
+T = TypeVar("T")
+
+
+class Leading(Protocol):
+    """What a Survival acts by: the leader."""
+
+    node: Node
+    bus: LeaderBus
+    spec: ClusterSpec
+    workers: list[int]  # those that take part
+    processes: list[NodeProcess]
+
+    def take(self, rank: int, message: Message) -> None:
+        """A message that has nothing to do with losses."""
+        ...
+
+    def start_worker(self, rank: int) -> None:
+        """Start the process of a worker again."""
+        ...
+
+    def once(self, plan: Plan) -> Floats | None:
+        """Run a plan on all nodes."""
+        ...
+
+
+def patience_of(timing: Timing) -> Patience:
+    """The deadlines of a recovery in a run with these."""
+    answer = min(timing.peer, _ANSWER_S)
+    return Patience(answer, answer, timing.load, max(answer, timing.load) + _SPARE_S)
+
+
+class Survival:
+    """Runs steps, and goes on without the nodes that are lost meanwhile."""
+
+    def __init__(
+        self,
+        leader: Leading,
+        view: ClusterView,
+        stock: Stock,
+        returns: Returns,
+        new_session: Callable[[], int],
+        on_notice: Callable[[str], None],
+    ) -> None:
+        """`view`: the one in which the run begins, of which `stock` tells."""
+        self._leader, self._on_notice = leader, on_notice
+        patience = patience_of(leader.spec.timing)
+        self._machine = LeaderRecovery(view, stock, patience, new_session, rewinds=True)
+        self._stock, self._returns = stock, returns
+        self._restarts = Restarts(leader.start_worker, on_notice)
+        self._actions: deque[LeaderAction] = deque()
+        self._may_be_halted = False
+
+    @property
+    def view(self) -> ClusterView:
+        """Who is alive, and who hosts what."""
+        return self._machine.view
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether a node waits to be admitted."""
+        return bool(self._machine.waiting_to_enter)
+
+    # ---- what happens ----------------------------------------------------------------
+
+    def hear(self) -> None:
+        """Handle what workers have said. Raises Halted where that ends what is under way, and
+        what a worker has failed with.
+        """
+        try:
+            heard = self._leader.bus.hear()
+        except PeerError as lost:
+            self._gone(lost.rank, lost.reason)
+            return
+        halted = False
+        for rank, message in heard:
+            try:
+                self._handle(rank, message)
+            except Halted:
+                halted = True
+        if halted:
+            raise Halted
+
+    def _handle(self, rank: int, message: Message) -> None:
+        if rank not in self._leader.workers:
+            self._handle_outsider(rank, message)
+        elif isinstance(message, Failed) and message.lost is not None:
+            self._gone(rank, f"lost its leader: {message.error}")
+        elif isinstance(message, Failed):
+            raise error_of(rank, message)
+        elif isinstance(message, FromNode):
+            self._take(self._machine.receive(rank, message, time.monotonic()))
+        else:
+            self._leader.take(rank, message)
+
+    def _handle_outsider(self, rank: int, message: Message) -> None:
+        """What a node says that is on its way back, or in the first view that has it."""
+        if isinstance(message, FromNode):
+            self._take(self._machine.receive(rank, message, time.monotonic()))
+        elif isinstance(message, Failed):
+            self._refuse(rank, f"node {rank} could not come back: {message.error}")
+        elif not isinstance(message, Loading):
+            try:
+                answer = self._returns.answer(rank, message)
+            except ZmoeError as error:
+                self._refuse(rank, str(error))
+                return
+            if answer is not None:
+                self._tell(rank, answer)
+            elif rank not in self._machine.waiting_to_enter:
+                self._machine.returned(rank, self._stock.holdings[rank])
+
+    def _refuse(self, rank: int, reason: str) -> None:
+        self._on_notice(reason)
+        self._leader.bus.give_up(rank, reason)
+        self._take(self._machine.ended(rank, reason, time.monotonic()))
+
+    def check_processes(self) -> None:
+        """Handle the ends of processes, as hear(); and start again those that are due."""
+        for process in list(self._leader.processes):
+            if process.exit_code() is not None:
+                with suppress(Halted):
+                    self.hear()  # its own words, if it sent them, say more
+                self._end_process(process.rank)
+                self._gone(process.rank, process.ending())
+        self._restarts.start()
+
+    def _gone(self, rank: int, reason: str) -> None:
+        """A worker's process has ended, or its link with the leader."""
+        if rank not in self._leader.workers:  # it was on its way back
+            self._leader.bus.give_up(rank, f"node {rank} {reason}")
+            self._end_process(rank)
+        self._take(self._machine.ended(rank, reason, time.monotonic()))
+
+    def _lost(self, lost: PeerError) -> None:
+        """The exchange has lost the host of the shard `lost.rank`."""
+        self._take(self._machine.lost(self.view.hosts[lost.rank], time.monotonic()))
+
+    def _take(self, actions: Sequence[LeaderAction]) -> None:
+        halts = any(isinstance(action, Halt) for action in actions)
+        if halts:  # what follows from the view before is of no use any more
+            kept = [a for a in self._actions if not isinstance(a, (Open, Connect, Repeat))]
+            self._actions = deque(kept)
+        self._actions += actions
+        if halts and self._may_be_halted:
+            raise Halted
+
+    # ---- what is to be done ------------------------------------------------------------
+
+    def run(self, plan: Plan) -> Floats | None:
+        """Run a step, whatever nodes are lost meanwhile: the logits that Node.run gives.
+
+        Raises what Leading.once() does but PeerError, and ZmoeError where the run cannot go on.
+        """
+        self.settle()
+        self._machine.begin(plan)
+        found: list[Floats | None] = []
+        self._attempt(partial(self._step, plan, found))
+        while self._machine.phase is not Phase.RUNNING or self._actions:
+            found += self._recover()
+        return found[-1]
+
+    def settle(self) -> None:
+        """Between steps: go on without the nodes that were lost since the last one."""
+        while self._machine.phase is not Phase.RUNNING or self._actions:
+            self._recover()
+
+    def undisturbed(self, part: Callable[[], T]) -> T:
+        """What `part` returns, which is called again where a node is lost meanwhile."""
+        found: list[T] = []
+        while not found:
+            self.settle()
+            self._attempt(lambda: found.append(part()))
+        return found[0]
+
+    def _attempt(self, part: Callable[[], object]) -> bool:
+        """Call `part`; whether it came to its end: the loss of a node, of which the machine is
+        told, ends it before.
+        """
+        self._may_be_halted = True
+        try:
+            part()
+        except Halted:
+            return False
+        except PeerError as lost:
+            self._may_be_halted = False
+            self._lost(lost)
+            return False
+        finally:
+            self._may_be_halted = False
+        return True
+
+    def _step(self, plan: Plan, found: list[Floats | None]) -> None:
+        found.append(self._leader.once(plan))
+        self._actions += self._machine.finish(plan.step)
+
+    def _recover(self) -> list[Floats | None]:
+        """Carry out what is due, or wait for the nodes; the logits of steps that were repeated."""
+        found: list[Floats | None] = []
+        if not self._actions:
+            self._listen(_SLICE_S)
+            self._take(self._machine.tick(time.monotonic()))
+            return found
+        action = self._actions.popleft()
+        if isinstance(action, Send):
+            self._tell(action.rank, action.message)
+        elif isinstance(action, Evict):
+            self._let_go(action.rank, action.reason)
+            self._on_notice(f"node {action.rank} {action.reason}")
+        elif isinstance(action, Notice):
+            self._on_notice(action.text)
+        elif isinstance(action, Open):
+            view, node = action.view, self._leader.node
+            self._take(self._machine.opened(view.epoch, open_view(node, view), time.monotonic()))
+        elif isinstance(action, Connect):
+            self._attempt(partial(self._connect, action))
+        elif isinstance(action, Repeat):
+            for plan in action.plans:
+                assert isinstance(plan, Plan)
+                if not self._attempt(partial(self._step, plan, found)):
+                    break
+        elif isinstance(action, Resume):
+            self._resume(action.view)
+        elif isinstance(action, GiveUp):
+            raise action.error
+        return found
+
+    def _listen(self, timeout: float) -> None:
+        self._leader.bus.wait(timeout)
+        self.check_processes()
+        self.hear()
+
+    def _tell(self, rank: int, message: Message) -> None:
+        with suppress(PeerError):  # which is noticed elsewhere
+            self._leader.bus.broadcast(message, (rank,))
+
+    def _let_go(self, rank: int, reason: str) -> None:
+        self._leader.bus.give_up(rank, f"node {rank} is no longer part of the run: {reason}")
+        if rank in self._leader.workers:
+            self._leader.workers.remove(rank)
+        self._end_process(rank)
+
+    def _end_process(self, rank: int) -> None:
+        """End the process of a worker, if this leader has started it; another one comes later."""
+        leader = self._leader
+        ours = [process for process in leader.processes if process.rank == rank]
+        leader.processes = [process for process in leader.processes if process.rank != rank]
+        for process in ours:
+            process.kill()
+            self._restarts.ended(rank)
+        end_all(ours)
+
+    def _resume(self, view: ClusterView) -> None:
+        for rank in set(view.nodes) - {0, *self._leader.workers}:
+            self._restarts.entered(rank)
+            self._on_notice(f"node {rank} is back")
+        self._leader.workers = list(view.nodes[1:])
+        self._on_notice(_who_hosts_what(view))
+
+    def admit(self) -> bool:
+        """Let the nodes in that have returned. Whether all caches are empty now: a new node has
+        none of their contents.
+        """
+        self.settle()
+        self._take(self._machine.admit(time.monotonic()))
+        self.settle()
+        return self.view.fresh
+
+    def _connect(self, action: Connect) -> None:
+        view = action.view
+        join_view(self._leader.node, view, action.endpoints, partial(self._listen, 0))
+        self._actions += self._machine.adopted(view.epoch, time.monotonic())
+
+
+def _who_hosts_what(view: ClusterView) -> str:
+    """One line for the user."""
+    moved = [
+        f"node {host} computes the share of node {shard}"
+        for shard, host in enumerate(view.hosts)
+        if host != shard
+    ]
+    if not moved:
+        return "every node computes its own share again"
+    return f"the run goes on; besides its own, {', '.join(moved)}"

@@ -1,0 +1,1 @@
+"""How a run goes on without a lost node: views, adoption, the recovery protocol. Pure."""
