@@ -328,13 +328,16 @@ def final_norm_of(holder: Any) -> Module:
     return norm
 
 
-def ends_of(model: Any, holder: Any) -> tuple[Matrices, Matrices] | None:
+def ends_of(language_model: Any, holder: Any) -> tuple[Matrices, Matrices] | None:
     """The embedding and the matrix of the logits; None unless both are native.
 
-    In these families nothing else is before the layers, and nothing but the norm after them.
+    `language_model` has the module `holder`, which has the layers of a known family. Nothing else
+    is before these, and nothing but the norm between them and the logits.
     """
     embedding = holder.embed_tokens if "embed_tokens" in holder else holder.wte
-    head = model.lm_head if "lm_head" in model else embedding
+    head = language_model.get("lm_head")
+    if head is None and getattr(language_model.args, "tie_word_embeddings", False):
+        head = embedding
     if not hasattr(embedding, "_matmul") or not hasattr(head, "_matmul"):
         return None
     return embedding._matmul.weight, head._matmul.weight

@@ -104,8 +104,10 @@ def fuse_layers(
 
     originals = list(model.layers)
     parts, hybrids = parts_of(model), hybrids_of(model)
-    holder = _holder_of(model, originals[0]) if parts is not None else None
-    ends = holder and ends_of(model, holder)
+    ends = None
+    if parts is not None:
+        language_model, holder = _holders_of(model, originals[0])
+        ends = ends_of(language_model, holder)
     if parts is not None and ends is not None:
         step = PagedStep(shared.rope_tables)
         made: list[_Layer] = []
@@ -150,11 +152,14 @@ def _runs(layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Sp
     return runs
 
 
-def _holder_of(model: Any, layer: Module) -> Any:
-    """The module that has the list of the model's layers, of which `layer` is one."""
+def _holders_of(model: Any, layer: Module) -> tuple[Any, Any]:
+    """The module that has the list of the model's layers, of which `layer` is one; before it, the
+    module that has that one.
+    """
     modules = dict(model.named_modules())
     path = next(path for path, module in modules.items() if module is layer)
-    return modules[path.rpartition(".")[0].rpartition(".")[0]]
+    holder = path.rpartition(".")[0].rpartition(".")[0]
+    return modules[holder.rpartition(".")[0]], modules[holder]
 
 
 def _replace_layers(
@@ -164,7 +169,7 @@ def _replace_layers(
     paths = {id(module): path for path, module in model.named_modules()}
     for layer, native in zip(originals, natives):
         replace_module(model, paths[id(layer)], native)
-    norm = final_norm_of(_holder_of(model, natives[0]))
+    norm = final_norm_of(_holders_of(model, natives[0])[1])
     replace_module(model, paths[id(norm)], NativeNorm(norm, shared.pool, shared.dtype))
 
 

@@ -30,6 +30,8 @@ from zmoe.placement.types import Placement
 
 FUSED = ["dbrx", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss"]
 FUSED += ["minimax", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+# Models within others: of the same layers.
+WRAPPED = ["kimi_k25", "kimi_vl", "qwen3_vl_moe", "solar_open"]
 STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
 
 
@@ -49,7 +51,7 @@ def alone() -> ThreadReducer:
     return ThreadReducer(0, Meeting(1))
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", FUSED + WRAPPED)
 def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path)
     reducer = alone()
