@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from zmoe.errors import ZmoeError
 from zmoe.kernels.paged import PagedStep
@@ -19,11 +20,19 @@ _FEW_ROWS = 32  # up to so many, all sublayers are one call
 _AT_A_TIME = 2  # sublayers otherwise: Ctrl-C waits for the end of a call
 
 
-class Sublayer(Protocol):
-    """h += part(norm(h)); `raw` is its zmoe_sublayer."""
+@dataclass(frozen=True)
+class Sublayer:
+    """h += part(norm(h)), as a zmoe_sublayer, and what keeps alive what that points to."""
 
-    @property
-    def raw(self) -> CData: ...
+    raw: CData
+    keep: Sequence[Any]
+
+    @staticmethod
+    def of(kind: str, described: CData, keep: Sequence[Any]) -> Sublayer:
+        """That of one of the kinds of zmoe_sublayer, by the name of its field."""
+        raw = ffi.new("zmoe_sublayer *")
+        setattr(raw, kind, described)
+        return Sublayer(raw, [described, *keep])
 
 
 class Chain:

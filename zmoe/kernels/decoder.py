@@ -55,7 +55,7 @@ class RouterParts:
 
 
 class NativeMoE:
-    """h += experts(router(norm(h))), summed over the nodes: a Sublayer."""
+    """h += experts(router(norm(h))), summed over the nodes."""
 
     def __init__(
         self,
@@ -84,15 +84,14 @@ class NativeMoE:
         described.local, described.n_experts = own.local_pointer, own.experts
         described.shared = ffi.NULL if shared is None else shared.described
         described.dtype = int(DTYPES[buffers.dtype])
-        self._keep.append(described)
-        self.raw = ffi.new("zmoe_sublayer *")
-        self.raw.moe = described
+        keep = [*self._keep, self._router, experts, own, shared and shared.sublayer]
+        self.sublayer = Sublayer.of("moe", described, keep)
         self._finds_pairs = own.is_fixed
         in_c = norm is not None and (shared is not None or not adapter.has_shared)
         self.is_whole = layer.reducer.nodes == 1 and self._finds_pairs and in_c
         if self.is_whole:
             pool.reserve(lib.zmoe_moe_scratch(described))
-        self._chain = Chain([self], pool, spans=layer.spans)
+        self._chain = Chain([self.sublayer], pool, spans=layer.spans)
 
     def _describe_router(self, norm: Any, router: RouterParts) -> None:
         raw = self._router
@@ -107,7 +106,7 @@ class NativeMoE:
 
     def follow(self, sublayers: Sequence[Sublayer], step: PagedStep) -> None:
         """Run `sublayers` before, on the spans of `step`."""
-        self._chain = Chain([*sublayers, self], self._pool, step, self._layer.spans)
+        self._chain = Chain([*sublayers, self.sublayer], self._pool, step, self._layer.spans)
 
     def __call__(self, h: Any, memory: Any) -> None:
         """Change h (tokens, hidden_size) f32 in place, as C and as numpy see it."""

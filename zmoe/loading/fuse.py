@@ -139,9 +139,9 @@ def _runs(layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Sp
     runs: list[Run] = []
     sublayers: list[Sublayer] = []
     for attention, beside in layers:
-        sublayers.append(attention)
+        sublayers.append(attention.sublayer)
         if isinstance(beside, NativeMlp) or (isinstance(beside, NativeMoE) and beside.is_whole):
-            sublayers.append(beside)
+            sublayers.append(beside.sublayer)
             continue
         beside.follow(sublayers, step)
         runs.append(beside)
