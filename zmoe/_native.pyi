@@ -220,6 +220,22 @@ class _Lib:
         sorted: CData,
         out: CData,
     ) -> None: ...
+    def zmoe_embed(
+        self, team: CData, embedding: CData, tokens: CData, count: int, dtype: int, h: CData
+    ) -> int: ...
+    def zmoe_logits(
+        self,
+        team: CData,
+        norm: CData,
+        head: CData,
+        dtype: int,
+        h: CData,
+        rows: CData,
+        count: int,
+        logits: CData,
+        precision: int,
+    ) -> int: ...
+    def zmoe_logits_scratch(self, head: CData) -> int: ...
     def zmoe_mlp_output(
         self, team: CData, mlp: CData, h: CData, rows: int, out: CData, precision: int
     ) -> int: ...

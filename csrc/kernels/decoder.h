@@ -32,6 +32,19 @@ typedef struct zmoe_norm {
 int zmoe_norm_rows(zmoe_thread_pool *pool, const zmoe_norm *norm, const float *x, uint32_t rows,
                    void *out, zmoe_dtype out_dtype);
 
+/* ---- both ends of a model ---------------------------------------------------------- */
+
+/* h (count, width) f32 = the rows `tokens` of the embedding, rounded to `dtype`.  ZMOE_EINVAL, and
+ * nothing is written, for a token without a row. */
+int zmoe_embed(zmoe_thread_pool *pool, const zmoe_weight *embedding, const int32_t *tokens,
+               uint32_t count, zmoe_dtype dtype, float *h);
+/* logits (count, vocabulary) f32 = head * norm(h), of the rows `rows` of h (all, width) alone;
+ * `dtype` is that of what goes into the matmul. */
+int zmoe_logits(zmoe_thread_pool *pool, const zmoe_norm *norm, const zmoe_weight *head,
+                zmoe_dtype dtype, const float *h, const uint32_t *rows, uint32_t count,
+                float *logits, zmoe_precision precision);
+size_t zmoe_logits_scratch(const zmoe_weight *head);
+
 /* ---- attention ------------------------------------------------------------------ */
 
 typedef struct zmoe_attention {

@@ -9,7 +9,7 @@ import mlx.core as mx
 from zmoe.config import EngineConfig
 from zmoe.engine.base import Engine, Graph, LogitRows, SteppedReducer
 from zmoe.engine.mlx_caches import MlxEngine
-from zmoe.engine.paged import PagedEngine, PagedLayers
+from zmoe.engine.paged import PagedEngine, PagedModel
 
 
 def make_engine(
@@ -17,15 +17,15 @@ def make_engine(
     reducer: SteppedReducer,
     config: EngineConfig,
     head: LogitRows,
-    paged: PagedLayers | None,
+    paged: PagedModel | None,
     graph: Graph | None = None,
     plans_ahead: bool = False,
 ) -> Engine:
-    """The engine of a loaded model; `paged` are its caches if all of its layers are in C, `graph`
+    """The engine of a loaded model; `paged` is what runs in its place if all of it is in C, `graph`
     has its exchanges if MLX's graph does. `plans_ahead`: see MlxEngine.
     """
     if paged is None:
         return MlxEngine(model, reducer, head, config.max_kv_size, graph, plans_ahead)
     paged.limit(config.max_kv_size)
     paged.quantize(config.kv_bits)
-    return PagedEngine(model, reducer, head, paged)
+    return PagedEngine(paged, reducer)

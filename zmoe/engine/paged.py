@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from zmoe.batch.plan import Plan, blocks_of
-from zmoe.engine.base import Floats, LogitRows, SteppedReducer
+from zmoe.engine.base import Floats, SteppedReducer
 from zmoe.errors import ZmoeError
 
 Blocks = npt.NDArray[np.uint32]
@@ -27,8 +26,8 @@ class PagedStep(Protocol):
         ...
 
 
-class PagedLayers(Protocol):
-    """The paged caches of a model's layers, of `bytes_per_block` for 64 positions in all."""
+class PagedModel(Protocol):
+    """A model with paged caches, of `bytes_per_block` for 64 positions in all layers."""
 
     @property
     def step(self) -> PagedStep: ...
@@ -38,6 +37,10 @@ class PagedLayers(Protocol):
 
     @property
     def bytes_per_block(self) -> int: ...
+
+    def forward(self, tokens: Sequence[int], rows: Sequence[int]) -> Floats | None:
+        """The logits (len(rows), vocabulary) after `rows` of the step, whose `tokens` are given."""
+        ...
 
     def allocate(self, blocks: int) -> None: ...
 
@@ -60,14 +63,8 @@ class PagedEngine:
 
     paged, can_batch, can_trim, plans_ahead = True, True, True, False
 
-    def __init__(
-        self,
-        model: Callable[..., mx.array],
-        reducer: SteppedReducer,
-        head: LogitRows,
-        layers: PagedLayers,
-    ) -> None:
-        self._model, self._reducer, self._head, self._layers = model, reducer, head, layers
+    def __init__(self, model: PagedModel, reducer: SteppedReducer) -> None:
+        self._model, self._reducer = model, reducer
         self._sequences: dict[int, _Sequence] = {}
         # Of the last steps begun: the number of each, and the sequences before it.
         self._before: deque[tuple[int, dict[int, _Sequence]]] = deque(maxlen=MOST_REPEATED)
@@ -76,21 +73,21 @@ class PagedEngine:
     @property
     def block_bytes(self) -> int:
         """See Engine."""
-        return self._layers.bytes_per_block
+        return self._model.bytes_per_block
 
     @property
     def memory(self) -> dict[str, npt.NDArray[Any]]:
         """Keys and values of all layers, by block."""
         return {
             f"layers.{layer}.{name}": part
-            for layer, cache in enumerate(self._layers.caches)
+            for layer, cache in enumerate(self._model.caches)
             for name, part in cache.memory.items()
         }
 
     def make_cache(self, blocks: int) -> None:
         """See Engine."""
         self._sequences = {}
-        self._layers.allocate(blocks)
+        self._model.allocate(blocks)
         self._blocks = blocks
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
@@ -99,8 +96,8 @@ class PagedEngine:
         self._before.append((plan.step, self._sequences))
         self._sequences = sequences
         for copy in plan.copies:
-            self._layers.copy(copy.to, copy.source)
-        self._layers.step.begin(
+            self._model.copy(copy.to, copy.source)
+        self._model.step.begin(
             [(s.position, s.rows, self._sequences[s.sequence].blocks) for s in plan.spans]
         )
         self._reducer.step = plan.step
@@ -111,12 +108,7 @@ class PagedEngine:
         for span in plan.spans if logits else ():
             end += span.rows
             wanted += range(end - span.logits, end)
-        self._head.rows = np.array(wanted, np.intp)
-        out = self._model(mx.array([plan.tokens]), cache=self._layers.caches)
-        # A lazy array would read buffers of the exchange that the next steps rewrite.
-        out = out if out.dtype == mx.float32 else out.astype(mx.float32)
-        found: Floats = np.asarray(out)[0]
-        return found if wanted else None
+        return self._model.forward(plan.tokens, wanted)
 
     def undo(self, last: int) -> None:
         """Go back to where step `last` ended. What later ones wrote is written over by those that

@@ -328,6 +328,21 @@ def final_norm_of(holder: Any) -> Module:
     return norm
 
 
+def ends_of(language_model: Any, holder: Any) -> tuple[Matrices, Matrices] | None:
+    """The embedding and the matrix of the logits; None unless both are native.
+
+    `language_model` has the module `holder`, which has the layers of a known family. Nothing else
+    is before these, and nothing but the norm between them and the logits.
+    """
+    embedding = holder.embed_tokens if "embed_tokens" in holder else holder.wte
+    head = language_model.get("lm_head")
+    if head is None and getattr(language_model.args, "tie_word_embeddings", False):
+        head = embedding
+    if not hasattr(embedding, "_matmul") or not hasattr(head, "_matmul"):
+        return None
+    return embedding._matmul.weight, head._matmul.weight
+
+
 def parts_of(model: Any) -> list[LayerParts] | None:
     """The layers of `model` taken apart, in order; None unless all of them can be.
 

@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, pointer, writable
+from zmoe.kernels.chain import Sublayer
 from zmoe.kernels.paged import PagedCache
 from zmoe.kernels.residual import RopeTables
 from zmoe.kernels.threads import ThreadPool
@@ -57,9 +58,10 @@ class AttentionParts:
 
 
 class Attention:
-    """h += attention(norm(h)) of one layer: a Sublayer.
+    """h += attention(norm(h)) of one layer.
 
-    `kind` is the field of zmoe_sublayer for what `described` is, whose own window is `window`.
+    `kind` is the field of zmoe_sublayer for what `described` is, whose own window is `window`, and
+    `keep` what it points to.
     """
 
     def __init__(
@@ -68,13 +70,12 @@ class Attention:
         described: CData,
         cache: PagedCache,
         rope_tables: RopeTables,
+        keep: Sequence[Any],
         window: int = 0,
     ) -> None:
-        self._described, self.cache, self._rope = described, cache, rope_tables
-        self._window = window
-        self.raw = ffi.new("zmoe_sublayer *")
-        setattr(self.raw, kind, described)
-        self.raw.cache, self.raw.rope = cache.raw, rope_tables.raw
+        self._described, self._window, self.cache = described, window, cache
+        self.sublayer = Sublayer.of(kind, described, [cache, rope_tables, keep])
+        self.sublayer.raw.cache, self.sublayer.raw.rope = cache.raw, rope_tables.raw
 
     def limit(self, max_kv_size: int | None) -> None:
         """Let each row see the first 4 keys and the latest, `max_kv_size` in all; None: all."""
@@ -144,23 +145,22 @@ class NativeAttention(Attention):
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
-        self._projections = weights_of(parts.projections)
-        self._output = weights_of([parts.output])
-        self._keep: list[Any] = [parts.projections, parts.output]
+        projections, output = weights_of(parts.projections), weights_of([parts.output])
+        keep: list[Any] = [parts, projections, output]
         raw = ffi.new("zmoe_attention *")
-        fill_norm(raw.input, parts.norm, self._keep)
-        fill_norm(raw.query_norm, parts.query_norm, self._keep)
-        fill_norm(raw.key_norm, parts.key_norm, self._keep)
-        raw.projections, raw.n_projections = self._projections, len(parts.projections)
-        raw.output = self._output
+        fill_norm(raw.input, parts.norm, keep)
+        fill_norm(raw.query_norm, parts.query_norm, keep)
+        fill_norm(raw.key_norm, parts.key_norm, keep)
+        raw.projections, raw.n_projections = projections, len(parts.projections)
+        raw.output = output
         raw.heads, raw.kv_heads, raw.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         raw.scale, raw.clip, raw.window = parts.scale, parts.clip, parts.window
         raw.rope_dims, raw.rope_traditional = rope_tables.dims, rope_tables.traditional
         if parts.sinks is not None:
             sinks = np.array(parts.sinks.astype(mx.float32))
-            self._keep.append(sinks)
+            keep.append(sinks)
             raw.sinks = ffi.from_buffer("float[]", sinks)
         raw.dtype = int(DTYPES[dtype])
         cache = PagedCache(parts.kv_heads, parts.head_dim, dtype)
-        super().__init__("attention", raw, cache, rope_tables, parts.window)
+        super().__init__("attention", raw, cache, rope_tables, keep, parts.window)
         pool.reserve(lib.zmoe_attention_scratch(raw, pool.threads))

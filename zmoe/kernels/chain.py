@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from zmoe.errors import ZmoeError
 from zmoe.kernels.paged import PagedStep
@@ -15,15 +16,27 @@ if TYPE_CHECKING:
     from zmoe.native import CData
 
 
-class Sublayer(Protocol):
-    """h += part(norm(h)); `raw` is its zmoe_sublayer."""
+_FEW_ROWS = 32  # up to so many, all sublayers are one call
+_AT_A_TIME = 2  # sublayers otherwise: Ctrl-C waits for the end of a call
 
-    @property
-    def raw(self) -> CData: ...
+
+@dataclass(frozen=True)
+class Sublayer:
+    """h += part(norm(h)), as a zmoe_sublayer, and what keeps alive what that points to."""
+
+    raw: CData
+    keep: Sequence[Any]
+
+    @staticmethod
+    def of(kind: str, described: CData, keep: Sequence[Any]) -> Sublayer:
+        """That of one of the kinds of zmoe_sublayer, by the name of its field."""
+        raw = ffi.new("zmoe_sublayer *")
+        setattr(raw, kind, described)
+        return Sublayer(raw, [described, *keep])
 
 
 class Chain:
-    """Sublayers that run one after the other; attention runs on the spans of `step`.
+    """Sublayers that run one after the other, or none; attention runs on the spans of `step`.
 
     `spans` gets the time of the experts.
     """
@@ -48,22 +61,32 @@ class Chain:
         """Change h (rows, hidden_size) f32 in place; `routing` is a zmoe_routing for what the
         last sublayer, if it is routed experts, computes up to `extent`. Raises ZmoeError.
         """
-        step, pool, ns = self._step, self._pool, self._experts_ns
-        ns[0] = 0
+        count = len(self._keep)
+        most = max(1, count) if rows <= _FEW_ROWS else _AT_A_TIME
+        self._experts_ns[0] = 0
+        for first in range(0, count, most):
+            some = min(most, count - first)
+            is_last = first + some == count
+            self._run(first, some, h, rows, extent if is_last else Extent.ALL, routing)
+        if self._experts_ns[0]:
+            self._spans.seconds["experts"] += self._experts_ns[0] * 1e-9
+
+    def _run(
+        self, first: int, count: int, h: CData, rows: int, extent: Extent, routing: CData
+    ) -> None:
+        step, pool = self._step, self._pool
         status = lib.zmoe_chain(
             pool.handle,
-            self._raw,
-            len(self._keep),
+            self._raw + first,
+            count,
             step.raw,
             step.count,
             h,
             rows,
             extent,
             routing,
-            ns,
+            self._experts_ns,
             pool.precision,
         )
         if status != Status.OK:
             raise ZmoeError(f"the kernels failed within a layer: {Status(status).name}")
-        if ns[0]:
-            self._spans.seconds["experts"] += ns[0] * 1e-9

@@ -1,4 +1,4 @@
-"""A whole decoder layer without MLX: attention, router, own experts, exchange.
+"""What follows attention in a decoder layer without MLX: router, own experts, exchange.
 
 The plain way, layer by layer in MLX with native matmuls, stays beside it and
 is what the tests compare it with.
@@ -6,7 +6,7 @@ is what the tests compare it with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +17,11 @@ from mlx.nn.layers.base import Module
 from zmoe.exchange.base import Call
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import as_array, empty, writable
-from zmoe.kernels.attention import Attention, fill_norm
+from zmoe.kernels.attention import fill_norm
 from zmoe.kernels.chain import Chain, Sublayer
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.mlp import NativeMlp
-from zmoe.kernels.paged import PagedCache, PagedStep
-from zmoe.kernels.residual import ResidualBuffer
+from zmoe.kernels.paged import PagedStep
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
 from zmoe.moe.adapter import Adapter, Block, Routing
@@ -32,6 +31,9 @@ from zmoe.placement.pairs import Floats, Ints, no_experts
 
 if TYPE_CHECKING:
     from zmoe.native import CData
+
+
+_NO_PADDING = no_experts()
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RouterParts:
 
 
 class NativeMoE:
-    """h += experts(router(norm(h))), summed over the nodes: a Sublayer."""
+    """h += experts(router(norm(h))), summed over the nodes."""
 
     def __init__(
         self,
@@ -82,14 +84,14 @@ class NativeMoE:
         described.local, described.n_experts = own.local_pointer, own.experts
         described.shared = ffi.NULL if shared is None else shared.described
         described.dtype = int(DTYPES[buffers.dtype])
-        self._keep.append(described)
-        self.raw = ffi.new("zmoe_sublayer *")
-        self.raw.moe = described
+        keep = [*self._keep, self._router, experts, own, shared and shared.sublayer]
+        self.sublayer = Sublayer.of("moe", described, keep)
+        self._finds_pairs = own.is_fixed
         in_c = norm is not None and (shared is not None or not adapter.has_shared)
-        self.is_whole = layer.reducer.nodes == 1 and own.is_fixed and in_c
+        self.is_whole = layer.reducer.nodes == 1 and self._finds_pairs and in_c
         if self.is_whole:
             pool.reserve(lib.zmoe_moe_scratch(described))
-        self._chain = Chain([self], pool, spans=layer.spans)
+        self._chain = Chain([self.sublayer], pool, spans=layer.spans)
 
     def _describe_router(self, norm: Any, router: RouterParts) -> None:
         raw = self._router
@@ -104,7 +106,7 @@ class NativeMoE:
 
     def follow(self, sublayers: Sequence[Sublayer], step: PagedStep) -> None:
         """Run `sublayers` before, on the spans of `step`."""
-        self._chain = Chain([*sublayers, self], self._pool, step, self._layer.spans)
+        self._chain = Chain([*sublayers, self.sublayer], self._pool, step, self._layer.spans)
 
     def __call__(self, h: Any, memory: Any) -> None:
         """Change h (tokens, hidden_size) f32 in place, as C and as numpy see it."""
@@ -116,15 +118,15 @@ class NativeMoE:
     def route(self, h: CData, memory: Floats) -> Buffers:
         """See zmoe.moe.block.Backend."""
         rows, width = memory.shape
-        layer, own = self._layer, self._layer.ownership
+        layer = self._layer
         at = self._buffers.of(rows, width, self._top_k)
         extent = Extent.ROUTE
-        if own.is_fixed:
+        if self._finds_pairs:
             call = Call(layer.ordinal, rows, width, layer.dtype, 0)
             extent = Extent.SUM if layer.reducer.takes_whole(call) else Extent.PAIRS
         self._chain(h, rows, extent, at.raw)
-        if own.is_fixed:
-            at.pad(no_experts())
+        if self._finds_pairs:
+            at.pad(_NO_PADDING)
         else:
             self._find_pairs(at, rows)
         at.digest, at.memory, at.h = int(at.pairs.digest), memory, h
@@ -331,67 +333,3 @@ class MlxFeedForward:
 
 
 FeedForward = NativeMoE | NativeMlp | MlxFeedForward
-
-
-class NativeLayer(Module):
-    """Stands in for a decoder layer, which changes h in place."""
-
-    def __init__(
-        self,
-        layer: Module,
-        parts: tuple[Attention, FeedForward],
-        run: Callable[[Any, Any], None] | None,
-        residual: ResidualBuffer,
-    ) -> None:
-        """`run` runs the `parts`, after those of the layers before that have none."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layer = layer
-        self.parts, self._run, self._residual = parts, run, residual
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: PagedCache | None = None) -> mx.array:
-        """From x (1, rows of the step, hidden_size): the residual buffer, which the next step
-        overwrites.
-        """
-        array, h, memory = self._residual.take(x)
-        if self._run is not None:
-            self._run(h, memory)
-        return array
-
-
-class PagedLayers:
-    """The caches of all layers of a model whose layers are NativeLayers."""
-
-    def __init__(self, attentions: Sequence[Attention], step: PagedStep) -> None:
-        self._attentions = attentions
-        self.step = step
-        self.caches = [attention.cache for attention in attentions]
-
-    @property
-    def bytes_per_block(self) -> int:
-        """Bytes of a block of 64 positions, in all layers."""
-        return sum(cache.bytes_per_block for cache in self.caches)
-
-    @property
-    def can_quantize(self) -> bool:
-        """Whether the keys and values of all layers may be kept in 8 bits."""
-        return all(cache.can_quantize for cache in self.caches)
-
-    def allocate(self, blocks: int) -> None:
-        """See PagedCache.allocate."""
-        for cache in self.caches:
-            cache.allocate(blocks)
-
-    def copy(self, to: int, source: int) -> None:
-        """Block `to` becomes a copy of block `source`."""
-        for cache in self.caches:
-            cache.copy(to, source)
-
-    def quantize(self, bits: int | None) -> None:
-        """See PagedCache.quantize."""
-        for cache in self.caches:
-            cache.quantize(bits)
-
-    def limit(self, max_kv_size: int | None) -> None:
-        """See Attention.limit."""
-        for attention in self._attentions:
-            attention.limit(max_kv_size)

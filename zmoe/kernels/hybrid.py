@@ -1,5 +1,5 @@
 """Decoder layers on mlx-lm's caches whose residual stream is the kernels', as that of
-zmoe.kernels.decoder.NativeLayer is; MLX runs what of them is not in C.
+zmoe.kernels.paged_model is; MLX runs what of them is not in C.
 """
 
 from __future__ import annotations

@@ -58,11 +58,11 @@ class NativeLatentAttention(Attention):
         dtype: mx.Dtype,
     ) -> None:
         keys, values = (_heads(part) for part in (parts.key_heads, parts.value_heads))
-        self._keep: list[Any] = [parts, keys, values]
+        keep: list[Any] = [parts, keys, values]
         raw = ffi.new("zmoe_latent_attention *")
-        fill_norm(raw.input, parts.norm, self._keep)
-        fill_norm(raw.query_norm, parts.query_norm, self._keep)
-        fill_norm(raw.latent_norm, parts.latent_norm, self._keep)
+        fill_norm(raw.input, parts.norm, keep)
+        fill_norm(raw.query_norm, parts.query_norm, keep)
+        fill_norm(raw.latent_norm, parts.latent_norm, keep)
         for name in ("query_down", "query", "down", "output"):
             linear = getattr(parts, name)
             setattr(raw, name, ffi.NULL if linear is None else linear._matmul.weight.array)
@@ -72,7 +72,7 @@ class NativeLatentAttention(Attention):
         raw.scale, raw.rope_traditional = parts.scale, rope_tables.traditional
         raw.dtype = int(DTYPES[dtype])
         cache = PagedCache(1, raw.latent_dim + raw.rope_dims, dtype, is_latent=True)
-        super().__init__("latent", raw, cache, rope_tables)
+        super().__init__("latent", raw, cache, rope_tables, keep)
         pool.reserve(lib.zmoe_latent_attention_scratch(raw, pool.threads))
 
 

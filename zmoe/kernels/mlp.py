@@ -10,7 +10,7 @@ import mlx.core as mx
 from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.attention import fill_norm, weights_of
-from zmoe.kernels.chain import Chain
+from zmoe.kernels.chain import Chain, Sublayer
 from zmoe.kernels.threads import ThreadPool
 from zmoe.native import Activation, RouteKind, Status, ffi, lib
 from zmoe.placement.pairs import Floats
@@ -30,28 +30,26 @@ class MlpParts:
 
 
 class NativeMlp:
-    """h += mlp(norm(h)), a Sublayer: the MLP is an expert to which every token goes."""
+    """h += mlp(norm(h)): the MLP is an expert to which every token goes."""
 
     def __init__(self, norm: Any, parts: MlpParts, pool: ThreadPool, dtype: mx.Dtype) -> None:
-        self._weights = weights_of(parts.linears)
-        self._keep: list[Any] = [parts]
+        weights = weights_of(parts.linears)
+        keep: list[Any] = [parts, weights]
         expert = ffi.new("zmoe_expert_layer *")
-        expert.gate, expert.up, expert.down = (self._weights + i for i in range(3))
+        expert.gate, expert.up, expert.down = (weights + i for i in range(3))
         expert.experts, expert.activation = 1, int(Activation.SILU)
         self.described = ffi.new("zmoe_mlp *")
-        fill_norm(self.described.input, norm, self._keep)
+        fill_norm(self.described.input, norm, keep)
         self.described.expert, self.described.dtype = expert, int(DTYPES[dtype])
         if parts.weight is not None:
             gate, router = weights_of([parts.weight]), ffi.new("zmoe_router *")
             router.input, router.gate = self.described.input, gate
             router.kind, router.top_k = int(RouteKind.SIGMOID_TOP_K), 1
             self.described.weight = router
-            self._keep += [gate, router]
-        self._keep.append(expert)
-        self.raw = ffi.new("zmoe_sublayer *")
-        self.raw.mlp = self.described
+            keep += [gate, router]
+        self.sublayer = Sublayer.of("mlp", self.described, [*keep, expert])
         pool.reserve(lib.zmoe_mlp_scratch(self.described))
-        self._pool, self._chain = pool, Chain([self], pool)
+        self._pool, self._chain = pool, Chain([self.sublayer], pool)
 
     def __call__(self, h: CData, memory: Floats) -> None:
         """Change h (tokens, hidden_size) f32 in place, as C and as numpy see it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -21,10 +21,7 @@ Blocks = npt.NDArray[np.uint32]
 
 
 class PagedCache:
-    """Keys and values of one layer, in blocks of 64 positions.
-
-    mlx-lm's models ask it for their mask: the layer itself knows what a row may see.
-    """
+    """Keys and values of one layer, in blocks of 64 positions."""
 
     def __init__(
         self, kv_heads: int, head_dim: int, dtype: mx.Dtype, is_latent: bool = False
@@ -80,10 +77,6 @@ class PagedCache:
         In 8 bits they are bytes, and the last axis goes on with 64 scales in float32.
         """
         return dict(zip(self._names, self._memory))
-
-    def make_mask(self, *_: Any, **__: Any) -> None:
-        """None, as mlx-lm's models see a cache."""
-        return None
 
 
 class PagedStep:

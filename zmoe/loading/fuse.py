@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from zmoe.families.decoders import (
     ROUTERS,
     HybridParts,
     LayerParts,
+    ends_of,
     final_norm_of,
     hybrids_of,
     mlp_of,
@@ -26,16 +27,15 @@ from zmoe.kernels.decoder import (
     BufferPool,
     FeedForward,
     MlxFeedForward,
-    NativeLayer,
     NativeMoE,
     NativeMoEBlock,
-    PagedLayers,
 )
 from zmoe.kernels.delta_net import NativeDeltaNet, StateArrays
 from zmoe.kernels.experts import NativeExperts
 from zmoe.kernels.hybrid import HybridLayer
 from zmoe.kernels.mlp import MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
+from zmoe.kernels.paged_model import PagedModel, Run
 from zmoe.kernels.residual import ResidualBuffer, RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
@@ -85,8 +85,8 @@ def fuse_layers(
     experts: dict[str, NativeExperts],
     pool: ThreadPool,
     dtype: mx.Dtype,
-) -> PagedLayers | None:
-    """Replace all decoder layers by NativeLayers if each of them is known; returns their caches.
+) -> PagedModel | None:
+    """The whole model on the kernels, if each of its decoder layers is known.
 
     Otherwise the layers stay on mlx-lm's caches. HybridLayers stand in for those that are known
     but for their attention, and of others MoE blocks are replaced that are known.
@@ -104,23 +104,24 @@ def fuse_layers(
 
     originals = list(model.layers)
     parts, hybrids = parts_of(model), hybrids_of(model)
+    ends = None
     if parts is not None:
-        residual, step = ResidualBuffer(parts[0].norm.weight.size), PagedStep(shared.rope_tables)
+        language_model, holder = _holders_of(model, originals[0])
+        ends = ends_of(language_model, holder)
+    if parts is not None and ends is not None:
+        step = PagedStep(shared.rope_tables)
         made: list[_Layer] = []
         for index, part in enumerate(parts):
             rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
             attention = part.attention.make(rope_tables, pool, dtype)
             made.append((attention, feed_forward(index, part)))
         runs = _runs(made, pool, step, layers[0].spans)
-        natives: list[Module] = [
-            NativeLayer(layer, each, run, residual)
-            for layer, each, run in zip(originals, made, runs)
-        ]
-        _replace_layers(model, originals, natives, shared)
-        return PagedLayers([attention for attention, _ in made], step)
+        embedding, head = ends
+        norm = final_norm_of(holder)
+        return PagedModel(embedding, norm, head, made, runs, step, pool, dtype)
     if hybrids is not None:
         residual, states = ResidualBuffer(hybrids[0].norm.weight.size), StateArrays()
-        natives = []
+        natives = list[Module]()
         for index, (layer, hybrid) in enumerate(zip(originals, hybrids)):
             net = None
             if hybrid.net is not None:
@@ -133,28 +134,32 @@ def fuse_layers(
     return None
 
 
-def _runs(
-    layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Spans
-) -> Iterator[Callable[[Any, Any], None] | None]:
-    """What each layer runs: all that has not run before, up to where C does not go on by itself.
-
-    None where it does.
-    """
+def _runs(layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Spans) -> list[Run]:
+    """What runs all layers: each as many as C runs by itself, and a feed-forward network."""
+    runs: list[Run] = []
     sublayers: list[Sublayer] = []
-    for index, (attention, beside) in enumerate(layers):
-        sublayers.append(attention)
+    for attention, beside in layers:
+        sublayers.append(attention.sublayer)
         if isinstance(beside, NativeMlp) or (isinstance(beside, NativeMoE) and beside.is_whole):
-            sublayers.append(beside)
-            is_last = index + 1 == len(layers)
-            yield _whole(Chain(sublayers, pool, step, spans)) if is_last else None
+            sublayers.append(beside.sublayer)
             continue
         beside.follow(sublayers, step)
-        yield beside
+        runs.append(beside)
         sublayers = []
+    if sublayers:
+        last = Chain(sublayers, pool, step, spans)
+        runs.append(lambda h, memory: last(h, len(memory)))
+    return runs
 
 
-def _whole(chain: Chain) -> Callable[[Any, Any], None]:
-    return lambda h, memory: chain(h, len(memory))
+def _holders_of(model: Any, layer: Module) -> tuple[Any, Any]:
+    """The module that has the list of the model's layers, of which `layer` is one; before it, the
+    module that has that one.
+    """
+    modules = dict(model.named_modules())
+    path = next(path for path, module in modules.items() if module is layer)
+    holder = path.rpartition(".")[0].rpartition(".")[0]
+    return modules[holder.rpartition(".")[0]], modules[holder]
 
 
 def _replace_layers(
@@ -164,9 +169,7 @@ def _replace_layers(
     paths = {id(module): path for path, module in model.named_modules()}
     for layer, native in zip(originals, natives):
         replace_module(model, paths[id(layer)], native)
-    first = paths[id(originals[0])]
-    holder = dict(model.named_modules())[first.rpartition(".")[0].rpartition(".")[0]]
-    norm = final_norm_of(holder)
+    norm = final_norm_of(_holders_of(model, natives[0])[1])
     replace_module(model, paths[id(norm)], NativeNorm(norm, shared.pool, shared.dtype))
 
 

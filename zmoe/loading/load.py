@@ -16,9 +16,9 @@ from zmoe.checkpoint.verify import check_share
 from zmoe.errors import PlacementError
 from zmoe.exchange.base import Reducer
 from zmoe.families.sites import Site, replace_module
-from zmoe.kernels.decoder import PagedLayers
 from zmoe.kernels.experts import NativeExperts, can_be_native
 from zmoe.kernels.linear import Head, Parts, make_native, select_rows
+from zmoe.kernels.paged_model import PagedModel
 from zmoe.kernels.threads import ThreadPool
 from zmoe.loading.attention import cut_attention, sum_heads
 from zmoe.loading.fuse import fuse_layers
@@ -47,13 +47,13 @@ class LoadedShard:
     largest of them, `bytes_read` what was read of the checkpoint for them.
     `notices` are lines for the user, those of `form` included.
     `head` says of each pass which rows' logits are wanted; what MLX computes is lazy
-    anyway. `paged` are the caches of a model whose layers are all the kernels'.
+    anyway. `paged` is the model on its own caches, where all of its layers are the kernels'.
     """
 
     model: Module
     config: dict[str, Any]
     head: Head
-    paged: PagedLayers | None
+    paged: PagedModel | None
     bytes_read: int
     share_bytes: int
     largest_tensor_bytes: int

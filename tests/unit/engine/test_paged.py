@@ -31,7 +31,7 @@ def engine_of(folder: Path, max_kv_size: int | None = None) -> PagedEngine:
     shard = load_shard(info, placement, reducer, spans=Spans(), pool=ThreadPool(2))
     assert shard.paged is not None
     shard.paged.limit(max_kv_size)
-    engine = PagedEngine(shard.model, reducer, shard.head, shard.paged)
+    engine = PagedEngine(shard.paged, reducer)
     engine.make_cache(BLOCKS)
     return engine
 

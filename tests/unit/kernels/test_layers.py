@@ -18,7 +18,7 @@ from tests.ranks import Meeting, ThreadReducer, on_ranks, round_robin
 from zmoe.config import EngineConfig
 from zmoe.families.decoders import LAYERS, MLPS, ROUTERS
 from zmoe.families.sites import model_classes
-from zmoe.kernels.decoder import MlxFeedForward, NativeLayer, NativeMoE, NativeMoEBlock
+from zmoe.kernels.decoder import MlxFeedForward, NativeMoE, NativeMoEBlock
 from zmoe.kernels.hybrid import HybridLayer
 from zmoe.kernels.linear import MappedLinear, MappedQuantizedLinear
 from zmoe.kernels.mlp import NativeMlp
@@ -30,6 +30,8 @@ from zmoe.placement.types import Placement
 
 FUSED = ["dbrx", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss"]
 FUSED += ["minimax", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+# Models within others: of the same layers.
+WRAPPED = ["kimi_k25", "kimi_vl", "qwen3_vl_moe", "solar_open"]
 STEPS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3], [5]]
 
 
@@ -49,15 +51,14 @@ def alone() -> ThreadReducer:
     return ThreadReducer(0, Meeting(1))
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", FUSED + WRAPPED)
 def test_fused_layers_agree_with_mlx(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path)
     reducer = alone()
     plain = logits(load(folder, reducer, fuse=False), reducer)
     shard = load(folder, reducer, fuse=True)
-    assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
-    in_c = (NativeMoE, NativeMlp)
-    assert all(isinstance(layer.parts[1], in_c) for layer in shard.model.layers)
+    assert shard.paged is not None and len(shard.paged.parts) == len(shard.model.layers)
+    assert all(isinstance(beside, (NativeMoE, NativeMlp)) for _, beside in shard.paged.parts)
     for got, want in zip(logits(shard, reducer), plain):
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -71,7 +72,7 @@ def test_a_window_is_that_of_mlx_lm(family: str, tmp_path: Path) -> None:
     folder, size = build(family, tmp_path), 12
     model, _ = load_model(folder, get_model_classes=model_classes)
     shard = load(folder, alone(), fuse=True)
-    assert all(isinstance(layer, NativeLayer) for layer in shard.model.layers)
+    assert shard.paged is not None
     for lengths in ([7, 1, 1, 1, 1, 1, 1, 1], [*[1] * 30, 3, 1, 1], [30, 1, 1, 5, 12, *[1] * 20]):
         cache = make_prompt_cache(model, size)
         forward = sequence_on(shard, alone(), EngineConfig(max_kv_size=size))
@@ -155,7 +156,8 @@ def test_what_is_not_known_is_mlx_within_a_fused_layer(
         with monkeypatch.context() as patch:
             patch.delitem(names, name)
             shard = load(folder, reducer, fuse=True)
-        assert [type(layer.parts[1]) for layer in shard.model.layers][:2] == kinds
+        assert shard.paged is not None
+        assert [type(beside) for _, beside in shard.paged.parts][:2] == kinds
         for got, want in zip(logits(shard, reducer), plain):
             assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -168,7 +170,7 @@ def test_what_the_file_has_as_the_kernels_want_it_is_mapped(
     before = mx.get_active_memory()
     shard = load(folder, alone(), fuse=True)
     kinds = (MappedLinear, MappedQuantizedLinear)
-    attention = shard.model.layers[0].layer.self_attn
+    attention = shard.model.layers[0].self_attn
     assert isinstance(attention.q_proj, kinds)
     assert shard.bytes_read == shard.share_bytes
     kept = mx.get_active_memory() - before
