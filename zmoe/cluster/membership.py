@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zmoe.cluster.node import Node
-from zmoe.errors import AbsentError, PeerError
+from zmoe.errors import AbsentError, PeerError, ZmoeError
 from zmoe.exchange.local import Endpoint
 from zmoe.recovery.view import ClusterView
 
@@ -18,7 +18,12 @@ class Halted(Exception):
 
 
 def open_view(node: Node, view: ClusterView) -> Listeners:
-    """Leave the exchange, undo what follows the view's base, and listen for the view's nodes."""
+    """Leave the exchange, undo what follows the view's base, and listen for the view's nodes.
+
+    Raises ZmoeError for a view of another run.
+    """
+    if len(view.hosts) != node.nodes:
+        raise ZmoeError(f"a view of {len(view.hosts)} shards in a run of {node.nodes} nodes")
     if view.fresh:
         node.forget()
     else:
@@ -36,8 +41,10 @@ def join_view(
     then, and may raise. Raises PeerError, of one of its shards, for a node that cannot be reached.
     """
     by_shard = dict[int, Endpoint]()
-    for rank, theirs in zip(view.nodes, listeners, strict=True):
+    for rank, theirs in zip(view.nodes, listeners):
         by_shard.update(zip(view.shards_of(rank), theirs))
+    if len(by_shard) != node.nodes:
+        raise ZmoeError(f"listeners of {len(by_shard)} shards in a view of {node.nodes}")
     try:
         node.connect([by_shard[shard] for shard in range(node.nodes)], tick)
     except AbsentError as absent:

@@ -20,6 +20,8 @@ from zmoe.exchange.local import Endpoint
 from zmoe.kernels.arithmetic import Arithmetic
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import Placement
+from zmoe.recovery import messages as recovery
+from zmoe.recovery.view import ClusterView
 
 HERE, THERE = Endpoint("127.0.0.1", 1, 2), Endpoint("127.0.0.2", 3, 4)
 HELLO = messages.Hello(
@@ -44,6 +46,7 @@ PLAN = Plan(
     (Fork(4, 3, 64),),
     (Copy(8, 9),),
 )
+VIEW = recovery.View(ClusterView(2, 2**63 - 1, (0, 0, 2), (0, 2), 70_000))
 EXAMPLES = [
     Join(PROTOCOL_VERSION, 3, "0.1.0", "host", "token"),
     SETUP,
@@ -64,6 +67,15 @@ EXAMPLES = [
     messages.Memory(1 << 40),
     messages.Stop(""),
     messages.Failed("why", True, 1, None, 7),
+    messages.Enter(PLACEMENT, "avx2", 9, (1.0, 0.5, 2.0, 0.25)),
+    recovery.Suspect(1, 70_000, 2),
+    recovery.Quiesce(2),
+    recovery.Halted(2, 70_000),
+    VIEW,
+    recovery.Opened(2, (HERE, HERE)),
+    recovery.Mesh(2, ((HERE, HERE), (HERE,))),
+    recovery.Adopted(2),
+    recovery.Evicted("did not halt in time"),
 ]
 OUT_OF_RANGE = [
     (HELLO, {"endpoint.host": "nowhere"}, "Hello.endpoint.host is 'nowhere': not an IPv4 address"),
@@ -123,6 +135,11 @@ OUT_OF_RANGE = [
     (messages.Failed("why", True, 1, None, 7), {"lost": 64}, "Failed.lost is 64"),
     (messages.Failed("why", True, 1, None, 7), {"layer": -1}, "Failed.layer is -1"),
     (messages.Stop(""), {"error": "x" * 4001}, "Stop.error has 4001 characters"),
+    (EXAMPLES[-9], {"figures": (1.0,)}, "Enter.figures has 1 items: not 4, nor none"),
+    (VIEW, {"view.hosts": (0, 1, 2)}, "View.view.hosts gives shard 1 to node 1, which is gone"),
+    (VIEW, {"view.nodes": (2, 0)}, "View.view.nodes is .2, 0.: expected ascending ranks"),
+    (VIEW, {"view.session": 1 << 63}, "View.view.session is"),
+    (recovery.Opened(2, (HERE,)), {"endpoint": ()}, "Opened.endpoint has 0 items"),
 ]
 
 
@@ -132,7 +149,9 @@ def test_round_trip(message: messages.Message) -> None:
 
 
 def test_every_message_is_among_the_examples() -> None:
-    assert {type(m) for m in EXAMPLES} == set(typing.get_args(messages.Message))
+    kinds = typing.get_args(messages.Message)
+    plain = {typing.get_args(k)[0] if typing.get_origin(k) is typing.Annotated else k for k in kinds}
+    assert {type(m) for m in EXAMPLES} == plain
 
 
 @pytest.mark.parametrize(
