@@ -37,7 +37,8 @@ def pick(scores: mx.array, ids: mx.array) -> mx.array:
 
 def normalized(weights: mx.array, floor: float = 0.0) -> mx.array:
     """The weights (..., k) over their sum, to which `floor` is added."""
-    return weights / (weights.sum(axis=-1, keepdims=True) + floor)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / (total + floor if floor else total)
 
 
 def softmax_then_top_k(logits: mx.array, k: int, norm: bool) -> tuple[mx.array, mx.array]:
