@@ -27,7 +27,8 @@ enum {
   LAYERS = 12,
   MAX_ROWS = 3,
   WIDTH = 80, /* whole blocks of q8, and a part of one */
-  MAX_BYTES = MAX_ROWS * WIDTH * 4,
+  EXPERTS = 4,
+  MAX_BYTES = MAX_ROWS * (WIDTH * 4 + ZMOE_PAIR_BYTES),
   QUEUE = 64,
   FLIGHTS = 1024,
   EVENTS = 64,
@@ -115,10 +116,11 @@ typedef struct event {
 static struct {
   uint64_t seed, now_us, number;
   uint32_t nodes;
+  int central; /* the schedule */
   zmoe_algorithm algorithm[LAYERS];
   uint32_t rows[LAYERS], batches[LAYERS], dtype[LAYERS];
   uint32_t lossy, damaging, slow, interrupts; /* one in so many; 0: never */
-  uint64_t ready, lasting;                    /* bit r: has all links; its peers may name it */
+  uint64_t ready, lasting, failed;            /* bit r: has all links; may be lost; has given up */
   int control[MAX_NODES][MAX_NODES], data[MAX_NODES][MAX_NODES];
   int accepted[MAX_NODES][MAX_NODES], known[MAX_NODES][MAX_NODES];
   uint64_t last_us[WAYS][MAX_NODES][MAX_NODES];
@@ -577,20 +579,35 @@ static uint64_t left_us(uint64_t until_us) {
   return until_us > world.now_us ? until_us - world.now_us : 0;
 }
 
-static int publish(sim_rank *me, uint32_t layer, uint32_t batch) {
+static int send_partial(sim_rank *me, const zmoe_call *call, const float *src) {
   uint64_t until_us = world.now_us + DEADLINE_US;
+  int rc;
+  do
+    rc = zmoe_exchange_publish(me->ex, call, src, ZMOE_F32, left_us(until_us), &me->fault);
+  while (rc == ZMOE_EINTR);
+  CHECK(world.now_us < until_us + DEADLINE_US);
+  return rc;
+}
+
+static int publish(sim_rank *me, uint32_t layer, uint32_t batch) {
   zmoe_call call = call_of(layer, batch);
   uint32_t rank = (uint32_t)number_of(me);
   float src[MAX_ROWS * WIDTH];
   for (uint32_t i = 0; i < call.rows * WIDTH; i++)
     src[i] = value_at(rank, layer, batch, i);
-  int rc;
-  do
-    rc = zmoe_exchange_publish(me->ex, &call, is_nothing(rank, layer) ? NULL : src, ZMOE_F32,
-                               left_us(until_us), &me->fault);
-  while (rc == ZMOE_EINTR);
-  CHECK(world.now_us < until_us + DEADLINE_US);
-  return rc;
+  return send_partial(me, &call, is_nothing(rank, layer) ? NULL : src);
+}
+
+/* Of the centralised schedule: rank r adds r + 1 times the leader's rows that it has a part in. */
+static uint64_t ranks_of(uint32_t layer, uint32_t row) {
+  return (layer * 5 + row * 3 + 1) % zmoe_bit(world.nodes);
+}
+
+static float part_of(uint32_t rank, uint32_t layer, uint32_t batch, uint32_t i) {
+  if (world.central)
+    return ranks_of(layer, i / WIDTH) >> rank & 1 ? value_at(0, layer, 0, i) * (float)(rank + 1)
+                                                  : 0;
+  return is_nothing(rank, layer) ? 0 : value_at(rank, layer, batch, i);
 }
 
 /* The first rank's bits are every rank's, and right where no rounding hides it. */
@@ -602,7 +619,7 @@ static void check_sum(const float *sum, uint32_t layer, uint32_t batch) {
   for (uint32_t i = 0; world.dtype[layer] != ZMOE_Q8 && i < world.rows[layer] * WIDTH; i++) {
     float expected = 0;
     for (uint32_t r = 0; r < world.nodes; r++)
-      expected += is_nothing(r, layer) ? 0 : value_at(r, layer, batch, i);
+      expected += part_of(r, layer, batch, i);
     CHECK(sum[i] == expected);
   }
   exchanged++;
@@ -625,6 +642,83 @@ static void compute(void) {
   yield(world.now_us + draw(300) + (chance(world.slow) ? draw(400000) : 0), 0);
 }
 
+static int dispatch(sim_rank *me, uint32_t layer) {
+  uint64_t until_us = world.now_us + DEADLINE_US, ranks[MAX_ROWS];
+  zmoe_call call = call_of(layer, 0);
+  float x[MAX_ROWS * WIDTH], weights[MAX_ROWS];
+  int32_t ids[MAX_ROWS];
+  for (uint32_t row = 0; row < call.rows; row++) {
+    ranks[row] = ranks_of(layer, row), ids[row] = (int32_t)row, weights[row] = 1;
+    for (uint32_t i = row * WIDTH; i < (row + 1) * WIDTH; i++)
+      x[i] = value_at(0, layer, 0, i);
+  }
+  zmoe_routed routed = {x, ids, weights, ranks, 1, ZMOE_F32, 1};
+  int rc;
+  do
+    rc = zmoe_exchange_dispatch(me->ex, &call, &routed, left_us(until_us), &me->fault);
+  while (rc == ZMOE_EINTR);
+  CHECK(world.now_us < until_us + DEADLINE_US);
+  return rc;
+}
+
+static int lead(sim_rank *me, uint32_t layer) {
+  float own[MAX_ROWS * WIDTH];
+  int rc = dispatch(me, layer);
+  if (rc != ZMOE_OK)
+    return rc;
+  for (uint32_t i = 0; i < world.rows[layer] * WIDTH; i++)
+    own[i] = ranks_of(layer, i / WIDTH) & 1 ? value_at(0, layer, 0, i) : 0;
+  compute();
+  zmoe_call call = call_of(layer, 0);
+  rc = send_partial(me, &call, own);
+  return rc == ZMOE_OK ? collect(me, layer, 0) : rc;
+}
+
+static int receive(sim_rank *me, uint32_t layer, zmoe_dispatch_batch *got) {
+  uint64_t until_us = world.now_us + DEADLINE_US;
+  zmoe_call call = call_of(layer, 0);
+  int rc;
+  do
+    rc = zmoe_exchange_receive(me->ex, got, call.step, call.layer, left_us(until_us), &me->fault);
+  while (rc == ZMOE_EINTR);
+  CHECK(world.now_us < until_us + DEADLINE_US);
+  return rc;
+}
+
+static int answer(sim_rank *me, uint32_t layer) {
+  static const int32_t local[EXPERTS] = {0, 1, 2, 3};
+  uint32_t rank = (uint32_t)number_of(me), taken = 0;
+  float x[MAX_ROWS * WIDTH], weights[MAX_ROWS];
+  int32_t rows[MAX_ROWS], experts[MAX_ROWS];
+  zmoe_dispatch_batch got = {.x = x,
+                             .pair_rows = rows,
+                             .pair_experts = experts,
+                             .pair_weights = weights,
+                             .x_bytes = sizeof x,
+                             .max_pairs = MAX_ROWS,
+                             .experts = EXPERTS,
+                             .local = local,
+                             .width = WIDTH};
+  int rc = receive(me, layer, &got);
+  if (rc != ZMOE_OK)
+    return rc;
+  for (uint32_t row = 0; row < world.rows[layer]; row++) {
+    if (!(ranks_of(layer, row) & zmoe_bit(rank)))
+      continue;
+    CHECK(taken < got.rows && rows[taken] == (int32_t)taken && experts[taken] == (int32_t)row);
+    for (uint32_t i = 0; i < WIDTH; i++) {
+      CHECK(x[taken * WIDTH + i] == value_at(0, layer, 0, row * WIDTH + i));
+      x[taken * WIDTH + i] *= (float)(rank + 1);
+    }
+    taken++;
+  }
+  CHECK_EQUAL(taken, got.rows);
+  compute();
+  zmoe_call call = call_of(layer, 0);
+  call.rows = got.rows, call.digest = got.digest;
+  return send_partial(me, &call, x);
+}
+
 static int run_layer(sim_rank *me, uint32_t layer) {
   int rc = ZMOE_OK;
   for (uint32_t batch = 0; batch < world.batches[layer] && rc == ZMOE_OK; batch++) {
@@ -634,6 +728,11 @@ static int run_layer(sim_rank *me, uint32_t layer) {
       rc = collect(me, layer, batch - 1);
   }
   return rc == ZMOE_OK ? collect(me, layer, world.batches[layer] - 1) : rc;
+}
+
+static int run_central_layer(sim_rank *me, uint32_t layer) {
+  compute();
+  return number_of(me) == 0 ? lead(me, layer) : answer(me, layer);
 }
 
 static uint64_t everyone(void) {
@@ -670,8 +769,9 @@ static int all_done(void) {
 static void check_loss(const sim_rank *me) {
   const zmoe_fault *fault = &me->fault;
   CHECK(me->rc == ZMOE_EPEER || me->rc == ZMOE_ETIMEOUT || me->rc == ZMOE_EPOOL);
-  CHECK(((fault->lost | fault->missing) & world.lasting) != 0);
+  CHECK(((fault->lost | fault->missing) & (world.lasting | world.failed)) != 0);
   CHECK((fault->lost & ~world.lasting) == 0);
+  world.failed |= zmoe_bit((uint32_t)number_of(me));
   losses++;
 }
 
@@ -679,7 +779,7 @@ static void program(void) {
   sim_rank *me = current;
   meet(me);
   for (uint32_t layer = 0; layer < LAYERS && me->rc == ZMOE_OK; layer++)
-    me->rc = run_layer(me, layer);
+    me->rc = world.central ? run_central_layer(me, layer) : run_layer(me, layer);
   if (me->rc != ZMOE_OK && !me->is_gone)
     check_loss(me);
   me->is_done = 1;
@@ -730,7 +830,8 @@ static void open_rank(int r) {
       .session = SESSION,
       .max_payload_bytes = MAX_BYTES,
       .small_payload_bytes = WIDTH * 4,
-      .scatter = 1,
+      .scatter = !world.central,
+      .dispatch_rows = world.central ? MAX_ROWS : 0,
       .xpub = &rank->sockets[XPUB],
       .sub = &rank->sockets[SUB],
       .router = &rank->sockets[ROUTER],
@@ -761,10 +862,11 @@ static void open_world(uint64_t seed) {
   static const uint32_t rates[] = {0, 0, 64, 8};
   world.lossy = rates[draw(4)], world.damaging = rates[draw(3)];
   world.slow = 8 * rates[draw(4)], world.interrupts = rates[draw(4)];
+  world.central = draw(3) == 0;
   for (uint32_t l = 0; l < LAYERS; l++) {
-    world.algorithm[l] = draw(2) ? ZMOE_SCATTER : ZMOE_DIRECT;
+    world.algorithm[l] = draw(2) && !world.central ? ZMOE_SCATTER : ZMOE_DIRECT;
     world.rows[l] = 1 + draw(MAX_ROWS);
-    world.batches[l] = 1 + draw(2);
+    world.batches[l] = 1 + (draw(2) && !world.central);
     world.dtype[l] = draw(4);
   }
   for (uint32_t r = 0; r < world.nodes; r++)
