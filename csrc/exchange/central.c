@@ -15,8 +15,6 @@
 
 #include <string.h>
 
-#include "payload.h"
-
 void zmoe_central_release(zmoe_exchange *ex) {
   for (uint32_t r = 0; r < ex->nodes; r++)
     zmoe_slot_drop(&ex->peers[r].rows.slot);
@@ -290,7 +288,6 @@ int zmoe_central_publish(zmoe_exchange *ex, const zmoe_call *call, const void *s
   if (ex->role == ZMOE_LEADER)
     return ZMOE_OK;
   zmoe_held answer = zmoe_collective_whole(collective);
-  zmoe_held_encode(ex, &answer);
   collective->sent_at_us = zmoe_now_us();
   zmoe_collective_end(ex);
   int error = zmoe_peers_send_to(ex, 0, &answer);

@@ -6,8 +6,6 @@
 #include <assert.h>
 #include <string.h>
 
-#include "payload.h"
-
 /* ---- whose slots are held --------------------------------------------------- */
 
 void zmoe_slot_drop(zmoe_slot **slot) {
@@ -64,7 +62,6 @@ static int send_collective(zmoe_exchange *ex, const zmoe_collective *collective)
   if (collective->header.chunks > 0)
     return zmoe_scatter_send(ex, collective);
   zmoe_held held = zmoe_collective_whole(collective);
-  zmoe_held_encode(ex, &held);
   return zmoe_peers_send(ex, ex->xpub, &held);
 }
 
@@ -150,12 +147,9 @@ static int encode(zmoe_exchange *ex, zmoe_collective *made, const void *src, zmo
     return ZMOE_EINVAL;
   if (header->chunks > 0)
     return zmoe_scatter_encode(ex, made, src, src_dtype);
-  if (src == NULL)
-    return ZMOE_OK;
-  zmoe_dtype dtype = (zmoe_dtype)header->dtype;
-  zmoe_range all = zmoe_chunk(dtype, header->rows, header->width, 1, 0);
-  return zmoe_reduce_range(zmoe_slot_payload(made->partial), dtype, &src, 1, src_dtype,
-                           header->width, &all, ex->isa);
+  zmoe_held held = zmoe_collective_whole(made);
+  zmoe_range all = zmoe_chunk((zmoe_dtype)header->dtype, header->rows, header->width, 1, 0);
+  return zmoe_held_fill(ex, &held, src, src_dtype, &all);
 }
 
 int zmoe_collective_encode(zmoe_exchange *ex, zmoe_collective *made, const void *src,
@@ -176,6 +170,8 @@ int zmoe_exchange_publish(zmoe_exchange *ex, const zmoe_call *call, const void *
   }
   zmoe_collective made = {.partial = NULL};
   int rc = make_header(ex, call, &made.header);
+  if (rc == ZMOE_OK)
+    hold_from(ex, first_wanted(ex)); /* the slot let go last is still in the cache */
   if (rc == ZMOE_OK)
     rc = zmoe_collective_encode(ex, &made, src, src_dtype, deadline_us, &lost);
   return rc == ZMOE_OK ? begin(ex, &made, fault) : refuse(ex, &made, rc, lost, fault);

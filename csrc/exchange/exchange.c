@@ -38,7 +38,6 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#include "payload.h"
 #include "pool.h"
 
 enum {
@@ -58,6 +57,19 @@ static uint32_t checksum_of(const zmoe_exchange *ex, const void *frame, uint32_t
 void zmoe_held_encode(const zmoe_exchange *ex, zmoe_held *held) {
   held->header.payload_checksum = checksum_of(ex, held->frame, held->header.payload_bytes);
   zmoe_wire_encode(&held->header, held->frame);
+}
+
+int zmoe_held_fill(const zmoe_exchange *ex, zmoe_held *held, const void *src, zmoe_dtype src_dtype,
+                   const zmoe_range *range) {
+  zmoe_header *header = &held->header;
+  int for_nobody = ex->role == ZMOE_LEADER; /* its own partial */
+  uint32_t *checksum = ex->no_payload_checksum || for_nobody ? NULL : &header->payload_checksum;
+  int rc = header->payload_bytes == 0
+               ? ZMOE_OK
+               : zmoe_encode_range(held->frame + ZMOE_HEADER_BYTES, (zmoe_dtype)header->dtype, src,
+                                   src_dtype, header->width, range, checksum, ex->isa);
+  zmoe_wire_encode(header, held->frame);
+  return rc;
 }
 
 int zmoe_payload_is_intact(const zmoe_exchange *ex, const void *frame, const zmoe_header *header) {

@@ -9,6 +9,7 @@
 #include <poll.h>
 
 #include "exchange/exchange.h"
+#include "payload.h"
 #include "zmq_api.h"
 
 enum {
@@ -154,6 +155,10 @@ static inline int zmoe_awaits_chunks(const zmoe_exchange *ex) {
 
 /* Encodes the header of a frame whose payload is in its place. */
 void zmoe_held_encode(const zmoe_exchange *ex, zmoe_held *held);
+/* Encodes a range of rows as the payload of a frame, and its header; `src` is the beginning of
+ * the range. */
+int zmoe_held_fill(const zmoe_exchange *ex, zmoe_held *held, const void *src, zmoe_dtype src_dtype,
+                   const zmoe_range *range);
 /* Whether a valid frame has the payload that its sender gave it. */
 int zmoe_payload_is_intact(const zmoe_exchange *ex, const void *frame, const zmoe_header *header);
 
@@ -210,8 +215,8 @@ void zmoe_central_release(zmoe_exchange *ex);
 
 /* ---- receive.c ------------------------------------------------------------ */
 
-/* Reads at most a few messages, the first of which is waited for without
- * ZMQ_DONTWAIT: ZMOE_FIRST_WAIT_MS at most.  Returns 1 when the socket has no more. */
+/* Reads at most a few messages.  Without ZMQ_DONTWAIT each is waited for, ZMOE_FIRST_WAIT_MS
+ * at most, until all that are awaited are here.  Returns 1 when the socket has no more. */
 int zmoe_receive_partials(zmoe_exchange *ex, int flags);
 int zmoe_receive_replies(zmoe_exchange *ex, uint32_t link, int flags);
 /* The same for the socket by which the awaited frames come. */
@@ -241,7 +246,7 @@ int zmoe_peers_events(zmoe_exchange *ex, uint32_t rank);
 /* Lets a socket take up its new connections, which libzmq does only within a call on it. */
 void zmoe_peers_take_up(void *socket);
 /* Bit r: the link to r has been down for longer than grace allows. */
-uint64_t zmoe_peers_lost(const zmoe_exchange *ex, uint64_t now_us);
+uint64_t zmoe_peers_lost(zmoe_exchange *ex, uint64_t now_us);
 /* Sends a held frame to one socket; 0, or the errno.  The slot gains a reference
  * until it is sent. */
 int zmoe_peers_send(zmoe_exchange *ex, void *socket, const zmoe_held *held);
@@ -277,7 +282,7 @@ int zmoe_wait_prepare(zmoe_exchange *ex);
 /* Reads all sockets until they are empty; 0 when some are not yet. */
 int zmoe_wait_drain(zmoe_exchange *ex);
 /* What ends a wait, or ZMOE_OK to go on. */
-int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost);
+int zmoe_wait_trouble(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost);
 /* A slot, or why there is none: a peer's loss; ZMOE_EINTR well before the deadline. */
 int zmoe_wait_slot(zmoe_exchange *ex, size_t bytes, uint64_t deadline_us, zmoe_slot **out,
                    uint64_t *lost);

@@ -5,6 +5,8 @@
  * encoding does not depend on its neighbours. */
 #include "payload.h"
 
+#include <string.h>
+
 size_t zmoe_item_bytes(zmoe_dtype dtype) {
   return dtype == ZMOE_I32 ? 4 : zmoe_dtype_bytes(dtype);
 }
@@ -84,12 +86,42 @@ int zmoe_reduce_range(void *out, zmoe_dtype out_dtype, const void *const *parts,
   return ZMOE_OK;
 }
 
+enum { PIECE = 64 }; /* blocks, few enough to stay in the nearest cache */
+
+/* The blocks of `range` from `block` on, a piece at most. */
+static zmoe_range piece_of(const zmoe_range *range, zmoe_dtype dtype, uint32_t width,
+                           size_t block) {
+  size_t end = range->block + range->blocks;
+  return range_of(dtype, width, block, end - block < PIECE ? end : block + PIECE);
+}
+
+int zmoe_encode_range(void *out, zmoe_dtype out_dtype, const void *src, zmoe_dtype src_dtype,
+                      uint32_t width, const zmoe_range *range, uint32_t *checksum, zmoe_isa isa) {
+  uint32_t crc = 0;
+  int rc = ZMOE_OK;
+  size_t end = range->block + range->blocks;
+  for (size_t block = range->block; block < end && rc == ZMOE_OK; block += PIECE) {
+    zmoe_range piece = piece_of(range, out_dtype, width, block);
+    uint8_t *to = (uint8_t *)out + (piece.byte - range->byte);
+    size_t before = (piece.element - range->element) * zmoe_item_bytes(src_dtype);
+    const void *from = src != NULL ? (const uint8_t *)src + before : NULL;
+    if (out_dtype == src_dtype && from != NULL)
+      memcpy(to, from, piece.bytes);
+    else
+      rc = zmoe_reduce_range(to, out_dtype, &from, 1, src_dtype, width, &piece, isa);
+    if (checksum != NULL)
+      crc = zmoe_crc32c_go_on(crc, to, piece.bytes, isa);
+  }
+  if (checksum != NULL)
+    *checksum = crc;
+  return rc;
+}
+
 /* A row's sum must not depend on the rows beside it.  So every algorithm rounds it alike: to
  * what would travel.  And a missing part must add as its zeros would, had other rows made
  * it present: they turn a sum of -0 into 0. */
 int zmoe_sum_range(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                    zmoe_dtype part_dtype, uint32_t width, const zmoe_range *range, zmoe_isa isa) {
-  enum { PIECE = 64 }; /* blocks, few enough to stay in the nearest cache */
   static const uint8_t ZEROS[PIECE * ZMOE_Q8_BLOCK * sizeof(float)];
   uint8_t rounded[sizeof ZEROS];
   const void *of_piece[ZMOE_MAX_NODES], *again = rounded;
@@ -97,8 +129,7 @@ int zmoe_sum_range(void *out, zmoe_dtype out_dtype, const void *const *parts, ui
   int rc = n_parts > ZMOE_MAX_NODES ? ZMOE_EINVAL : ZMOE_OK;
   size_t end = range->block + range->blocks;
   for (size_t block = range->block; block < end && rc == ZMOE_OK; block += PIECE) {
-    zmoe_range piece =
-        range_of(part_dtype, width, block, end - block < PIECE ? end : block + PIECE);
+    zmoe_range piece = piece_of(range, part_dtype, width, block);
     const void *zeros = ZEROS;
     for (uint32_t p = 0; p < n_parts; p++) {
       of_piece[p] = parts[p] != NULL ? (const uint8_t *)parts[p] + piece.byte - range->byte : zeros;

@@ -25,6 +25,10 @@ size_t zmoe_chunk_most(size_t bytes, uint32_t chunks);
 /* zmoe_reduce of a range: `out` and `parts` point to its beginning. */
 int zmoe_reduce_range(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,
                       zmoe_dtype part_dtype, uint32_t width, const zmoe_range *range, zmoe_isa isa);
+/* Encodes a range of `src`, of NULL for zeros; `checksum` becomes the CRC-32C of what was
+ * written, unless it is NULL. */
+int zmoe_encode_range(void *out, zmoe_dtype out_dtype, const void *src, zmoe_dtype src_dtype,
+                      uint32_t width, const zmoe_range *range, uint32_t *checksum, zmoe_isa isa);
 /* The same for the sum of all ranks' parts, which is rounded to `part_dtype` before it is
  * converted.  A NULL part adds zeros: a sum that holds one is never -0. */
 int zmoe_sum_range(void *out, zmoe_dtype out_dtype, const void *const *parts, uint32_t n_parts,

@@ -192,7 +192,6 @@ int zmoe_peers_routed(zmoe_exchange *ex, int flags) {
       empty = 1;
     else
       take_routed(ex, &part);
-    flags = ZMQ_DONTWAIT;
     if (ex->role == ZMOE_LEADER && zmoe_is_open(ex) && zmoe_missing(ex) == 0)
       break; /* as receive_from() does */
   }
@@ -248,13 +247,20 @@ uint64_t zmoe_exchange_links(zmoe_exchange *ex) {
   return ex->linked & ex->routable;
 }
 
-uint64_t zmoe_peers_lost(const zmoe_exchange *ex, uint64_t now_us) {
+static int is_overdue(const zmoe_exchange *ex, uint32_t rank, uint64_t now_us) {
+  uint64_t since_us = ex->peers[rank].down_since_us;
+  return since_us != 0 && now_us >= since_us + ex->grace_ms * UINT64_C(1000);
+}
+
+/* A link may have come back while this rank computed: its events are read before it is lost. */
+uint64_t zmoe_peers_lost(zmoe_exchange *ex, uint64_t now_us) {
   uint64_t lost = 0;
   if (ex->linked == ex->everyone)
     return 0;
   for (uint32_t r = 0; r < ex->nodes; r++) {
-    uint64_t since_us = ex->peers[r].down_since_us;
-    if (since_us != 0 && now_us - since_us >= ex->grace_ms * UINT64_C(1000))
+    if (is_overdue(ex, r, now_us))
+      zmoe_peers_events(ex, r);
+    if (is_overdue(ex, r, now_us))
       lost |= zmoe_bit(r);
   }
   return lost;

@@ -258,8 +258,7 @@ void zmoe_receive_routed(zmoe_exchange *ex, zmq_msg_t *message, const zmoe_heade
   take_frame(ex, message, header, ROUTED);
 }
 
-/* `link` is the rank that the socket leads to, or -1 when it leads to all.
- * `flags` are those of the first receive. */
+/* `link` is the rank that the socket leads to, or -1 when it leads to all. */
 static int receive_from(zmoe_exchange *ex, void *socket, int link, int flags) {
   zmq_msg_t message;
   zmoe_zmq.msg_init(&message);
@@ -269,7 +268,6 @@ static int receive_from(zmoe_exchange *ex, void *socket, int link, int flags) {
       empty = 1;
       break;
     }
-    flags = ZMQ_DONTWAIT;
     zmoe_header header;
     if (zmoe_zmq.msg_more(&message)) {
       ex->stats.bad_field++;

@@ -12,8 +12,6 @@
 
 #include <assert.h>
 
-#include "payload.h"
-
 static zmoe_range range_of(const zmoe_header *header, uint32_t chunk) {
   return zmoe_chunk((zmoe_dtype)header->dtype, header->rows, header->width, header->chunks, chunk);
 }
@@ -48,16 +46,11 @@ int zmoe_scatter_encode(zmoe_exchange *ex, zmoe_collective *collective, const vo
   size_t item = zmoe_dtype_bytes(src_dtype);
   for (uint32_t c = 0; c < ex->nodes; c++) {
     zmoe_held held = zmoe_scatter_partial(collective, c);
-    if (src != NULL) {
-      zmoe_range range = range_of(header, c);
-      const void *part = (const uint8_t *)src + range.element * item;
-      int rc = zmoe_reduce_range(held.frame + ZMOE_HEADER_BYTES, (zmoe_dtype)header->dtype, &part,
-                                 1, src_dtype, header->width, &range, ex->isa);
-      if (rc != ZMOE_OK)
-        return rc;
-    }
-    if (c != ex->rank) /* our own chunk stays here */
-      zmoe_held_encode(ex, &held);
+    zmoe_range range = range_of(header, c);
+    const void *part = src != NULL ? (const uint8_t *)src + range.element * item : NULL;
+    int rc = zmoe_held_fill(ex, &held, part, src_dtype, &range);
+    if (rc != ZMOE_OK)
+      return rc;
   }
   return ZMOE_OK;
 }

@@ -128,7 +128,7 @@ int zmoe_wait_slot(zmoe_exchange *ex, size_t bytes, uint64_t deadline_us, zmoe_s
 
 /* ---- until all frames are here ----------------------------------------------- */
 
-int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost) {
+int zmoe_wait_trouble(zmoe_exchange *ex, uint64_t now_us, uint64_t until_us, uint64_t *lost) {
   if (ex->diverged != 0)
     return ZMOE_EDIVERGED;
   if (ex->zmq_errno != 0)
@@ -142,11 +142,14 @@ int zmoe_wait_trouble(const zmoe_exchange *ex, uint64_t now_us, uint64_t until_u
 /* A peer usually answers within the time that falling asleep and waking up
  * would take: look for its frame a while before sleeping, in turns with whoever
  * needs this core, which may be libzmq's own thread.  Where looking did not help
- * the last times, since peers are late, it is tried ever more seldom. */
+ * the last times, since peers are late, it is tried ever more seldom; and not at all for
+ * large frames, which would be copied by libzmq's thread on this core meanwhile. */
 static void spin(zmoe_exchange *ex, uint64_t now_us) {
-  enum { MISSES_MAX = 6 };
-  if (ex->spin_us == 0 || ex->spin_skip > 0) {
-    ex->spin_skip -= ex->spin_skip > 0;
+  enum { MISSES_MAX = 6, BYTES_MAX = 128 << 10 };
+  if (ex->spin_us == 0 || zmoe_collective_at(ex, ex->collected)->header.payload_bytes > BYTES_MAX)
+    return;
+  if (ex->spin_skip > 0) {
+    ex->spin_skip--;
     return;
   }
   for (uint64_t until_us = now_us + ex->spin_us; now_us < until_us; now_us = zmoe_now_us()) {
@@ -169,9 +172,9 @@ static int wait_for_all(zmoe_exchange *ex, uint64_t now_us, uint64_t deadline_us
   ex->unread = zmoe_missing(ex) != 0 && !zmoe_receive_awaited(ex, ZMQ_DONTWAIT);
   if (zmoe_missing(ex) != 0)
     spin(ex, now_us);
-  /* In most exchanges this is all: one sleep, on one descriptor, inside libzmq. */
+  /* In most exchanges this is all: sleeps on one descriptor, inside libzmq. */
   if (zmoe_missing(ex) != 0 && !zmoe_awaits_chunks(ex) && ex->diverged == 0 &&
-      deadline_us > 10000 * ZMOE_FIRST_WAIT_MS)
+      deadline_us > 40000 * ZMOE_FIRST_WAIT_MS)
     ex->unread = !zmoe_receive_awaited(ex, 0);
   while (zmoe_missing(ex) != 0 || ex->diverged != 0) {
     now_us = zmoe_now_us();

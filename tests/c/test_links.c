@@ -370,6 +370,26 @@ static void test_a_link_returns(void) {
   rig_close(nodes, 2);
 }
 
+/* It came back within the grace, while the node computed. */
+static void test_a_link_that_returned_unseen(void) {
+  rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 300});
+  zmoe_fault fault;
+  float sum;
+  int fd;
+  size_t bytes = sizeof fd;
+  CHECK_EQUAL(rig_node_publish(&nodes[0], 0, 0, 1), ZMOE_OK);
+  rig_kill(&nodes[1]);
+  RIG_UNTIL(&nodes[0], link_drops, 1);
+  rig_return(&nodes[1], nodes);
+  CHECK_EQUAL(zmoe_zmq.getsockopt(nodes[0].monitors[1], ZMQ_FD, &fd, &bytes), 0);
+  struct pollfd returned = {.fd = fd, .events = POLLIN};
+  CHECK_EQUAL(poll(&returned, 1, RIG_PATIENCE_MS), 1);
+  usleep(400000);
+  CHECK_EQUAL(collect_for(&nodes[0], &sum, 1000, &fault), ZMOE_ETIMEOUT);
+  CHECK_EQUAL(fault.lost, 0);
+  rig_close(nodes, 2);
+}
+
 /* A peer waits for the probe of a node that knows the link to stand and does nothing more. */
 static void test_a_new_link_is_probed_at_once(void) {
   rig_open(nodes, (rig_options){.nodes = 2, .puppets = 2, .resend_ms = 1000, .grace_ms = 60000});
@@ -506,6 +526,7 @@ int main(int argc, char **argv) {
       {"a dead peer is named after the grace", test_a_dead_peer},
       {"also between exchanges", test_a_dead_peer_between_exchanges},
       {"a link that returns in time", test_a_link_returns},
+      {"or has returned while nobody looked", test_a_link_that_returned_unseen},
       {"which is asked at once", test_a_link_that_returned_is_asked},
       {"a new link is probed at once", test_a_new_link_is_probed_at_once},
       {"only the lost are named", test_only_the_lost_are_named},

@@ -1,4 +1,4 @@
-"""The C tests, under sanitizers, and a short fuzz run; for aarch64 under qemu."""
+"""The C tests, under sanitizers, short fuzz and simulated runs; for aarch64 under qemu."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "c"
 CORES = os.cpu_count() or 1
+SIMULATE = ["simulate"] if sys.platform == "linux" else []  # by its waits and coroutines
 
 
 def make(*arguments: str) -> str:
@@ -32,7 +33,7 @@ def missing(*tools: str) -> list[str]:
 @pytest.mark.skipif(bool(missing("make", "cc")), reason="needs make and a C compiler")
 @pytest.mark.parametrize(
     "target",
-    [["check", "fuzz", "FUZZ_SECONDS=2"], ["threads"]],  # each with a folder of its own
+    [["check", "fuzz", *SIMULATE, "FUZZ_SECONDS=2"], ["threads"]],  # each with a folder of its own
     ids=["check", "threads"],
 )
 def test_c(target: list[str]) -> None:
