@@ -216,7 +216,7 @@ def test_a_worker_of_protocol_3_is_named_and_told(buses: Buses) -> None:
         old.send(msgpack.packb(["Join", 3, 1, "0.3", "oldhost"]))
         assert heard(leader) == (1, Join(3, 1, "0.3", "oldhost", ""))
         assert old.poll(PATIENCE_S * 1000)
-        assert msgpack.unpackb(old.recv()) == ["Stop", "the leader speaks protocol 9"]
+        assert msgpack.unpackb(old.recv()) == ["Stop", "the leader speaks protocol 10"]
 
 
 def test_a_worker_that_sends_what_none_can_is_named(buses: Buses) -> None:
