@@ -168,6 +168,12 @@ def test_decode_and_first_token(mixtral: Path) -> None:
     assert len(row["runs_s"]) == 1
 
 
+def test_strangers_has_a_row_for_each_kind() -> None:
+    rows = report_of("strangers.py", "--rounds", "2", "--tokens", "4")["results"]
+    assert [row["strangers"] for row in rows] == ["none", "silent", "50", "200"]
+    assert all(ratio > 0 for row in rows for ratio in row["ratios"])
+
+
 def test_a_model_that_cannot_run_is_one_line(tmp_path: Path) -> None:
     for program, nodes in (("decode.py", "1"), ("loading.py", "1"), ("ladder.py", "2")):
         done = call(program, str(tmp_path / "nothing"), "--nodes", nodes)

@@ -304,7 +304,9 @@ class Exchange(Collective):
         return self._native.pool_stats() if self._native is not None else self._pool_counters
 
     def close(self) -> None:
-        """Leave; idempotent, never blocks, drops what is unsent."""
+        """Leave; idempotent. What is under way still goes out, for half a second and what the
+        frames take at most: this waits for it unless a context was given.
+        """
         if self.door is not None:
             self.door.close()
         self._leave()

@@ -191,16 +191,16 @@ class Authenticator:
         version, request, name, address, _, mechanism, *credentials = question
         domain = name.decode()
         allowed = self._allowed.get(domain)
-        is_key = mechanism == b"CURVE"
-        shown = z85.encode(credentials[0]) if is_key else b"".join(credentials[1:])
+        is_encrypted = mechanism == b"CURVE"
+        shown = z85.encode(credentials[0]) if is_encrypted else b"".join(credentials[1:])
         if allowed is None:
             status = b"300"  # libzmq closes the connection, and the other side tries again
         elif shown.decode("ascii", "replace") in allowed:
             status = b"200"
         else:
             status = b"400"
-            key = f"whose public key is {shown.decode()}" if is_key else "who has no token"
-            self._note(f"{address.decode()}, {key}")
+            who = f"whose public key is {shown.decode()}" if is_encrypted else "who has no token"
+            self._note(f"{address.decode()}, {who}")
         return [version, request, status, b"", b"", b""]
 
     def _note(self, words: str) -> None:

@@ -17,12 +17,12 @@ import pytest
 from zmoe.cluster import bus as bus_module
 from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.hosts import Host, HostList
-from zmoe.cluster.messages import Join, Message
+from zmoe.cluster.messages import Join, Message, Stop
 from zmoe.cluster.spec import KEY_VARIABLE, ClusterSpec, WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, EngineConfig
 from zmoe.errors import InputError
 from zmoe.exchange import sockets
-from zmoe.exchange.keys import KeyPair, Pinned, write_new_key
+from zmoe.exchange.keys import Authenticator, KeyPair, Pinned, write_new_key
 from zmoe.exchange.local import Exchange, connect_group
 from zmoe.exchange.sockets import Context
 
@@ -85,6 +85,38 @@ def test_others_are_told_why_not(context: Context, worker: Pinned | None, words:
 def test_a_leader_without_a_key_is_named(context: Context) -> None:
     with pytest.raises(InputError, match="has no key, while this node has one"):
         first_heard(context, None, Pinned.shared(LEADER))
+
+
+def test_where_the_check_of_keys_fails_links_that_stand_go_on(
+    context: Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right, questions = Authenticator._answer, itertools.count()
+
+    def answer(self: Authenticator, question: list[bytes]) -> list[bytes]:
+        assert next(questions) == 0, "the second one"
+        return right(self, question)
+
+    monkeypatch.setattr(Authenticator, "_answer", answer)
+    same = Pinned.shared(LEADER)
+    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=3, grace=9.0, keys=same)
+    joins = [Join(PROTOCOL_VERSION, rank, "1", "here", "") for rank in (1, 2)]
+    ends = [WorkerBus(context, f"127.0.0.1:{bus.port}", joins[0], 9.0, same)]
+    until = time.monotonic() + PATIENCE_S
+    try:
+        while not bus.hear():
+            assert ends[0].receive(0.02) is None and time.monotonic() < until
+        ends.append(WorkerBus(context, f"127.0.0.1:{bus.port}", joins[1], 9.0, same))
+        while not caplog.messages:
+            assert bus.hear() == [] and time.monotonic() < until
+            ends[1].receive(0.02)
+        (line,) = caplog.messages
+        assert line.startswith("zmoe: nobody can connect any more: the check of keys failed: Asser")
+        bus.broadcast(Stop("enough"))
+        while ends[0].receive(0.02) != Stop("enough"):
+            assert bus.hear() == [] and time.monotonic() < until
+    finally:
+        for end in (*ends, bus):
+            end.close()
 
 
 def test_what_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

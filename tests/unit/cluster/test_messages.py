@@ -137,7 +137,7 @@ OUT_OF_RANGE = [
     (messages.Stop(""), {"error": "x" * 4001}, "Stop.error has 4001 characters"),
     (EXAMPLES[-9], {"figures": (1.0,)}, "Enter.figures has 1 items: not 4, nor none"),
     (VIEW, {"view.hosts": (0, 1, 2)}, "View.view.hosts gives shard 1 to node 1, which is gone"),
-    (VIEW, {"view.nodes": (2, 0)}, "View.view.nodes is .2, 0.: expected ascending ranks"),
+    (VIEW, {"view.nodes": (2, 0)}, "View.view.nodes is (2, 0): expected ascending ranks"),
     (VIEW, {"view.session": 1 << 63}, "View.view.session is"),
     (recovery.Opened(2, (HERE,)), {"endpoint": ()}, "Opened.endpoint has 0 items"),
 ]
