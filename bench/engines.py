@@ -82,7 +82,7 @@ def _context(options: argparse.Namespace) -> list[str]:
 
 def _without_context(options: argparse.Namespace) -> None:
     if options.context:
-        raise Absent("it is measured without --contexts alone")
+        raise Absent("it is measured without --contexts only")
 
 
 def zmoe(options: argparse.Namespace) -> list[Engine]:
