@@ -2,20 +2,25 @@
 
 Every figure comes from processes of their own, started anew in each round; the
 engines take turns in each, so that what else the machine does hits them alike.
-A row is the median over the rounds. Compare figures within one run only.
+A row is the median over the rounds, with their spread. Compare figures within one run only.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from common import (
+    BENCH,
     BenchError,
+    Children,
     environment,
     finish,
     list_of,
@@ -27,14 +32,20 @@ from common import (
     short_name,
 )
 from engines import MAKERS, Engine, Peers, find_peers, layout, zmoe
+from families import FAMILIES
 
 from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 
 BREAKDOWN = ("experts_ms", "exchange_ms", "other_ms")
 RATES = ("prompt_tps", "generation_tps")
 REFERENCE = "llama.cpp"  # on the fewest cores: what the ratios are to
+BLOCK = 64  # positions that zmoe's prefix cache keeps together
+# Of the models that --families makes: small, yet so that no one layer's kind is all of the time.
+TINY = ("--layers", "8", "--hidden", "512", "--heads", "8", "--kv-heads", "2", "--experts", "16")
+TINY += ("--top-k", "4", "--ffn", "256", "--vocab", "4096", "--dtype", "bfloat16", "--bits", "4")
 
-Runs = list[tuple[Engine, list[dict[str, Any]]]]
+Case = tuple[argparse.Namespace, Engine]  # whose options say the model and the context
+Runs = list[tuple[Case, list[dict[str, Any]]]]
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +61,13 @@ def arguments() -> argparse.Namespace:
     add("-p", "--prompt-tokens", type=positive, default=128, help="random ones; default 128")
     add("-m", "--max-tokens", type=positive, default=64, help="default 64")
     add("--prompt", help="text in place of random tokens; for zmoe alone")
-    add("--runs", type=positive, default=3, help="rounds; default 3")
+    add(
+        "--contexts",
+        type=list_of(context),
+        default=[0],
+        help=f"tokens held before the prompt, multiples of {BLOCK}, such as 0,4096; default 0",
+    )
+    add("--runs", type=positive, default=5, help="rounds; default 5")
     add("--repetitions", type=positive, default=1, help="in each round's process; default 1")
     add("--no-warm-up", dest="warm_up", action="store_false", help="time the first one as well")
     add("--compute", choices=COMPUTES, help="zmoe-run's")
@@ -62,37 +79,100 @@ def arguments() -> argparse.Namespace:
         default=[],
         help=f"also measure {','.join(MAKERS)}",
     )
+    add(
+        "--families",
+        type=list_of(one_of(tuple(FAMILIES))),
+        help=f"in place of a model, small ones of {','.join(FAMILIES)}, made for the run",
+    )
     add("--gguf", type=Path, help="the model for llama.cpp (default: MODEL.gguf beside the folder)")
     add("--slow", action="store_true", help="mlx-lm in full on a CPU, too")
     add("--deadline", type=positive, default=1800, help="seconds for one run")
     options = made.parse_args()
     if options.prompt is not None and options.peers:
         made.error("--prompt: the peers take --prompt-tokens only")
+    if options.prompt is not None and options.contexts != [0]:
+        made.error("--prompt: --contexts are held before random tokens only")
+    if options.families and options.gguf:
+        made.error("--families: each has a file of its own, not that of --gguf")
     return options
 
 
-def measure(options: argparse.Namespace, others: Peers) -> list[dict[str, Any]]:
-    """One row an engine; the rounds interleaved."""
-    runs: Runs = [(engine, []) for engine in (*zmoe(options), *others.engines)]
+def context(text: str) -> int:
+    """An argparse type: a number of tokens that the prefix cache can hold, or 0."""
+    if not text.isdecimal() or int(text) % BLOCK:
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of {BLOCK} tokens")
+    return int(text)
+
+
+def make_family(family: str, folder: Path, context: int, with_gguf: bool) -> str:
+    """A small model of `family` in `folder`, and beside it, where it can be converted, llama.cpp's
+    file; where it lies.
+    """
+    made = str(folder / family)
+    command = ["make_model.py", made, "--family", family, *TINY, "--context", str(context)]
+    converter = ["peers/gguf_model.py", made, f"{made}.gguf"]
+    with Children() as children:
+        if children.start([sys.executable, str(BENCH / command[0]), *command[1:]]).wait() != 0:
+            raise BenchError(f"make_model.py cannot make a {family}")
+        if with_gguf:  # what cannot be converted has no file, and so no peer
+            children.start([sys.executable, str(BENCH / converter[0]), *converter[1:]]).wait()
+    return made
+
+
+def cases(options: argparse.Namespace, models: Sequence[str]) -> tuple[list[Case], Peers]:
+    """All engines on all models and contexts; the peers by name, model and context."""
+    found, everyone = list[Case](), Peers()
+    for model in models:
+        for before in options.contexts:
+            own = copy.copy(options)
+            own.model, own.context = model, before
+            others = find_peers(own, {name: MAKERS[name] for name in options.peers})
+            found += [(own, engine) for engine in (*zmoe(own), *others.engines)]
+            everyone.builds |= others.builds
+            everyone.failed |= others.failed
+            everyone.absent |= {key(own, name): why for name, why in others.absent.items()}
+    return found, everyone
+
+
+def key(options: argparse.Namespace, name: str) -> str:
+    """What a peer is called in `absent`: with the model and the context where there are several."""
+    several = [short_name(options.model)] if options.families else []
+    several += [f"after {options.context}"] if len(options.contexts) > 1 else []
+    return ", ".join([name, *several])
+
+
+def measure(options: argparse.Namespace, found: list[Case], others: Peers) -> list[dict[str, Any]]:
+    """One row an engine, model and context; the rounds interleaved."""
+    runs: Runs = [(case, []) for case in found]
     for turn in range(options.runs):
-        for engine, done in runs:
-            if engine.name in others.absent or turn >= (engine.rounds or options.runs):
+        for (own, engine), done in runs:
+            if key(own, engine.name) in others.absent or turn >= (engine.rounds or options.runs):
                 continue
             where = "" if engine.cores is None else f" on {engine.cores} cores"
-            print(f"run {turn + 1}, {engine.name}, {engine.nodes} nodes{where}", file=sys.stderr)
+            what = f"{short_name(own.model)} after {own.context}, {engine.name}"
+            print(f"run {turn + 1}, {what}, {engine.nodes} nodes{where}", file=sys.stderr)
             try:
                 done.append(run_json(engine.command, options.deadline))
             except BenchError as error:
                 if engine.name == "zmoe":
                     raise
-                others.fail(engine.name, error)
-    return [row(short_name(options.model), engine, done) for engine, done in runs if done]
+                others.fail(key(own, engine.name), error)
+    return [
+        row(short_name(own.model), own.context, engine, done)
+        for (own, engine), done in runs
+        if done
+    ]
 
 
-def row(model: str, engine: Engine, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over `runs`; memory is the largest that any process ever took, in bytes."""
+def row(
+    model: str, before: int, engine: Engine, runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Medians over `runs`, and all of their spread over the median; memory is the largest that any
+    process ever took, in bytes.
+    """
     made: dict[str, Any] = {
         "model": model,
+        "context": before,
         "engine": engine.name,
         "nodes": engine.nodes,
         "cores": engine.cores,
@@ -100,8 +180,11 @@ def row(model: str, engine: Engine, runs: Sequence[Mapping[str, Any]]) -> dict[s
     for name in ("prompt_tokens", "generation_tokens"):
         made[name] = runs[0][name]
     for name in RATES:
-        made[name] = round(statistics.median(run[name] for run in runs), 2)
-        made[name.replace("tps", "runs")] = [round(run[name], 2) for run in runs]
+        rates = [run[name] for run in runs]
+        made[name] = round(statistics.median(rates), 2)
+        made[name.replace("tps", "runs")] = [round(rate, 2) for rate in rates]
+        spread = (max(rates) - min(rates)) / statistics.median(rates)
+        made[name.replace("tps", "spread")] = round(spread, 3)
     if "breakdown" in runs[0]:
         for name in BREAKDOWN:
             made[name] = round(statistics.median(run["breakdown"][name] for run in runs), 3)
@@ -115,12 +198,19 @@ def row(model: str, engine: Engine, runs: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """To every row, its rates as multiples of the reference's, if that was measured."""
-    references = [each for each in rows if each["engine"] == REFERENCE]
-    if not references:
-        return
-    reference = min(references, key=lambda each: each["cores"] or 0)
+    """To every row, its rates as multiples of the reference's on the same model after the same
+    context, if that was measured.
+    """
     for each in rows:
+        references = [
+            other
+            for other in rows
+            if other["engine"] == REFERENCE
+            and (other["model"], other["context"]) == (each["model"], each["context"])
+        ]
+        if not references:
+            continue
+        reference = min(references, key=lambda other: other["cores"] or 0)
         for name in RATES:
             ratio = each[name] / reference[name]
             each[name.replace("tps", "ratio")] = round(ratio, 3)
@@ -132,8 +222,8 @@ def cells(each: Mapping[str, Any], usual: tuple[int, int]) -> list[str]:
     made = [each["engine"] if counts == usual else "{} ({},{})".format(each["engine"], *counts)]
     made.append(f"{each['nodes']}/{each['cores'] or '-'}")
     for name in RATES:
-        ratio = each.get(name.replace("tps", "ratio"))
-        made += [f"{each[name]:.1f}", "-" if ratio is None else f"{ratio:.2f}"]
+        ratio, spread = (each.get(name.replace("tps", word)) for word in ("ratio", "spread"))
+        made += [f"{each[name]:.1f}", f"{spread:.0%}", "-" if ratio is None else f"{ratio:.2f}"]
     made += [f"{each[name]:.2f}" if name in each else "-" for name in BREAKDOWN]
     return [*made, f"{each['peak_memory'] / 2**20:.0f}"]
 
@@ -145,13 +235,19 @@ def show(report: Mapping[str, Any]) -> None:
 
     results, console = report["results"], Console()
     usual = (results[0]["prompt_tokens"], results[0]["generation_tokens"])
+    several = len({(each["model"], each["context"]) for each in results}) > 1
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    if several:
+        table.add_column("model")
+        table.add_column("after", justify="right", no_wrap=True)
     table.add_column("engine", no_wrap=True)
     table.add_column("n/c", no_wrap=True)
     for title in (
         f"pp{usual[0]}",
+        "+-",
         "x",
         f"tg{usual[1]}",
+        "+-",
         "x",
         "experts",
         "exchange",
@@ -160,7 +256,8 @@ def show(report: Mapping[str, Any]) -> None:
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for each in results:
-        table.add_row(*cells(each, usual))
+        about = [each["model"], str(each["context"])] if several else []
+        table.add_row(*about, *cells(each, usual))
     console.print(table)
     for each in results:
         if each.get("spans_ms"):
@@ -171,7 +268,9 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(f"absent: {name}: {reason}", highlight=False)
     console.print(
         "n/c: nodes and cores in all. pp, tg: tokens/s of prefill and decode; "
+        "+-: from the slowest to the fastest round, over the median; "
         f"x: as a multiple of {REFERENCE} on the fewest cores. "
+        "after: tokens held before. "
         "experts, exchange, other: ms/token. MiB: peak of a process. "
         "Behind a name: its own (pp,tg).",
         highlight=False,
@@ -181,13 +280,21 @@ def show(report: Mapping[str, Any]) -> None:
 def benchmark() -> int:
     options = arguments()
     block = environment()
-    others = find_peers(options, {name: MAKERS[name] for name in options.peers})
-    rows = measure(options, others)
+    with ExitStack() as stack:
+        models = [options.model]
+        if options.families:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with_gguf = any(name.startswith(REFERENCE) for name in options.peers)
+            most = max(options.contexts) + options.prompt_tokens + options.max_tokens + 1
+            models = [make_family(name, folder, most, with_gguf) for name in options.families]
+        found, others = cases(options, models)
+        rows = measure(options, found, others)
     add_ratios(rows)
     block["builds"] = others.builds
     block["load_average_after"] = environment()["load_average"]
     report = {"environment": block, "results": rows, "absent": others.absent}
-    finish(options, report, show, of=short_name(options.model))
+    of = "families" if options.families else short_name(options.model)
+    finish(options, report, show, of=of if options.contexts == [0] else f"{of} contexts")
     return 1 if others.failed else 0
 
 

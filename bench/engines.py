@@ -75,9 +75,19 @@ def _counts(options: argparse.Namespace) -> list[str]:
     return words if options.warm_up else [*words, "--no-warm-up"]
 
 
+def _context(options: argparse.Namespace) -> list[str]:
+    """What stands before the prompt, for those that can hold it."""
+    return ["--context", str(options.context)] if options.context else []
+
+
+def _without_context(options: argparse.Namespace) -> None:
+    if options.context:
+        raise Absent("it is measured without --contexts only")
+
+
 def zmoe(options: argparse.Namespace) -> list[Engine]:
     """Ours, one engine per layout."""
-    return layouts("zmoe_cluster.py", options, _counts(options))
+    return layouts("zmoe_cluster.py", options, [*_counts(options), *_context(options)])
 
 
 def layouts(program: str, options: argparse.Namespace, words: list[str]) -> list[Engine]:
@@ -113,7 +123,7 @@ def gguf_file(options: argparse.Namespace) -> str:
     folder = Path(options.model).absolute()
     path: Path = options.gguf or folder.with_name(f"{folder.name}.gguf")
     if not path.is_file():
-        raise Absent(f"no {path.name}: bench/peers/gguf_model.py makes it of a Qwen3-MoE folder")
+        raise Absent(f"no {path.name}: bench/peers/gguf_model.py makes it, of some families")
     return str(path)
 
 
@@ -124,18 +134,18 @@ def core_counts(options: argparse.Namespace) -> list[int | None]:
 
 def _llama(options: argparse.Namespace) -> list[Engine]:
     """One process on as many cores as our layouts take."""
-    model, words = gguf_file(options), _counts(options)
-    # Our tokens come after the prompt, so llama.cpp's do too.
-    words += ["-d", str(options.prompt_tokens)]
+    model, words = gguf_file(options), [*_counts(options), *_context(options)]
     return [
-        Engine("llama.cpp", 1, cores, script("llamacpp.py", model, cores, *words))
+        Engine("llama.cpp", 1, cores, script("llamacpp_bench.py", model, cores, *words))
         for cores in core_counts(options)
     ]
 
 
 def _llama_rpc(options: argparse.Namespace) -> list[Engine]:
     """As many servers as our layouts have nodes, where that is several."""
+    _without_context(options)
     model, words = gguf_file(options), _counts(options)
+    # Our tokens come after the prompt, so llama.cpp's do too.
     words += ["-d", str(options.prompt_tokens)]
     several = [each for each in options.nodes if each.nodes > 1]
     if not several:
@@ -155,6 +165,7 @@ def _mlx_lm(options: argparse.Namespace) -> list[Engine]:
     """One process; few tokens, and in one round only, where MLX runs on a CPU."""
     import mlx.core as mx
 
+    _without_context(options)
     words, rounds = _counts(options), None
     if mx.default_device() == mx.Device(mx.cpu) and not options.slow:
         files = Path(options.model).glob("model*.safetensors")

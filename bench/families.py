@@ -19,7 +19,7 @@ def _llama_config(o: argparse.Namespace) -> dict[str, Any]:
         "vocab_size": o.vocab,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": o.context,
         "tie_word_embeddings": False,
     }
 
@@ -191,7 +191,7 @@ def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
         "d_model": o.hidden,
         "n_layers": o.layers,
         "n_heads": o.heads,
-        "max_seq_len": 4096,
+        "max_seq_len": o.context,
         "vocab_size": o.vocab,
         "attn_config": {"kv_n_heads": o.kv_heads, "clip_qkv": 8.0, "rope_theta": 5e5},
         "ffn_config": {

