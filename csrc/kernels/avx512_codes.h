@@ -171,6 +171,9 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[2][ZMOE_DOT_ROWS];
   const char *elements[TILE_ROWS];
   struct last_blocks last;
+  /* As many outputs later on, in the order of memory: two cores read faster so than where each
+   * output's next block is fetched with its block. */
+  const unsigned char *ahead = out.data + skipped * out.row_bytes;
   EACH(r, rows)
     elements[r] = x[r].elements;
   EACH(j, n_out) {
@@ -192,7 +195,8 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
         if (codes == NVFP4)
           factor[1][j] =
               _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(1)), scale[j]);
-        prefetch_block(codes, from + (skipped + j) * out.row_bytes);
+        prefetch_block(codes, ahead);
+        ahead += BLOCK_BYTES(codes);
       }
       size_t row_bytes = out.row_bytes;
       if (at + BLOCK_CODES(codes) > end) {
