@@ -190,8 +190,8 @@ class LeaderBus:
                 continue
             if got is not None:
                 heard.append(got)
-        if not any(isinstance(message, Failed) for _, message in heard):
-            self._check_links()  # else it may say why its link is gone
+        if not heard:  # words that came before a loss are not lost with it, and may say why
+            self._check_links()
         return heard
 
     def finish(self, timeout: float) -> list[int]:

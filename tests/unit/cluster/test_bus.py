@@ -216,7 +216,10 @@ def test_a_worker_of_protocol_3_is_named_and_told(buses: Buses) -> None:
         old.send(msgpack.packb(["Join", 3, 1, "0.3", "oldhost"]))
         assert heard(leader) == (1, Join(3, 1, "0.3", "oldhost", ""))
         assert old.poll(PATIENCE_S * 1000)
-        assert msgpack.unpackb(old.recv()) == ["Stop", f"the leader speaks protocol {PROTOCOL_VERSION}"]
+        assert msgpack.unpackb(old.recv()) == [
+            "Stop",
+            f"the leader speaks protocol {PROTOCOL_VERSION}",
+        ]
 
 
 def test_a_worker_that_sends_what_none_can_is_named(buses: Buses) -> None:
@@ -308,6 +311,34 @@ def test_a_link_that_stays_broken_is_lost_on_both_ends(buses: Buses) -> None:
 
 
 # ---- the end ----------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_worker_swallows_no_words_of_another(buses: Buses) -> None:
+    leader = buses.leader(nodes=3, grace=0.1)
+    workers = first, second = [buses.worker(leader.port, rank) for rank in (1, 2)]
+    joined: list[tuple[int, Message]] = []
+
+    def all_joined() -> bool:
+        assert [worker.take() for worker in workers] == [None, None]
+        joined.extend(leader.hear())
+        return len(joined) == 2
+
+    until(all_joined)
+    leader.broadcast(SETUP)
+    assert taken(first, leader) == taken(second, leader) == SETUP
+    first.close()
+
+    def is_down() -> bool:
+        leader.broadcast(SETUP, (1,))
+        return leader._peers[1].down_since is not None
+
+    until(is_down)
+    second.send(Memory(7))
+    time.sleep(2 * 0.1)  # the grace of the first one
+    assert leader.socket.poll(PATIENCE_S * 1000)
+    assert leader.hear() == [(2, Memory(7))]
+    with pytest.raises(PeerError, match="rank 1"):
+        until(leader.hear)
 
 
 def test_an_end_waits_until_its_last_words_are_heard(buses: Buses) -> None:
