@@ -168,6 +168,12 @@ class LeaderBus:
             words = self._given_up[peer.identity] = peer.channel.note(encode(Stop(why)))
             self._write(peer.identity, words)
 
+    def probe(self) -> None:
+        """Write to every worker, so that hear() notices a link that breaks while nobody speaks."""
+        for peer in self._peers.values():
+            peer.channel.acknowledge()
+            self._flush(peer)
+
     def wait(self, timeout: float) -> None:
         """Sleep until something has come, at most `timeout` seconds."""
         self.socket.poll(max(0, int(timeout * 1000)))

@@ -313,6 +313,19 @@ def test_a_link_that_stays_broken_is_lost_on_both_ends(buses: Buses) -> None:
 # ---- the end ----------------------------------------------------------------------------
 
 
+def test_a_link_that_breaks_while_nobody_speaks_is_noticed(buses: Buses) -> None:
+    leader = buses.leader(grace=0.1)
+    worker = buses.pair(leader.port, leader)
+    worker.close()
+
+    def look() -> None:
+        leader.probe()
+        leader.hear()
+
+    with pytest.raises(PeerError, match="rank 1"):
+        until(look)
+
+
 def test_the_loss_of_a_worker_swallows_no_words_of_another(buses: Buses) -> None:
     leader = buses.leader(nodes=3, grace=0.1)
     workers = first, second = [buses.worker(leader.port, rank) for rank in (1, 2)]
