@@ -168,6 +168,12 @@ class LeaderBus:
             words = self._given_up[peer.identity] = peer.channel.note(encode(Stop(why)))
             self._write(peer.identity, words)
 
+    def probe(self) -> None:
+        """Write to every worker, so that hear() notices a link that breaks while nobody speaks."""
+        for peer in self._peers.values():
+            peer.channel.acknowledge()
+            self._flush(peer)
+
     def wait(self, timeout: float) -> None:
         """Sleep until something has come, at most `timeout` seconds."""
         self.socket.poll(max(0, int(timeout * 1000)))
@@ -190,8 +196,8 @@ class LeaderBus:
                 continue
             if got is not None:
                 heard.append(got)
-        if not any(isinstance(message, Failed) for _, message in heard):
-            self._check_links()  # else it may say why its link is gone
+        if not heard:  # words that came before a loss are not lost with it, and may say why
+            self._check_links()
         return heard
 
     def finish(self, timeout: float) -> list[int]:

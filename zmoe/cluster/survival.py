@@ -41,6 +41,7 @@ from zmoe.recovery.messages import FromNode, Suspect
 from zmoe.recovery.view import ClusterView
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
+_PROBE_S = 0.5  # between two looks at their links meanwhile
 # For a node to say that it has stopped: it hears that in an exchange, between two layers.
 _ANSWER_S = 15.0
 _SPARE_S = 10.0  # that nodes wait longer for the leader than it waits for them
@@ -97,6 +98,7 @@ class Survival:
         self._actions: deque[LeaderAction] = deque()
         self._may_be_halted = False
         self._emptied = False
+        self._next_probe = 0.0
 
     @property
     def view(self) -> ClusterView:
@@ -293,6 +295,10 @@ class Survival:
 
     def _listen(self, timeout: float) -> None:
         self._leader.bus.wait(timeout)
+        now = time.monotonic()
+        if now >= self._next_probe:
+            self._next_probe = now + _PROBE_S
+            self._leader.bus.probe()
         self.check_processes()
         self.hear()
 

@@ -313,6 +313,47 @@ def test_a_link_that_stays_broken_is_lost_on_both_ends(buses: Buses) -> None:
 # ---- the end ----------------------------------------------------------------------------
 
 
+def test_a_link_that_breaks_while_nobody_speaks_is_noticed(buses: Buses) -> None:
+    leader = buses.leader(grace=0.1)
+    worker = buses.pair(leader.port, leader)
+    worker.close()
+
+    def look() -> None:
+        leader.probe()
+        leader.hear()
+
+    with pytest.raises(PeerError, match="rank 1"):
+        until(look)
+
+
+def test_the_loss_of_a_worker_swallows_no_words_of_another(buses: Buses) -> None:
+    leader = buses.leader(nodes=3, grace=0.1)
+    workers = first, second = [buses.worker(leader.port, rank) for rank in (1, 2)]
+    joined: list[tuple[int, Message]] = []
+
+    def all_joined() -> bool:
+        assert [worker.take() for worker in workers] == [None, None]
+        joined.extend(leader.hear())
+        return len(joined) == 2
+
+    until(all_joined)
+    leader.broadcast(SETUP)
+    assert taken(first, leader) == taken(second, leader) == SETUP
+    first.close()
+
+    def is_down() -> bool:
+        leader.broadcast(SETUP, (1,))
+        return leader._peers[1].down_since is not None
+
+    until(is_down)
+    second.send(Memory(7))
+    time.sleep(2 * 0.1)  # the grace of the first one
+    assert leader.socket.poll(PATIENCE_S * 1000)
+    assert leader.hear() == [(2, Memory(7))]
+    with pytest.raises(PeerError, match="rank 1"):
+        until(leader.hear)
+
+
 def test_an_end_waits_until_its_last_words_are_heard(buses: Buses) -> None:
     leader = buses.leader()
     with Relay(leader.port) as relay:
