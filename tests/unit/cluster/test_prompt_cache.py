@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,11 +320,11 @@ def test_a_file_that_only_the_leader_has(
             assert pair._leader is not None
             send = pair._leader.bus.broadcast
 
-            def elsewhere(message: Any, there: Path = there, send: Any = send) -> None:
+            def elsewhere(there: Path, send: Any, message: Any, ranks: Any = None) -> None:
                 is_load = isinstance(message, LoadPrefix)
-                send(replace(message, path=str(there)) if is_load else message)
+                send(replace(message, path=str(there)) if is_load else message, ranks)
 
-            monkeypatch.setattr(pair._leader.bus, "broadcast", elsewhere)
+            monkeypatch.setattr(pair._leader.bus, "broadcast", partial(elsewhere, there, send))
             with pytest.raises(InputError, match=f"node 1: .*{there}.*{words}"):
                 pair.load_prompt_cache(saved)
             with pytest.raises(ZmoeError, match="has ended"):
