@@ -37,7 +37,7 @@ from zmoe.recovery.actions import (
 )
 from zmoe.recovery.adopt import Stock
 from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
-from zmoe.recovery.messages import FromNode
+from zmoe.recovery.messages import FromNode, Suspect
 from zmoe.recovery.view import ClusterView
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
@@ -136,6 +136,8 @@ class Survival:
         elif isinstance(message, Failed):
             raise error_of(rank, message)
         elif isinstance(message, FromNode):
+            if isinstance(message, Suspect):
+                self._leader.bus.doubt(message.lost)
             self._take(self._machine.receive(rank, message, time.monotonic()))
         else:
             self._leader.take(rank, message)
@@ -181,7 +183,9 @@ class Survival:
 
     def _lost(self, lost: PeerError) -> None:
         """The exchange has lost the host of the shard `lost.rank`."""
-        self._take(self._machine.lost(self.view.hosts[lost.rank], time.monotonic()))
+        host = self.view.hosts[lost.rank]
+        self._leader.bus.doubt(host)
+        self._take(self._machine.lost(host, time.monotonic()))
 
     def _take(self, actions: Sequence[LeaderAction]) -> None:
         halts = any(isinstance(action, Halt) for action in actions)
