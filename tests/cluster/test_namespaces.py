@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,54 +13,27 @@ import numpy as np
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output
+from tests.namespaces import A, B, C, Unavailable, ip, namespaces, stand_in_for_ssh
 from zmoe.exchange.keys import write_new_key
 
-A, B, C = "10.213.7.1", "10.213.7.2", "10.213.7.3"
 PROGRAM = Path(__file__).with_name("launched.py")
 GREEDY = ("--temp", "0", "-m", "16", "ROMEO:")
 
 
-def ip(*arguments: str, check: bool = True) -> None:
-    subprocess.run(["ip", *arguments], check=check, capture_output=True, timeout=PATIENCE_S)
-
-
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, ...]]:
-    """Names of namespaces with the addresses A, B and C; the first one's bridge joins them."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    names = tuple(f"zmoe{os.getpid()}{side}" for side in "abc")
+    """See namespaces()."""
     try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-            ip("-n", names[0], "link", "add", "zmoe0", "type", "bridge")
-        except subprocess.CalledProcessError:
-            pytest.skip("this system does not allow network namespaces with a bridge")
-        for name in names[1:]:
-            port = ("link", "add", name[-5:], "netns", names[0], "type", "veth")
-            ip(*port, "peer", "zmoe0", "netns", name)
-            ip("-n", names[0], "link", "set", name[-5:], "master", "zmoe0", "up")
-        for name, address in zip(names, (A, B, C)):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "zmoe0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "zmoe0", "up")
-        yield names
-    finally:
-        for name in names:
-            ip("netns", "delete", name, check=False)
+        with namespaces() as names:
+            yield names
+    except Unavailable as why:
+        pytest.skip(str(why))
 
 
 @pytest.fixture
 def ssh(commands: Commands, hosts: tuple[str, ...], tmp_path: Path) -> None:
-    """An `ssh` that enters the namespace of the host's address."""
-    script = tmp_path / "ssh"
-    script.write_text(
-        "#!/bin/sh\nwhile [ $# -gt 2 ]; do shift; done\n"
-        f"case $1 in {B}) host={hosts[1]};; {C}) host={hosts[2]};; esac\n"
-        'exec ip netns exec $host sh -c "$2"\n'
-    )
-    script.chmod(0o755)
+    """An `ssh` into these."""
+    stand_in_for_ssh(tmp_path, hosts)
     commands.env["PATH"] = f"{tmp_path}:{commands.env['PATH']}"
 
 

@@ -16,6 +16,7 @@ can also end the process, by the assertion that zmoe.exchange.sockets tells of.
 from __future__ import annotations
 
 import hmac
+import math
 import re
 import secrets
 import time
@@ -173,6 +174,15 @@ class LeaderBus:
         for peer in self._peers.values():
             peer.channel.acknowledge()
             self._flush(peer)
+
+    def doubt(self, rank: int) -> None:
+        """Grant no grace to worker `rank`, which others have lost, if its link is broken, too."""
+        peer = self._peers.get(rank)
+        if peer is not None:
+            peer.channel.acknowledge()
+            self._flush(peer)
+            if peer.down_since is not None:
+                peer.down_since = -math.inf
 
     def wait(self, timeout: float) -> None:
         """Sleep until something has come, at most `timeout` seconds."""

@@ -148,6 +148,8 @@ class Survival:
         elif isinstance(message, Failed):
             raise error_of(rank, message)
         elif isinstance(message, FromNode):
+            if isinstance(message, Suspect):
+                self._leader.bus.doubt(message.lost)
             self._take(self._machine.receive(rank, message, time.monotonic()))
         else:
             self._leader.take(rank, message)
@@ -193,7 +195,9 @@ class Survival:
 
     def _lost(self, lost: PeerError) -> None:
         """The exchange has lost the host of the shard `lost.rank`."""
-        self._take(self._machine.lost(self.view.hosts[lost.rank], time.monotonic()))
+        host = self.view.hosts[lost.rank]
+        self._leader.bus.doubt(host)
+        self._take(self._machine.lost(host, time.monotonic()))
 
     def _take(self, actions: Sequence[LeaderAction]) -> None:
         halts = any(isinstance(action, Halt) for action in actions)

@@ -326,6 +326,21 @@ def test_a_link_that_breaks_while_nobody_speaks_is_noticed(buses: Buses) -> None
         until(look)
 
 
+def test_a_worker_in_doubt_has_no_grace(buses: Buses) -> None:
+    leader = buses.leader(grace=1e9)
+    worker = buses.pair(leader.port, leader)
+    leader.doubt(1)
+    assert leader.hear() == []
+    worker.close()
+
+    def look() -> None:
+        leader.doubt(1)
+        leader.hear()
+
+    with pytest.raises(PeerError, match="rank 1"):
+        until(look)
+
+
 def test_the_loss_of_a_worker_swallows_no_words_of_another(buses: Buses) -> None:
     leader = buses.leader(nodes=3, grace=0.1)
     workers = first, second = [buses.worker(leader.port, rank) for rank in (1, 2)]

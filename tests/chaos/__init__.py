@@ -1,0 +1,1 @@
+"""Kills, stops and cuts at any moment: the text must be the one that comes without them."""
