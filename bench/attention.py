@@ -144,7 +144,7 @@ class Case:
         order = np.random.default_rng(2).permutation(each * self.sequences).astype(np.uint32)
         self.steps = []
         for table in order.reshape(self.sequences, each):
-            step = PagedStep()
+            step = PagedStep(())
             step.begin([(context, rows, table)])
             self.steps.append((step, table))
         self.angles = np.zeros((context + rows, 32), np.float32)
