@@ -112,13 +112,13 @@ def deadline(seconds: int) -> Iterator[None]:
         faulthandler.dump_traceback(all_threads=True)
         raise Failure(f"did not end within {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    handler = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest may have set another one
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @dataclass
