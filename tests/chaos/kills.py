@@ -302,13 +302,16 @@ def run_served(
         for seed in range(STREAMS)
     ]
 
-    def texts(server: Server) -> list[str]:
-        return [reader.text() for reader in [Reader(server, body) for body in bodies]]
+    def begin(server: Server) -> list[Reader]:
+        return [Reader(server, body) for body in bodies]
+
+    def texts(readers: Sequence[Reader]) -> list[str]:
+        return [reader.text() for reader in readers]
 
     with serving(*variant.flags()) as server:
-        texts(server)
+        texts(begin(server))
         began = time.monotonic()
-        whole = texts(server)
+        whole = texts(begin(server))
         duration = time.monotonic() - began
 
         def victims() -> list[int]:
@@ -320,8 +323,10 @@ def run_served(
             when = [draw.uniform(0, duration)] if of_engine else delays(draw, duration)
             killer = Killer(draw, victims, when)
             with results.round(f"{name}.{number}", killer.story):
+                # While there is no engine, new requests are refused.
+                readers = begin(server) if of_engine else None
                 with killer:
-                    found = texts(server)
+                    found = texts(readers or begin(server))
                 different = [n for n, pair in enumerate(zip(found, whole)) if len({*pair}) > 1]
                 if different:
                     raise Failure(f"other texts of streams {different}")
