@@ -167,6 +167,8 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, hosts: tuple[str, ...]) 
         hosts[0],
         "--hosts",
         f"{A},{B}",
+        "--compute",
+        "mlx",  # on which steps cannot be repeated
         "-m",
         "100000",
         "ROMEO:",
