@@ -351,6 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "workers of a run, workers while it starts, workers or the engine of a server"
     parser.add_argument("--kill", choices=KINDS, default="workers", help=what)
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
     results, left, number, until = Results(), args.rounds, 0, time.monotonic() + args.seconds
