@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tests.chaos.stops", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"Of {', '.join(KINDS)}")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     for kind in args.kinds or KINDS:
         with tempfile.TemporaryDirectory() as folder, commands_in(Path(folder)) as commands:
             began = time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output
-from tests.namespaces import A, B, C, Unavailable, ip, namespaces, stand_in_for_ssh
+from tests.namespaces import LINK, A, B, C, Unavailable, ip, namespaces, stand_in_for_ssh
 from zmoe.exchange.keys import write_new_key
 
 PROGRAM = Path(__file__).with_name("launched.py")
@@ -167,6 +167,8 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, hosts: tuple[str, ...]) 
         hosts[0],
         "--hosts",
         f"{A},{B}",
+        "--compute",
+        "mlx",  # on which steps cannot be repeated
         "-m",
         "100000",
         "ROMEO:",
@@ -176,3 +178,51 @@ def test_a_cut_cable_is_a_lost_peer(commands: Commands, hosts: tuple[str, ...]) 
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, errors
     assert re.search(r"zmoe-run: rank 1 .*step \d+", errors)
+
+
+CONTROL_LINK = """
+import sys, time
+from zmoe.cluster.bus import LeaderBus, WorkerBus
+from zmoe.cluster.messages import Join, Loading, Setup
+from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
+from zmoe.errors import PeerError
+from zmoe.exchange.sockets import Context
+
+role, address = sys.argv[1:]
+if role == "worker":
+    join = Join(PROTOCOL_VERSION, 1, "", "there", "")
+    bus = WorkerBus(Context(), f"{address}:9700", join, grace=60)
+    while True:
+        bus.take()
+        if bus.has_session:
+            bus.note(Loading(1, 2))
+        time.sleep(0.02)
+bus = LeaderBus(Context(), address, 9700, session=5, nodes=2, grace=1)
+joined = talks = False
+while True:
+    try:
+        heard = bus.hear()
+    except PeerError as lost:
+        sys.exit(str(lost))
+    if heard and not joined:
+        bus.broadcast(Setup(2, "m", EngineConfig(), Timing(), None))
+        joined = True
+    elif heard and not talks:
+        print("talks", flush=True)
+        talks = True
+    bus.probe()
+    time.sleep(0.1)
+"""
+
+
+def test_a_control_link_is_missed_whatever_came_last(
+    commands: Commands, hosts: tuple[str, ...]
+) -> None:
+    """A heartbeat or, nearly always here, something else."""
+    process = start(commands, hosts[0], "-c", CONTROL_LINK, "leader", A)
+    start(commands, hosts[1], "-c", CONTROL_LINK, "worker", A)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "talks\n"
+    ip("-n", hosts[1], "link", "set", LINK, "down")
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert errors == "rank 1 (there) cannot be reached between layers, step 0\n"

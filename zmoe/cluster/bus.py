@@ -52,7 +52,14 @@ from zmoe.exchange.keys import (
     connect_with_token,
     listen_with,
 )
-from zmoe.exchange.sockets import HANDSHAKE_MS, Context, Ports, bind, heartbeat
+from zmoe.exchange.sockets import (
+    HANDSHAKE_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    Context,
+    Ports,
+    bind,
+    heartbeat,
+)
 
 FAREWELL_S = 3.0  # how long an end waits for the other to acknowledge its last words
 _LINGER_MS = 500
@@ -136,6 +143,9 @@ class LeaderBus:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A worker that reconnects takes over from its own dead connection.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A machine that falls silent is missed by the workers' heartbeats, but only if one of these
+        # was the last that came: libzmq forgets them at any other message.
+        self.socket.setsockopt(zmq.TCP_MAXRT, HEARTBEAT_TIMEOUT_MS)
         self.host = host
         try:
             self.port = bind(self.socket, host, port, ports)
