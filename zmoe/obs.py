@@ -43,7 +43,11 @@ class Spans:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """A span that was measured elsewhere."""
+        self.seconds[name] += seconds
 
     def take(self) -> dict[str, float]:
         """Return the sums so far, in seconds, and reset them to zero."""

@@ -435,7 +435,7 @@ class Node:
         before = team.matmul_s if team is not None else 0.0
         out = self.engine.run(plan, logits)
         if team is not None:
-            self.spans.seconds["matmuls"] += team.matmul_s - before
+            self.spans.add("matmuls", team.matmul_s - before)
         return out
 
     def close(self) -> None:

@@ -236,7 +236,7 @@ class Door:
 
     def check(self, step: int | None = None) -> None:
         """See Groups; without a `step`, of any collective."""
-        self._exchange.spans.seconds["exchange"] += lib.zmoe_door_spent_us() / 1e6
+        self._exchange.spans.add("exchange", lib.zmoe_door_spent_us() / 1e6)
         failure = self._failure
         status = lib.zmoe_door_failed(failure)
         if status == Status.OK or (

@@ -69,7 +69,7 @@ class Chain:
             is_last = first + some == count
             self._run(first, some, h, rows, extent if is_last else Extent.ALL, routing)
         if self._experts_ns[0]:
-            self._spans.seconds["experts"] += self._experts_ns[0] * 1e-9
+            self._spans.add("experts", self._experts_ns[0] * 1e-9)
 
     def _run(
         self, first: int, count: int, h: CData, rows: int, extent: Extent, routing: CData
