@@ -161,23 +161,16 @@ def test_a_launched_program_sends_no_byte_in_clear(
 
 
 @pytest.mark.usefixtures("ssh")
-def test_a_cut_cable_is_a_lost_peer(commands: Commands, hosts: tuple[str, ...]) -> None:
-    process = leader(
-        commands,
-        hosts[0],
-        "--hosts",
-        f"{A},{B}",
-        "--compute",
-        "mlx",  # on which steps cannot be repeated
-        "-m",
-        "100000",
-        "ROMEO:",
-    )
+def test_a_cut_cable_is_missed_by_nobody(commands: Commands, hosts: tuple[str, ...]) -> None:
+    asked = ("-m", "400", "--temp", "0.8", "--seed", "5", "ROMEO:")
+    whole, _ = commands.start("run", *asked).communicate(timeout=PATIENCE_S)
+    process = leader(commands, hosts[0], "--hosts", f"{A},{B}", *asked)
     first_output(process)
     ip("-n", hosts[1], "link", "set", "zmoe0", "down")
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1, errors
-    assert re.search(r"zmoe-run: rank 1 .*step \d+", errors)
+    rest, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, errors
+    assert "the run goes on; besides its own, node 0 computes the share of node 1" in errors
+    assert whole.endswith(rest) and len(rest) > len(whole) // 2
 
 
 CONTROL_LINK = """
