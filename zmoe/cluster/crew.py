@@ -200,6 +200,15 @@ class Crew:
                 raise PeerError(process.rank, None, self._step, process.ending())
             raise AbsentError((process.rank,), f"node {process.rank} {process.ending()}")
 
+    def end_process(self, rank: int) -> bool:
+        """Kill the process of a worker that is lost; whether this leader had started it."""
+        ours = [process for process in self.processes if process.rank == rank]
+        self.processes = [process for process in self.processes if process.rank != rank]
+        for process in ours:
+            process.kill()
+        end_all(ours)
+        return bool(ours)
+
     def explained(self, lost: PeerError) -> PeerError:
         """The same with what is known of the process, if that has ended."""
         for process in self.processes:

@@ -244,7 +244,7 @@ class Leader(Crew):
             return
         self._lost_early[rank] = error
         self.workers.remove(rank)
-        self.processes = [process for process in self.processes if process.rank != rank]
+        self.end_process(rank)
         self.bus.give_up(rank, str(error))
 
     def watch(self) -> None:

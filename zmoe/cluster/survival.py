@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from zmoe.batch.plan import Plan
 from zmoe.cluster.bus import LeaderBus
 from zmoe.cluster.crew import error_of
-from zmoe.cluster.launch import NodeProcess, end_all
+from zmoe.cluster.launch import NodeProcess
 from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import Failed, Loading, Message
 from zmoe.cluster.node import Node
@@ -65,6 +65,10 @@ class Leading(Protocol):
         """Start the process of a worker again."""
         ...
 
+    def end_process(self, rank: int) -> bool:
+        """Kill the process of a worker; whether this leader had started it."""
+        ...
+
     def once(self, plan: Plan) -> Floats | None:
         """Run a plan on all nodes."""
         ...
@@ -111,7 +115,9 @@ class Survival:
         return bool(self._machine.waiting_to_enter)
 
     def lose(self, rank: int, reason: str) -> None:
-        """A worker was lost before the first step."""
+        """A worker was lost before the first step, and its process is ended."""
+        if not self._leader.spec.manual:
+            self._restarts.ended(rank)
         self._take(self._machine.ended(rank, reason, time.monotonic()))
         self.settle()
 
@@ -318,13 +324,8 @@ class Survival:
 
     def _end_process(self, rank: int) -> None:
         """End the process of a worker, if this leader has started it; another one comes later."""
-        leader = self._leader
-        ours = [process for process in leader.processes if process.rank == rank]
-        leader.processes = [process for process in leader.processes if process.rank != rank]
-        for process in ours:
-            process.kill()
+        if self._leader.end_process(rank):
             self._restarts.ended(rank)
-        end_all(ours)
 
     def _resume(self, view: ClusterView) -> None:
         for rank in set(view.nodes) - {0, *self._leader.workers}:
