@@ -51,7 +51,7 @@ def make_builder() -> FFI:
         include_dirs=["csrc"],
         # Python's own flags are kept; contraction is off so that every CPU
         # rounds alike, and asserts stay on: they guard memory, and cost nothing.
-        extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+        extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
         undef_macros=["NDEBUG"],
         libraries=["dl", "pthread"] if _is_linux() else [],
     )

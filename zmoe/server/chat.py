@@ -113,7 +113,6 @@ class _Answer:
         begun: set[int] = set()
         async with aclosing(run_together([self._choices])) as news:
             async for place, delta in news:
-                choice = self._choices[place]
                 if place not in begun:
                     ids = {} if begun else self._prompt_ids()
                     begun.add(place)
@@ -124,8 +123,8 @@ class _Answer:
                 extra = self._extra(delta)
                 if found or (extra and delta.tokens):
                     yield event(head | {"choices": [_chunk(place, found) | extra]})
-                if choice.finish_reason is not None:
-                    end = _chunk(place, {}, choice.finish_reason)
+                if delta.finish_reason is not None:
+                    end = _chunk(place, {}, delta.finish_reason)
                     yield event(head | {"choices": [end]})
         if has_usage:
             yield event(head | {"choices": [], "usage": usage([self._choices])})

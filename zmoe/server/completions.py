@@ -96,7 +96,7 @@ class _Answer:
             async for place, delta in news:
                 is_first = place not in begun
                 begun.add(place)
-                reason = self._choices[place].finish_reason
+                reason = delta.finish_reason
                 if is_first:
                     delta.content = self._echoes[place] + delta.content
                 extra = self._extra(place, delta, is_first)

@@ -24,13 +24,16 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass
 class Delta:
-    """What became certain with a step. `tokens` are its ids, and `logprobs` theirs, if wanted."""
+    """What became certain with a step. `tokens` are its ids, and `logprobs` theirs, if wanted;
+    `finish_reason` has the choice's last one, and no other, however late they are read.
+    """
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
     def add(self, other: Delta) -> None:
         """Append what a later step has made."""
@@ -133,6 +136,7 @@ class Choice:
         try:
             async for output in self._outputs:
                 delta = self._take(output)
+                delta.finish_reason = self.finish_reason
                 yield delta
                 if self.finish_reason is not None:
                     return

@@ -234,6 +234,23 @@ def test_others_of_a_group_begin_behind_the_first_delta() -> None:
     assert [link.closed for link in links] == [1, 1, 1]
 
 
+def test_only_the_last_delta_has_the_reason() -> None:
+    """Also where all have come before the first one is read."""
+    links: list[Any] = [Script(tokenizer(), "To be or not to be") for _ in range(2)]
+    choices = [Generator(link, tokenizer()).start(Task(Prompt([1]), Sampling())) for link in links]
+
+    async def run() -> list[list[str | None]]:
+        reasons: list[list[str | None]] = [[], []]
+        async for place, delta in run_together([choices]):
+            while any(choice.finish_reason is None for choice in choices):
+                await asyncio.sleep(0)
+            reasons[place].append(delta.finish_reason)
+        return reasons
+
+    for reasons in asyncio.run(run()):
+        assert len(reasons) > 2 and reasons == [None] * (len(reasons) - 1) + ["stop"]
+
+
 def test_one_that_fails_ends_all() -> None:
     log: list[str] = []
     links: list[Any] = [Late("a", log), Late("b", log, fails=True), Late("c", log)]
