@@ -13,8 +13,10 @@ from zmoe.recovery.view import ClusterView
 Listeners = tuple[Endpoint, ...]  # of the shards that a node hosts, ascending
 
 
-class Halted(Exception):
-    """What this node was at is to be dropped: a recovery has begun."""
+class Halted(BaseException):
+    """What this node was at is to be dropped: a recovery has begun. No Exception, which the loading
+    of a model would take for a fault of the checkpoint.
+    """
 
 
 def open_view(node: Node, view: ClusterView) -> Listeners:
