@@ -174,12 +174,13 @@ class Crew:
         found: dict[int, M] = self._inbox[kind]
         if deadline is None:
             deadline = time.monotonic() + timeout
-        while len(found) < len(self.workers):
+        while any(rank not in found for rank in self.workers):
             self.watch()
-            if len(found) == len(self.workers):
+            late = [rank for rank in self.workers if rank not in found]
+            if not late:
                 break
             if time.monotonic() > deadline:
-                ranks = ", ".join(str(rank) for rank in self.workers if rank not in found)
+                ranks = ", ".join(map(str, late))
                 raise LaunchError(f"node {ranks} {missing} within {timeout:g} s{self._refused()}")
             self.bus.wait(0.05)
         return dict(sorted(self._inbox.pop(kind).items()))

@@ -79,7 +79,7 @@ class Leader(Crew):
         self._load_deadline = math.inf
         self._on_notice = on_notice
         self._terms: Terms | None = None  # once all have loaded
-        self._survival: Survival | None = None  # with the caches, where steps can be repeated
+        self._survival: Survival | None = None  # from survive() on, where the run can go on
         # Of workers that are lost between the time when all are connected and the first step:
         self._lost_early: dict[int, AbsentError | PeerError] | None = None
         self._suspected_early: list[tuple[int, Suspect]] = []  # who said so
@@ -333,9 +333,8 @@ class Leader(Crew):
     @property
     def hosts(self) -> tuple[int, ...]:
         """Which node computes the share of each rank."""
-        return (
-            tuple(range(self.spec.nodes)) if self._survival is None else self._survival.view.hosts
-        )
+        survival = self._survival
+        return tuple(range(self.spec.nodes)) if survival is None else survival.view.hosts
 
     @property
     def has_returned(self) -> bool:
