@@ -137,12 +137,8 @@ class Crew:
     def collect_joins(self) -> dict[int, Join]:
         """The Join of every worker. Raises LaunchError, and MismatchError for another protocol."""
         joins = self.collect(Join, "has not joined", self.spec.timing.join)
-        for rank, join in joins.items():
-            if join.protocol != PROTOCOL_VERSION:
-                raise MismatchError(
-                    f"node {rank} ({join.host}) speaks protocol {join.protocol} "
-                    f"(zmoe {join.version}), the leader {PROTOCOL_VERSION} (zmoe {__version__})"
-                )
+        for join in joins.values():
+            check_protocol(join)
         return joins
 
     # ---- control messages ---------------------------------------------------
@@ -243,6 +239,15 @@ class Crew:
 
     def _close_own(self) -> None:
         """Close what rank 0 itself has."""
+
+
+def check_protocol(join: Join) -> None:
+    """Raise MismatchError, naming both versions, for a worker of another protocol."""
+    if join.protocol != PROTOCOL_VERSION:
+        raise MismatchError(
+            f"node {join.rank} ({join.host}) speaks protocol {join.protocol} "
+            f"(zmoe {join.version}), the leader {PROTOCOL_VERSION} (zmoe {__version__})"
+        )
 
 
 def error_of(rank: int, failed: Failed) -> ZmoeError:

@@ -146,9 +146,7 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
-        self._terms = Terms(
-            setup, placement, isa, node.exchange.choice.figures, mine, self.spec.engine.schedule
-        )
+        self._terms = Terms(setup, placement, isa, node.exchange.choice.figures, mine)
         told = {0: shard.notices, **{rank: message.notices for rank, message in ready.items()}}
         return notices_of(told), max([seconds, *(message.seconds for message in ready.values())])
 

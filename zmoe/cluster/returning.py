@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from zmoe.cluster.crew import check_protocol
 from zmoe.cluster.messages import Enter, Hello, Join, Message, Ready, Setup
 from zmoe.cluster.node import check_hello
-from zmoe.config import PROTOCOL_VERSION
-from zmoe.errors import LaunchError, MismatchError, ZmoeError
+from zmoe.errors import LaunchError, ZmoeError
 from zmoe.placement.types import Placement
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # before a worker is started again
@@ -55,7 +55,6 @@ class Terms:
     isa: str
     figures: tuple[float, ...]
     hello: Hello
-    schedule: str
 
 
 class Returns:
@@ -73,15 +72,11 @@ class Returns:
         terms = self._terms
         if isinstance(message, Join):
             self._hosts[rank] = message.host
-            if message.protocol != PROTOCOL_VERSION:
-                raise MismatchError(
-                    f"node {rank} ({message.host}) speaks protocol {message.protocol}, the leader "
-                    f"{PROTOCOL_VERSION}"
-                )
+            check_protocol(message)
             return terms.setup
         name = f"node {rank} ({self._hosts.get(rank, 'which never joined')})"
         if isinstance(message, Hello):
-            check_hello(terms.hello, message, name, terms.schedule)
+            check_hello(terms.hello, message, name, terms.setup.engine.schedule)
             return self._enter
         if isinstance(message, Ready) and message.placement == terms.placement.digest:
             return None
