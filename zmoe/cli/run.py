@@ -131,19 +131,11 @@ def _generate(options: argparse.Namespace) -> None:
         prompt = _prompt(options)
     template = template_config(options.chat_template_config)
     _unicode("--system-prompt", options.system_prompt or "")
-    if options.record_usage is not None:
-        check_writable("--record-usage", options.record_usage)
-    if options.prompt_cache_file is not None:
-        check_writable("--prompt-cache-file", options.prompt_cache_file)
-    if options.journal is not None and options.journal.exists():
-        raise InputError(f"--journal {options.journal} exists: --resume goes on with it")
-    if options.journal is not None:
-        check_writable("--journal", options.journal)
+    _check_files(options)
     spec = cluster_spec(options, parallel=1, record_usage=options.record_usage is not None)
     # All that can be wrong without a model has been checked by now.
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address, spec.insecure)
-    from zmoe.cli import report
     from zmoe.cli.progress import Bars
 
     with ExitStack() as stack:
@@ -175,18 +167,35 @@ def _generate(options: argparse.Namespace) -> None:
         if saved is not None and not saved.exists():
             _save_prompt(cluster, saved, generation.prompt)
         _show(before, chain([first], tokens), quiet=options.json)
-        if generation.context_full:
-            how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
-            length = cluster.info.context_length
-            print(f"{PROG}: the model's context of {length} tokens is full{how}", file=sys.stderr)
-        if options.record_usage is not None:
-            cluster.save_usage(options.record_usage)
-        if options.stats or options.json:
-            summary = report.summarize(cluster, generation)
-            if options.json:
-                print(json.dumps(summary), flush=True)
-            if options.stats:
-                report.print_stats(cluster, generation, summary)
+        _report(options, cluster, generation)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """That all that is written at the end can be, before anything is computed."""
+    if options.journal is not None and options.journal.exists():
+        raise InputError(f"--journal {options.journal} exists: --resume goes on with it")
+    for flag in ("record_usage", "prompt_cache_file", "journal"):
+        path = getattr(options, flag)
+        if path is not None:
+            check_writable(f"--{flag.replace('_', '-')}", path)
+
+
+def _report(options: argparse.Namespace, cluster: Cluster, generation: Generation) -> None:
+    """What comes after the text."""
+    from zmoe.cli import report
+
+    if generation.context_full:
+        how = "" if cluster.info.has_own_cache else "; --max-kv-size goes on in a window of it"
+        length = cluster.info.context_length
+        print(f"{PROG}: the model's context of {length} tokens is full{how}", file=sys.stderr)
+    if options.record_usage is not None:
+        cluster.save_usage(options.record_usage)
+    if options.stats or options.json:
+        summary = report.summarize(cluster, generation)
+        if options.json:
+            print(json.dumps(summary), flush=True)
+        if options.stats:
+            report.print_stats(cluster, generation, summary)
 
 
 def _enter(
