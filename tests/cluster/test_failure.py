@@ -163,31 +163,19 @@ def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     assert re.search(words, errors.strip().splitlines()[-1])
 
 
-# Python runs this first where it finds it as sitecustomize.py: a node that never ends loading.
-HOLD = """
-import time
-from zmoe.cluster import worker
-def hold(self, done, total):
-    open({marker!r}, "w").close()
-    time.sleep(3600)
-worker._Throttled.__call__ = hold
-"""
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_peer_lost_while_loading_is_not_missed(
     commands: Commands, free_port: int, tmp_path: Path, how: int
 ) -> None:
-    marker = tmp_path / "loading"
-    (tmp_path / "sitecustomize.py").write_text(HOLD.format(marker=str(marker)))
-    usual = commands.env
-    commands.env = {**usual, "PYTHONPATH": f"{tmp_path}:{usual.get('PYTHONPATH', '')}"}
+    armed, usual = tmp_path / "armed", commands.env
+    armed.touch()
+    commands.env = {**usual, "ZMOE_FAIL": f"1.load=sleep:3600@{armed}"}
     victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
     commands.env = usual
     run = ("run", "-n", 3, "-m", 20)
     leader = commands.start(*run, "--manual", "--starting-port", free_port, "ROMEO:")
     third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
-    wait_until(marker.exists, PATIENCE_S, "node 1 loads")
+    wait_until(lambda: not armed.exists(), PATIENCE_S, "node 1 loads")
     victim.send_signal(how)
     told = [process.communicate(timeout=PATIENCE_S) for process in (leader, third)]
     assert (leader.returncode, third.returncode) == (0, 0), told

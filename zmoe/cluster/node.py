@@ -16,6 +16,7 @@ import mlx.core as mx
 from zmoe.batch.blocks import Found
 from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.plan import check as check_plan
+from zmoe.cluster.failpoints import failpoints
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.mlx_prompt_cache import check_caches, read_caches, write_caches
 from zmoe.cluster.paged_prompt_cache import check_blocks, read_blocks, write_blocks
@@ -67,7 +68,8 @@ class Node:
     ) -> None:
         """`session`: a number that all nodes of the run carry in their frames.
 
-        Raises SettingError for settings that do not go with the model.
+        Raises SettingError for settings that do not go with the model, InputError for failpoints
+        that are none.
         """
         if config.wire_dtype == "f16" and info.dtype != "float16":
             raise SettingError(
@@ -82,6 +84,7 @@ class Node:
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
+        self._reach = failpoints(rank)
         self._engine: Engine | None = None
         self._held: Sequence[Held] | None = None
         self._adopted: dict[int, Sequence[Held]] = {}  # by shard
@@ -159,6 +162,7 @@ class Node:
         `tick` raises.
         """
         assert self.exchange is not None
+        self._reach("connect")
         self.exchange.connect(endpoints, self._timing.join, tick)
         if not self.exchange.choice.figures:
             self.exchange.calibrate()
@@ -182,6 +186,7 @@ class Node:
         among them; returns where each listens. connect() joins the others.
         """
         assert isinstance(self.exchange, Hosting)
+        self._reach("open")
         self._connected = False
         return self.exchange.host(session, [shard for shard in shards if shard != self.rank])
 
@@ -191,6 +196,7 @@ class Node:
         `progress` as for load(). Raises ModelError for what cannot be read.
         """
         assert isinstance(self.exchange, Hosting) and self.placement is not None
+        self._reach("adopt")
         policy = self._config.policy
         for guest in self.exchange.guests:
             shard = guest.exchange.rank
@@ -297,6 +303,7 @@ class Node:
 
     def _prepare(self) -> None:
         """Set up MLX and the thread pool, before anything is loaded for them."""
+        self._reach("load")
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
         if mx.metal.is_available():  # or idle weights are paged out, and in again when used
@@ -411,9 +418,11 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, HostingCentral)
         self.exchange.plan = plan.digest
+        self._reach("before-step", plan.step)
         for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
             self.exchange.step = step
             self.exchange.serve(self._held)
+        self._reach("after-step", plan.step)
         return nothing
 
     def begin(
@@ -422,7 +431,15 @@ class Node:
         """Begin a step on an engine that plans ahead: see MlxEngine.begin()."""
         check_plan(plan, self._config.max_rows, self.info.vocabulary, ahead=True)
         assert isinstance(self.engine, MlxEngine)
-        return self.engine.begin(plan, logits, draws)
+        self._reach("before-step", plan.step)
+        end = self.engine.begin(plan, logits, draws)
+
+        def ended() -> Floats | Drawn | None:
+            found = end()
+            self._reach("after-step", plan.step)
+            return found
+
+        return ended
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
         """Run one step; arguments and result are those of Engine.run().
@@ -431,11 +448,13 @@ class Node:
         one that routes differently, or that has another plan.
         """
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
+        self._reach("before-step", plan.step)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
         out = self.engine.run(plan, logits)
         if team is not None:
             self.spans.add("matmuls", team.matmul_s - before)
+        self._reach("after-step", plan.step)
         return out
 
     def close(self) -> None:
