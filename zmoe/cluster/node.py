@@ -7,7 +7,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,9 @@ class Node:
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
         self._reach = failpoints(rank)
+        # Since take_times() was called last: steps, the seconds that they took, and the seconds
+        # that this node had waited in all by then.
+        self._steps, self._step_s, self._waited_s = 0, 0.0, 0.0
         self._engine: Engine | None = None
         self._held: Sequence[Held] | None = None
         self._adopted: dict[int, Sequence[Held]] = {}  # by shard
@@ -418,11 +422,10 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, HostingCentral)
         self.exchange.plan = plan.digest
-        self._reach("before-step", plan.step)
-        for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
-            self.exchange.step = step
-            self.exchange.serve(self._held)
-        self._reach("after-step", plan.step)
+        with self._stepping(plan.step):
+            for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
+                self.exchange.step = step
+                self.exchange.serve(self._held)
         return nothing
 
     def begin(
@@ -448,14 +451,34 @@ class Node:
         one that routes differently, or that has another plan.
         """
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
-        self._reach("before-step", plan.step)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
-        out = self.engine.run(plan, logits)
+        with self._stepping(plan.step):
+            out = self.engine.run(plan, logits)
         if team is not None:
             self.spans.add("matmuls", team.matmul_s - before)
-        self._reach("after-step", plan.step)
         return out
+
+    @contextmanager
+    def _stepping(self, step: int) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            self._reach("before-step", step)
+            yield
+            self._reach("after-step", step)
+        finally:
+            self._steps += 1
+            self._step_s += time.perf_counter() - begun
+
+    def take_times(self) -> tuple[int, float]:
+        """The steps since this was called last, and the seconds of them in which this node did not
+        wait for others. None of an engine that plans ahead.
+        """
+        assert self.exchange is not None
+        waited_s = 1e-6 * self.exchange.stats.get("waited_us", 0)
+        times = self._steps, max(0.0, self._step_s - (waited_s - self._waited_s))
+        self._steps, self._step_s, self._waited_s = 0, 0.0, waited_s
+        return times
 
     def close(self) -> None:
         """Leave the run: let go of sockets, threads and the model, whoever has this object."""
