@@ -14,6 +14,7 @@ import pytest
 
 import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output, wait_until
+from zmoe.config import Batching
 
 ENDLESS = ("-m", 100000, "--prefill-step-size", 4)
 
@@ -150,6 +151,19 @@ def test_all_workers_lost_inside_a_prompt_are_not_missed(engine: dict[str, Any])
         found = [t.id for t in cluster.generate(prompt, on_prefill=kill, **options)]
         assert cluster.hosts == (0, 0, 0)
     assert found == whole
+
+
+def test_what_is_repeated_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZMOE_FAIL", "1.before-step:60=kill")
+    options = {"max_tokens": 40, "temp": 0.8, "seed": 4, "ignore_eos": True}
+    spec = zmoe.ClusterSpec(3, record_usage=True, batching=Batching(speculate="off"))
+    with zmoe.Cluster(spec=spec, on_notice=lambda line: None) as cluster:
+        usages = []
+        for _ in range(2):
+            list(cluster.generate("ROMEO:", **options))
+            usages.append(cluster.take_usage())
+        assert cluster.hosts == (0, 2, 2)
+        assert usages[0] == usages[1]
 
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +46,12 @@ from zmoe.loading import (
     load_experts,
     load_shard,
 )
-from zmoe.obs import Recorder, Spans
+from zmoe.obs import Spans
 from zmoe.placement.assignment import Ownership
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
+from zmoe.placement.usage import UsageRecorder
 from zmoe.topology.cores import set_affinity
 
 
@@ -80,7 +81,7 @@ class Node:
             )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: UsageRecorder | None = None
         self.skeleton: Skeleton | None = None  # what `info` was learned from, until it is loaded
         self.spans = Spans()
         self.exchange: Exchange | None = None
@@ -464,7 +465,8 @@ class Node:
         begun = time.perf_counter()
         try:
             self._reach("before-step", step)
-            yield
+            with self.recorder.step(step) if self.recorder is not None else nullcontext():
+                yield
             self._reach("after-step", step)
         finally:
             self._steps += 1
