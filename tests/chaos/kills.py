@@ -39,7 +39,7 @@ ROUNDS_PER_CLUSTER = 8
 STREAMS = 8  # at the same time, of a server
 SECOND_KILL = 0.2  # how many rounds have another kill
 RECOVERY_S = 0.4  # within which that comes
-FAILPOINTS = Path(__file__).with_name("failpoints")
+MOST_NODES = 4
 SITES = ("open", "connect", "adopt")  # in a recovery
 
 OPTIONS: dict[str, Any] = {"temp": 0.8, "seed": 5, "ignore_eos": True}
@@ -60,7 +60,7 @@ class Variant:
     def drawn(cls, draw: random.Random) -> Variant:
         """Any."""
         return cls(
-            nodes=draw.randint(2, 4),
+            nodes=draw.randint(2, MOST_NODES),
             wire_dtype=draw.choice(("f32", "bf16", "q8")),
             placement=draw.choice(("experts", "replicas")),
             prefill_chunk=draw.choice((4, 64, 512)),
@@ -193,10 +193,14 @@ class Results:
 
 @contextlib.contextmanager
 def marked() -> Iterator[Path]:
-    """What is started within has failpoints, and has ended at the end; the folder of these."""
-    mark, path = uuid.uuid4().hex, os.environ.get("PYTHONPATH", "")
+    """What is started within has ended at the end. A worker dies where it comes to a site of a
+    recovery if the folder that this yields has a file `<rank>.<site>`.
+    """
+    mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as folder:
-        told = {MARK: mark, "ZMOE_FAIL": folder, "PYTHONPATH": f"{FAILPOINTS}{os.pathsep}{path}"}
+        points = [f"{rank}.{site}" for rank in range(1, MOST_NODES) for site in SITES]
+        faults = ",".join(f"{point}=kill@{folder}/{point}" for point in points)
+        told = {MARK: mark, "ZMOE_FAIL": faults}
         with mock.patch.dict(os.environ, told):
             try:
                 yield Path(folder)

@@ -89,6 +89,36 @@ def stopped_for_long(commands: Commands) -> None:
         assert [worker.poll() for worker in workers] == [None, None]
 
 
+def halting(commands: Commands) -> None:
+    """SIGSTOP for most of the time, again and again: it is called slow until it runs freely, and
+    nobody is evicted.
+    """
+    told: list[str] = []
+    with by_hand(commands, told) as (cluster, workers):
+        whole, is_over = generate(cluster), threading.Event()
+
+        def halt() -> None:
+            while not is_over.is_set():
+                workers[0].send_signal(signal.SIGSTOP)
+                time.sleep(0.09)
+                workers[0].send_signal(signal.SIGCONT)
+                is_over.wait(0.01)
+
+        def becomes(line: str) -> bool:
+            assert generate(cluster) == whole
+            return any(each.startswith(line) for each in told)
+
+        halter = threading.Thread(target=halt)
+        halter.start()
+        try:
+            wait_until(lambda: becomes("node 1 is slow"), PATIENCE_S, "it is called slow")
+        finally:
+            is_over.set()
+            halter.join()
+        wait_until(lambda: becomes("node 1 is no longer slow"), PATIENCE_S, "it no longer is")
+        assert cluster.hosts == (0, 1, 2) and len(told) == 2, told
+
+
 def on_three_machines(commands: Commands, cut: Callable[[tuple[str, ...]], object]) -> str:
     """What zmoe-run says on standard error when `cut` is called with the names of its machines,
     after the first character of a text that must be that of an undisturbed run.
@@ -144,6 +174,7 @@ def silent(commands: Commands) -> None:
 KINDS: dict[str, Callable[[Commands], None]] = {
     "moment": stopped_for_a_moment,
     "long": stopped_for_long,
+    "halting": halting,
     "parted": parted,
     "silent": silent,
 }

@@ -14,6 +14,7 @@ import pytest
 
 import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, first_output, wait_until
+from zmoe.config import Batching
 
 ENDLESS = ("-m", 100000, "--prefill-step-size", 4)
 
@@ -152,6 +153,19 @@ def test_all_workers_lost_inside_a_prompt_are_not_missed(engine: dict[str, Any])
     assert found == whole
 
 
+def test_what_is_repeated_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZMOE_FAIL", "1.before-step:60=kill")
+    options = {"max_tokens": 40, "temp": 0.8, "seed": 4, "ignore_eos": True}
+    spec = zmoe.ClusterSpec(3, record_usage=True, batching=Batching(speculate="off"))
+    with zmoe.Cluster(spec=spec, on_notice=lambda line: None) as cluster:
+        usages = []
+        for _ in range(2):
+            list(cluster.generate("ROMEO:", **options))
+            usages.append(cluster.take_usage())
+        assert cluster.hosts == (0, 2, 2)
+        assert usages[0] == usages[1]
+
+
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
     wait_until(lambda: commands.others(leader.pid), PATIENCE_S, "worker started")
@@ -163,31 +177,19 @@ def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     assert re.search(words, errors.strip().splitlines()[-1])
 
 
-# Python runs this first where it finds it as sitecustomize.py: a node that never ends loading.
-HOLD = """
-import time
-from zmoe.cluster import worker
-def hold(self, done, total):
-    open({marker!r}, "w").close()
-    time.sleep(3600)
-worker._Throttled.__call__ = hold
-"""
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_peer_lost_while_loading_is_not_missed(
     commands: Commands, free_port: int, tmp_path: Path, how: int
 ) -> None:
-    marker = tmp_path / "loading"
-    (tmp_path / "sitecustomize.py").write_text(HOLD.format(marker=str(marker)))
-    usual = commands.env
-    commands.env = {**usual, "PYTHONPATH": f"{tmp_path}:{usual.get('PYTHONPATH', '')}"}
+    armed, usual = tmp_path / "armed", commands.env
+    armed.touch()
+    commands.env = {**usual, "ZMOE_FAIL": f"1.load=sleep:3600@{armed}"}
     victim = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 1, "--once")
     commands.env = usual
     run = ("run", "-n", 3, "-m", 20)
     leader = commands.start(*run, "--manual", "--starting-port", free_port, "ROMEO:")
     third = commands.start("node", "--leader", f"127.0.0.1:{free_port}", "--rank", 2, "--once")
-    wait_until(marker.exists, PATIENCE_S, "node 1 loads")
+    wait_until(lambda: not armed.exists(), PATIENCE_S, "node 1 loads")
     victim.send_signal(how)
     told = [process.communicate(timeout=PATIENCE_S) for process in (leader, third)]
     assert (leader.returncode, third.returncode) == (0, 0), told

@@ -59,7 +59,8 @@ class Cluster:
     bytes_done, bytes_total)` is called while the shares load, `on_placement(choice)`
     before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
     the nodes are to be started with. `on_notice(line)` is told while it runs of a node that is
-    lost, and of who computes its share from then on (default: a warning is logged). Construction
+    lost, of who computes its share from then on, and of a node that is slow (default: a warning is
+    logged). Construction
     and entering raise InputError and its kin for what is wrong beforehand; afterwards PeerError is
     raised for a lost node whose share nobody can take over, which ends the cluster.
 
@@ -485,6 +486,18 @@ class Cluster:
     def hosts(self) -> tuple[int, ...]:
         """By rank, the node that computes its share: another one where it is lost."""
         return self._leader.hosts if self._leader is not None else (0,)
+
+    @property
+    def step_seconds(self) -> dict[int, float]:
+        """By rank, for how long a node computes in a step, in the last half second of steps; empty
+        while that is not known. What a node waits for others does not count.
+        """
+        return self._leader.stragglers.seconds if self._leader is not None else {}
+
+    @property
+    def slow(self) -> dict[int, str]:
+        """By rank, the nodes for which the others wait, and how slow they are."""
+        return self._leader.stragglers.slow if self._leader is not None else {}
 
     def _advance(self, stream: Stream) -> None:
         """Run a step, unless another thread has meanwhile run one that served `stream`."""

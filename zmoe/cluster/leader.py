@@ -16,6 +16,7 @@ from zmoe.cluster.crew import Crew
 from zmoe.cluster.crew import OnManual as OnManual
 from zmoe.cluster.messages import (
     AskMemory,
+    AskTimes,
     Cache,
     Endpoints,
     Hello,
@@ -29,6 +30,7 @@ from zmoe.cluster.messages import (
     Ready,
     Setup,
     Step,
+    Times,
 )
 from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
 from zmoe.cluster.resolver import PlacementResolver
@@ -36,6 +38,7 @@ from zmoe.cluster.resources import resources_of
 from zmoe.cluster.returning import Returns, Terms
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.cluster.stock import stock_of
+from zmoe.cluster.stragglers import ROUND_S, Stragglers
 from zmoe.cluster.survival import Survival
 from zmoe.engine.base import Floats
 from zmoe.engine.draw import Draw, Drawn
@@ -83,6 +86,9 @@ class Leader(Crew):
         # Of workers that are lost between the time when all are connected and the first step:
         self._lost_early: dict[int, AbsentError | PeerError] | None = None
         self._suspected_early: list[tuple[int, Suspect]] = []  # who said so
+        self.stragglers = Stragglers()
+        self._round, self._next_round = 0, 0.0
+        self._times: dict[int, tuple[int, float]] = {}  # of this round, by rank
 
     # ---- coming up ----------------------------------------------------------
 
@@ -221,6 +227,10 @@ class Leader(Crew):
             self._suspected_early.append((rank, message))
         elif isinstance(message, Suspect):
             raise PeerError(message.lost, None, message.step, f"was lost by node {rank}")
+        elif isinstance(message, Times):
+            if message.round == self._round:
+                self._times[rank] = message.steps, message.seconds
+                self._compare()
         else:
             super().take(rank, message)
 
@@ -296,8 +306,28 @@ class Leader(Crew):
 
     def _send(self, plan: Plan) -> None:
         self._step = self.bus.step = plan.step
+        if self._survival is not None and time.monotonic() >= self._next_round:
+            self._ask_times()
         self.bus.broadcast(Step(plan), self.workers)
         self.hear()
+
+    def _ask_times(self) -> None:
+        """Between two steps: begin a round, in which all tell of the same steps."""
+        self.hear()  # what is yet to come of the last round
+        self._round, self._next_round = self._round + 1, time.monotonic() + ROUND_S
+        self._times = {0: self.node.take_times()}
+        self.bus.broadcast(AskTimes(self._round), self.workers)
+
+    def _compare(self) -> None:
+        """Once all have told: who is slow?"""
+        times = self._times
+        if times.keys() != {0, *self.workers} or not all(steps for steps, _ in times.values()):
+            return
+        seconds = {rank: spent / steps for rank, (steps, spent) in sorted(times.items())}
+        if self.spec.engine.schedule == "centralized":  # where it computes other things
+            del seconds[0]
+        for line in self.stragglers.add(seconds, self.hosts):
+            self._on_notice(line)
 
     @contextmanager
     def _naming_cause(self) -> Iterator[None]:

@@ -251,6 +251,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class AskTimes:
+    """Leader to worker: tell how long your steps take. The answer to the last `round` counts."""
+
+    round: Counter
+
+
+@dataclass(frozen=True)
+class Times:
+    """Worker to leader: in so many `steps` since I was asked last I have computed for so many
+    `seconds`; the rest I have waited for others.
+    """
+
+    round: Counter
+    steps: Counter
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
 class Stop:
     """Leader to worker: the run is over. `error` is empty when all is well.
 
@@ -313,6 +331,8 @@ Message = (
     | Step
     | AskMemory
     | Memory
+    | AskTimes
+    | Times
     | Stop
     | Failed
     | Annotated[Suspect, _SUSPECT]

@@ -7,7 +7,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 from zmoe.batch.blocks import Found
 from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.plan import check as check_plan
+from zmoe.cluster.failpoints import failpoints
 from zmoe.cluster.messages import Hello
 from zmoe.cluster.mlx_prompt_cache import check_caches, read_caches, write_caches
 from zmoe.cluster.paged_prompt_cache import check_blocks, read_blocks, write_blocks
@@ -44,11 +46,12 @@ from zmoe.loading import (
     load_experts,
     load_shard,
 )
-from zmoe.obs import Recorder, Spans
+from zmoe.obs import Spans
 from zmoe.placement.assignment import Ownership
 from zmoe.placement.check import check_placement
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
+from zmoe.placement.usage import UsageRecorder
 from zmoe.topology.cores import set_affinity
 
 
@@ -67,7 +70,8 @@ class Node:
     ) -> None:
         """`session`: a number that all nodes of the run carry in their frames.
 
-        Raises SettingError for settings that do not go with the model.
+        Raises SettingError for settings that do not go with the model, InputError for failpoints
+        that are none.
         """
         if config.wire_dtype == "f16" and info.dtype != "float16":
             raise SettingError(
@@ -77,11 +81,15 @@ class Node:
             )
         self.info, self.rank, self.nodes, self.session = info, rank, nodes, session
         self.placement: Placement | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: UsageRecorder | None = None
         self.skeleton: Skeleton | None = None  # what `info` was learned from, until it is loaded
         self.spans = Spans()
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
+        self._reach = failpoints(rank)
+        # Since take_times() was called last: steps, the seconds that they took, and the seconds
+        # that this node had waited in all by then.
+        self._steps, self._step_s, self._waited_s = 0, 0.0, 0.0
         self._engine: Engine | None = None
         self._held: Sequence[Held] | None = None
         self._adopted: dict[int, Sequence[Held]] = {}  # by shard
@@ -159,6 +167,7 @@ class Node:
         `tick` raises.
         """
         assert self.exchange is not None
+        self._reach("connect")
         self.exchange.connect(endpoints, self._timing.join, tick)
         if not self.exchange.choice.figures:
             self.exchange.calibrate()
@@ -182,6 +191,7 @@ class Node:
         among them; returns where each listens. connect() joins the others.
         """
         assert isinstance(self.exchange, Hosting)
+        self._reach("open")
         self._connected = False
         return self.exchange.host(session, [shard for shard in shards if shard != self.rank])
 
@@ -191,6 +201,7 @@ class Node:
         `progress` as for load(). Raises ModelError for what cannot be read.
         """
         assert isinstance(self.exchange, Hosting) and self.placement is not None
+        self._reach("adopt")
         policy = self._config.policy
         for guest in self.exchange.guests:
             shard = guest.exchange.rank
@@ -297,6 +308,7 @@ class Node:
 
     def _prepare(self) -> None:
         """Set up MLX and the thread pool, before anything is loaded for them."""
+        self._reach("load")
         if mx.default_device() == mx.Device(mx.cpu) and shutil.which("g++") is None:
             mx.disable_compile()  # there MLX compiles its fused operations with g++
         if mx.metal.is_available():  # or idle weights are paged out, and in again when used
@@ -411,9 +423,10 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         assert isinstance(self.exchange, HostingCentral)
         self.exchange.plan = plan.digest
-        for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
-            self.exchange.step = step
-            self.exchange.serve(self._held)
+        with self._stepping(plan.step):
+            for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
+                self.exchange.step = step
+                self.exchange.serve(self._held)
         return nothing
 
     def begin(
@@ -422,7 +435,15 @@ class Node:
         """Begin a step on an engine that plans ahead: see MlxEngine.begin()."""
         check_plan(plan, self._config.max_rows, self.info.vocabulary, ahead=True)
         assert isinstance(self.engine, MlxEngine)
-        return self.engine.begin(plan, logits, draws)
+        self._reach("before-step", plan.step)
+        end = self.engine.begin(plan, logits, draws)
+
+        def ended() -> Floats | Drawn | None:
+            found = end()
+            self._reach("after-step", plan.step)
+            return found
+
+        return ended
 
     def run(self, plan: Plan, logits: bool = True) -> Floats | None:
         """Run one step; arguments and result are those of Engine.run().
@@ -433,10 +454,33 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
-        out = self.engine.run(plan, logits)
+        with self._stepping(plan.step):
+            out = self.engine.run(plan, logits)
         if team is not None:
             self.spans.add("matmuls", team.matmul_s - before)
         return out
+
+    @contextmanager
+    def _stepping(self, step: int) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            self._reach("before-step", step)
+            with self.recorder.step(step) if self.recorder is not None else nullcontext():
+                yield
+            self._reach("after-step", step)
+        finally:
+            self._steps += 1
+            self._step_s += time.perf_counter() - begun
+
+    def take_times(self) -> tuple[int, float]:
+        """The steps since this was called last, and the seconds of them in which this node did not
+        wait for others. None of an engine that plans ahead.
+        """
+        assert self.exchange is not None
+        waited_s = 1e-6 * self.exchange.stats.get("waited_us", 0)
+        times = self._steps, max(0.0, self._step_s - (waited_s - self._waited_s))
+        self._steps, self._step_s, self._waited_s = 0, 0.0, waited_s
+        return times
 
     def close(self) -> None:
         """Leave the run: let go of sockets, threads and the model, whoever has this object."""

@@ -19,6 +19,7 @@ from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import (
     MOST_NOTICES,
     AskMemory,
+    AskTimes,
     Cache,
     Endpoints,
     Enter,
@@ -32,6 +33,7 @@ from zmoe.cluster.messages import (
     Setup,
     Step,
     Stop,
+    Times,
     one_line,
 )
 from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
@@ -192,6 +194,8 @@ class Worker(Member):
                 self._bus.send(Loaded())
             elif isinstance(message, AskMemory):
                 self._bus.send(Memory(peak_memory()))
+            elif isinstance(message, AskTimes):
+                self._bus.note(Times(message.round, *node.take_times()))
             elif isinstance(message, Stop):
                 if message.error:
                     raise self.stopped(message.error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from zmoe.placement.types import ModelInfo
 VERSION = 1
 _FIELDS = {"zmoe_usage", "fingerprint", "counts"}
 _MOST = 1 << 62
+_REPEATED = 2  # the most steps that a recovery repeats
 Ints = npt.NDArray[np.int32]
 
 
@@ -39,7 +42,26 @@ class UsageRecorder:
 
     def __init__(self, info: ModelInfo) -> None:
         self._fingerprint = info.fingerprint
-        self._counts = np.zeros((len(info.moe_layers), info.experts), np.int64)
+        self._counts = np.zeros((len(info.moe_layers), info.experts), np.int64)  # of this step
+        self._total = np.zeros_like(self._counts)
+        self._recent: dict[int, npt.NDArray[np.int64]] = {}  # of steps that may yet be repeated
+        self._taken = self._last = 0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Count what is selected in this step, unless it raises.
+
+        Where a step is run again, what was counted of it and of those behind it is forgotten.
+        """
+        self._counts = np.zeros_like(self._total)
+        yield
+        for other in [other for other in self._recent if other >= number]:
+            del self._recent[other]
+        if number > self._taken:
+            self._recent[number] = self._counts
+        while len(self._recent) > _REPEATED:
+            self._total += self._recent.pop(min(self._recent))
+        self._last = number
 
     def __call__(self, layer: int, ids: Ints, assigned: Ints, executed: Ints) -> None:
         real = ids[(ids >= 0) & (ids < self._counts.shape[1])]  # some routers have null experts
@@ -47,9 +69,10 @@ class UsageRecorder:
 
     def take(self) -> Usage:
         """What was selected since the last call."""
-        counts = tuple(tuple(layer) for layer in self._counts.tolist())
-        self._counts[:] = 0
-        return Usage(self._fingerprint, counts)
+        found = sum(self._recent.values(), start=self._total)
+        self._total, self._recent = np.zeros_like(self._total), {}
+        self._taken = self._last
+        return Usage(self._fingerprint, tuple(map(tuple, found.tolist())))
 
 
 def read_usage(path: Path, info: ModelInfo) -> Usage:

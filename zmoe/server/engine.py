@@ -288,7 +288,8 @@ class _EngineProcess:
             self._next_memory, self._memory = now + _MEMORY_S, self._cluster.peak_memory()
         cluster = self._cluster
         counts, memory = cluster.counts(), tuple(self._memory)
-        self._tell(Stats(counts, memory, cluster.links(), cluster.hosts))
+        speeds = cluster.step_seconds, cluster.slow
+        self._tell(Stats(counts, memory, cluster.links(), cluster.hosts, *speeds))
 
 
 def _logprobs(pick: Pick) -> Logprobs:

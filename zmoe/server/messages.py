@@ -177,7 +177,8 @@ class Outputs:
 class Stats:
     """The state of the cluster, told every second; `peak_memory` is in bytes by rank, `links` are
     the ranks to which the leader's link stands, and `hosts` is by rank the node that computes its
-    share: another one where it is lost.
+    share: another one where it is lost. By rank, `step_seconds` are those that a node computes in a
+    step, and `slow` says how slow those are for which the others wait.
     """
 
     counts: Annotated[
@@ -193,6 +194,8 @@ class Stats:
     peak_memory: tuple[Size, ...]
     links: tuple[Number, ...]
     hosts: tuple[Number, ...]
+    step_seconds: Mapping[Number, float]
+    slow: Mapping[Number, str]
 
     @property
     def lost(self) -> list[int]:

@@ -169,3 +169,8 @@ def _of_nodes(ready: Ready, stats: Stats) -> Iterator[Metric]:
     yield _gauge("node_link_up", "1 while the leader's link to a node stands", links, "rank")
     lost = {rank: float(int(rank) in stats.lost) for rank in ranks[1:]}
     yield _gauge("node_lost", "1 while another node computes a node's share", lost, "rank")
+    slow = {rank: float(int(rank) in stats.slow) for rank in ranks}
+    yield _gauge("node_slow", "1 while the others wait for a node that is slow", slow, "rank")
+    compute_s = {str(rank): spent for rank, spent in stats.step_seconds.items()}
+    described = "Seconds that a node computes in a step, without its waits for others"
+    yield _gauge("node_compute_seconds", described, compute_s, "rank")

@@ -87,8 +87,10 @@ def _of_ready(ready: Ready, model: str) -> dict[str, Any]:
 
 def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
     """By rank. The leader sees its own links only: `link` is None for itself. `computed_by` is the
-    node that computes its share, another one while it is lost.
+    node that computes its share, another one while it is lost. `compute_ms` is what it computes in
+    a step, without its waits for others, and `slow` says so if that is much more than theirs.
     """
+    compute_s = stats.step_seconds if stats is not None else {}
     return [
         {
             "rank": rank,
@@ -103,6 +105,8 @@ def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
             "memory_gb_per_s": node.speed or None,
             "link": _link(rank, stats),
             "computed_by": stats.hosts[rank] if stats is not None else rank,
+            "compute_ms": round(1e3 * compute_s[rank], 3) if rank in compute_s else None,
+            "slow": stats.slow.get(rank) if stats is not None else None,
         }
         for rank, node in enumerate(ready.nodes)
     ]

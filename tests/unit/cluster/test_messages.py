@@ -65,6 +65,8 @@ EXAMPLES = [
     Step(PLAN),
     messages.AskMemory(),
     messages.Memory(1 << 40),
+    messages.AskTimes(70_000),
+    messages.Times(70_000, 3, 0.5),
     messages.Stop(""),
     messages.Failed("why", True, 1, None, 7),
     messages.Enter(PLACEMENT, "avx2", 9, (1.0, 0.5, 2.0, 0.25)),

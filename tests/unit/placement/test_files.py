@@ -86,10 +86,34 @@ def test_usage_adds_up(tmp_path: Path) -> None:
 
 def test_what_a_run_selects_is_counted() -> None:
     recorder, none = UsageRecorder(described(3, 2)), np.empty(0, np.int32)
-    for ids in ([[0, 2], [2, 3]], [[2, -1]]):  # 3 and -1 are nobody's
-        recorder(1, np.array(ids, np.int32), none, none)
+    for step, ids in enumerate(([[0, 2], [2, 3]], [[2, -1]]), 1):  # 3 and -1 are nobody's
+        with recorder.step(step):
+            recorder(1, np.array(ids, np.int32), none, none)
     assert recorder.take() == Usage("f00d", ((0, 0, 0), (1, 0, 3)))
     assert recorder.take() == Usage("f00d", ((0, 0, 0), (0, 0, 0)))
+
+
+def test_steps_that_are_repeated_count_once() -> None:
+    recorder, none = UsageRecorder(described(3, 2)), np.empty(0, np.int32)
+
+    def run(step: int, expert: int, *, is_lost: bool = False) -> None:
+        with recorder.step(step):
+            recorder(0, np.array([[expert]], np.int32), none, none)
+            if is_lost:
+                raise ConnectionError
+
+    for step in range(1, 6):
+        run(step, 0)
+    with pytest.raises(ConnectionError):
+        run(6, 1, is_lost=True)
+    run(5, 0)
+    run(6, 1)
+    assert recorder.take() == Usage("f00d", ((5, 1, 0), (0, 0, 0)))
+    run(6, 1)  # what was taken already
+    run(7, 2)
+    run(6, 1)
+    run(7, 2)
+    assert recorder.take() == Usage("f00d", ((0, 0, 1), (0, 0, 0)))
 
 
 @pytest.mark.parametrize(

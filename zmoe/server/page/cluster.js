@@ -122,8 +122,11 @@ function fillRow(row, node, model) {
   experts.querySelector("meter").ariaLabel = "Share of all experts";
   write(memory, size(node.peak_memory), `of ${size(node.memory)}`);
   const taken = node.link === "lost" ? `, taken over by ${node.computed_by}` : "";
-  setText(state.firstChild, `${STATES[node.link] ?? "leads"}${taken}`);
-  state.firstChild.className = `pill ${["down", "lost"].includes(node.link) ? "bad" : "good"}`;
+  const slow = node.slow ? ", slow" : "";
+  setText(state.firstChild, `${STATES[node.link] ?? "leads"}${taken}${slow}`);
+  state.firstChild.title = node.slow ?? "";
+  const isBad = ["down", "lost"].includes(node.link) || node.slow;
+  state.firstChild.className = `pill ${isBad ? "bad" : "good"}`;
 }
 
 function write(cell, text, small) {
