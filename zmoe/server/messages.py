@@ -177,7 +177,7 @@ class Outputs:
 class Stats:
     """The state of the cluster, told every second; `peak_memory` is in bytes by rank, `links` are
     the ranks to which the leader's link stands, and `hosts` is by rank the node that computes its
-    share: another one where it is lost.
+    share: another one where it is lost, None where all others compute a part of it.
     """
 
     counts: Annotated[
@@ -192,11 +192,11 @@ class Stats:
     ]
     peak_memory: tuple[Size, ...]
     links: tuple[Number, ...]
-    hosts: tuple[Number, ...]
+    hosts: tuple[Number | None, ...]
 
     @property
     def lost(self) -> list[int]:
-        """The ranks whose share another node computes."""
+        """The ranks whose share others compute."""
         return [rank for rank, host in enumerate(self.hosts) if host != rank]
 
 

@@ -87,7 +87,7 @@ def _of_ready(ready: Ready, model: str) -> dict[str, Any]:
 
 def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
     """By rank. The leader sees its own links only: `link` is None for itself. `computed_by` is the
-    node that computes its share, another one while it is lost.
+    node that computes its share, another one while it is lost, or None for all others together.
     """
     return [
         {
