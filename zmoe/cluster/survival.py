@@ -111,6 +111,7 @@ class Survival:
         self._stock, self._returns = stock, returns
         self._restarts = Restarts(leader.start_worker, on_notice)
         self._actions: deque[LeaderAction] = deque()
+        self._begun: dict[int, End] = {}  # what ends the steps under way: all that holds the model
         self._may_be_halted = False
         self._emptied = False
         self._next_probe = 0.0
@@ -146,7 +147,7 @@ class Survival:
         try:
             heard = self._leader.bus.hear()
         except PeerError as lost:
-            self._gone(lost.rank, lost.reason)
+            self._gone(lost.rank, self._ending(lost.rank) or lost.reason)
             return
         halted = False
         for rank, message in heard:
@@ -203,6 +204,11 @@ class Survival:
                 self._gone(process.rank, process.ending())
         self._restarts.start()
 
+    def _ending(self, rank: int) -> str:
+        """How the process of a worker has ended; "" if it has not, or another one started it."""
+        ended = [p for p in self._leader.processes if p.rank == rank and p.exit_code() is not None]
+        return ended[0].ending() if ended else ""
+
     def _gone(self, rank: int, reason: str) -> None:
         """A worker's process has ended, or its link with the leader."""
         if rank not in self._leader.workers:  # it was on its way back
@@ -252,28 +258,28 @@ class Survival:
 
         In either part CachesEmptied is raised where a node was lost: then no step is under way.
         """
-        self.settle()
-        begun: list[End] = []
-        if not self._emptied:
-            self._machine.begin(plan)
-            self._attempt(lambda: begun.append(self._leader.begin_once(plan, draws)))
         self._go_on()
-        view = self.view
+        self._machine.begin(plan)
+        self._attempt(partial(self._begin, plan, draws))
+        self._go_on()
 
         def end() -> Floats | Drawn | None:
             found: list[Floats | Drawn | None] = []
             self._go_on()
-            if self.view is not view:
+            if plan.step not in self._begun:
                 raise CachesEmptied
-            self._attempt(lambda: found.append(self._ended(plan, begun[0])))
+            self._attempt(lambda: found.append(self._end(plan.step)))
             self._go_on()
             return found[0]
 
         return end
 
-    def _ended(self, plan: Plan, end: End) -> Floats | Drawn | None:
-        found = end()
-        self._actions += self._machine.finish(plan.step)
+    def _begin(self, plan: Plan, draws: Sequence[Draw]) -> None:
+        self._begun[plan.step] = self._leader.begin_once(plan, draws)
+
+    def _end(self, step: int) -> Floats | Drawn | None:
+        found = self._begun.pop(step)()
+        self._actions += self._machine.finish(step)
         return found
 
     def _go_on(self) -> None:
@@ -338,6 +344,7 @@ class Survival:
             self._on_notice(action.text)
         elif isinstance(action, Open):
             view, node = action.view, self._leader.node
+            self._begun.clear()
             self._take(self._machine.opened(view.epoch, open_view(node, view), time.monotonic()))
         elif isinstance(action, Connect):
             self._attempt(partial(self._connect, action))
