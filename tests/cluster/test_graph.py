@@ -293,7 +293,7 @@ def test_the_text_goes_on_without_nodes(
 def test_the_others_go_on_or_name_the_node_that_fails(
     commands: Commands, folder: Path, number: int
 ) -> None:
-    """The leader or a worker stopped, or another way; `-m tests.cluster.graph_failures` runs more."""
+    """Stopped or on another way; `python -m tests.cluster.graph_failures` runs more."""
     check_round(commands, folder, draw_round(number, seed=0))
 
 
