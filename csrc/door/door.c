@@ -213,11 +213,11 @@ static int enter(const zmoe_channel *channel) {
   const char *problem = NULL;
   pthread_mutex_lock(&door.lock);
   int status = door.failure.status;
-  if (status == ZMOE_OK && door.config.exchange == NULL)
+  /* What is left of a run that has ended must not fail the one that has the door now. */
+  if (status == ZMOE_OK &&
+      (door.config.exchange == NULL || channel->opening != door.openings))
     status = ZMOE_EINTR;
-  if (status == ZMOE_OK && channel->opening != door.openings) {
-    problem = "a collective of a run that has ended";
-  } else if (status == ZMOE_OK && door.config.is_program) {
+  if (status == ZMOE_OK && door.config.is_program) {
     enter_alone(channel);
   } else if (status == ZMOE_OK && door.layer < (int64_t)channel->layer && door.entered > 0) {
     door.layer = channel->layer;

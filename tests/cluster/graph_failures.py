@@ -1,4 +1,5 @@
-"""Nodes that are killed, stopped or go astray at random moments of a run in MLX's graph.
+"""Nodes that are killed, stopped or go astray at random moments of a run in MLX's graph: without
+a worker the run goes on, and whatever else happens ends it.
 
 test_graph.py runs a round of each. As a program it runs as many as it is told to:
 `python -m tests.cluster.graph_failures MODEL --rounds 50`
@@ -11,6 +12,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,9 +59,9 @@ def free_port() -> int:
 
 
 def check_round(commands: Commands, model: Path, happened: Round) -> float:
-    """Have it happen; returns in how many seconds the others have ended.
+    """Have it happen; returns in how many seconds the others have ended, or go on.
 
-    Raises AssertionError where one of them has not ended as it should.
+    Raises AssertionError where one of them has not done as it should.
     """
     port = free_port()
     common = ("--model", model, "--compute", "mlx", "--peer-timeout", PEER_TIMEOUT_S, "-m", 100000)
@@ -72,6 +74,15 @@ def check_round(commands: Commands, model: Path, happened: Round) -> float:
     time.sleep(happened.after)
     begun = time.monotonic()
     nodes[happened.rank].send_signal(SIGNALS[happened.what])
+    if happened.what != "astray" and happened.rank:
+        await_words(nodes[0], f"the run goes on without node {happened.rank}")
+        took = time.monotonic() - begun
+        nodes[0].send_signal(signal.SIGINT)
+        nodes[happened.rank].kill()
+        for process in nodes:
+            process.communicate(timeout=PATIENCE_S)
+        assert nodes[0].returncode == 130
+        return took
     for rank, process in enumerate(nodes):
         if rank == happened.rank:
             continue
@@ -86,6 +97,17 @@ def check_round(commands: Commands, model: Path, happened: Round) -> float:
     nodes[happened.rank].communicate(timeout=PATIENCE_S)
     assert nodes[happened.rank].returncode in (1, -signal.SIGKILL)
     return took
+
+
+def await_words(process: subprocess.Popen[str], words: str) -> None:
+    """Until `process`, which goes on, has written `words` to its standard error."""
+    until, errors = time.monotonic() + PATIENCE_S, b""
+    while words not in errors.decode():
+        assert time.monotonic() < until, errors
+        try:
+            raise AssertionError(process.communicate(timeout=0.1))
+        except subprocess.TimeoutExpired as yet:
+            errors = yet.stderr or b""
 
 
 def main() -> int:
@@ -106,7 +128,7 @@ def main() -> int:
                 print(f"{number}, {happened}: {took:.1f} s", flush=True)
             except Exception as problem:
                 print(f"{number}, {happened}: {type(problem).__name__}: {problem}", flush=True)
-    print(f"{good} of {options.rounds} ended as they should, the slowest within {slowest:.1f} s")
+    print(f"{good} of {options.rounds} went as they should, the slowest within {slowest:.1f} s")
     return good != options.rounds
 
 

@@ -17,10 +17,11 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from tests.cluster.conftest import PATIENCE_S, Commands, Workers, first_output
+from tests.cluster.conftest import PATIENCE_S, Commands, Workers, first_output, wait_until
 from tests.cluster.graph_failures import check_round, draw_round
 from tests.families import build
 from zmoe.checkpoint.hub import resolve_model
+from zmoe.cluster import node
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig
@@ -53,12 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reference(folder: Path) -> tuple[list[int], list[np.ndarray]]:
+def reference(
+    folder: Path, prompt: list[int] = PROMPT, count: int = TOKENS
+) -> tuple[list[int], list[np.ndarray]]:
     """mlx-lm alone: greedy tokens, and the logits (vocabulary,) of each step."""
     model, _ = load_model(folder)
     cache = make_prompt_cache(model)
-    tokens, logits, todo = [], [], PROMPT
-    for _ in range(TOKENS):
+    tokens, logits, todo = [], [], prompt
+    for _ in range(count):
         logits.append(np.array(model(mx.array([todo]), cache=cache)[0, -1]))
         tokens.append(int(logits[-1].argmax()))
         todo = tokens[-1:]
@@ -222,9 +225,75 @@ def test_a_backend_is_for_mlx(folder: Path) -> None:
 # ---- failures --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_everybody_names_a_node_that_fails(commands: Commands, folder: Path, number: int) -> None:
-    """Killed, stopped, or on another way; `python -m tests.cluster.graph_failures` runs more."""
+@pytest.mark.parametrize("attention", ["replicated", "sharded"])
+def test_the_text_goes_on_without_nodes(
+    folder: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is lost in a prompt, another one between two tokens; the leader is alone then. Once they
+    are back, all nodes divide the experts again.
+    """
+    nodes = 3 if attention == "replicated" else 2  # which must divide the heads
+    prompts = [PROMPT, PROMPT[::-1]]
+    wanted = [reference(folder, prompt, count=24)[0] for prompt in prompts]
+    load, in_use = node.load_shard, list[int]()
+    monkeypatch.setattr(
+        node, "load_shard", lambda *a, **k: in_use.append(mx.get_active_memory()) or load(*a, **k)
+    )
+    told = list[str]()
+    engine = EngineConfig(compute="mlx", prefill_chunk=16, attention=attention)
+    spec = ClusterSpec(nodes, engine=engine)
+    with Cluster(folder, spec=spec, on_notice=told.append) as cluster:
+        loaded, doomed = mx.get_active_memory(), cluster.worker_pids()
+        killed = list[str]()
+
+        def kill() -> None:
+            pid = doomed.pop(0)
+            killed.append(f"node {nodes - 1 - len(doomed)} on this machine (pid {pid})")
+            os.kill(pid, signal.SIGKILL)
+
+        def in_prompt(done: int, total: int) -> None:
+            if done >= 32 and len(doomed) == 2:
+                kill()
+
+        def texts() -> list[list[int]]:
+            running = [
+                cluster.submit(
+                    prompt, max_tokens=24, temp=0.0, ignore_eos=True, on_prefill=in_prompt
+                )
+                for prompt in prompts
+            ]
+            found = [[token.id for _, token in zip(range(8), each)] for each in running]
+            if doomed:
+                kill()
+            return [first + [t.id for t in each] for first, each in zip(found, running)]
+
+        assert texts() == wanted
+        assert cluster.hosts == (0,) + (None,) * (nodes - 1)
+        assert cluster.placement.slices == ()
+        assert max(in_use[1:]) < min(in_use[:1]) + loaded / 4  # nothing of the old weights is left
+        several = "node 0 and node 2 have divided the experts anew"
+        if nodes == 3:
+            assert f"without node 1, once what runs is prefilled again: {several}" in told[1]
+        alone = "once what runs is prefilled again: node 0 has all experts"
+        assert told[-1].endswith(alone) and told[0].startswith(killed[0])
+
+        if attention == "sharded":
+            return
+
+        def all_here() -> bool:
+            cluster.step()  # a server does so while nobody asks for anything
+            return cluster.hosts == tuple(range(nodes))
+
+        wait_until(all_here, PATIENCE_S, "other processes have taken their places")
+        assert len(cluster.placement.slices) == nodes
+        assert texts() == wanted
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_the_others_go_on_or_name_the_node_that_fails(
+    commands: Commands, folder: Path, number: int
+) -> None:
+    """Stopped or on another way; `python -m tests.cluster.graph_failures` runs more."""
     check_round(commands, folder, draw_round(number, seed=0))
 
 

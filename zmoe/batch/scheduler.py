@@ -172,12 +172,13 @@ class Scheduler:
         return sum(sequence.position for sequence in running)
 
     def forget(self) -> None:
-        """Between two steps, or in place of one that was planned: all caches of all nodes are
-        empty, so that what runs begins anew.
+        """All caches of all nodes are empty, so that what runs begins anew; steps that are planned
+        and not yet advanced are not run.
         """
         for sequence in [*self._prefilling.values(), *self._decoding.values()]:
             self._preempt(sequence)
-            sequence.ahead = 0  # a step that was planned is not run
+        for sequence in self._waiting.values():
+            sequence.ahead = 0
         self._memory.forget()
         self._changed = True
 

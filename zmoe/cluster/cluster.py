@@ -25,7 +25,7 @@ from zmoe.cluster.resolver import OnChoice, PlacementResolver
 from zmoe.cluster.resources import resources_of
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import DEFAULT_MODEL, Sampling
-from zmoe.engine.base import CachesEmptied, Engine, Floats
+from zmoe.engine.base import CachesEmptied, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.counts import Counts
 from zmoe.engine.draw import Draw, Drawn
@@ -122,6 +122,7 @@ class Cluster:
         self._steps = SharedSteps()
         self._cancelled: deque[int] = deque()  # which any thread may append to
         self._begun = 0
+        self._block_bytes = 1  # of MLX's caches, once a step has told
         self.notices: tuple[str, ...] = ()
         self.resources: list[NodeResources] = []  # by rank, of a cluster that was entered
         self.load_seconds = 0.0
@@ -237,6 +238,7 @@ class Cluster:
         try:
             yield
         except CachesEmptied:
+            self._fit_caches()
             raise
         except BaseException as error:
             self._failed = _reason(error)
@@ -275,21 +277,20 @@ class Cluster:
             shard, self.load_seconds = node.load(lambda d, t: self._progress(0, d, t))
             self.notices = shard.notices
         assert node.placement is not None
-        mapped, schedule = is_native(engine), engine.schedule
-        room = cache_room(self.info, self.resources, node.placement, mapped, schedule)
         blocks = 1
         if node.engine.paged:
-            blocks = self._blocks_in(room, node.engine)
+            blocks = self._blocks_of(node, node.engine.block_bytes)
             (self._leader or node).make_cache(blocks)
         if self._leader is not None:
             self._leader.survive(blocks if node.engine.paged else 0)
+            self._leader.take_emptied()  # no sequence has begun
         run = partial(Cluster._run, weakref.proxy(self))  # or a dropped cluster would stay
         begin = partial(Cluster._begin, weakref.proxy(self)) if node.engine.plans_ahead else None
         batching = self.spec.batching
         self._batcher = Batcher(run, node.engine, blocks, engine, batching, node.spans, begin)
         self._warm_up(node)
-        if not node.engine.paged:  # only now it is known what a block of these caches takes
-            self._batcher.scheduler.resize(self._blocks_in(room, node.engine))
+        self._block_bytes = node.engine.block_bytes
+        self._fit_caches()
         if engine.parallel > 1 and not node.engine.can_batch:
             self.notices += (self._one_at_a_time(),)
 
@@ -300,14 +301,28 @@ class Cluster:
             why = f"max_kv_size is {window}, and only caches in the C kernels share such a window"
         return f"sequences run one at a time, the others wait: {why}"
 
-    def _blocks_in(self, room: int, engine: Engine) -> int:
-        """How many blocks of keys and values `room` bytes hold, of what could be used."""
-        config = self.spec.engine
+    def _fit_caches(self) -> None:
+        """Where caches are not paged, count the blocks that there is room for beside the weights,
+        which only a step tells, and the loss of a node may change.
+        """
+        node = self._node
+        assert node is not None
+        if not node.engine.paged:
+            self._batcher.scheduler.resize(self._blocks_of(node, self._block_bytes))
+
+    def _blocks_of(self, node: Node, block_bytes: int) -> int:
+        """How many blocks of keys and values there is room for, of what could be used."""
+        config, placement, resources = self.spec.engine, node.placement, self.resources
+        assert placement is not None
+        if self._leader is not None and self._leader.view.slices:
+            resources = [resources[rank] for rank in self._leader.view.nodes]
+        mapped, schedule = is_native(config), config.schedule
+        room = cache_room(self.info, resources, placement, mapped, schedule)
         longest = blocks_of(self.info.context_length or _UNKNOWN_CONTEXT)
         if config.max_kv_size is not None:
             longest = blocks_of_window(config.max_kv_size, config.max_rows)
         # One sequence must be able to run, even where memory is tight.
-        return max(longest, min(room // engine.block_bytes, config.parallel * longest))
+        return max(longest, min(room // block_bytes, config.parallel * longest))
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""
@@ -446,10 +461,13 @@ class Cluster:
         leader, most = self._leader, _PREFILLED_AGAIN * self.spec.engine.max_rows
         if leader is None:
             return
+        if leader.node.divides:  # all would load anew meanwhile
+            most = 0
         if leader.has_returned and self._batcher.forgets(most):
             leader.admit()
         if leader.take_emptied():
-            self._batcher.scheduler.forget()
+            self._batcher.forget()
+            self._fit_caches()
 
     def counts(self) -> Counts:
         """What the cluster has done so far, and does now."""
@@ -477,14 +495,14 @@ class Cluster:
 
     def links(self) -> tuple[int, ...]:
         """The ranks to which the leader's link stands; one that is down has `Timing.grace`."""
-        with self._running() as node:
-            shards = node.exchange.links() if node.exchange is not None else ()
-            hosts = self.hosts
-            return tuple(sorted({hosts[shard] for shard in shards} - {0}))
+        with self._running():
+            return self._leader.links() if self._leader is not None else ()
 
     @property
-    def hosts(self) -> tuple[int, ...]:
-        """By rank, the node that computes its share: another one where it is lost."""
+    def hosts(self) -> tuple[int | None, ...]:
+        """By rank, the node that computes its share: another one where it is lost, or None where
+        all that are left compute a part of it.
+        """
         return self._leader.hosts if self._leader is not None else (0,)
 
     @property

@@ -49,7 +49,7 @@ from zmoe.kernels.threads import common_isa, is_native
 from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo
 from zmoe.recovery.messages import Suspect
-from zmoe.recovery.view import first_view
+from zmoe.recovery.view import ClusterView, Slices, first_view
 
 Progress = Callable[[int, int, int], None]  # rank, bytes done, bytes of its share
 OnNotice = Callable[[str], None]  # a line for the user, while the run goes on
@@ -152,7 +152,8 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
-        self._terms = Terms(setup, placement, isa, node.exchange.choice.figures, mine)
+        figures = node.exchange.choice.figures
+        self._terms = Terms(setup, placement, isa, figures, mine, node.divides)
         told = {0: shard.notices, **{rank: message.notices for rank, message in ready.items()}}
         return notices_of(told), max([seconds, *(message.seconds for message in ready.values())])
 
@@ -179,11 +180,17 @@ class Leader(Crew):
         stock = stock_of(self.info, node.placement, self.resources, mapped)
         view = first_view(self.spec.nodes, node.session)
         returns = Returns(self._terms, blocks)
-        self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice)
+        divide = self._divide if node.divides else None
+        self._survival = Survival(self, view, stock, returns, _new_session, self._on_notice, divide)
         for rank, error in lost.items():
             self._survival.lose(rank, str(error).removeprefix(f"node {rank} "))
         for rank, message in self._suspected_early:
             self._survival.suspect(rank, message)
+
+    def _divide(self, nodes: Sequence[int]) -> Slices:
+        """How these nodes divide the weights. Raises PlacementError where they have no room."""
+        placement = self._resolver.divide([self.resources[rank] for rank in nodes])
+        return placement.slices or ((0, self.info.moe_intermediate_size),)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
         """Have every node that has caches read a prompt cache into `places`, as Node does.
@@ -191,7 +198,7 @@ class Leader(Crew):
         Raises InputError, naming the node, for one that cannot.
         """
         if self.spec.engine.schedule == "decentralized":
-            self.bus.broadcast(LoadPrefix(str(path), digest, tuple(places)), self.workers)
+            self._say(LoadPrefix(str(path), digest, tuple(places)))
         self.node.load_prefix(path, places, digest)
         if self.spec.engine.schedule == "decentralized":
             wait = partial(self.collect, Loaded, "has not read the prompt cache")
@@ -292,11 +299,17 @@ class Leader(Crew):
         with self._naming_cause():
             return self.once(plan)
 
+    def begin_once(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
+        """As once(), in two parts: see Node.begin."""
+        self._send(plan)
+        return self.node.begin(plan, draws)
+
     def begin(self, plan: Plan, draws: Sequence[Draw]) -> Callable[[], Floats | Drawn | None]:
         """As run(), in two parts: see Node.begin."""
+        if self._survival is not None:
+            return self._survival.begin(plan, draws)
         with self._naming_cause():
-            self._send(plan)
-            end = self.node.begin(plan, draws)
+            end = self.begin_once(plan, draws)
 
         def named() -> Floats | Drawn | None:
             with self._naming_cause():
@@ -308,7 +321,7 @@ class Leader(Crew):
         self._step = self.bus.step = plan.step
         if self._survival is not None and time.monotonic() >= self._next_round:
             self._ask_times()
-        self.bus.broadcast(Step(plan), self.workers)
+        self._say(Step(plan))
         self.hear()
 
     def _ask_times(self) -> None:
@@ -316,7 +329,7 @@ class Leader(Crew):
         self.hear()  # what is yet to come of the last round
         self._round, self._next_round = self._round + 1, time.monotonic() + ROUND_S
         self._times = {0: self.node.take_times()}
-        self.bus.broadcast(AskTimes(self._round), self.workers)
+        self._say(AskTimes(self._round))
 
     def _compare(self) -> None:
         """Once all have told: who is slow?"""
@@ -328,6 +341,15 @@ class Leader(Crew):
             del seconds[0]
         for line in self.stragglers.add(seconds, self.hosts):
             self._on_notice(line)
+
+    def _say(self, message: Message) -> None:
+        """Send it to all workers that take part."""
+        try:
+            self.bus.broadcast(message, self.workers)
+        except PeerError as lost:
+            if self._survival is None:
+                raise
+            self._survival.doubt(lost.rank)
 
     @contextmanager
     def _naming_cause(self) -> Iterator[None]:
@@ -355,14 +377,27 @@ class Leader(Crew):
         return [peak_memory(), *others]
 
     def _ask_memory(self) -> dict[int, Memory]:
-        self.bus.broadcast(AskMemory(), self.workers)
+        self._say(AskMemory())
         return self.collect(Memory, "did not tell its memory", self.spec.timing.join)
 
     @property
-    def hosts(self) -> tuple[int, ...]:
-        """Which node computes the share of each rank."""
+    def view(self) -> ClusterView:
+        """Who is alive, and who hosts what."""
         survival = self._survival
-        return tuple(range(self.spec.nodes)) if survival is None else survival.view.hosts
+        return first_view(self.spec.nodes, 0) if survival is None else survival.view
+
+    @property
+    def hosts(self) -> tuple[int | None, ...]:
+        """Which node computes the share of each rank; None: all that are left, a part each."""
+        view = self.view
+        if not view.slices:
+            return view.hosts
+        return tuple(rank if rank in view.nodes else None for rank in range(self.spec.nodes))
+
+    def links(self) -> tuple[int, ...]:
+        """The ranks to which the leader's link in the exchange stands."""
+        shards = self.node.exchange.links() if self.node.exchange is not None else ()
+        return tuple(sorted({self.view.hosts[shard] for shard in shards} - {0}))
 
     @property
     def has_returned(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a node does to enter a view of the cluster: listen, connect, adopt."""
+"""What a node does to enter a view of the cluster: listen, connect, load."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def open_view(node: Node, view: ClusterView) -> Listeners:
 
     Raises ZmoeError for a view of another run.
     """
+    if bool(view.slices) != node.divides:
+        raise ZmoeError(f"a view with {len(view.slices)} slices, of a run in another form")
+    if view.slices:
+        return node.divide(view.session, view.nodes, view.slices)
     if len(view.hosts) != node.nodes:
         raise ZmoeError(f"a view of {len(view.hosts)} shards in a run of {node.nodes} nodes")
     if view.fresh:
@@ -45,10 +49,12 @@ def join_view(
     by_shard = dict[int, Endpoint]()
     for rank, theirs in zip(view.nodes, listeners):
         by_shard.update(zip(view.shards_of(rank), theirs))
-    if len(by_shard) != node.nodes:
-        raise ZmoeError(f"listeners of {len(by_shard)} shards in a view of {node.nodes}")
-    try:
-        node.connect([by_shard[shard] for shard in range(node.nodes)], tick)
-    except AbsentError as absent:
-        raise PeerError(absent.ranks[0], None, view.base, "cannot be reached") from absent
-    node.adopt(lambda done, total: tick())
+    if node.nodes > 1:
+        if len(by_shard) != node.nodes:
+            raise ZmoeError(f"listeners of {len(by_shard)} shards in a view of {node.nodes}")
+        try:
+            node.connect([by_shard[shard] for shard in range(node.nodes)], tick)
+        except AbsentError as absent:
+            raise PeerError(absent.ranks[0], None, view.base, "cannot be reached") from absent
+    load = node.load if view.slices else node.adopt
+    load(lambda done, total: tick())

@@ -179,13 +179,15 @@ class Endpoints:
 class Enter:
     """Leader to worker, instead of Place and Endpoints: the others run already. Load, have caches
     of so many blocks (0: they are not paged), say Ready, and wait for the view in which you are.
-    `figures`: what is known of the links, as zmoe.exchange.algorithm.Choice has it.
+    `figures`: what is known of the links, as zmoe.exchange.algorithm.Choice has it. With `divides`
+    load nothing yet: that view divides the weights anew.
     """
 
     placement: Placement
     isa: Word
     blocks: Annotated[int, between(0, 2**31 - 1)]
     figures: Annotated[tuple[float, ...], _four_or_none]
+    divides: bool
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,7 @@ _View = Annotated[
             "nodes": Annotated[tuple[Rank, ...], items(1, 64)],
             "base": Counter,
             "fresh": bool,
+            "slices": Annotated[tuple[tuple[Size, Size], ...], items(0, 64)],
         }
     ),
 ]

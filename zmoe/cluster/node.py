@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
@@ -9,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import zmq
 
 from zmoe.batch.blocks import Found
 from zmoe.batch.plan import BLOCK, Plan, passes
@@ -42,6 +46,7 @@ from zmoe.loading import (
     LoadedExperts,
     LoadedShard,
     Skeleton,
+    divides_heads,
     form_of,
     load_experts,
     load_shard,
@@ -84,6 +89,7 @@ class Node:
         self.recorder: UsageRecorder | None = None
         self.skeleton: Skeleton | None = None  # what `info` was learned from, until it is loaded
         self.spans = Spans()
+        self.divides = False  # whether the nodes that are left divide all weights anew
         self.exchange: Exchange | None = None
         self._config, self._timing = config, timing
         self._reach = failpoints(rank)
@@ -177,9 +183,10 @@ class Node:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether the others can go on without a node that is lost: not in MLX's graph."""
+        """Whether the others can go on without a node that is lost: not over MLX's backends."""
         on_mlx = isinstance(self._engine, MlxEngine) and not self._engine.plans_ahead
-        return isinstance(self.exchange, Hosting) and (self.can_undo or on_mlx)
+        may = self.can_undo or on_mlx or self.divides
+        return isinstance(self.exchange, Hosting) and may
 
     @property
     def can_undo(self) -> bool:
@@ -194,6 +201,33 @@ class Node:
         self._reach("open")
         self._connected = False
         return self.exchange.host(session, [shard for shard in shards if shard != self.rank])
+
+    def divide(
+        self, session: int, nodes: Sequence[int], slices: Sequence[tuple[int, int]]
+    ) -> tuple[Endpoint, ...]:
+        """Drop the model and leave the exchange for that of a new view, whose `nodes` divide the
+        experts into `slices`; returns where this one listens: nowhere, where it is alone.
+        connect() joins the others, and load() reads the new part.
+
+        Raises PlacementError for slices that are none.
+        """
+        assert self.exchange is not None
+        self.leave()
+        self._engine = None
+        gc.collect()  # a model's modules refer to one another
+        mx.clear_cache()
+        self.nodes, everything = len(nodes), tuple(range(self.info.experts))
+        owned = ((everything,) * self.nodes,) * len(self.info.moe_layers)
+        several = tuple(slices) if self.nodes > 1 else ()
+        self.place(Placement(self.nodes, self.info.experts, owned, several))
+        self.exchange.regroup(session, nodes.index(self.rank), self.nodes)
+        return (self.exchange.endpoint,) if self.nodes > 1 else ()
+
+    def leave(self) -> None:
+        """Leave the exchange, so that nobody waits for this node's part of a step."""
+        assert self.exchange is not None
+        self._connected = False
+        self.exchange.leave()
 
     def adopt(self, progress: Callable[[int, int], None]) -> None:
         """Load the experts of every shard that this node hosts for another, unless it has them.
@@ -235,6 +269,11 @@ class Node:
         if self.exchange is not None and self._connected:
             self.exchange.service()
 
+    def poll_sockets(self) -> list[zmq.Socket[Any]]:
+        """What a wait between steps has to poll, too: service() is called when one is readable."""
+        exchange = self.exchange
+        return exchange.poll_sockets() if exchange is not None and self._connected else []
+
     def load_follower(
         self, progress: Callable[[int, int], None]
     ) -> tuple[LoadedShard | LoadedExperts, float]:
@@ -268,17 +307,21 @@ class Node:
         self._prepare()
         if self._team is None:
             self._refuse_kv_bits("MLX computes on this node")
-        reducer = self.exchange or SingleNode()
+        peers = self.exchange if self.nodes > 1 else None
+        reducer = peers or SingleNode()
         skeleton = self.skeleton or Skeleton(Path(self.info.path))
         form = form_of(
             self.info,
             self.placement,
             skeleton.sites,
-            self.exchange,
-            self._config,
+            peers,
+            self._config_of_view() if self.divides else self._config,
             on_mlx=self._team is None,
             records=self.recorder is not None,
         )
+        if self.divides and peers is not None and peers.door is None:
+            raise ZmoeError("another run of this process exchanges in MLX's graph: close it first")
+        self.divides = self.divides or (peers is not None and peers.door is not None)
         shard = load_shard(
             self.info,
             self.placement,
@@ -305,6 +348,13 @@ class Node:
             plans_ahead=shard.form.as_it_is or shard.form.graph is not None,
         )
         return shard, time.perf_counter() - start
+
+    def _config_of_view(self) -> EngineConfig:
+        """The settings of a view in which the nodes divide the weights: heads where they can be."""
+        config = replace(self._config, backend="zmq")
+        if config.attention == "sharded" and not divides_heads(Path(self.info.path), self.nodes):
+            config = replace(config, attention="replicated")
+        return config
 
     def _prepare(self) -> None:
         """Set up MLX and the thread pool, before anything is loaded for them."""

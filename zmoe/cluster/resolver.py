@@ -13,6 +13,7 @@ from zmoe.cluster.spec import PlacementRequest
 from zmoe.config import EngineConfig
 from zmoe.errors import PlacementError, SettingError
 from zmoe.kernels.threads import is_native
+from zmoe.loading import divides_heads
 from zmoe.perf.hardware import CPU, CUDA, FAST_CROSSING_S, KERNELS, METAL, Device
 from zmoe.perf.links import RDMA
 from zmoe.placement.build import WAYS, check_way
@@ -57,8 +58,25 @@ class PlacementResolver:
 
         Raises PlacementError where the model does not fit.
         """
+        chooser = self._chooser(resources, self._config.attention == "sharded")
+        choice = chooser.choose(self._way, self._from_file)
+        if self._on_choice is not None:
+            self._on_choice(choice)
+        return choice.placement
+
+    def divide(self, resources: Sequence[NodeResources]) -> Placement:
+        """Slices for those that are left of a run in MLX's graph; all of it for one.
+
+        Raises PlacementError, naming the missing bytes, where the model does not fit.
+        """
+        nodes, heads = len(resources), self._config.attention == "sharded"
+        heads = heads and divides_heads(Path(self._info.path), nodes)
+        way = "slices" if nodes > 1 else "experts"
+        return self._chooser(resources, heads).choose(way).placement
+
+    def _chooser(self, resources: Sequence[NodeResources], sharded: bool) -> Chooser:
         config = self._config
-        chooser = Chooser(
+        return Chooser(
             self._info,
             resources,
             device=_device(config),
@@ -67,12 +85,8 @@ class PlacementResolver:
             policy=config.policy,
             usage=self._usage,
             evaluated=self._evaluated,
-            sharded=config.attention == "sharded",
+            sharded=sharded,
         )
-        choice = chooser.choose(self._way, self._from_file)
-        if self._on_choice is not None:
-            self._on_choice(choice)
-        return choice.placement
 
 
 def _device(config: EngineConfig) -> Device:

@@ -48,20 +48,24 @@ class Restarts:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the run of the others is, to which a worker comes back; `hello` is the leader's."""
+    """What the run of the others is, to which a worker comes back; `hello` is the leader's.
+    `divides`: the view that it enters says what it loads.
+    """
 
     setup: Setup
     placement: Placement
     isa: str
     figures: tuple[float, ...]
     hello: Hello
+    divides: bool
 
 
 class Returns:
     """The workers on their way back, to a run with `blocks` blocks of keys and values."""
 
     def __init__(self, terms: Terms, blocks: int) -> None:
-        self._terms, self._enter = terms, Enter(terms.placement, terms.isa, blocks, terms.figures)
+        self._terms = terms
+        self._enter = Enter(terms.placement, terms.isa, blocks, terms.figures, terms.divides)
         self._hosts: dict[int, str] = {}
 
     def answer(self, rank: int, message: Message) -> Setup | Enter | None:

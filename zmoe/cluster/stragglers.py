@@ -24,14 +24,14 @@ class Stragglers:
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}  # of computing in a step, by rank, in the last round
         self.slow: dict[int, str] = {}  # by rank: how slow, for users
-        self._hosts: Sequence[int] = ()
+        self._hosts: Sequence[int | None] = ()
         self._ratios: defaultdict[int, deque[float]]
         self._forget()
 
     def _forget(self) -> None:
         self.slow, self._ratios = {}, defaultdict(partial(deque[float], maxlen=_ROUNDS))
 
-    def add(self, seconds: Mapping[int, float], hosts: Sequence[int]) -> list[str]:
+    def add(self, seconds: Mapping[int, float], hosts: Sequence[int | None]) -> list[str]:
         """A round, in which each node has computed so many `seconds` in a step, by rank.
 
         `hosts` is by shard the rank that computes it; when it changes, the comparison begins anew,

@@ -22,6 +22,7 @@ from zmoe.cluster.returning import Restarts, Returns
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Timing
 from zmoe.engine.base import CachesEmptied, Floats
+from zmoe.engine.draw import Draw, Drawn
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.recovery.actions import (
     Connect,
@@ -38,13 +39,14 @@ from zmoe.recovery.actions import (
 from zmoe.recovery.adopt import Stock
 from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
 from zmoe.recovery.messages import FromNode, Suspect
-from zmoe.recovery.view import ClusterView
+from zmoe.recovery.view import ClusterView, Slices
 
 _SLICE_S = 0.02  # of a wait for the nodes, in a recovery
 _PROBE_S = 0.5  # between two looks at their links meanwhile
 # For a node to say that it has stopped: it hears that in an exchange, between two layers.
 _ANSWER_S = 15.0
 _SPARE_S = 10.0  # that nodes wait longer for the leader than it waits for them
+End = Callable[[], Floats | Drawn | None]
 T = TypeVar("T")
 
 
@@ -73,6 +75,10 @@ class Leading(Protocol):
         """Run a plan on all nodes."""
         ...
 
+    def begin_once(self, plan: Plan, draws: Sequence[Draw]) -> End:
+        """Begin a plan on all nodes; the result ends it."""
+        ...
+
 
 def patience_of(timing: Timing) -> Patience:
     """The deadlines of a recovery in a run with these."""
@@ -91,15 +97,21 @@ class Survival:
         returns: Returns,
         new_session: Callable[[], int],
         on_notice: Callable[[str], None],
+        divide: Callable[[Sequence[int]], Slices] | None = None,
     ) -> None:
-        """`view`: the one in which the run begins, of which `stock` tells."""
+        """`view`: the one in which the run begins, of which `stock` tells; `divide` is
+        LeaderRecovery's.
+        """
         self._leader, self._on_notice = leader, on_notice
         patience = patience_of(leader.spec.timing)
         rewinds = leader.node.can_undo
-        self._machine = LeaderRecovery(view, stock, patience, new_session, rewinds=rewinds)
+        self._machine = LeaderRecovery(
+            view, stock, patience, new_session, rewinds=rewinds, divide=divide
+        )
         self._stock, self._returns = stock, returns
         self._restarts = Restarts(leader.start_worker, on_notice)
         self._actions: deque[LeaderAction] = deque()
+        self._begun: dict[int, End] = {}  # what ends the steps under way: all that holds the model
         self._may_be_halted = False
         self._emptied = False
         self._next_probe = 0.0
@@ -135,7 +147,7 @@ class Survival:
         try:
             heard = self._leader.bus.hear()
         except PeerError as lost:
-            self._gone(lost.rank, lost.reason)
+            self._gone(lost.rank, self._ending(lost.rank) or lost.reason)
             return
         halted = False
         for rank, message in heard:
@@ -192,6 +204,11 @@ class Survival:
                 self._gone(process.rank, process.ending())
         self._restarts.start()
 
+    def _ending(self, rank: int) -> str:
+        """How the process of a worker has ended; "" if it has not, or another one started it."""
+        ended = [p for p in self._leader.processes if p.rank == rank and p.exit_code() is not None]
+        return ended[0].ending() if ended else ""
+
     def _gone(self, rank: int, reason: str) -> None:
         """A worker's process has ended, or its link with the leader."""
         if rank not in self._leader.workers:  # it was on its way back
@@ -201,9 +218,12 @@ class Survival:
 
     def _lost(self, lost: PeerError) -> None:
         """The exchange has lost the host of the shard `lost.rank`."""
-        host = self.view.hosts[lost.rank]
-        self._leader.bus.doubt(host)
-        self._take(self._machine.lost(host, time.monotonic()))
+        self.doubt(self.view.hosts[lost.rank])
+
+    def doubt(self, rank: int) -> None:
+        """The leader does not reach a worker. Raises Halted as hear() does."""
+        self._leader.bus.doubt(rank)
+        self._take(self._machine.lost(rank, time.monotonic()))
 
     def _take(self, actions: Sequence[LeaderAction]) -> None:
         halts = any(isinstance(action, Halt) for action in actions)
@@ -232,6 +252,41 @@ class Survival:
         if self.take_emptied():
             raise CachesEmptied
         return found[-1]
+
+    def begin(self, plan: Plan, draws: Sequence[Draw]) -> End:
+        """As run(), in two parts, of which the second ends the step; another one may begin between.
+
+        In either part CachesEmptied is raised where a node was lost: then no step is under way.
+        """
+        self._go_on()
+        self._machine.begin(plan)
+        self._attempt(partial(self._begin, plan, draws))
+        self._go_on()
+
+        def end() -> Floats | Drawn | None:
+            found: list[Floats | Drawn | None] = []
+            self._go_on()
+            if plan.step not in self._begun:
+                raise CachesEmptied
+            self._attempt(lambda: found.append(self._end(plan.step)))
+            self._go_on()
+            return found[0]
+
+        return end
+
+    def _begin(self, plan: Plan, draws: Sequence[Draw]) -> None:
+        self._begun[plan.step] = self._leader.begin_once(plan, draws)
+
+    def _end(self, step: int) -> Floats | Drawn | None:
+        found = self._begun.pop(step)()
+        self._actions += self._machine.finish(step)
+        return found
+
+    def _go_on(self) -> None:
+        """As settle(). Raises CachesEmptied where that has emptied all caches."""
+        self.settle()
+        if self.take_emptied():
+            raise CachesEmptied
 
     def take_emptied(self) -> bool:
         """Whether all caches were emptied since this was asked last, or since they were made."""
@@ -289,6 +344,7 @@ class Survival:
             self._on_notice(action.text)
         elif isinstance(action, Open):
             view, node = action.view, self._leader.node
+            self._begun.clear()
             self._take(self._machine.opened(view.epoch, open_view(node, view), time.monotonic()))
         elif isinstance(action, Connect):
             self._attempt(partial(self._connect, action))
@@ -333,7 +389,7 @@ class Survival:
             self._on_notice(f"node {rank} is back")
         self._leader.workers = list(view.nodes[1:])
         self._emptied |= view.fresh
-        self._on_notice(_who_hosts_what(view))
+        self._on_notice(_who_hosts_what(view, self._leader.spec.nodes))
 
     def admit(self) -> None:
         """Let the nodes in that have returned. All caches are empty then: theirs are."""
@@ -347,8 +403,15 @@ class Survival:
         self._actions += self._machine.adopted(view.epoch, time.monotonic())
 
 
-def _who_hosts_what(view: ClusterView) -> str:
-    """One line for the user."""
+def _who_hosts_what(view: ClusterView, nodes: int) -> str:
+    """One line for the user, of a run that began with so many `nodes`."""
+    if view.slices and len(view.nodes) < nodes:
+        lost = " and ".join(f"node {rank}" for rank in range(nodes) if rank not in view.nodes)
+        left = " and ".join(f"node {rank}" for rank in view.nodes)
+        divided = "has all experts" if len(view.nodes) == 1 else "have divided the experts anew"
+        return (
+            f"the run goes on without {lost}, once what runs is prefilled again: {left} {divided}"
+        )
     adopted: defaultdict[int, list[str]] = defaultdict(list)
     for shard, host in enumerate(view.hosts):
         if host != shard:

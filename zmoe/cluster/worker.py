@@ -7,9 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
@@ -59,7 +57,7 @@ EAGER_S = 0.001
 # A step that the leader plans ahead comes soon after the one before it has begun.
 UNDER_WAY_S = 0.02
 PROGRESS_INTERVAL_S = 0.1
-T = TypeVar("T")
+_Begun = tuple[int, Callable[[], object]]  # a step's number, and what ends it
 
 
 class Worker(Member):
@@ -77,6 +75,7 @@ class Worker(Member):
         self._is_loading = False
         self._recovery: NodeRecovery | None = None  # where steps can be repeated
         self._early: deque[Message] = deque()  # what came while this node was at something else
+        self._under_way: _Begun | None = None
 
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
@@ -120,13 +119,16 @@ class Worker(Member):
             node.place(told.placement)
             node.use_isa(told.isa)
             node.learn(told.figures)
+            node.divides = told.divides
         else:
             self._meet(node, told, timing)
-        self._is_loading = True
-        share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
-        self._is_loading = False
+        notices, seconds = tuple[str, ...](), 0.0
+        if not node.divides:  # else the view that this node enters says what it loads
+            self._is_loading = True
+            share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
+            self._is_loading = False
+            notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
         assert node.placement is not None
-        notices = tuple(one_line(notice) for notice in share.notices[:MOST_NOTICES])
         if isinstance(told, Enter) and told.blocks:
             node.make_cache(told.blocks)
         if node.can_go_on:
@@ -161,31 +163,23 @@ class Worker(Member):
                 raise
 
     def _serve(self, node: Node) -> None:
-        assert node.exchange is not None
         eager_until = 0.0
-        end: Callable[[], object] = nothing  # of the step that is under way
         while True:
             message = self._early.popleft() if self._early else self._bus.take()
-            if message is None and end is not nothing:  # MLX has the exchange meanwhile
+            if message is None and self._under_way is not None:  # MLX has the exchange meanwhile
                 message = self._bus.receive(UNDER_WAY_S)
                 if message is None:
-                    self._follow(end)
-                    end = nothing
+                    self._run(node)
             if message is None and time.monotonic() < eager_until:
                 os.sched_yield()
             elif message is None:
                 self._between_steps(node)
-                self._bus.wait(node.exchange.poll_sockets(), IDLE_SLICE_S)
-            elif isinstance(message, Step) and self._recovery is not None:
-                self._run(node, message.plan, self._recovery)
-                eager_until = time.monotonic() + EAGER_S
+                self._bus.wait(node.poll_sockets(), IDLE_SLICE_S)
             elif isinstance(message, Step):
-                self._bus.step = message.plan.step
-                begun = self._follow(partial(node.follow, message.plan))
-                self._follow(end)
-                end = begun
+                self._run(node, message.plan)
                 eager_until = time.monotonic() + EAGER_S
             elif isinstance(message, FromLeader) and self._recovery is not None:
+                self._under_way = None
                 self._do(self._recovery.receive(message, time.monotonic()))
             elif isinstance(message, Cache):  # once the slowest node has loaded
                 node.make_cache(message.blocks)
@@ -203,34 +197,47 @@ class Worker(Member):
             else:
                 raise self.unexpected(message)
 
-    def _follow(self, part: Callable[[], T]) -> T:
-        """A part of a step."""
+    def _run(self, node: Node, plan: Plan | None = None) -> None:
+        """Begin a step, if there is one, and end the one before it, unless the loss of a node does.
+        A step that is not under way afterwards has ended, too.
+        """
+        if plan is not None and self._recovery is not None and not self._recovery.takes(plan.step):
+            return
+        before, self._under_way = self._under_way, None
         try:
-            return part()
+            if plan is not None:
+                self._bus.step = plan.step
+                self._under_way = (plan.step, node.follow(plan))
+            if before is not None:
+                self._finish(before)
+            if self._under_way is not None and self._under_way[1] is nothing:
+                self._finish(self._under_way)
+                self._under_way = None
         except PeerError as lost:
+            self._under_way = None
+            if self._recovery is not None:
+                self._lose(lost)
+                return
             if lost.rank == 0:
                 self._look_for_cause(lost)
             raise
+        except Halted:  # a step behind this one is dropped with it
+            self._under_way = None
+            self._early = deque(each for each in self._early if not isinstance(each, Step))
+
+    def _finish(self, begun: _Begun) -> None:
+        step, end = begun
+        end()
+        if self._recovery is not None:
+            self._recovery.finish(step)
 
     # ---- going on without a node that is lost ---------------------------------------------
 
-    def _run(self, node: Node, plan: Plan, recovery: NodeRecovery) -> None:
-        """A step, unless the loss of a node ends it."""
-        if not recovery.takes(plan.step):
-            return
-        self._bus.step = plan.step
-        try:
-            node.follow(plan)
-        except PeerError as lost:
-            self._lose(lost)
-        except Halted:  # a step behind this one is dropped with it
-            self._early = deque(each for each in self._early if not isinstance(each, Step))
-        else:
-            recovery.finish(plan.step)
-
     def _lose(self, lost: PeerError) -> None:
-        recovery = self._recovery
-        assert recovery is not None and recovery.view is not None
+        node, recovery = self._node, self._recovery
+        assert node is not None and recovery is not None and recovery.view is not None
+        if node.divides:  # others may be deep in MLX, where only a lost link tells them
+            node.leave()
         self._do(recovery.lost(recovery.view.hosts[lost.rank], time.monotonic()))
 
     def _between_steps(self, node: Node) -> None:

@@ -113,7 +113,17 @@ class Batcher:
 
     def step(self) -> None:
         """Run one step, which gives tokens to the streams that were in it."""
-        begun = time.perf_counter()
+        try:
+            self._step(time.perf_counter())
+        except CachesEmptied:
+            self.forget()
+
+    def forget(self) -> None:
+        """All caches of all nodes are empty, and no step is under way: what runs begins anew."""
+        self._ahead = None
+        self.scheduler.forget()
+
+    def _step(self, begun: float) -> None:
         now = time.monotonic()
         self._expire(now)
         step, self._ahead = self._ahead, None
@@ -123,11 +133,7 @@ class Batcher:
                 assert not self._streams  # the oldest one can always run
                 return
             self._spans.take()
-            try:
-                step = self._begun(plan, begun)
-            except CachesEmptied:
-                self.scheduler.forget()
-                return
+            step = self._begun(plan, begun)
         following = self.scheduler.plan_ahead(now) if step.is_drawn else None
         if following is not None:
             self._ahead = self._begun(following, begun)
@@ -245,8 +251,8 @@ class Batcher:
 
     def forgets(self, most: int) -> bool:
         """Whether emptying all caches costs no more than `most` positions to be computed again."""
-        idle = self._forced is None and self._ahead is None
-        return idle and self.scheduler.positions <= most
+        begun = self._ahead is not None and self.busy  # else it is of streams that have ended
+        return self._forced is None and not begun and self.scheduler.positions <= most
 
     # ---- one sequence whose caller brings the tokens -------------------------------------
 
@@ -258,17 +264,31 @@ class Batcher:
             raise ZmoeError("generations are running on this cluster: let them end first")
         if self._ahead is not None:  # of streams that have ended
             step, self._ahead = self._ahead, None
-            self._results(step, time.perf_counter())
-        if reset or self._forced is None:
+            try:
+                self._results(step, time.perf_counter())
+            except CachesEmptied:
+                self.forget()
+        while reset or self._forced is None:
             self.end_forced()
             room = self.scheduler.capacity + 1 - len(tokens)
             sequence = self.scheduler.submit(Request(tokens, max(1, room)), time.monotonic())
             self._forced = sequence.id
-            return self._until_logits()
+            try:
+                return self._until_logits()
+            except CachesEmptied:
+                self.end_forced()
+                self.forget()
         for token in tokens:
             assert self._held_back is not None
             self.scheduler.advance(self._held_back, [[token]])
-            logits = self._until_logits()
+            try:
+                logits = self._until_logits()
+            except CachesEmptied:
+                self.end_forced()
+                self.forget()
+                raise ZmoeError(
+                    "a node was lost, and with it the sequence: begin it anew"
+                ) from None
         return logits
 
     def end_forced(self) -> None:
@@ -285,14 +305,7 @@ class Batcher:
                     f"the sequence has {self.scheduler.capacity} tokens, all that the cache of "
                     "keys and values holds"
                 )
-            try:
-                logits = self._run(plan)
-            except CachesEmptied:
-                self.end_forced()
-                self.scheduler.forget()
-                raise ZmoeError(
-                    "a node was lost, and with it the sequence: begin it anew"
-                ) from None
+            logits = self._run(plan)
             if logits is not None:
                 self._held_back = plan
                 row: Floats = logits[0]

@@ -67,12 +67,16 @@ class Choice:
     def __init__(self, nodes: int, algorithm: str = "auto", parts: int = 0) -> None:
         if algorithm not in ALGORITHMS:
             raise InputError(f"algorithm is {algorithm}: expected {' or '.join(ALGORITHMS)}")
-        self.nodes = nodes
+        self.nodes, self._named = nodes, algorithm
         # Among two, scatter moves as many bytes in more messages.
         self._auto, self._parts = algorithm == "auto" and nodes > 2, parts
         self.scatter_from: float = _FEWEST_BYTES * nodes if algorithm == "scatter" else math.inf
         self.may_scatter = self._auto or algorithm == "scatter"
         self._lines: tuple[Line, Line] | None = None
+
+    def among(self, nodes: int) -> Choice:
+        """The same of another number of ranks, as long as nothing is learnt."""
+        return Choice(nodes, self._named, self._parts)
 
     @property
     def figures(self) -> tuple[float, ...]:

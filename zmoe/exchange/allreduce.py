@@ -121,12 +121,26 @@ class Exchange(Collective):
         nothing of the old session is answered any more. Returns the new endpoint. Raises
         InputError where no port is free.
         """
-        self._leave()
+        self.leave()
         self._listen(session)
         return self.endpoint
 
-    def _leave(self) -> None:
-        """Let go of the peers, and of what C holds."""
+    def regroup(self, session: int, rank: int, nodes: int) -> None:
+        """As renew(), as `rank` of another number of `nodes`; of one, this listens for nobody.
+
+        `endpoint` says where it listens. Of the links nothing is known then: calibrate() as all
+        ranks do. Raises InputError.
+        """
+        self.leave()
+        self.rank, self.nodes, self.choice = rank, nodes, self.choice.among(nodes)
+        self.step = self.plan = self._told = 0  # as a rank that begins anew
+        if nodes > 1:
+            self._listen(session)
+
+    def leave(self) -> None:
+        """Let go of the peers, and of what C holds. Idempotent."""
+        if self.door is not None:
+            self.door.close()
         if self._native is not None:
             self._counted, self._pool_counters = self.stats, self._native.pool_stats()
             self._native.close()
@@ -307,9 +321,7 @@ class Exchange(Collective):
         """Leave; idempotent. What is under way still goes out, for half a second and what the
         frames take at most: this waits for it unless a context was given.
         """
-        if self.door is not None:
-            self.door.close()
-        self._leave()
+        self.leave()
         if self._own_context:
             self._context.term()
 

@@ -13,7 +13,7 @@ graph         whether exchanges are operations of MLX's graph
 fuse          whole layers on the kernels
 """
 
-from zmoe.loading.attention import check_attention
+from zmoe.loading.attention import check_attention, divides_heads
 from zmoe.loading.experts_only import LoadedExperts, load_experts
 from zmoe.loading.graph import RECORDED, form_of, why_evaluated
 from zmoe.loading.inspect import describe
@@ -27,6 +27,7 @@ __all__ = [
     "Skeleton",
     "check_attention",
     "describe",
+    "divides_heads",
     "form_of",
     "load_experts",
     "load_shard",

@@ -93,6 +93,17 @@ def check_attention(folder: Path, nodes: int) -> int:
     return (whole - _bytes_of(model)) * nodes // (nodes - 1)
 
 
+def divides_heads(folder: Path, nodes: int) -> bool:
+    """Whether `nodes` nodes can divide the heads of the model in `folder`."""
+    if nodes == 1:
+        return False
+    try:
+        check_attention(folder, nodes)
+    except SettingError:
+        return False
+    return True
+
+
 def _bytes_of(model: Any) -> int:
     leaves: Any = tree_flatten(model.parameters())
     return sum(array.nbytes for _, array in leaves)

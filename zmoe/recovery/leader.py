@@ -36,7 +36,7 @@ from zmoe.recovery.messages import (
     View,
 )
 from zmoe.recovery.node import NodeRecovery
-from zmoe.recovery.view import ClusterView
+from zmoe.recovery.view import ClusterView, Slices
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,19 @@ class LeaderRecovery:
         new_session: Callable[[], int],
         *,
         rewinds: bool,
+        divide: Callable[[Sequence[int]], Slices] | None = None,
     ) -> None:
         """`view`: the one in which the run begins. `new_session` gives a fresh random number.
 
-        `rewinds`: every cache can go back by two steps; else each view is fresh.
+        `rewinds`: every cache can go back by two steps; else each view is fresh. With `divide`
+        nobody adopts a shard: it says how the nodes of a view divide the weights, and raises
+        ZmoeError where they cannot.
         """
         self.view = view
         self.phase = Phase.RUNNING
         self._stock, self._patience, self._new_session = stock, patience, new_session
         self._home = view.hosts
-        self._rewinds, self._fresh = rewinds, False
+        self._rewinds, self._fresh, self._divide = rewinds, False, divide
         self._own = NodeRecovery(0, view, patience.silence)
         self._log = StepLog(view.base)
         self._epoch = view.epoch
@@ -296,21 +299,29 @@ class LeaderRecovery:
         self._fresh = self._fresh or not self._rewinds or bool(self._entering)
         base = self._log.last if self._fresh else self._log.go_back(self._done)
         self._nodes |= self._entering
-        nodes, entering = sorted(self._nodes), self._entering
-        hosts = [
-            home if home in entering else host for home, host in zip(self._home, self.view.hosts)
-        ]
+        nodes = sorted(self._nodes)
         try:
-            placed, notices = adopt(hosts, nodes, self._stock)
+            self.view, notices = self._next_view(nodes, base)
         except ZmoeError as error:
             return actions + self._give_up(error)
         if self._fresh:
             self._log.forget(base)
-        self.view = self.view.next(self._new_session(), placed, nodes, base, self._fresh)
         self._done, self._removed, self._accusations = {}, False, set()
         self._endpoints, self._entering = {}, set()
         self._enter(Phase.OPEN, now + self._patience.open)
         return [*actions, *map(Notice, notices), *self._to_all(View(self.view))]
+
+    def _next_view(self, nodes: Sequence[int], base: int) -> tuple[ClusterView, tuple[str, ...]]:
+        """The view of these nodes, with notices for the user."""
+        session = self._new_session()
+        if self._divide is not None:
+            return self.view.divided(session, nodes, base, self._divide(nodes)), ()
+        hosts = [
+            home if home in self._entering else host
+            for home, host in zip(self._home, self.view.hosts)
+        ]
+        placed, notices = adopt(hosts, nodes, self._stock)
+        return self.view.next(session, placed, nodes, base, self._fresh), notices
 
     def _most_accused(self) -> dict[int, str]:
         """Who goes although it answers, with the reason: nobody, where a death explains it all.

@@ -10,6 +10,8 @@ from zmoe.errors import SettingError
 MOST_NODES = 64
 MOST_SESSION = 2**63 - 1
 
+Slices = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class ClusterView:
@@ -23,6 +25,9 @@ class ClusterView:
     nodes: the ranks of all living nodes, ascending, the leader's 0 first.
     base: the last step whose effects every node keeps; 0 before the first one.
     fresh: no node keeps any sequence: caches are dropped, and the leader prefills again.
+    slices: where the weights are divided anew for each view, as many as there are nodes: the range
+        of every expert's hidden dimension that each of them computes. Then a shard is what one node
+        owns in this view, and `hosts` are the `nodes`. Else there are none.
 
     Raises SettingError, naming the field, for a view that is none.
     """
@@ -33,6 +38,7 @@ class ClusterView:
     nodes: tuple[int, ...]
     base: int
     fresh: bool = False
+    slices: Slices = ()
 
     def __post_init__(self) -> None:
         if self.epoch < 0:
@@ -50,6 +56,12 @@ class ClusterView:
                 raise SettingError("hosts", f"gives shard {shard} to node {host}, which is gone")
         if self.base < 0:
             raise SettingError("base", f"is {self.base}: expected 0 or more")
+        if self.slices and not (self.fresh and len(self.slices) == len(self.nodes)):
+            raise SettingError(
+                "slices", f"has {len(self.slices)} of {len(self.nodes)} nodes in a fresh view"
+            )
+        if self.slices and self.hosts != self.nodes:
+            raise SettingError("hosts", f"is {self.hosts}: expected the nodes {self.nodes}")
 
     def shards_of(self, node: int) -> tuple[int, ...]:
         """The shards that `node` hosts, ascending."""
@@ -64,6 +76,11 @@ class ClusterView:
         if session == self.session:
             raise SettingError("session", "is that of the view before: expected a fresh one")
         return ClusterView(self.epoch + 1, session, tuple(hosts), tuple(nodes), base, fresh)
+
+    def divided(self, session: int, nodes: Sequence[int], base: int, slices: Slices) -> ClusterView:
+        """The next epoch's view, in which `nodes` divide the weights anew. Raises SettingError."""
+        everyone = tuple(nodes)
+        return ClusterView(self.epoch + 1, session, everyone, everyone, base, True, slices)
 
 
 def first_view(nodes: int, session: int) -> ClusterView:

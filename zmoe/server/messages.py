@@ -177,8 +177,9 @@ class Outputs:
 class Stats:
     """The state of the cluster, told every second; `peak_memory` is in bytes by rank, `links` are
     the ranks to which the leader's link stands, and `hosts` is by rank the node that computes its
-    share: another one where it is lost. By rank, `step_seconds` are those that a node computes in a
-    step, and `slow` says how slow those are for which the others wait.
+    share: another one where it is lost, None where all others compute a part of it. By rank,
+    `step_seconds` are those that a node computes in a step, and `slow` says how slow those are for
+    which the others wait.
     """
 
     counts: Annotated[
@@ -193,13 +194,13 @@ class Stats:
     ]
     peak_memory: tuple[Size, ...]
     links: tuple[Number, ...]
-    hosts: tuple[Number, ...]
+    hosts: tuple[Number | None, ...]
     step_seconds: Mapping[Number, float]
     slow: Mapping[Number, str]
 
     @property
     def lost(self) -> list[int]:
-        """The ranks whose share another node computes."""
+        """The ranks whose share others compute."""
         return [rank for rank, host in enumerate(self.hosts) if host != rank]
 
 

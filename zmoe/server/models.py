@@ -28,10 +28,7 @@ def routes(front: Front) -> list[Route]:
         can_run = status == "ready"
         if can_run and stats is not None and stats.lost:
             status = "degraded"
-            reason = "; ".join(
-                f"node {rank} is lost, and node {stats.hosts[rank]} computes its share"
-                for rank in stats.lost
-            )
+            reason = "; ".join(_lost(rank, stats.hosts[rank]) for rank in stats.lost)
         found = {"status": status, "model": front.model, "reason": reason or None}
         return JSONResponse(found, 200 if can_run else 503)
 
@@ -40,6 +37,12 @@ def routes(front: Front) -> list[Route]:
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
     ]
+
+
+def _lost(rank: int, host: int | None) -> str:
+    if host is None:
+        return f"node {rank} is lost, and the others have divided its share"
+    return f"node {rank} is lost, and node {host} computes its share"
 
 
 def _description(front: Front) -> dict[str, object]:

@@ -87,8 +87,9 @@ def _of_ready(ready: Ready, model: str) -> dict[str, Any]:
 
 def _nodes(ready: Ready, stats: Stats | None) -> list[dict[str, Any]]:
     """By rank. The leader sees its own links only: `link` is None for itself. `computed_by` is the
-    node that computes its share, another one while it is lost. `compute_ms` is what it computes in
-    a step, without its waits for others, and `slow` says so if that is much more than theirs.
+    node that computes its share, another one while it is lost, or None for all others together.
+    `compute_ms` is what it computes in a step, without its waits for others, and `slow` says so if
+    that is much more than theirs.
     """
     compute_s = stats.step_seconds if stats is not None else {}
     return [

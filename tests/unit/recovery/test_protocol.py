@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import pytest
@@ -36,7 +36,7 @@ from zmoe.recovery.messages import (
     View,
 )
 from zmoe.recovery.node import NodeRecovery
-from zmoe.recovery.view import ClusterView, first_view
+from zmoe.recovery.view import ClusterView, Slices, first_view
 
 PATIENCE = Patience(quiesce=2.0, open=3.0, adopt=4.0, silence=10.0)
 
@@ -152,6 +152,31 @@ def test_a_node_returns() -> None:
     actions = it.admit(0.4)
     view = ClusterView(2, 101, (0, 1), (0, 1), 2, fresh=True)
     assert actions == [Halt(), Send(1, View(view)), Open(view)]
+
+
+def test_nodes_that_divide_the_weights_anew() -> None:
+    """Nobody adopts; what is lost is a new share, in a view of as many shards as nodes."""
+
+    def divide(nodes: Sequence[int]) -> Slices:
+        if len(nodes) == 1:
+            raise ZmoeError("one node has no room")
+        return ((0, 4), (4, 8))
+
+    stock = Stock((10,) * 3, {}, mapped=False)
+    it = LeaderRecovery(first_view(3, 1), stock, PATIENCE, lambda: 5, rewinds=False, divide=divide)
+    it.begin(Plan(1))
+    it.begin(Plan(2))  # before the end of the one before
+    it.finish(1)
+    it.ended(1, "was killed by signal 9", 0.0)
+    view = ClusterView(1, 5, (0, 2), (0, 2), 2, True, ((0, 4), (4, 8)))
+    assert it.receive(2, Halted(1, 1), 0.1) == [Send(2, View(view)), Open(view)]
+    it.opened(1, "a", 0.2)
+    it.receive(2, Opened(1, "b"), 0.2)
+    it.adopted(1, 0.3)
+    assert it.receive(2, Adopted(1), 0.3) == [Resume(view)]
+    it.begin(Plan(3))
+    actions = it.ended(2, "was killed by signal 9", 0.4)
+    assert isinstance(actions[-1], GiveUp) and str(actions[-1].error) == "one node has no room"
 
 
 def in_quiesce() -> LeaderRecovery:

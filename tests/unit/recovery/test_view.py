@@ -47,6 +47,16 @@ def test_the_next_view() -> None:
         VIEW.next(9, (0,) * 4, (0,), 8, fresh=False)
 
 
+def test_a_view_whose_nodes_divide_the_weights() -> None:
+    made = VIEW.divided(10, [0, 2], 8, ((0, 5), (5, 8)))
+    assert made == ClusterView(4, 10, (0, 2), (0, 2), 8, True, ((0, 5), (5, 8)))
+    assert made.shards_of(2) == (1,)
+    with pytest.raises(SettingError, match="slices has 1 of 2 nodes"):
+        VIEW.divided(10, [0, 2], 8, ((0, 8),))
+    with pytest.raises(SettingError, match=r"hosts is \(0, 2, 2, 0\): expected the nodes \(0, 2\)"):
+        ClusterView(4, 10, VIEW.hosts, (0, 2), 8, True, made.slices)
+
+
 def test_a_node_waits_longest() -> None:
     with pytest.raises(SettingError, match="silence is 5 s: expected more than the leader's 5 s"):
         Patience(1.0, 2.0, 5.0, 5.0)
