@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from zmoe.errors import SettingError
 
 DEFAULT_MODEL = "zmoe-tiny"
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 SCHEDULES = ("decentralized", "centralized")
 COMPUTES = ("auto", "mlx", "native")
 BACKENDS = ("auto", "zmq", "ring", "jaccl", "nccl")

@@ -106,6 +106,7 @@ class Leader(Crew):
             timing=timing,
             memory_limit=self.spec.placement.memory_limit,
             ports=self.spec.port_range,
+            keep_alive=self.spec.keep_alive,
         )
         self.bus.broadcast(setup)
         own = node.open_exchange(
