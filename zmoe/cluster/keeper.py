@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from zmoe.cluster.launch import NodeProcess, OnLine, end_all
-from zmoe.errors import ZmoeError
+from zmoe.errors import LaunchError, ZmoeError
 from zmoe.exchange.keys import Pinned
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Keeper:
     ) -> tuple[int, bool]:
         with self._lock:
             if self._closed:
-                raise ZmoeError("the server is closing")
+                raise LaunchError(f"cannot start node {rank}: the server is closing")
             how, process = self._started.get(rank, (None, None))
             if process is not None and process.exit_code() is None and how == (command, line):
                 return process.pid, True
