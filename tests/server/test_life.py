@@ -31,8 +31,8 @@ STREAMS: list[dict[str, Any]] = [
 
 
 @contextmanager
-def two_nodes() -> Iterator[Server]:
-    server = Server("--nodes", "2")
+def two_nodes(*flags: str) -> Iterator[Server]:
+    server = Server("--nodes", "2", *flags)
     try:
         server.wait_until_ready()
         yield server
@@ -50,7 +50,7 @@ def own() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def lasting() -> Iterator[Server]:
     """A server of two nodes that comes back from what a test does to it."""
-    with two_nodes() as server:
+    with two_nodes("--keep-alive", "1000") as server:
         yield server
 
 
@@ -133,10 +133,16 @@ def wanted(server: Server) -> list[str]:
     return [Reader(server, body).text() for body in STREAMS]
 
 
+def node_of(server: Server) -> int:
+    """The process of its only worker."""
+    (node,) = [pid for pid, line in server.processes().items() if "zmoe.cli.node" in line]
+    return node
+
+
 def test_streams_go_on_when_the_engine_is_killed(lasting: Server) -> None:
     before, texts = ask(lasting), wanted(lasting)
     readers = [Reader(lasting, body) for body in STREAMS]
-    engine = engine_of(lasting)
+    engine, node = engine_of(lasting), node_of(lasting)
     assert engine is not None
     os.kill(engine, signal.SIGKILL)
     while lasting.health() == "ready":
@@ -148,6 +154,11 @@ def test_streams_go_on_when_the_engine_is_killed(lasting: Server) -> None:
     assert [reader.text() for reader in readers] == texts
     assert engine_of(lasting) != engine
     assert ask(lasting) == before
+    assert node_of(lasting) == node
+    said = lasting.process.stderr
+    assert said is not None
+    line = "zmoe-serve: node 1: the weights of the run before were still loaded\n"
+    assert line in iter(said.readline, "")
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -155,8 +166,7 @@ def test_a_node_that_is_killed_is_missed_by_nobody(lasting: Server, busy: bool) 
     before, texts = ask(lasting), wanted(lasting) if busy else []
     engine = engine_of(lasting)
     readers = [Reader(lasting, body) for body in STREAMS] if busy else []
-    (node,) = [pid for pid, line in lasting.processes().items() if "zmoe.cli.node" in line]
-    os.kill(node, signal.SIGKILL)
+    os.kill(node_of(lasting), signal.SIGKILL)
     lasting.wait_for("degraded")
     assert httpx.get(f"{lasting.url}/health").json()["reason"] == (
         "node 1 is lost, and node 0 computes its share"
@@ -173,6 +183,14 @@ def test_a_node_that_is_killed_is_missed_by_nobody(lasting: Server, busy: bool) 
     assert [each["computed_by"] for each in status["nodes"]] == [0, 1]
     assert engine_of(lasting) == engine
     assert ask(lasting) == before
+
+
+def test_nothing_outlives_a_server_that_is_killed(lasting: Server) -> None:
+    engine = engine_of(lasting)
+    assert engine is not None
+    os.kill(engine, signal.SIGKILL)
+    assert lasting.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    wait_for_end(lasting)
 
 
 def failing(*flags: str, port: int | None = None) -> tuple[int, str]:

@@ -24,6 +24,7 @@ def add_cluster(parser: Parser) -> Callable[..., Any]:
     add_hosts(add)
     add_settings(add, EngineConfig, "schedule")
     add_settings(add, ClusterSpec, "manual", "bind", "port", "ports", "key", "insecure")
+    add_settings(add, ClusterSpec, "keep_alive")
     add_settings(add, RemoteOptions)
     add_settings(add, EngineConfig, "wire_dtype", "backend")
     add_settings(add, Timing)
@@ -31,16 +32,25 @@ def add_cluster(parser: Parser) -> Callable[..., Any]:
 
 
 def cluster_spec(
-    options: argparse.Namespace, *, parallel: int | None = None, record_usage: bool = False
+    options: argparse.Namespace,
+    *,
+    parallel: int | None = None,
+    record_usage: bool = False,
+    keep_alive: float | None = None,
 ) -> ClusterSpec:
     """The cluster that the flags ask for, of `parallel` sequences where there is no flag for
-    that. Raises InputError.
+    that. `keep_alive`: unless the flag says otherwise; None where only nodes that are started by
+    hand can outlive the command. Raises InputError.
     """
     hosts = hosts_from(options.hosts, options.hostfile)
     asked, remote = given_settings(options, ClusterSpec), given_settings(options, RemoteOptions)
     if hosts is not None:
         asked.setdefault("nodes", len(hosts.hosts))
     env = tuple(check_env(setting, "--env") for setting in remote.get("env", ()))
+    if keep_alive is not None:
+        asked.setdefault("keep_alive", keep_alive)
+    elif "keep_alive" in asked and "manual" not in asked:
+        raise InputError("--keep-alive is for nodes that are started by hand: give --manual")
     _refuse_what_does_not_apply(asked, remote, hosts)
     engine = given_settings(options, EngineConfig)
     if parallel is not None:

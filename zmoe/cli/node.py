@@ -211,7 +211,7 @@ def _serve(options: Any, arguments: Sequence[str] = ()) -> None:
     while True:
         pause = 0.0
         try:
-            Worker(spec, context, notices.begun).run()
+            Worker(spec, context, notices.begun, notices.say).run()
             notices.say("the run is over" if options.once else f"the run is over; {waiting}")
         except Exception as error:  # whatever a leader caused is not our end
             if options.once:

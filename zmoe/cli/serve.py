@@ -16,6 +16,7 @@ from zmoe.config import DEFAULT_MODEL, Batching, EngineConfig
 from zmoe.errors import InputError
 
 PROG = "zmoe-serve"
+KEEP_ALIVE_S = 60.0  # within which a new engine has started, after pauses of up to 30 s
 
 
 def _parser() -> Parser:
@@ -65,7 +66,7 @@ def _serve(options: argparse.Namespace) -> None:
     from zmoe.server.run import serve
 
     config = ServeConfig(**given_settings(options, ServeConfig))
-    spec = cluster_spec(options)
+    spec = cluster_spec(options, keep_alive=KEEP_ALIVE_S)
     if spec.nodes > 1:
         warn_unencrypted(PROG, spec.address, spec.insecure)
     with Bars([f"loading node {rank}" for rank in range(spec.nodes)]) as bars:

@@ -19,6 +19,7 @@ from typing import Any
 
 from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
 from zmoe.checkpoint.hub import resolve_model
+from zmoe.cluster.keeper import Lender
 from zmoe.cluster.leader import Leader, OnManual, OnNotice, Progress
 from zmoe.cluster.node import Node, peak_memory
 from zmoe.cluster.resolver import OnChoice, PlacementResolver
@@ -84,6 +85,7 @@ class Cluster:
         on_placement: OnChoice | None = None,
         on_manual: OnManual | None = None,
         on_notice: OnNotice | None = None,
+        lender: Lender | None = None,
     ) -> None:
         if spec is not None and not isinstance(spec, ClusterSpec):
             raise SettingError("spec", f"is {spec!r}: expected a ClusterSpec")
@@ -106,6 +108,7 @@ class Cluster:
         self._progress: Progress = progress or (lambda rank, done, total: None)
         self._on_manual: OnManual = on_manual or (lambda commands: None)
         self._on_notice: OnNotice = on_notice or _LOG.warning
+        self._lender = lender
         request, count, engine = self.spec.placement, self.spec.nodes, self.spec.engine
         records, info = self.spec.record_usage, replace(self.info, head_bytes=heads)
         evaluated = why_evaluated(info, self._skeleton.sites, engine, on_mlx=not is_native(engine))
@@ -255,6 +258,7 @@ class Cluster:
                 self._progress,
                 self._on_manual,
                 self._on_notice,
+                self._lender,
             )
             self._node = self._leader.node
         else:

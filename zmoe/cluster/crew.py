@@ -7,13 +7,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
+from zmoe.cluster.keeper import Access, Lender
 from zmoe.cluster.launch import (
     NodeProcess,
     OnLine,
+    Process,
     command_by_hand,
     end_all,
     start_local,
@@ -29,6 +33,7 @@ from zmoe.topology.cores import divide_cores
 
 OnManual = Callable[[list[str]], None]  # commands that start the workers, in rank order
 M = TypeVar("M", bound=Message)
+_LEFT_S = 5.0  # for a worker that the leader before has left to notice that, and join us
 ENDING_S = 0.5  # a process closes its sockets a moment before it can be waited for
 
 
@@ -36,7 +41,8 @@ class Crew:
     """Ranks 1 and up of `session`, whose leader listens from here on.
 
     `program`: the command line of a program of the user's that all ranks run, of which
-    `on_line(rank, line)` is given what workers print; empty: they are zmoe-nodes.
+    `on_line(rank, line)` is given what workers print; empty: they are zmoe-nodes. `lender`: of
+    workers that outlive this process; without, those that it starts end with it.
     """
 
     collected: ClassVar[tuple[type[Any], ...]] = (Join,)  # messages that collect() waits for
@@ -48,45 +54,45 @@ class Crew:
         on_manual: OnManual,
         program: Sequence[str] = (),
         on_line: OnLine | None = None,
+        lender: Lender | None = None,
     ) -> None:
         self.spec, self._on_manual = spec, on_manual
-        self._program, self._on_line = program, on_line
-        self.processes: list[NodeProcess] = []
+        self._program, self._on_line, self._lender = program, on_line, lender
+        self.processes: list[Process] = []
         self._cores: Sequence[Sequence[int]] | None = None  # of each rank, once they are divided
         self._ranks = range(1, spec.nodes)  # of the workers
         self.workers = list(self._ranks)  # those that are not lost
         self._step = 0
         self._inbox: defaultdict[type[Any], dict[int, Any]] = defaultdict(dict)
-        # By these the workers that we start are told from strangers.
-        started = () if spec.manual else self._ranks
-        self._tokens = {rank: secrets.token_hex(16) for rank in started}
-        self._lines = dict(self._tokens)  # of the standard input of each
-        keys = self._make_keys() if spec.encrypted else None
+        before = lender.access if lender is not None else None
+        self._access = before or new_access(spec)
         self._context = Context()
         try:
-            self.bus = LeaderBus(
-                self._context,
-                spec.address,
-                spec.port,
-                session=session,
-                nodes=spec.nodes,
-                grace=spec.timing.grace,
-                tokens=self._tokens,
-                keys=keys,
-                ports=spec.port_range,
-            )
+            self.bus = self._listen(session)
         except InputError:
             self._context.term()
             raise
+        if lender is not None:
+            lender.remember(replace(self._access, port=self.bus.port))
 
-    def _make_keys(self) -> Pinned:
-        """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
-        if self.spec.manual:
-            return Pinned.shared(self.spec.key_of_all())
-        own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self.workers}
-        for rank, pair in theirs.items():
-            self._lines[rank] += f" {pair.secret} {own.public}"
-        return Pinned(own, tuple(pair.public for pair in theirs.values()))
+    def _listen(self, session: int) -> LeaderBus:
+        """At the port of the leader before us, if another process has not taken it meanwhile."""
+        spec, access = self.spec, self._access
+        listen = partial(
+            LeaderBus,
+            self._context,
+            spec.address,
+            session=session,
+            nodes=spec.nodes,
+            grace=spec.timing.grace,
+            tokens=access.tokens,
+            keys=access.keys,
+            ports=spec.port_range,
+        )
+        if access.port != spec.port:
+            with suppress(InputError):
+                return listen(access.port)
+        return listen(spec.port)
 
     # ---- coming up ----------------------------------------------------------
 
@@ -115,7 +121,11 @@ class Crew:
         """Start the process of a worker. Raises LaunchError."""
         leader = f"{self.spec.address}:{self.bus.port}"
         hosts = self.spec.hosts.hosts if self.spec.hosts is not None else None
-        told = (self.spec.timing.join, self._lines[rank], self._program, self._on_line)
+        line, start = (
+            self._access.lines[rank],
+            NodeProcess if not self._lender else self._lender.start,
+        )
+        told = (self.spec.timing.join, line, self._program, self._on_line, start)
         if hosts is None:
             cores = self._cores[rank] if self._cores is not None else None
             process = start_local(leader, rank, self.spec.address, cores, *told)
@@ -136,10 +146,29 @@ class Crew:
 
     def collect_joins(self) -> dict[int, Join]:
         """The Join of every worker. Raises LaunchError, and MismatchError for another protocol."""
+        self._replace_missing()
         joins = self.collect(Join, "has not joined", self.spec.timing.join)
         for join in joins.values():
             check_protocol(join)
         return joins
+
+    def _replace_missing(self) -> None:
+        """Start workers anew that the leader before has left, but that have ended or do not
+        join.
+        """
+        until = time.monotonic() + _LEFT_S
+        left = {each.rank: each for each in self.processes if each.is_left}
+        while left:
+            self.hear()
+            is_late = time.monotonic() > until
+            for rank, process in list(left.items()):
+                if rank in self._inbox[Join]:
+                    del left[rank]
+                elif is_late or process.exit_code() is not None:
+                    self.end_process(rank)
+                    self.start_worker(rank)
+                    del left[rank]
+            self.bus.wait(0.05)
 
     # ---- control messages ---------------------------------------------------
 
@@ -183,7 +212,7 @@ class Crew:
 
     def _refused(self) -> str:
         """Who was refused so far."""
-        checks = self.spec.encrypted or self._tokens
+        checks = self.spec.encrypted or self._access.tokens
         refused = self._context.authenticator.refused if checks else []
         return "".join(f"; refused {who}" for who in refused)
 
@@ -239,6 +268,22 @@ class Crew:
 
     def _close_own(self) -> None:
         """Close what rank 0 itself has."""
+
+
+def new_access(spec: ClusterSpec) -> Access:
+    """New secrets for the workers that a leader starts, by which they are told from strangers.
+
+    Where links are encrypted they get their keys, and its public one, in their lines.
+    """
+    started = () if spec.manual else range(1, spec.nodes)
+    tokens = {rank: secrets.token_hex(16) for rank in started}
+    if not spec.encrypted:
+        return Access(spec.port, tokens, None, tokens)
+    if spec.manual:
+        return Access(spec.port, tokens, Pinned.shared(spec.key_of_all()), tokens)
+    own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in started}
+    lines = {rank: f"{tokens[rank]} {pair.secret} {own.public}" for rank, pair in theirs.items()}
+    return Access(spec.port, tokens, Pinned(own, tuple(p.public for p in theirs.values())), lines)
 
 
 def check_protocol(join: Join) -> None:

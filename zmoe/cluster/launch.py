@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from zmoe.cluster.hosts import Host
 from zmoe.cluster.spec import RemoteOptions
@@ -34,8 +35,38 @@ _LOG = logging.getLogger(__name__)
 OnLine = Callable[[int, str], None]  # rank, a line without its end
 
 
+class Process(Protocol):
+    """One worker process, as NodeProcess has it."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def is_left(self) -> bool: ...
+
+    def exit_code(self) -> int | None: ...
+
+    def ending(self) -> str: ...
+
+    def kill(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self, deadline: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class NodeProcess:
     """One worker process; keeps the last lines of its standard error."""
+
+    is_left = False  # by a leader before this one
 
     def __init__(
         self,
@@ -132,6 +163,10 @@ class NodeProcess:
         self._reader.join(timeout=1.0)
 
 
+# Makes a process of the arguments that NodeProcess takes.
+Start = Callable[[int, str, Sequence[str], dict[str, str], str, OnLine | None], Process]
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -139,7 +174,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
+def end_all(processes: Sequence[Process], patience: float = 0.0) -> None:
     """End every process: let them go by themselves for `patience` s, then TERM, then KILL.
 
     What outlives that by KILL_GRACE_S is named in a warning of this module's logger.
@@ -164,7 +199,7 @@ def end_all(processes: Sequence[NodeProcess], patience: float = 0.0) -> None:
         process.close()
 
 
-def _wait(processes: Sequence[NodeProcess], timeout: float) -> list[NodeProcess]:
+def _wait(processes: Sequence[Process], timeout: float) -> list[Process]:
     """Those of `processes` that have not ended within `timeout` s."""
     deadline = time.monotonic() + timeout
     return [process for process in processes if not process.wait(deadline)]
@@ -216,17 +251,18 @@ def start_local(
     line: str,
     program: Sequence[str] = (),
     on_line: OnLine | None = None,
-) -> NodeProcess:
+    start: Start = NodeProcess,
+) -> Process:
     """A worker on this machine, on the given cores when the system can pin.
 
     `join_timeout`: seconds that the leader at `leader` waits for it. `line`: the token by
     which the leader knows it, and where links are encrypted its secret key and the leader's
     public one; no argument holds them, since everybody can read those. `program`, `on_line`: as
-    in Crew.
+    in Crew. `start`: what makes the process of its command.
     """
     arguments = _node_arguments(leader, rank, bind, join_timeout, program, cores)
     command = [sys.executable, *arguments]
-    return NodeProcess(rank, "this machine", command, dict(os.environ), line, on_line)
+    return start(rank, "this machine", command, dict(os.environ), line, on_line)
 
 
 def start_over_ssh(
@@ -238,11 +274,12 @@ def start_over_ssh(
     line: str,
     program: Sequence[str] = (),
     on_line: OnLine | None = None,
-) -> NodeProcess:
+    start: Start = NodeProcess,
+) -> Process:
     """A worker on `host`; the other arguments as in start_local."""
     arguments = _node_arguments(leader, rank, host.address, join_timeout, program)
     command = over_ssh(arguments, host, options)
-    return NodeProcess(rank, host.ssh, command, dict(os.environ), line, on_line)
+    return start(rank, host.ssh, command, dict(os.environ), line, on_line)
 
 
 def over_ssh(arguments: Sequence[str], host: Host, options: RemoteOptions) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from zmoe.batch.plan import Plan
 from zmoe.cluster.crew import Crew
 from zmoe.cluster.crew import OnManual as OnManual
+from zmoe.cluster.keeper import Lender
 from zmoe.cluster.messages import (
     AskMemory,
     AskTimes,
@@ -70,10 +71,11 @@ class Leader(Crew):
         progress: Progress,
         on_manual: OnManual,
         on_notice: OnNotice,
+        lender: Lender | None = None,
     ) -> None:
         session = _new_session()
         self.node = Node(info, spec.engine, spec.timing, nodes=spec.nodes, session=session)
-        super().__init__(spec, session, on_manual)
+        super().__init__(spec, session, on_manual, lender=lender)
         self.info = info
         self._model_name, self._resolver, self._progress = model_name, resolver, progress
         # By rank, once all have said hello:
@@ -112,6 +114,7 @@ class Leader(Crew):
             timing=timing,
             memory_limit=self.spec.placement.memory_limit,
             ports=self.spec.port_range,
+            keep_alive=self.spec.keep_alive,
         )
         self.bus.broadcast(setup)
         own = node.open_exchange(

@@ -7,14 +7,13 @@ import time
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
-import zmq
-
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, WorkerBus
 from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.sockets import Context
 
 JOIN_SLICE_S = 0.2
 M = TypeVar("M", bound=Message)
@@ -29,9 +28,14 @@ class Member:
 
     begins: ClassVar[type[Any]]  # the leader's first message
 
-    def __init__(self, spec: WorkerSpec, context: zmq.Context[Any]) -> None:
+    def __init__(self, spec: WorkerSpec, context: Context) -> None:
         """Raises InputError for a key file."""
-        self.spec, self._keys = spec, spec.pinned()
+        self.spec, self._context, self._keys = spec, context, spec.pinned()
+        self._bus = self._dial()
+
+    def _dial(self) -> WorkerBus:
+        """A link to whatever leader listens at the address of spec."""
+        spec = self.spec
         join = Join(
             protocol=PROTOCOL_VERSION,
             rank=spec.rank,
@@ -39,11 +43,12 @@ class Member:
             host=one_line(socket.gethostname())[:200],
             token=spec.token,
         )
-        self._bus = WorkerBus(context, spec.leader, join, Timing().grace, self._keys)
+        return WorkerBus(self._context, spec.leader, join, Timing().grace, self._keys)
 
-    def join(self) -> Any:
-        """The message that `begins` the session. Raises ZmoeError after spec.join_timeout."""
-        patience = self.spec.join_timeout
+    def join(self, patience: float | None) -> Any:
+        """The message that `begins` the session. Raises ZmoeError after `patience` seconds, None
+        for as long as it takes.
+        """
         deadline = None if patience is None else time.monotonic() + patience
         while deadline is None or time.monotonic() < deadline:
             begun = self.expect(self.begins, JOIN_SLICE_S)

@@ -98,7 +98,8 @@ class Setup:
     """Leader to worker: what will run. `model` is a folder or a hub name.
 
     `memory_limit`: bytes that a node may take whose own flags don't say. `ports`: of which a
-    node takes those that it listens at.
+    node takes those that it listens at. `keep_alive`: seconds for which a node waits for another
+    leader when this one is gone.
     """
 
     nodes: Annotated[int, between(2, 64)]
@@ -107,6 +108,7 @@ class Setup:
     timing: Timing
     memory_limit: Size | None
     ports: tuple[Port, Port] | None = None
+    keep_alive: Seconds = 0.0
 
 
 @dataclass(frozen=True)

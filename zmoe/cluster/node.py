@@ -115,6 +115,8 @@ class Node:
 
         Raises InputError for what this CPU does not have.
         """
+        if isa != self._isa:
+            self._unload()
         self._isa = check_isa(isa)
 
     def place(self, placement: Placement) -> None:
@@ -122,6 +124,8 @@ class Node:
         if placement.nodes != self.nodes:
             raise PlacementError(f"a placement of {placement.nodes} nodes for {self.nodes}")
         check_placement(placement, self.info.shape)
+        if placement != self.placement:
+            self._unload()
         self.placement = placement
         if isinstance(self.exchange, CentralExchange):
             self.exchange.place(placement)
@@ -160,6 +164,38 @@ class Node:
             keys=KeyPair.fresh() if encrypted else None,
         )
         return self.exchange.endpoint
+
+    def retire(self) -> bool:
+        """Leave a run whose leader is gone; whether what is loaded can serve in another one.
+
+        It cannot where MLX's graph may have the exchanges: loading is an exchange then.
+        """
+        if not self.is_loaded or not self.can_go_on:
+            return False
+        assert isinstance(self.exchange, Hosting) and self.placement is not None
+        if self._team is None and not self.placement.unsliced:
+            return False
+        self._connected = False
+        self.forget()
+        if isinstance(self._engine, PagedEngine):
+            self._engine.make_cache(0)
+        self._adopted = {}
+        self.exchange.retire()
+        return True
+
+    def reopen(self, session: int) -> Endpoint:
+        """After retire(): listen for the nodes of another run of the same settings, that of
+        `session`; returns where. place() drops what is loaded if that is another share.
+
+        Raises InputError where no port is free.
+        """
+        self.session = session
+        return self.host(session, (self.rank,))[self.rank]
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether this node has its share."""
+        return self._engine is not None or self._held is not None
 
     @property
     def _is_central(self) -> bool:
@@ -538,14 +574,18 @@ class Node:
             self.exchange.close()
         elif self._engine is not None:  # a step may be under way, which needs nobody
             mx.synchronize()
+        self._unload()
+        if self._affinity is not None:
+            set_affinity(self._affinity)
+            self._affinity = None
+
+    def _unload(self) -> None:
+        """Let go of the model and of the threads that compute it."""
         self._engine = self._held = None
         self._adopted = {}
         if self._team is not None:
             self._team.close()
             self._team = None
-        if self._affinity is not None:
-            set_affinity(self._affinity)
-            self._affinity = None
         mx.clear_cache()  # MLX would keep the weights' memory for later use
 
 

@@ -166,7 +166,7 @@ class ProgramWorker(Member):
     def come_up(self) -> None:
         """See Rank."""
         try:
-            self._come_up(self.join())
+            self._come_up(self.join(self.spec.join_timeout))
         except Exception as error:
             self.report(error)
             raise

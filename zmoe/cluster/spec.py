@@ -17,6 +17,7 @@ from zmoe.config import (
     Setting,
     Settings,
     Timing,
+    number,
     whole,
 )
 from zmoe.errors import InputError, SettingError
@@ -54,6 +55,11 @@ _KEY_HELP = (
 )
 _OWN_KEY_HELP = f"The leader's key file (default: the one that {KEY_VARIABLE} names)"
 _PORTS_HELP = "Ports that every node may listen at, such as 9700-9799 (default: any)"
+_KEEP_HELP = (
+    "Seconds for which nodes keep their weights when the leader is gone, for the next leader at "
+    "the same port (default: 60 under zmoe-serve, else 0)"
+)
+_KEEP = number("a number of seconds from 0 to 86400", lambda value: 0 <= value <= 86400)
 INSECURE_HELP = "Do not encrypt links beyond this machine"
 
 
@@ -91,7 +97,9 @@ class ClusterSpec(Settings):
     `hosts` None: `nodes` processes on this machine. Otherwise one node per
     host, in rank order, the first being this machine. `manual`: start nothing;
     `zmoe-node` is started by hand, `nodes` - 1 times. `port` 0: any, of `ports` where given.
-    `record_usage`: count which experts are selected. Links beyond this machine are
+    `record_usage`: count which experts are selected. `keep_alive`: seconds for which nodes keep
+    their weights when this leader is gone; those that it has started itself end with it, unless
+    they belong to another process (zmoe.cluster.keeper). Links beyond this machine are
     encrypted unless `insecure`: by the key in the file `key` where nodes are started by hand,
     else by new ones, which the nodes get as they are started.
     Raises SettingError and InputError for what no leader on this machine could do.
@@ -105,6 +113,7 @@ class ClusterSpec(Settings):
     ports: Annotated[str | None, Setting(_PORTS_HELP, _PORTS, metavar="A-B")] = None
     key: Annotated[Path | None, Setting(_KEY_HELP, metavar="FILE")] = None
     insecure: Annotated[bool, Setting(INSECURE_HELP)] = False
+    keep_alive: Annotated[float, Setting(_KEEP_HELP, _KEEP, metavar="S")] = 0.0
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     timing: Timing = field(default_factory=Timing)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from zmoe.batch.plan import Plan
 from zmoe.cluster.bus import LeaderBus
 from zmoe.cluster.crew import error_of
-from zmoe.cluster.launch import NodeProcess
+from zmoe.cluster.launch import Process
 from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import Failed, Loading, Message
 from zmoe.cluster.node import Node
@@ -57,7 +57,7 @@ class Leading(Protocol):
     bus: LeaderBus
     spec: ClusterSpec
     workers: list[int]  # those that take part
-    processes: list[NodeProcess]
+    processes: list[Process]
 
     def take(self, rank: int, message: Message) -> None:
         """A message that has nothing to do with losses."""

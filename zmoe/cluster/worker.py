@@ -1,4 +1,7 @@
-"""A worker's life: join, hello, endpoints, load, then one step after the other."""
+"""A worker's life: join, hello, endpoints, load, then one step after the other.
+
+Where the leader is gone, a worker may wait for another one with what it has loaded (keep_alive).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from zmoe.cluster.messages import (
     Cache,
     Endpoints,
     Enter,
+    Hello,
     Loaded,
     Loading,
     LoadPrefix,
@@ -41,11 +45,13 @@ from zmoe.cluster.survival import patience_of
 from zmoe.config import Timing
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.base import nothing
+from zmoe.exchange.groups import backend_joined
 from zmoe.exchange.keys import is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import is_native
 from zmoe.loading import Skeleton, describe
+from zmoe.placement.estimate import NodeResources
 from zmoe.recovery.actions import Connect, End, NodeAction, Open, Tell
 from zmoe.recovery.messages import Evicted, FromLeader, Quiesce
 from zmoe.recovery.node import NodeRecovery
@@ -58,6 +64,8 @@ EAGER_S = 0.001
 UNDER_WAY_S = 0.02
 PROGRESS_INTERVAL_S = 0.1
 _Begun = tuple[int, Callable[[], object]]  # a step's number, and what ends it
+_REFUSED_S = 1.0  # between two attempts to join a leader that refuses us
+_STILL_LOADED = "the weights of the run before were still loaded"
 
 
 class Worker(Member):
@@ -66,12 +74,19 @@ class Worker(Member):
     begins = Setup
 
     def __init__(
-        self, spec: WorkerSpec, context: Context, on_setup: Callable[[Setup], None]
+        self,
+        spec: WorkerSpec,
+        context: Context,
+        on_setup: Callable[[Setup], None],
+        on_notice: Callable[[str], None],
     ) -> None:
-        """`on_setup` is called when the session begins. Raises InputError for a key file."""
+        """`on_setup` is called when a session begins, `on_notice(line)` when its leader is gone and
+        another one may come. Raises InputError for a key file.
+        """
         super().__init__(spec, context)
-        self._context, self._on_setup = context, on_setup
+        self._on_setup, self._on_notice = on_setup, on_notice
         self._node: Node | None = None
+        self._kept: tuple[Setup, NodeResources] | None = None  # of the run that the node has left
         self._is_loading = False
         self._recovery: NodeRecovery | None = None  # where steps can be repeated
         self._early: deque[Message] = deque()  # what came while this node was at something else
@@ -80,9 +95,16 @@ class Worker(Member):
     def run(self) -> None:
         """Until the leader says stop; raises what went wrong, having told the leader."""
         try:
-            setup = self.join()
-            self._on_setup(setup)
-            self._serve(self._come_up(setup))
+            setup = self.join(self.spec.join_timeout)
+            while True:
+                self._on_setup(setup)
+                try:
+                    self._serve(self._come_up(setup))
+                    return
+                except PeerError as lost:
+                    if lost.rank != 0 or not setup.keep_alive:
+                        raise
+                    setup = self._outlive(setup, lost)
         except Exception as error:
             self.report(error)
             raise
@@ -91,28 +113,62 @@ class Worker(Member):
                 self._node.close()
             self._bus.close()
 
+    def _outlive(self, setup: Setup, lost: PeerError) -> Setup:
+        """Wait for another leader, whose Setup is returned, with what is loaded if that can serve
+        it. Raises `lost` where none comes within setup.keep_alive seconds.
+        """
+        until = time.monotonic() + setup.keep_alive
+        self.report(lost)  # the leader may be there, and only our exchange with it broken
+        self._early.clear()
+        self._recovery, self._under_way, self._is_loading = None, None, False
+        if self._node is not None and not self._node.retire():
+            self._node.close()
+            self._node = self._kept = None
+        if backend_joined():  # which a process can do once
+            raise lost
+        self._on_notice(f"{lost}; waiting {setup.keep_alive:g} s for another leader there")
+        while (left := until - time.monotonic()) > 0:
+            self._bus.close()
+            self._bus = self._dial()
+            try:
+                begun: Setup = self.join(left)
+                return begun
+            except ZmoeError:  # no leader of ours, or none yet that takes us
+                time.sleep(max(0.0, min(_REFUSED_S, until - time.monotonic())))
+        raise lost
+
+    def _open(self, setup: Setup) -> tuple[Node, Hello]:
+        """The node of this run, the one of the last run where that was of the same model and
+        settings; and what to say of it.
+        """
+        skeleton = Skeleton(resolve_model(self.spec.model or setup.model))
+        info = describe(skeleton, on_mlx=not is_native(setup.engine))
+        node, kept, session = self._node, self._kept, self._bus.session
+        if node is not None and kept is not None and kept[0] == setup and node.info == info:
+            offer, endpoint = kept[1], node.reopen(session)
+        else:
+            if node is not None:
+                node.close()
+            nodes, rank = setup.nodes, self.spec.rank
+            self._node = node = Node(
+                info, setup.engine, setup.timing, rank=rank, nodes=nodes, session=session
+            )
+            limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
+            # On loopback all nodes are on one machine, and count as equal.
+            offer = resources_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
+            encrypted = self._keys is not None
+            endpoint = node.open_exchange(
+                self.spec.bind, self._context, encrypted=encrypted, ports=setup.ports
+            )
+        node.skeleton = skeleton
+        self._kept = (setup, offer)
+        return node, hello_of(info, arithmetic_of(setup.engine), offer, endpoint)
+
     def _come_up(self, setup: Setup) -> Node:
         timing = setup.timing
         self._bus.grace = timing.grace
-        skeleton = Skeleton(resolve_model(self.spec.model or setup.model))
-        info = describe(skeleton, on_mlx=not is_native(setup.engine))
-        node = Node(
-            info,
-            setup.engine,
-            timing,
-            rank=self.spec.rank,
-            nodes=setup.nodes,
-            session=self._bus.session,
-        )
-        self._node, node.skeleton = node, skeleton
-        limit = setup.memory_limit if self.spec.memory_limit is None else self.spec.memory_limit
-        # On loopback all nodes are on one machine, and count as equal.
-        offer = resources_of(setup.engine, limit, measure=not is_loopback(self.spec.bind))
-        encrypted = self._keys is not None
-        endpoint = node.open_exchange(
-            self.spec.bind, self._context, encrypted=encrypted, ports=setup.ports
-        )
-        self._bus.send(hello_of(info, arithmetic_of(setup.engine), offer, endpoint))
+        node, hello = self._open(setup)
+        self._bus.send(hello)
         patience = hello_patience(setup.model, timing)  # until the others have said theirs
         told = self._bus.receive(patience)
         if isinstance(told, Enter):
@@ -122,8 +178,9 @@ class Worker(Member):
             node.divides = told.divides
         else:
             self._meet(node, told, timing)
-        notices, seconds = tuple[str, ...](), 0.0
-        if not node.divides:  # else the view that this node enters says what it loads
+        notices: tuple[str, ...] = (_STILL_LOADED,) if node.is_loaded else ()
+        seconds = 0.0
+        if not (node.is_loaded or node.divides):  # the view that it enters says what it loads
             self._is_loading = True
             share, seconds = node.load_follower(_Throttled(self._bus, self._listen))
             self._is_loading = False

@@ -93,6 +93,12 @@ class Choice:
         if self._auto:
             self.scatter_from = crossover(direct, scatter)
 
+    def forget(self) -> None:
+        """Go by nothing that was learnt."""
+        self._lines = None
+        if self._auto:
+            self.scatter_from = math.inf
+
     def bounds(self, rows: int, size: int) -> list[tuple[int, int]]:
         """(start, stop) of each micro-batch of `rows` rows whose payload has `size` bytes."""
         parts = max(1, min(rows, self._parts) if self._parts else self._worthwhile(rows, size))

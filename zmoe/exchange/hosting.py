@@ -99,6 +99,12 @@ class Hosting(Exchange):
             self._threads = ThreadPoolExecutor(len(guests), "zmoe-guest")
         return endpoints
 
+    def retire(self) -> None:
+        """Leave the peers for good. `host` listens for those of another run."""
+        self._dismiss()
+        self.leave()
+        self.begin_anew()
+
     def _exchange_of(self, rank: int, options: dict[str, Any]) -> Exchange:
         """What a guest takes part by."""
         exchange = Exchange(rank, self.nodes, **options)

@@ -55,11 +55,12 @@ class PagedCache:
     def allocate(self, blocks: int) -> None:
         """Make room for that many blocks; the system gives the memory as they are written.
 
-        What lies in the present ones, if they are fewer, stays.
+        What lies in those of the present ones that remain stays.
         """
         new = [self._empty(blocks) for _ in self._memory]
         for to, source in zip(new, self._memory):
-            to[: len(source)] = source
+            kept = min(len(to), len(source))
+            to[:kept] = source[:kept]
         self._memory = new
         self.raw.keys, self.raw.values = writable(new[0]), writable(new[-1])
         self.raw.blocks = blocks

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import NoReturn
 
 import zmq
 
 from zmoe.batch.plan import BLOCK
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.keeper import Lender
 from zmoe.cluster.launch import ask_for_nodes
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.engine.sampler import Pick
@@ -47,9 +49,10 @@ _MEMORY_S = 15.0  # the other nodes have to be asked
 _LINGER_MS = 2000
 
 
-def run_engine(address: str, model: str, spec: ClusterSpec) -> None:
+def run_engine(address: str, model: str, spec: ClusterSpec, workers: Connection | None) -> None:
     """Lead a cluster and serve the front that listens at `address` (ZeroMQ), until it says
-    Close, ends, or this process gets SIGTERM. What goes wrong is told in an Ended.
+    Close, ends, or this process gets SIGTERM. What goes wrong is told in an Ended. `workers`: a
+    pipe to the front's Keeper, where workers outlive this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us, too: the front sends Close
     signal.signal(signal.SIGTERM, _terminate)
@@ -61,7 +64,7 @@ def run_engine(address: str, model: str, spec: ClusterSpec) -> None:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(address)
     try:
-        _EngineProcess(socket, model, spec).run()
+        _EngineProcess(socket, model, spec, workers).run()
     except Exception as error:  # told to the front, whose place it is to say it
         reason = str(error) if isinstance(error, ZmoeError) else f"{type(error).__name__}: {error}"
         with suppress(zmq.ZMQError):
@@ -92,8 +95,15 @@ class _Request:
 
 
 class _EngineProcess:
-    def __init__(self, socket: zmq.Socket[bytes], model: str, spec: ClusterSpec) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        model: str,
+        spec: ClusterSpec,
+        workers: Connection | None,
+    ) -> None:
         self._socket, self._model, self._spec = socket, model, with_bounded_queue(spec)
+        self._lender = Lender(workers) if workers is not None else None
         self._parent = multiprocessing.parent_process()
         self._requests: dict[int, _Request] = {}
         self._closing = False
@@ -113,6 +123,7 @@ class _EngineProcess:
             on_manual=lambda commands: self._tell(Notice(ask_for_nodes(commands))),
             on_placement=self._chosen,
             on_notice=self._lost_or_back,
+            lender=self._lender,
         ) as cluster:
             self._cluster, grammars = cluster, Grammars(cluster.tokenizer)
             grammars.prepare()  # all would wait for it

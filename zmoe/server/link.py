@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 import zmq
 import zmq.asyncio
 
+from zmoe.cluster.keeper import Keeper
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import Sampling
 from zmoe.errors import InputError, ZmoeError
@@ -64,6 +65,8 @@ class EngineLink:
     ) -> None:
         self._model, self.spec = model, spec
         self._on_loading, self._on_notice = on_loading, on_notice
+        outlive = spec.keep_alive > 0 and spec.nodes > 1
+        self._keeper = Keeper() if outlive else None  # of workers that outlive an engine
         self._numbers = itertools.count()
         # Of the requests that the engine has; None: it has ended.
         self._queues: dict[int, asyncio.Queue[Output | None]] = {}
@@ -90,6 +93,8 @@ class EngineLink:
             self.state = "closed"
             self._opened.set()
             self._tell_of_the_end()
+            if self._keeper is not None:
+                await asyncio.to_thread(self._keeper.close)
 
     async def _keep_alive(self) -> NoReturn:
         pause = 0.0
@@ -118,11 +123,16 @@ class EngineLink:
             socket.setsockopt(zmq.RCVHWM, 0)
             address = f"ipc://{Path(folder) / 'engine'}"
             socket.bind(address)
+            workers = self._keeper.lend() if self._keeper is not None else None
             # Not forked: MLX and ZeroMQ have threads.
             process = multiprocessing.get_context("spawn").Process(
-                target=run_engine, args=(address, self._model, self.spec), name="zmoe-engine"
+                target=run_engine,
+                args=(address, self._model, self.spec, workers),
+                name="zmoe-engine",
             )
             process.start()
+            if workers is not None:
+                workers.close()
             ended = asyncio.ensure_future(_end_of(process))
             try:
                 return await self._listen(socket, ended)

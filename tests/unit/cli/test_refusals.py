@@ -84,6 +84,14 @@ CALLS: list[tuple[str, tuple[str, ...], str]] = [
     ("run", ("--model", "", "x"), "model is empty"),
     ("run", ("--manual", "x"), "--manual is for several nodes"),
     ("run", ("--key", "k", "-n", "2", "x"), "--key is for nodes that are started by hand"),
+    ("run", ("--keep-alive", "1", "-n", "2", "x"), "--keep-alive is for nodes that are started by"),
+    ("run", ("--keep-alive", "-1", "--manual", "-n", "2", "x"), "--keep-alive is -1.0: expected a"),
+    ("run", ("--keep-alive", "nan", "--manual", "-n", "2", "x"), "--keep-alive is nan: expected a"),
+    (
+        "run",
+        ("--keep-alive", "1e5", "--manual", "-n", "2", "x"),
+        "expected a number of seconds from",
+    ),
     ("run", ("--insecure", "-n", "2", "x"), "--insecure has no use on one machine"),
     ("run", ("--ports", "9-1", "-n", "2", "x"), "--ports is '9-1': expected a range of ports"),
     (

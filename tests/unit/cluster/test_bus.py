@@ -234,7 +234,7 @@ def test_a_worker_that_sends_what_none_can_is_named(buses: Buses) -> None:
 def test_a_worker_whose_leader_never_comes_says_so(buses: Buses, free_port: int) -> None:
     spec = WorkerSpec(f"127.0.0.1:{free_port}", 1, join_timeout=0.1)
     with pytest.raises(ZmoeError, match=f"leader 127.0.0.1:{free_port} did not begin a run"):
-        Worker(spec, buses.context, lambda setup: None).run()
+        Worker(spec, buses.context, lambda setup: None, print).run()
 
 
 # ---- links that break -----------------------------------------------------------------

@@ -17,7 +17,7 @@ from zmoe.server.messages import ENGINE, FRONT, Close, Output, Outputs, Ready, S
 DEADLY, FRAGILE = 7, 8  # prompts: of one that ends every engine, of one that ends the first
 
 
-def engine(address: str, model: str, spec: ClusterSpec) -> None:
+def engine(address: str, model: str, spec: ClusterSpec, workers: object) -> None:
     """An engine that ends without a word after the first token of FRAGILE, and at DEADLY. Of the
     others it says the seed.
     """
