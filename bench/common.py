@@ -179,7 +179,8 @@ def environment() -> dict[str, Any]:
     """What a figure depends on: machine, system, versions, commit and load."""
     git = ("git", "-C", str(BENCH))
     commit = run_tool(*git, "rev-parse", "HEAD")
-    if commit and run_tool(*git, "status", "--porcelain", "--untracked-files=no"):
+    unkept = ("--", ".", ":!results")  # what --save changes is no change of what is measured
+    if commit and run_tool(*git, "status", "--porcelain", "--untracked-files=no", *unkept):
         commit += "-dirty"
     return {
         "cpu": cpu_model(),
@@ -230,6 +231,35 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     made.add_argument("--save", action="store_true", help=f"also keep it in {results_file().name}")
     return made
+
+
+def table_flags(made: argparse.ArgumentParser) -> None:
+    """Add the flags of a benchmark whose `finish` has a `markdown`."""
+    add = made.add_argument
+    add("--kept", action="store_true", help="measure nothing: show what --save kept")
+    add("--markdown", action="store_true", help="print the table of the documentation")
+
+
+def check_table_flags(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error where flags of `table_flags` exclude others."""
+    for one, other in (("markdown", "json"), ("kept", "save")):
+        if getattr(options, one) and getattr(options, other):
+            made.error(f"--{one} and --{other} exclude each other")
+
+
+def measured_with(report: Mapping[str, Any]) -> str:
+    """One sentence of Markdown: command, machine and version of a report."""
+    where = report["environment"]
+    return (
+        f"`{' '.join(where['command'])}`, {where['cpu']}, {where['cores']} cores, "
+        f"zmoe {(where['commit'] or 'unknown')[:12]}."
+    )
+
+
+def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table of Markdown."""
+    for cells in (titles, ["---"] * len(titles), *lines):
+        print(f"| {' | '.join(cells)} |")
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -2,7 +2,8 @@
 
 Every figure comes from processes of their own, started anew in each round; the
 engines take turns in each, so that what else the machine does hits them alike.
-A row is the median over the rounds, with their spread. Compare figures within one run only.
+A row is the median over the rounds, with their spread. Compare figures of one time only. With
+--add the rounds of several calls make up one report.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from common import (
     BENCH,
     BenchError,
     Children,
+    check_table_flags,
     environment,
     finish,
+    kept,
     list_of,
     main,
+    markdown_table,
     one_of,
     parser,
     positive,
     run_json,
     short_name,
+    table_flags,
 )
 from engines import MAKERS, Engine, Peers, find_peers, layout, zmoe
 from families import FAMILIES
@@ -39,6 +44,9 @@ from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 BREAKDOWN = ("experts_ms", "exchange_ms", "other_ms")
 RATES = ("prompt_tps", "generation_tps")
 REFERENCE = "llama.cpp"  # on the fewest cores: what the ratios are to
+# What tells rows apart, and what is kept of each of their rounds.
+IDENTITY = ("model", "context", "engine", "nodes", "cores", "prompt_tokens", "generation_tokens")
+ROUND = (*RATES, "breakdown", "spans_ms", "peak_memory")
 BLOCK = 64  # positions that zmoe's prefix cache keeps together
 # Of the models that --families makes: small, yet so that no one layer's kind is all of the time.
 TINY = ("--layers", "8", "--hidden", "512", "--heads", "8", "--kv-heads", "2", "--experts", "16")
@@ -51,7 +59,7 @@ Runs = list[tuple[Case, list[dict[str, Any]]]]
 def arguments() -> argparse.Namespace:
     made = parser("Measure prefill and decode tokens/s of a model over node counts.")
     add = made.add_argument
-    add("model", nargs="?", default="zmoe-tiny", help="folder or name")
+    add("models", nargs="*", metavar="model", help="folder or name; several with --kept only")
     add(
         "--nodes",
         type=list_of(layout),
@@ -87,7 +95,14 @@ def arguments() -> argparse.Namespace:
     add("--gguf", type=Path, help="the model for llama.cpp (default: MODEL.gguf beside the folder)")
     add("--slow", action="store_true", help="mlx-lm in full on a CPU, too")
     add("--deadline", type=positive, default=1800, help="seconds for one run")
+    add("--add", action="store_true", help="as --save, and keep earlier rounds of this commit")
+    table_flags(made)
     options = made.parse_args()
+    options.models = options.models or ["zmoe-tiny"]
+    if len(options.models) > 1 and not options.kept:
+        made.error(f"{options.models[1]}: one model at a time is measured")
+    options.save |= options.add
+    check_table_flags(made, options)
     if options.prompt is not None and options.peers:
         made.error("--prompt: the peers take --prompt-tokens only")
     if options.prompt is not None and options.contexts != [0]:
@@ -141,8 +156,13 @@ def key(options: argparse.Namespace, name: str) -> str:
     return ", ".join([name, *several])
 
 
-def measure(options: argparse.Namespace, found: list[Case], others: Peers) -> list[dict[str, Any]]:
-    """One row an engine, model and context; the rounds interleaved."""
+def measure(
+    options: argparse.Namespace,
+    found: list[Case],
+    others: Peers,
+    earlier: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """One row an engine, model and context; the rounds interleaved, and those of `earlier` rows."""
     runs: Runs = [(case, []) for case in found]
     for turn in range(options.runs):
         for (own, engine), done in runs:
@@ -157,28 +177,39 @@ def measure(options: argparse.Namespace, found: list[Case], others: Peers) -> li
                 if engine.name == "zmoe":
                     raise
                 others.fail(key(own, engine.name), error)
-    return [
-        row(short_name(own.model), own.context, engine, done)
-        for (own, engine), done in runs
-        if done
-    ]
+    rows = {identity(each): each for each in earlier}
+    for (own, engine), done in runs:
+        if done:
+            made = row(short_name(own.model), own.context, engine, done)
+            before = rows.get(identity(made), {"rounds": []})["rounds"]
+            rows[identity(made)] = {**made, **medians([*before, *made["rounds"]])}
+    return list(rows.values())
+
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY)
 
 
 def row(
     model: str, before: int, engine: Engine, runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Medians over `runs`, and all of their spread over the median; memory is the largest that any
-    process ever took, in bytes.
-    """
-    made: dict[str, Any] = {
+    """What was measured, and the `medians` of its `runs`."""
+    return {
         "model": model,
         "context": before,
         "engine": engine.name,
         "nodes": engine.nodes,
         "cores": engine.cores,
+        **{name: runs[0][name] for name in ("prompt_tokens", "generation_tokens")},
+        **medians([{name: run[name] for name in ROUND if name in run} for run in runs]),
     }
-    for name in ("prompt_tokens", "generation_tokens"):
-        made[name] = runs[0][name]
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians over `runs`, and all of their spread over the median; memory is the largest that any
+    process ever took, in bytes.
+    """
+    made: dict[str, Any] = {"rounds": list(runs)}
     for name in RATES:
         rates = [run[name] for run in runs]
         made[name] = round(statistics.median(rates), 2)
@@ -277,24 +308,81 @@ def show(report: Mapping[str, Any]) -> None:
     )
 
 
+def markdown(report: Mapping[str, Any]) -> None:
+    """One line for each model, context and layout of ours, llama.cpp on as many cores beside it."""
+    where, results = report["environment"], report["results"]
+    peers = {
+        (each["model"], each["context"], each["cores"]): each
+        for each in results
+        if each["engine"] == REFERENCE
+    }
+    lines, counts, models = [], [], list(dict.fromkeys(each["model"] for each in results))
+    ours = [each for each in results if each["engine"] == "zmoe"]
+    ours.sort(key=lambda it: (models.index(it["model"]), it["context"], it["cores"], it["nodes"]))
+    for each in ours:
+        peer = peers.get((each["model"], each["context"], each["cores"]))
+        cells = [each["model"], f"{each['context']:,}", str(each["nodes"]), str(each["cores"])]
+        for name in RATES:
+            ratio = "-" if peer is None else f"{each[name] / peer[name]:.2f}"
+            cells += [_rate(each, name), "-" if peer is None else _rate(peer, name), ratio]
+        lines.append(cells)
+        counts.append(len(each["prompt_runs"]))
+    titles = ["model", "after", "nodes", "cores", "prefill: zmoe", REFERENCE, "ratio"]
+    markdown_table([*titles, "decode: zmoe", REFERENCE, "ratio"], lines)
+    rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    print(
+        f"\nTokens/s, medians of {rounds} rounds; in brackets the spread from the slowest to the "
+        f"fastest round, over the median. {where['cpu']}, {where['cores']} cores, "
+        f"zmoe {(where['commit'] or 'unknown')[:12]}."
+    )
+
+
+def _rate(row: Mapping[str, Any], name: str) -> str:
+    rate = row[name]
+    return f"{rate:.{1 if rate < 100 else 0}f} ({row[name.replace('tps', 'spread')]:.0%})"
+
+
+def show_kept(options: argparse.Namespace) -> None:
+    """What --save kept of all models, with the environment of the last."""
+    reports = [kept(short_name(model)) for model in options.models]
+    results = [row for report in reports for row in report["results"]]
+    finish(options, {**reports[-1], "results": results}, markdown if options.markdown else show)
+
+
+def rows_to_add_to(of: str, commit: str | None) -> list[dict[str, Any]]:
+    """The rows that were kept, or none where they are of another version."""
+    try:
+        report = kept(of)
+    except BenchError:
+        return []
+    if report["environment"]["commit"] == commit:
+        return list(report["results"])
+    print(f"begins anew: what was kept is of {report['environment']['commit']}", file=sys.stderr)
+    return []
+
+
 def benchmark() -> int:
     options = arguments()
+    if options.kept:
+        show_kept(options)
+        return 0
     block = environment()
+    of = "families" if options.families else short_name(options.models[0])
+    earlier = rows_to_add_to(of, block["commit"]) if options.add else []
     with ExitStack() as stack:
-        models = [options.model]
+        models = options.models
         if options.families:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with_gguf = any(name.startswith(REFERENCE) for name in options.peers)
             most = max(options.contexts) + options.prompt_tokens + options.max_tokens + 1
             models = [make_family(name, folder, most, with_gguf) for name in options.families]
         found, others = cases(options, models)
-        rows = measure(options, found, others)
+        rows = measure(options, found, others, earlier)
     add_ratios(rows)
     block["builds"] = others.builds
     block["load_average_after"] = environment()["load_average"]
     report = {"environment": block, "results": rows, "absent": others.absent}
-    of = "families" if options.families else short_name(options.model)
-    finish(options, report, show, of=of if options.contexts == [0] else f"{of} contexts")
+    finish(options, report, markdown if options.markdown else show, of=of)
     return 1 if others.failed else 0
 
 

