@@ -131,6 +131,10 @@ AVX512_INLINE void store_sums(const uint32_t rows, const uint32_t n_out, uint32_
       const uint32_t at = 4 * q + i < n ? 4 * q + i : 0;
       four[i] = sum[at / n_out][at % n_out];
     }
+    if (n_out == 4 && there == 4) {
+      _mm_storeu_ps(ys[q] + y, reduce_4(four));
+      continue;
+    }
     _mm_storeu_ps(folded, reduce_4(four));
     for (uint32_t i = 0; i < 4 && 4 * q + i < n; i++)
       if ((4 * q + i) % n_out < there)

@@ -62,12 +62,13 @@ INLINE void prefetch_block(const enum codes codes, const unsigned char *at) {
     prefetch_line(at + i);
 }
 
-/* Which of 16 scales each lane of a run's first block has. */
+/* Which of 16 scales each lane of a run's first block has; a group is a power of two. */
 INLINE __m512i block_lanes(const zmoe_weight *w, const enum codes codes) {
   uint32_t lanes[16];
-  for (uint32_t l = 0; l < 16; l++)
-    lanes[l] = lane_code(codes, l) / w->group;
-  return _mm512_loadu_si512(lanes);
+  EACH_VALUE(l, 16)
+  lanes[l] = lane_code(codes, l);
+  return _mm512_srl_epi32(_mm512_loadu_si512(lanes),
+                          _mm_cvtsi32_si128(__builtin_ctz((unsigned)w->group)));
 }
 
 /* The weight's rows from one on. */
