@@ -3,12 +3,14 @@
 Three nodes; one worker is killed in the middle of a text, and the model's files stay in the page
 cache. `local`: on this machine, started by the leader. `remote`: in network namespaces, started
 by hand, so that only the links tell. `silent`: the link of a namespace goes down. The latter two
-need root and iproute2.
+need root and iproute2. `engine`: the engine of a zmoe-serve is killed in the middle of a stream,
+and its workers end with it; `kept`: they stay, with their weights, for the next engine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -37,12 +39,14 @@ from common import (
     run_json,
     short_name,
 )
+from serving import Server, events, serving
 
 sys.path.append(str(BENCH.parent))  # for the namespaces that the tests have, too
 
-KINDS = ("local", "remote", "silent")
+KINDS = ("local", "remote", "silent", "engine", "kept")
 PARTS = ("detect", "quiesce", "connect", "adopt", "repeat")
 TOKENS, STRUCK_AT, WARM = 300, 100, 20
+STREAMED, STRUCK_STREAM_AT = 40, 20
 PORT = 9700
 DEADLINE_S = 90.0
 
@@ -52,6 +56,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--model", default="zmoe-tiny", help="folder or name (default: zmoe-tiny)")
     kinds = list_of(one_of(KINDS))
     made.add_argument("--kinds", type=kinds, default=KINDS, help=f"default {','.join(KINDS)}")
+    made.add_argument("--compute", default="auto", help="of engine and kept; default auto")
     made.add_argument("--runs", type=positive, default=5, help="of each kind; default 5")
     made.add_argument("--inside", type=list_of(str), help=argparse.SUPPRESS)  # these namespaces
     return made.parse_args()
@@ -170,7 +175,34 @@ def inside(names: list[str], model: str, runs: int, kind: str) -> list[dict[str,
             return [strike(cluster, hit, mend) for _ in range(runs)]
 
 
+def served(options: argparse.Namespace, keep_alive: int) -> list[dict[str, float]]:
+    def command(port: int) -> list[str]:
+        serve = [sys.executable, "-m", "zmoe.cli.serve", "--port", str(port), "--nodes", "3"]
+        how = ["--compute", options.compute, "--keep-alive", str(keep_alive)]
+        return [*serve, "--model", options.model, *how]
+
+    with serving(command) as server:
+        return [asyncio.run(restart(server)) for _ in range(options.runs)]
+
+
+async def restart(server: Server) -> dict[str, float]:
+    """Kill the engine in the middle of a stream."""
+    body = {"prompt": "ROMEO:", "max_tokens": STREAMED, "temperature": 0, "ignore_eos": True}
+    times: list[float] = []
+    began = 0.0
+    async for _ in events(server.port, body):
+        times.append(time.monotonic())
+        if len(times) == STRUCK_STREAM_AT:
+            (engine,) = server.pids("spawn_main")
+            began = time.monotonic()
+            os.kill(engine, signal.SIGKILL)
+    _, token = max(itertools.pairwise(times), key=lambda pair: pair[1] - pair[0])
+    return {"total": token - began}
+
+
 def measure(options: argparse.Namespace, kind: str) -> list[dict[str, float]]:
+    if kind in ("engine", "kept"):
+        return served(options, 600 if kind == "kept" else 0)
     if kind == "local":
         return local(options.model, options.runs)
     from tests.namespaces import Unavailable, namespaces
@@ -194,7 +226,10 @@ def show(report: Mapping[str, Any]) -> None:
     for name in figures:
         cells = []
         for runs in report["results"].values():
-            values = sorted(run[name] for run in runs)
+            values = sorted(run[name] for run in runs if name in run)
+            if not values:
+                cells.append("")
+                continue
             digits = 3 if name in (*PARTS, "total") else 0
             middle, least, most = statistics.median(values), values[0], values[-1]
             cells.append(f"{middle:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})")

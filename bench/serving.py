@@ -49,6 +49,15 @@ class Server:
                 total += 1024 * int(status.split(f"{name}:")[1].split()[0])
         return total
 
+    def pids(self, word: str) -> list[int]:
+        """Those of its processes whose command has `word`."""
+        found = []
+        for pid in self._pids():
+            with suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
+        return found
+
     def _pids(self) -> list[int]:
         """Its process, and all that this one and its children have started."""
         parents: dict[int, list[int]] = {}

@@ -358,6 +358,7 @@ class WorkerBus:
         self._join = encode(join)
         self._channel: Channel | None = None  # from the leader's first message on
         self._down_since: float | None = None
+        self.is_connected = False  # to a leader that has let us in
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         _configure(self.socket, MAX_MESSAGE_BYTES, keys)
         if keys is not None:
@@ -517,6 +518,7 @@ class WorkerBus:
         while _readable(self._monitor):
             told = recv_monitor_message(self._monitor)
             event = told["event"]
+            self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if event == zmq.EVENT_DISCONNECTED:
                 if self._down_since is None:
                     self._down_since = time.monotonic()

@@ -45,12 +45,17 @@ class Member:
         )
         return WorkerBus(self._context, spec.leader, join, Timing().grace, self._keys)
 
-    def join(self, patience: float | None) -> Any:
+    def join(self, patience: float | None, for_others: float = 0.0) -> Any:
         """The message that `begins` the session. Raises ZmoeError after `patience` seconds, None
-        for as long as it takes.
+        for as long as it takes; `for_others` seconds later where there is a leader by then, which
+        may wait for other workers.
         """
         deadline = None if patience is None else time.monotonic() + patience
-        while deadline is None or time.monotonic() < deadline:
+        while (
+            deadline is None
+            or time.monotonic() < deadline
+            or (self._bus.is_connected and time.monotonic() < deadline + for_others)
+        ):
             begun = self.expect(self.begins, JOIN_SLICE_S)
             if begun is not None:
                 return begun

@@ -131,7 +131,7 @@ class Worker(Member):
             self._bus.close()
             self._bus = self._dial()
             try:
-                begun: Setup = self.join(left)
+                begun: Setup = self.join(left, for_others=setup.timing.join)
                 return begun
             except ZmoeError:  # no leader of ours, or none yet that takes us
                 time.sleep(max(0.0, min(_REFUSED_S, until - time.monotonic())))

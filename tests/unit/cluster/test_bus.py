@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -235,6 +236,18 @@ def test_a_worker_whose_leader_never_comes_says_so(buses: Buses, free_port: int)
     spec = WorkerSpec(f"127.0.0.1:{free_port}", 1, join_timeout=0.1)
     with pytest.raises(ZmoeError, match=f"leader 127.0.0.1:{free_port} did not begin a run"):
         Worker(spec, buses.context, lambda setup: None, print).run()
+
+
+def test_a_worker_stays_with_a_leader_that_waits_for_others(buses: Buses) -> None:
+    leader = buses.leader()
+    worker = Worker(WorkerSpec(f"127.0.0.1:{leader.port}", 1), buses.context, print, print)
+    buses.made.append(worker._bus)
+    with ThreadPoolExecutor(1) as apart:
+        begun = apart.submit(worker.join, 0.5, PATIENCE_S)
+        assert isinstance(heard(leader)[1], Join)
+        time.sleep(0.7)
+        leader.broadcast(SETUP)
+        assert begun.result() == SETUP
 
 
 # ---- links that break -----------------------------------------------------------------

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -91,16 +91,15 @@ def test_a_process_that_cannot_be_watched_is_not_left_running(
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_worker_waits_longer_for_its_leader_than_the_leader_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    commands: list[list[str]] = []
-    monkeypatch.setattr(
-        launch, "NodeProcess", lambda rank, name, command, *told: commands.append(command)
-    )
-    launch.start_local("127.0.0.1:1", 1, "127.0.0.1", None, 900.0, "t")
-    remote = RemoteOptions("python3")
-    launch.start_over_ssh("10.0.0.1:1", 1, Host("b", "10.0.0.2"), remote, 900.0, "t")
+def test_a_worker_waits_longer_for_its_leader_than_the_leader_for_it() -> None:
+    commands: list[Sequence[str]] = []
+
+    def start(rank: int, name: str, command: Sequence[str], *told: Any) -> Any:
+        commands.append(command)
+
+    launch.start_local("127.0.0.1:1", 1, "127.0.0.1", None, 900.0, "t", start=start)
+    host, remote = Host("b", "10.0.0.2"), RemoteOptions("python3")
+    launch.start_over_ssh("10.0.0.1:1", 1, host, remote, 900.0, "t", start=start)
     local, ssh = (" ".join(command) for command in commands)
     assert "--join-timeout 930 " in local
     assert "--join-timeout 930 " in ssh
