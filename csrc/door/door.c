@@ -214,8 +214,7 @@ static int enter(const zmoe_channel *channel) {
   pthread_mutex_lock(&door.lock);
   int status = door.failure.status;
   /* What is left of a run that has ended must not fail the one that has the door now. */
-  if (status == ZMOE_OK &&
-      (door.config.exchange == NULL || channel->opening != door.openings))
+  if (status == ZMOE_OK && (door.config.exchange == NULL || channel->opening != door.openings))
     status = ZMOE_EINTR;
   if (status == ZMOE_OK && door.config.is_program) {
     enter_alone(channel);
