@@ -356,8 +356,9 @@ class Network:
         form: str = "rewinds",
         room: bool = True,
     ) -> None:
-        """`form`: caches can go back ("rewinds"), or are dropped ("forgets"), and the weights divided
-        anew ("divides"). `room`: there is memory to adopt; else weights are not mapped either.
+        """`form`: caches can go back ("rewinds"), or are dropped ("forgets"), and the weights are
+        divided anew ("divides"). `room`: there is memory to adopt; else weights are not mapped
+        either.
         """
         self.shards, self.room = nodes, room
         self.random = random.Random(seed)
