@@ -214,10 +214,12 @@ static int enter(const zmoe_channel *channel) {
   pthread_mutex_lock(&door.lock);
   int status = door.failure.status;
   /* What is left of a run that has ended must not fail the one that has the door now. */
-  if (status == ZMOE_OK &&
-      (door.config.exchange == NULL || channel->opening != door.openings))
+  int is_left = channel->opening != door.openings;
+  if (status == ZMOE_OK && (door.config.exchange == NULL || (is_left && !channel->is_program)))
     status = ZMOE_EINTR;
-  if (status == ZMOE_OK && door.config.is_program) {
+  if (status == ZMOE_OK && is_left) {
+    problem = "a collective of a run that has ended";
+  } else if (status == ZMOE_OK && door.config.is_program) {
     enter_alone(channel);
   } else if (status == ZMOE_OK && door.layer < (int64_t)channel->layer && door.entered > 0) {
     door.layer = channel->layer;

@@ -43,7 +43,7 @@ from zmoe.cluster.stragglers import ROUND_S, Stragglers
 from zmoe.cluster.survival import Survival
 from zmoe.engine.base import Floats
 from zmoe.engine.draw import Draw, Drawn
-from zmoe.errors import AbsentError, LaunchError, MismatchError, PeerError
+from zmoe.errors import AbsentError, LaunchError, MismatchError, PeerError, PlacementError
 from zmoe.exchange.sockets import Endpoint
 from zmoe.kernels.arithmetic import arithmetic_of
 from zmoe.kernels.threads import common_isa, is_native
@@ -192,7 +192,10 @@ class Leader(Crew):
 
     def _divide(self, nodes: Sequence[int]) -> Slices:
         """How these nodes divide the weights. Raises PlacementError where they have no room."""
-        placement = self._resolver.divide([self.resources[rank] for rank in nodes])
+        try:
+            placement = self._resolver.divide([self.resources[rank] for rank in nodes])
+        except PlacementError as error:
+            raise PlacementError(f"the nodes that are left cannot go on: {error}") from None
         return placement.slices or ((0, self.info.moe_intermediate_size),)
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:

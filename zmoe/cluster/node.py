@@ -572,7 +572,7 @@ class Node:
         """Leave the run: let go of sockets, threads and the model, whoever has this object."""
         if self.exchange is not None:
             self.exchange.close()
-        elif self._engine is not None:  # a step may be under way, which needs nobody
+        if self.nodes == 1 and self._engine is not None:  # a step may need nobody
             mx.synchronize()
         self._unload()
         if self._affinity is not None:

@@ -45,7 +45,7 @@ from zmoe.cluster.survival import patience_of
 from zmoe.config import Timing
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.base import nothing
-from zmoe.exchange.groups import backend_joined
+from zmoe.exchange.groups import backend_joined, can_open_door
 from zmoe.exchange.keys import is_loopback
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -176,6 +176,11 @@ class Worker(Member):
             node.use_isa(told.isa)
             node.learn(told.figures)
             node.divides = told.divides
+            if node.divides and not can_open_door():
+                raise ZmoeError(
+                    "MLX_MPI_LIBNAME is set, or another run of the same process exchanges in MLX's "
+                    "graph, as the run that this node would enter does"
+                )
         else:
             self._meet(node, told, timing)
         notices: tuple[str, ...] = (_STILL_LOADED,) if node.is_loaded else ()

@@ -14,6 +14,7 @@ from math import gcd
 
 from zmoe.errors import PlacementError
 from zmoe.perf.shape import ModelShape
+from zmoe.perf.units import in_bytes
 from zmoe.placement.check import NOT_SLICED
 from zmoe.placement.spread import over_layers, proportional, runs, spread_replicas
 from zmoe.placement.types import Placement
@@ -132,8 +133,13 @@ def place_slices(
         )
     whole = _slots(shape)
     most = [total * hidden // (slice_alignment * whole) for total in slots]
-    if min(most) < 1 or sum(most) < units:
-        raise PlacementError(f"slices of the experts of {shape.name} do not fit the nodes' memory")
+    lacking = max(units - sum(most), most.count(0))
+    if lacking > 0:
+        missing = lacking * slice_alignment * whole * shape.expert_bytes // hidden
+        raise PlacementError(
+            f"slices of the experts of {shape.name} do not fit the nodes' memory: "
+            f"{in_bytes(missing)} are missing"
+        )
     sizes = proportional(units, speeds, most, least=1, beside=beside * units)
     bounds = [slice_alignment * sum(sizes[:node]) for node in range(nodes)] + [hidden]
     everything = tuple(range(shape.experts))

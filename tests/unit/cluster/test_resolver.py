@@ -45,3 +45,14 @@ def test_what_is_wrong_whatever_the_nodes_have() -> None:
     for way, words in (("slices", "slices at most"), ("experts", "use at most 16")):
         with pytest.raises(PlacementError, match=words):
             PlacementResolver(PlacementRequest(way), MODEL, 17, EngineConfig())
+
+
+def test_those_that_are_left_divide_the_experts() -> None:
+    """In room for half of the experts a node takes half of each, and alone it lacks the rest."""
+    resolver = PlacementResolver(PlacementRequest("experts"), MODEL, 3, EngineConfig(compute="mlx"))
+    half = NodeResources("a", 1 << 40, PROGRAM_BYTES + MODEL.dense_bytes + EXPERTS // 2, 25)
+    assert resolver.divide([LEADER]).slices == ()
+    slices = resolver.divide([half, half]).slices
+    assert [stop - start for start, stop in slices] == [MODEL.moe_intermediate_size // 2] * 2
+    with pytest.raises(PlacementError, match="does not fit 1 node: .* are missing per node"):
+        resolver.divide([half])

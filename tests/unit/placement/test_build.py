@@ -129,7 +129,7 @@ def test_slices_stay_within_memory() -> None:
     shape = described(hidden=512).shape
     tight = place_slices(shape, [1, 1], [16, 64])  # a quarter of all on the first
     assert tight.slices == ((0, 128), (128, 512))
-    with pytest.raises(PlacementError, match="do not fit the nodes' memory"):
+    with pytest.raises(PlacementError, match="do not fit the nodes' memory: .* are missing"):
         place_slices(shape, [1, 1], [16, 40])
     with pytest.raises(PlacementError, match="cannot be sliced: their widths differ"):
         place_slices(described(slice_alignment=0).shape, [1, 1], [64, 64])

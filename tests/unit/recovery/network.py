@@ -36,7 +36,7 @@ from zmoe.recovery.adopt import Holding, Stock
 from zmoe.recovery.leader import LeaderRecovery, Patience, Phase
 from zmoe.recovery.messages import FromLeader, FromNode, View
 from zmoe.recovery.node import NodeRecovery, State
-from zmoe.recovery.view import ClusterView, first_view
+from zmoe.recovery.view import ClusterView, Slices, first_view
 
 LAYERS = 2
 PROMPT = (5, 6, 7)
@@ -216,7 +216,8 @@ class Host:
         assert view is not None and plan is not None
         text = [*self.text, *plan.tokens]
         for shard in view.shards_of(self.rank):
-            value = partial_sum(shard, self.layer, text)
+            parts = range(*view.slices[shard]) if view.slices else (shard,)
+            value = sum(partial_sum(part, self.layer, text) for part in parts)
             self.frames[plan.step, self.layer][shard] = value
             send = partial(
                 Host.hear_partial, step=plan.step, layer=self.layer, shard=shard, value=value
@@ -352,11 +353,12 @@ class Network:
         nodes: int,
         seed: int,
         faults: Sequence[Fault] = (),
-        rewinds: bool = True,
+        form: str = "rewinds",
         room: bool = True,
     ) -> None:
-        """`rewinds`: caches can go back. `room`: there is memory to adopt; else weights are not
-        mapped either.
+        """`form`: caches can go back ("rewinds"), or are dropped ("forgets"), and the weights are
+        divided anew ("divides"). `room`: there is memory to adopt; else weights are not mapped
+        either.
         """
         self.shards, self.room = nodes, room
         self.random = random.Random(seed)
@@ -378,13 +380,25 @@ class Network:
         self.view = first_view(nodes, next(self.sessions))
         self.views = {0: self.view}
         machine = LeaderRecovery(
-            self.view, stock, PATIENCE, lambda: next(self.sessions), rewinds=rewinds
+            self.view,
+            stock,
+            PATIENCE,
+            lambda: next(self.sessions),
+            rewinds=form == "rewinds",
+            divide=self.divide if form == "divides" else None,
         )
         self.leader = LeaderHost(self, machine)
         self.hosts: dict[int, Host] = {0: self.leader}  # the latest process of each rank
         for rank in everything[1:]:
             self.hosts[rank] = Host(self, rank, NodeRecovery(rank, self.view, PATIENCE.silence))
         self.linked = dict(self.hosts)  # with the leader
+
+    def divide(self, nodes: Sequence[int]) -> Slices:
+        """Runs of the shards with which the run began, one for each node."""
+        if not self.room and len(nodes) < self.shards:
+            raise ZmoeError("no node has room for shard 0")
+        bounds = [self.shards * index // len(nodes) for index in range(len(nodes) + 1)]
+        return tuple(itertools.pairwise(bounds))
 
     # ---- time -------------------------------------------------------------------
 

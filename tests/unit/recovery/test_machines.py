@@ -57,14 +57,12 @@ def check(network: Network) -> None:
 @given(
     scenario=scenarios(),
     seed=st.integers(0, 2**32),
-    rewinds=st.booleans(),
+    form=st.sampled_from(["rewinds", "forgets", "divides"]),
     room=st.sampled_from([True, True, True, False]),
 )
-def test_any_faults(
-    scenario: tuple[int, list[Fault]], seed: int, rewinds: bool, room: bool
-) -> None:
+def test_any_faults(scenario: tuple[int, list[Fault]], seed: int, form: str, room: bool) -> None:
     nodes, faults = scenario
-    network = Network(nodes, seed, faults, rewinds, room)
+    network = Network(nodes, seed, faults, form, room)
     network.run()
     check(network)
     if network.leader.gave_up or not network.leader.alive:
