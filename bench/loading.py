@@ -131,6 +131,8 @@ def load(model: str, nodes: int, deadline_s: float) -> tuple[list[int], dict[int
             last = err.read().decode(errors="replace").strip().splitlines()[-1:]
             raise BenchError(f"zmoe-run failed: {last[0] if last else 'no message'}")
         peaks: list[int] = json.loads(out.read())["peak_memory"]
+        if 0 in peaks:
+            raise BenchError(f"node {peaks.index(0)} was lost, so nothing is measured")
     return peaks, read
 
 

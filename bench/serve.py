@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import statistics
@@ -51,8 +52,10 @@ sys.path.insert(0, str(BENCH / "peers"))
 
 from llamacpp_programs import PATHS, about, binaries, link
 from process import PeerFailure
+from whole import check_whole
 
 from zmoe.config import DEFAULT_MODEL
+from zmoe.errors import ZmoeError
 
 MEASURES = ("closed", "poisson", "turn", "strangers", "soak")
 STRANGERS = 500
@@ -252,6 +255,14 @@ WORK = {"closed": closed, "poisson": at_random, "turn": turn, "strangers": stran
 # ---- the report --------------------------------------------------------------------------
 
 
+def check(server: Server) -> None:
+    """Raise BenchError where figures would be those of a part of the nodes."""
+    try:
+        check_whole(json.loads(server.get("/v1/cluster")))
+    except ZmoeError as error:
+        raise BenchError(str(error)) from None
+
+
 def measure(
     options: argparse.Namespace, engines: Sequence[Engine]
 ) -> dict[Any, dict[str, list[float]]]:
@@ -264,6 +275,8 @@ def measure(
                 with serving(engine.command, dict(engine.env)) as server:
                     asyncio.run(ask(server.port, [1] * 16, 4, 0))  # warm
                     for case, values in WORK[name](server, options):
+                        if engine.name == "zmoe":
+                            check(server)
                         key = (engine, name, tuple(case.items()))
                         for figure, value in values.items():
                             found[key][figure].append(value)

@@ -25,8 +25,11 @@ from common import (
     positive,
     short_name,
 )
+from peers.whole import whole_cluster
 
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.spec import ClusterSpec
+from zmoe.errors import ZmoeError
 
 KINDS = ("silent", "50", "200")  # of bench/peers/strangers.py
 START_S = 2.0  # until strangers have come
@@ -52,7 +55,8 @@ def speed(cluster: Cluster, tokens: int) -> float:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each kind of strangers."""
     found: dict[str, list[float]] = {kind: [] for kind in ("none", *KINDS)}
-    with Cluster(options.model, nodes=options.nodes) as cluster, Children() as children:
+    spec = ClusterSpec(options.nodes)
+    with whole_cluster(options.model, spec) as cluster, Children() as children:
         ports = [str(port) for _, each in cluster.listeners for port in each]
         script = str(BENCH / "peers" / "strangers.py")
         started = {k: children.start([sys.executable, script, k, *ports]) for k in KINDS}
@@ -101,7 +105,11 @@ def benchmark() -> int:
     if options.rounds < 2:
         raise BenchError("--rounds: at least 2")
     block = environment()
-    finish(options, {"environment": block, "results": measure(options)}, show)
+    try:
+        results = measure(options)
+    except ZmoeError as error:
+        raise BenchError(str(error)) from None
+    finish(options, {"environment": block, "results": results}, show)
     return 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from process import BAD_INPUT, PeerFailure, checked, main, parser, tokens
+from whole import whole_cluster
 
-from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import Batching, EngineConfig
 from zmoe.errors import ZmoeError
@@ -62,7 +62,7 @@ def with_zmoe(options: Any) -> dict[str, Any]:
     )
     prompt = tokens(SEED, options.prompt_tokens, KNOWN)
     begun: list[Any] = []
-    with Cluster(options.model, spec=spec) as cluster:
+    with whole_cluster(options.model, spec) as cluster:
 
         def begin(count: int) -> Iterator[Any]:
             begun.append(cluster.submit(prompt, max_tokens=count, ignore_eos=True))

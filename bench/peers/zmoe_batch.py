@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from process import PeerFailure, batch_parser, checked, count, counts, main, tokens
+from whole import whole_cluster
 from zmoe_cluster import add_settings, engine_config, feed
 
 from zmoe import __version__
@@ -58,7 +59,7 @@ def opened(options: Any, **batching: Any) -> Iterator[tuple[Cluster, Prompts]]:
     engine = engine_config(options)
     engine = replace(engine, parallel=max(engine.parallel, *options.sequences))
     spec = ClusterSpec(nodes=options.nodes, engine=engine, batching=Batching(**batching))
-    with Cluster(options.model, spec=spec) as cluster:
+    with whole_cluster(options.model, spec) as cluster:
         assert cluster._node is not None
         if not cluster._node.engine.can_batch:
             raise PeerFailure(f"{cluster.info.model_type} runs one sequence at a time")

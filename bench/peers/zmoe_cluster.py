@@ -14,9 +14,9 @@ from typing import Any
 
 from process import PeerFailure, checked, count, main, parser, tokens
 from recording import Recording
+from whole import whole_cluster
 
 from zmoe import __version__
-from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import EngineConfig, Sampling
 from zmoe.engine.generate import Generation
@@ -144,7 +144,7 @@ def program() -> dict[str, Any]:
     try:
         with ExitStack() as stack:
             recording = stack.enter_context(Recording()) if options.record else None
-            with Cluster(options.model, spec=spec) as cluster:
+            with whole_cluster(options.model, spec) as cluster:
                 measured = measure(cluster, options)
             if recording is not None:
                 central = getattr(spec.engine, "schedule", "") == "centralized"

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -191,6 +192,15 @@ def test_strangers_has_a_row_for_each_kind() -> None:
     rows = report_of("strangers.py", "--rounds", "2", "--tokens", "4")["results"]
     assert [row["strangers"] for row in rows] == ["none", "silent", "50", "200"]
     assert all(ratio > 0 for row in rows for ratio in row["ratios"])
+
+
+def test_a_lost_node_ends_a_program(mixtral: Path) -> None:
+    few = ("--nodes", "2", "-m", "20", "--prompt", "a", "--runs", "1", "--no-warm-up")
+    with patch.dict(os.environ, {"ZMOE_FAIL": "1.before-step:10=kill"}):
+        done = call("decode.py", str(mixtral), *few)
+    assert (done.returncode, done.stdout) == (1, "")
+    line = done.stderr.splitlines()[-1]  # after those that tell what is being measured
+    assert "a node was lost, so nothing is measured: node 1 on this machine" in line
 
 
 def test_a_model_that_cannot_run_is_one_line(tmp_path: Path) -> None:

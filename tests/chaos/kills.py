@@ -7,10 +7,13 @@ a seed. A line is printed per round; the exit code is 1 if a round has failed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import faulthandler
+import functools
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,11 +29,13 @@ from typing import Any
 from unittest import mock
 
 from tests.cluster.conftest import MARK, processes_with, wait_until
+from tests.families import build
 from tests.server.serving import Server, serving
 from tests.server.test_life import Reader, engine_of
 from zmoe import Cluster, ClusterSpec, EngineConfig
+from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.spec import PlacementRequest
-from zmoe.config import Batching, Sampling
+from zmoe.config import DEFAULT_MODEL, Batching, Sampling
 from zmoe.errors import ZmoeError
 
 ROUND_S = 90  # the longest that a round may take, on a busy machine
@@ -62,11 +67,16 @@ class Variant:
         return cls(
             nodes=draw.randint(2, MOST_NODES),
             wire_dtype=draw.choice(("f32", "bf16", "q8")),
-            placement=draw.choice(("experts", "replicas")),
+            placement=draw.choice(("experts", "replicas", "slices")),
             prefill_chunk=draw.choice((4, 64, 512)),
             window=draw.random() < 0.3,
             speculate=draw.choice(("auto", "off", "4")),
         )
+
+    @property
+    def model(self) -> str:
+        """One that can be cut so."""
+        return sliceable_model() if self.placement == "slices" else DEFAULT_MODEL
 
     def spec(self) -> ClusterSpec:
         """Of a cluster on this machine."""
@@ -87,6 +97,7 @@ class Variant:
         """Of zmoe-serve."""
         window = ["--max-kv-size", "256", "--kv-bits", "8"] if self.window else []
         return [
+            *("--model", self.model),
             *("--nodes", str(self.nodes), "--wire-dtype", self.wire_dtype),
             *("--placement", self.placement, "--prefill-step-size", str(self.prefill_chunk)),
             *("--speculate", self.speculate, *window),
@@ -98,6 +109,19 @@ class Variant:
             f"{self.nodes} nodes, {self.placement}, {self.wire_dtype}, chunks of "
             f"{self.prefill_chunk}, speculate {self.speculate}{window}"
         )
+
+
+@functools.cache
+def sliceable_model() -> str:
+    """A folder with a random model whose experts can be cut in four, for this process."""
+    folder = Path(tempfile.mkdtemp(prefix="zmoe-chaos-"))
+    atexit.register(shutil.rmtree, folder)
+    sizes = {"moe_intermediate_size": 256, "head_dim": 64, "vocab_size": 1024}
+    build("qwen3_moe", folder, **sizes, max_position_embeddings=2048)
+    tiny = resolve_model(DEFAULT_MODEL)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(tiny / name, folder)
+    return str(folder)
 
 
 class Failure(Exception):
@@ -242,7 +266,8 @@ def run_workers(draw: random.Random, rounds: int, results: Results, name: str) -
     prompts = [[draw.randrange(3, 200) for _ in range(length)] for _ in range(draw.choice((1, 4)))]
     told: list[str] = []
     print(f"{name}: {variant}; {len(prompts)} of {length} tokens, and {many} more", flush=True)
-    with marked() as folder, Cluster(spec=variant.spec(), on_notice=told.append) as cluster:
+    cluster = Cluster(variant.model, spec=variant.spec(), on_notice=told.append)
+    with marked() as folder, cluster:
         generate(cluster, prompts, many)
         began = time.monotonic()
         whole = generate(cluster, prompts, many)
@@ -273,11 +298,11 @@ def run_starting(draw: random.Random, rounds: int, results: Results, name: str) 
     print(f"{name}: {variant}", flush=True)
     options = {**OPTIONS, "max_tokens": 40}
     began = time.monotonic()
-    with marked(), Cluster(spec=variant.spec()) as cluster:
+    with marked(), Cluster(variant.model, spec=variant.spec()) as cluster:
         duration = time.monotonic() - began
         whole = [token.id for token in cluster.generate("ROMEO:", **options)]
     for number in range(rounds):
-        cluster = Cluster(spec=variant.spec(), on_notice=lambda line: None)
+        cluster = Cluster(variant.model, spec=variant.spec(), on_notice=lambda line: None)
         killer = Killer(draw, cluster.worker_pids, [draw.uniform(0.1, duration)])
         with results.round(f"{name}.{number}", killer.story), marked(), killer:
             try:

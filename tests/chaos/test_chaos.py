@@ -13,7 +13,7 @@ from tests.cluster.conftest import Commands, commands
 __all__ = ["commands"]
 
 
-@pytest.mark.parametrize(("kind", "seed", "rounds"), [("workers", 3, 4), ("serve", 1, 2)])
+@pytest.mark.parametrize(("kind", "seed", "rounds"), [("workers", 44, 4), ("serve", 1, 2)])
 def test_kills(kind: str, seed: int, rounds: int) -> None:
     results = Results()
     KINDS[kind](random.Random(seed), rounds, results, kind)

@@ -8,12 +8,11 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import zmq
@@ -58,6 +57,8 @@ from zmoe.placement.estimate import NodeResources
 from zmoe.placement.types import ModelInfo, Placement
 from zmoe.placement.usage import UsageRecorder
 from zmoe.topology.cores import set_affinity
+
+T = TypeVar("T")
 
 
 class Node:
@@ -507,13 +508,15 @@ class Node:
             self.run(plan, logits=False)
             return nothing
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
-        assert isinstance(self.exchange, HostingCentral)
-        self.exchange.plan = plan.digest
-        with self._stepping(plan.step):
-            for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
-                self.exchange.step = step
-                self.exchange.serve(self._held)
+        self._timed(plan.step, partial(self._serve, plan))
         return nothing
+
+    def _serve(self, plan: Plan) -> None:
+        assert isinstance(self.exchange, HostingCentral) and self._held is not None
+        self.exchange.plan = plan.digest
+        for step, _ in enumerate(passes(plan.spans, self._paged), plan.step):
+            self.exchange.step = step
+            self.exchange.serve(self._held)
 
     def begin(
         self, plan: Plan, draws: Sequence[Draw] = (), logits: bool = True
@@ -540,23 +543,28 @@ class Node:
         check_plan(plan, self._config.max_rows, self.info.vocabulary)
         team = self._team
         before = team.matmul_s if team is not None else 0.0
-        with self._stepping(plan.step):
-            out = self.engine.run(plan, logits)
+        out = self._timed(plan.step, partial(self._run, plan, logits))
         if team is not None:
             self.spans.add("matmuls", team.matmul_s - before)
         return out
 
-    @contextmanager
-    def _stepping(self, step: int) -> Iterator[None]:
+    def _run(self, plan: Plan, logits: bool) -> Floats | None:
+        if self.recorder is None:
+            return self.engine.run(plan, logits)
+        with self.recorder.step(plan.step):
+            return self.engine.run(plan, logits)
+
+    def _timed(self, step: int, part: Callable[[], T]) -> T:
+        """What `part` returns: this node's part of a step."""
         begun = time.perf_counter()
         try:
             self._reach("before-step", step)
-            with self.recorder.step(step) if self.recorder is not None else nullcontext():
-                yield
+            found = part()
             self._reach("after-step", step)
         finally:
             self._steps += 1
             self._step_s += time.perf_counter() - begun
+        return found
 
     def take_times(self) -> tuple[int, float]:
         """The steps since this was called last, and the seconds of them in which this node did not
