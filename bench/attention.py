@@ -145,7 +145,7 @@ class Case:
         self.steps = []
         for table in order.reshape(self.sequences, each):
             step = PagedStep(())
-            step.begin([(context, rows, table)])
+            step.begin([(context, rows, table, None, None)])
             self.steps.append((step, table))
         self.angles = np.zeros((context + rows, 32), np.float32)
         self.h = np.zeros((rows, WIDTH), np.float32)

@@ -8,7 +8,7 @@
 /* The memory of a call, for up to ZMOE_ROW_BLOCK rows at a time. */
 struct memory {
   void *x;    /* (rows, width) of dtype: what the projections take */
-  float *qkv; /* (rows, heads + 2 kv_heads, head_dim) */
+  float *qkv; /* (rows, zmoe_qkv_width) */
   void *out;  /* (rows, heads, head_dim) of dtype: what the output projection takes */
   float *y;   /* (rows, width): what it gives */
   zmoe_piece *pieces;
@@ -22,7 +22,7 @@ static int head_norm_fits(const zmoe_norm *norm, size_t head_dim, size_t heads) 
 }
 
 static int shapes_fit(const zmoe_attention *a) {
-  size_t out_features[] = {(size_t)a->heads * a->head_dim, (size_t)a->kv_heads * a->head_dim,
+  size_t out_features[] = {zmoe_queries_width(a), (size_t)a->kv_heads * a->head_dim,
                            (size_t)a->kv_heads * a->head_dim};
   uint32_t width = a->projections->in_features;
   if (a->n_projections == 1)
@@ -43,6 +43,7 @@ static int is_known(const zmoe_attention *a) {
          a->head_dim <= ZMOE_MAX_HEAD_DIM && a->heads <= ZMOE_MAX_COLUMNS &&
          a->rope_dims % 2 == 0 && a->rope_dims <= a->head_dim &&
          (a->n_projections == 1 || a->n_projections == 3) &&
+         (a->is_gated == 0 || (a->is_gated == 1 && zmoe_norm_fits(&a->query_norm, a->head_dim))) &&
          (a->window == 0 ? a->keep == 0 : a->keep < a->window) &&
          zmoe_dtype_bytes((zmoe_dtype)a->dtype) != 0 && shapes_fit(a);
 }

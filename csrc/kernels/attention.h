@@ -34,7 +34,7 @@ typedef struct zmoe_attend {
   const float *cosines, *sines; /* by position */
   const zmoe_piece *pieces;
   uint32_t n_pieces, rows;
-  float *qkv;         /* (rows, row_width): queries of all heads, and what comes after them */
+  float *qkv;         /* (rows, row_width): zmoe_queries_width, and what comes after that */
   unsigned char *out; /* out_dim elements of dtype of each head, `out_row` and `out_head` apart */
   size_t row_width, out_row, out_head;
   uint32_t out_dim;
@@ -61,17 +61,26 @@ static inline uint32_t zmoe_min(uint32_t a, uint32_t b) {
   return a < b ? a : b;
 }
 
-/* Of zmoe_attention's projections. */
+/* From a head's query to the next one's: its gate lies between them. */
+static inline size_t zmoe_query_stride(const zmoe_attention *a) {
+  return (1 + (size_t)a->is_gated) * a->head_dim;
+}
+
+/* Of zmoe_attention's projections: of the queries with their gates, and of all. */
+static inline size_t zmoe_queries_width(const zmoe_attention *a) {
+  return a->heads * zmoe_query_stride(a);
+}
+
 static inline size_t zmoe_qkv_width(const zmoe_attention *a) {
-  return ((size_t)a->heads + 2 * (size_t)a->kv_heads) * a->head_dim;
+  return zmoe_queries_width(a) + 2 * (size_t)a->kv_heads * a->head_dim;
 }
 
 /* Vector v of a piece is head `v % group` of row `v / group`. */
 static inline float *zmoe_query(const zmoe_attend *job, const zmoe_piece *piece, uint32_t kv_head,
                                 uint32_t v) {
-  const zmoe_attention *a = job->attention;
+  size_t at = (piece->first + v / job->group) * job->row_width;
   size_t head = (size_t)kv_head * job->group + v % job->group;
-  return job->qkv + (piece->first + v / job->group) * job->row_width + head * a->head_dim;
+  return job->qkv + at + head * zmoe_query_stride(job->attention);
 }
 
 /* The first key of the window of the row at `position`: it sees all from there on, up to itself,

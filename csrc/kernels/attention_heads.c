@@ -103,7 +103,7 @@ static void prepare_rows(zmoe_attend *job) {
   const zmoe_attention *a = job->attention;
   size_t width = zmoe_qkv_width(a);
   for (uint32_t r; (r = zmoe_take(&job->row_tasks)) < job->rows;) {
-    float *row = job->qkv + r * width, *keys = row + (size_t)a->heads * a->head_dim;
+    float *row = job->qkv + r * width, *keys = row + zmoe_queries_width(a);
     if (a->clip > 0.0f)
       job->ops->clip(row, (uint32_t)width, a->clip);
     if (is_whole(&a->query_norm, a->head_dim))
@@ -178,11 +178,12 @@ static void prepare_unit(const zmoe_attend *job, const zmoe_piece *piece, uint32
     uint32_t position = piece->position + r, column = position % ZMOE_KEY_BLOCK;
     float *queries = zmoe_query(job, piece, kv_head, r * job->group);
     float *row = job->qkv + (piece->first + r) * zmoe_qkv_width(a);
-    float *key = row + ((size_t)a->heads + kv_head) * dim;
-    for (uint32_t i = 0; i < job->group; i++)
-      prepare_head(job, &a->query_norm, position, queries + i * dim);
-    for (size_t d = 0; d < job->group * dim; d++)
-      queries[d] *= a->scale;
+    float *key = row + zmoe_queries_width(a) + kv_head * dim;
+    for (uint32_t i = 0; i < job->group; i++, queries += zmoe_query_stride(a)) {
+      prepare_head(job, &a->query_norm, position, queries);
+      for (size_t d = 0; d < dim; d++)
+        queries[d] *= a->scale;
+    }
     prepare_head(job, &a->key_norm, position, key);
     const float *value = key + a->kv_heads * dim;
     unsigned char *keys = zmoe_cached(job, job->cache->keys, piece->span, kv_head, position);
@@ -247,6 +248,12 @@ static void finish_unit(const zmoe_attend *job, const zmoe_piece *piece, uint32_
     const float *sums = all->sums + (size_t)v * job->padded;
     for (uint32_t d = 0; d < job->out_dim; d++)
       out[d] = sums[d] * factor;
+    if (job->attention->is_gated) {
+      float *gate = zmoe_query(job, piece, kv_head, v) + job->out_dim;
+      job->ops->sigmoid(gate, job->out_dim);
+      for (uint32_t d = 0; d < job->out_dim; d++)
+        out[d] *= gate[d];
+    }
     size_t head = (size_t)kv_head * job->group + v % job->group;
     size_t at = (piece->first + v / job->group) * job->out_row + head * job->out_head;
     (void)zmoe_convert(job->out + at * zmoe_dtype_bytes(job->dtype), job->dtype, out, ZMOE_F32,

@@ -1,5 +1,5 @@
-/* The parts of decoder layers one after the other, in one call: attention, dense networks, and
- * routed experts as far as this node computes them. */
+/* The parts of decoder layers one after the other, in one call: attention, delta nets, dense
+ * networks, and routed experts as far as this node computes them. */
 #include "common/platform.h"
 
 #include <string.h>
@@ -190,6 +190,8 @@ static int attend(zmoe_thread_pool *pool, const zmoe_sublayer *part, const zmoe_
   const float *cosines = NULL, *sines = NULL;
   if (!spans_fit(part->rope, spans, n_spans, rows))
     return ZMOE_EINVAL;
+  if (part->delta != NULL)
+    return zmoe_delta_step(pool, part->delta, spans, n_spans, h, precision);
   if (part->rope != NULL)
     cosines = part->rope->cosines, sines = part->rope->sines;
   if (part->attention != NULL)

@@ -62,7 +62,10 @@ typedef struct zmoe_attention {
   const float *sinks;        /* (heads): a score more for the softmax alone; or NULL */
   uint32_t window;           /* a row sees that many keys at most, itself included; 0: all */
   uint32_t keep;             /* of a window: the first keys, which it never leaves; < window */
-  uint32_t dtype;            /* zmoe_dtype of what goes into matmuls, and of the cache */
+  /* 1: each head's query is followed by a gate (head_dim), whose logistic function multiplies
+   * what the head gives; norms of queries are of each head then */
+  uint32_t is_gated;
+  uint32_t dtype; /* zmoe_dtype of what goes into matmuls, and of the cache */
 } zmoe_attention;
 
 #define ZMOE_KEY_BLOCK 64 /* positions of a block of keys and values */
@@ -80,10 +83,14 @@ typedef struct zmoe_kv_cache {
 size_t zmoe_kv_head_bytes(uint32_t head_dim, zmoe_dtype dtype, uint32_t bits);
 
 /* Consecutive rows of one sequence, the first at `position`.  Position p of the sequence is
- * in block blocks[p / 64] of the cache. */
+ * in block blocks[p / 64] of the cache.  Where layers are recurrent, `state_before` is what they
+ * keep of the rows before, NULL at the beginning, and `state_after` other memory for what they keep
+ * then: each layer has a part of it, aligned as floats are. */
 typedef struct zmoe_span {
   const uint32_t *blocks;
   uint32_t n_blocks, rows, position;
+  const unsigned char *state_before;
+  unsigned char *state_after;
 } zmoe_span;
 
 /* h (rows of all spans in order, width) f32 += attention of norm(h), causal within each
@@ -131,24 +138,6 @@ size_t zmoe_latent_attention_scratch(const zmoe_latent_attention *attention, uin
 
 /* ---- gated delta nets ------------------------------------------------------------------ */
 
-/* Some elements of each row of `data` (rows, width): those of head h begin at `at` + h * `stride`.
- */
-typedef struct zmoe_slices {
-  const void *data;
-  uint32_t width, at, stride;
-} zmoe_slices;
-
-/* Between the projections of a gated delta net (Yang et al., 2024): a causal convolution over
- * rows for each channel, SiLU, queries and keys of length 1, and for each head of values a
- * state (value_dim, key_dim) that decays, and takes what is new in a value at its key. */
-typedef struct zmoe_delta_net {
-  uint32_t key_heads, value_heads; /* the latter a multiple of the former */
-  uint32_t key_dim, value_dim, taps;
-  const float *conv;           /* (taps, channels): all queries, all keys, all values */
-  const float *decay, *offset; /* (value_heads): what the `a` of a row is made a decay with */
-  zmoe_norm norm;              /* of a head's result, before its gate */
-} zmoe_delta_net;
-
 typedef enum zmoe_delta_part {
   ZMOE_DELTA_QUERIES = 0, /* (key_dim) of each head of keys */
   ZMOE_DELTA_KEYS = 1,    /* likewise */
@@ -159,14 +148,37 @@ typedef enum zmoe_delta_part {
   ZMOE_DELTA_PARTS = 6
 } zmoe_delta_part;
 
-/* out (sequences, rows, value_heads * value_dim) of `rows` rows of each sequence, whose `parts`
- * [ZMOE_DELTA_PARTS] are of `dtype`, as are `conv_in` and `conv_out` (sequences, taps - 1,
- * channels), the rows before.  State (sequences, value_heads, value_dim, key_dim) f32.  What was
- * before the first row is NULL; in and out do not overlap. */
-int zmoe_delta_step(zmoe_thread_pool *pool, const zmoe_delta_net *net, const zmoe_slices *parts,
-                    zmoe_dtype dtype, uint32_t sequences, uint32_t rows, const void *conv_in,
-                    void *conv_out, const float *state_in, float *state_out, void *out);
+/* Some elements of what a projection gives: those of head h begin at `at` + h * `stride`. */
+typedef struct zmoe_slices {
+  uint32_t projection, at, stride;
+} zmoe_slices;
+
+/* A gated delta net (Yang et al., 2024).  Between its projections: a causal convolution over rows
+ * for each channel, SiLU, queries and keys of length 1, and for each head of values a state
+ * (value_dim, key_dim) that decays, and takes what is new in a value at its key. */
+typedef struct zmoe_delta_net {
+  zmoe_norm input; /* of h, before the projections */
+  const zmoe_weight *projections;
+  uint32_t n_projections;
+  const zmoe_weight *output;       /* value_heads * value_dim -> width */
+  const zmoe_slices *parts;        /* [ZMOE_DELTA_PARTS] */
+  uint32_t key_heads, value_heads; /* the latter a multiple of the former */
+  uint32_t key_dim, value_dim, taps;
+  const float *conv;           /* (taps, channels): all queries, all keys, all values */
+  const float *decay, *offset; /* (value_heads): what the `a` of a row is made a decay with */
+  zmoe_norm norm;              /* of a head's result, before its gate */
+  size_t state_at; /* the first of the zmoe_delta_state_bytes of it in a sequence's state */
+  uint32_t dtype;  /* zmoe_dtype of what goes into matmuls, and of the rows that are kept */
+} zmoe_delta_net;
+
+/* h (rows of all spans in order, width) f32 += net(norm(h)), from the spans' states before to those
+ * after.  A row's result depends on its own sequence's earlier rows alone.  ZMOE_EINVAL for a span
+ * without rows, or without a state after them. */
+int zmoe_delta_step(zmoe_thread_pool *pool, const zmoe_delta_net *net, const zmoe_span *spans,
+                    uint32_t n_spans, float *h, zmoe_precision precision);
 size_t zmoe_delta_scratch(const zmoe_delta_net *net, uint32_t threads);
+/* What a sequence keeps of its rows for this layer, a multiple of 64. */
+size_t zmoe_delta_state_bytes(const zmoe_delta_net *net);
 
 /* ---- router ---------------------------------------------------------------------- */
 
@@ -264,10 +276,11 @@ typedef struct zmoe_rope {
   uint32_t positions;
 } zmoe_rope;
 
-/* A part of a decoder layer, h += part(norm(h)): one of the first four, the others being NULL. */
+/* A part of a decoder layer, h += part(norm(h)): one of the first five, the others being NULL. */
 typedef struct zmoe_sublayer {
   const zmoe_attention *attention;
   const zmoe_latent_attention *latent;
+  const zmoe_delta_net *delta;
   const zmoe_mlp *mlp;
   const zmoe_moe *moe;
   const zmoe_kv_cache *cache; /* of either attention */
@@ -275,9 +288,9 @@ typedef struct zmoe_sublayer {
 } zmoe_sublayer;
 
 /* Runs `count` sublayers one after the other on h (rows, width) f32, the rows being those of the
- * spans where there is attention.  `experts_ns` grows by the nanoseconds that routed experts
- * took.  ZMOE_EINVAL for what any sublayer refuses, for spans of other rows and for angles of too
- * few positions: h is then what the sublayers before have made of it. */
+ * spans where there is attention or a delta net.  `experts_ns` grows by the nanoseconds that routed
+ * experts took.  ZMOE_EINVAL for what any sublayer refuses, for spans of other rows and for angles
+ * of too few positions: h is then what the sublayers before have made of it. */
 int zmoe_chain(zmoe_thread_pool *pool, const zmoe_sublayer *sublayers, uint32_t count,
                const zmoe_span *spans, uint32_t n_spans, float *h, uint32_t rows,
                zmoe_extent extent, zmoe_routing *routing, uint64_t *experts_ns,

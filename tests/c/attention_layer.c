@@ -11,7 +11,7 @@ static zmoe_weight f32_weight(const float *data, const float *bias, size_t out_f
 
 static void point_at_weights(layer *l) {
   const shape *s = &l->s;
-  size_t out_features[] = {s->fused ? l->total : l->q_width, l->kv_width, l->kv_width}, at = 0;
+  size_t out_features[] = {s->fused ? l->total : l->queries, l->kv_width, l->kv_width}, at = 0;
   for (int i = 0; i < (s->fused ? 1 : 3); i++) {
     l->projections[i] = f32_weight(l->weights + at * s->width, s->bias ? l->biases + at : NULL,
                                    out_features[i], s->width);
@@ -46,7 +46,7 @@ static void round_head(const layer *l, float *head) {
 layer make_layer(const shape *s, uint32_t bits) {
   layer l = {.s = *s, .bits = bits};
   l.q_width = (size_t)s->heads * s->head_dim, l.kv_width = (size_t)s->kv_heads * s->head_dim;
-  l.total = l.q_width + 2 * l.kv_width;
+  l.queries = (1 + s->gated) * l.q_width, l.total = l.queries + 2 * l.kv_width;
   size_t angles = (size_t)s->rows * (s->rope_dims / 2), past = l.kv_width * s->filled;
   l.weights = random_floats(l.total * s->width, 3.0f / sqrtf((float)s->width));
   l.biases = random_floats(l.total, 0.3f);
@@ -82,6 +82,7 @@ void describe_layer(layer *l) {
       .sinks = s->sinks ? l->sinks : NULL,
       .window = s->window,
       .keep = s->keep,
+      .is_gated = s->gated,
       .dtype = s->dtype,
   };
 }
@@ -133,7 +134,7 @@ static void reference_rope(const layer *l, uint32_t row, double *head) {
 static void reference_project(const layer *l, uint32_t row, double *qkv) {
   const zmoe_attention *a = &l->attention;
   const shape *s = &l->s;
-  double *x = malloc(s->width * sizeof *x), *k = qkv + l->q_width;
+  double *x = malloc(s->width * sizeof *x), *k = qkv + l->queries;
   for (uint32_t i = 0; i < s->width; i++)
     x[i] = l->h[(size_t)row * s->width + i];
   reference_norm(&a->input, x);
@@ -146,7 +147,8 @@ static void reference_project(const layer *l, uint32_t row, double *qkv) {
   if (s->whole)
     reference_norm(&a->query_norm, qkv), reference_norm(&a->key_norm, k);
   for (uint32_t i = 0; i < s->heads + s->kv_heads; i++) {
-    double *head = qkv + (size_t)i * s->head_dim;
+    double *head = i < s->heads ? qkv + i * (1 + s->gated) * s->head_dim
+                                : k + (size_t)(i - s->heads) * s->head_dim;
     if (!s->whole)
       reference_norm(i < s->heads ? &a->query_norm : &a->key_norm, head);
     reference_rope(l, row, head);
@@ -176,12 +178,12 @@ static void reference_head(const layer *l, const double *qkvs, uint32_t row, uin
   const shape *s = &l->s;
   uint32_t kv_head = head / (s->heads / s->kv_heads), end = s->filled + row + 1;
   uint32_t begin = s->window != 0 && end > s->window ? end - s->window + s->keep : 0;
-  const double *q = qkvs + row * l->total + (size_t)head * s->head_dim;
+  const double *q = qkvs + row * l->total + head * (1 + s->gated) * s->head_dim;
   double *p = malloc(end * sizeof *p), max = s->sinks ? l->sinks[head] : -INFINITY, sum = 0;
   for (uint32_t j = 0; j < end; j++) {
     p[j] = j < s->keep || j >= begin ? 0 : -INFINITY;
     for (uint32_t d = 0; d < s->head_dim; d++)
-      p[j] += q[d] * cached(l, l->keys, qkvs, l->q_width, kv_head, j, d) * l->attention.scale;
+      p[j] += q[d] * cached(l, l->keys, qkvs, l->queries, kv_head, j, d) * l->attention.scale;
     max = fmax(max, p[j]);
   }
   for (uint32_t j = 0; j < end; j++)
@@ -190,7 +192,9 @@ static void reference_head(const layer *l, const double *qkvs, uint32_t row, uin
   for (uint32_t d = 0; d < s->head_dim; d++) {
     out[d] = 0;
     for (uint32_t j = 0; j < end; j++)
-      out[d] += p[j] / sum * cached(l, l->values, qkvs, l->q_width + l->kv_width, kv_head, j, d);
+      out[d] += p[j] / sum * cached(l, l->values, qkvs, l->queries + l->kv_width, kv_head, j, d);
+    if (s->gated)
+      out[d] /= 1 + exp(-q[s->head_dim + d]);
   }
   free(p);
 }

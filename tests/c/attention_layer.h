@@ -11,14 +11,15 @@ typedef struct shape {
   int whole, bias, fused, sinks; /* whole: the norms of heads are over all of them */
   float clip;
   uint32_t dtype, rows, filled;
-  uint32_t keep; /* first keys that a window keeps */
+  uint32_t keep;  /* first keys that a window keeps */
+  uint32_t gated; /* is_gated */
 } shape;
 
 /* A layer of that shape, its cache and its input. */
 typedef struct layer {
   shape s;
-  uint32_t bits; /* of the cache */
-  size_t q_width, kv_width, total;
+  uint32_t bits;                            /* of the cache */
+  size_t q_width, queries, kv_width, total; /* queries: with their gates */
   float *weights, *biases, *output, *output_bias, *norms, *sinks, *cosines, *sines;
   float *keys, *values, *h; /* of dtype's values: (kv_heads, filled, head_dim); (rows, width) */
   zmoe_weight projections[3], output_weight;

@@ -79,9 +79,10 @@ static result run(const layer *l, zmoe_thread_pool *pool, uint32_t at_a_time, in
   for (uint32_t r = 0; r < s->rows; r += at_a_time) {
     uint32_t rows = s->rows - r < at_a_time ? s->rows - r : at_a_time;
     const uint32_t *others = out.blocks + n_blocks - OTHERS * OTHER_BLOCKS;
-    zmoe_span spans[] = {{others, OTHER_BLOCKS, OTHER_ROWS[0], OTHER_POSITION},
-                         {out.blocks, n_blocks, rows, s->filled + r},
-                         {others + OTHER_BLOCKS, OTHER_BLOCKS, OTHER_ROWS[1], OTHER_POSITION}};
+    zmoe_span spans[] = {
+        {others, OTHER_BLOCKS, OTHER_ROWS[0], OTHER_POSITION, NULL, NULL},
+        {out.blocks, n_blocks, rows, s->filled + r, NULL, NULL},
+        {others + OTHER_BLOCKS, OTHER_BLOCKS, OTHER_ROWS[1], OTHER_POSITION, NULL, NULL}};
     float *mine = h + (is_alone ? 0 : OTHER_ROWS[0] * s->width);
     memcpy(mine, l->h + (size_t)r * s->width, (size_t)rows * s->width * sizeof *mine);
     CHECK_EQUAL(zmoe_attention_step(pool, &l->attention, &cache, is_alone ? spans + 1 : spans,
@@ -151,37 +152,39 @@ static void check_shape(const shape *s, uint32_t bits, uint32_t n) {
 enum { NONE = ZMOE_NORM_NONE, RMS = ZMOE_NORM_RMS, LAYER = ZMOE_NORM_LAYER };
 
 /* heads kv dim width | rope trad window | input heads' norms: whole bias fused sinks clip |
- * dtype rows filled keep: what models do, then what is odd. */
+ * dtype rows filled keep gated: what models do, then what is odd. */
 static const shape SHAPES[] = {
-    {4, 2, 16, 64, 16, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 1, 0, 0},       /* qwen3_moe */
-    {8, 1, 64, 96, 64, 0, 0, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 7, 5, 0},      /* mixtral */
-    {4, 4, 32, 64, 32, 0, 0, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_F32, 130, 3, 0},     /* olmoe */
-    {6, 2, 24, 64, 24, 0, 0, LAYER, NONE, 0, 0, 1, 0, 0.9f, ZMOE_F32, 7, 9, 0}, /* dbrx */
-    {8, 2, 64, 64, 64, 0, 16, RMS, NONE, 0, 1, 0, 1, 0, ZMOE_F32, 130, 40, 0},  /* gpt_oss */
-    {8, 4, 80, 64, 40, 0, 0, RMS, RMS, 0, 1, 0, 0, 0, ZMOE_F32, 2, 130, 0},     /* glm4_moe */
-    {3, 1, 24, 40, 10, 1, 5, NONE, LAYER, 0, 1, 0, 1, 1.5f, ZMOE_F32, 130, 0, 0},
-    {9, 3, 80, 33, 0, 0, 0, LAYER, LAYER, 1, 0, 1, 1, 0, ZMOE_F32, 7, 66, 0},
-    {1, 1, 1, 1, 0, 0, 0, NONE, NONE, 0, 1, 0, 0, 0, ZMOE_F32, 5, 2, 0},
-    {2, 1, 256, 32, 256, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 40, 50, 0},
-    {2, 1, 136, 32, 128, 1, 1, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 9, 3, 0}, /* itself alone */
-    {3, 1, 17, 20, 16, 0, 64, RMS, NONE, 0, 0, 1, 1, 0, ZMOE_F32, 130, 200, 0},
-    {48, 16, 8, 40, 8, 0, 0, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 130, 0, 0}, /* units of 42 rows */
+    {4, 2, 16, 64, 16, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 1, 0, 0, 0},       /* qwen3_moe */
+    {8, 1, 64, 96, 64, 0, 0, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 7, 5, 0, 0},      /* mixtral */
+    {4, 4, 32, 64, 32, 0, 0, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_F32, 130, 3, 0, 0},     /* olmoe */
+    {6, 2, 24, 64, 24, 0, 0, LAYER, NONE, 0, 0, 1, 0, 0.9f, ZMOE_F32, 7, 9, 0, 0}, /* dbrx */
+    {8, 2, 64, 64, 64, 0, 16, RMS, NONE, 0, 1, 0, 1, 0, ZMOE_F32, 130, 40, 0, 0},  /* gpt_oss */
+    {8, 4, 80, 64, 40, 0, 0, RMS, RMS, 0, 1, 0, 0, 0, ZMOE_F32, 2, 130, 0, 0},     /* glm4_moe */
+    {8, 2, 32, 64, 8, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 7, 70, 0, 1},       /* qwen3_next */
+    {3, 1, 24, 40, 10, 1, 5, NONE, LAYER, 0, 1, 0, 1, 1.5f, ZMOE_F32, 130, 0, 0, 0},
+    {9, 3, 80, 33, 0, 0, 0, LAYER, LAYER, 1, 0, 1, 1, 0, ZMOE_F32, 7, 66, 0, 0},
+    {1, 1, 1, 1, 0, 0, 0, NONE, NONE, 0, 1, 0, 0, 0, ZMOE_F32, 5, 2, 0, 0},
+    {2, 1, 256, 32, 256, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 40, 50, 0, 0},
+    {2, 1, 136, 32, 128, 1, 1, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F32, 9, 3, 0, 0}, /* itself alone */
+    {3, 1, 17, 20, 16, 0, 64, RMS, NONE, 0, 0, 1, 1, 0, ZMOE_F32, 130, 200, 0, 0},
+    {48, 16, 8, 40, 8, 0, 0, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 130, 0, 0,
+     0}, /* units of 42 rows */
     /* halves */
-    {8, 1, 128, 64, 128, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_BF16, 1, 100, 0},
-    {8, 1, 128, 64, 128, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F16, 1, 100, 0},
-    {6, 2, 24, 50, 24, 1, 0, LAYER, NONE, 0, 1, 0, 1, 0, ZMOE_BF16, 2, 7, 0},
-    {6, 2, 17, 50, 16, 1, 0, LAYER, NONE, 0, 1, 0, 1, 0, ZMOE_F16, 2, 70, 0},
-    {4, 4, 80, 64, 80, 0, 30, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_BF16, 130, 10, 0},
-    {6, 2, 17, 64, 16, 0, 30, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_F16, 130, 0, 0},
+    {8, 1, 128, 64, 128, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_BF16, 1, 100, 0, 0},
+    {8, 1, 128, 64, 128, 0, 0, RMS, RMS, 0, 0, 0, 0, 0, ZMOE_F16, 1, 100, 0, 0},
+    {6, 2, 24, 50, 24, 1, 0, LAYER, NONE, 0, 1, 0, 1, 0, ZMOE_BF16, 2, 7, 0, 0},
+    {6, 2, 17, 50, 16, 1, 0, LAYER, NONE, 0, 1, 0, 1, 0, ZMOE_F16, 2, 70, 0, 0},
+    {4, 4, 80, 64, 80, 0, 30, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_BF16, 130, 10, 0, 0},
+    {6, 2, 17, 64, 16, 0, 30, RMS, RMS, 1, 0, 0, 0, 0, ZMOE_F16, 130, 0, 0, 0},
     /* long, in ranges of keys; the last two with many queries to a head of keys */
-    {4, 4, 16, 32, 16, 0, 0, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_F32, 1, 2500, 0},
-    {3, 1, 24, 32, 16, 0, 1800, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 1, 3000, 0},
-    {16, 1, 16, 32, 16, 0, 0, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_F32, 3, 2000, 0},
-    {160, 1, 8, 32, 8, 0, 1300, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 2, 1500, 0},
+    {4, 4, 16, 32, 16, 0, 0, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_F32, 1, 2500, 0, 0},
+    {3, 1, 24, 32, 16, 0, 1800, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 1, 3000, 0, 0},
+    {16, 1, 16, 32, 16, 0, 0, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_F32, 3, 2000, 0, 0},
+    {160, 1, 8, 32, 8, 0, 1300, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 2, 1500, 0, 0},
     /* windows that keep their first keys */
-    {4, 2, 16, 32, 16, 0, 12, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 30, 5, 4},
-    {4, 2, 16, 32, 16, 0, 600, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 20, 1700, 4},
-    {8, 1, 32, 32, 16, 0, 300, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F16, 70, 2000, 100},
+    {4, 2, 16, 32, 16, 0, 12, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F32, 30, 5, 4, 0},
+    {4, 2, 16, 32, 16, 0, 600, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 20, 1700, 4, 0},
+    {8, 1, 32, 32, 16, 0, 300, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_F16, 70, 2000, 100, 0},
 };
 
 static void test_shapes(void) {
@@ -206,6 +209,7 @@ static void test_random_shapes(void) {
     s.fused = (int)pick(2), s.sinks = (int)pick(2), s.clip = pick(3) ? 0.0f : 1.0f;
     s.dtype = pick(3), s.rows = rows[pick(5)], s.filled = filled[pick(7)];
     s.keep = s.window > 0 && pick(2) ? pick(s.window) : 0;
+    s.gated = !s.whole && pick(2);
     check_shape(&s, pick(3) ? 0 : 8, i);
   }
 }
@@ -250,10 +254,10 @@ static void check_invariance(const shape *s, uint32_t bits) {
 
 static void test_invariance(void) {
   static const shape shapes[] = {
-      {6, 2, 32, 48, 32, 0, 40, RMS, RMS, 0, 1, 0, 1, 0, ZMOE_F32, 130, 20, 0},
-      {8, 1, 24, 40, 24, 0, 0, RMS, NONE, 1, 0, 0, 0, 0, ZMOE_BF16, 70, 1000, 0},
-      {3, 3, 17, 16, 16, 0, 90, RMS, NONE, 0, 0, 1, 0, 0, ZMOE_F16, 130, 900, 4},
-      {4, 2, 16, 16, 16, 0, 700, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 66, 1400, 70},
+      {6, 2, 32, 48, 32, 0, 40, RMS, RMS, 0, 1, 0, 1, 0, ZMOE_F32, 130, 20, 0, 0},
+      {8, 1, 24, 40, 24, 0, 0, RMS, NONE, 1, 0, 0, 0, 0, ZMOE_BF16, 70, 1000, 0, 0},
+      {3, 3, 17, 16, 16, 0, 90, RMS, NONE, 0, 0, 1, 0, 0, ZMOE_F16, 130, 900, 4, 0},
+      {4, 2, 16, 16, 16, 0, 700, RMS, NONE, 0, 0, 0, 1, 0, ZMOE_BF16, 66, 1400, 70, 1},
   };
   for (uint32_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++)
     if (!rig_skips(i))
@@ -264,7 +268,8 @@ static void test_invariance(void) {
 static void test_nan_goes_through(void) {
   for (uint32_t i = 0; i < 4; i++) {
     uint32_t rows = i % 2 ? 20 : 1;
-    const shape s = {4, 2, 16, 24, 16, 0, 0, RMS, NONE, 0, 0, 0, 0, 0, ZMOE_BF16, rows, 5, 0};
+    const shape s = {4, 2, 16, 24, 16,        0,    0, RMS, NONE,  0,
+                     0, 0, 0,  0,  ZMOE_BF16, rows, 5, 0,   i == 3};
     layer l = make_layer(&s, i / 2 ? 8 : 0);
     describe_layer(&l);
     l.h[(size_t)(rows - 1) * s.width] = NAN;

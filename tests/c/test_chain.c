@@ -86,7 +86,7 @@ static void sublayers_of(const model *m, const state *s, zmoe_sublayer to[4]) {
 static const uint32_t TABLE[BLOCKS] = {2, 0, 1};
 
 static zmoe_span span_of(uint32_t first, uint32_t rows) {
-  return (zmoe_span){TABLE, BLOCKS, rows, first};
+  return (zmoe_span){TABLE, BLOCKS, rows, first, NULL, NULL};
 }
 
 /* ---- the same, part by part -------------------------------------------------------------- */

@@ -192,7 +192,8 @@ static float *run(const layer *l, zmoe_thread_pool *pool, uint32_t at_a_time, in
   float *h = malloc((size_t)(s->rows + 3) * s->width * sizeof *h);
   for (uint32_t r = 0; r < s->rows; r += at_a_time) {
     uint32_t rows = s->rows - r < at_a_time ? s->rows - r : at_a_time, others = is_alone ? 0 : 3;
-    const zmoe_span spans[] = {{blocks + BLOCKS - 1, 1, others, 0}, {blocks, BLOCKS - 1, rows, r}};
+    const zmoe_span spans[] = {{blocks + BLOCKS - 1, 1, others, 0, NULL, NULL},
+                               {blocks, BLOCKS - 1, rows, r, NULL, NULL}};
     float *mine = h + (size_t)others * s->width;
     memcpy(h, l->h, 3 * s->width * sizeof *h);
     memcpy(mine, l->h + (size_t)r * s->width, (size_t)rows * s->width * sizeof *h);
@@ -282,8 +283,8 @@ static void test_refusals(void) {
   static float keys[2 * 64 * 48], h[2 * 64];
   const uint32_t blocks[] = {1, 0, 2};
   const zmoe_kv_cache cache = {keys, NULL, 2, 0}, codes = {keys, NULL, 2, 8};
-  const zmoe_span good = {blocks, 2, 1, 64}, beyond = {blocks, 3, 1, 130},
-                  late = {blocks, 2, 2, 127};
+  const zmoe_span good = {blocks, 2, 1, 64, NULL, NULL}, beyond = {blocks, 3, 1, 130, NULL, NULL},
+                  late = {blocks, 2, 2, 127, NULL, NULL};
   zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_latent_attention_scratch(&l->a, 2));
   const float *c = l->angles[0], *s = l->angles[1];
   for (int i = 0; i < 9; i++)

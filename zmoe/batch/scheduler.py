@@ -24,6 +24,7 @@ from zmoe.batch.plan import (
 from zmoe.batch.rates import Rates
 from zmoe.batch.sequence import Request, Sequence
 from zmoe.batch.snapshots import Snapshots
+from zmoe.batch.states import StatefulBlocks, most_snapshots
 from zmoe.errors import InputError, QueueFullError
 
 FLOOR = 16  # rows of a chunk beside decoding sequences: fewer read almost as many experts
@@ -34,8 +35,9 @@ class Scheduler:
 
     `blocks` are those that every node has, `max_rows` the most rows of a step and `parallel` the
     most sequences that run at a time. On MLX's caches (not `paged`) blocks only count
-    positions, and `exact` says that the caches cannot be cut. With a `window`, rows see
-    that many keys at most, and a sequence's positions are not limited by its caches. While
+    positions. `exact` says that the caches cannot be cut, as where layers are recurrent. With a
+    `window`, rows see that many keys at most, and a sequence's positions are not limited by its
+    caches; paged ones are not `exact` then. While
     sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
     `max_queue` requests wait (None: any number), `queue_seconds` each. `drafts` is the number of
     draft rows per sequence, None to choose it by what pays, 0 for none. `step` is the number of the
@@ -66,7 +68,14 @@ class Scheduler:
         self._ids = itertools.count()
         most = None if window is None else blocks_of_window(window, max_rows)
         self._most = most
-        self._memory = Blocks(blocks, most) if paged else Snapshots(blocks, exact, self._ids, most)
+        self._memory: Blocks | Snapshots
+        if not paged:
+            self._memory = Snapshots(blocks, exact, self._ids, most)
+        elif exact:
+            assert most is None
+            self._memory = StatefulBlocks(blocks, self._ids, most_snapshots(parallel))
+        else:
+            self._memory = Blocks(blocks, most)
         self._paged, self._exact = paged, exact
         self._max_rows, self._parallel, self._step_seconds = max_rows, parallel, step_seconds
         self._max_queue, self._queue_seconds = max_queue, queue_seconds
@@ -278,8 +287,7 @@ class Scheduler:
                 continue  # preempted for one before it
             if end > sequence.room and not self._grow(sequence, end):
                 continue
-            if sequence.borders:
-                memory.snapshot(sequence)
+            memory.snapshot(sequence)
             if sequence.ahead:
                 rows.add(sequence, (PREVIOUS,), 1)
                 continue
@@ -290,7 +298,7 @@ class Scheduler:
 
     def _room_for_drafts(self) -> int:
         """How many draft rows the step may have: none beside prompts, or where it is full."""
-        alone = self._paged or (len(self._decoding) == 1 and not self._exact)
+        alone = (self._paged or len(self._decoding) == 1) and not self._exact
         prompts = self._prefilling or (self._waiting and self._changed)
         if self._drafts == 0 or prompts or not alone or not self._decoding:
             return 0

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
+from zmoe.batch.states import most_snapshots
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.keeper import Lender
 from zmoe.cluster.leader import Leader, OnManual, OnNotice, Progress
@@ -31,6 +32,7 @@ from zmoe.engine.batcher import Batcher
 from zmoe.engine.counts import Counts
 from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.generate import Generation, SharedSteps
+from zmoe.engine.paged import STATES_PER_SEQUENCE
 from zmoe.engine.prompt import (
     border_of_system_prompt,
     check_ids,
@@ -325,8 +327,10 @@ class Cluster:
         longest = blocks_of(self.info.context_length or _UNKNOWN_CONTEXT)
         if config.max_kv_size is not None:
             longest = blocks_of_window(config.max_kv_size, config.max_rows)
+        states = config.parallel * STATES_PER_SEQUENCE + most_snapshots(config.parallel)
+        blocks = (room - states * node.engine.state_bytes) // block_bytes
         # One sequence must be able to run, even where memory is tight.
-        return max(longest, min(room // block_bytes, config.parallel * longest))
+        return max(longest, min(blocks, config.parallel * longest))
 
     def _warm_up(self, node: Node) -> None:
         """One step on the real path, so that the first token doesn't pay for it."""

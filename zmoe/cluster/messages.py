@@ -222,7 +222,8 @@ class Cache:
 @dataclass(frozen=True)
 class LoadPrefix:
     """Leader to worker: read the prompt cache `path` of this digest into `places`: blocks, for the
-    first ones of it, or on MLX's caches the number of a sequence.
+    first ones of it, or on MLX's caches the number of a sequence. Where layers are recurrent, the
+    number of one comes before all blocks.
     """
 
     path: Text

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 import zmq
 
 from zmoe.batch.blocks import Found
@@ -461,12 +462,12 @@ class Node:
                 f"{self.info.model_type} has those of {kinds[ours]} here; give another file"
             )
         if isinstance(self.engine, PagedEngine):
-            check_blocks(saved, self.engine.memory)
+            check_blocks(saved, self.engine.memory, self.engine.state_bytes)
         return saved
 
     def load_prefix(self, path: Path, places: Sequence[int], digest: str) -> None:
-        """Read the prompt cache `path`, of that digest, into `places`: blocks, or on MLX's caches
-        a sequence. Raises InputError.
+        """Read the prompt cache `path`, of that digest, into `places`: see LoadPrefix. Raises
+        InputError.
         """
         saved, engine = self.read_prompt_cache(path), self.engine
         if saved.digest != digest:
@@ -477,10 +478,16 @@ class Node:
             engine.hold(places[0], read_caches(saved), len(saved.tokens))
             return
         assert isinstance(engine, PagedEngine)
-        memory = engine.memory
-        if len(places) * BLOCK > len(saved.tokens) or max(places) >= min(map(len, memory.values())):
-            raise ZmoeError(f"{len(places)} blocks for prompt cache {path} that do not fit")
-        read_blocks(saved, memory, places)
+        memory, state = engine.memory, None
+        number, blocks = (places[0], places[1:]) if engine.state_bytes else (0, places)
+        most = min(map(len, memory.values()))
+        if len(blocks) * BLOCK > len(saved.tokens) or max(blocks, default=most) >= most:
+            raise ZmoeError(f"{len(blocks)} blocks for prompt cache {path} that do not fit")
+        if engine.state_bytes:
+            state = np.empty(engine.state_bytes, np.uint8)
+        read_blocks(saved, memory, blocks, state)
+        if state is not None:
+            engine.hold(number, state, len(saved.tokens))
 
     def save_prefix(self, path: Path, tokens: Sequence[int], found: Found) -> None:
         """Write the text `tokens`, which is where `found` says, to the file `path`.
@@ -494,7 +501,9 @@ class Node:
             write_caches(path, self.info, self._config, tokens, caches)
         else:
             assert isinstance(engine, PagedEngine)
-            write_blocks(path, self.info, self._config, tokens, engine.memory, found.blocks)
+            state = None if found.snapshot is None else engine.state_of(found.snapshot)
+            given = tokens, engine.memory, found.blocks, state
+            write_blocks(path, self.info, self._config, *given)
 
     def follow(self, plan: Plan) -> Callable[[], object]:
         """A worker's part of one step: run() without logits, or its experts only.

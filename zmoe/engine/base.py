@@ -81,12 +81,14 @@ class Engine(Protocol):
     sequences may run in a step; `can_trim`: whether a sequence may go back. `plans_ahead`: whether
     it is an MlxEngine that begins a step before the last one has ended. `block_bytes`: the
     bytes of a block of keys and values in all layers, known from the first step on.
+    `state_bytes`: what recurrent layers keep of a sequence beside blocks.
     """
 
     paged: bool
     plans_ahead: bool
     can_batch: bool
     can_trim: bool
+    state_bytes: int
 
     @property
     def block_bytes(self) -> int: ...

@@ -77,7 +77,7 @@ class MlxEngine:
     model's caches can be put side by side; `can_trim`: whether a sequence can go back.
     """
 
-    paged = False
+    paged, state_bytes = False, 0
 
     def __init__(
         self,

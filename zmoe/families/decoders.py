@@ -24,20 +24,21 @@ from zmoe.native import RouteKind
 
 @dataclass(frozen=True)
 class LayerParts:
-    """A decoder layer h = x + attention(norm(x)); h + feed_forward(norm(h)).
+    """A decoder layer h = x + mixer(norm(x)); h + feed_forward(norm(h)).
 
-    `feed_forward` is the name of that module in `layer`.
+    `mixer` is an attention or a gated delta net, with its norm; `feed_forward` is the name of that
+    module in `layer`.
     """
 
-    attention: AttentionParts | LatentParts
+    mixer: AttentionParts | LatentParts | DeltaParts
     norm: Module
     feed_forward: str
 
 
-# ---- attention ---------------------------------------------------------------------
+# ---- attention, and what stands in its place ------------------------------------------------
 
 
-def _attention(layer: Any, **more: Any) -> AttentionParts:
+def _attention(layer: Any, is_gated: bool = False, **more: Any) -> AttentionParts:
     """q_proj, k_proj, v_proj, o_proj of `self_attn`, norms of queries and keys if there."""
     attn = layer.self_attn
     heads = next(
@@ -52,11 +53,12 @@ def _attention(layer: Any, **more: Any) -> AttentionParts:
         output=attn.o_proj,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=attn.q_proj._matmul.weight.out_features // heads,
+        head_dim=attn.q_proj._matmul.weight.out_features // (heads * (1 + is_gated)),
         scale=attn.sm_scale if hasattr(attn, "sm_scale") else attn.scale,
         rope=attn.rope,
         query_norm=attn.get("q_norm"),
         key_norm=attn.get("k_norm"),
+        is_gated=is_gated,
         **more,
     )
 
@@ -113,6 +115,55 @@ def _dbrx(model: Any, layer: Any, index: int) -> LayerParts:
     return LayerParts(attention, norms.norm_2, "ffn")
 
 
+def _delta(
+    layer: Any, projections: Sequence[str], at: Callable[[Any], Sequence[Slices]]
+) -> DeltaParts:
+    net = layer.linear_attn
+    return DeltaParts(
+        input_norm=layer.input_layernorm,
+        projections=[net[name] for name in projections],
+        slices=at(net),
+        conv=net.conv1d.weight,
+        log_decay=net.A_log,
+        offset=net.dt_bias,
+        norm=net.norm,
+        output=net.out_proj,
+        key_heads=net.num_k_heads,
+        value_heads=net.num_v_heads,
+        key_dim=net.head_k_dim,
+        value_dim=net.head_v_dim,
+    )
+
+
+def _qwen3_next_slices(net: Any) -> list[Slices]:
+    """Each head of keys has its queries, keys, values and gates beside each other."""
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    at = (0, keys, 2 * keys, 2 * keys + values)
+    qkvz = [Slices(0, start, 2 * keys + 2 * values) for start in at]
+    return qkvz + [Slices(1, start, 2 * count) for start in (0, count)]
+
+
+def _qwen3_5_slices(net: Any) -> list[Slices]:
+    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
+    values = count * net.head_v_dim
+    qkv = [Slices(0, 0, keys), Slices(0, net.key_dim, keys), Slices(0, 2 * net.key_dim, values)]
+    return [*qkv, Slices(1, 0, values), Slices(2, 0, count), Slices(3, 0, count)]
+
+
+def _hybrid(
+    projections: Sequence[str], at: Callable[[Any], Sequence[Slices]]
+) -> Callable[[Any, Any, int], LayerParts]:
+    """Layers with a gated delta net of these projections, and others with gated attention."""
+
+    def parts(model: Any, layer: Any, index: int) -> LayerParts:
+        is_delta = layer.is_linear
+        mixer = _delta(layer, projections, at) if is_delta else _attention(layer, is_gated=True)
+        return LayerParts(mixer, layer.post_attention_layernorm, "mlp")
+
+    return parts
+
+
 LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
     "qwen3_moe.Qwen3MoeDecoderLayer": _usual("mlp"),
     "qwen2_moe.Qwen2MoeDecoderLayer": _usual("mlp"),
@@ -126,6 +177,10 @@ LAYERS: dict[str, Callable[[Any, Any, int], LayerParts]] = {
     "glm4_moe_lite.Glm4MoeLiteDecoderLayer": _latent,
     "gpt_oss.TransformerBlock": _gpt_oss,
     "dbrx.DecoderLayer": _dbrx,
+    "qwen3_next.Qwen3NextDecoderLayer": _hybrid(("in_proj_qkvz", "in_proj_ba"), _qwen3_next_slices),
+    "qwen3_5.DecoderLayer": _hybrid(
+        ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), _qwen3_5_slices
+    ),
 }
 
 
@@ -258,68 +313,7 @@ def shared_of(block: Any) -> MlpParts | None:
     return None
 
 
-# ---- layers that are in C but for their attention ---------------------------------------------
-
-
-@dataclass(frozen=True)
-class HybridParts:
-    """A decoder layer h = x + mixer(norm(x)); h + feed_forward(norm(h)) on mlx-lm's caches.
-
-    `net` is the mixer taken apart, if it is a gated delta net.
-    """
-
-    input_norm: Module
-    mixer: Module
-    net: DeltaParts | None
-    norm: Module
-    feed_forward: str
-
-
-def _delta(net: Any, projections: Sequence[str], slices: Sequence[Slices]) -> DeltaParts:
-    return DeltaParts(
-        projections=[net[name] for name in projections],
-        slices=slices,
-        conv=net.conv1d.weight,
-        log_decay=net.A_log,
-        offset=net.dt_bias,
-        norm=net.norm,
-        output=net.out_proj,
-        key_heads=net.num_k_heads,
-        value_heads=net.num_v_heads,
-        key_dim=net.head_k_dim,
-        value_dim=net.head_v_dim,
-    )
-
-
-def _qwen3_next_delta(net: Any) -> DeltaParts:
-    """Each head of keys has its queries, keys, values and gates beside each other."""
-    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
-    values = count * net.head_v_dim
-    at = (0, keys, 2 * keys, 2 * keys + values)
-    qkvz = [Slices(0, start, 2 * keys + 2 * values) for start in at]
-    ba = [Slices(1, start, 2 * count) for start in (0, count)]
-    return _delta(net, ("in_proj_qkvz", "in_proj_ba"), qkvz + ba)
-
-
-def _qwen3_5_delta(net: Any) -> DeltaParts:
-    keys, count = net.head_k_dim, net.num_v_heads // net.num_k_heads
-    values = count * net.head_v_dim
-    slices = [Slices(0, 0, keys), Slices(0, net.key_dim, keys), Slices(0, 2 * net.key_dim, values)]
-    slices += [Slices(1, 0, values), Slices(2, 0, count), Slices(3, 0, count)]
-    return _delta(net, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), slices)
-
-
-def _hybrid(layer: Any, take_apart: Callable[[Any], DeltaParts]) -> HybridParts:
-    mixer = layer.linear_attn if layer.is_linear else layer.self_attn
-    net = take_apart(mixer) if layer.is_linear else None
-    norm = layer.post_attention_layernorm
-    return HybridParts(layer.input_layernorm, mixer, net, norm, "mlp")
-
-
-HYBRIDS: dict[str, Callable[[Any], HybridParts]] = {
-    "qwen3_next.Qwen3NextDecoderLayer": lambda layer: _hybrid(layer, _qwen3_next_delta),
-    "qwen3_5.DecoderLayer": lambda layer: _hybrid(layer, _qwen3_5_delta),
-}
+# ---- models -----------------------------------------------------------------------------
 
 
 def final_norm_of(holder: Any) -> Module:
@@ -354,11 +348,3 @@ def parts_of(model: Any) -> list[LayerParts] | None:
     return [
         take(model, layer, i) for i, (take, layer) in enumerate(zip(found, model.layers)) if take
     ]
-
-
-def hybrids_of(model: Any) -> list[HybridParts] | None:
-    """Likewise the layers that are in C but for their attention."""
-    found = [HYBRIDS.get(key_of(layer)) for layer in model.layers]
-    if None in found:
-        return None
-    return [take(layer) for take, layer in zip(found, model.layers) if take]

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.layers.base import Module
 
-from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
-from zmoe.kernels.arrays import as_array, empty, pointer, writable
 from zmoe.kernels.chain import Sublayer
 from zmoe.kernels.paged import PagedCache
-from zmoe.kernels.residual import RopeTables
+from zmoe.kernels.rope import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
-from zmoe.native import Status, ffi, lib
+from zmoe.native import ffi, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
@@ -30,7 +27,7 @@ _KEPT = 4  # first keys that a window of --max-kv-size keeps
 @dataclass(frozen=True)
 class AttentionParts:
     """An attention module taken apart; `projections` are of queries, keys, values,
-    or of all three in one.
+    or of all three in one. `is_gated`: those of queries have a gate after each head's query.
     """
 
     norm: Any
@@ -46,6 +43,7 @@ class AttentionParts:
     clip: float = 0.0
     sinks: mx.array | None = None
     window: int = 0
+    is_gated: bool = False
 
     @property
     def rope_width(self) -> int:
@@ -106,35 +104,6 @@ def weights_of(modules: Sequence[Any]) -> CData:
     return array
 
 
-class NativeNorm(Module):
-    """Stands in for the norm after the last layer: of `dtype`, from float32."""
-
-    def __init__(self, norm: Module, pool: ThreadPool, dtype: mx.Dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.norm = norm
-        self._pool, self._dtype = pool, dtype
-        self._keep: list[Any] = []
-        self._raw = ffi.new("zmoe_norm *")
-        fill_norm(self._raw, norm, self._keep)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.dtype != mx.float32:
-            plain: mx.array = self.norm(x).astype(self._dtype)
-            return plain
-        out = empty((x.size // self._raw.width, self._raw.width), self._dtype)
-        status = lib.zmoe_norm_rows(
-            self._pool.handle,
-            self._raw,
-            ffi.cast("float *", pointer(x)),
-            out.shape[0],
-            writable(out),
-            DTYPES[self._dtype],
-        )
-        if status != Status.OK:
-            raise ZmoeError(f"a norm failed: {Status(status).name}")
-        return as_array(out, self._dtype, tuple(x.shape))
-
-
 class NativeAttention(Attention):
     """h += attention(norm(h)), for layers whose linear parts are native already."""
 
@@ -155,6 +124,7 @@ class NativeAttention(Attention):
         raw.output = output
         raw.heads, raw.kv_heads, raw.head_dim = parts.heads, parts.kv_heads, parts.head_dim
         raw.scale, raw.clip, raw.window = parts.scale, parts.clip, parts.window
+        raw.is_gated = parts.is_gated
         raw.rope_dims, raw.rope_traditional = rope_tables.dims, rope_tables.traditional
         if parts.sinks is not None:
             sinks = np.array(parts.sinks.astype(mx.float32))

@@ -11,7 +11,7 @@ from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.attention import Attention, fill_norm
 from zmoe.kernels.linear import quantization_of, take_parts
 from zmoe.kernels.paged import PagedCache
-from zmoe.kernels.residual import RopeTables
+from zmoe.kernels.rope import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices, matrices
 from zmoe.native import ffi, lib

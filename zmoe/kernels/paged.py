@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.arrays import Buffer, empty, writable
-from zmoe.kernels.residual import RopeTables
+from zmoe.kernels.rope import RopeTables
 from zmoe.native import ffi, lib
 
 if TYPE_CHECKING:
     from zmoe.native import CData
 
 Blocks = npt.NDArray[np.uint32]
+State = npt.NDArray[np.uint8]  # what all recurrent layers keep of a sequence
 
 
 class PagedCache:
@@ -89,15 +90,22 @@ class PagedStep:
         self._rope_tables = rope_tables
         self._keep: list[CData] = []
 
-    def begin(self, spans: Sequence[tuple[int, int, Blocks]]) -> None:
-        """Take (position, rows, the sequence's blocks) of each span, in the order of the rows."""
+    def begin(self, spans: Sequence[tuple[int, int, Blocks, State | None, State | None]]) -> None:
+        """Take (position, rows, the sequence's blocks) of each span, in the order of the rows; and,
+        where layers are recurrent, the state before them, if any, and memory for that after them.
+        """
         if self.count != len(spans):
             self.raw, self.count = ffi.new("zmoe_span[]", len(spans)), len(spans)
         self._keep, end = [], 0
-        for raw, (position, rows, blocks) in zip(self.raw, spans):
+        for raw, (position, rows, blocks, before, after) in zip(self.raw, spans):
             table = ffi.from_buffer("uint32_t[]", blocks)
+            states = [
+                ffi.NULL if each is None else ffi.from_buffer("unsigned char[]", each)
+                for each in (before, after)
+            ]
+            raw.state_before, raw.state_after = states
             raw.position, raw.rows, raw.blocks, raw.n_blocks = position, rows, table, len(blocks)
             end = max(end, position + rows)
-            self._keep.append(table)
+            self._keep += [table, *states]
         for tables in self._rope_tables:
             tables.extend(end)

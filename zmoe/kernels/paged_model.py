@@ -12,6 +12,7 @@ from zmoe.errors import ZmoeError
 from zmoe.exchange.buffers import DTYPES
 from zmoe.kernels.attention import Attention, fill_norm
 from zmoe.kernels.decoder import FeedForward
+from zmoe.kernels.delta_net import NativeDeltaNet
 from zmoe.kernels.paged import PagedCache, PagedStep
 from zmoe.kernels.threads import ThreadPool
 from zmoe.kernels.weights import Matrices
@@ -21,13 +22,15 @@ from zmoe.placement.pairs import Floats
 if TYPE_CHECKING:
     from zmoe.native import CData
 
+Mixer = Attention | NativeDeltaNet
 Run = Callable[["CData", Floats], None]  # of h (tokens, hidden_size) f32, as C and as numpy see it
 
 
 class PagedModel:
     """`parts` of each layer, which `runs` run one after the other, between embedding and head.
 
-    The residual stream h stays f32; `norm` is the one after the last layer.
+    The residual stream h stays f32; `norm` is the one after the last layer. Of each sequence
+    recurrent layers keep `state_bytes` in all.
     """
 
     def __init__(
@@ -35,14 +38,23 @@ class PagedModel:
         embedding: Matrices,
         norm: Any,
         head: Matrices,
-        parts: Sequence[tuple[Attention, FeedForward]],
+        parts: Sequence[tuple[Mixer, FeedForward]],
         runs: Sequence[Run],
         step: PagedStep,
         pool: ThreadPool,
         dtype: mx.Dtype,
     ) -> None:
         self.parts, self.step = parts, step
-        self.caches: list[PagedCache] = [attention.cache for attention, _ in parts]
+        self.caches: dict[int, PagedCache] = {}  # by layer
+        self._attentions: list[Attention] = []
+        self.state_bytes = 0
+        for layer, (mixer, _) in enumerate(parts):
+            if isinstance(mixer, Attention):
+                self.caches[layer] = mixer.cache
+                self._attentions.append(mixer)
+            else:
+                mixer.place(self.state_bytes)
+                self.state_bytes += mixer.state_bytes
         self._embedding, self._head, self._runs, self._pool = embedding, head, runs, pool
         # Modes whose scales are bytes (mxfp4 and kin) dequantise to bfloat16, as in MLX.
         self._embedding_dtype = DTYPES[(*embedding.dtypes, mx.bfloat16)[0]]
@@ -93,29 +105,29 @@ class PagedModel:
     @property
     def bytes_per_block(self) -> int:
         """Bytes of a block of 64 positions, in all layers."""
-        return sum(cache.bytes_per_block for cache in self.caches)
+        return sum(cache.bytes_per_block for cache in self.caches.values())
 
     @property
     def can_quantize(self) -> bool:
         """Whether the keys and values of all layers may be kept in 8 bits."""
-        return all(cache.can_quantize for cache in self.caches)
+        return all(cache.can_quantize for cache in self.caches.values())
 
     def allocate(self, blocks: int) -> None:
         """See PagedCache.allocate."""
-        for cache in self.caches:
+        for cache in self.caches.values():
             cache.allocate(blocks)
 
     def copy(self, to: int, source: int) -> None:
         """Block `to` becomes a copy of block `source`."""
-        for cache in self.caches:
+        for cache in self.caches.values():
             cache.copy(to, source)
 
     def quantize(self, bits: int | None) -> None:
         """See PagedCache.quantize."""
-        for cache in self.caches:
+        for cache in self.caches.values():
             cache.quantize(bits)
 
     def limit(self, max_kv_size: int | None) -> None:
         """See Attention.limit."""
-        for attention, _ in self.parts:
+        for attention in self._attentions:
             attention.limit(max_kv_size)

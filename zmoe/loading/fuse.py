@@ -11,17 +11,15 @@ from mlx.nn.layers.base import Module
 
 from zmoe.families.decoders import (
     ROUTERS,
-    HybridParts,
     LayerParts,
     ends_of,
     final_norm_of,
-    hybrids_of,
     mlp_of,
     parts_of,
     shared_of,
 )
 from zmoe.families.sites import Site, key_of, replace_module
-from zmoe.kernels.attention import Attention, NativeNorm
+from zmoe.kernels.attention import AttentionParts
 from zmoe.kernels.chain import Chain, Sublayer
 from zmoe.kernels.decoder import (
     BufferPool,
@@ -30,18 +28,18 @@ from zmoe.kernels.decoder import (
     NativeMoE,
     NativeMoEBlock,
 )
-from zmoe.kernels.delta_net import NativeDeltaNet, StateArrays
+from zmoe.kernels.delta_net import DeltaParts, NativeDeltaNet
 from zmoe.kernels.experts import NativeExperts
-from zmoe.kernels.hybrid import HybridLayer
+from zmoe.kernels.latent_attention import LatentParts
 from zmoe.kernels.mlp import MlpParts, NativeMlp
 from zmoe.kernels.paged import PagedStep
-from zmoe.kernels.paged_model import PagedModel, Run
-from zmoe.kernels.residual import ResidualBuffer, RopeTables
+from zmoe.kernels.paged_model import Mixer, PagedModel, Run
+from zmoe.kernels.rope import RopeTables
 from zmoe.kernels.threads import ThreadPool
 from zmoe.moe.block import ExpertParallelMoE, Layer
 from zmoe.obs import Spans
 
-_Layer = tuple[Attention, FeedForward]
+_Layer = tuple[Mixer, FeedForward]
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class _Shared:
 
     def mlp(self, norm: Any, parts: MlpParts | None) -> NativeMlp | None:
         return None if parts is None else NativeMlp(norm, parts, self.pool, self.dtype)
+
+    def mixer(self, parts: AttentionParts | LatentParts | DeltaParts) -> Mixer:
+        if isinstance(parts, DeltaParts):
+            return NativeDeltaNet(parts, self.pool, self.dtype)
+        return parts.make(self.tables_of(parts.rope, parts.rope_width), self.pool, self.dtype)
 
     def tables_of(self, rope: Any, head_dim: int) -> RopeTables:
         """One for all layers with the same RoPE, so that its tables are made once per step."""
@@ -88,8 +91,7 @@ def fuse_layers(
 ) -> PagedModel | None:
     """The whole model on the kernels, if each of its decoder layers is known.
 
-    Otherwise the layers stay on mlx-lm's caches. HybridLayers stand in for those that are known
-    but for their attention, and of others MoE blocks are replaced that are known.
+    Otherwise the layers stay on mlx-lm's caches, and MoE blocks are replaced that are known.
 
     The model's linear layers are native and its MoE blocks expert-parallel by
     now; `sites` and `layers` are those of the blocks, in the same order, and
@@ -99,12 +101,8 @@ def fuse_layers(
     shared = _Shared(pool, dtype, BufferPool(dtype, padding), [])
     by_layer = {site.layer: (site, layer) for site, layer in zip(sites, layers)}
 
-    def feed_forward(index: int, part: LayerParts | HybridParts) -> FeedForward:
-        return _feed_forward(originals[index], part, by_layer.get(index), experts, shared)
-
     originals = list(model.layers)
-    parts, hybrids = parts_of(model), hybrids_of(model)
-    ends = None
+    parts, ends = parts_of(model), None
     if parts is not None:
         language_model, holder = _holders_of(model, originals[0])
         ends = ends_of(language_model, holder)
@@ -112,24 +110,12 @@ def fuse_layers(
         step = PagedStep(shared.rope_tables)
         made: list[_Layer] = []
         for index, part in enumerate(parts):
-            rope_tables = shared.tables_of(part.attention.rope, part.attention.rope_width)
-            attention = part.attention.make(rope_tables, pool, dtype)
-            made.append((attention, feed_forward(index, part)))
+            beside = _feed_forward(originals[index], part, by_layer.get(index), experts, shared)
+            made.append((shared.mixer(part.mixer), beside))
         runs = _runs(made, pool, step, layers[0].spans)
         embedding, head = ends
         norm = final_norm_of(holder)
         return PagedModel(embedding, norm, head, made, runs, step, pool, dtype)
-    if hybrids is not None:
-        residual, states = ResidualBuffer(hybrids[0].norm.weight.size), StateArrays()
-        natives = list[Module]()
-        for index, (layer, hybrid) in enumerate(zip(originals, hybrids)):
-            net = None
-            if hybrid.net is not None:
-                net = NativeDeltaNet(hybrid.input_norm, hybrid.net, states, pool, dtype)
-            beside = feed_forward(index, hybrid)
-            natives.append(HybridLayer(layer, hybrid, net, beside, residual, dtype))
-        _replace_layers(model, originals, natives, shared)
-        return None
     _replace_blocks(model, zip(sites, layers), experts, shared)
     return None
 
@@ -138,8 +124,8 @@ def _runs(layers: Sequence[_Layer], pool: ThreadPool, step: PagedStep, spans: Sp
     """What runs all layers: each as many as C runs by itself, and a feed-forward network."""
     runs: list[Run] = []
     sublayers: list[Sublayer] = []
-    for attention, beside in layers:
-        sublayers.append(attention.sublayer)
+    for mixer, beside in layers:
+        sublayers.append(mixer.sublayer)
         if isinstance(beside, NativeMlp) or (isinstance(beside, NativeMoE) and beside.is_whole):
             sublayers.append(beside.sublayer)
             continue
@@ -162,20 +148,9 @@ def _holders_of(model: Any, layer: Module) -> tuple[Any, Any]:
     return modules[holder.rpartition(".")[0]], modules[holder]
 
 
-def _replace_layers(
-    model: Any, originals: Sequence[Module], natives: Sequence[Module], shared: _Shared
-) -> None:
-    """The layers, and the norm after them."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    for layer, native in zip(originals, natives):
-        replace_module(model, paths[id(layer)], native)
-    norm = final_norm_of(_holders_of(model, natives[0])[1])
-    replace_module(model, paths[id(norm)], NativeNorm(norm, shared.pool, shared.dtype))
-
-
 def _feed_forward(
     layer: Any,
-    part: LayerParts | HybridParts,
+    part: LayerParts,
     moe: tuple[Site, Layer] | None,
     experts: dict[str, NativeExperts],
     shared: _Shared,

@@ -7,6 +7,7 @@ another text's block is found out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from zmoe.batch.plan import BLOCK, PREVIOUS, Plan, Span, blocks_of
 
@@ -120,6 +121,38 @@ class PagedNode(Node):
         table = self.tables[span.sequence]
         for position, value in enumerate(values, span.position):
             self.blocks[table[position // BLOCK]][position % BLOCK] = value
+
+
+class StatefulNode(PagedNode):
+    """A node some of whose layers are recurrent: of each sequence it keeps a state, too, which is
+    the hash of its text.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.states: dict[int, tuple[int, int]] = {}  # how many positions, and the last hash
+
+    def before(self, plan: Plan) -> None:
+        for number in plan.free:
+            del self.states[number]
+            self.tables.pop(number, None)
+        for fork in plan.forks:
+            assert fork.new not in self.states
+            assert self.states[fork.old][0] == fork.length
+            self.states[fork.new] = self.states[fork.old]
+        for span in plan.spans:
+            assert span.logits < 2
+            assert self.states.setdefault(span.sequence, (0, 0))[0] == span.position
+        super().before(replace(plan, free=(), forks=()))
+
+    def read(self, span: Span) -> list[int]:
+        held = super().read(span)
+        assert span.position == 0 or held[-1] == self.states[span.sequence][1]
+        return held
+
+    def write(self, span: Span, values: list[int]) -> None:
+        super().write(span, values)
+        self.states[span.sequence] = (span.end, values[-1])
 
 
 class MlxNode(Node):

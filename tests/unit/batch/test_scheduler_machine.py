@@ -17,12 +17,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.unit.batch.nodes import VOCABULARY, MlxNode, PagedNode, alone
+from tests.unit.batch.nodes import VOCABULARY, MlxNode, PagedNode, StatefulNode, alone
 from zmoe.batch.blocks import Blocks
 from zmoe.batch.plan import BLOCK, Plan, passes
 from zmoe.batch.scheduler import Scheduler
 from zmoe.batch.sequence import Request, Sequence
 from zmoe.batch.snapshots import Snapshots
+from zmoe.batch.states import StatefulBlocks
 from zmoe.errors import InputError, QueueFullError
 
 TEXTS = [[(i * i * k) % VOCABULARY for i in range(500)] for k in (1, 2)]
@@ -53,7 +54,8 @@ class Machine(RuleBasedStateMachine):
             queue_seconds=QUEUE_SECONDS,
             drafts=drafts,
         )
-        self.node: Any = PagedNode(count) if self.paged else MlxNode(count, self.exact)
+        paged = StatefulNode if self.exact else PagedNode
+        self.node: Any = paged(count) if self.paged else MlxNode(count, self.exact)
         self.now, self.step = 0.0, 1
         self.live: dict[int, tuple[Sequence, list[int]]] = {}
         self.texts: dict[int, list[int]] = {}  # what the nodes hold of each sequence
@@ -181,7 +183,9 @@ class Machine(RuleBasedStateMachine):
         sequences = [sequence for sequence, _ in self.live.values()]
         if isinstance(memory, Blocks):
             check_blocks(memory, sequences)
-        else:
+        if isinstance(memory, StatefulBlocks):
+            check_states(memory, sequences, self.node.states)
+        if isinstance(memory, Snapshots):
             check_snapshots(memory, sequences, self.node.caches)
 
     def teardown(self) -> None:
@@ -231,6 +235,25 @@ def check_snapshots(
     assert len(running) * memory._longest + blocks <= memory.count
 
 
+def check_states(
+    memory: StatefulBlocks, sequences: list[Sequence], states: dict[int, tuple[int, int]]
+) -> None:
+    """The nodes hold what is known, once the pending operations are done, and no more of it than
+    there may be.
+    """
+    assert not memory.forks
+    snapshots = memory._snapshots.values()
+    assert len(set(snapshots)) == len(snapshots) <= memory._most_snapshots
+    running = {sequence.id for sequence in sequences if sequence.room}
+    held = states.keys() - set(memory.free)
+    assert set(snapshots) <= held
+    assert held - set(snapshots) <= running
+
+
+class StatefulMachine(Machine):
+    exact = True
+
+
 class MlxMachine(Machine):
     paged = False
 
@@ -239,7 +262,7 @@ class ExactMachine(MlxMachine):
     exact = True
 
 
-@pytest.mark.parametrize("machine", [Machine, MlxMachine, ExactMachine])
+@pytest.mark.parametrize("machine", [Machine, StatefulMachine, MlxMachine, ExactMachine])
 def test_any_order_of_events(machine: type[Machine]) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,

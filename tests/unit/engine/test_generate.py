@@ -35,7 +35,8 @@ def tokenizer() -> TokenizerWrapper:
 class Script:
     """A model that says `tokens` one after the other in every sequence, whatever it is given."""
 
-    paged, can_batch, can_trim, plans_ahead, block_bytes = True, True, True, False, 1
+    paged, can_batch, can_trim, plans_ahead = True, True, True, False
+    block_bytes, state_bytes = 1, 0
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.vocabulary = list(tokens), vocabulary

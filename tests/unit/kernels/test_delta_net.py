@@ -10,11 +10,13 @@ import numpy.typing as npt
 import pytest
 
 from zmoe.kernels.threads import ThreadPool
-from zmoe.native import Dtype, Isa, Status, ffi, lib
+from zmoe.native import Dtype, Isa, Precision, Status, ffi, lib
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 ISAS = [isa for isa in Isa if isa.supported]
+WIDTH = 24  # of h
+BEFORE = 64  # bytes of a state that belong to other layers
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,36 @@ NETS = [Net(2, 4, 32, 24, 4, True), Net(3, 3, 17, 5, 2, False), Net(1, 3, 128, 6
 
 
 class Layer:
-    """Random weights and inputs: `parts` (sequences, rows, heads of keys, width) each."""
+    """Random weights and h (sequences, rows, WIDTH). Each output of a matmul has one term, so that
+    it rounds alike however it is computed.
+    """
 
     def __init__(self, net: Net, sequences: int, rows: int) -> None:
         draw = np.random.default_rng(net.channels)
         self.net = net
-        self.parts = [
-            draw.normal(size=(sequences, rows, net.keys, width)).astype(np.float32)
-            for width in net.widths
-        ]
+        self.h = draw.normal(size=(sequences, rows, WIDTH)).astype(np.float32)
+        sizes = [net.keys * width for width in net.widths]
+        sizes = [sum(sizes)] if net.beside else sizes
+        self.projections = [sparse(draw, size, WIDTH) for size in sizes]
+        self.output = sparse(draw, WIDTH, net.values * net.value_dim)
         self.conv = draw.normal(size=(net.taps, net.channels)).astype(np.float32)
         self.decay, self.offset = draw.uniform(0.1, 2, (2, net.values)).astype(np.float32)
         self.norm = draw.uniform(0.5, 1.5, net.value_dim).astype(np.float32)
 
+    def parts(self) -> list[F64]:
+        """(sequences, rows, heads of keys, width) each."""
+        net, h = self.net, self.h.astype(np.float64)
+        given = [
+            (h @ w.T.astype(np.float64)).reshape(*h.shape[:2], net.keys, -1)
+            for w in self.projections
+        ]
+        edges = np.cumsum(net.widths)[:-1]
+        return np.split(given[0], edges, axis=-1) if net.beside else given
+
     def reference(self) -> F64:
-        """(sequences, rows, values * value_dim), all from nothing."""
+        """What h is after the layer, all from nothing."""
         net = self.net
-        q, k, v, z, b, a = (part.astype(np.float64) for part in self.parts)
+        q, k, v, z, b, a = self.parts()
         sequences, rows = q.shape[:2]
         x = np.concatenate([part.reshape(sequences, rows, -1) for part in (q, k, v)], axis=-1)
         padded = np.pad(x, ((0, 0), (net.taps - 1, 0), (0, 0)))
@@ -86,15 +101,25 @@ class Layer:
             state = state + new[..., None] * k[:, t, :, None]
             out[:, t] = (state * q[:, t, :, None]).sum(-1)
         out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * self.norm
-        return (out * z / (1 + np.exp(-z))).reshape(sequences, rows, -1)
+        out = (out * z / (1 + np.exp(-z))).reshape(sequences, rows, -1)
+        return self.h + out @ self.output.T.astype(np.float64)
 
-    def run(self, pool: ThreadPool, *chunks: int, sequence: int | None = None) -> F32:
-        """The rows in chunks of these sizes; of one sequence alone, or of all at once."""
-        net, keep = self.net, []
+    def describe(self) -> tuple[Any, list[Any]]:
+        """The zmoe_delta_net, and what it points to."""
+        net, keep = self.net, list[Any]()
+
+        def kept(cdata: Any) -> Any:
+            keep.append(cdata)
+            return cdata
 
         def floats(array: F32) -> Any:
-            keep.append(np.ascontiguousarray(array))
-            return ffi.from_buffer("float[]", keep[-1])
+            return kept(ffi.from_buffer("float[]", array))
+
+        def weights(arrays: list[F32]) -> Any:
+            out = kept(ffi.new("zmoe_weight[]", len(arrays)))
+            for to, array in zip(out, arrays):
+                to.data, (to.out_features, to.in_features) = floats(array), array.shape
+            return out
 
         raw = ffi.new("zmoe_delta_net *")
         raw.key_heads, raw.value_heads = net.keys, net.values
@@ -102,84 +127,101 @@ class Layer:
         raw.conv, raw.decay, raw.offset = map(floats, (self.conv, self.decay, self.offset))
         raw.norm.kind, raw.norm.width, raw.norm.eps = 1, net.value_dim, 1e-6
         raw.norm.weight = floats(self.norm)
+        raw.projections, raw.n_projections = weights(self.projections), len(self.projections)
+        raw.output = weights([self.output])
+        at = [sum(net.widths[:part]) if net.beside else 0 for part in range(6)]
+        strides = [sum(net.widths)] * 6 if net.beside else net.widths
+        slices = [(0 if net.beside else part, at[part], strides[part]) for part in range(6)]
+        raw.parts = kept(ffi.new("zmoe_slices[]", slices))
+        raw.dtype, raw.state_at = Dtype.F32, BEFORE
+        return raw, keep
+
+    def run(self, pool: ThreadPool, *steps: dict[int, int]) -> F32:
+        """What h is then of the sequences of `steps`: each is so many rows of some of them."""
+        raw, keep = self.describe()
         pool.reserve(lib.zmoe_delta_scratch(raw, pool.threads))
-        chosen = slice(None) if sequence is None else slice(sequence, sequence + 1)
-        parts = [part[chosen] for part in self.parts]
-        count = len(parts[0])
-        outs, start, before = [], 0, (ffi.NULL, ffi.NULL)
-        for rows in chunks:
-            slices = ffi.new("zmoe_slices[]", lib.ZMOE_DELTA_PARTS)
-            mine = [part[:, start : start + rows] for part in parts]
-            if net.beside:
-                data, at = floats(np.concatenate(mine, axis=-1)), 0
-                for to, width in zip(slices, net.widths):
-                    to.data, to.width, to.at = data, net.keys * sum(net.widths), at
-                    to.stride, at = sum(net.widths), at + width
-            else:
-                for to, width, part in zip(slices, net.widths, mine):
-                    to.data, to.width, to.stride = floats(part), net.keys * width, width
-            out = np.empty((count, rows, net.values * net.value_dim), np.float32)
-            after = (
-                floats(np.empty((count, net.taps - 1, net.channels), np.float32)),
-                floats(np.empty((count, net.values, net.value_dim, net.key_dim), np.float32)),
-            )
-            status = lib.zmoe_delta_step(
-                pool.handle,
-                raw,
-                slices,
-                Dtype.F32,
-                count,
-                rows,
-                before[0],
-                after[0],
-                before[1],
-                after[1],
-                ffi.from_buffer("float[]", out, require_writable=True),
-            )
-            assert status == Status.OK
-            outs.append(out)
-            before, start = after, start + rows
-        return np.concatenate(outs, axis=1)
+        out, done, states = self.h.copy(), dict[int, int](), dict[int, Any]()
+        for step in steps:
+            spans, rows, before = ffi.new("zmoe_span[]", len(step)), [], dict(states)
+            for span, (sequence, count) in zip(spans, step.items()):
+                start = done.get(sequence, 0)
+                done[sequence] = start + count
+                rows.append(self.h[sequence, start : start + count])
+                span.rows, span.position = count, start
+                span.state_before = states.get(sequence, ffi.NULL)
+                size = BEFORE + lib.zmoe_delta_state_bytes(raw)
+                span.state_after = states[sequence] = ffi.new("unsigned char[]", b"\xff" * size)
+            copies = {sequence: bytes(ffi.buffer(state)) for sequence, state in before.items()}
+            h = np.concatenate(rows)
+            memory = ffi.from_buffer("float[]", h, require_writable=True)
+            given = (pool.handle, raw, spans, len(step), memory, Precision.EXACT)
+            assert lib.zmoe_delta_step(*given) == Status.OK
+            for sequence, state in before.items():
+                assert bytes(ffi.buffer(state)) == copies[sequence]
+            for (sequence, count), part in zip(
+                step.items(), np.split(h, np.cumsum([*step.values()]))
+            ):
+                out[sequence, done[sequence] - count : done[sequence]] = part
+        assert keep and set(done.values()) == {self.h.shape[1]}
+        return out[sorted(done)]
+
+
+def sparse(draw: np.random.Generator, outputs: int, inputs: int) -> F32:
+    weights = np.zeros((outputs, inputs), np.float32)
+    at = np.arange(outputs)
+    weights[at, at * 7 % inputs] = draw.normal(size=outputs)
+    return weights
 
 
 @pytest.mark.parametrize("net", NETS, ids=str)
 def test_rows_are_those_of_the_definition_whatever_runs_beside_them(net: Net) -> None:
-    """The same to the bit in chunks, for one sequence of three, and on every instruction set."""
-    layer = Layer(net, 3, 21)
-    want, first = layer.reference(), layer.run(ThreadPool(1, isa=ISAS[0]), 21)
+    """The same to the bit in other steps, alone, on any threads and every instruction set; a state
+    is left as it is by the step after it.
+    """
+    layer, everything = Layer(net, 3, 50), dict.fromkeys(range(3), 50)  # more than a block of rows
+    want, first = layer.reference(), layer.run(ThreadPool(1, isa=ISAS[0]), everything)
     assert np.abs(first - want).max() <= 1e-5 * np.abs(want).max()
+    apart = {2: 1, 0: 20}, {1: 7}, {0: 1, 1: 1, 2: 1}, {2: 48, 1: 42, 0: 29}
     for isa in ISAS:
-        for threads, chunks in ((1, (1, 1, 7, 12)), (3, (21,)), (2, (20, 1))):
+        for threads in (1, 3):
             pool = ThreadPool(threads, isa=isa)
-            assert (layer.run(pool, *chunks) == first).all()
-            assert (layer.run(pool, *chunks, sequence=1) == first[1:2]).all()
+            assert (layer.run(pool, everything) == first).all()
+            assert (layer.run(pool, *apart) == first).all()
+            assert (layer.run(pool, {1: 49}, {1: 1}) == first[1:2]).all()
 
 
 def test_what_is_refused() -> None:
-    raw, pool = ffi.new("zmoe_delta_net *"), ThreadPool(1)
-    slices, floats = ffi.new("zmoe_slices[]", lib.ZMOE_DELTA_PARTS), ffi.new("float[]", 64)
-    pool.reserve(1 << 16)
-    raw.conv = raw.decay = raw.offset = floats
-    for to in slices:
-        to.data, to.width, to.stride = floats, 4, 4
+    layer, pool = Layer(NETS[1], 1, 2), ThreadPool(1)
+    raw, keep = layer.describe()
+    pool.reserve(lib.zmoe_delta_scratch(raw, 1))
+    state = ffi.new("unsigned char[]", BEFORE + lib.zmoe_delta_state_bytes(raw))
+    h = ffi.new("float[]", 2 * WIDTH)
+    span = {"rows": 2, "state_after": state}
 
-    def status(**changes: int) -> int:
-        good = dict(key_heads=1, value_heads=2, key_dim=4, value_dim=2, taps=2)
-        for name, value in (good | changes).items():
-            setattr(raw, name, value)
-        raw.norm.kind, raw.norm.width = 1, changes.get("value_dim", 2)
-        given = (raw, slices, Dtype.F32, 1, 1, ffi.NULL, floats, ffi.NULL, floats, floats)
-        return int(lib.zmoe_delta_step(pool.handle, *given))
+    def status(net: dict[str, Any] | None = None, **changes: Any) -> int:
+        changed = ffi.new("zmoe_delta_net *", raw[0])
+        for name, value in (net or {}).items():
+            setattr(changed, name, value)
+        spans = ffi.new("zmoe_span[]", [span | changes])
+        return int(lib.zmoe_delta_step(pool.handle, changed, spans, 1, h, Precision.EXACT))
 
-    assert status() == Status.OK
+    assert keep and status() == Status.OK
     for bad in (
         {"key_heads": 0},
         {"value_heads": 0},
-        {"key_heads": 2, "value_heads": 3},
-        {"key_heads": 2},  # the second one lies beyond its row
-        {"key_dim": 5},
+        {"key_heads": 2},
+        {"key_heads": 4, "value_heads": 4},  # the last one lies beyond its row
+        {"key_dim": 18},
         {"value_dim": 0},
-        {"value_dim": 3},
+        {"value_dim": 6},
         {"taps": 0},
+        {"n_projections": 0},
+        {"n_projections": 5},  # the last part lies in the sixth
+        {"n_projections": 7},
+        {"dtype": Dtype.Q8},
+        {"state_at": 2},
+        {"parts": ffi.new("zmoe_slices[]", [(5, 0, 1)] * 6)},
     ):
+        assert status(bad) == Status.INVALID, bad
+    for bad in ({"rows": 0}, {"state_after": ffi.NULL}, {"state_before": state}):
         assert status(**bad) == Status.INVALID, bad
