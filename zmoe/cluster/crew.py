@@ -61,7 +61,10 @@ class Crew:
         started = () if spec.manual else self._ranks
         self._tokens = {rank: secrets.token_hex(16) for rank in started}
         self._lines = dict(self._tokens)  # of the standard input of each
-        keys = self._make_keys() if spec.encrypted else None
+        keys = self._make_keys()
+        addresses = None  # of all nodes, where workers have nothing else to show
+        if spec.manual and keys is None and spec.hosts is not None:
+            addresses = {spec.address, *(host.address for host in spec.hosts.hosts)}
         self._context = Context()
         try:
             self.bus = LeaderBus(
@@ -73,14 +76,22 @@ class Crew:
                 grace=spec.timing.grace,
                 tokens=self._tokens,
                 keys=keys,
+                addresses=addresses,
                 ports=spec.port_range,
             )
         except InputError:
             self._context.term()
             raise
 
-    def _make_keys(self) -> Pinned:
-        """The bus's keys. Workers that we start get theirs, and our public one, in their lines."""
+    def _make_keys(self) -> Pinned | None:
+        """The bus's keys; None where it is not encrypted.
+
+        Workers that we start get theirs, and our public one, in their lines; those that the user
+        starts on this machine have the user's.
+        """
+        if not self.spec.encrypted:
+            by_hand_here = self.spec.manual and is_loopback(self.spec.address)
+            return Pinned.of_user() if by_hand_here else None
         if self.spec.manual:
             return Pinned.shared(self.spec.key_of_all())
         own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in self.workers}

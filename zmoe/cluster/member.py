@@ -15,6 +15,7 @@ from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.keys import is_loopback
 
 JOIN_SLICE_S = 0.2
 M = TypeVar("M", bound=Message)
@@ -39,7 +40,9 @@ class Member:
             host=one_line(socket.gethostname())[:200],
             token=spec.token,
         )
-        self._bus = WorkerBus(context, spec.leader, join, Timing().grace, self._keys)
+        source = "" if self._keys or spec.token or is_loopback(spec.bind) else spec.bind
+        grace, keys = Timing().grace, spec.control_keys()
+        self._bus = WorkerBus(context, spec.leader, join, grace, keys, source)
 
     def join(self) -> Any:
         """The message that `begins` the session. Raises ZmoeError after spec.join_timeout."""
