@@ -50,6 +50,7 @@ from zmoe.exchange.keys import (
     connect_with,
     connect_with_token,
     listen_with,
+    mechanism_of,
 )
 from zmoe.exchange.sockets import (
     HANDSHAKE_MS,
@@ -543,6 +544,9 @@ class WorkerBus:
         """
         keys = self._keys
         is_mismatch = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self.has_session:
+            ours = b"CURVE" if keys is not None else b"PLAIN" if self._has_token else b"NULL"
+            is_mismatch = mechanism_of(self.leader) not in (b"", ours)
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
             why = f"has refused this node, whose public key is {keys.own.public}"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and not self._has_token:

@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import socket
 import stat
 import threading
 from collections.abc import Collection
@@ -30,6 +31,7 @@ from zmoe.errors import InputError
 KEY_CHARACTERS = 40  # of a key in Z85, as libzmq and its tools write keys
 CURVE_BYTES = 512  # more than encryption adds to a message, or a message of the handshake has
 _ZAP = "inproc://zeromq.zap.01"
+_ASKING_S = 1.0
 _MOST_REFUSED = 16  # keys that are named; who refuses more has told enough
 _LOG = logging.getLogger(__name__)
 
@@ -185,6 +187,22 @@ def connect_with_token(socket: zmq.Socket[bytes], token: str) -> None:
     """Show `token` on the next connections of `socket`, which are not encrypted."""
     socket.setsockopt_string(zmq.PLAIN_USERNAME, "zmoe")
     socket.setsockopt_string(zmq.PLAIN_PASSWORD, token)
+
+
+def mechanism_of(listener: str) -> bytes:
+    """What ZMTP calls the way in at `listener` (HOST:PORT): b"NULL", b"PLAIN" or b"CURVE".
+
+    b"" where nobody says so in time. libzmq knows it only if the other side's whole greeting is
+    here before that side has ours and closes the connection, which on a busy machine it often is
+    not. So this says no more of a greeting than what makes the other side say all of its own.
+    """
+    host, _, port = listener.rpartition(":")
+    greeting = b""
+    with suppress(OSError), socket.create_connection((host, int(port)), _ASKING_S) as end:
+        end.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
+        while len(greeting) < 32 and (more := end.recv(32 - len(greeting))):
+            greeting += more
+    return greeting[12:].rstrip(b"\0")
 
 
 class Authenticator:

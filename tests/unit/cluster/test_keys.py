@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import resource
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,33 @@ def test_others_are_told_why_not(context: Context, worker: Pinned | None, words:
         assert str(told.value).endswith(OTHER.public)
     refused = context.authenticator.refused
     assert refused == ([f"127.0.0.2, whose public key is {OTHER.public}"] if "ref" in words else [])
+
+
+def test_who_is_refused_before_it_knows_the_mechanism_is_told(context: Context) -> None:
+    """The leader has all of its greeting before it says the rest of its own: it is busy."""
+
+    def lead(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                end, _ = listener.accept()
+                with end:
+                    end.sendall(GREETING[:11])
+                    until = time.monotonic() + 0.3
+                    while len(end.recv(64, socket.MSG_PEEK)) < 64:
+                        if time.monotonic() > until:
+                            end.sendall(GREETING[11:] % b"PLAIN".ljust(20, b"\0"))
+                            break
+                        time.sleep(0.01)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lead, args=(listener,), daemon=True).start()
+        join = Join(PROTOCOL_VERSION, 1, "1", "here", "")
+        mine = WorkerBus(context, f"127.0.0.1:{listener.getsockname()[1]}", join, 9.0)
+        try:
+            with pytest.raises(InputError, match="takes only nodes with a key, or that it starts"):
+                mine.receive(PATIENCE_S)
+        finally:
+            mine.close()
 
 
 def test_a_leader_without_a_key_is_named(context: Context) -> None:
