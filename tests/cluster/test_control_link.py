@@ -15,6 +15,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.relay import Relay
 from zmoe.cluster import crew
 from zmoe.cluster.bus import LeaderBus
+from zmoe.exchange.keys import Pinned
 from zmoe.exchange.sockets import Context
 
 TOKENS = 60
@@ -104,7 +105,8 @@ def test_a_worker_whose_link_stays_half_open_is_given_up(
 
 def test_another_run_on_the_leaders_port_is_named(commands: Commands, free_port: int) -> None:
     context = Context()
-    other = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=1.0)
+    options = {"session": 1, "nodes": 2, "grace": 1.0, "keys": Pinned.of_user()}
+    other = LeaderBus(context, "127.0.0.1", 0, **options)
     with ExitStack() as stack:
         run = Run(commands, free_port, stack, grace=1.0)
         calm = run.ids({})

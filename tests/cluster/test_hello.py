@@ -25,6 +25,7 @@ from zmoe.cluster.node import Node, check_hello, hello_of
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, MismatchError, ZmoeError
+from zmoe.exchange.keys import Pinned
 from zmoe.exchange.local import Endpoint
 from zmoe.exchange.sockets import Context
 from zmoe.kernels.arithmetic import arithmetic_of
@@ -52,7 +53,7 @@ class Impostor(threading.Thread):
         context = Context()
         join = Join(PROTOCOL_VERSION, 1, "9.9", "otherhost", "")
         join = dataclasses.replace(join, **self._join_changes)
-        bus = WorkerBus(context, f"127.0.0.1:{self._port}", join, 5.0)
+        bus = WorkerBus(context, f"127.0.0.1:{self._port}", join, 5.0, Pinned.of_user())
         answer = bus.receive(PATIENCE_S)
         if isinstance(answer, Setup):
             info = describe(Skeleton(TINY))
@@ -200,7 +201,8 @@ def test_a_worker_refuses_what_is_no_placement(
 ) -> None:
     """Nothing of it is used, and the leader is told."""
     context = Context()
-    bus = LeaderBus(context, "127.0.0.1", 0, session=1, nodes=2, grace=PATIENCE_S)
+    options = {"session": 1, "nodes": 2, "grace": PATIENCE_S, "keys": Pinned.of_user()}
+    bus = LeaderBus(context, "127.0.0.1", 0, **options)
     answers: list[Message] = []
 
     def answer() -> None:

@@ -28,7 +28,7 @@ NoNewPrivileges=yes
 [Install]
 WantedBy=multi-user.target
 """
-_VARIABLES = ("ZMOE_LEADER", "ZMOE_RANK", "ZMOE_KEY_FILE")
+_VARIABLES = ("ZMOE_LEADER", "ZMOE_RANK", "ZMOE_KEY_FILE", "XDG_STATE_HOME")
 
 
 def unit(spec: WorkerSpec, arguments: Sequence[str], rank_env: str | None) -> str:

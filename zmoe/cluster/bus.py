@@ -5,12 +5,11 @@ back loses nothing. libzmq's own heartbeats run beside compute, on its I/O threa
 so a host that hangs or vanishes breaks the link within seconds even while Python
 is busy.
 
-What strangers can do: with keys, and where the leader starts all workers (zmoe.exchange.keys),
-their connections are closed after the handshake, for which they have HANDSHAKE_MS. Workers that
-are started by hand, without a key, have nothing to show. Each connection then holds at most RCVHWM
-messages of one part of at most MAXMSGSIZE bytes. libzmq's high-water marks count whole messages,
-though, and it has no limit on a message's parts. So memory is not bounded then, and a stranger
-can also end the process, by the assertion that zmoe.exchange.sockets tells of.
+Strangers are refused in the handshake, for which they have HANDSHAKE_MS, by zmoe.exchange.keys:
+workers show a key, or the token of one that the leader starts, or come from the address of a node.
+That has to be, as libzmq bounds nothing behind it: its high-water marks count whole messages, and
+it has no limit on a message's parts. Who gets that far can also end the process, by the assertion
+that zmoe.exchange.sockets tells of.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ from zmoe.exchange.keys import (
     connect_with,
     connect_with_token,
     listen_with,
+    mechanism_of,
 )
 from zmoe.exchange.sockets import (
     HANDSHAKE_MS,
@@ -116,6 +116,7 @@ class LeaderBus:
         grace: float,
         tokens: Mapping[int, str] = MappingProxyType({}),
         keys: Pinned | None = None,
+        addresses: Collection[str] | None = None,
         ports: Ports | None = None,
     ) -> None:
         """Bind to `host` (an IPv4 address) and `port` (0: any, of `ports` where given).
@@ -124,8 +125,9 @@ class LeaderBus:
 
         Workers 1 to `nodes` - 1 may join, each with its token of `tokens`; a rank
         without one there is a worker that is started by hand. `grace`: seconds that
-        a broken link may take to come back. With `keys` all is encrypted. With them, or a token
-        for each worker, nobody else gets in; the context is a zmoe.exchange.sockets.Context then.
+        a broken link may take to come back. With `keys` all is encrypted. With them, a token
+        for each worker, or the IPv4 `addresses` of all nodes, nobody else gets in; the context is
+        a zmoe.exchange.sockets.Context then.
         """
         self.session = session
         self.dropped = 0
@@ -135,11 +137,14 @@ class LeaderBus:
         self._given_up: dict[bytes, bytes] = {}  # by identity, what it is told
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         _configure(self.socket, MAX_REPORT_BYTES, keys)
-        if keys is not None or len(tokens) == nodes - 1:
+        has_tokens = len(tokens) == nodes - 1
+        if keys is not None or has_tokens or addresses is not None:
             assert isinstance(context, Context)
             domain = f"bus {session}"
-            context.authenticator.allow(domain, keys.others if keys else tuple(tokens.values()))
-            listen_with(self.socket, keys.own if keys else None, domain)
+            shown = keys.others if keys else tuple(tokens.values()) if has_tokens else ("",)
+            context.authenticator.allow(domain, shown, addresses)
+            own = keys.own if keys else None
+            listen_with(self.socket, own, domain, asks_tokens=has_tokens)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A worker that reconnects takes over from its own dead connection.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -347,9 +352,11 @@ class WorkerBus:
         join: Join,
         grace: float,
         keys: Pinned | None = None,
+        source: str = "",
     ) -> None:
         """`grace`: seconds that a broken link may take to come back. `keys`: this worker's and
-        the leader's; without, the link is not encrypted.
+        the leader's; without, the link is not encrypted. It comes from the IPv4 address `source`,
+        "" for any of this machine's.
         """
         self.leader, self.grace, self._keys = leader, grace, keys
         self._has_token = bool(join.token)
@@ -372,7 +379,7 @@ class WorkerBus:
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._monitor = self.socket.get_monitor_socket(_EVENTS)
         try:
-            self.socket.connect(f"tcp://{leader}")
+            self.socket.connect(f"tcp://{source}:0;{leader}" if source else f"tcp://{leader}")
         except zmq.ZMQError as error:
             self.close()
             raise InputError(f"--leader {leader}: {error.strerror}") from error
@@ -539,9 +546,14 @@ class WorkerBus:
         """
         keys = self._keys
         is_mismatch = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self.has_session:
+            ours = b"CURVE" if keys is not None else b"PLAIN" if self._has_token else b"NULL"
+            is_mismatch = mechanism_of(self.leader) not in (b"", ours)
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
             why = f"has refused this node, whose public key is {keys.own.public}"
-        elif is_mismatch and keys is not None:
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and not self._has_token:
+            why = "has refused this node, whose address is none of the run's"
+        elif is_mismatch and keys is not None and not keys.is_users:
             why = "has no key, while this node has one"
         elif self._has_token and (is_mismatch or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH):
             why = "is not the one that has started this node"
@@ -552,6 +564,8 @@ class WorkerBus:
             if self._failed_handshakes < _FAILED_HANDSHAKES or self.has_session:
                 return
             why = f"does not answer by the public key that this node expects, {keys.others[0]}"
+            if keys.is_users:
+                why = "has a key that this node lacks, or is another user's"
         else:
             return
         if self.has_session:

@@ -78,6 +78,9 @@ class Crew:
     def _listen(self, session: int) -> LeaderBus:
         """At the port of the leader before us, if another process has not taken it meanwhile."""
         spec, access = self.spec, self._access
+        addresses = None  # of all nodes, where workers have nothing else to show
+        if spec.manual and access.keys is None and spec.hosts is not None:
+            addresses = {spec.address, *(host.address for host in spec.hosts.hosts)}
         listen = partial(
             LeaderBus,
             self._context,
@@ -87,6 +90,7 @@ class Crew:
             grace=spec.timing.grace,
             tokens=access.tokens,
             keys=access.keys,
+            addresses=addresses,
             ports=spec.port_range,
         )
         if access.port != spec.port:
@@ -273,17 +277,24 @@ class Crew:
 def new_access(spec: ClusterSpec) -> Access:
     """New secrets for the workers that a leader starts, by which they are told from strangers.
 
-    Where links are encrypted they get their keys, and its public one, in their lines.
+    Where links are encrypted they get their keys, and its public one, in their lines. Those that
+    the user starts have the user's key, on this machine without having to ask for one.
     """
-    started = () if spec.manual else range(1, spec.nodes)
+    if spec.manual:
+        return Access(spec.port, {}, _keys_by_hand(spec), {})
+    started = range(1, spec.nodes)
     tokens = {rank: secrets.token_hex(16) for rank in started}
     if not spec.encrypted:
         return Access(spec.port, tokens, None, tokens)
-    if spec.manual:
-        return Access(spec.port, tokens, Pinned.shared(spec.key_of_all()), tokens)
     own, theirs = KeyPair.fresh(), {rank: KeyPair.fresh() for rank in started}
     lines = {rank: f"{tokens[rank]} {pair.secret} {own.public}" for rank, pair in theirs.items()}
     return Access(spec.port, tokens, Pinned(own, tuple(p.public for p in theirs.values())), lines)
+
+
+def _keys_by_hand(spec: ClusterSpec) -> Pinned | None:
+    if spec.encrypted:
+        return Pinned.shared(spec.key_of_all())
+    return Pinned.of_user() if is_loopback(spec.address) else None
 
 
 def check_protocol(join: Join) -> None:

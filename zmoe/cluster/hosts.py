@@ -134,7 +134,7 @@ def check_leader(leader: str, source: str) -> str:
     host, _, port = leader.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise InputError(f"{source} {leader}: expected HOST:PORT")
-    _resolve(host, f"{source} {leader}")
+    resolve(host, f"{source} {leader}")
     return leader
 
 
@@ -163,10 +163,10 @@ def _host_from_entry(entry: object, source: str) -> Host:
 def _host(name: str, ips: list[str], source: str) -> Host:
     if not name or name.startswith("-"):
         raise InputError(f"{source}: {name!r} is no host name")
-    return Host(name, _resolve(ips[0] if ips else name.rpartition("@")[2], source))
+    return Host(name, resolve(ips[0] if ips else name.rpartition("@")[2], source))
 
 
-def _resolve(name: str, source: str) -> str:
+def resolve(name: str, source: str) -> str:
     """The first IPv4 address of `name`, which may be an address. Raises InputError."""
     if ":" in name:
         raise InputError(f"{source}: {name} is not an IPv4 address; zmoe does not speak IPv6")

@@ -13,6 +13,7 @@ from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.keys import is_loopback
 from zmoe.exchange.sockets import Context
 
 JOIN_SLICE_S = 0.2
@@ -43,7 +44,9 @@ class Member:
             host=one_line(socket.gethostname())[:200],
             token=spec.token,
         )
-        return WorkerBus(self._context, spec.leader, join, Timing().grace, self._keys)
+        source = "" if self._keys or spec.token or is_loopback(spec.bind) else spec.bind
+        grace, keys = Timing().grace, spec.control_keys()
+        return WorkerBus(self._context, spec.leader, join, grace, keys, source)
 
     def join(self, patience: float | None, for_others: float = 0.0) -> Any:
         """The message that `begins` the session. Raises ZmoeError after `patience` seconds, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from zmoe.cluster.hosts import HostList, check_address, check_listener
+from zmoe.cluster.hosts import HostList, check_address, check_listener, resolve
 from zmoe.config import (
     SECONDS,
     Batching,
@@ -140,6 +140,9 @@ class ClusterSpec(Settings):
                 raise SettingError("backend", problem)
             if self.ports is not None:
                 raise SettingError("ports", f"has no use with backend {backend}, which takes any")
+        if self.manual and self.insecure and self.hosts is None:
+            problem = "needs --hosts with --manual: only who comes from their addresses gets in"
+            raise SettingError("insecure", problem)
         if self.port_range is not None and self.port:
             first, last = self.port_range
             if not first <= self.port <= last:
@@ -211,7 +214,7 @@ class WorkerSpec(Settings):
         _check_insecure(self.insecure, self.key, self.bind)
 
     def pinned(self) -> Pinned | None:
-        """This worker's keys and its leader's; None where links are not encrypted.
+        """This worker's keys and its leader's; None where data links are not encrypted.
 
         Raises InputError where they have to be and there is no key.
         """
@@ -220,6 +223,16 @@ class WorkerSpec(Settings):
         if self.key is None and is_loopback(self.bind):
             return None
         return Pinned.shared(_given_key(self.key, f"a node on {self.bind}"))
+
+    def control_keys(self) -> Pinned | None:
+        """Those of the link to the leader: the user's where the two are started by hand on one
+        machine, without a key. Raises InputError.
+        """
+        keys = self.pinned()
+        if keys is not None or self.token:
+            return keys
+        leader = resolve(self.leader.rpartition(":")[0], f"leader {self.leader}")
+        return Pinned.of_user() if is_loopback(leader) else None
 
 
 def _check_insecure(insecure: bool, key: Path | None, address: str) -> None:

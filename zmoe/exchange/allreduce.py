@@ -7,7 +7,7 @@ in micro-batches. This file owns the sockets and the buffers that results land i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +51,8 @@ class Exchange(Collective):
     finds out. `max_rows` is CentralExchange's. Without `payload_checksum` a payload
     that was damaged on its way is not noticed. All ranks must give the same values.
     With `keys` all links are encrypted, so that damage is noticed without checksums; each rank
-    may have keys of its own, which the endpoints tell.
+    may have keys of its own, which the endpoints tell. Only peers from one of these IPv4
+    `addresses` can connect, where they are given.
     Raises InputError for values out of range and for a port in use.
     """
 
@@ -79,6 +80,7 @@ class Exchange(Collective):
         payload_checksum: bool = True,
         context: Context | None = None,
         keys: KeyPair | None = None,
+        addresses: Collection[str] | None = None,
     ) -> None:
         if not 2 <= nodes <= MAX_NODES or not 0 <= rank < nodes:
             raise InputError(f"rank {rank} of {nodes} nodes: expected 2 to {MAX_NODES}")
@@ -96,7 +98,7 @@ class Exchange(Collective):
         self.endpoints: tuple[Endpoint, ...] = ()  # of all ranks, once they are known
         self._own_context = context is None
         self._context = Context() if context is None else context
-        self._bind_host, self._keys = bind_host, keys
+        self._bind_host, self._keys, self._addresses = bind_host, keys, addresses
         try:
             self._listen(session, data_port, control_port)
         except InputError:
@@ -110,7 +112,7 @@ class Exchange(Collective):
         frame_bytes = HEADER_BYTES + self.max_bytes
         self._session = session
         self._sockets = Sockets(
-            self._context, self.rank, self.nodes, session, frame_bytes, self._keys
+            self._context, self.rank, self.nodes, session, frame_bytes, self._keys, self._addresses
         )
         self.endpoint = self._sockets.bind(self._bind_host, data_port, control_port, self.ports)
 

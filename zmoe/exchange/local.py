@@ -19,7 +19,7 @@ from zmoe.errors import InputError, ZmoeError
 from zmoe.exchange.allreduce import Exchange
 from zmoe.exchange.base import Call, Partial, nothing
 from zmoe.exchange.buffers import DTYPES, wire_of
-from zmoe.exchange.keys import KeyPair, is_loopback, read_key
+from zmoe.exchange.keys import KeyPair, is_loopback, read_key, user_key
 from zmoe.exchange.sockets import Endpoint
 
 __all__ = ["Endpoint", "Exchange", "SingleNode", "join", "local_group", "payload_bytes"]
@@ -106,8 +106,9 @@ def join(
     or raises LaunchError after `deadline_s`; `tick` is Exchange.connect's.
 
     `key`, or a file of zmoe-keys that holds it, is the same for all ranks and encrypts their
-    links. Raises InputError for a file that is none, and where an address is not of this machine
-    and there is no key, unless `insecure` says so.
+    links. Without it, ranks on this machine have to be of the same user; beyond it, only the
+    addresses say who may connect. Raises InputError for a file that is none, and where an address
+    is not of this machine and there is no key, unless `insecure` says so.
     """
     keys = key if key is None or isinstance(key, KeyPair) else read_key(os.fspath(key))
     endpoints = []
@@ -121,7 +122,10 @@ def join(
     if not 0 <= rank < len(endpoints):
         raise InputError(f"rank {rank} is not one of the {len(endpoints)} addresses")
     own = endpoints[rank]
-    session = hashlib.sha256("\n".join(addresses).encode()).digest()
+    hosts = {endpoint.host for endpoint in endpoints}
+    local = keys is None and all(map(is_loopback, hosts))
+    secret = [user_key().secret] if local else []  # unlike addresses no stranger can know it
+    session = hashlib.sha256("\n".join([*addresses, *secret]).encode()).digest()
     exchange = Exchange(
         rank,
         len(endpoints),
@@ -133,6 +137,7 @@ def join(
         control_port=own.control_port,
         deadline_s=deadline_s,
         keys=keys,
+        addresses=None if local or keys is not None else hosts,
     )
     try:
         exchange.connect(endpoints, deadline_s, tick)

@@ -10,7 +10,7 @@ to show a key or the token of the session (zmoe.exchange.keys).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -108,7 +108,7 @@ class Sockets:
     """All sockets of one rank; `connect` adds those that lead to the peers.
 
     With `keys` everything is encrypted, and only who has the key of a peer gets in; without,
-    only who knows the session.
+    only who knows the session, and comes from one of these IPv4 `addresses`, where given.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class Sockets:
         session: int,
         frame_bytes: int,
         keys: KeyPair | None = None,
+        addresses: Collection[str] | None = None,
     ) -> None:
+        self._addresses = addresses
         self._context, self._rank, self._session, self._keys = context, rank, session, keys
         self._domain, self._token = f"exchange {next(_domains)}", f"{session:016x}"
         more = CURVE_BYTES if keys is not None else 0
@@ -143,7 +145,7 @@ class Sockets:
         if keys is not None:
             context.authenticator.open(self._domain)
         else:
-            context.authenticator.allow(self._domain, [self._token])
+            context.authenticator.allow(self._domain, [self._token], addresses)
         for listener in (self.xpub, self.router):
             listen_with(listener, keys, self._domain)
 
@@ -167,6 +169,7 @@ class Sockets:
             if bool(peer.key) != (self._keys is not None):
                 has = "has a key, and this node none" if peer.key else "has no key"
                 raise InputError(f"rank {rank} at {peer.host}:{peer.data_port} {has}")
+        source = f"{endpoints[self._rank].host}:0;" if self._addresses is not None else ""
         if self._keys is not None:
             allowed = {peer.key for rank, peer in enumerate(endpoints) if rank != self._rank}
             self._context.authenticator.allow(self._domain, allowed)
@@ -185,7 +188,7 @@ class Sockets:
             dealer.setsockopt(zmq.IMMEDIATE, 1)  # no request waits for a link to come back
             self.monitors.append(dealer.get_monitor_socket(_LINK_EVENTS))
             for socket, port in ((self.sub, peer.data_port), (dealer, peer.control_port)):
-                address = f"tcp://{peer.host}:{port}"
+                address = f"tcp://{source}{peer.host}:{port}"
                 if self._keys is not None:
                     connect_with(socket, self._keys, peer.key)
                 else:

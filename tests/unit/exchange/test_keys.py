@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from zmoe.errors import InputError, LaunchError, ZmoeError
+from zmoe.exchange import local
 from zmoe.exchange.keys import KeyPair, read_key, write_new_key
 from zmoe.exchange.local import Exchange, join
 from zmoe.exchange.sockets import Context, Endpoint, bind
@@ -80,6 +81,13 @@ def test_ranks_with_one_key_exchange_and_others_do_not(tmp_path: Path) -> None:
     for mine in joined(ports, [key, KeyPair.fresh()]):
         assert isinstance(mine, LaunchError)
         assert "all need the key of this rank, whose public half is" in str(mine)
+
+
+def test_without_a_key_ranks_are_of_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = [24874, 24876]
+    assert joined(ports, [None, None]) == [12.0, 12.0]
+    monkeypatch.setattr(local, "user_key", KeyPair.fresh)  # another one for each rank
+    assert all(isinstance(mine, LaunchError) for mine in joined(ports, [None, None]))
 
 
 def test_beyond_this_machine_links_need_a_key() -> None:
