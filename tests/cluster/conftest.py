@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import pytest
@@ -29,14 +30,16 @@ MARK = "ZMOE_TEST_MARK"
 # What is started ends with this process, even if that is killed and no fixture is torn down.
 ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 PATIENCE_S = 60  # longer than anything takes that does work, on a busy machine too
+T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], object], timeout: float, what: str) -> None:
-    """Poll `condition` until it is true; fail with `what` after `timeout` seconds."""
+def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
+    """Poll `condition` until it is true, and return that; fail with `what` after `timeout` s."""
     deadline = time.monotonic() + timeout
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.01)
+    return found
 
 
 def first_output(process: subprocess.Popen[str]) -> None:

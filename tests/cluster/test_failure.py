@@ -168,8 +168,8 @@ def test_what_is_repeated_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_worker_killed_while_starting_is_named(commands: Commands) -> None:
     leader = commands.start("run", "-n", 2, *ENDLESS, "ROMEO:")
-    wait_until(lambda: commands.others(leader.pid), PATIENCE_S, "worker started")
-    (worker,) = commands.others(leader.pid)
+    # What is just being started has no environment for a moment: it may be gone when asked again.
+    (worker,) = wait_until(lambda: commands.others(leader.pid), PATIENCE_S, "worker started")
     os.kill(worker, signal.SIGKILL)
     _, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode in (1, 2)

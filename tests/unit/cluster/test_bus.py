@@ -32,6 +32,7 @@ from zmoe.cluster.spec import WorkerSpec
 from zmoe.cluster.worker import Worker
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
+from zmoe.exchange.keys import Pinned
 from zmoe.exchange.sockets import Context
 
 PATIENCE_S = 60
@@ -239,7 +240,7 @@ def test_a_worker_whose_leader_never_comes_says_so(buses: Buses, free_port: int)
 
 
 def test_a_worker_stays_with_a_leader_that_waits_for_others(buses: Buses) -> None:
-    leader = buses.leader()
+    leader = buses.leader(keys=Pinned.of_user())
     worker = Worker(WorkerSpec(f"127.0.0.1:{leader.port}", 1), buses.context, print, print)
     buses.made.append(worker._bus)
     with ThreadPoolExecutor(1) as apart:
