@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--model", default="zmoe-tiny", help="folder or name (default: zmoe-tiny)")
     kinds = list_of(one_of(KINDS))
     made.add_argument("--kinds", type=kinds, default=KINDS, help=f"default {','.join(KINDS)}")
-    made.add_argument("--compute", default="auto", help="of engine and kept; default auto")
+    made.add_argument("--flags", type=str.split, default=[], help="of zmoe-serve: engine and kept")
     made.add_argument("--runs", type=positive, default=5, help="of each kind; default 5")
     made.add_argument("--inside", type=list_of(str), help=argparse.SUPPRESS)  # these namespaces
     return made.parse_args()
@@ -178,8 +178,7 @@ def inside(names: list[str], model: str, runs: int, kind: str) -> list[dict[str,
 def served(options: argparse.Namespace, keep_alive: int) -> list[dict[str, float]]:
     def command(port: int) -> list[str]:
         serve = [sys.executable, "-m", "zmoe.cli.serve", "--port", str(port), "--nodes", "3"]
-        how = ["--compute", options.compute, "--keep-alive", str(keep_alive)]
-        return [*serve, "--model", options.model, *how]
+        return [*serve, "--model", options.model, "--keep-alive", str(keep_alive), *options.flags]
 
     with serving(command) as server:
         return [asyncio.run(restart(server)) for _ in range(options.runs)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -25,10 +27,17 @@ class Run:
     """A cluster of two nodes; the worker's control link, and no other, goes by `relay`."""
 
     def __init__(
-        self, commands: Commands, port: int, stack: ExitStack, grace: float = 30.0
+        self,
+        commands: Commands,
+        port: int,
+        stack: ExitStack,
+        grace: float = 30.0,
+        keep_alive: float = 0.0,
     ) -> None:
         timing = zmoe.Timing(join=PATIENCE_S, grace=grace)
-        self.spec = zmoe.ClusterSpec(nodes=2, manual=True, port=port, timing=timing)
+        self.spec = zmoe.ClusterSpec(
+            nodes=2, manual=True, port=port, timing=timing, keep_alive=keep_alive
+        )
         self.relay = stack.enter_context(Relay(port))
         leader = f"127.0.0.1:{self.relay.port}"
         self.worker = commands.start("node", "--leader", leader, "--rank", 1, "--once")
@@ -101,6 +110,33 @@ def test_a_worker_whose_link_stays_half_open_is_given_up(
     _, errors = run.worker.communicate(timeout=PATIENCE_S)
     assert run.worker.returncode == 1
     assert re.search(r"rank 0 .* is gone", errors), errors
+
+
+def test_a_worker_whose_link_comes_back_returns_with_its_weights(
+    commands: Commands, free_port: int
+) -> None:
+    with ExitStack() as stack:
+        run = Run(commands, free_port, stack, grace=1.0, keep_alive=PATIENCE_S)
+        calm = run.ids({})
+        read_before = bytes_read(run.worker.pid)
+        assert run.ids({10: run.relay.hold}) == calm
+        assert run.cluster.hosts == (0, 0)
+        run.relay.restore()
+        until = time.monotonic() + PATIENCE_S
+        while run.cluster.hosts != (0, 1):
+            assert time.monotonic() < until
+            run.cluster.step()
+        assert run.ids({}) == calm
+        weights = Path(run.cluster.info.path) / "model.safetensors"
+        assert bytes_read(run.worker.pid) - read_before < weights.stat().st_size / 4
+    _, errors = run.worker.communicate(timeout=PATIENCE_S)
+    assert run.worker.returncode == 0, errors
+    assert "is gone" in errors
+
+
+def bytes_read(pid: int) -> int:
+    """By a process, from files."""
+    return int(Path(f"/proc/{pid}/io").read_text().split()[1])
 
 
 def test_another_run_on_the_leaders_port_is_named(commands: Commands, free_port: int) -> None:

@@ -63,9 +63,10 @@ class Cluster:
     before; with a manual spec `on_manual(commands)` is given the zmoe-node commands that
     the nodes are to be started with. `on_notice(line)` is told while it runs of a node that is
     lost, of who computes its share from then on, and of a node that is slow (default: a warning is
-    logged). Construction and entering raise InputError and its kin for what is wrong beforehand;
-    afterwards PeerError is raised for a lost node whose share nobody can take over, which ends the
-    cluster.
+    logged). `lender`: of workers' processes that outlive this one, which without it ends those
+    that it starts. Construction and entering raise InputError and its kin for what is wrong
+    beforehand; afterwards PeerError is raised for a lost node whose share nobody can take over,
+    which ends the cluster.
 
     A cluster is entered once, and holds sockets, processes and weights only until it
     is closed. Many generations run at the same time: each step serves all of them, and

@@ -125,10 +125,8 @@ class Crew:
         """Start the process of a worker. Raises LaunchError."""
         leader = f"{self.spec.address}:{self.bus.port}"
         hosts = self.spec.hosts.hosts if self.spec.hosts is not None else None
-        line, start = (
-            self._access.lines[rank],
-            NodeProcess if not self._lender else self._lender.start,
-        )
+        line = self._access.lines[rank]
+        start = self._lender.start if self._lender is not None else NodeProcess
         told = (self.spec.timing.join, line, self._program, self._on_line, start)
         if hosts is None:
             cores = self._cores[rank] if self._cores is not None else None

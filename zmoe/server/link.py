@@ -88,7 +88,7 @@ class EngineLink:
         would not help.
         """
         try:
-            await self._keep_alive()
+            await self._keep_running()
         finally:
             self.state = "closed"
             self._opened.set()
@@ -96,7 +96,7 @@ class EngineLink:
             if self._keeper is not None:
                 await asyncio.to_thread(self._keeper.close)
 
-    async def _keep_alive(self) -> NoReturn:
+    async def _keep_running(self) -> NoReturn:
         pause = 0.0
         while True:
             begun = time.monotonic()
