@@ -148,25 +148,29 @@ def test_the_cluster(server: Server) -> None:
 
 
 def test_a_slow_node_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"prompt": "KING", "temperature": 0.8, "seed": 5, "max_tokens": 90, "ignore_eos": True}
+    body = {"prompt": "KING", "temperature": 0.8, "seed": 5, "max_tokens": 30, "ignore_eos": True}
 
     def text(of: Server) -> str:
         answer = httpx.post(f"{of.url}/v1/completions", json=body, timeout=60)
         return str(answer.json()["choices"][0]["text"])
 
-    monkeypatch.setenv("ZMOE_FAIL", "1.before-step=sleep:0.04")
+    def is_named() -> bool:
+        assert text(slow) == whole
+        return bool(cluster(slow)["nodes"][1]["slow"])
+
+    whole = text(server)
+    monkeypatch.setenv("ZMOE_FAIL", "1.before-step=sleep:0.1")
     slow = Server("--nodes", "2", "--speculate", "off")
     try:
         slow.wait_until_ready()
-        assert text(slow) == text(server)
-        eventually(lambda: cluster(slow)["nodes"][1]["slow"])
+        eventually(is_named)
         leader, worker = cluster(slow)["nodes"]
         assert worker["slow"].startswith("it computes ") and leader["slow"] is None
-        assert worker["compute_ms"] > 4 * leader["compute_ms"] > 0
+        assert worker["compute_ms"] > leader["compute_ms"] > 0
         assert (worker["link"], worker["computed_by"], slow.health()) == ("up", 1, "ready")
         found = metrics(slow)
         assert [found["zmoe_node_slow", f"rank={rank}"] for rank in (0, 1)] == [0, 1]
-        assert found["zmoe_node_compute_seconds", "rank=1"] > 0.04
+        assert found["zmoe_node_compute_seconds", "rank=1"] > 0.1
     finally:
         code, said = slow.end()
     assert code == 0 and said.count("\n") == 1 and "node 1 is slow: it computes " in said
