@@ -1,7 +1,9 @@
 """What strangers at the ports of a run cost it: decoded tokens per second beside them.
 
-Turns with each kind of strangers (bench/peers/strangers.py) and without any alternate; a ratio is
-that of a turn's figure to that of the same round's without strangers.
+Turns with each kind of strangers (bench/peers/strangers.py), at the ports of the run or at as many
+of another process, and without any alternate. On a machine without idle cores the strangers' own
+work takes some from the run as well. So a ratio is that of a turn's figure to that of the same
+round's with the same strangers elsewhere: it tells what they cost the run itself.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -54,24 +57,33 @@ def speed(cluster: Cluster, tokens: int) -> float:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each kind of strangers."""
-    found: dict[str, list[float]] = {kind: [] for kind in ("none", *KINDS)}
+    found: dict[tuple[str, str], list[float]] = {("none", ""): []}
+    found |= {(kind, where): [] for kind in KINDS for where in ("elsewhere", "here")}
     spec = ClusterSpec(options.nodes)
     with whole_cluster(options.model, spec) as cluster, Children() as children:
-        ports = [str(port) for _, each in cluster.listeners for port in each]
-        script = str(BENCH / "peers" / "strangers.py")
-        started = {k: children.start([sys.executable, script, k, *ports]) for k in KINDS}
+        program = [sys.executable, str(BENCH / "peers" / "strangers.py")]
+        ports = {"here": [str(port) for _, each in cluster.listeners for port in each]}
+        count = len(ports["here"])
+        other = children.start([*program, "listen", str(count)], stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        ports["elsewhere"] = [other.stdout.readline().decode().strip() for _ in range(count)]
+        started = {
+            (kind, where): children.start([*program, kind, *ports[where]])
+            for kind, where in found
+            if where
+        }
         time.sleep(START_S)
         for process in started.values():
             process.send_signal(signal.SIGSTOP)
         speed(cluster, options.tokens)
         for _ in range(options.rounds):
-            for kind, speeds in found.items():
-                if kind in started:
-                    started[kind].send_signal(signal.SIGCONT)
+            for turn, speeds in found.items():
+                if turn in started:
+                    started[turn].send_signal(signal.SIGCONT)
                     time.sleep(SETTLE_S)
                 speeds.append(speed(cluster, options.tokens))
-                if kind in started:
-                    started[kind].send_signal(signal.SIGSTOP)
+                if turn in started:
+                    started[turn].send_signal(signal.SIGSTOP)
         for process in started.values():
             process.send_signal(signal.SIGCONT)  # to be ended
     return [
@@ -79,24 +91,29 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "model": short_name(options.model),
             "nodes": options.nodes,
             "strangers": kind,
-            "tokens_per_s": round(statistics.median(speeds), 1),
-            "ratios": [round(mine / calm, 3) for mine, calm in zip(speeds, found["none"])],
+            "tokens_per_s": round(statistics.median(found[kind, "here"]), 1),
+            "tokens_per_s_elsewhere": round(statistics.median(found[kind, "elsewhere"]), 1),
+            "ratios": _ratios(found[kind, "here"], found[kind, "elsewhere"]),
+            "ratios_to_none": _ratios(found[kind, "here"], found["none", ""]),
         }
-        for kind, speeds in found.items()
+        for kind in KINDS
     ]
+
+
+def _ratios(mine: list[float], base: list[float]) -> list[float]:
+    return [round(a / b, 3) for a, b in zip(mine, base)]
 
 
 def show(report: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("strangers", "tokens/s (median)", "ratio (median)", "lower quartile", "upper")
+    titles = ("tokens/s (median)", "ratio (quartiles)", "ratio to none")
+    table = Table("strangers", *titles)
     for row in report["results"]:
-        lower, middle, upper = statistics.quantiles(row["ratios"], n=4)
-        figures = (middle, lower, upper)
-        table.add_row(
-            row["strangers"], str(row["tokens_per_s"]), *(f"{each:.2f}" for each in figures)
-        )
+        both = (statistics.quantiles(row[name], n=4) for name in ("ratios", "ratios_to_none"))
+        words = [f"{middle:.2f} ({lower:.2f} to {upper:.2f})" for lower, middle, upper in both]
+        table.add_row(row["strangers"], str(row["tokens_per_s"]), *words)
     Console().print(table)
 
 

@@ -17,6 +17,7 @@ import secrets
 import socket
 import stat
 import threading
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from zmoe.errors import InputError
 KEY_CHARACTERS = 40  # of a key in Z85, as libzmq and its tools write keys
 CURVE_BYTES = 512  # more than encryption adds to a message, or a message of the handshake has
 _ZAP = "inproc://zeromq.zap.01"
+_PAUSE_S = 0.05  # after a refusal
 _ASKING_S = 1.0
 _MOST_REFUSED = 16  # keys that are named; who refuses more has told enough
 _LOG = logging.getLogger(__name__)
@@ -210,7 +212,8 @@ class Authenticator:
     address, may come in.
 
     A thread does; it ends with the context. If it fails, libzmq lets nobody in any more, and the
-    connections that stand go on.
+    connections that stand go on. Once it has refused somebody it pauses, and then answers all who
+    have come meanwhile: strangers wake it less often, and those who knock again and again wait.
     """
 
     def __init__(self, context: zmq.Context[Any]) -> None:
@@ -245,7 +248,10 @@ class Authenticator:
     def _run(self, socket: zmq.Socket[bytes]) -> None:
         try:
             while True:
-                socket.send_multipart(self._answer(socket.recv_multipart()))
+                answer = self._answer(socket.recv_multipart())
+                socket.send_multipart(answer)
+                if answer[2] == b"400" and not socket.poll(0):
+                    time.sleep(_PAUSE_S)
         except zmq.ContextTerminated:
             pass
         except Exception as error:
