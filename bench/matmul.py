@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     sets = [isa.name for isa in Isa if isa.supported]
     isa = list_of(one_of(sets))
     made.add_argument("--isa", type=isa, default=[best_isa().name], help=f"of {', '.join(sets)}")
-    made.add_argument("--peers", type=list_of(str), default=["mlx", "numpy"], help="mlx, numpy")
+    made.add_argument("--peers", type=list_of(str), default=["mlx", "numpy"], help="mlx, numpy, none")
     made.add_argument("--rounds", type=positive, default=3, help="over all of it")
     made.add_argument("--budget", type=float, default=0.4, help="seconds for one figure")
     made.add_argument("--deadline", type=positive, default=1800, help="seconds for one round")
@@ -70,8 +70,8 @@ def arguments() -> argparse.Namespace:
         made.error(f"--outs {options.outs} is no multiple of {BLOCK}")
     if unknown := [name for name in options.formats if name not in MODES]:
         made.error(f"unknown format {unknown[0]}: expected {', '.join(MODES)}")
-    if unknown := [name for name in options.peers if name not in ("mlx", "numpy")]:
-        made.error(f"unknown peer {unknown[0]}: expected mlx, numpy")
+    if unknown := [name for name in options.peers if name not in ("mlx", "numpy", "none")]:
+        made.error(f"unknown peer {unknown[0]}: expected mlx, numpy, none")
     usable = len(usable_cores())
     if max(options.cores) > usable:
         made.error(f"--cores {max(options.cores)}: only {usable} are usable")

@@ -126,18 +126,16 @@ KERNEL void split_digits(const __m256i v[4], __m256i *high, __m256i *middle, __m
   *low = narrow(digits[2]);
 }
 
-KERNEL void pack_codes4_int22(const zmoe_weight *w, const float *x, zmoe_packed to, size_t first) {
-  __m256i planes[3][ZMOE_BLOCK / 32];
+KERNEL void pack_int22(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe_packed to,
+                       size_t first) {
+  __m256i v[ZMOE_BLOCK / LANES], planes[3][ZMOE_BLOCK / 32];
   for (uint32_t k = 0; k < ZMOE_BLOCK; k += w->group) {
     const size_t g = (first + k) / w->group;
     float inverse, scale = zmoe_scale_int22(largest_of(x + k, w->group), &inverse);
     __m256i sum = _mm256_setzero_si256();
-    for (uint32_t i = k / 32; i < (k + w->group) / 32; i++) {
-      __m256i v[4];
-      quantise(x + 32 * i, inverse, v);
-      split_digits(v, &planes[0][i], &planes[1][i], &planes[2][i]);
-      sum = _mm256_add_epi32(
-          sum, _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3])));
+    for (uint32_t i = k / LANES; i < (k + w->group) / LANES; i++) {
+      v[i] = _mm256_cvtps_epi32(load_f32(x + LANES * i) * vec_splat(inverse));
+      sum = _mm256_add_epi32(sum, v[i]);
     }
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -145,16 +143,23 @@ KERNEL void pack_codes4_int22(const zmoe_weight *w, const float *x, zmoe_packed 
     if (first + k < w->in_features)
       zmoe_finish_int22(w, _mm_cvtsi128_si32(four), scale, g, to);
   }
-  EACH(i, 3)
-    store_block(planes[i], (int8_t *)to.elements + 3 * first + i * ZMOE_BLOCK);
+  EACH(i, 4)
+    split_digits(v + 4 * i, &planes[0][i], &planes[1][i], &planes[2][i]);
+  EACH(i, 3) {
+    int8_t *plane = (int8_t *)to.elements + 3 * first + i * ZMOE_BLOCK;
+    if (layout == ZMOE_LAYOUT_CODES4_INT22)
+      store_block(planes[i], plane);
+    else
+      memcpy(plane, planes[i], sizeof planes[i]);
+  }
 }
 
 /* ---- which one ---------------------------------------------------------------------- */
 
 KERNEL void pack_block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe_packed to,
                        size_t first) {
-  if (layout == ZMOE_LAYOUT_CODES4_INT22)
-    pack_codes4_int22(w, x, to, first);
+  if (zmoe_layout_is_int22(layout))
+    pack_int22(layout, w, x, to, first);
   else if (layout == ZMOE_LAYOUT_CODES4_INT8)
     pack_codes4_int8(w, x, to, first);
   else /* ZMOE_LAYOUT_CODES8_INT8 */
@@ -165,7 +170,7 @@ TARGET void zmoe_avx2_pack_input(zmoe_layout layout, const zmoe_weight *w, const
                                  void *row) {
   zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
   sum_groups(x, w->in_features, w->group, to.sums);
-  if (layout == ZMOE_LAYOUT_CODES4_INT22) /* beyond the last group, too */
+  if (zmoe_layout_is_int22(layout)) /* beyond the last group, too */
     memset(to.scales, 0, (size_t)((unsigned char *)to.elements - (unsigned char *)to.scales));
   uint32_t k = 0;
   for (; k + ZMOE_BLOCK <= w->in_features; k += ZMOE_BLOCK)

@@ -184,6 +184,8 @@ static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pre
     return ZMOE_LAYOUT_CODES4_INT8;
   if (precision == ZMOE_INT8 && codes == CODES8)
     return ZMOE_LAYOUT_CODES8_INT8;
+  if (codes == CODES5 || codes == CODES6)
+    return ZMOE_LAYOUT_CODES8_INT22;
   return unpacked_bits(codes) == 4 ? ZMOE_LAYOUT_CODES4 : ZMOE_LAYOUT_CHAINS;
 }
 

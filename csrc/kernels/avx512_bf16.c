@@ -232,7 +232,9 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
   zmoe_layout layout = zmoe_kernels_avx512_vnni.layout(w, x_dtype, precision);
-  if (x_dtype != ZMOE_BF16 || zmoe_layout_is_integer(layout) || w->bits == 1)
+  if (zmoe_layout_is_integer(layout) && !zmoe_layout_is_int22(layout))
+    return layout;
+  if (x_dtype != ZMOE_BF16 || w->bits == 1)
     return layout;
   if (zmoe_is_float(w))
     return w->format == ZMOE_FORMAT_BF16 ? ZMOE_LAYOUT_BF16 : layout;

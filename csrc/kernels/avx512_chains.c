@@ -1,10 +1,12 @@
-/* Matmuls of codes with x in f32, AVX-512. */
+/* Matmuls of 8-bit codes and mxfp8 with x in f32, AVX-512. */
 #if defined(__x86_64__)
 #define VEC_AVX512
 #include "common/vec.h"
 
 #include "avx512.h"
 #include "unpacking.h"
+
+#define LOW_BITS
 
 KERNEL VEC load_some(const unsigned char *src, size_t i, uint32_t dtype, uint32_t count) {
   return load_floats(src, i, dtype, lanes16(count));
@@ -17,25 +19,19 @@ KERNEL void widen_bytes(const unsigned char *src, VEC values[2]) {
   }
 }
 
-/* 16 codes are a window. */
-KERNEL uint8_t place_in_window(uint32_t bits, uint32_t c, uint32_t byte) {
-  return (uint8_t)(byte - 2 * bits * c);
+/* As f16, 2^-8 of the values, unless they are NaN. */
+KERNEL __m256i halves_of_fp8(const unsigned char *src) {
+  __m256i half = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)src));
+  return _mm256_and_si256(_mm256_slli_epi16(half, 7), _mm256_set1_epi16((short)0xbf80));
 }
 
-KERNEL VEC widen_packed(const struct unpacking *u, const unsigned char *src, uint32_t c) {
-  const uint32_t n = 2 * u->bits;
-  __m512i window =
-      _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), src + n * c));
-  __m512i words = _mm512_shuffle_epi8(window, _mm512_loadu_si512(u->bytes[LANES * c]));
-  words = _mm512_srlv_epi32(words, _mm512_loadu_si512(u->shifts + LANES * c));
-  return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(u->mask)));
+KERNEL VEC small_fp8_at(const unsigned char *src) {
+  return _mm512_cvtph_ps(halves_of_fp8(src));
 }
 
-/* As f16, 2^-8 of the value. */
 KERNEL VEC fp8_at(const unsigned char *src) {
   const __m256i largest = _mm256_set1_epi16(0x3f80);
-  __m256i half = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)src));
-  half = _mm256_and_si256(_mm256_slli_epi16(half, 7), _mm256_set1_epi16((short)0xbf80));
+  __m256i half = halves_of_fp8(src);
   __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, largest), largest);
   return _mm512_cvtph_ps(_mm256_or_si256(half, nan)) * vec_splat(256.0f);
 }

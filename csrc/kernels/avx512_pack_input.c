@@ -177,6 +177,10 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
 
 void zmoe_avx512_pack_input(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {
   zmoe_packed to = zmoe_packed_at(row, layout, w->in_features);
+  if (zmoe_layout_is_int22(layout)) {
+    zmoe_kernels_avx2.pack_input(layout, w, x, row);
+    return;
+  }
   if (layout == ZMOE_LAYOUT_CHAINS) {
     zmoe_avx512_pack_chains(x, w->in_features, to.elements);
     return;

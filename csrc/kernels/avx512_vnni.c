@@ -129,12 +129,15 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
     dot_codes4_int8(w, xs, rows, first, last, ys);
   else if (layout == ZMOE_LAYOUT_CODES8_INT8)
     dot_codes8_int8(w, xs, rows, first, last, ys);
+  else if (zmoe_layout_is_int22(layout))
+    zmoe_kernels_vnni256.dot(w, layout, xs, rows, first, last, scratch, ys);
   else
     zmoe_kernels_avx512.dot(w, layout, xs, rows, first, last, scratch, ys);
 }
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
-  return zmoe_kernels_avx512.layout(w, x_dtype, precision);
+  const zmoe_layout layout = zmoe_kernels_avx512.layout(w, x_dtype, precision);
+  return layout == ZMOE_LAYOUT_CODES4 ? ZMOE_LAYOUT_CODES4_INT22 : layout;
 }
 
 const zmoe_kernels zmoe_kernels_avx512_vnni = {layout_for, zmoe_avx512_pack_input, dot};

@@ -2,8 +2,10 @@
  *   load_some(src, i, dtype, n)  LANES floats; those from n on are zero and not touched,
  *   load_e8m0(src, n)     LANES scales, likewise,
  *   widen_bytes(src, values)  CHAINS vectors of codes of 8 bits as floats,
+ *   fp8_at(src), small_fp8_at(src)  LANES values of e4m3; of those, where no one is NaN, 2^-8,
+ * without LOW_BITS, which says that codes of fewer bits do not come here,
  *   widen_packed(u, src, c)  vector c of so many of fewer bits, by struct unpacking,
- *   fp8_at(src), fp4_at(src)  LANES values of e4m3, and with FP4_CHAINS of e2m1,
+ *   fp4_at(src)           LANES values of e2m1,
  *   place_in_window(bits, c, byte)  where it has a byte of VALUES codes before it shuffles,
  * and afterwards has pack_chains, for ZMOE_LAYOUT_CHAINS, F32_SUMS, and dot_chains, unless OTHERS
  * names a table that has them.
@@ -60,6 +62,7 @@ enum { PACKED = 16 };
 typedef struct kind {
   uint32_t format, bits, group_shift;
   const struct unpacking *unpacking; /* of PACKED */
+  int regular;                       /* of mxfp8, as make_regular has it */
 } kind;
 
 KERNEL int has_biases(kind t) {
@@ -107,7 +110,7 @@ KERNEL VEC scales_at(const zmoe_weight *w, kind t, const unsigned char *scales, 
                      uint32_t count) {
   if (has_biases(t))
     return load_some(scales, g, w->scale_dtype, count);
-  if (t.format == ZMOE_FORMAT_MXFP8)
+  if (t.format != ZMOE_FORMAT_NVFP4)
     return load_e8m0(scales + g, count);
   unsigned char bytes[LANES] = {0};
   memcpy(bytes, scales + g, count < LANES ? count : LANES);
@@ -127,6 +130,20 @@ KERNEL void load_groups(const zmoe_weight *w, kind t, struct outputs out, uint32
   }
 }
 
+/* Whether no one of `count` codes of mxfp8 is NaN, and 256 times each of their scales is finite; if
+ * so the scales become that. */
+KERNEL int make_regular(const unsigned char *codes, uint32_t count, struct groups *groups) {
+  uint8_t found = 0;
+  for (uint32_t i = 0; i < count; i++)
+    found |= (codes[i] & 0x7f) == 0x7f;
+  for (uint32_t g = 0; g < count / 32; g++)
+    found |= !(groups->scales[g] < 0x1p120f);
+  for (uint32_t g = 0; g < count / 32 && !found; g++)
+    groups->scales[g] *= 256.0f;
+  return !found;
+}
+
+#ifndef LOW_BITS
 KERNEL void plan_unpacking(uint32_t bits, struct unpacking *u) {
   u->bits = bits;
   u->mask = (1 << bits) - 1;
@@ -138,6 +155,7 @@ KERNEL void plan_unpacking(uint32_t bits, struct unpacking *u) {
     u->bytes[i][2] = u->bytes[i][3] = 128;
   }
 }
+#endif
 
 /* VALUES elements from k on, those from `count` on zero and not touched; codes are of group g of
  * what was loaded, and those that follow. */
@@ -147,16 +165,17 @@ KERNEL void load_values(kind t, const unsigned char *data, size_t k, uint32_t co
   if (t.format == ZMOE_FORMAT_AFFINE)
     widen_bytes(at, values);
   EACH(c, CHAINS)
-    if (t.format == PACKED)
-      values[c] = widen_packed(t.unpacking, at, c);
-    else if (LANES * c >= count)
+    if (LANES * c >= count)
       values[c] = vec_splat(0.0f);
     else if (!has_groups(t))
       values[c] = count < VALUES ? load_some(data, k + LANES * c, t.format, count - LANES * c)
                                  : vec_load(data, k + LANES * c, (zmoe_dtype)t.format);
     else if (t.format == ZMOE_FORMAT_MXFP8)
-      values[c] = fp8_at(at + bytes_of(t, LANES * c)) * vec_splat(groups->scales[g]);
-#ifdef FP4_CHAINS
+      values[c] = (t.regular ? small_fp8_at(at + LANES * c) : fp8_at(at + LANES * c)) *
+                  vec_splat(groups->scales[g]);
+#ifndef LOW_BITS
+    else if (t.format == PACKED)
+      values[c] = widen_packed(t.unpacking, at, c);
     else if (t.format == ZMOE_FORMAT_NVFP4)
       values[c] = fp4_at(at + bytes_of(t, LANES * c)) *
                   vec_splat(groups->scales[g + (LANES * c >> t.group_shift)]);
@@ -184,17 +203,19 @@ KERNEL void add_chunk(kind t, const unsigned char *data, const struct groups *gr
     EACH(c, CHAINS)
       part[r][c] = vec_splat(0.0f);
   uint32_t i = 0, at = 0;
-  for (; i + VALUES <= count; i += VALUES, at += plain ? VALUES : LANES) {
+  data += bytes_of(t, begin);
+  _Pragma("GCC unroll 2") for (; i + VALUES <= count; i += VALUES, at += plain ? VALUES : LANES) {
     for (uint32_t line = 0; line < bytes_of(t, VALUES); line += 64)
-      __builtin_prefetch(data + bytes_of(t, begin + i) + line + NEAR_BYTES);
-    load_values(t, data, begin + i, VALUES, groups, i >> t.group_shift, values);
+      __builtin_prefetch(data + line + NEAR_BYTES);
+    load_values(t, data, 0, VALUES, groups, i >> t.group_shift, values);
+    data += bytes_of(t, VALUES);
     EACH(c, CHAINS)
       EACH(r, rows)
         part[r][c] = vec_fma(values[c], load_x(x[r] + begin + at + c * chain), part[r][c]);
   }
   if (i < count && (!has_groups(t) || t.format == ZMOE_FORMAT_NVFP4)) {
     VEC other[CHAINS];
-    load_values(t, data, begin + i, count - i, groups, i >> t.group_shift, values);
+    load_values(t, data, 0, count - i, groups, i >> t.group_shift, values);
     EACH(r, rows) {
       load_last(x[r], begin + i, plain ? count - i : 0, other);
       EACH(c, CHAINS)
@@ -219,7 +240,13 @@ KERNEL void dot_few(const zmoe_weight *w, kind t, zmoe_layout layout, const floa
       struct groups groups;
       if (has_groups(t))
         load_groups(w, t, out, begin, left < DEPTH ? left : DEPTH, &groups);
-      if (t.format == ZMOE_FORMAT_AFFINE && left >= DEPTH) /* each scale's place is a constant */
+      kind regular = t;
+      regular.regular = 1;
+      if (t.format == ZMOE_FORMAT_MXFP8 &&
+          make_regular(out.data + begin, left < DEPTH ? left : DEPTH, &groups))
+        add_chunk(regular, out.data, &groups, begin, left < DEPTH ? left : DEPTH, layout, x, rows,
+                  sum);
+      else if (t.format == ZMOE_FORMAT_AFFINE && left >= DEPTH) /* each scale's place is constant */
         add_chunk(t, out.data, &groups, begin, DEPTH, layout, x, rows, sum);
       else
         add_chunk(t, out.data, &groups, begin, left < DEPTH ? left : DEPTH, layout, x, rows, sum);
@@ -359,30 +386,30 @@ KERNEL void dot_f32_sums(const zmoe_weight *w, kind t, zmoe_layout layout, const
   }
 #ifndef OTHERS
 #define F32_SUMS(layout, ...)                                                                      \
-  dot_f32_sums(w, (kind){__VA_ARGS__}, layout, xs, rows, first, last, scratch, ys)
+  dot_f32_sums(w, (kind){__VA_ARGS__, 0}, layout, xs, rows, first, last, scratch, ys)
 #define CODES_DOT(name, ...) DOT(name, F32_SUMS(ZMOE_LAYOUT_CHAINS, __VA_ARGS__))
 
 CODES_DOT(dot_codes8_32, ZMOE_FORMAT_AFFINE, 8, 5, NULL)
 CODES_DOT(dot_codes8_64, ZMOE_FORMAT_AFFINE, 8, 6, NULL)
 CODES_DOT(dot_codes8_128, ZMOE_FORMAT_AFFINE, 8, 7, NULL)
 CODES_DOT(dot_fp8, ZMOE_FORMAT_MXFP8, 8, 5, NULL)
-#ifdef FP4_CHAINS
+#ifndef LOW_BITS
 CODES_DOT(dot_nvfp4, ZMOE_FORMAT_NVFP4, 4, 4, NULL)
-#endif
 DOT(dot_packed, struct unpacking u; plan_unpacking(w->bits, &u);
     F32_SUMS(ZMOE_LAYOUT_CHAINS, PACKED, w->bits, (uint32_t)__builtin_ctz(w->group), &u))
+#endif
 
 /* Codes in ZMOE_LAYOUT_CHAINS. */
 static void dot_chains(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                        uint32_t last, void *scratch, float *const *ys) {
   if (w->format == ZMOE_FORMAT_MXFP8)
     dot_fp8(w, xs, rows, first, last, scratch, ys);
-#ifdef FP4_CHAINS
+#ifndef LOW_BITS
   else if (w->format == ZMOE_FORMAT_NVFP4)
     dot_nvfp4(w, xs, rows, first, last, scratch, ys);
-#endif
   else if (w->bits != 8)
     dot_packed(w, xs, rows, first, last, scratch, ys);
+#endif
   else if (w->group == 32)
     dot_codes8_32(w, xs, rows, first, last, scratch, ys);
   else if (w->group == 64)

@@ -2,140 +2,188 @@
  * including this, a variant defines what f32_body.h needs, CODES, a register of 4 * LANES bytes of
  * codes, UNIT, how many of them are multiplied at a time, and
  *   load_codes(src, n)    n words of codes; those from n on are zero and not touched,
- *   load_unit(src, n, affine, codes)  n words of 4-bit codes in 2 * UNIT registers, one code a
- *                         byte, without sign (fp4: twice the value plus 12),
- *   times_int8(codes, x, k, i), times_int22(codes, x, k, i)
- *                         their products with x from element k + i on, lane by lane; k is a
+ *   load_unit(t, src, codes)  a unit's codes in 2 * UNIT registers, one code a byte, without sign
+ *                         (fp4: twice the value plus 12),
+ *   times_int8(codes, x, k, i)  their products with x from element k + i on, lane by lane; k is a
  *                         multiple of ZMOE_BLOCK,
- *   bytes_times_int8(bytes, x, k)  the same of 8-bit codes,
- *   spread(scales, group) the scale of each lane of a unit, from the first of its groups,
+ *   add_int22(t, codes, x, k, i, scales, lanes, sum)  adds the same to sum, times their scales,
+ *   bytes_times_int8(bytes, x, k)  products of 8-bit codes,
+ *   lanes, lanes_of(group), spread(scales, lanes)  the scale of each lane of a unit, from the first
+ *                         of its groups and of 3 more,
  *   pack_integers(layout, w, x, row)  packs x for codes,
+ * with LOW_BITS load_unit and add_int22 for affine codes of 2 to 6 bits, and of nvfp4,
  * and afterwards makes a table of `gemv_layout`, `gemv_pack_input` and `gemv_dot`.
  *
- * `rows`, formats and groups are constants in each call of the inlined bodies,
+ * `rows` and formats are constants in each call of the inlined bodies,
  * so that choices vanish and sums stay in registers. */
 #include "f32_body.h"
 
 /* ---- integers ---------------------------------------------------------------------
- * For 4 bits x is integers, and so are products and sums: converting that many
+ * Here x is integers, and so are products and sums: converting that many
  * codes to floats would take longer than reading them.  Each row of one output at a time. */
 
-enum product { CODES4_INT8, CODES4_INT22, CODES8_INT8 };
+/* Scales that are converted at a time, and outputs of one row, which hide what each has to wait for
+ * besides its units. */
+enum { SCALES = 64, FEW_OUTS = 2 };
 
-/* Scales that are converted at a time. */
-enum { SCALES = 64 };
+/* Codes in a unit. */
+KERNEL uint32_t unit_codes(form t) {
+  if (t.layout == ZMOE_LAYOUT_CODES8_INT8)
+    return 4 * LANES;
+  if (t.layout == ZMOE_LAYOUT_CODES8_INT22)
+    return 8 * LANES;
+  return 8 * LANES * UNIT;
+}
+
+struct scales {
+  float of[ZMOE_DOT_ROWS][SCALES + LANES]; /* as many more as `spread` may read */
+};
 
 /* The scales of groups [g, g + count), times those that rows of x in 22 bits have
  * of their own; and what the sums of x add. */
-KERNEL void start_groups(const zmoe_weight *w, enum product product, int affine, uint32_t g,
-                         uint32_t count, const zmoe_packed *x, const uint32_t rows,
-                         struct outputs out, float each[ZMOE_DOT_ROWS][SCALES],
-                         VEC sum[ZMOE_DOT_ROWS]) {
-  const float centre = product == CODES4_INT8 ? ZMOE_CENTRE4 : ZMOE_CENTRE8;
+KERNEL void start_groups(const zmoe_weight *w, form t, uint32_t g, uint32_t count,
+                         const zmoe_packed *x, const uint32_t rows, struct outputs out,
+                         struct scales *each, VEC sum[ZMOE_DOT_ROWS]) {
+  const int int22 = zmoe_layout_is_int22(t.layout), affine = t.format == ZMOE_FORMAT_AFFINE;
   for (uint32_t i = 0; i < count; i += LANES) {
-    VEC scale = affine ? load_some(out.scales, g + i, w->scale_dtype, count - i)
-                       : load_e8m0(out.scales + g + i, count - i);
+    VEC scale = scales_at(w, (kind){.format = t.format}, out.scales, g + i, count - i);
     if (affine) {
       VEC bias = load_some(out.biases, g + i, w->scale_dtype, count - i);
-      if (product != CODES4_INT22)
-        bias = vec_fma(scale, vec_splat(centre), bias);
+      if (!int22)
+        bias = vec_fma(scale, vec_splat(t.bits == 4 ? ZMOE_CENTRE4 : ZMOE_CENTRE8), bias);
       EACH(r, rows)
         sum[r] = vec_fma(bias, load_x(x[r].sums + g + i), sum[r]);
     }
     EACH(r, rows) {
       VEC own = scale;
-      if (product == CODES4_INT22) {
+      if (int22) {
         sum[r] = vec_fma(scale, load_x(x[r].rests + g + i), sum[r]);
         own = scale * load_x(x[r].scales + g + i);
       }
-      memcpy(each[r] + i, &own, sizeof own);
+      memcpy(each->of[r] + i, &own, sizeof own);
     }
   }
 }
 
-/* Adds `words` words of codes, those from element k + i on, k a multiple of ZMOE_BLOCK.
- * `at`: k's group in `each`. */
-KERNEL void add_codes(enum product product, int affine, const uint32_t group, size_t k, uint32_t i,
-                      uint32_t words, const zmoe_packed *x, const uint32_t rows, struct outputs out,
-                      float each[ZMOE_DOT_ROWS][SCALES], uint32_t at, VEC sum[ZMOE_DOT_ROWS]) {
-  const uint32_t g = at + i / group;
+/* Adds a unit of codes, those from element k + i on, k a multiple of ZMOE_BLOCK, which lie at
+ * `src` and the first of which is of group g in `each`. */
+KERNEL void add_unit(form t, const unsigned char *src, size_t k, uint32_t i, const zmoe_packed *x,
+                     const uint32_t rows, const struct scales *each, uint32_t g, lanes l,
+                     VEC sum[ZMOE_DOT_ROWS]) {
   CODES codes[2 * UNIT];
-  if (product == CODES8_INT8)
-    codes[0] = load_codes(out.data + k + i, LANES);
+  if (t.layout == ZMOE_LAYOUT_CODES8_INT8)
+    codes[0] = load_codes(src, LANES);
   else
-    load_unit(out.data + (k + i) / 2, words, affine, codes);
+    load_unit(t, src, codes);
   EACH(r, rows)
-    if (product == CODES8_INT8)
-      sum[r] = vec_fma(bytes_times_int8(codes[0], &x[r], k + i), vec_splat(each[r][g]), sum[r]);
-    else if (product == CODES4_INT8)
-      sum[r] = vec_fma(times_int8(codes, &x[r], k, i), spread(each[r] + g, group), sum[r]);
+    if (t.layout == ZMOE_LAYOUT_CODES8_INT8)
+      sum[r] = vec_fma(bytes_times_int8(codes[0], &x[r], k + i), vec_splat(each->of[r][g]), sum[r]);
+    else if (t.layout == ZMOE_LAYOUT_CODES4_INT8)
+      sum[r] = vec_fma(times_int8(codes, &x[r], k, i), spread(each->of[r] + g, l), sum[r]);
     else
-      sum[r] = vec_fma(times_int22(codes, &x[r], k, i), spread(each[r] + g, group), sum[r]);
+      sum[r] = add_int22(t, codes, &x[r], k, i, each->of[r] + g, l, sum[r]);
 }
 
-KERNEL void add_groups(const zmoe_weight *w, enum product product, int affine, const uint32_t group,
-                       uint32_t g, uint32_t count, const zmoe_packed *x, const uint32_t rows,
-                       struct outputs out, VEC sum[ZMOE_DOT_ROWS]) {
-  const uint32_t bits = product == CODES8_INT8 ? 8 : 4, per_word = 32 / bits;
-  const uint32_t step = (bits == 4 ? UNIT : 1) * LANES * per_word;
-  float each[ZMOE_DOT_ROWS][SCALES];
-  start_groups(w, product, affine, g, count, x, rows, out, each, sum);
-  size_t k = (size_t)g * group, end = k + (size_t)count * group;
+KERNEL void add_groups(const zmoe_weight *w, form t, uint32_t g, uint32_t count,
+                       const zmoe_packed *x, const uint32_t rows, struct outputs out,
+                       const uint32_t outs, VEC sum[][ZMOE_DOT_ROWS]) {
+  const uint32_t unit = unit_codes(t), unit_bytes = unit * t.bits / 8;
+  const uint32_t shift = (uint32_t)__builtin_ctz(w->group), per_block = ZMOE_BLOCK >> shift;
+  const lanes l = lanes_of(w->group);
+  struct scales each[FEW_OUTS];
+  EACH(j, outs)
+    start_groups(w, t, g, count, x, rows, outputs_after(out, j), &each[j], sum[j]);
+  size_t k = (size_t)g << shift, end = k + ((size_t)count << shift);
   uint32_t at = 0;
-  for (; k + ZMOE_BLOCK <= end; k += ZMOE_BLOCK, at += ZMOE_BLOCK / group) {
-    for (uint32_t i = 0; i < ZMOE_BLOCK * bits / 8; i += 64)
-      zmoe_prefetch(out.data + k * bits / 8 + i);
-    for (uint32_t i = 0; i < ZMOE_BLOCK; i += step)
-      add_codes(product, affine, group, k, i, step / per_word, x, rows, out, each, at, sum);
+  const unsigned char *src = out.data + k * t.bits / 8;
+  for (; k + ZMOE_BLOCK <= end; k += ZMOE_BLOCK, at += per_block) {
+    EACH(j, outs)
+      for (uint32_t i = 0; i < ZMOE_BLOCK * t.bits / 8; i += 64)
+        zmoe_prefetch(src + j * out.row_bytes + i);
+    for (uint32_t i = 0; i < ZMOE_BLOCK; i += unit)
+      EACH(j, outs)
+        add_unit(t, src + j * out.row_bytes + i * t.bits / 8, k, i, x, rows, &each[j],
+                 at + (i >> shift), l, sum[j]);
+    src += ZMOE_BLOCK * t.bits / 8;
   }
-  for (uint32_t i = 0; k + i < end; i += step)
-    add_codes(product, affine, group, k, i, (uint32_t)(end - k - i) / per_word, x, rows, out, each,
-              at, sum);
+  for (uint32_t i = 0; k + i < end; i += unit, src += unit_bytes) {
+    const size_t bytes = (end - k - i) * t.bits / 8;
+    EACH(j, outs) {
+      unsigned char padded[ZMOE_BLOCK] = {0};
+      const unsigned char *from = src + j * out.row_bytes;
+      from = bytes < unit_bytes ? memcpy(padded, from, bytes) : from;
+      add_unit(t, from, k, i, x, rows, &each[j], at + (i >> shift), l, sum[j]);
+    }
+  }
 }
 
-KERNEL void dot_codes(const zmoe_weight *w, enum product product, zmoe_layout layout, int affine,
-                      const uint32_t group, const void *const *xs, const uint32_t rows,
-                      uint32_t first, uint32_t last, float *const *ys) {
-  const uint32_t groups = w->in_features / group;
+KERNEL void dot_integers(const zmoe_weight *w, form t, const void *const *xs, const uint32_t rows,
+                         uint32_t first, uint32_t last, float *const *ys) {
+  const uint32_t groups = w->in_features / w->group;
   zmoe_packed x[ZMOE_DOT_ROWS];
   EACH(r, rows)
-    x[r] = zmoe_packed_at((void *)xs[r], layout, w->in_features);
+    x[r] = zmoe_packed_at((void *)xs[r], t.layout, w->in_features);
+  const uint32_t outs = rows == 1 ? FEW_OUTS : 1;
   struct outputs out = outputs_at(w, first);
-  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
-    VEC sum[ZMOE_DOT_ROWS];
-    EACH(r, rows)
-      sum[r] = vec_splat(0.0f);
+  for (uint32_t o = first; o < last; o += outs, out = outputs_after(out, outs)) {
+    VEC sum[FEW_OUTS][ZMOE_DOT_ROWS];
+    EACH(j, outs)
+      EACH(r, rows)
+        sum[j][r] = vec_splat(0.0f);
+    if (o + outs > last) /* the last one, twice */
+      out.row_bytes = out.scale_bytes = 0;
     for (uint32_t g = 0; g < groups; g += SCALES)
-      add_groups(w, product, affine, group, g, groups - g < SCALES ? groups - g : SCALES, x, rows,
-                 out, sum);
-    EACH(r, rows)
-      ys[r][o - first] = vec_fold(sum[r]);
+      add_groups(w, t, g, groups - g < SCALES ? groups - g : SCALES, x, rows, out, outs, sum);
+    EACH(j, outs)
+      EACH(r, rows)
+        if (o + j < last)
+          ys[r][o - first + j] = vec_fold(sum[j][r]);
   }
 }
 
 /* ---- which one -------------------------------------------------------------------- */
 
-#define GROUPS(product, layout)                                                                    \
+#define INTEGERS(...) ZMOE_BY_ROWS(dot_integers, w, ((form){__VA_ARGS__}))
+#define AFFINE8(bits)                                                                              \
   do {                                                                                             \
     if (w->group == 32)                                                                            \
-      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 32);                                          \
-    else if (w->group == 64)                                                                       \
-      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 64);                                          \
+      INTEGERS(ZMOE_LAYOUT_CODES8_INT22, ZMOE_FORMAT_AFFINE, bits, 1);                             \
     else                                                                                           \
-      ZMOE_BY_ROWS(dot_codes, w, product, layout, 1, 128);                                         \
+      INTEGERS(ZMOE_LAYOUT_CODES8_INT22, ZMOE_FORMAT_AFFINE, bits, 0);                             \
   } while (0)
 
-DOT(dot_codes4, GROUPS(CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22))
-DOT(dot_fp4, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT22, ZMOE_LAYOUT_CODES4_INT22, 0, 32))
-DOT(dot_codes4_int8, GROUPS(CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8))
-DOT(dot_fp4_int8, ZMOE_BY_ROWS(dot_codes, w, CODES4_INT8, ZMOE_LAYOUT_CODES4_INT8, 0, 32))
-DOT(dot_codes8_int8, GROUPS(CODES8_INT8, ZMOE_LAYOUT_CODES8_INT8))
+DOT(dot_codes4, INTEGERS(ZMOE_LAYOUT_CODES4_INT22, ZMOE_FORMAT_AFFINE, 4, 0))
+DOT(dot_fp4, INTEGERS(ZMOE_LAYOUT_CODES4_INT22, ZMOE_FORMAT_MXFP4, 4, 0))
+#ifdef LOW_BITS
+DOT(dot_codes2, INTEGERS(ZMOE_LAYOUT_CODES4_INT22, ZMOE_FORMAT_AFFINE, 2, 0))
+DOT(dot_codes3, INTEGERS(ZMOE_LAYOUT_CODES4_INT22, ZMOE_FORMAT_AFFINE, 3, 0))
+DOT(dot_codes5, AFFINE8(5))
+DOT(dot_codes6, AFFINE8(6))
+DOT(dot_nvfp4_int22, INTEGERS(ZMOE_LAYOUT_CODES4_INT22, ZMOE_FORMAT_NVFP4, 4, 0))
+#endif
+DOT(dot_codes4_int8, INTEGERS(ZMOE_LAYOUT_CODES4_INT8, ZMOE_FORMAT_AFFINE, 4, 0))
+DOT(dot_fp4_int8, INTEGERS(ZMOE_LAYOUT_CODES4_INT8, ZMOE_FORMAT_MXFP4, 4, 0))
+DOT(dot_codes8_int8, INTEGERS(ZMOE_LAYOUT_CODES8_INT8, ZMOE_FORMAT_AFFINE, 8, 0))
 
 typedef void matmul(const zmoe_weight *w, const void *const *xs, uint32_t rows, uint32_t first,
                     uint32_t last, void *scratch, float *const *ys);
 
 static matmul *matmul_of_integers(const zmoe_weight *w, zmoe_layout layout) {
   int affine = w->format == ZMOE_FORMAT_AFFINE;
+#ifdef LOW_BITS
+  if (w->format == ZMOE_FORMAT_NVFP4)
+    return dot_nvfp4_int22;
+  switch (w->bits) {
+  case 2:
+    return dot_codes2;
+  case 3:
+    return dot_codes3;
+  case 5:
+    return dot_codes5;
+  case 6:
+    return dot_codes6;
+  }
+#endif
   if (layout == ZMOE_LAYOUT_CODES4_INT22)
     return affine ? dot_codes4 : dot_fp4;
   if (layout == ZMOE_LAYOUT_CODES4_INT8)
@@ -199,5 +247,11 @@ static zmoe_layout gemv_layout(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_pr
     return precision == ZMOE_INT8 ? ZMOE_LAYOUT_CODES4_INT8 : ZMOE_LAYOUT_CODES4_INT22;
   if (w->format == ZMOE_FORMAT_AFFINE && w->bits == 8 && precision == ZMOE_INT8)
     return ZMOE_LAYOUT_CODES8_INT8;
+#ifdef LOW_BITS
+  if (w->bits == 2 || w->bits == 3 || w->format == ZMOE_FORMAT_NVFP4)
+    return ZMOE_LAYOUT_CODES4_INT22;
+  if (w->bits == 5 || w->bits == 6)
+    return ZMOE_LAYOUT_CODES8_INT22;
+#endif
   return w->bits == 1 ? ZMOE_LAYOUT_PLAIN : ZMOE_LAYOUT_CHAINS;
 }

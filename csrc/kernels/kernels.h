@@ -31,6 +31,7 @@ typedef enum zmoe_layout {
   ZMOE_LAYOUT_CODES4_INT8,  /* 8 bits */
   ZMOE_LAYOUT_CODES4_INT22, /* 22 bits, as three digits of 8; f32 in all but name */
   ZMOE_LAYOUT_CODES8_INT8,
+  ZMOE_LAYOUT_CODES8_INT22, /* the same as three digits, for codes that take a byte each */
 } zmoe_layout;
 
 /* A packed row: the sums of x per group, which an affine weight's biases
@@ -56,6 +57,9 @@ typedef struct zmoe_packed {
 } zmoe_packed;
 
 int zmoe_layout_is_integer(zmoe_layout layout);
+static inline __attribute__((always_inline)) int zmoe_layout_is_int22(zmoe_layout layout) {
+  return layout == ZMOE_LAYOUT_CODES4_INT22 || layout == ZMOE_LAYOUT_CODES8_INT22;
+}
 size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features);
 size_t zmoe_packed_most(uint32_t in_features); /* in any layout */
 zmoe_packed zmoe_packed_at(void *row, zmoe_layout layout, uint32_t in_features);
@@ -95,6 +99,7 @@ extern const zmoe_kernels zmoe_kernels_avx_vnni;
 #endif
 extern const zmoe_kernels zmoe_kernels_avx512;
 extern const zmoe_kernels zmoe_kernels_avx512_vnni;
+extern const zmoe_kernels zmoe_kernels_vnni256; /* of AVX-512 with VNNI: integers in 256 bits */
 extern const zmoe_kernels zmoe_kernels_avx512_bf16;
 #elif defined(__aarch64__)
 extern const zmoe_kernels zmoe_kernels_neon;

@@ -96,7 +96,8 @@ static void work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
 /* ---- the call ---------------------------------------------------------------- */
 
 static int same_packing(zmoe_layout layout, const zmoe_weight *a, const zmoe_weight *b) {
-  return a->group == b->group && (!zmoe_layout_is_integer(layout) || a->format == b->format);
+  return a->group == b->group &&
+         (!zmoe_layout_is_integer(layout) || (a->format == b->format && a->bits == b->bits));
 }
 
 /* Which layouts the weights want; none when all take x as it is. */

@@ -5,7 +5,6 @@
 #include "unpacking.h"
 
 #define CODES int8x16_t
-#define FP4_CHAINS
 #define UNIT 1
 
 #ifndef DOT4
@@ -20,9 +19,10 @@ KERNEL CODES load_codes(const unsigned char *src, uint32_t count) {
   return vreinterpretq_s8_u8(load_bytes(src, 4 * (size_t)count));
 }
 
-KERNEL void load_unit(const unsigned char *src, uint32_t words, int affine, CODES codes[2]) {
+KERNEL void load_unit(form t, const unsigned char *src, CODES codes[2]) {
+  const int affine = t.format == ZMOE_FORMAT_AFFINE;
   static const int8_t fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-  uint8x16_t bytes = vreinterpretq_u8_s8(load_codes(src, words));
+  uint8x16_t bytes = vreinterpretq_u8_s8(load_codes(src, LANES));
   uint8x16_t low = vandq_u8(bytes, vdupq_n_u8(15)), high = vshrq_n_u8(bytes, 4);
   codes[0] = affine ? vreinterpretq_s8_u8(low) : vqtbl1q_s8(vld1q_s8(fp4), low);
   codes[1] = affine ? vreinterpretq_s8_u8(high) : vqtbl1q_s8(vld1q_s8(fp4), high);
@@ -40,12 +40,27 @@ KERNEL VEC times_int8(const CODES codes[2], const zmoe_packed *x, size_t k, uint
   return vcvtq_f32_s32(sum) * vld1q_f32(x->scales + lane);
 }
 
-KERNEL VEC times_int22(const CODES codes[2], const zmoe_packed *x, size_t k, uint32_t i) {
+typedef int lanes;
+
+KERNEL lanes lanes_of(uint32_t group) {
+  (void)group; /* a register of codes has one */
+  return 0;
+}
+
+KERNEL VEC spread(const float *scales, lanes l) {
+  (void)l;
+  return vld1q_dup_f32(scales);
+}
+
+KERNEL VEC add_int22(form t, const CODES codes[2], const zmoe_packed *x, size_t k, uint32_t i,
+                     const float *scales, lanes l, VEC all) {
+  (void)t;
   const int8_t *elements = (const int8_t *)x->elements + 3 * k + i / 2;
   int32x4_t zero = vdupq_n_s32(0), sum = times_plane(zero, codes, elements);
   sum = vsubq_s32(zero, vshlq_n_s32(sum, 7));
   sum = vshlq_n_s32(times_plane(sum, codes, elements + ZMOE_BLOCK), 8);
-  return vcvtq_f32_s32(times_plane(sum, codes, elements + 2 * ZMOE_BLOCK));
+  sum = times_plane(sum, codes, elements + 2 * ZMOE_BLOCK);
+  return vec_fma(vcvtq_f32_s32(sum), spread(scales, l), all);
 }
 
 /* Here codes have a sign, and that takes the centre off: no offset. */
@@ -102,21 +117,24 @@ KERNEL VEC fp4_at(const unsigned char *src) {
   return vcvtq_n_f32_s32(vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(doubled), index)), 25);
 }
 
-/* As f16, 2^-8 of the value. */
-KERNEL VEC fp8_at(const unsigned char *src) {
+/* As f16, 2^-8 of the values, unless they are NaN. */
+KERNEL int16x4_t halves_of_fp8(const unsigned char *src) {
   uint32_t four;
   memcpy(&four, src, sizeof four);
-  const int16x4_t largest = vdup_n_s16(0x3f80);
   int16x4_t half = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
-  half = vand_s16(vshl_n_s16(half, 7), vdup_n_s16((int16_t)0xbf80));
+  return vand_s16(vshl_n_s16(half, 7), vdup_n_s16((int16_t)0xbf80));
+}
+
+KERNEL VEC small_fp8_at(const unsigned char *src) {
+  return vcvt_f32_f16(vreinterpret_f16_s16(halves_of_fp8(src)));
+}
+
+KERNEL VEC fp8_at(const unsigned char *src) {
+  const int16x4_t largest = vdup_n_s16(0x3f80);
+  int16x4_t half = halves_of_fp8(src);
   uint16x4_t nan = vceq_s16(vand_s16(half, largest), largest);
   return vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(vreinterpret_u16_s16(half), nan))) *
          vec_splat(256.0f);
-}
-
-KERNEL VEC spread(const float *scales, uint32_t group) {
-  (void)group; /* a register of codes has one */
-  return vld1q_dup_f32(scales);
 }
 
 static void pack_integers(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row) {

@@ -8,8 +8,8 @@
 /* ---- where the parts lie ------------------------------------------------------- */
 
 int zmoe_layout_is_integer(zmoe_layout layout) {
-  return layout == ZMOE_LAYOUT_CODES4_INT8 || layout == ZMOE_LAYOUT_CODES4_INT22 ||
-         layout == ZMOE_LAYOUT_CODES8_INT8;
+  return layout == ZMOE_LAYOUT_CODES4_INT8 || layout == ZMOE_LAYOUT_CODES8_INT8 ||
+         zmoe_layout_is_int22(layout);
 }
 
 static int is_code4(zmoe_layout layout) {
@@ -27,6 +27,7 @@ static size_t element_bytes(zmoe_layout layout) {
   case ZMOE_LAYOUT_CODES8_INT8:
     return 1;
   case ZMOE_LAYOUT_CODES4_INT22:
+  case ZMOE_LAYOUT_CODES8_INT22:
     return 3;
   default:
     return 4;
@@ -46,7 +47,7 @@ static size_t sums_bytes(uint32_t in_features) {
 static size_t integer_bytes(zmoe_layout layout, uint32_t in_features) {
   if (!zmoe_layout_is_integer(layout))
     return 0;
-  if (layout == ZMOE_LAYOUT_CODES4_INT22)
+  if (zmoe_layout_is_int22(layout))
     return sums_bytes(in_features);
   return zmoe_round_up(in_features, ZMOE_BLOCK) / codes_per_lane(layout) * sizeof(float);
 }
@@ -60,7 +61,7 @@ size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features) {
 
 size_t zmoe_packed_most(uint32_t in_features) {
   size_t most = 0;
-  for (int layout = ZMOE_LAYOUT_PLAIN; layout <= ZMOE_LAYOUT_CODES8_INT8; layout++) {
+  for (int layout = ZMOE_LAYOUT_PLAIN; layout <= ZMOE_LAYOUT_CODES8_INT22; layout++) {
     size_t bytes = zmoe_packed_bytes((zmoe_layout)layout, in_features);
     most = bytes > most ? bytes : most;
   }
@@ -144,9 +145,7 @@ static inline int32_t nearest(float x) {
 }
 
 static int32_t centre_of(const zmoe_weight *w) {
-  if (w->format != ZMOE_FORMAT_AFFINE)
-    return ZMOE_CENTRE_FP4;
-  return w->bits == 4 ? ZMOE_CENTRE4 : ZMOE_CENTRE8;
+  return w->format == ZMOE_FORMAT_AFFINE ? 1 << (w->bits - 1) : ZMOE_CENTRE_FP4;
 }
 
 static float unit_of(const zmoe_weight *w) {

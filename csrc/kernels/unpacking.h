@@ -2,7 +2,7 @@
 #ifndef ZMOE_UNPACKING_H
 #define ZMOE_UNPACKING_H
 
-#include <stdint.h>
+#include "kernels.h"
 
 /* Registers whose sums f32_body.h keeps apart, and the elements in all of them. */
 enum { CHAINS = LANES == 16 ? 2 : 4, VALUES = CHAINS * LANES };
@@ -21,5 +21,12 @@ struct unpacking {
 KERNEL uint32_t packed_bytes(uint32_t bits) {
   return VALUES * bits / 8;
 }
+
+/* What gemv_body.h multiplies as integers: the layout of x, and the weight's format. */
+typedef struct form {
+  zmoe_layout layout;
+  uint32_t format, bits;
+  int short_groups; /* of CODES8_INT22: a group has 32 codes */
+} form;
 
 #endif

@@ -196,10 +196,10 @@ def bound(weight: Weight, x: Array, group: int, precision: Precision) -> Array:
     error = (in_features + 64) * 2.0**-24 * (
         np.abs(x) @ weight.sizes.T + np.abs(weight.bias)
     ) + 1e-30
-    if group >= 32:
+    if group:
         error += 2.0**-21 * largest(x, group) @ weight.codes.T
-        if precision is Precision.INT8:
-            error += largest(x, 32) / 253 @ weight.codes.T
+    if group >= 32 and precision is Precision.INT8:
+        error += largest(x, 32) / 253 @ weight.codes.T
     return error
 
 
