@@ -315,12 +315,12 @@ static void expect(zmoe_thread_pool *pool, const zmoe_attention *attention, cons
 static void test_bad_spans(zmoe_thread_pool *pool, const zmoe_attention *good,
                            const float *angles) {
   static const uint32_t blocks[] = {2, 0, BLOCKS}; /* the last one is not there */
-  static const zmoe_span fine = {blocks, 3, 1, 0}, none = {NULL, 0, 0, 0};
+  static const zmoe_span fine = {blocks, 3, 1, 0, NULL, NULL}, none = {NULL, 0, 0, 0, NULL, NULL};
   static const zmoe_span bad[] = {
-      {blocks, 1, 1, 64},         {blocks, 1, 2, 63},
-      {blocks, 3, 1, 128},        {blocks, 2, UINT32_MAX, 1},
-      {blocks, 2, 1, UINT32_MAX}, {blocks, 2, UINT32_MAX, UINT32_MAX},
-      {blocks, 0, 1, 0},          {NULL, 0, 1, 0},
+      {blocks, 1, 1, 64, NULL, NULL},         {blocks, 1, 2, 63, NULL, NULL},
+      {blocks, 3, 1, 128, NULL, NULL},        {blocks, 2, UINT32_MAX, 1, NULL, NULL},
+      {blocks, 2, 1, UINT32_MAX, NULL, NULL}, {blocks, 2, UINT32_MAX, UINT32_MAX, NULL, NULL},
+      {blocks, 0, 1, 0, NULL, NULL},          {NULL, 0, 1, 0, NULL, NULL},
   };
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     expect(pool, good, &bad[i], 1, angles, ZMOE_EINVAL);
@@ -328,7 +328,8 @@ static void test_bad_spans(zmoe_thread_pool *pool, const zmoe_attention *good,
     expect(pool, good, after, 2, angles, ZMOE_EINVAL);
   }
   expect(pool, good, &fine, 1, NULL, ZMOE_EINVAL); /* no angles */
-  const zmoe_span two[] = {none, {blocks, 2, 1, 127}, none, {blocks, 1, 1, 63}, none};
+  const zmoe_span two[] = {
+      none, {blocks, 2, 1, 127, NULL, NULL}, none, {blocks, 1, 1, 63, NULL, NULL}, none};
   expect(pool, good, two, 5, angles, ZMOE_OK);
   expect(pool, good, &none, 1, angles, ZMOE_OK);
   expect(pool, good, NULL, 0, angles, ZMOE_OK);
@@ -337,7 +338,7 @@ static void test_bad_spans(zmoe_thread_pool *pool, const zmoe_attention *good,
 static void test_bad_attention(void) {
   static const float data[32 * WIDTH] = {0}, angles[4 * ZMOE_KEY_BLOCK] = {0};
   static const uint32_t first = 0;
-  static const zmoe_span row = {&first, 1, 1, 0};
+  static const zmoe_span row = {&first, 1, 1, 0, NULL, NULL};
   zmoe_weight projections[3] = {{.data = data, .out_features = 16, .in_features = WIDTH},
                                 {.data = data, .out_features = 8, .in_features = WIDTH},
                                 {.data = data, .out_features = 8, .in_features = WIDTH}};
@@ -345,8 +346,9 @@ static void test_bad_attention(void) {
   zmoe_weight narrow[3] = {projections[0], projections[1], projections[2]};
   zmoe_weight output = {.data = data, .out_features = WIDTH, .in_features = 16}, other = output,
               taller = output;
-  wrong[2].out_features = 4, narrow[1].in_features = 4, other.in_features = 8,
-  taller.out_features = 7;
+  zmoe_weight gated[3] = {projections[0], projections[1], projections[2]};
+  gated[0].out_features = 32, wrong[2].out_features = 4, narrow[1].in_features = 4,
+  other.in_features = 8, taller.out_features = 7;
   const zmoe_norm none = {0}, odd = {ZMOE_NORM_RMS, 5, 0, NULL, NULL}, kind = {3, 4, 0, NULL, NULL};
   const zmoe_attention good = {.input = none,
                                .projections = projections,
@@ -357,17 +359,20 @@ static void test_bad_attention(void) {
                                .head_dim = DIM,
                                .rope_dims = 4,
                                .scale = 1};
-  zmoe_attention bad[20];
-  for (int i = 0; i < 20; i++)
+  zmoe_attention bad[23];
+  for (int i = 0; i < 23; i++)
     bad[i] = good;
   bad[0].heads = 0, bad[1].kv_heads = 0, bad[2].heads = 3, bad[3].kv_heads = 3;
   bad[4].head_dim = 0, bad[5].rope_dims = 3, bad[6].rope_dims = 6, bad[7].n_projections = 2;
   bad[8].n_projections = 1, bad[9].projections = wrong, bad[10].projections = narrow;
   bad[11].output = &other, bad[12].output = &taller, bad[13].input = odd;
   bad[14].query_norm = odd, bad[15].key_norm = kind, bad[16].dtype = 3;
+  bad[20].is_gated = bad[21].is_gated = 1, bad[22].is_gated = 2; /* 20: without gates */
+  bad[21].projections = bad[22].projections = gated;
+  bad[21].query_norm = (zmoe_norm){ZMOE_NORM_RMS, 16, 0, NULL, NULL}; /* of all heads */
   bad[17].keep = 1, bad[18].window = bad[18].keep = 4, bad[19].window = 4, bad[19].keep = 5;
   zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), zmoe_attention_scratch(&good, 2));
-  for (int i = 0; i < 20; i++)
+  for (int i = 0; i < 23; i++)
     expect(pool, &bad[i], &row, 1, angles, ZMOE_EINVAL);
   test_bad_spans(pool, &good, angles);
   zmoe_thread_pool_destroy(pool);

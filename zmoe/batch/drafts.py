@@ -16,10 +16,13 @@ FADE = 0.1  # what the newest verdict on a draft weighs in the acceptance
 
 
 class Drafts:
-    """Proposes the next tokens of one sequence; `fixed` is their number, or None to choose it."""
+    """Proposes the next tokens of one sequence; `fixed` is their number, or None to choose it.
 
-    def __init__(self, fixed: int | None = None) -> None:
-        self._fixed = fixed
+    `again`: where one is wrong, the step after that computes the right ones before it again.
+    """
+
+    def __init__(self, fixed: int | None = None, again: bool = False) -> None:
+        self._fixed, self._again = fixed, again
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> position after its last one
         self._read = 0  # tokens whose n-grams, ending before them, are known
         self._rest = 0
@@ -79,12 +82,15 @@ class Drafts:
         alone = rates.seconds(rows)
         if self._trial or not alone:
             return TRIAL
-        best, best_gain, expected, chance = 0, 1.0, 1.0, 1.0
+        best, best_gain, expected, chance, again = 0, 1.0, 1.0, 1.0, 0.0
         for count in range(1, MOST + 1):
+            if self._again:
+                again += chance * (1 - self.acceptance) * count
             chance *= self.acceptance
             expected += chance
+            took = rates.seconds(rows + count + again) or alone
             # Another sequence's rows in the same step are delayed alike: `rows` tokens become more.
-            gain = (rows - 1 + expected) / rows * alone / (rates.seconds(rows + count) or alone)
+            gain = (rows - 1 + expected) / rows * alone / took
             if gain > best_gain:
                 best, best_gain = count, gain
         if not best:

@@ -37,7 +37,7 @@ class Rates:
                 slowest = max(slowest, mean_seconds)
                 self._points.append((mean_rows, slowest))
 
-    def seconds(self, rows: int) -> float | None:
+    def seconds(self, rows: float) -> float | None:
         """What a step of `rows` will take; None before any measurement."""
         if not self._points:
             return None

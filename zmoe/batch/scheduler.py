@@ -145,7 +145,7 @@ class Scheduler:
             salt=request.salt,
             submitted=now,
             borders=self._memory.borders(prompt, request.borders),
-            drafts=None if self._drafts == 0 else Drafts(self._drafts),
+            drafts=None if self._drafts == 0 else Drafts(self._drafts, again=self._exact),
         )
         self._sequences[sequence.id] = self._waiting[sequence.id] = sequence
         self._changed = True
@@ -269,18 +269,25 @@ class Scheduler:
         return ended
 
     def _verified(self, sequence: Sequence, span: Span, tokens: int) -> int:
-        """Go back to the last draft that was right; returns the position after it."""
+        """Go back to the last draft that was right, or as far as the caches have to; returns the
+        position after it.
+        """
         assert sequence.drafts is not None
-        sequence.drafts.verified(span.rows - 1, tokens - 1)
+        sequence.drafts.verified(span.logits - 1, tokens - 1)
         sequence.verifying = False
-        sequence.position = span.position + tokens
+        if tokens == span.logits or not self._exact:
+            sequence.position = span.end - span.logits + tokens
+        else:  # a state is there before the step and after it alone
+            sequence.position = span.position
         return sequence.position
 
     def _decode(self, rows: _Rows) -> None:
-        """One row for each sequence whose prompt is done, and drafts where they pay."""
+        """One row for each sequence whose prompt is done, after those to be computed again, and
+        drafts where they pay.
+        """
         memory, room = self._memory, self._room_for_drafts()
         for sequence in list(self._decoding.values()):
-            end = sequence.position + 1
+            end = sequence.position + self._due(sequence)
             if sequence.verifying or len(sequence.tokens) + sequence.ahead >= sequence.limit:
                 continue  # no row before the results are there
             if sequence.id not in self._decoding:
@@ -291,27 +298,32 @@ class Scheduler:
             if sequence.ahead:
                 rows.add(sequence, (PREVIOUS,), 1)
                 continue
-            last = sequence.tokens[-1]
+            due = sequence.tokens[sequence.position :]
             draft = self._draft(sequence, room, len(self._decoding)) if room > 0 else ()
-            rows.add(sequence, (last, *draft), 1 + len(draft))
+            rows.add(sequence, (*due, *draft), 1 + len(draft))
             room -= len(draft)
 
     def _room_for_drafts(self) -> int:
         """How many draft rows the step may have: none beside prompts, or where it is full."""
-        alone = (self._paged or len(self._decoding) == 1) and not self._exact
+        alone = self._paged or (len(self._decoding) == 1 and not self._exact)
         prompts = self._prefilling or (self._waiting and self._changed)
         if self._drafts == 0 or prompts or not alone or not self._decoding:
             return 0
         most = self._max_rows
         if self._drafts is None:
             most = min(most, self.rates.rows(self._step_seconds))
-        return most - len(self._decoding)
+        return most - sum(map(self._due, self._decoding.values()))
+
+    @staticmethod
+    def _due(sequence: Sequence) -> int:
+        """The rows that a sequence needs for its next token."""
+        return max(1, len(sequence.tokens) - sequence.position)
 
     def _draft(self, sequence: Sequence, room: int, rows: int) -> list[int]:
         assert sequence.drafts is not None
         room = min(room, sequence.limit - len(sequence.tokens) - 1)
         draft = sequence.drafts.propose(sequence.tokens, room, rows, self.rates)
-        end = sequence.position + 1 + len(draft)
+        end = len(sequence.tokens) + len(draft)
         if end > sequence.room and not self._memory.grow(sequence, end):
             return []
         sequence.verifying = bool(draft)

@@ -73,7 +73,7 @@ class StatefulBlocks(Blocks):
         generates = position >= sequence.prompt and position % BLOCK == 0
         # The text is known up to here, unless results are yet to come.
         if (is_wanted or generates) and sequence.kept * BLOCK == position:
-            if generates:
+            if generates and self._latest.get(sequence) != sequence.prefix:
                 self._drop(self._latest.pop(sequence, None))
             self._add(sequence, generates)
         return borders[0] if borders else len(sequence.tokens)

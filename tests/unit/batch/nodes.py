@@ -131,6 +131,7 @@ class StatefulNode(PagedNode):
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.states: dict[int, tuple[int, int]] = {}  # how many positions, and the last hash
+        self.earlier: list[dict[int, tuple[int, int]]] = []  # before the last steps
 
     def before(self, plan: Plan) -> None:
         for number in plan.free:
@@ -138,12 +139,16 @@ class StatefulNode(PagedNode):
             self.tables.pop(number, None)
         for fork in plan.forks:
             assert fork.new not in self.states
-            assert self.states[fork.old][0] == fork.length
-            self.states[fork.new] = self.states[fork.old]
+            self.states[fork.new] = self.state(fork.old, fork.length)
         for span in plan.spans:
-            assert span.logits < 2
-            assert self.states.setdefault(span.sequence, (0, 0))[0] == span.position
+            self.states[span.sequence] = self.state(span.sequence, span.position)
+        self.earlier = [*self.earlier[-1:], dict(self.states)]
         super().before(replace(plan, free=(), forks=()))
+
+    def state(self, sequence: int, position: int) -> tuple[int, int]:
+        known = (self.states, *reversed(self.earlier))
+        held = [each[sequence] for each in known if sequence in each and sequence in self.states]
+        return next(state for state in [*held, (0, 0)] if state[0] == position)
 
     def read(self, span: Span) -> list[int]:
         held = super().read(span)

@@ -43,6 +43,18 @@ def test_no_more_than_there_is_room_for() -> None:
     assert Drafts(5).propose([7] * 9, 0, 1, rates()) == []
 
 
+def test_what_is_computed_again_counts() -> None:
+    """Where drafts are right, it is nothing; where half of them are, it does not pay."""
+    cost, text = rates((1, 0.1), (3, 0.18), (16, 0.7)), [7] * 9
+    for acceptance, pays in ((1.0, True), (0.5, False)):
+        plain, again = Drafts(), Drafts(again=True)
+        for drafts in (plain, again):
+            drafts.verified(1, 1)
+            drafts.acceptance = acceptance
+        assert plain.propose(text, 8, 1, cost)
+        assert bool(again.propose(text, 8, 1, cost)) == pays
+
+
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.data())
 def test_the_index_finds_what_a_search_finds(text: list[int], data: st.DataObject) -> None:
     drafts = Drafts(1)

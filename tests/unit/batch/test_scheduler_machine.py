@@ -35,6 +35,7 @@ class Machine(RuleBasedStateMachine):
 
     paged = True
     exact = False
+    at_once = 2  # steps
 
     @initialize(
         count=st.integers(2, 14),
@@ -93,7 +94,7 @@ class Machine(RuleBasedStateMachine):
             self.live[sequence.id] = (sequence, prompt + alone(prompt, count))
             self.texts[sequence.id] = []
 
-    @precondition(lambda self: len(self.running) < 2)
+    @precondition(lambda self: len(self.running) < self.at_once)
     @rule()
     def plan(self) -> None:
         """One step, or one more before the results of the last one are taken in."""
@@ -252,6 +253,7 @@ def check_states(
 
 class StatefulMachine(Machine):
     exact = True
+    at_once = 1  # states are there of the last steps alone
 
 
 class MlxMachine(Machine):
