@@ -194,9 +194,10 @@ def connect_with_token(socket: zmq.Socket[bytes], token: str) -> None:
 def mechanism_of(listener: str) -> bytes:
     """What ZMTP calls the way in at `listener` (HOST:PORT): b"NULL", b"PLAIN" or b"CURVE".
 
-    b"" where nobody says so in time. libzmq knows it only if the other side's whole greeting is
-    here before that side has ours and closes the connection, which on a busy machine it often is
-    not. So this says no more of a greeting than what makes the other side say all of its own.
+    b"" where nobody says one of these in time. libzmq knows it only if the other side's whole
+    greeting is here before that side has ours and closes the connection, which on a busy machine it
+    often is not. So this says no more of a greeting than what makes the other side say all of its
+    own.
     """
     host, _, port = listener.rpartition(":")
     greeting = b""
@@ -204,7 +205,8 @@ def mechanism_of(listener: str) -> bytes:
         end.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
         while len(greeting) < 32 and (more := end.recv(32 - len(greeting))):
             greeting += more
-    return greeting[12:].rstrip(b"\0")
+    mechanism = greeting[12:].rstrip(b"\0")
+    return mechanism if mechanism in (b"NULL", b"PLAIN", b"CURVE") else b""
 
 
 class Authenticator:
