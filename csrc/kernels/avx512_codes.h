@@ -162,9 +162,10 @@ INLINE void add_block(const enum codes codes, const unsigned char *from, size_t 
     add_part(codes, 1, words, t, factor[1], elements, rows, n_out, sum);
 }
 
-/* `n_out` outputs, all of whose sums stay in registers; the first `wanted` are stored. */
+/* `n_out` outputs, all of whose sums stay in registers; the first `wanted` are stored.  Those from
+ * `later` on are fetched. */
 INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const table t,
-                        const __m512i first_lanes, size_t skipped, struct outputs out,
+                        const __m512i first_lanes, struct outputs later, struct outputs out,
                         const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
                         uint32_t wanted, float *const *ys, uint32_t y) {
   const uint32_t in_features = w->in_features, groups = in_features / w->group;
@@ -174,13 +175,13 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
   struct last_blocks last;
   /* As many outputs later on, in the order of memory: two cores read faster so than where each
    * output's next block is fetched with its block. */
-  const unsigned char *ahead = out.data + skipped * out.row_bytes;
+  const unsigned char *ahead = later.data;
   EACH(r, rows)
     elements[r] = x[r].elements;
   EACH(j, n_out) {
-    prefetch_line(out.scales + (skipped + j) * out.scale_bytes);
+    prefetch_line(later.scales + j * later.scale_bytes);
     if (is_affine(codes))
-      prefetch_line(out.biases + (skipped + j) * out.scale_bytes);
+      prefetch_line(later.biases + j * later.scale_bytes);
   }
   start_sums(w, codes, out, x, rows, n_out, n_out, sum);
   for (uint32_t g = 0; g < groups; g += 16) {
@@ -216,31 +217,39 @@ INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const tabl
 
 INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
                     const void *const *xs, const uint32_t rows, uint32_t first, uint32_t last,
-                    float *const *ys) {
+                    const zmoe_scratch *scratch, float *const *ys) {
+  const zmoe_weight *next = scratch->next;
   const uint32_t n_out = few_outs(rows), n = last - first;
   const __m512i lanes = block_lanes(w, codes);
   struct outputs out = outputs_at(w, first);
-  const size_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
+  uint32_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
+  skipped = skipped < n ? skipped : n;
+  struct outputs later = out;
+  pass_outputs(&later, skipped);
   zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
-  for (uint32_t y = 0, wanted; y < n; y += wanted, pass_outputs(&out, wanted)) {
+  for (uint32_t y = 0, wanted; y < n; y += wanted) {
+    if (y + skipped == n && next != NULL && next->format == w->format)
+      later = outputs_at(next, scratch->next_output);
     struct outputs now = out;
     wanted = n_out;
     if (y + n_out > n) { /* one, so many times, as code for fewer would seldom run */
       wanted = 1;
       now.row_bytes = now.scale_bytes = 0;
     }
-    dot_outputs(w, codes, t, lanes, skipped, now, x, rows, n_out, wanted, ys, y);
+    dot_outputs(w, codes, t, lanes, later, now, x, rows, n_out, wanted, ys, y);
+    pass_outputs(&out, wanted);
+    pass_outputs(&later, wanted);
   }
 }
 
 INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const table t,
                       const void *const *xs, uint32_t rows, uint32_t first, uint32_t last,
-                      float *const *ys) {
+                      const zmoe_scratch *scratch, float *const *ys) {
 #define TILE(rows)                                                                                 \
   case rows:                                                                                       \
-    dot_few(w, codes, t, xs, rows, first, last, ys);                                               \
+    dot_few(w, codes, t, xs, rows, first, last, scratch, ys);                                      \
     break
   for (uint32_t n; rows > 0; rows -= n, xs += n, ys += n) {
     n = tile_rows(rows);
@@ -395,5 +404,5 @@ INLINE void dot_codes(const zmoe_weight *w, const enum codes codes, const void *
   if (rows >= panel_rows(codes))
     dot_many(w, codes, t, xs, rows, first, last, scratch, ys);
   else
-    dot_tiles(w, codes, t, xs, rows, first, last, ys);
+    dot_tiles(w, codes, t, xs, rows, first, last, scratch, ys);
 }

@@ -56,12 +56,11 @@ static int take_scratch(zmoe_thread_pool *pool, struct zmoe_experts_job *job, ui
   job->mid.packed = zmoe_thread_pool_scratch(pool, pairs * sizeof *job->mid.packed);
   job->copies = zmoe_thread_pool_scratch(pool, copies * sizeof *job->copies);
   job->activations = zmoe_thread_pool_scratch(pool, middle * sizeof *job->activations);
-  job->per_thread =
-      zmoe_thread_pool_scratch(pool, (size_t)ZMOE_EXPERTS_THREAD * zmoe_thread_pool_threads(pool));
+  job->own = zmoe_thread_pool_scratch(pool, sizeof *job->own * zmoe_thread_pool_threads(pool));
   if (*starts == NULL || job->groups == NULL || job->order == NULL || job->x_packed == NULL ||
       job->in.plain == NULL || job->in.packed == NULL || job->mid.plain == NULL ||
       job->mid.packed == NULL || job->copies == NULL || job->activations == NULL ||
-      job->per_thread == NULL)
+      job->own == NULL)
     return ZMOE_ENOMEM;
   return ZMOE_OK;
 }

@@ -11,6 +11,11 @@ struct zmoe_group {
   uint32_t expert, begin, end;
 };
 
+struct zmoe_experts_own {
+  zmoe_scratch scratch;
+  float up[ZMOE_SUMS], gate[ZMOE_SUMS], total[ZMOE_SUMS];
+};
+
 struct zmoe_experts_job {
   const zmoe_kernels *kernels;
   const zmoe_vector_ops *ops;
@@ -30,12 +35,10 @@ struct zmoe_experts_job {
   float *copies;
   zmoe_rows in, mid; /* [n_pairs], sorted: x of each pair; its activation */
   float *activations;
-  unsigned char *per_thread;
+  struct zmoe_experts_own *own; /* [threads] */
   void *out;
   zmoe_tasks take_tasks, up_tasks, mid_tasks, down_tasks;
 };
-
-enum { ZMOE_EXPERTS_THREAD = ZMOE_PANEL_BYTES + 3 * ZMOE_SUMS * 4 };
 
 /* Gate, up, activation, down, weighted and summed; or `up` alone, stored as it is. */
 zmoe_thread_fn zmoe_experts_work, zmoe_gather_work;

@@ -35,19 +35,38 @@ static void take_rows(struct zmoe_experts_job *job) {
 }
 
 static void matmul(const struct zmoe_experts_job *job, const zmoe_weight *w, const zmoe_rows *x,
-                   const struct zmoe_group *group, uint32_t first, float *panel, float *sums) {
+                   const struct zmoe_group *group, uint32_t first, zmoe_scratch *scratch,
+                   float *sums) {
   uint32_t last = zmoe_panel_end(first, w->out_features);
-  zmoe_matmul(job->kernels, w, x, group->begin, group->end, first, last, panel, sums);
+  zmoe_matmul(job->kernels, w, x, group->begin, group->end, first, last, scratch, sums);
   zmoe_add_bias(w, group->end - group->begin, first, last, sums);
 }
 
-static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group *group,
-                           uint32_t first, float *scratch) {
+/* The tasks of one stage are the panels of one expert after the other. */
+static struct zmoe_group *group_of(const struct zmoe_experts_job *job, uint32_t task) {
+  return &job->groups[task / zmoe_panels(job->hidden)];
+}
+
+static uint32_t output_of(const struct zmoe_experts_job *job, uint32_t task) {
+  return task % zmoe_panels(job->hidden) * ZMOE_PANEL;
+}
+
+/* Of up and gate each its own next panel is fetched ahead: memory is read slower by turns. */
+static void activate_panel(struct zmoe_experts_job *job, uint32_t task, uint32_t next,
+                           struct zmoe_experts_own *own) {
   const zmoe_expert_layer *layer = job->layer;
-  float *panel = scratch, *up = scratch + ZMOE_PANEL_BYTES / 4, *gate = up + ZMOE_SUMS;
-  matmul(job, &layer->up[group->expert], &job->in, group, first, panel, up);
-  if (layer->gate != NULL)
-    matmul(job, &layer->gate[group->expert], &job->in, group, first, panel, gate);
+  const struct zmoe_group *group = group_of(job, task);
+  int is_last = next == job->n_groups * zmoe_panels(job->hidden);
+  uint32_t first = output_of(job, task), then = is_last ? 0 : group_of(job, next)->expert;
+  zmoe_scratch *scratch = &own->scratch;
+  float *up = own->up, *gate = own->gate;
+  scratch->next = is_last ? NULL : &layer->up[then];
+  scratch->next_output = output_of(job, next);
+  matmul(job, &layer->up[group->expert], &job->in, group, first, scratch, up);
+  if (layer->gate != NULL) {
+    scratch->next = is_last ? NULL : &layer->gate[then];
+    matmul(job, &layer->gate[group->expert], &job->in, group, first, scratch, gate);
+  }
   uint32_t count = zmoe_panel_end(first, job->hidden) - first;
   for (uint32_t i = group->begin; i < group->end; i++) {
     size_t at = (size_t)(i - group->begin) * ZMOE_PANEL;
@@ -56,11 +75,11 @@ static void activate_panel(struct zmoe_experts_job *job, const struct zmoe_group
   }
 }
 
-static void activate(struct zmoe_experts_job *job, float *scratch) {
-  uint32_t panels = zmoe_panels(job->hidden), count = job->n_groups * panels;
+static void activate(struct zmoe_experts_job *job, struct zmoe_experts_own *own) {
+  uint32_t count = job->n_groups * zmoe_panels(job->hidden);
   zmoe_run mine = {0, 0};
   for (uint32_t task; zmoe_take_of_run(&job->up_tasks, count, job->threads, &mine, &task);)
-    activate_panel(job, &job->groups[task / panels], task % panels * ZMOE_PANEL, scratch);
+    activate_panel(job, task, zmoe_next_of_run(&job->up_tasks, count, &mine), own);
 }
 
 static void pack_activations(struct zmoe_experts_job *job) {
@@ -96,16 +115,20 @@ static void add_weighted(const struct zmoe_experts_job *job, const struct zmoe_g
   }
 }
 
-static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
-  float *panel = scratch, *sums = scratch + ZMOE_PANEL_BYTES / 4, *total = sums + ZMOE_SUMS;
+static void sum_experts(struct zmoe_experts_job *job, struct zmoe_experts_own *own) {
+  zmoe_scratch *scratch = &own->scratch;
+  float *sums = own->up, *total = own->total;
   uint32_t count = zmoe_panels(job->width);
   zmoe_run mine = {0, 0};
   for (uint32_t task; zmoe_take_of_run(&job->down_tasks, count, job->threads, &mine, &task);) {
-    uint32_t first = task * ZMOE_PANEL;
+    uint32_t first = task * ZMOE_PANEL, next = zmoe_next_of_run(&job->down_tasks, count, &mine);
+    scratch->next_output = next * ZMOE_PANEL;
     memset(total, 0, (size_t)job->rows * ZMOE_PANEL * sizeof *total);
     for (uint32_t g = 0; g < job->n_groups; g++) {
       const struct zmoe_group *group = &job->groups[g];
-      matmul(job, &job->layer->down[group->expert], &job->mid, group, first, panel, sums);
+      const zmoe_weight *down = &job->layer->down[group->expert];
+      scratch->next = next < count ? down : NULL;
+      matmul(job, down, &job->mid, group, first, scratch, sums);
       if (job->pair_weights == NULL)
         store_pairs(job, group, job->width, first, sums);
       else
@@ -119,30 +142,31 @@ static void sum_experts(struct zmoe_experts_job *job, float *scratch) {
 
 void zmoe_experts_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   struct zmoe_experts_job *job = argument;
-  float *scratch = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
+  struct zmoe_experts_own *own = &job->own[thread];
   take_rows(job);
   zmoe_thread_pool_barrier(pool);
-  activate(job, scratch);
+  activate(job, own);
   zmoe_thread_pool_barrier(pool);
   if (job->mid.layout != ZMOE_LAYOUT_PLAIN) {
     pack_activations(job);
     zmoe_thread_pool_barrier(pool);
   }
-  sum_experts(job, scratch);
+  sum_experts(job, own);
 }
 
 /* One matrix of the experts alone: `up`, its matmuls stored as they are. */
 void zmoe_gather_work(zmoe_thread_pool *pool, void *argument, uint32_t thread) {
   struct zmoe_experts_job *job = argument;
-  float *panel = (float *)(void *)(job->per_thread + (size_t)thread * ZMOE_EXPERTS_THREAD);
-  float *sums = panel + ZMOE_PANEL_BYTES / 4;
+  zmoe_scratch *scratch = &job->own[thread].scratch;
+  float *sums = job->own[thread].up;
+  scratch->next = NULL;
   take_rows(job);
   zmoe_thread_pool_barrier(pool);
   uint32_t panels = zmoe_panels(job->hidden);
   for (uint32_t task; (task = zmoe_take(&job->up_tasks)) < job->n_groups * panels;) {
     const struct zmoe_group *group = &job->groups[task / panels];
     uint32_t first = task % panels * ZMOE_PANEL;
-    matmul(job, &job->layer->up[group->expert], &job->in, group, first, panel, sums);
+    matmul(job, &job->layer->up[group->expert], &job->in, group, first, scratch, sums);
     store_pairs(job, group, job->hidden, first, sums);
   }
 }

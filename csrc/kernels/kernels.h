@@ -64,12 +64,20 @@ size_t zmoe_packed_bytes(zmoe_layout layout, uint32_t in_features);
 size_t zmoe_packed_most(uint32_t in_features); /* in any layout */
 zmoe_packed zmoe_packed_at(void *row, zmoe_layout layout, uint32_t in_features);
 
+/* What a thread has of its own for `dot`.  Towards its end, `dot` fetches from output `next_output`
+ * of `next` on what the thread probably reads after this; `next` is NULL where nobody knows. */
+typedef struct zmoe_scratch {
+  _Alignas(64) unsigned char panel[ZMOE_PANEL_BYTES];
+  const zmoe_weight *next;
+  uint32_t next_output;
+} zmoe_scratch;
+
 typedef struct zmoe_kernels {
   zmoe_layout (*layout)(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision);
   /* x (w->in_features) f32 into `row`.  Whatever is not finite is found before. */
   void (*pack_input)(zmoe_layout layout, const zmoe_weight *w, const float *x, void *row);
   /* ys[r][o - first] = w[o] * xs[r] for o in [first, last), at most ZMOE_PANEL of them;
-   * `scratch`: ZMOE_PANEL_BYTES of the thread's own, aligned to 64 bytes. */
+   * `scratch`: a zmoe_scratch. */
   void (*dot)(const zmoe_weight *w, zmoe_layout layout, const void *const *xs, uint32_t rows,
               uint32_t first, uint32_t last, void *scratch, float *const *ys);
 } zmoe_kernels;

@@ -13,6 +13,11 @@ struct packing {
   void **rows; /* [rows] */
 };
 
+struct own {
+  zmoe_scratch scratch;
+  float sums[ZMOE_SUMS];
+};
+
 struct linear {
   const zmoe_kernels *kernels;
   zmoe_isa isa;
@@ -29,12 +34,10 @@ struct linear {
   uint32_t n_packings;
   uint32_t of_weight[ZMOE_MAX_WEIGHTS]; /* index of its packing */
   uint32_t first_task[ZMOE_MAX_WEIGHTS + 1];
-  unsigned char *per_thread;
+  struct own *own; /* [threads] */
   uint32_t threads;
   zmoe_tasks input_tasks, tasks;
 };
-
-enum { PER_THREAD = ZMOE_PANEL_BYTES + ZMOE_SUMS * 4 };
 
 /* ---- stages ---------------------------------------------------------------- */
 
@@ -64,8 +67,8 @@ static void store(const struct linear *job, uint32_t i, uint32_t first, uint32_t
 }
 
 static void multiply(struct linear *job, uint32_t thread) {
-  float *panel = (float *)(void *)(job->per_thread + (size_t)thread * PER_THREAD);
-  float *sums = panel + ZMOE_PANEL_BYTES / 4;
+  zmoe_scratch *scratch = &job->own[thread].scratch;
+  float *sums = job->own[thread].sums;
   uint32_t n_tasks = job->first_task[job->n_weights], i = 0;
   zmoe_run mine = {0, 0};
   for (uint32_t task; zmoe_take_of_run(&job->tasks, n_tasks, job->threads, &mine, &task);) {
@@ -80,7 +83,12 @@ static void multiply(struct linear *job, uint32_t thread) {
       rows.packed = a->rows;
       rows.layout = a->layout;
     }
-    zmoe_matmul(job->kernels, w, &rows, 0, job->rows, first, last, panel, sums);
+    uint32_t next = zmoe_next_of_run(&job->tasks, n_tasks, &mine), then = i;
+    while (next < n_tasks && next >= job->first_task[then + 1])
+      then++;
+    scratch->next = next < n_tasks ? job->weights[then] : NULL;
+    scratch->next_output = (next - job->first_task[then]) * ZMOE_PANEL;
+    zmoe_matmul(job->kernels, w, &rows, 0, job->rows, first, last, scratch, sums);
     zmoe_add_bias(w, job->rows, first, last, sums);
     store(job, i, first, last, sums);
   }
@@ -118,14 +126,13 @@ static void plan_packings(struct linear *job, zmoe_precision precision) {
 }
 
 static int take_scratch(zmoe_thread_pool *pool, struct linear *job) {
-  job->per_thread =
-      zmoe_thread_pool_scratch(pool, (size_t)PER_THREAD * zmoe_thread_pool_threads(pool));
+  job->own = zmoe_thread_pool_scratch(pool, sizeof *job->own * zmoe_thread_pool_threads(pool));
   job->plain = zmoe_thread_pool_scratch(pool, ZMOE_ROW_BLOCK * sizeof *job->plain);
   int plain = zmoe_is_plain(job->x, job->x_dtype);
   if (!plain)
     job->copies =
         zmoe_thread_pool_scratch(pool, (size_t)job->rows * job->in_features * sizeof(float));
-  if (job->per_thread == NULL || job->plain == NULL || (!plain && job->copies == NULL))
+  if (job->own == NULL || job->plain == NULL || (!plain && job->copies == NULL))
     return ZMOE_ENOMEM;
   for (uint32_t r = 0; r < job->rows; r++)
     job->plain[r] = zmoe_plain_row(job->x, job->x_dtype, r, job->in_features, job->copies);

@@ -57,8 +57,9 @@ static void dot_decoded(const zmoe_kernels *kernels, const zmoe_weight *w, const
 /* Every row in the layout of its own, never in one that another row needs: its sums
  * must not depend on its neighbours. */
 void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
+                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, zmoe_scratch *scratch,
                  float *sums) {
+  float *panel = (float *)(void *)scratch->panel;
   const void *packed[ZMOE_ROW_BLOCK], *plain[ZMOE_ROW_BLOCK];
   float *packed_ys[ZMOE_ROW_BLOCK], *plain_ys[ZMOE_ROW_BLOCK];
   uint32_t n_packed = 0, n_plain = 0;
@@ -73,9 +74,9 @@ void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_r
     }
   }
   if (n_packed > 0)
-    kernels->dot(w, x->layout, packed, n_packed, first, last, panel, packed_ys);
+    kernels->dot(w, x->layout, packed, n_packed, first, last, scratch, packed_ys);
   if (n_plain > 0 && zmoe_is_float(w) && kernels != &zmoe_kernels_generic)
-    kernels->dot(w, ZMOE_LAYOUT_PLAIN, plain, n_plain, first, last, panel, plain_ys);
+    kernels->dot(w, ZMOE_LAYOUT_PLAIN, plain, n_plain, first, last, scratch, plain_ys);
   else if (n_plain > 0)
     dot_decoded(kernels, w, plain, n_plain, first, last, panel, plain_ys);
 }

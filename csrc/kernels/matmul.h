@@ -16,9 +16,9 @@ typedef struct zmoe_rows {
 } zmoe_rows;
 
 /* sums[r][o - first] of rows [begin, end), at most ZMOE_ROW_BLOCK, and outputs
- * [first, last), at most ZMOE_PANEL.  `panel` is ZMOE_PANEL_BYTES of the thread's own. */
+ * [first, last), at most ZMOE_PANEL. */
 void zmoe_matmul(const zmoe_kernels *kernels, const zmoe_weight *w, const zmoe_rows *x,
-                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, float *panel,
+                 uint32_t begin, uint32_t end, uint32_t first, uint32_t last, zmoe_scratch *scratch,
                  float *sums);
 /* Adds w's own bias, if it has one, to `rows` rows of sums. */
 void zmoe_add_bias(const zmoe_weight *w, uint32_t rows, uint32_t first, uint32_t last, float *sums);

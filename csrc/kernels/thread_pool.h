@@ -69,6 +69,14 @@ static inline int zmoe_take_of_run(zmoe_tasks *tasks, uint32_t count, uint32_t t
   return 1;
 }
 
+/* The task that it will probably give after that, or `count` for none. */
+static inline uint32_t zmoe_next_of_run(zmoe_tasks *tasks, uint32_t count, const zmoe_run *mine) {
+  uint32_t next = mine->next;
+  if (next == mine->end)
+    next = atomic_load_explicit(&tasks->next, memory_order_relaxed);
+  return next < count ? next : count;
+}
+
 static inline size_t zmoe_round_up(size_t value, size_t unit) {
   return (value + unit - 1) / unit * unit;
 }
