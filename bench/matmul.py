@@ -59,7 +59,9 @@ def arguments() -> argparse.Namespace:
     sets = [isa.name for isa in Isa if isa.supported]
     isa = list_of(one_of(sets))
     made.add_argument("--isa", type=isa, default=[best_isa().name], help=f"of {', '.join(sets)}")
-    made.add_argument("--peers", type=list_of(str), default=["mlx", "numpy"], help="mlx, numpy, none")
+    made.add_argument(
+        "--peers", type=list_of(str), default=["mlx", "numpy"], help="mlx, numpy, none"
+    )
     made.add_argument("--rounds", type=positive, default=3, help="over all of it")
     made.add_argument("--budget", type=float, default=0.4, help="seconds for one figure")
     made.add_argument("--deadline", type=positive, default=1800, help="seconds for one round")
