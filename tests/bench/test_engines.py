@@ -143,7 +143,7 @@ def found(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
     decode, engines = importlib.import_module("decode"), importlib.import_module("engines")
     patch.setattr(sys, "argv", ["decode.py", *arguments])
     options = decode.arguments()
-    options.context = 0
+    (options.model,), options.context = options.models, 0
     makers = {name: engines.MAKERS[name] for name in options.peers}
     return engines.find_peers(options, makers)
 

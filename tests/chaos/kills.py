@@ -196,7 +196,8 @@ class Results:
         try:
             with deadline(ROUND_S):
                 yield
-            outcome = "same text" if "killed" in story[0] else "nobody to kill"
+            lost = any("killed" in event or "failed" in event for event in story)
+            outcome = "same text" if lost else "nobody to kill"
             outcome = story.pop()[1:] if story[-1][:1] == "=" else outcome
         except Exception as error:
             if not isinstance(error, Failure):
