@@ -37,11 +37,10 @@ class Scheduler:
     most sequences that run at a time. On MLX's caches (not `paged`) blocks only count
     positions. `exact` says that the caches cannot be cut, as where layers are recurrent. With a
     `window`, rows see that many keys at most, and a sequence's positions are not limited by its
-    caches; paged ones are not `exact` then. While
-    sequences decode, chunks of prompts are as large as a step of `step_seconds` allows. At most
-    `max_queue` requests wait (None: any number), `queue_seconds` each. `drafts` is the number of
-    draft rows per sequence, None to choose it by what pays, 0 for none. `step` is the number of the
-    next step.
+    caches; paged ones are not `exact` then. While sequences decode, chunks of prompts are as large
+    as a step of `step_seconds` allows. At most `max_queue` requests wait (None: any number),
+    `queue_seconds` each. `drafts` is the number of draft rows per sequence, None to choose it by
+    what pays, 0 for none. `step` is the number of the next step.
 
     The caller runs `plan()`, samples, and calls `advance()`, with plans in order. It may plan one
     step ahead of the results: tokens are `PREVIOUS` then, and there are no drafts.

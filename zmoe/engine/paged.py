@@ -17,7 +17,7 @@ from zmoe.errors import ZmoeError
 Blocks = npt.NDArray[np.uint32]
 State = npt.NDArray[np.uint8]
 MOST_REPEATED = 2  # steps, after the loss of a node
-STATES_PER_SEQUENCE = 1 + MOST_REPEATED  # that one that runs takes: those before these, too
+STATES_PER_SEQUENCE = 2 + MOST_REPEATED  # that it takes while it runs: now, and as `began` says
 _NO_BLOCKS = np.empty(0, np.uint32)
 
 
@@ -64,11 +64,13 @@ class _Sequence(NamedTuple):
 
     `state` is what recurrent layers keep of these positions. It is never written to again: each
     step takes other memory for the states after it, so that earlier ones can be gone back to.
+    `began` is the length and the state with which its last step began.
     """
 
     blocks: Blocks
     length: int
     state: State | None = None
+    began: tuple[int, State | None] = (0, None)
 
 
 class PagedEngine:
@@ -117,7 +119,7 @@ class PagedEngine:
         spans = []
         for span, after in zip_longest(plan.spans, states):
             held = sequences[span.sequence]
-            spans.append((span.position, span.rows, held.blocks, held.state, after))
+            spans.append((span.position, span.rows, held.blocks, held.began[1], after))
             sequences[span.sequence] = held._replace(state=after)
         self._model.step.begin(spans)
         self._reducer.step = plan.step
@@ -164,7 +166,12 @@ class PagedEngine:
     def _take_states(self, count: int) -> list[State]:
         """Memory for `count` states, which is that of no sequence, now or before the last steps."""
         known = [self._sequences, *(sequences for _, sequences in self._before)]
-        used = {id(held.state) for sequences in known for held in sequences.values()}
+        used = {
+            id(state)
+            for sequences in known
+            for held in sequences.values()
+            for state in (held.state, held.began[1])
+        }
         spare = [state for state in self._states if id(state) not in used]
         new = [np.empty(self.state_bytes, np.uint8) for _ in range(count - len(spare))]
         self._states += new
@@ -173,22 +180,22 @@ class PagedEngine:
     def _state_at(
         self, number: int, position: int, sequences: Mapping[int, _Sequence]
     ) -> State | None:
-        """The state of a sequence of `sequences` after its first `position` positions: where they
-        end, or where they did before one of the last steps. Raises ZmoeError for any other.
+        """The state of a sequence of `sequences` after its first `position` positions: where it
+        ends, or where its last step began. Raises ZmoeError for any other.
         """
         if not (self.state_bytes and position):
             return None
-        for known in (sequences, *(before for _, before in reversed(self._before))):
-            held = known.get(number) if number in sequences else None
-            if held is not None and held.length == position:
-                return held.state
+        held = sequences.get(number)
+        for length, state in () if held is None else ((held.length, held.state), held.began):
+            if length == position:
+                return state
         raise ZmoeError(
             f"a plan goes on with sequence {number} from position {position}: "
             "this node has no state of it there"
         )
 
     def _checked(self, plan: Plan) -> dict[int, _Sequence]:
-        """The sequences as `plan` leaves them, but with the states before it; raises ZmoeError for
+        """The sequences as `plan` leaves them, but for the states after it; raises ZmoeError for
         what cannot be.
         """
         named = [*plan.blocks, *chain(*plan.copies)]
@@ -222,7 +229,7 @@ class PagedEngine:
                 table = np.concatenate([table, new])
                 taken += lacks
             state = self._state_at(number, position, sequences)
-            sequences[number] = _Sequence(table, position + rows, state)
+            sequences[number] = _Sequence(table, position + rows, None, (position, state))
         if taken != len(plan.blocks):
             raise ZmoeError(f"a plan brings {len(plan.blocks)} blocks: its spans lack {taken}")
         return sequences

@@ -131,28 +131,27 @@ class StatefulNode(PagedNode):
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.states: dict[int, tuple[int, int]] = {}  # how many positions, and the last hash
-        self.earlier: list[dict[int, tuple[int, int]]] = []  # before the last steps
+        self.began: dict[int, tuple[int, int]] = {}  # those with which the last step began
 
     def before(self, plan: Plan) -> None:
         for number in plan.free:
             del self.states[number]
+            self.began.pop(number, None)
             self.tables.pop(number, None)
         for fork in plan.forks:
             assert fork.new not in self.states
             self.states[fork.new] = self.state(fork.old, fork.length)
         for span in plan.spans:
-            self.states[span.sequence] = self.state(span.sequence, span.position)
-        self.earlier = [*self.earlier[-1:], dict(self.states)]
+            self.began[span.sequence] = self.state(span.sequence, span.position)
         super().before(replace(plan, free=(), forks=()))
 
     def state(self, sequence: int, position: int) -> tuple[int, int]:
-        known = (self.states, *reversed(self.earlier))
-        held = [each[sequence] for each in known if sequence in each and sequence in self.states]
+        held = [each[sequence] for each in (self.states, self.began) if sequence in each]
         return next(state for state in [*held, (0, 0)] if state[0] == position)
 
     def read(self, span: Span) -> list[int]:
         held = super().read(span)
-        assert span.position == 0 or held[-1] == self.states[span.sequence][1]
+        assert span.position == 0 or held[-1] == self.began[span.sequence][1]
         return held
 
     def write(self, span: Span, values: list[int]) -> None:

@@ -55,7 +55,7 @@ def logits_of_all(engine: Engine) -> Floats:
     return run(engine, Span(1, 0, count, count), tokens=LONG, blocks=blocks)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss", "dbrx"])
 def test_logits_are_near_those_of_the_models_dtype(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path)
     want, got = (logits_of_all(engine_of(folder, bits)) for bits in (None, 8))
