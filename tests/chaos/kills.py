@@ -196,7 +196,8 @@ class Results:
         try:
             with deadline(ROUND_S):
                 yield
-            outcome = "same text" if "killed" in story[0] else "nobody to kill"
+            died = any("killed" in each or "failed" in each for each in story)
+            outcome = "same text" if died else "nobody to kill"
             outcome = story.pop()[1:] if story[-1][:1] == "=" else outcome
         except Exception as error:
             if not isinstance(error, Failure):
