@@ -196,8 +196,8 @@ class Results:
         try:
             with deadline(ROUND_S):
                 yield
-            lost = any("killed" in event or "failed" in event for event in story)
-            outcome = "same text" if lost else "nobody to kill"
+            died = any("killed" in each or "failed" in each for each in story)
+            outcome = "same text" if died else "nobody to kill"
             outcome = story.pop()[1:] if story[-1][:1] == "=" else outcome
         except Exception as error:
             if not isinstance(error, Failure):
