@@ -104,7 +104,7 @@ static zmoe_thread_pool *pool_for(const layer *l, uint32_t threads, zmoe_isa isa
   return make_pool(threads, isa, zmoe_delta_scratch(&net, threads));
 }
 
-/* A state of a row is that of the row before, in whatever step that was. */
+/* A row goes on from the state after the row before it, in whatever step that was. */
 static void check_invariance(layer l) {
   static const uint32_t chunks[] = {1, 7, 43, ROWS};
   size_t bytes = (size_t)ROWS * WIDTH * sizeof(float);
@@ -114,6 +114,8 @@ static void check_invariance(layer l) {
     zmoe_thread_pool *pools[] = {pool_for(&l, 1, ALL_ISAS[i]), pool_for(&l, 3, ALL_ISAS[i])};
     float *want = run(&l, pools[0], ROWS, 0, SEQUENCES);
     for (int j = 0; j < 4; j++) {
+      if (rig_skips((uint32_t)j))
+        continue;
       float *all = run(&l, pools[j % 2], chunks[j], 0, SEQUENCES);
       float *one = run(&l, pools[1 - j % 2], chunks[j], 1, 1);
       CHECK(memcmp(all, want, SEQUENCES * bytes) == 0);
