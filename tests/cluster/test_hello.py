@@ -153,7 +153,7 @@ def test_a_stranger_that_comes_first_takes_no_workers_place(free_port: int) -> N
     with Cluster(TINY, spec=ClusterSpec(nodes=2, port=free_port)) as cluster:
         assert len(list(cluster.generate("ROMEO:", max_tokens=4))) == 4
         assert cluster._leader is not None
-        token = cluster._leader._tokens[1].encode()
+        token = cluster._leader._access.tokens[1].encode()
         (pid,) = cluster.worker_pids()
         for file in ("cmdline", "environ"):
             assert token not in Path(f"/proc/{pid}/{file}").read_bytes()
