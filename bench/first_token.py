@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
 
 def first_token(model: str, nodes: int, prompt: str, flags: str, checkout: str) -> float:
     """Seconds until the command writes anything to its standard output."""
-    command = [sys.executable, "-m", "zmoe.cli.run", "--model", model, "--nodes", str(nodes)]
+    command = [sys.executable, "-P", "-m", "zmoe.cli.run", "--model", model, "--nodes", str(nodes)]
     command += shlex.split(flags)
     with Children() as children:
         begun = time.monotonic()
