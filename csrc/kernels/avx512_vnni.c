@@ -137,7 +137,9 @@ static void dot(const zmoe_weight *w, zmoe_layout layout, const void *const *xs,
 
 static zmoe_layout layout_for(const zmoe_weight *w, zmoe_dtype x_dtype, zmoe_precision precision) {
   const zmoe_layout layout = zmoe_kernels_avx512.layout(w, x_dtype, precision);
-  return layout == ZMOE_LAYOUT_CODES4 ? ZMOE_LAYOUT_CODES4_INT22 : layout;
+  if (layout != ZMOE_LAYOUT_CODES4 || codes_of(w) == CODES4 || codes_of(w) == FP4)
+    return layout; /* read from memory, these two are faster as floats in registers of 512 bits */
+  return ZMOE_LAYOUT_CODES4_INT22;
 }
 
 const zmoe_kernels zmoe_kernels_avx512_vnni = {layout_for, zmoe_avx512_pack_input, dot};
