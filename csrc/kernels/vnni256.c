@@ -1,5 +1,5 @@
-/* GEMV of codes with x in 22 bits, for AVX-512 with VNNI in registers of 256 bits: where wider ones
- * are worked on in halves they gain nothing. */
+/* GEMV of codes with x in 22 bits, for AVX-512 with VNNI in registers of 256 bits: layout_for in
+ * avx512_vnni.c says of which. */
 #if defined(__x86_64__)
 #define TABLE zmoe_kernels_vnni256
 #define OTHERS zmoe_kernels_avx2

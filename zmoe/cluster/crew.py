@@ -214,9 +214,7 @@ class Crew:
 
     def _refused(self) -> str:
         """Who was refused so far."""
-        checks = self.spec.encrypted or self._access.tokens
-        refused = self._context.authenticator.refused if checks else []
-        return "".join(f"; refused {who}" for who in refused)
+        return "".join(f"; refused {who}" for who in self._context.authenticator.refused)
 
     def check_processes(self) -> None:
         """Raise PeerError, or while coming up LaunchError, for a process that has ended."""

@@ -75,7 +75,7 @@ class Choice:
         self._lines: tuple[Line, Line] | None = None
 
     def among(self, nodes: int) -> Choice:
-        """The same of another number of ranks, as long as nothing is learnt."""
+        """The same of so many ranks, with nothing learnt."""
         return Choice(nodes, self._named, self._parts)
 
     @property
@@ -92,12 +92,6 @@ class Choice:
         self._lines = (direct, scatter)
         if self._auto:
             self.scatter_from = crossover(direct, scatter)
-
-    def forget(self) -> None:
-        """Go by nothing that was learnt."""
-        self._lines = None
-        if self._auto:
-            self.scatter_from = math.inf
 
     def bounds(self, rows: int, size: int) -> list[tuple[int, int]]:
         """(start, stop) of each micro-batch of `rows` rows whose payload has `size` bytes."""

@@ -134,8 +134,8 @@ class Exchange(Collective):
         ranks do. Raises InputError.
         """
         self.leave()
-        self.rank, self.nodes, self.choice = rank, nodes, self.choice.among(nodes)
-        self.step = self.plan = self._told = 0  # as a rank that begins anew
+        self.rank, self.nodes = rank, nodes
+        self.begin_anew(nodes)
         if nodes > 1:
             self._listen(session)
 

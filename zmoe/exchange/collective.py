@@ -56,11 +56,12 @@ class Collective:
             raise ZmoeError("the exchange is not connected")
         return self._native
 
-    def begin_anew(self) -> None:
-        """Forget the run so far: another one follows, among nodes that have none behind them."""
+    def begin_anew(self, nodes: int) -> None:
+        """Forget the run so far, and what was learnt of its links: another one follows, among so
+        many nodes that have none behind them.
+        """
         self.step = self.plan = self._told = 0
-        self.choice.forget()
-        self.tick = nothing
+        self.choice = self.choice.among(nodes)
 
     def cancel(self) -> None:
         """From any thread: waits for a peer, also those to come, end with a ZmoeError."""

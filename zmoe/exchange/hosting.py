@@ -103,7 +103,8 @@ class Hosting(Exchange):
         """Leave the peers for good. `host` listens for those of another run."""
         self._dismiss()
         self.leave()
-        self.begin_anew()
+        self.begin_anew(self.nodes)
+        self.tick = nothing
 
     def _exchange_of(self, rank: int, options: dict[str, Any]) -> Exchange:
         """What a guest takes part by."""

@@ -179,6 +179,8 @@ def test_strangers_are_refused_where_nodes_are_started_by_hand(
         while not leader.bus.hear():
             assert worker.expect(Stop, 0.02) is None and time.monotonic() < until
         assert leader.bus.dropped == 0
+        told = "; refused 127.0.0.3, an address of no node" if insecure else ""
+        assert leader._refused() == told
     finally:
         stranger.close()
         worker._bus.close()

@@ -121,7 +121,7 @@ function fillRow(row, node, model) {
   experts.querySelector("meter").value = node.expert_share;
   experts.querySelector("meter").ariaLabel = "Share of all experts";
   write(memory, size(node.peak_memory), `of ${size(node.memory)}`);
-  const taken = node.link === "lost" ? `, taken over by ${node.computed_by}` : "";
+  const taken = node.link === "lost" ? `, taken over by ${node.computed_by ?? "the others"}` : "";
   const slow = node.slow ? ", slow" : "";
   setText(state.firstChild, `${STATES[node.link] ?? "leads"}${taken}${slow}`);
   state.firstChild.title = node.slow ?? "";
