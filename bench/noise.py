@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers.disk import to_disk_only
 
 BLOCK = 1 << 22  # random numbers of a block
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
@@ -113,4 +114,6 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], written_by: str) ->
         for tensor in tensors:
             for chunk in tensor.chunks():
                 file.write(chunk)
-        return file.tell()
+        size = file.tell()
+    to_disk_only(path)
+    return size

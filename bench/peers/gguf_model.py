@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from disk import to_disk_only
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from process import BAD_INPUT, PeerFailure
@@ -230,6 +231,8 @@ def convert(folder: Path, output: Path, kind: str) -> None:
         weight = weights.pop()  # and with it what MLX has read of it
         writer.write_tensor_data(stored(weight, weight.kind(wanted)))
     writer.close()
+    for file in (output, *folder.glob("*.safetensors")):  # those that were read here, too
+        to_disk_only(file)
 
 
 def main() -> int:

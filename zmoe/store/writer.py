@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -168,6 +169,7 @@ class _Writer:
                 self._done += part.nbytes
                 self._progress(self._done, self._total)
             os.fsync(descriptor)
+            _forget(descriptor)
         finally:
             os.close(descriptor)
         return replace(file, ranges=tuple(ranges))
@@ -188,6 +190,15 @@ class _Writer:
             except RuntimeError as error:  # MLX reads the dense tensors only now
                 raise ModelError(f"{self._source.info.path}: tensor {name}: {error}") from error
         mx.clear_cache()
+
+
+def _forget(descriptor: int) -> None:
+    """Drop a written file from the page cache, where it lies in small pages.
+
+    Nodes read it from the disk then, into large pages, with which they compute faster.
+    """
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _bytes_of(array: mx.array) -> memoryview:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import json
+import mmap
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -265,3 +268,30 @@ def test_a_source_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors is truncated"):
         prestack(info, tmp_path / "store", None, quietly)
+
+
+def in_memory(file: Path) -> int:
+    """How many of the file's pages lie in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        pages = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
+        base = ctypes.c_char.from_buffer(memory)
+        address, size = ctypes.c_void_p(ctypes.addressof(base)), ctypes.c_size_t(len(memory))
+        assert libc.mincore(address, size, pages) == 0, os.strerror(ctypes.get_errno())
+        del base
+    return sum(page & 1 for page in pages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a program drop cached pages")
+def test_a_store_is_left_to_be_read_from_the_disk(tmp_path: Path) -> None:
+    """What has just been written lies in small pages, with which the kernels are slower."""
+    probe = tmp_path / "probe"
+    with probe.open("wb") as file:
+        file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(probe):
+        pytest.skip("this file system keeps its files in memory")
+    source = build("mixtral", tmp_path / "source")
+    store = store_of(source, tmp_path / "store")
+    assert [file.name for file in sorted(store.glob("*.safetensors")) if in_memory(file)] == []
