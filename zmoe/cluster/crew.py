@@ -13,11 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
 from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.keeper import Access, Lender
+from zmoe.cluster.keeper import Access, Lender, Process
 from zmoe.cluster.launch import (
     NodeProcess,
     OnLine,
-    Process,
     command_by_hand,
     end_all,
     start_local,
