@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
-from zmoe.cluster.bus import FAREWELL_S, LeaderBus
+from zmoe.cluster.bus import FAREWELL_S
 from zmoe.cluster.keeper import Access, Lender, Process
 from zmoe.cluster.launch import (
     NodeProcess,
@@ -22,6 +22,7 @@ from zmoe.cluster.launch import (
     start_local,
     start_over_ssh,
 )
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from zmoe.batch.plan import Plan
-from zmoe.cluster.bus import LeaderBus
 from zmoe.cluster.crew import error_of
 from zmoe.cluster.keeper import Process
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import Failed, Loading, Message
 from zmoe.cluster.node import Node
