@@ -14,6 +14,7 @@ from typing import TypeVar
 from zmoe.batch.plan import Plan
 from zmoe.cluster.crew import Crew
 from zmoe.cluster.crew import OnManual as OnManual
+from zmoe.cluster.hello import check_hello, hello_of, hello_patience
 from zmoe.cluster.keeper import Lender
 from zmoe.cluster.messages import (
     AskMemory,
@@ -33,9 +34,9 @@ from zmoe.cluster.messages import (
     Step,
     Times,
 )
-from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
+from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver
-from zmoe.cluster.resources import resources_of
+from zmoe.cluster.resources import peak_memory, resources_of
 from zmoe.cluster.returning import Returns, Terms
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.cluster.stock import stock_of
