@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Self
 
 from zmoe.batch.plan import Plan, blocks_of, blocks_of_window
-from zmoe.batch.states import most_snapshots
 from zmoe.checkpoint.hub import resolve_model
 from zmoe.cluster.keeper import Lender
 from zmoe.cluster.leader import Leader, OnManual, OnNotice, Progress
@@ -31,12 +30,12 @@ from zmoe.engine.base import CachesEmptied, Floats
 from zmoe.engine.batcher import Batcher
 from zmoe.engine.draw import Draw, Drawn
 from zmoe.engine.generate import SharedSteps
-from zmoe.engine.paged import STATES_PER_SEQUENCE
 from zmoe.engine.prompt import open_tokenizer
 from zmoe.engine.stream import Stream
 from zmoe.errors import SettingError, ZmoeError
 from zmoe.kernels.threads import is_native
 from zmoe.loading import RECORDED, Skeleton, check_attention, describe, why_evaluated
+from zmoe.perf.memory import states_kept
 from zmoe.placement.estimate import NodeResources, cache_room
 from zmoe.placement.types import ModelInfo
 from zmoe.placement.usage import UsageRecorder
@@ -299,8 +298,8 @@ class Life:
         longest = blocks_of(self.info.context_length or _UNKNOWN_CONTEXT)
         if config.max_kv_size is not None:
             longest = blocks_of_window(config.max_kv_size, config.max_rows)
-        states = config.parallel * STATES_PER_SEQUENCE + most_snapshots(config.parallel)
-        blocks = (room - states * node.engine.state_bytes) // block_bytes
+        states = states_kept(config.parallel) * node.engine.state_bytes
+        blocks = (room - states) // block_bytes
         # One sequence must be able to run, even where memory is tight.
         return max(longest, min(blocks, config.parallel * longest))
 
