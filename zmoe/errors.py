@@ -80,11 +80,19 @@ class PeerError(ZmoeError):
 
     Attributes: the `rank` of the peer, and the `layer` (ordinal of the MoE layer, or None
     between layers) and `step` at which this process noticed; `reason` is the predicate of
-    the message.
+    the message. `others`: the ranks that were lost with it.
     """
 
-    def __init__(self, rank: int, layer: int | None, step: int, reason: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        layer: int | None,
+        step: int,
+        reason: str,
+        others: tuple[int, ...] = (),
+    ) -> None:
         self.rank, self.layer, self.step, self.reason = rank, layer, step, reason
+        self.others = others
         where = "between layers" if layer is None else f"at layer {layer}"
         super().__init__(f"rank {rank} {reason} {where}, step {step}")
 

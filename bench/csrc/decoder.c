@@ -53,7 +53,8 @@ static double median_us(operation *op, scene *s, uint32_t runs) {
 }
 
 static void norm(scene *s) {
-  zmoe_norm_rows(s->pool, &s->attention.input, s->h, 1, s->out, ZMOE_BF16);
+  const zmoe_norm *input = &s->attention.input;
+  zmoe_norm_all(s->pool, input, input->width, s->h, 1, s->out, ZMOE_BF16);
 }
 
 /* Everything between the projections and the output projection. */

@@ -28,10 +28,6 @@ typedef struct zmoe_norm {
   const float *weight, *bias;
 } zmoe_norm;
 
-/* out (rows, width) of `out_dtype` = norm(x (rows, width)). */
-int zmoe_norm_rows(zmoe_thread_pool *pool, const zmoe_norm *norm, const float *x, uint32_t rows,
-                   void *out, zmoe_dtype out_dtype);
-
 /* ---- both ends of a model ---------------------------------------------------------- */
 
 /* h (count, width) f32 = the rows `tokens` of the embedding, rounded to `dtype`.  ZMOE_EINVAL, and

@@ -11,7 +11,7 @@ int zmoe_norm_fits(const zmoe_norm *norm, uint32_t width);
 /* One row of the norm's width. */
 void zmoe_norm_row(const zmoe_vector_ops *ops, const zmoe_norm *norm, uint32_t width,
                    const float *x, void *out, zmoe_dtype out_dtype, zmoe_isa isa);
-/* zmoe_norm_rows, checked already. */
+/* out (rows, width) of `out_dtype` = norm(x (rows, width)), of a norm that fits the width. */
 void zmoe_norm_all(zmoe_thread_pool *pool, const zmoe_norm *norm, uint32_t width, const float *x,
                    uint32_t rows, void *out, zmoe_dtype out_dtype);
 /* Whether a zmoe_linear call of that width finds its working memory: asked before

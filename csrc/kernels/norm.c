@@ -51,14 +51,6 @@ void zmoe_norm_all(zmoe_thread_pool *pool, const zmoe_norm *norm, uint32_t width
   zmoe_run_rows(pool, work, &job, rows);
 }
 
-int zmoe_norm_rows(zmoe_thread_pool *pool, const zmoe_norm *norm, const float *x, uint32_t rows,
-                   void *out, zmoe_dtype out_dtype) {
-  if (norm->width == 0 || !zmoe_norm_fits(norm, norm->width) || zmoe_dtype_bytes(out_dtype) == 0)
-    return ZMOE_EINVAL;
-  zmoe_norm_all(pool, norm, norm->width, x, rows, out, out_dtype);
-  return ZMOE_OK;
-}
-
 struct addition {
   const float *y;
   float *h;

@@ -3,6 +3,8 @@
 #include "attention_layer.h"
 #include "kernel_rig.h"
 
+#include "kernels/layer.h"
+
 enum { ROWS = 140, WIDTH = 64, HIDDEN = 40, EXPERTS = 6, TOP_K = 2, BLOCKS = 3, SCRATCH = 8 << 20 };
 
 static const shape SHAPE = {.heads = 4,
@@ -128,7 +130,7 @@ static void run_parts(zmoe_thread_pool *pool, const model *m, state *s) {
   experts_of(pool, &m->expert, x, none, ones, 1, shared);
   add(s->h, sum), add(s->h, shared);
   attend(pool, m, s, 1);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &m->mlp.input, s->h, ROWS, x, ZMOE_BF16), ZMOE_OK);
+  zmoe_norm_all(pool, &m->mlp.input, WIDTH, s->h, ROWS, x, ZMOE_BF16);
   for (int i = 0; i < ROWS; i++)
     none[i] = 0, ones[i] = 1.0f;
   experts_of(pool, &m->expert, x, none, ones, 1, sum);
@@ -252,9 +254,8 @@ static void test_ends(void) {
     const zmoe_norm norm = {ZMOE_NORM_RMS, width, 1e-5f, weights, NULL};
     float *x = malloc(3 * width * sizeof *x);
     for (uint32_t i = 0; i < 3; i++)
-      CHECK_EQUAL(zmoe_norm_rows(pool, &norm, h + rows[i] * width, 1,
-                                 (unsigned char *)x + i * width * zmoe_dtype_bytes(dtype), dtype),
-                  ZMOE_OK);
+      zmoe_norm_all(pool, &norm, width, h + rows[i] * width, 1,
+                    (unsigned char *)x + i * width * zmoe_dtype_bytes(dtype), dtype);
     const zmoe_weight *weight = &w;
     void *ys[] = {want};
     const size_t stride = VOCABULARY;

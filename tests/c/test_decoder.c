@@ -1,6 +1,8 @@
 /* Norms and routers against a reference in double precision; what is refused. */
 #include "numbers.h"
 
+#include "kernels/layer.h"
+
 /* ---- norms ------------------------------------------------------------------------ */
 
 static void reference_norm(const zmoe_norm *norm, const float *x, double *out) {
@@ -31,7 +33,7 @@ static void check_norm(const zmoe_norm *norm, const float *x, uint32_t rows, zmo
     if (!zmoe_isa_supported(ALL_ISAS[i / 2]))
       continue;
     zmoe_thread_pool *pool = make_pool(1 + i % 2, ALL_ISAS[i / 2], 0);
-    CHECK_EQUAL(zmoe_norm_rows(pool, norm, x, rows, i == 0 ? first : out, dtype), ZMOE_OK);
+    zmoe_norm_all(pool, norm, norm->width, x, rows, i == 0 ? first : out, dtype);
     CHECK(i == 0 || memcmp(first, out, bytes) == 0);
     zmoe_thread_pool_destroy(pool);
   }
@@ -70,7 +72,7 @@ static void test_norms_of_extremes(void) {
   float out[64];
   reference_norm(&layer, shifted, expected);
   zmoe_thread_pool *pool = make_pool(1, zmoe_isa_best(), 0);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &layer, shifted, 1, out, ZMOE_F32), ZMOE_OK);
+  zmoe_norm_all(pool, &layer, layer.width, shifted, 1, out, ZMOE_F32);
   CHECK(distance(out, expected, 64) < 1e-3);
   zmoe_thread_pool_destroy(pool);
 }
@@ -281,15 +283,10 @@ static void test_bad_routers(void) {
 /* ---- refusals of attention and norms ------------------------------------------------------ */
 
 static void test_bad_norms(void) {
-  float x[4] = {1, 2, 3, 4}, out[4];
-  const zmoe_norm none = {ZMOE_NORM_RMS, 0, 0, NULL, NULL}, odd = {3, 4, 0, NULL, NULL};
-  const zmoe_norm good = {ZMOE_NORM_RMS, 4, 0, NULL, NULL};
-  zmoe_thread_pool *pool = make_pool(2, zmoe_isa_best(), 0);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &none, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &odd, x, 1, out, ZMOE_F32), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &good, x, 1, out, (zmoe_dtype)3), ZMOE_EINVAL);
-  CHECK_EQUAL(zmoe_norm_rows(pool, &good, x, 0, out, ZMOE_F32), ZMOE_OK);
-  zmoe_thread_pool_destroy(pool);
+  const zmoe_norm good = {ZMOE_NORM_LAYER, 4, 0, NULL, NULL}, odd = {3, 4, 0, NULL, NULL};
+  const zmoe_norm none = {ZMOE_NORM_NONE, 0, 0, NULL, NULL};
+  CHECK(zmoe_norm_fits(&good, 4) && !zmoe_norm_fits(&good, 5));
+  CHECK(!zmoe_norm_fits(&odd, 4) && zmoe_norm_fits(&none, 4));
 }
 
 enum { WIDTH = 8, DIM = 4, BLOCKS = 3, FLOATS = 2 * ZMOE_KEY_BLOCK * DIM * BLOCKS };

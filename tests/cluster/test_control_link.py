@@ -16,7 +16,7 @@ import zmoe
 from tests.cluster.conftest import PATIENCE_S, Commands, wait_until
 from tests.relay import Relay
 from zmoe.cluster import crew
-from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.exchange.keys import Pinned
 from zmoe.exchange.sockets import Context
 

@@ -43,6 +43,7 @@ def test_the_text_goes_on_without_a_node(commands: Commands, free_port: int, how
     rest, errors = leader.communicate(timeout=PATIENCE_S)
     assert leader.returncode == 0, errors
     assert whole.endswith(rest) and len(rest) > len(whole) // 2
+    assert re.search("node 1 .*(cannot be reached|does not answer)", errors), errors
     assert "the run goes on; besides its own, node 2 computes the share of node 1" in errors
     _, errors = workers[1].communicate(timeout=PATIENCE_S)
     assert workers[1].returncode == 0, errors

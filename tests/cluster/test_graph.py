@@ -21,7 +21,7 @@ from tests.cluster.conftest import PATIENCE_S, Commands, Workers, first_output, 
 from tests.cluster.graph_failures import check_round, draw_round
 from tests.families import build
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster import node
+from zmoe.cluster import share
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import EngineConfig
@@ -235,9 +235,9 @@ def test_the_text_goes_on_without_nodes(
     nodes = 3 if attention == "replicated" else 2  # which must divide the heads
     prompts = [PROMPT, PROMPT[::-1]]
     wanted = [reference(folder, prompt, count=24)[0] for prompt in prompts]
-    load, in_use = node.load_shard, list[int]()
+    load, in_use = share.load_shard, list[int]()
     monkeypatch.setattr(
-        node, "load_shard", lambda *a, **k: in_use.append(mx.get_active_memory()) or load(*a, **k)
+        share, "load_shard", lambda *a, **k: in_use.append(mx.get_active_memory()) or load(*a, **k)
     )
     told = list[str]()
     engine = EngineConfig(compute="mlx", prefill_chunk=16, attention=attention)

@@ -17,12 +17,14 @@ from tests.cluster.conftest import PATIENCE_S, Commands, commands_in, wait_until
 from tests.conftest import unused_port
 from tests.unit.store.stores import EXPERTS_1, store_of
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.cluster import Cluster
+from zmoe.cluster.hello import check_hello, hello_of
 from zmoe.cluster.leader import notices_of
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import Endpoints, Failed, Hello, Join, Message, Place, Ready, Setup, Stop
-from zmoe.cluster.node import Node, check_hello, hello_of
+from zmoe.cluster.node import Node
 from zmoe.cluster.spec import ClusterSpec, PlacementRequest
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, MismatchError, ZmoeError
 from zmoe.exchange.keys import Pinned

@@ -11,7 +11,7 @@ from tests.changed import changed
 from tests.cluster.conftest import PATIENCE_S, Commands
 from zmoe.batch.plan import PREVIOUS, Plan, Span
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster import bus
+from zmoe.cluster import leader_bus
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import Endpoints, Message, Place, Setup, Step
 from zmoe.cluster.spec import ClusterSpec
@@ -62,8 +62,8 @@ class Hostile:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kind: type[Message] | None = None
         self.instead: Instead = {}
-        self._encode = bus.encode
-        monkeypatch.setattr(bus, "encode", self)
+        self._encode = leader_bus.encode
+        monkeypatch.setattr(leader_bus, "encode", self)
 
     def __call__(self, message: Message) -> bytes:
         if type(message) is not self.kind or message == WARM_UP:

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.conftest import PATIENCE_S, Commands, Workers, first_output, wait_until, workers
 from tests.cluster.test_graph import folder
 from zmoe import Cluster, ClusterSpec, EngineConfig
-from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.spec import PlacementRequest
 
 __all__ = ["folder", "workers"]

@@ -175,7 +175,8 @@ def test_a_cut_cable_is_missed_by_nobody(commands: Commands, hosts: tuple[str, .
 
 CONTROL_LINK = """
 import sys, time
-from zmoe.cluster.bus import LeaderBus, WorkerBus
+from zmoe.cluster.leader_bus import LeaderBus
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.cluster.messages import Join, Loading, Setup
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import PeerError

@@ -12,17 +12,17 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
-from zmoe.cluster.bus import FAREWELL_S, LeaderBus
-from zmoe.cluster.keeper import Access, Lender
+from zmoe.cluster.bus import FAREWELL_S
+from zmoe.cluster.keeper import Access, Lender, Process
 from zmoe.cluster.launch import (
     NodeProcess,
     OnLine,
-    Process,
     command_by_hand,
     end_all,
     start_local,
     start_over_ssh,
 )
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.config import PROTOCOL_VERSION

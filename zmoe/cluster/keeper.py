@@ -178,3 +178,6 @@ class LentProcess:
 
     def _call(self, gone: T, method: str, *arguments: object) -> T:
         return self.lender.ask(gone, "call", self.rank, method, *arguments)
+
+
+Process = NodeProcess | LentProcess  # of a worker, as its leader has it

@@ -13,11 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from zmoe.cluster.hosts import Host
 from zmoe.cluster.spec import RemoteOptions
 from zmoe.errors import LaunchError
+
+if TYPE_CHECKING:
+    from zmoe.cluster.keeper import Process
 
 END_GRACE_S = 2.0  # between TERM and KILL
 KILL_GRACE_S = 5.0  # after KILL: a process in an uninterruptible sleep outlives even that
@@ -33,34 +36,6 @@ _MAIN = (
 _LOG = logging.getLogger(__name__)
 
 OnLine = Callable[[int, str], None]  # rank, a line without its end
-
-
-class Process(Protocol):
-    """One worker process, as NodeProcess has it."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def is_left(self) -> bool: ...
-
-    def exit_code(self) -> int | None: ...
-
-    def ending(self) -> str: ...
-
-    def kill(self) -> None: ...
-
-    def terminate(self) -> None: ...
-
-    def wait(self, deadline: float) -> bool: ...
-
-    def close(self) -> None: ...
 
 
 class NodeProcess:
@@ -164,7 +139,7 @@ class NodeProcess:
 
 
 # Makes a process of the arguments that NodeProcess takes.
-Start = Callable[[int, str, Sequence[str], dict[str, str], str, OnLine | None], Process]
+Start = Callable[[int, str, Sequence[str], dict[str, str], str, OnLine | None], "Process"]
 
 
 def _signal_name(number: int) -> str:

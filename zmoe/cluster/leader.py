@@ -14,6 +14,7 @@ from typing import TypeVar
 from zmoe.batch.plan import Plan
 from zmoe.cluster.crew import Crew
 from zmoe.cluster.crew import OnManual as OnManual
+from zmoe.cluster.hello import check_hello, hello_of, hello_patience
 from zmoe.cluster.keeper import Lender
 from zmoe.cluster.messages import (
     AskMemory,
@@ -33,9 +34,9 @@ from zmoe.cluster.messages import (
     Step,
     Times,
 )
-from zmoe.cluster.node import Node, check_hello, hello_of, hello_patience, peak_memory
+from zmoe.cluster.node import Node
 from zmoe.cluster.resolver import PlacementResolver
-from zmoe.cluster.resources import resources_of
+from zmoe.cluster.resources import peak_memory, resources_of
 from zmoe.cluster.returning import Returns, Terms
 from zmoe.cluster.spec import ClusterSpec
 from zmoe.cluster.stock import stock_of
@@ -106,32 +107,10 @@ class Leader(Crew):
         # While the others start:
         offer = resources_of(self.spec.engine, self.spec.placement.memory_limit)
         arithmetic = arithmetic_of(self.spec.engine)
-        joins = self.collect_joins()
-        setup = Setup(
-            nodes=self.spec.nodes,
-            model=self._model_name,
-            engine=self.spec.engine,
-            timing=timing,
-            memory_limit=self.spec.placement.memory_limit,
-            ports=self.spec.port_range,
-            keep_alive=self.spec.keep_alive,
-        )
+        joins, setup = self.collect_joins(), self._setup()
         self.bus.broadcast(setup)
-        own = node.open_exchange(
-            self.spec.address,
-            self._context,
-            encrypted=self.spec.encrypted,
-            ports=self.spec.port_range,
-        )
-        assert node.exchange is not None
-        node.exchange.tick = self._listen_in_step
-        patience = hello_patience(self._model_name, timing)
-        hellos = self.collect(Hello, "has not said hello", patience)
-        mine = hello_of(node.info, arithmetic, offer, own)
-        for rank, hello in hellos.items():
-            name = f"node {rank} ({joins[rank].host})"
-            check_hello(mine, hello, name, self.spec.engine.schedule)
-        everyone = [mine, *hellos.values()]
+        mine = hello_of(node.info, arithmetic, offer, self._open_exchange())
+        everyone = [mine, *self._hellos(mine, joins)]
         self.resources = [hello.resources for hello in everyone]
         placement = self._resolver.resolve(self.resources)
         node.place(placement)
@@ -155,10 +134,44 @@ class Leader(Crew):
                     f"node {rank} ({joins[rank].host}) has loaded placement {message.placement}, "
                     f"the leader {placement.digest}"
                 )
+        assert node.exchange is not None
         figures = node.exchange.choice.figures
         self._terms = Terms(setup, placement, isa, figures, mine, node.divides)
         told = {0: shard.notices, **{rank: message.notices for rank, message in ready.items()}}
         return notices_of(told), max([seconds, *(message.seconds for message in ready.values())])
+
+    def _setup(self) -> Setup:
+        """What every worker is told of the run."""
+        return Setup(
+            nodes=self.spec.nodes,
+            model=self._model_name,
+            engine=self.spec.engine,
+            timing=self.spec.timing,
+            memory_limit=self.spec.placement.memory_limit,
+            ports=self.spec.port_range,
+            keep_alive=self.spec.keep_alive,
+        )
+
+    def _open_exchange(self) -> Endpoint:
+        """Where the leader's own node listens for the others."""
+        endpoint = self.node.open_exchange(
+            self.spec.address,
+            self._context,
+            encrypted=self.spec.encrypted,
+            ports=self.spec.port_range,
+        )
+        assert self.node.exchange is not None
+        self.node.exchange.tick = self._listen_in_step
+        return endpoint
+
+    def _hellos(self, mine: Hello, joins: Mapping[int, Join]) -> list[Hello]:
+        """The workers', by rank. Raises MismatchError for one that cannot share this run."""
+        patience = hello_patience(self._model_name, self.spec.timing)
+        hellos = self.collect(Hello, "has not said hello", patience)
+        for rank, hello in hellos.items():
+            name = f"node {rank} ({joins[rank].host})"
+            check_hello(mine, hello, name, self.spec.engine.schedule)
+        return list(hellos.values())
 
     def listeners(self) -> list[tuple[str, list[int]]]:
         """The address and the ports at which each node listens for the others, by rank."""

@@ -8,9 +8,10 @@ from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
 from zmoe import __version__
-from zmoe.cluster.bus import FAREWELL_S, WorkerBus
+from zmoe.cluster.bus import FAREWELL_S
 from zmoe.cluster.messages import Failed, Join, Message, Stop, one_line
 from zmoe.cluster.spec import WorkerSpec
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.config import PROTOCOL_VERSION, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.exchange.keys import is_loopback

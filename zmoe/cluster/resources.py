@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -97,3 +99,10 @@ def _passes(read: Callable[[], None]) -> list[float]:
         read()
         speeds.append(_READ_BYTES / (time.perf_counter() - start) / 1e9)
     return speeds
+
+
+def peak_memory() -> int:
+    """This process's peak resident memory in bytes, MLX's peak where that is not resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = peak if sys.platform == "darwin" else peak * 1024
+    return max(resident, mx.get_peak_memory())

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zmoe.cluster.crew import check_protocol
+from zmoe.cluster.hello import check_hello
 from zmoe.cluster.messages import Enter, Hello, Join, Message, Ready, Setup
-from zmoe.cluster.node import check_hello
 from zmoe.errors import LaunchError, ZmoeError
 from zmoe.placement.types import Placement
 

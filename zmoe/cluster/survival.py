@@ -12,9 +12,9 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from zmoe.batch.plan import Plan
-from zmoe.cluster.bus import LeaderBus
 from zmoe.cluster.crew import error_of
-from zmoe.cluster.launch import Process
+from zmoe.cluster.keeper import Process
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import Failed, Loading, Message
 from zmoe.cluster.node import Node
@@ -367,6 +367,20 @@ class Survival:
             self._leader.bus.probe()
         self.check_processes()
         self.hear()
+        self._look_at_links()
+
+    def _look_at_links(self) -> None:
+        """While nodes are to halt: one that is stopped says nothing, and its system keeps the
+        control link up. Only the heartbeats of the exchange, which it leaves unanswered, tell it
+        from one that computes.
+        """
+        if self._machine.phase is not Phase.QUIESCE:
+            return
+        try:
+            self._leader.node.service()
+        except PeerError as lost:
+            for rank in {self.view.hosts[shard] for shard in (lost.rank, *lost.others)}:
+                self._take(self._machine.lost(rank, time.monotonic()))
 
     def _tell(self, rank: int, message: Message) -> None:
         with suppress(PeerError):  # which is noticed elsewhere

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from zmoe.batch.plan import Plan
 from zmoe.checkpoint.hub import resolve_model
-from zmoe.cluster.bus import WorkerBus
+from zmoe.cluster.hello import hello_of, hello_patience
 from zmoe.cluster.member import Member
 from zmoe.cluster.membership import Halted, join_view, open_view
 from zmoe.cluster.messages import (
@@ -38,10 +38,11 @@ from zmoe.cluster.messages import (
     Times,
     one_line,
 )
-from zmoe.cluster.node import Node, hello_of, hello_patience, peak_memory
-from zmoe.cluster.resources import resources_of
+from zmoe.cluster.node import Node
+from zmoe.cluster.resources import peak_memory, resources_of
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.cluster.survival import patience_of
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.config import Timing
 from zmoe.errors import PeerError, ZmoeError
 from zmoe.exchange.base import nothing

@@ -17,7 +17,6 @@ from zmoe.errors import ZmoeError
 Blocks = npt.NDArray[np.uint32]
 State = npt.NDArray[np.uint8]
 MOST_REPEATED = 2  # steps, after the loss of a node
-STATES_PER_SEQUENCE = 2 + MOST_REPEATED  # that it takes while it runs: now, and as `began` says
 _NO_BLOCKS = np.empty(0, np.uint32)
 
 

@@ -18,7 +18,7 @@ def error_of(
     long it has waited. Returns PeerError, DivergenceError or ZmoeError.
     """
     if status == Status.PEER:
-        return PeerError(fault.lost[0], layer, step, "was lost")
+        return PeerError(fault.lost[0], layer, step, "was lost", fault.lost[1:])
     if status == Status.TIMEOUT:
         others = ", ".join(str(r) for r in fault.missing[1:])
         others = f" (nor did {others})" if others else ""

@@ -89,15 +89,9 @@ def load_shard(
     """
     form = form or Form()
     owned = owned_by(info, placement, reducer.rank)
-    kept = slice_of(placement, reducer.rank)
+    kept, in_graph = slice_of(placement, reducer.rank), form.graph is not None
     share = take_share(
-        info,
-        owned,
-        pool,
-        progress,
-        kept_slice=kept,
-        skeleton=skeleton,
-        in_graph=form.graph is not None,
+        info, owned, pool, progress, kept_slice=kept, skeleton=skeleton, in_graph=in_graph
     )
     model, sites = share.model, share.sites
     heads: Sequence[str] = ()
@@ -117,28 +111,15 @@ def load_shard(
     else:
         select_rows(model, head)
     sizes = share.sizes([model])
-    for site, layer in zip(sites, layers, strict=True):
-        if form.graph is not None:
-            _install_in_graph(model, site, layer.ordinal, form.graph)
-        elif not form.as_it_is:
-            _install(model, site, layer, experts.get(site.path))
+    _exchange_in(model, sites, layers, experts, form)
     if form.graph is not None:
         sum_heads(model, sites, heads, form.graph)
     paged = None
     if pool is not None and fuse:
         paged = fuse_layers(model, sites, layers, experts, pool, dtype)
     notices = (*share.notices, *_notices(sites), *form.notices)
-    return LoadedShard(
-        model,
-        share.config,
-        head,
-        paged,
-        share.bytes_read,
-        sum(sizes),
-        max(sizes),
-        notices,
-        form,
-    )
+    read, config = share.bytes_read, share.config
+    return LoadedShard(model, config, head, paged, read, sum(sizes), max(sizes), notices, form)
 
 
 @dataclass(frozen=True)
@@ -265,6 +246,21 @@ def _evaluate(used: Sequence[Module]) -> list[mx.array]:
         if mx.get_cache_memory() > _CACHE_BYTES:
             mx.clear_cache()
     return arrays
+
+
+def _exchange_in(
+    model: Module,
+    sites: Sequence[Site],
+    layers: Sequence[Layer],
+    experts: dict[str, NativeExperts],
+    form: Form,
+) -> None:
+    """Put what computes the experts of all nodes in the places of the MoE layers."""
+    for site, layer in zip(sites, layers, strict=True):
+        if form.graph is not None:
+            _install_in_graph(model, site, layer.ordinal, form.graph)
+        elif not form.as_it_is:
+            _install(model, site, layer, experts.get(site.path))
 
 
 def _install(model: Module, site: Site, layer: Layer, experts: Experts | None) -> None:

@@ -11,7 +11,16 @@ from zmoe.perf.shape import ModelShape
 # chunk: 168 and 172 MiB measured for two small models, more
 # for a wide one. An estimate.
 PROGRAM_BYTES = 256 << 20
+# Of recurrent layers: the state now, the one before, and those of two steps that may be repeated.
+STATES_PER_SEQUENCE = 4
 ROUNDING = 0.5  # bytes that none are missing for, as in Prediction.missing
+
+
+def states_kept(sequences: int) -> int:
+    """How many states of recurrent layers a node holds while so many sequences run: theirs, and
+    snapshots: the latest of each, and four of texts with which many begin.
+    """
+    return sequences * STATES_PER_SEQUENCE + sequences + 4
 
 
 def dense_node_bytes(
@@ -20,7 +29,8 @@ def dense_node_bytes(
     """Each node's memory without experts: of the centralised schedule only the leader
     holds dense weights and caches.
     """
-    resident = shape.dense_bytes + sequences * shape.cache_bytes(context)
+    states = states_kept(sequences) * shape.state_bytes
+    resident = shape.dense_bytes + sequences * shape.cache_bytes(context) + states
     holders = 1 if cluster.schedule == "centralized" else cluster.nodes
     return [PROGRAM_BYTES + (resident if node < holders else 0.0) for node in range(cluster.nodes)]
 

@@ -21,6 +21,7 @@ from zmoe.perf.shape import (
     LatentAttention,
     ModelShape,
     affine,
+    delta_state_bytes,
 )
 
 # One meaning, many spellings: the first that the config has counts.
@@ -109,6 +110,7 @@ class _Config:
             dense_format=dense_format,
             expert_format=expert_format,
             slice_alignment=expert_format.slice_alignment,
+            state_bytes=self._state_bytes(layers),
         )
 
     def _attention(self, hidden: int, layers: int) -> Attention:
@@ -122,14 +124,36 @@ class _Config:
                 rope_dim=self.integer(("qk_rope_head_dim",)),
                 value_dim=self.integer(("v_head_dim",)),
             )
-        kinds = self.get(("layer_types",))[1]
-        windowed = kinds.count("sliding_attention") if isinstance(kinds, list) else 0
+        windowed = self._layers_of("sliding_attention")
         return GroupedAttention(
             heads=heads,
             kv_heads=self.integer(_KV_HEADS, default=heads),
             head_dim=self.integer(("head_dim",), default=max(1, hidden // heads)),
             window=self.integer(("sliding_window",)) if windowed else 0,
             windowed_layers=min(windowed, layers),
+            recurrent_layers=self._recurrent_layers(layers),
+        )
+
+    def _layers_of(self, kind: str) -> int:
+        kinds = self.get(("layer_types",))[1]
+        return kinds.count(kind) if isinstance(kinds, list) else 0
+
+    def _recurrent_layers(self, layers: int) -> int:
+        """How many have gated delta nets in the place of attention, as most of Qwen3-Next's do."""
+        if self.get(("linear_num_value_heads",))[1] is None:
+            return 0
+        attending = layers // self.integer(("full_attention_interval",), default=4)
+        return min(self._layers_of("linear_attention") or layers - attending, layers)
+
+    def _state_bytes(self, layers: int) -> int:
+        """Of all recurrent layers."""
+        recurrent = self._recurrent_layers(layers)
+        return recurrent and recurrent * delta_state_bytes(
+            key_heads=self.integer(("linear_num_key_heads",)),
+            value_heads=self.integer(("linear_num_value_heads",)),
+            key_dim=self.integer(("linear_key_head_dim",)),
+            value_dim=self.integer(("linear_value_head_dim",)),
+            taps=self.integer(("linear_conv_kernel_dim",), default=4),
         )
 
     def _dense_layers(self, layers: int) -> int:

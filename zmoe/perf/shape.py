@@ -11,6 +11,7 @@ from typing import Protocol
 
 GATED_MATRICES = 3  # gate, up and down
 CACHE_BYTES = 2  # an element of the attention cache: bfloat16 or float16
+CACHE_LINE = 64  # bytes
 PLAIN_ALIGNMENT = 64  # of slices without quantisation: whole vectors and cache lines
 MOST_GROUP = 128  # weights that share a scale; fp8's larger blocks become plain when loaded
 
@@ -95,7 +96,8 @@ class Attention(Protocol):
 class GroupedAttention:
     """Query heads that share key and value heads in groups.
 
-    `windowed_layers` of the layers look back on `window` tokens only.
+    `windowed_layers` of the layers look back on `window` tokens only, and `recurrent_layers` on
+    none: they keep a state.
     """
 
     heads: int
@@ -103,6 +105,7 @@ class GroupedAttention:
     head_dim: int
     window: int = 0
     windowed_layers: int = 0
+    recurrent_layers: int = 0
 
     def parameters(self, hidden: int) -> int:
         return 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
@@ -113,7 +116,8 @@ class GroupedAttention:
 
     def attended(self, context: float, layers: int) -> float:
         short = min(context, self.window) * self.windowed_layers
-        return (context * (layers - self.windowed_layers) + short) / layers
+        whole = layers - self.windowed_layers - self.recurrent_layers
+        return (context * whole + short) / layers
 
     def score_operations(self, attended: float) -> float:
         return 4 * self.heads * self.head_dim * attended
@@ -163,6 +167,18 @@ class LatentAttention:
         return None if self.heads % nodes else replace(self, heads=self.heads // nodes)
 
 
+def delta_state_bytes(
+    key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int
+) -> int:
+    """What a gated delta net (Yang et al., arXiv 2412.06464) keeps of a sequence: the last rows
+    that its convolution of so many `taps` sees, as elements of a cache, and a float32 matrix per
+    head. Each of the two begins at a cache line.
+    """
+    row = 2 * key_heads * key_dim + value_heads * value_dim
+    parts = (taps - 1) * row * CACHE_BYTES, value_heads * value_dim * key_dim * 4
+    return sum(-(-part // CACHE_LINE) * CACHE_LINE for part in parts)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A decoder whose layers hold experts, but for `dense_layers` of them.
@@ -172,7 +188,8 @@ class ModelShape:
     of hidden x expert_hidden weights an expert has. `shared_hidden`: the inner
     width of all shared experts together, 0 for none. `dense_hidden`: that of
     the layers without experts. `tied`: the output head is the embedding.
-    `dense_format` is everything's format but the routed experts'.
+    `dense_format` is everything's format but the routed experts'. `state_bytes`: what all
+    recurrent layers together keep of a sequence.
     """
 
     name: str
@@ -191,6 +208,7 @@ class ModelShape:
     expert_format: Format = BF16
     expert_matrices: float = GATED_MATRICES
     slice_alignment: int = PLAIN_ALIGNMENT
+    state_bytes: int = 0
 
     @property
     def moe_layers(self) -> int:
@@ -262,6 +280,6 @@ class ModelShape:
         return self.expert_format.bytes(self.expert_parameters)
 
     def cache_bytes(self, context: float) -> float:
-        """Of one sequence's cache in all layers, `context` tokens long."""
+        """Of one sequence's keys and values in all layers, `context` tokens long."""
         kept = self.attention.attended(context, self.layers)
         return self.layers * kept * self.attention.cache_elements * CACHE_BYTES

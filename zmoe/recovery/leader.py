@@ -140,7 +140,12 @@ class LeaderRecovery:
     # ---- what happens to the leader's own node -----------------------------------
 
     def lost(self, lost: int, now: float) -> list[LeaderAction]:
-        """The leader's exchange has lost the node `lost`, or cannot connect with it."""
+        """The leader's exchange has lost the node `lost`, or cannot connect with it.
+
+        While nodes are to halt, nobody waits for the answer of one whose link is gone.
+        """
+        if self.phase is Phase.QUIESCE and lost in self._waiting:
+            return self._run(self._without({lost: "does not answer"}, now), now)
         return self._run(self._own.lost(lost, now), now)
 
     def opened(self, epoch: int, endpoint: object, now: float) -> list[LeaderAction]:

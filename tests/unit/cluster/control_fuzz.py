@@ -13,9 +13,10 @@ from typing import Any
 import msgpack
 
 from tests.unit.cluster.test_messages import EXAMPLES
-from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.channel import _HEADER, _MAGIC, Channel, ChannelError, Kind
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import Join, encode
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.codec import MessageError
 from zmoe.config import PROTOCOL_VERSION
 from zmoe.errors import ZmoeError

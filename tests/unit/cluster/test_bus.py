@@ -14,8 +14,8 @@ import zmq
 
 from tests.relay import Relay
 from tests.unit.cluster.control_fuzz import Fuzz
-from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.channel import Channel
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import (
     AskMemory,
     Cache,
@@ -30,6 +30,7 @@ from zmoe.cluster.messages import (
 )
 from zmoe.cluster.spec import WorkerSpec
 from zmoe.cluster.worker import Worker
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.config import PROTOCOL_VERSION, EngineConfig, Timing
 from zmoe.errors import InputError, PeerError, ZmoeError
 from zmoe.exchange.keys import Pinned

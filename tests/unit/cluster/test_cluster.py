@@ -158,7 +158,7 @@ def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
 def test_kv_bits_of_a_family_that_has_none(
     family: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmoe.cluster.cluster.open_tokenizer", lambda folder: None)
+    monkeypatch.setattr("zmoe.cluster.life.open_tokenizer", lambda folder: None)
     spec = ClusterSpec(engine=EngineConfig(kv_bits=8))
     with (
         pytest.raises(SettingError, match=f"^kv_bits is 8: expected none, as {reason}"),

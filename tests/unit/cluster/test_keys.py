@@ -17,10 +17,11 @@ import pytest
 
 from zmoe.cluster import bus as bus_module
 from zmoe.cluster import crew, hosts, member, spec
-from zmoe.cluster.bus import LeaderBus, WorkerBus
 from zmoe.cluster.hosts import Host, HostList
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.cluster.messages import Join, Message, Stop, encode
 from zmoe.cluster.spec import KEY_VARIABLE, ClusterSpec, WorkerSpec
+from zmoe.cluster.worker_bus import WorkerBus
 from zmoe.config import PROTOCOL_VERSION, EngineConfig
 from zmoe.errors import InputError
 from zmoe.exchange import sockets

@@ -10,10 +10,15 @@ import pytest
 
 from tests.families import build
 from tests.unit.engine.test_paged import LONG, SHORT, close, engine_of, expected, run
-from zmoe.batch.plan import Fork, Plan, Span
+from zmoe.batch.plan import BLOCK, Fork, Plan, Span
+from zmoe.batch.states import most_snapshots
+from zmoe.cli.plan.known_hardware import MACHINES
 from zmoe.engine.base import Floats
-from zmoe.engine.paged import PagedEngine
+from zmoe.engine.paged import MOST_REPEATED, PagedEngine
 from zmoe.errors import ZmoeError
+from zmoe.perf.cost import Cluster
+from zmoe.perf.memory import node_bytes
+from zmoe.perf.model_config import read_shape
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +140,18 @@ def test_memory_is_used_again(folder: Path) -> None:
     for at in range(41, 60):
         run(engine, Span(0, at, 1, 0), tokens=LONG[:1])
     assert len(engine._states) == 8
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+def test_the_planner_counts_what_is_allocated(family: str, tmp_path: Path) -> None:
+    """From the config alone: keys and values of the layers that have them, states of the others."""
+    folder = build(family, tmp_path, "bfloat16")
+    engine, shape = engine_of(folder), read_shape(folder / "config.json", family)
+    assert shape.cache_bytes(BLOCK) == engine.block_bytes
+    assert shape.state_bytes == engine.state_bytes > 0
+    one, three = (
+        node_bytes(shape, Cluster((MACHINES["m2-ultra"],), None), [0], sequences, BLOCK)[0]
+        for sequences in (1, 3)
+    )
+    states = 2 * (2 + MOST_REPEATED) + most_snapshots(3) - most_snapshots(1)
+    assert three - one == 2 * engine.block_bytes + states * engine.state_bytes

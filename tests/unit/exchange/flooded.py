@@ -9,7 +9,7 @@ import time
 
 import zmq
 
-from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.exchange import sockets
 from zmoe.exchange.local import Exchange
 

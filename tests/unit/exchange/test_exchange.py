@@ -395,7 +395,7 @@ def test_a_peer_lost_while_no_buffer_is_free(
 
 ABANDON = """
 import gc
-from zmoe.cluster.bus import LeaderBus
+from zmoe.cluster.leader_bus import LeaderBus
 from zmoe.exchange.local import Exchange
 from zmoe.exchange.sockets import Context
 

@@ -98,22 +98,6 @@ def close(ours: F32, theirs: mx.array) -> bool:
     return float(np.abs(ours - expected).max()) <= TOLERANCE * float(np.abs(expected).max())
 
 
-# ---- norms ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
-def test_norms(kind: type[nn.Module], bias: bool, pool: Any) -> None:
-    norm = kind(80) if kind is nn.RMSNorm else nn.LayerNorm(80, bias=bias)
-    norm.update({name: mx.random.normal(a.shape) for name, a in norm.parameters().items()})
-    x = mx.random.normal((3, 80))
-    out, structs = np.empty((3, 80), np.float32), Structs()
-    struct = ffi.new("zmoe_norm *", structs.norm(norm))
-    data = ffi.from_buffer(out)
-    assert lib.zmoe_norm_rows(pool, struct, structs.floats(x), 3, data, 0) == 0
-    assert close(out, norm(x))
-
-
 # ---- attention ----------------------------------------------------------------------
 
 

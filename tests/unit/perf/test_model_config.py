@@ -185,3 +185,32 @@ def test_files_that_are_no_config(config_file: Path) -> None:
     config_file.write_text("[]")
     with pytest.raises(ModelError, match="expected a JSON object"):
         read_shape(config_file, "x")
+
+
+def test_layers_that_keep_a_state(tmp_path: Path) -> None:
+    """Qwen3-Next-80B-A3B: three of four layers keep 2 MiB of heads and three rows of 8192."""
+    config = {
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 2048,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    shape = read_shape(path, "qwen3-next")
+    assert shape.cache_bytes(1000) == 12 * 1000 * 2 * 2 * 256 * 2
+    assert shape.state_bytes == 36 * ((2 << 20) + 3 * 8192 * 2)
+    kinds = ["linear_attention"] * 40 + ["full_attention"] * 8
+    path.write_text(json.dumps({**config, "layer_types": kinds}))
+    assert read_shape(path, "qwen3-next").state_bytes == 40 * ((2 << 20) + 3 * 8192 * 2)

@@ -275,6 +275,9 @@ class LeaderHost(Host):
         self.notices: list[str] = []
 
     def tick(self) -> None:
+        if self.machine.phase is Phase.QUIESCE:  # it looks at its links meanwhile
+            for rank in self.network.unheard():
+                self.lose(rank)
         self.do(self.machine.tick(self.network.now))
 
     def act(self, action: NodeAction | LeaderAction) -> None:
@@ -369,6 +372,7 @@ class Network:
         self.heap: list[tuple[float, int, Host | None, Callable[[], None], bool]] = []
         self.arrivals: dict[tuple[Host, Host, bool], float] = {}
         self.cuts: set[tuple[int, int]] = set()
+        self.silent_since: dict[Host, float] = {}  # those that once were, by is_silent
         self.unlinked: set[Host] = set()
         self.evicted: dict[Host, int] = {}  # and from which epoch on
         self.pending = 0  # events that are no ticks
@@ -457,6 +461,24 @@ class Network:
 
     # ---- links ------------------------------------------------------------------
 
+    def unheard(self) -> list[int]:
+        """The nodes of the view whose links with the leader in the exchange are gone for good."""
+        hosts = (self.hosts[rank] for rank in self.leader.machine.view.nodes[1:])
+        return [
+            host.rank
+            for host in hosts
+            if self.is_silent(host) and self.now >= self.silent_since.get(host, self.now) + PEER_S
+        ]
+
+    def is_silent(self, host: Host) -> bool:
+        cut = not self.cuts.isdisjoint({(0, host.rank), (host.rank, 0)})
+        return cut or not host.alive or host.stalled_until > self.now
+
+    def fall_silent(self, host: Host) -> None:
+        """To be called before something silences it."""
+        if not self.is_silent(host):
+            self.silent_since[host] = self.now
+
     def deliver(self, source: Host, target: Host, control: bool, act: Callable[[], None]) -> None:
         """In the order of sending."""
         link = (source, target, control)
@@ -519,10 +541,13 @@ class Network:
             if fault.kind == "kill":
                 self.kill(host, fault.silent)
             elif fault.kind in ("cut", "half"):
+                if 0 in (fault.node, fault.other):
+                    self.fall_silent(self.hosts[fault.node or fault.other])
                 self.cuts.add((fault.node, fault.other))
                 if fault.kind == "cut":
                     self.cuts.add((fault.other, fault.node))
             elif fault.kind == "stall":
+                self.fall_silent(host)
                 host.stalled_until = max(host.stalled_until, self.now + fault.seconds)
             elif fault.kind == "unlink" and host is not self.leader:
                 self.unlinked.add(host)
@@ -534,6 +559,7 @@ class Network:
     def kill(self, host: Host, silent: bool) -> None:
         if not host.alive:
             return
+        self.fall_silent(host)
         host.alive = False
         if host is self.leader:
             for other in self.hosts.values():

@@ -107,6 +107,38 @@ def test_who_is_more_accused_goes(signs: list[tuple[int, int]], gone: int) -> No
     assert it.view.nodes == tuple(node for node in range(4) if node != gone)
 
 
+def test_who_is_silent_in_the_exchange_need_not_answer() -> None:
+    """The link with node 1 is gone, which ends the wait; that with node 2 stands: it computes."""
+    it = leader()
+    assert it.receive(2, Suspect(0, 1, 1), 5.0) == [
+        Send(1, Quiesce(1)),
+        Send(2, Quiesce(1)),
+        Halt(),
+    ]
+    reason = "does not answer"
+    assert it.lost(1, 5.1) == [Send(1, Evicted(reason)), Evict(1, reason)]
+    assert it.lost(1, 5.2) == it.tick(6.9) == []
+    actions = it.receive(2, Halted(1, 1), 6.9)
+    assert isinstance(actions[-1], Open) and actions[-1].view.nodes == (0, 2)
+    assert it.lost(1, 7.0) == []
+
+
+def test_the_leader_alone_has_lost_a_node() -> None:
+    it = leader(2)
+    assert it.lost(1, 5.0)[1:] == [Send(1, Quiesce(1)), Halt()]
+    assert it.lost(1, 5.1)[:2] == [Send(1, Evicted("does not answer")), Evict(1, "does not answer")]
+    assert it.view.nodes == (0,)
+
+
+def test_who_has_answered_is_not_lost_by_that() -> None:
+    it = leader()
+    it.receive(2, Suspect(0, 1, 1), 5.0)
+    it.receive(2, Halted(1, 1), 5.1)
+    assert it.lost(2, 5.2) == []
+    it.receive(1, Halted(1, 1), 5.3)
+    assert it.view.nodes == (0, 2)  # as its suspicion says
+
+
 def test_a_death_explains_what_else_was_suspected() -> None:
     it = leader(4)
     it.receive(1, Suspect(0, 1, 2), 0.0)
