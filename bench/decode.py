@@ -44,8 +44,9 @@ from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 BREAKDOWN = ("experts_ms", "exchange_ms", "other_ms")
 RATES = ("prompt_tps", "generation_tps")
 REFERENCE = "llama.cpp"  # on the fewest cores: what the ratios are to
+WORKLOAD = ("model", "context", "prompt_tokens", "generation_tokens")
 # What tells rows apart, and what is kept of each of their rounds.
-IDENTITY = ("model", "context", "engine", "nodes", "cores", "prompt_tokens", "generation_tokens")
+IDENTITY = (*WORKLOAD, "engine", "nodes", "cores")
 ROUND = (*RATES, "breakdown", "spans_ms", "peak_memory")
 BLOCK = 64  # positions that zmoe's prefix cache keeps together
 # Of the models that --families makes: small, yet so that no one layer's kind is all of the time.
@@ -190,6 +191,11 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in IDENTITY)
 
 
+def workload(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is computed in a row, by whichever engine and on whichever cores."""
+    return tuple(row[name] for name in WORKLOAD)
+
+
 def row(
     model: str, before: int, engine: Engine, runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -229,15 +235,14 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """To every row, its rates as multiples of the reference's on the same model after the same
-    context, if that was measured.
+    """To every row, its rates as multiples of the reference's on the same workload, if that was
+    measured.
     """
     for each in rows:
         references = [
             other
             for other in rows
-            if other["engine"] == REFERENCE
-            and (other["model"], other["context"]) == (each["model"], each["context"])
+            if other["engine"] == REFERENCE and workload(other) == workload(each)
         ]
         if not references:
             continue
@@ -309,25 +314,26 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def markdown(report: Mapping[str, Any]) -> None:
-    """One line for each model, context and layout of ours, llama.cpp on as many cores beside it."""
+    """One line for each workload and layout of ours, llama.cpp on as many cores beside it."""
     where, results = report["environment"], report["results"]
     peers = {
-        (each["model"], each["context"], each["cores"]): each
-        for each in results
-        if each["engine"] == REFERENCE
+        (*workload(each), each["cores"]): each for each in results if each["engine"] == REFERENCE
     }
     lines, counts, models = [], [], list(dict.fromkeys(each["model"] for each in results))
     ours = [each for each in results if each["engine"] == "zmoe"]
-    ours.sort(key=lambda it: (models.index(it["model"]), it["context"], it["cores"], it["nodes"]))
+    ours.sort(
+        key=lambda it: (models.index(it["model"]), *workload(it)[1:], it["cores"], it["nodes"])
+    )
     for each in ours:
-        peer = peers.get((each["model"], each["context"], each["cores"]))
-        cells = [each["model"], f"{each['context']:,}", str(each["nodes"]), str(each["cores"])]
+        peer = peers.get((*workload(each), each["cores"]))
+        cells = [each["model"], f"{each['context']:,}", f"{each['prompt_tokens']:,}"]
+        cells += [str(each["nodes"]), str(each["cores"])]
         for name in RATES:
             ratio = "-" if peer is None else f"{each[name] / peer[name]:.2f}"
             cells += [_rate(each, name), "-" if peer is None else _rate(peer, name), ratio]
         lines.append(cells)
         counts.append(len(each["prompt_runs"]))
-    titles = ["model", "after", "nodes", "cores", "prefill: zmoe", REFERENCE, "ratio"]
+    titles = ["model", "after", "prompt", "nodes", "cores", "prefill: zmoe", REFERENCE, "ratio"]
     markdown_table([*titles, "decode: zmoe", REFERENCE, "ratio"], lines)
     rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     print(

@@ -73,12 +73,24 @@ def test_rounds_of_several_calls_make_one_table(
     assert (one["prompt_runs"], one["prompt_tps"]) == ([10.0, 40.0], 25.0)
     assert (two["nodes"], two["generation_runs"]) == (2, [60.0])
     table = call("decode.py", "any", "--kept", "--markdown").stdout
-    assert "| any | 0 | 1 | 1 | 25.0 (120%) | - | - | 50.0 (120%) | - | - |" in table
+    assert "| any | 0 | 8 | 1 | 1 | 25.0 (120%) | - | - | 50.0 (120%) | - | - |" in table
     assert "medians of 1 to 2 rounds" in table
     about["environment"]["commit"] = "two"
     assert call("decode.py", "any", "--nodes", "1", "--runs", "1", "--add").returncode == 0
     (one,) = report_of("decode.py", "any", "--kept")["results"]
     assert one["prompt_runs"] == [20.0]
+
+
+def test_prompts_of_different_lengths_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    decode = importlib.import_module("decode")
+    alike = {"model": "any", "context": 0, "generation_tokens": 4, "nodes": 1, "cores": 1}
+    rows = [
+        {**alike, "engine": engine, "prompt_tokens": prompt, "prompt_tps": tps, "generation_tps": 1}
+        for engine, prompt, tps in (("llama.cpp", 8, 10), ("llama.cpp", 16, 5), ("zmoe", 16, 20))
+    ]
+    decode.add_ratios(rows)
+    assert [row["prompt_ratio"] for row in rows] == [1, 1, 4]
 
 
 def test_engines_stand_in_one_report(converted: Path) -> None:
