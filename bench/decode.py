@@ -37,7 +37,7 @@ from common import (
     table_flags,
 )
 from engines import MAKERS, Engine, Peers, find_peers, layout, zmoe
-from families import FAMILIES
+from families import SCALED
 
 from zmoe.config import ACTIVATIONS, COMPUTES, WIRE_DTYPES
 
@@ -49,9 +49,7 @@ WORKLOAD = ("model", "context", "prompt_tokens", "generation_tokens")
 IDENTITY = (*WORKLOAD, "engine", "nodes", "cores")
 ROUND = (*RATES, "breakdown", "spans_ms", "peak_memory")
 BLOCK = 64  # positions that zmoe's prefix cache keeps together
-# Of the models that --families makes: small, yet so that no one layer's kind is all of the time.
-TINY = ("--layers", "8", "--hidden", "512", "--heads", "8", "--kv-heads", "2", "--experts", "16")
-TINY += ("--top-k", "4", "--ffn", "256", "--vocab", "4096", "--dtype", "bfloat16", "--bits", "4")
+MADE = ("--bits", "4")  # beside its shape, of a model that --families makes
 
 Case = tuple[argparse.Namespace, Engine]  # whose options say the model and the context
 Runs = list[tuple[Case, list[dict[str, Any]]]]
@@ -90,8 +88,8 @@ def arguments() -> argparse.Namespace:
     )
     add(
         "--families",
-        type=list_of(one_of(tuple(FAMILIES))),
-        help=f"in place of a model, small ones of {','.join(FAMILIES)}, made for the run",
+        type=list_of(one_of(tuple(SCALED))),
+        help=f"in place of a model, small ones of {','.join(SCALED)}, made for the run",
     )
     add("--gguf", type=Path, help="the model for llama.cpp (default: MODEL.gguf beside the folder)")
     add("--slow", action="store_true", help="mlx-lm in full on a CPU, too")
@@ -125,7 +123,7 @@ def make_family(family: str, folder: Path, context: int, with_gguf: bool) -> str
     file; where it lies.
     """
     made = str(folder / family)
-    command = ["make_model.py", made, "--family", family, *TINY, "--context", str(context)]
+    command = ["make_model.py", made, "--shape", family, *MADE, "--context", str(context)]
     converter = ["peers/gguf_model.py", made, f"{made}.gguf"]
     with Children() as children:
         if children.start([sys.executable, str(BENCH / command[0]), *command[1:]]).wait() != 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -25,35 +25,46 @@ def _llama_config(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def _llama(o: argparse.Namespace, moe: Callable[[str], Shapes]) -> Shapes:
-    kv = o.hidden // o.heads * o.kv_heads
+    queries, keys = o.heads * o.head_dim, o.kv_heads * o.head_dim
+    attention = (
+        ("q_proj", (queries, o.hidden)),
+        ("k_proj", (keys, o.hidden)),
+        ("v_proj", (keys, o.hidden)),
+        ("o_proj", (o.hidden, queries)),
+    )
     yield "model.embed_tokens.weight", (o.vocab, o.hidden)
     for layer in range(o.layers):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (o.hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (o.hidden,)
-        for name, rows in (("q", o.hidden), ("k", kv), ("v", kv), ("o", o.hidden)):
-            yield f"{prefix}.self_attn.{name}_proj.weight", (rows, o.hidden)
+        for name, shape in attention:
+            yield f"{prefix}.self_attn.{name}.weight", shape
         yield from moe(prefix)
     yield "model.norm.weight", (o.hidden,)
     yield "lm_head.weight", (o.vocab, o.hidden)
 
 
-def _glu(prefix: str, o: argparse.Namespace) -> Shapes:
-    yield f"{prefix}.gate_proj.weight", (o.ffn, o.hidden)
-    yield f"{prefix}.up_proj.weight", (o.ffn, o.hidden)
-    yield f"{prefix}.down_proj.weight", (o.hidden, o.ffn)
+def _glu(prefix: str, o: argparse.Namespace, ffn: int) -> Shapes:
+    yield f"{prefix}.gate_proj.weight", (ffn, o.hidden)
+    yield f"{prefix}.up_proj.weight", (ffn, o.hidden)
+    yield f"{prefix}.down_proj.weight", (o.hidden, ffn)
+
+
+def _dense_ffn(o: argparse.Namespace) -> int:
+    """Of a layer without experts: as much as a token's experts have elsewhere, all together."""
+    return int((o.top_k + 1) * o.ffn)
 
 
 def _sigmoid_moe(prefix: str, o: argparse.Namespace) -> Shapes:
     """A MoE block with a shared expert, but in the first layer an MLP."""
     if prefix.endswith(".0"):
-        yield from _glu(f"{prefix}.mlp", o)
+        yield from _glu(f"{prefix}.mlp", o, _dense_ffn(o))
         return
     yield f"{prefix}.mlp.gate.weight", (o.experts, o.hidden)
     yield f"{prefix}.mlp.gate.e_score_correction_bias", (o.experts,)
-    yield from _glu(f"{prefix}.mlp.shared_experts", o)
+    yield from _glu(f"{prefix}.mlp.shared_experts", o, o.ffn)
     for expert in range(o.experts):
-        yield from _glu(f"{prefix}.mlp.experts.{expert}", o)
+        yield from _glu(f"{prefix}.mlp.experts.{expert}", o, o.ffn)
 
 
 def _sigmoid_config(o: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def _sigmoid_config(o: argparse.Namespace) -> dict[str, Any]:
         "n_routed_experts": o.experts,
         "n_shared_experts": 1,
         "moe_intermediate_size": o.ffn,
-        "intermediate_size": o.ffn,
+        "intermediate_size": _dense_ffn(o),
         "first_k_dense_replace": 1,
         "n_group": 1,
         "topk_group": 1,
@@ -96,25 +107,24 @@ def qwen3_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
-        "head_dim": o.hidden // o.heads,
+        "head_dim": o.head_dim,
         **_llama_config(o),
     }
 
     def moe(prefix: str) -> Shapes:
         for norm in ("q_norm", "k_norm"):
-            yield f"{prefix}.self_attn.{norm}.weight", (o.hidden // o.heads,)
+            yield f"{prefix}.self_attn.{norm}.weight", (o.head_dim,)
         yield f"{prefix}.mlp.gate.weight", (o.experts, o.hidden)
         for expert in range(o.experts):
-            yield from _glu(f"{prefix}.mlp.experts.{expert}", o)
+            yield from _glu(f"{prefix}.mlp.experts.{expert}", o, o.ffn)
 
     return config, _llama(o, moe)
 
 
 def glm4_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     """Config and tensors in the shape of GLM-4.5."""
-    head_dim = o.hidden // o.heads
     config = {
-        "head_dim": head_dim,
+        "head_dim": o.head_dim,
         "use_qk_norm": True,
         "partial_rotary_factor": 0.5,
         "rope_scaling": None,
@@ -123,7 +133,7 @@ def glm4_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
 
     def moe(prefix: str) -> Shapes:
         for norm in ("q_norm", "k_norm"):
-            yield f"{prefix}.self_attn.{norm}.weight", (head_dim,)
+            yield f"{prefix}.self_attn.{norm}.weight", (o.head_dim,)
         yield from _sigmoid_moe(prefix, o)
 
     return config, _llama(o, moe)
@@ -131,11 +141,10 @@ def glm4_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
 
 def minimax(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     """Config and tensors in the shape of MiniMax-M2."""
-    head_dim = o.hidden // o.heads
     config, mixtral_shapes = mixtral(o)
     config |= {
-        "head_dim": head_dim,
-        "rotary_dim": head_dim // 2,
+        "head_dim": o.head_dim,
+        "rotary_dim": o.head_dim // 2,
         "shared_intermediate_size": 0,
         "use_qk_norm": True,
     }
@@ -145,8 +154,8 @@ def minimax(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
         for layer in range(o.layers):
             prefix = f"model.layers.{layer}"
             yield f"{prefix}.block_sparse_moe.e_score_correction_bias", (o.experts,)
-            yield f"{prefix}.self_attn.q_norm.weight", (o.hidden,)
-            yield f"{prefix}.self_attn.k_norm.weight", (head_dim * o.kv_heads,)
+            yield f"{prefix}.self_attn.q_norm.weight", (o.head_dim * o.heads,)
+            yield f"{prefix}.self_attn.k_norm.weight", (o.head_dim * o.kv_heads,)
 
     return config, tensors()
 
@@ -220,59 +229,109 @@ def dbrx(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
     return config, tensors()
 
 
-def qwen3_next(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
-    """Config and tensors in the shape of Qwen3-Next, whose every fourth layer has attention."""
-    dim = o.hidden // o.heads
-    keys, values = o.kv_heads * dim, o.heads * dim
-    config, qwen3 = qwen3_moe(o)
-    config |= {
-        "linear_num_value_heads": o.heads,
-        "linear_num_key_heads": o.kv_heads,
-        "linear_key_head_dim": dim,
-        "linear_value_head_dim": dim,
+def _delta_config(o: argparse.Namespace) -> dict[str, Any]:
+    """Gated delta nets: heads half as wide as those of attention, twice as many for values."""
+    return {
+        "linear_num_value_heads": 2 * o.heads,
+        "linear_num_key_heads": o.heads,
+        "linear_key_head_dim": o.head_dim // 2,
+        "linear_value_head_dim": o.head_dim // 2,
         "linear_conv_kernel_dim": 4,
         "full_attention_interval": 4,
-        "partial_rotary_factor": 0.25,
         "shared_expert_intermediate_size": o.ffn,
     }
+
+
+def _delta(o: argparse.Namespace, qwen3: Shapes, projections: Mapping[str, int]) -> Shapes:
+    """Qwen3-MoE's tensors with gates and a shared expert, and in three layers of four a gated delta
+    net of these `projections`, name and rows, in the place of attention.
+    """
+    keys = values = o.heads * o.head_dim  # keys and queries together
     net = (
-        ("in_proj_qkvz.weight", (2 * keys + 2 * values, o.hidden)),
-        ("in_proj_ba.weight", (2 * o.heads, o.hidden)),
-        ("conv1d.weight", (2 * keys + values, 1, 4)),
-        ("A_log", (o.heads,)),
-        ("dt_bias", (o.heads,)),
-        ("norm.weight", (dim,)),
+        *((f"{name}.weight", (rows, o.hidden)) for name, rows in projections.items()),
+        ("conv1d.weight", (keys + values, 1, 4)),
+        ("A_log", (2 * o.heads,)),
+        ("dt_bias", (2 * o.heads,)),
+        ("norm.weight", (o.head_dim // 2,)),
         ("out_proj.weight", (o.hidden, values)),
     )
+    for name, shape in qwen3:
+        if ".self_attn." not in name:
+            yield name, shape
+        elif int(name.split(".")[2]) % 4 == 3:
+            yield name, (2 * shape[0], shape[1]) if "q_proj" in name else shape
+    for layer in range(o.layers):
+        prefix = f"model.layers.{layer}"
+        yield from _glu(f"{prefix}.mlp.shared_expert", o, o.ffn)
+        yield f"{prefix}.mlp.shared_expert_gate.weight", (1, o.hidden)
+        for part, shape in net if layer % 4 != 3 else ():
+            yield f"{prefix}.linear_attn.{part}", shape
+
+
+def qwen3_next(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of Qwen3-Next, whose every fourth layer has attention."""
+    config, qwen3 = qwen3_moe(o)
+    config |= {"partial_rotary_factor": 0.25, **_delta_config(o)}
+    keys = values = o.heads * o.head_dim
+    return config, _delta(o, qwen3, {"in_proj_qkvz": keys + 2 * values, "in_proj_ba": 4 * o.heads})
+
+
+def qwen3_5_moe(o: argparse.Namespace) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors in the shape of the text model of Qwen3.5-MoE."""
+    config, qwen3 = qwen3_moe(o)
+    rope = {
+        "type": "default",
+        "mrope_section": [11, 11, 10],
+        "rope_theta": config.pop("rope_theta"),
+        "partial_rotary_factor": 0.25,
+    }
+    text = {**config, "model_type": "qwen3_5_moe_text", "rope_parameters": rope, **_delta_config(o)}
+    keys = values = o.heads * o.head_dim
+    projections = {"in_proj_qkv": keys + values, "in_proj_z": values}
+    projections |= {"in_proj_b": 2 * o.heads, "in_proj_a": 2 * o.heads}
 
     def tensors() -> Shapes:
-        for name, shape in qwen3:
-            if ".self_attn." not in name:
-                yield name, shape
-            elif int(name.split(".")[2]) % 4 == 3:
-                yield name, (2 * shape[0], shape[1]) if "q_proj" in name else shape
-        for layer in range(o.layers):
-            prefix = f"model.layers.{layer}"
-            yield from _glu(f"{prefix}.mlp.shared_expert", o)
-            yield f"{prefix}.mlp.shared_expert_gate.weight", (1, o.hidden)
-            for part, shape in net if layer % 4 != 3 else ():
-                yield f"{prefix}.linear_attn.{part}", shape
+        for name, shape in _delta(o, qwen3, projections):
+            if ".experts." not in name:
+                yield name.replace("model.", "model.language_model.", 1), shape
+        for layer in range(o.layers):  # whose experts are stacked, gate and up in one
+            prefix = f"model.language_model.layers.{layer}.mlp.experts"
+            yield f"{prefix}.gate_up_proj", (o.experts, 2 * o.ffn, o.hidden)
+            yield f"{prefix}.down_proj", (o.experts, o.hidden, o.ffn)
 
-    return config, tensors()
+    return {"text_config": text, "tie_word_embeddings": False}, tensors()
 
 
 FAMILIES = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
+    "qwen3_5_moe": qwen3_5_moe,
     "glm4_moe": glm4_moe,
     "minimax": minimax,
     "deepseek_v3": deepseek_v3,
     "dbrx": dbrx,
 }
 
-# The shapes that figures are given for: about 0.95 and 6.8 billion parameters, and DBRX's
-# layers, 3.2 billion each, with a head so small that it does not count among a few of them.
+# Their heads are as wide as hidden / heads, or as DeepSeek's.
+FIXED_HEADS = ("mixtral", "dbrx", "deepseek_v3")
+
+# Of layers as wide as those of the published models, or whose parts are to each other as theirs
+# are; few of them, with some of the experts: 0.3 to 0.5 GB in 4 bits, of which a token reads a
+# third, more than a CPU's caches hold.
+_SCALED = {"layers": 4, "hidden": 2048, "experts": 32, "top_k": 8, "vocab": 8192}
+SCALED: dict[str, dict[str, Any]] = {
+    "mixtral": {"heads": 16, "kv_heads": 4, "experts": 8, "top_k": 2, "ffn": 3584},
+    "qwen3_moe": {"heads": 32, "kv_heads": 4, "head_dim": 128, "ffn": 768},
+    "qwen3_next": {"heads": 16, "kv_heads": 2, "head_dim": 256, "top_k": 10, "ffn": 512},
+    "qwen3_5_moe": {"heads": 16, "kv_heads": 2, "head_dim": 256, "ffn": 512},
+    "glm4_moe": {"heads": 48, "kv_heads": 4, "head_dim": 128, "ffn": 704},
+    "minimax": {"heads": 32, "kv_heads": 4, "head_dim": 128, "ffn": 1024},
+    "deepseek_v3": {"heads": 32, "kv_heads": 32, "ffn": 576},
+}
+
+# The shapes that figures are given for: about 0.95 and 6.8 billion parameters, DBRX's layers, 3.2
+# billion each, with a head so small that it does not count among a few of them, and the families.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "family": "qwen3_moe",
@@ -307,4 +366,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn": 10752,
         "vocab": 4096,
     },
+    **{family: {"family": family, **_SCALED, **own} for family, own in SCALED.items()},
 }

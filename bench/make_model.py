@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import BENCH, BenchError, main, positive
-from families import FAMILIES, PRESETS
+from families import FAMILIES, FIXED_HEADS, PRESETS
 from noise import DTYPES, Tensor, plain, write_safetensors
 
 TOKENIZER = BENCH.parent / "zmoe" / "data" / "zmoe-tiny"
@@ -45,14 +45,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--shape",
         choices=sorted(PRESETS),
-        help="a Qwen3-MoE of 0.95 (small) or 6.8 (medium) billion parameters, or layers of DBRX's "
-        "size, 3.2 billion each, in bfloat16; other flags change parts of it",
+        help="a Qwen3-MoE of 0.95 (small) or 6.8 (medium) billion parameters, layers of DBRX's "
+        "size, 3.2 billion each, or a few layers of a family, scaled down; in bfloat16; other "
+        "flags change parts of it",
     )
     made.add_argument("--family", choices=sorted(FAMILIES), help="default mixtral")
     made.add_argument("--dtype", choices=sorted(DTYPES), help="default float32")
     for name in list(DEFAULTS)[2:]:
         flag = f"--{name.replace('_', '-')}"
         made.add_argument(flag, type=positive, help=f"default {DEFAULTS[name]}")
+    made.add_argument(
+        "--head-dim",
+        type=positive,
+        help="width of a head; default hidden / heads",
+    )
     made.add_argument(
         "--bits", type=positive, help="quantise to that many bits a weight; 16: MLX's layout only"
     )
@@ -71,8 +77,14 @@ def arguments() -> argparse.Namespace:
     for name, value in {**DEFAULTS, **preset}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.hidden % options.heads or options.heads % options.kv_heads:
-        made.error("--heads must divide --hidden, and --kv-heads must divide --heads")
+    if options.heads % options.kv_heads:
+        made.error("--kv-heads must divide --heads")
+    if options.head_dim is None:
+        if options.hidden % options.heads:
+            made.error("--heads must divide --hidden where there is no --head-dim")
+        options.head_dim = options.hidden // options.heads
+    elif options.family in FIXED_HEADS:
+        made.error(f"--head-dim: {options.family} has no such choice")
     if options.top_k > options.experts:
         made.error(f"--top-k {options.top_k} of only {options.experts} --experts")
     if options.vocab < 1024:

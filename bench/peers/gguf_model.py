@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf_delta
 import mlx.core as mx
 import numpy as np
 from disk import to_disk_only
@@ -41,34 +43,42 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "minimax": "minimax-m2",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe": "qwen35moe",
 }
+SIGMOID = ("deepseek_v3", "glm4_moe", "minimax")  # routers
 TYPES = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
 F32 = GGMLQuantizationType.F32
+UNQUANTISED = ("ffn_gate_inp", "ssm_conv1d")
 # What mlx-lm calls otherwise than the published checkpoints, whose names gguf knows.
-RENAMED = {"block_sparse_moe.switch_mlp": "mlp.experts", "switch_mlp": "experts"}
+RENAMED = {
+    "language_model.": "",
+    "block_sparse_moe.switch_mlp": "mlp.experts",
+    "switch_mlp": "experts",
+}
+DELTA_NET = "linear_attn."
 INNER = {
     "self_attn.embed_q.weight": "attn_k_b.weight",
     "self_attn.unembed_out.weight": "attn_v_b.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
 }
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+Floats = gguf_delta.Floats
 
 
-class Weight:
-    """One parameter of the checkpoint, read when it is asked for and then forgotten."""
+class Source:
+    """One parameter of the checkpoint, which the model no longer keeps."""
 
-    def __init__(self, module: Any, parameter: str, name: str) -> None:
+    def __init__(self, module: Any, parameter: str) -> None:
         parts = {"weight": module[parameter]}
         if parameter == "weight":
             parts |= {part: module[part] for part in ("scales", "biases") if part in module}
         for part in (parameter, *list(parts)[1:]):
             module.pop(part)  # or the model would keep what has been read
-        self.name = name
         self._parts = parts
         self._how = (
             {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
@@ -80,8 +90,8 @@ class Weight:
         self.shape: tuple[int, ...] = (*packed[:-1], columns)
 
     def matrices(self) -> Iterator[Floats]:
-        """The weight in float32, expert by expert where it is stacked."""
-        if len(self.shape) < 3:
+        """The weight in float32, expert by expert where there are several."""
+        if len(self.shape) < 3 or self.shape[-1] == 1:  # a convolution's taps are one matrix
             yield self._floats(self._parts)
             return
         for expert in range(self.shape[0]):
@@ -95,16 +105,30 @@ class Weight:
         mx.clear_cache()
         return made
 
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the file, made of a parameter when it is asked for and then forgotten."""
+
+    name: str
+    source: Source
+    shape: tuple[int, ...]
+    change: Callable[[Floats], Floats] = lambda matrix: matrix
+
     def kind(self, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-        """What to store it as: `wanted`, but for norms and router."""
-        small = len(self.shape) == 1 or "ffn_gate_inp" in self.name
+        """What to store it as: `wanted`, but for norms, convolutions and routers."""
+        small = len(self.shape) == 1 or any(part in self.name for part in UNQUANTISED)
         return F32 if small else wanted
+
+    def stored(self, kind: GGMLQuantizationType) -> np.ndarray[Any, np.dtype[Any]]:
+        """The bytes that the file holds."""
+        parts = [quants.quantize(self.change(each), kind) for each in self.source.matrices()]
+        return parts[0].reshape(*self.shape[:-1], -1) if len(parts) == 1 else np.stack(parts)
 
 
 def gguf_name(architecture: str, parameter: str, layers: int) -> str:
     """llama.cpp's name for mlx-lm's `parameter`."""
-    _, _, rest = parameter.partition("model.layers.")
-    layer, _, inner = rest.partition(".")
+    layer, inner = _split(parameter)
     if inner in INNER:
         return f"blk.{layer}.{INNER[inner]}"
     published = parameter
@@ -117,15 +141,32 @@ def gguf_name(architecture: str, parameter: str, layers: int) -> str:
     return str(found)
 
 
-def weights_of(model: Any, architecture: str, layers: int) -> list[Weight]:
+def _split(parameter: str) -> tuple[str, str]:
+    """Number of its layer, and name within it."""
+    _, _, rest = parameter.partition("model.layers.")
+    layer, _, inner = rest.partition(".")
+    return layer, inner
+
+
+def weights_of(model: Any, architecture: str, config: dict[str, Any]) -> list[Weight]:
     """All weights of `model`, unread."""
     modules = dict(model.named_modules())
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     found = []
     for name, _ in parameters:
         path, _, parameter = name.rpartition(".")
-        if parameter not in ("scales", "biases"):
-            found.append(Weight(modules[path], parameter, gguf_name(architecture, name, layers)))
+        if parameter in ("scales", "biases"):
+            continue
+        source = Source(modules[path], parameter)
+        layer, inner = _split(name)
+        if inner.startswith(DELTA_NET):
+            for to in gguf_delta.places(config, inner.removeprefix(DELTA_NET), source.shape):
+                found.append(Weight(f"blk.{layer}.{to.name}", source, to.shape, to.change))
+            continue
+        # A gate of one output is a vector there.
+        shape = source.shape[1:] if source.shape[0] == 1 else source.shape
+        its_name = gguf_name(architecture, name, config["num_hidden_layers"])
+        found.append(Weight(its_name, source, shape))
     return found
 
 
@@ -133,6 +174,7 @@ def describe(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> None
     """The metadata that llama.cpp asks for, from the checkpoint's config."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
+    rope = config.get("rope_parameters", config)
     experts = ("num_experts", "n_routed_experts", "num_local_experts")
     writer.add_file_type(file_type)
     writer.add_context_length(config["max_position_embeddings"])
@@ -151,9 +193,11 @@ def describe(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> None
         writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-        turned = config.get("rotary_dim", head_dim * config.get("partial_rotary_factor", 1))
+        turned = config.get("rotary_dim", head_dim * rope.get("partial_rotary_factor", 1))
         writer.add_rope_dimension_count(int(turned))
-    if config["model_type"] != "qwen3_moe":
+    if "linear_num_key_heads" in config:
+        _add_delta_nets(writer, config)
+    if config["model_type"] in SIGMOID:
         writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     if "n_shared_experts" in config:
         writer.add_expert_shared_count(config["n_shared_experts"])
@@ -161,7 +205,9 @@ def describe(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> None
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if "mrope_section" in rope:
+        writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     _add_vocabulary(writer, config["vocab_size"])
 
 
@@ -179,6 +225,18 @@ def _add_latents(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
 
 
+def _add_delta_nets(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Of gated delta nets, and of the shared expert of the models that have them."""
+    values = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(values)
+    writer.add_ssm_inner_size(values * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(config["full_attention_interval"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
 def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
     """Words of no meaning for all ids, behind SentencePiece's special tokens and bytes."""
     special, octets = ["<unk>", "<s>", "</s>"], [f"<0x{n:02X}>" for n in range(256)]
@@ -192,12 +250,6 @@ def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
-
-
-def stored(weight: Weight, kind: GGMLQuantizationType) -> np.ndarray[Any, np.dtype[Any]]:
-    """`weight` in the bytes that the file holds."""
-    parts = [quants.quantize(matrix, kind) for matrix in weight.matrices()]
-    return parts[0] if len(weight.shape) < 3 else np.stack(parts)
 
 
 def convert(folder: Path, output: Path, kind: str) -> None:
@@ -215,8 +267,9 @@ def convert(folder: Path, output: Path, kind: str) -> None:
         )
     wanted, file_type = TYPES[kind]
     writer = GGUFWriter(output, ARCHITECTURES[family])
+    config = config.get("text_config", config)
     describe(writer, config, file_type)
-    weights = weights_of(model, ARCHITECTURES[family], config["num_hidden_layers"])
+    weights = weights_of(model, ARCHITECTURES[family], config)
     for weight in weights:
         chosen = weight.kind(wanted)
         shape = quants.quant_shape_to_byte_shape(weight.shape, chosen) if chosen != F32 else ()
@@ -229,7 +282,7 @@ def convert(folder: Path, output: Path, kind: str) -> None:
     weights.reverse()
     while weights:
         weight = weights.pop()  # and with it what MLX has read of it
-        writer.write_tensor_data(stored(weight, weight.kind(wanted)))
+        writer.write_tensor_data(weight.stored(weight.kind(wanted)))
     writer.close()
     for file in (output, *folder.glob("*.safetensors")):  # those that were read here, too
         to_disk_only(file)

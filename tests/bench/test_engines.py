@@ -142,7 +142,8 @@ def test_contexts_are_held_before_the_prompt(
 def test_families_are_made_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     decode = importlib.import_module("decode")
-    monkeypatch.setattr(decode, "TINY", ("--layers", "2", "--hidden", "64", "--heads", "4"))
+    tiny = ("--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--experts", "8")
+    monkeypatch.setattr(decode, "MADE", (*tiny, "--ffn", "64", "--vocab", "1024"))
     families = ("--families", "deepseek_v3,minimax", "--nodes", "1")
     report = report_of("decode.py", *families, "-p", "2", "-m", "2", "--runs", "1")
     assert [row["model"] for row in report["results"]] == ["deepseek_v3", "minimax"]

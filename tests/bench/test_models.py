@@ -1,11 +1,10 @@
-"""What bench/make_model.py writes, and its conversion for llama.cpp."""
+"""What bench/make_model.py writes."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import struct
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from tests.bench.programs import BENCH, DEADLINE_S, call, make_model, run
+from tests.bench.programs import call, make_model
 
 
 def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -45,6 +44,8 @@ def config(folder: Path) -> dict[str, Any]:
             ("-q", "--q-bits", "8", "--q-group-size", "32"),
         ),
         ("dbrx", ("--bits", "16"), ()),
+        ("qwen3_next", ("--bits", "4"), ("-q",)),
+        ("qwen3_5_moe", ("--bits", "4"), ("-q",)),
     ],
 )
 def test_checkpoints_are_what_mlx_lm_converts_to(
@@ -117,48 +118,6 @@ def test_a_shape_is_a_preset_that_flags_change(tmp_path: Path) -> None:
     assert (read["moe_intermediate_size"], read["vocab_size"]) == (1024, 16384)
 
 
-LOGITS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import json
-from llamacpp import Context, bindings
-llama = bindings()
-context = Context(llama, sys.argv[2], 1, 64, [])
-context.append([1, 2, 3, 4])
-logits = llama.llama_get_logits_ith(context._context, -1)
-print(json.dumps(logits[:context.vocabulary]))
-"""
-
-
-@pytest.mark.parametrize("flags", [(), ("--bits", "8", "--group-size", "32")])
-def test_llama_cpp_computes_the_same_logits(tmp_path: Path, flags: Sequence[str]) -> None:
-    pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
-    folder = make_model(tmp_path / "made", "--family", "qwen3_moe", *flags)
-    done = run("peers/gguf_model.py", str(folder), str(tmp_path / "gguf"), "--type", "bf16")
-    assert done.returncode == 0, done.stderr
-    told = subprocess.run(
-        [sys.executable, "-c", LOGITS, str(BENCH / "peers"), str(tmp_path / "gguf")],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert told.returncode == 0, told.stderr
-    theirs = mx.array(json.loads(told.stdout))
-    ours = mlx_lm.load(str(folder))[0](mx.array([[1, 2, 3, 4]]))[0, -1].astype(mx.float32)
-    difference = mx.abs(ours - theirs).max().item()
-    assert difference < 0.05 * ours.std().item()
-
-
-def test_a_conversion_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    folder = make_model(tmp_path / "made")
-    done = run("peers/gguf_model.py", str(folder), str(tmp_path / "gguf"))
-    assert done.returncode == 2
-    assert "mixtral" in done.stderr
-    assert not (tmp_path / "gguf").exists()
-
-
 @pytest.mark.parametrize(
     ("flags", "culprit"),
     [
@@ -170,6 +129,7 @@ def test_a_conversion_that_fails_leaves_no_file(tmp_path: Path) -> None:
         (("--mode", "ternary"), "ternary"),
         (("--shape", "large"), "large"),
         (("--seed", "-1"), "--seed"),
+        (("--family", "dbrx", "--head-dim", "64"), "--head-dim"),
     ],
 )
 def test_what_cannot_be_made_is_one_line_and_no_folder(
