@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -113,4 +114,15 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], written_by: str) ->
         for tensor in tensors:
             for chunk in tensor.chunks():
                 file.write(chunk)
+        _forget(file)
         return file.tell()
+
+
+def _forget(file: BinaryIO) -> None:
+    """Have the system read `file` from its disk when it is needed, in large pages where somebody
+    asks for them, as if it had lain there for long: what was written stays in small ones.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
