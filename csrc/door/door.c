@@ -25,7 +25,7 @@ static struct {
   zmoe_door_config config; /* exchange NULL: closed */
   uint64_t openings;
   atomic_int cancelled;
-  atomic_uint_fast64_t spent_us;
+  atomic_uint_fast64_t spent_us, links;
   begun queue[ZMOE_DOOR_STEPS]; /* the i-th that began is at i % ZMOE_DOOR_STEPS */
   uint64_t queued, entered;     /* of a program: `entered` counts its collectives */
   begun now;
@@ -58,6 +58,7 @@ int zmoe_door_open(const zmoe_door_config *config) {
     door.is_patient = door.is_open = 0;
     door.failure = (zmoe_door_failure){.status = ZMOE_OK};
     atomic_store(&door.cancelled, 0);
+    atomic_store(&door.links, zmoe_exchange_links(config->exchange));
     rc = ZMOE_OK;
   }
   pthread_mutex_unlock(&door.lock);
@@ -131,6 +132,15 @@ int zmoe_door_service(zmoe_fault *fault) {
       door.config.exchange == NULL ? ZMOE_OK : zmoe_exchange_service(door.config.exchange, fault);
   pthread_mutex_unlock(&door.turn);
   return rc;
+}
+
+uint64_t zmoe_door_links(void) {
+  if (pthread_mutex_trylock(&door.turn) == 0) {
+    zmoe_exchange *ex = door.config.exchange;
+    atomic_store(&door.links, ex == NULL ? 0 : zmoe_exchange_links(ex));
+    pthread_mutex_unlock(&door.turn);
+  }
+  return atomic_load(&door.links);
 }
 
 /* ---- failing --------------------------------------------------------------------- */

@@ -71,5 +71,7 @@ uint64_t zmoe_door_spent_us(void);
 uint64_t zmoe_door_called(void);
 /* Between steps: zmoe_exchange_service, but where a collective is under way, which does it. */
 int zmoe_door_service(zmoe_fault *fault);
+/* zmoe_exchange_links; while a collective is under way, as they last were. */
+uint64_t zmoe_door_links(void);
 
 #endif

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -361,6 +362,7 @@ static zmoe_door_failure fail_at_layer(uint32_t layer) {
 
 static void test_a_lost_peer(void) {
   open_door(6, NULL);
+  CHECK_EQUAL(zmoe_door_links(), 6);
   rig_publish(&nodes[1], 5, 3, 1);
   rig_kill(&nodes[2]);
   zmoe_door_failure failure = fail_at_layer(3);
@@ -368,6 +370,36 @@ static void test_a_lost_peer(void) {
   CHECK_EQUAL(failure.fault.lost, 4);
   zmoe_fault fault;
   CHECK_EQUAL(zmoe_door_service(&fault), ZMOE_EPEER);
+  CHECK_EQUAL(zmoe_door_links(), 2);
+  close_door();
+  CHECK_EQUAL(zmoe_door_links(), 0);
+}
+
+static void *ask_for_links(void *stop) {
+  while (!atomic_load((atomic_int *)stop))
+    CHECK_EQUAL(zmoe_door_links(), 6);
+  return NULL;
+}
+
+/* Whatever thread asks, and whether or not a collective is under way. */
+static void test_links_beside_a_collective(void) {
+  open_door(6, NULL);
+  atomic_int stop = 0;
+  pthread_t asking;
+  handle *comm = split(3, 0);
+  float value[4] = {1, 2, 3, 4};
+  pthread_create(&asking, NULL, ask_for_links, &stop);
+  for (uint32_t step = 1; step <= 50; step++) {
+    CHECK_EQUAL(zmoe_door_begin(step, 0, 0), ZMOE_OK);
+    for (uint32_t rank = 1; rank < NODES; rank++)
+      rig_publish(&nodes[rank], step, 3, 1);
+    MPI_Allreduce(IN_PLACE, value, 4, &ompi_mpi_float, &ompi_mpi_op_sum, comm);
+  }
+  atomic_store(&stop, 1);
+  pthread_join(asking, NULL);
+  zmoe_door_failure failure;
+  CHECK_EQUAL(zmoe_door_failed(&failure), ZMOE_OK);
+  CHECK_EQUAL(MPI_Comm_free(&comm), 0);
   close_door();
 }
 
@@ -481,6 +513,7 @@ static const test_case tests[] = {
     {"refusals", test_refusals},
     {"splits that are none", test_splits_that_are_none},
     {"a lost peer", test_a_lost_peer},
+    {"links beside a collective", test_links_beside_a_collective},
     {"divergence", test_divergence},
     {"the deadline", test_the_deadline},
     {"a slow peer", test_a_slow_peer},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -46,6 +47,9 @@ def sums(exchange: Exchange) -> None:
     """Sums in a graph are those of `all_reduce`, bit for bit."""
     inside: list[np.ndarray] = []
     door = Door(exchange)
+    with mock.patch.object(exchange.native, "links", side_effect=AssertionError):
+        others = set(range(exchange.nodes)) - {exchange.rank}
+        assert set(exchange.links()) == others, "asked past the door"
     steps = range(1, 10)
     for step in steps:
         rows, dtype = shape_of(step)

@@ -306,6 +306,8 @@ class Exchange(Collective):
 
     def links(self) -> tuple[int, ...]:
         """Ranks to which our control link stands."""
+        if self.door is not None:  # MLX's threads may be in the exchange
+            return self.door.links()
         return self._native.links() if self._native is not None else ()
 
     @property

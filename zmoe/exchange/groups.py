@@ -18,7 +18,7 @@ import mlx.core as mx
 from zmoe.errors import SettingError, ZmoeError
 from zmoe.exchange.allreduce import Exchange
 from zmoe.exchange.faults import error_of
-from zmoe.exchange.native import fault_of, microseconds
+from zmoe.exchange.native import fault_of, microseconds, ranks_in
 from zmoe.native import LIBRARY, Status, ffi, lib
 
 _VARIABLE = "MLX_MPI_LIBNAME"  # where MLX looks for the name of its MPI library
@@ -266,6 +266,10 @@ class Door:
         if status != Status.OK:
             step, patience = self._exchange.step, self._exchange.deadline_s
             raise error_of(status, fault_of(fault), self.rank, step, None, patience)
+
+    def links(self) -> tuple[int, ...]:
+        """What Exchange.links tells, as it last was while a collective is under way."""
+        return ranks_in(lib.zmoe_door_links())
 
     def cancel(self) -> None:
         """From any thread: collectives that wait, and those to come, end with zeros."""

@@ -36,7 +36,7 @@ Source = tuple[Any | None, Dtype]  # a buffer (None: zeros) and the dtype of its
 _ROUTED = ("uint8_t[]", "int32_t[]", "float[]", "uint64_t[]")
 
 
-def _ranks(mask: int) -> tuple[int, ...]:
+def ranks_in(mask: int) -> tuple[int, ...]:
     return tuple(rank for rank in range(MAX_NODES) if mask >> rank & 1)
 
 
@@ -47,9 +47,9 @@ def _counters(raw: CData) -> dict[str, int]:
 def fault_of(raw: CData) -> Fault:
     """A zmoe_fault as Python."""
     return Fault(
-        _ranks(raw.missing),
-        _ranks(raw.lost),
-        _ranks(raw.diverged),
+        ranks_in(raw.missing),
+        ranks_in(raw.lost),
+        ranks_in(raw.diverged),
         int(raw.zmq_errno),
         int(raw.step),
         int(raw.layer),
@@ -134,11 +134,11 @@ class NativeExchange:
 
     def subscribers(self) -> tuple[int, ...]:
         """Ranks that our frames reach."""
-        return _ranks(lib.zmoe_exchange_subscribers(self._exchange))
+        return ranks_in(lib.zmoe_exchange_subscribers(self._exchange))
 
     def links(self) -> tuple[int, ...]:
         """Ranks to which our control link stands."""
-        return _ranks(lib.zmoe_exchange_links(self._exchange))
+        return ranks_in(lib.zmoe_exchange_links(self._exchange))
 
     def publish(
         self,

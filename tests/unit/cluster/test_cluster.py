@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 import zmoe
 from tests.families import build
-from zmoe.cluster import cluster as cluster_module
+from zmoe.cluster import life
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.hosts import Host, HostList
 from zmoe.cluster.spec import ClusterSpec
@@ -129,7 +129,7 @@ def test_the_step_that_warms_up_leaves_nothing_behind(
 ) -> None:
     """Recurrent caches cannot go back, so that what it left would stay."""
     tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
-    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    monkeypatch.setattr(life, "open_tokenizer", lambda _: tiny)
     folder = build("qwen3_next", tmp_path)
     with Cluster(folder) as hybrid:
         pair = [hybrid.submit([at], max_tokens=6, ignore_eos=True) for at in (7, 8)]
@@ -158,7 +158,7 @@ def test_a_window_of_a_model_that_has_none(tmp_path: Path) -> None:
 def test_kv_bits_of_a_family_that_has_none(
     family: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmoe.cluster.life.open_tokenizer", lambda folder: None)
+    monkeypatch.setattr(life, "open_tokenizer", lambda folder: None)
     spec = ClusterSpec(engine=EngineConfig(kv_bits=8))
     with (
         pytest.raises(SettingError, match=f"^kv_bits is 8: expected none, as {reason}"),

@@ -17,8 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
 from tests.families import build
-from zmoe.cluster import cluster as cluster_module
-from zmoe.cluster import mlx_prompt_cache
+from zmoe.cluster import life, mlx_prompt_cache
 from zmoe.cluster.cluster import Cluster
 from zmoe.cluster.messages import LoadPrefix
 from zmoe.cluster.node import Node
@@ -91,7 +90,7 @@ def test_a_recurrent_model_goes_on_from_a_snapshot(
     last one of a text; a prompt begins with all before that or with nothing.
     """
     tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
-    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    monkeypatch.setattr(life, "open_tokenizer", lambda _: tiny)
     folder, longer = build("qwen3_next", tmp_path), [*PROMPT[:-1], 9, 8, 7]
     with Cluster(folder, nodes) as hybrid:
         alone, cached = generate(hybrid, longer)
@@ -115,7 +114,7 @@ def test_a_recurrent_model_shares_a_system_prompt(
     monkeypatch.setattr(  # the model's vocabulary is smaller
         TokenizerWrapper, "apply_chat_template", lambda *a, **k: [i % 96 for i in encode(*a, **k)]
     )
-    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    monkeypatch.setattr(life, "open_tokenizer", lambda _: tiny)
     system = "You are the king of England, who speaks to his people, as kings do. " * 5
     with Cluster(build("qwen3_next", tmp_path), 2) as hybrid:
         cached = []
@@ -158,7 +157,7 @@ def test_a_recurrent_model_goes_on_from_a_file(
 ) -> None:
     """It holds full blocks and the state after them; prompts begin with all that or nothing."""
     tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
-    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    monkeypatch.setattr(life, "open_tokenizer", lambda _: tiny)
     folder, file, longer = build("qwen3_next", tmp_path), tmp_path / "file", [*PROMPT[:-1], 9, 8]
     with Cluster(folder) as hybrid:
         alone, _ = generate(hybrid, longer)
@@ -398,7 +397,7 @@ def test_where_there_is_nothing_to_share(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = open_tokenizer(Path(Cluster("zmoe-tiny").info.path))
-    monkeypatch.setattr(cluster_module, "open_tokenizer", lambda _: tiny)
+    monkeypatch.setattr(life, "open_tokenizer", lambda _: tiny)
     window = ClusterSpec(engine=EngineConfig(max_kv_size=64, compute="native"))
     for made, words in (
         (Cluster("zmoe-tiny", spec=window), "^max_kv_size is 64: a window drops"),
