@@ -56,6 +56,22 @@ static void test_slots_do_not_overlap(void) {
   }
 }
 
+/* Far from where a copy to the beginning of a page would be slow; see pool.c. */
+static void test_frames_begin_in_the_middle_of_a_page(void) {
+  zmoe_pool_class classes[] = {{100, 3}, {65536, 3}};
+  zmoe_pool *pool;
+  zmoe_slot *slots[6];
+  CHECK_EQUAL(zmoe_pool_create(classes, 2, 64, &pool), ZMOE_OK);
+  for (int i = 0; i < 6; i++) {
+    CHECK_EQUAL(zmoe_pool_acquire(pool, i < 3 ? 100 : 65536, 0, &slots[i]), ZMOE_OK);
+    unsigned char *frame = (unsigned char *)zmoe_slot_payload(slots[i]) - ZMOE_HEADER_BYTES;
+    CHECK_EQUAL((uintptr_t)frame % 4096, 2048);
+  }
+  for (int i = 0; i < 6; i++)
+    zmoe_slot_release(slots[i]);
+  zmoe_pool_destroy(pool);
+}
+
 static void test_refusals(void) {
   zmoe_pool *pool;
   zmoe_pool_class none[] = {{100, 0}}, falling[] = {{100, 1}, {100, 1}};
@@ -185,6 +201,7 @@ int main(void) {
   static const test_case tests[] = {
       {"size classes and exhaustion", test_classes},
       {"slots are aligned and do not overlap", test_slots_do_not_overlap},
+      {"frames begin in the middle of a page", test_frames_begin_in_the_middle_of_a_page},
       {"unusable classes are refused", test_refusals},
       {"an exhausted pool waits for a release", test_waits_for_another_thread},
       {"whoever can use a slot wakes", test_whoever_can_use_a_slot_wakes},
