@@ -77,7 +77,7 @@ KERNEL size_t bytes_of(kind t, size_t elements) {
   return elements * t.bits / 8;
 }
 
-/* Memory that is read in order: farther ahead is slower. */
+/* Codes that take longer to decode than to read: fetching them farther ahead is slower. */
 enum { NEAR_BYTES = 2048 };
 
 /* Elements of a chain, zeros included, of `count` elements, at most DEPTH. */
@@ -206,7 +206,10 @@ KERNEL void add_chunk(kind t, const unsigned char *data, const struct groups *gr
   data += bytes_of(t, begin);
   _Pragma("GCC unroll 2") for (; i + VALUES <= count; i += VALUES, at += plain ? VALUES : LANES) {
     for (uint32_t line = 0; line < bytes_of(t, VALUES); line += 64)
-      __builtin_prefetch(data + line + NEAR_BYTES);
+      if (has_groups(t))
+        __builtin_prefetch(data + line + NEAR_BYTES);
+      else
+        zmoe_prefetch(data + line);
     load_values(t, data, 0, VALUES, groups, i >> t.group_shift, values);
     data += bytes_of(t, VALUES);
     EACH(c, CHAINS)
