@@ -142,9 +142,12 @@ FOLDING static inline lanes fold(lanes from, lanes by, lanes onto) {
   return low ^ high ^ onto;
 }
 
-FOLDING static inline lanes lanes_at(const uint8_t *at) {
+/* What is at `at` + `offset`, which is copied to `to` + `offset` unless `to` is NULL. */
+FOLDING static inline lanes take_lanes(uint8_t *to, const uint8_t *at, size_t offset) {
   lanes value;
-  memcpy(&value, at, sizeof value);
+  memcpy(&value, at + offset, sizeof value);
+  if (to != NULL)
+    memcpy(to + offset, &value, sizeof value);
   return value;
 }
 
@@ -153,23 +156,34 @@ FOLDING static inline lanes all_of(const uint64_t pair[2]) {
   return (lanes){low, high, low, high, low, high, low, high};
 }
 
-FOLDING static uint32_t by_folding(uint32_t crc, const uint8_t *at, size_t bytes) {
-  if (bytes < 2 * FOLDED || !__builtin_cpu_supports("vpclmulqdq"))
-    return by_instruction(crc, at, bytes);
+/* Copies as it goes, unless `to` is NULL: what waits for memory then hides what multiplies. */
+FOLDING static uint32_t fold_all(uint32_t crc, uint8_t *to, const uint8_t *at, size_t bytes) {
   pthread_once(&folds_filled, fill_folds);
-  lanes a = lanes_at(at) ^ (lanes) { crc }, b = lanes_at(at + VECTOR);
-  lanes c = lanes_at(at + 2 * VECTOR), d = lanes_at(at + 3 * VECTOR), by = all_of(by_vectors);
-  for (at += FOLDED, bytes -= FOLDED; bytes >= FOLDED; at += FOLDED, bytes -= FOLDED) {
-    a = fold(a, by, lanes_at(at));
-    b = fold(b, by, lanes_at(at + VECTOR));
-    c = fold(c, by, lanes_at(at + 2 * VECTOR));
-    d = fold(d, by, lanes_at(at + 3 * VECTOR));
+  lanes a = take_lanes(to, at, 0) ^ (lanes) { crc }, b = take_lanes(to, at, VECTOR);
+  lanes c = take_lanes(to, at, 2 * VECTOR), d = take_lanes(to, at, 3 * VECTOR);
+  lanes by = all_of(by_vectors);
+  size_t i = FOLDED;
+  for (; bytes - i >= FOLDED; i += FOLDED) {
+    a = fold(a, by, take_lanes(to, at, i));
+    b = fold(b, by, take_lanes(to, at, i + VECTOR));
+    c = fold(c, by, take_lanes(to, at, i + 2 * VECTOR));
+    d = fold(d, by, take_lanes(to, at, i + 3 * VECTOR));
   }
   by = all_of(by_vector);
   d = fold(fold(fold(a, by, b), by, c), by, d);
   uint8_t rest[VECTOR];
   memcpy(rest, &d, sizeof rest);
-  return by_instruction(by_instruction(0, rest, sizeof rest), at, bytes);
+  if (to != NULL)
+    memcpy(to + i, at + i, bytes - i);
+  return by_instruction(by_instruction(0, rest, sizeof rest), at + i, bytes - i);
+}
+
+static int folds(size_t bytes) {
+  return bytes >= 2 * FOLDED && __builtin_cpu_supports("vpclmulqdq");
+}
+
+static uint32_t by_folding(uint32_t crc, const uint8_t *at, size_t bytes) {
+  return folds(bytes) ? fold_all(crc, NULL, at, bytes) : by_instruction(crc, at, bytes);
 }
 #endif
 
@@ -187,6 +201,15 @@ static crc32c_fn *const VARIANTS[ZMOE_ISAS] = {
 
 uint32_t zmoe_crc32c_go_on(uint32_t crc, const void *data, size_t bytes, zmoe_isa isa) {
   return ~ZMOE_VARIANT(VARIANTS, isa)(~crc, data, bytes);
+}
+
+uint32_t zmoe_crc32c_copy(uint32_t crc, void *to, const void *data, size_t bytes, zmoe_isa isa) {
+#if defined(__x86_64__)
+  if (ZMOE_VARIANT(VARIANTS, isa) == by_folding && folds(bytes))
+    return ~fold_all(~crc, to, data, bytes);
+#endif
+  memcpy(to, data, bytes);
+  return zmoe_crc32c_go_on(crc, to, bytes, isa);
 }
 
 uint32_t zmoe_crc32c(const void *data, size_t bytes, zmoe_isa isa) {

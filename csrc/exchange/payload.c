@@ -105,11 +105,14 @@ int zmoe_encode_range(void *out, zmoe_dtype out_dtype, const void *src, zmoe_dty
     uint8_t *to = (uint8_t *)out + (piece.byte - range->byte);
     size_t before = (piece.element - range->element) * zmoe_item_bytes(src_dtype);
     const void *from = src != NULL ? (const uint8_t *)src + before : NULL;
-    if (out_dtype == src_dtype && from != NULL)
+    int copies = out_dtype == src_dtype && from != NULL;
+    if (copies && checksum != NULL)
+      crc = zmoe_crc32c_copy(crc, to, from, piece.bytes, isa);
+    else if (copies)
       memcpy(to, from, piece.bytes);
     else
       rc = zmoe_reduce_range(to, out_dtype, &from, 1, src_dtype, width, &piece, isa);
-    if (checksum != NULL)
+    if (!copies && checksum != NULL)
       crc = zmoe_crc32c_go_on(crc, to, piece.bytes, isa);
   }
   if (checksum != NULL)
