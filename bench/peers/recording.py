@@ -22,7 +22,7 @@ import numpy.typing as npt
 from process import PeerFailure
 
 from zmoe.cli.node import main
-from zmoe.cluster import launch, node
+from zmoe.cluster import launch, share
 from zmoe.obs import Spans
 
 Seconds = npt.NDArray[np.float64]
@@ -45,7 +45,7 @@ class Recorder(Spans):
 
 def record() -> None:
     """Let the nodes of this process record."""
-    node.Spans = Recorder  # type: ignore[misc]
+    share.Spans = Recorder  # type: ignore[misc]
 
 
 def by_layer(log: Sequence[tuple[str, float]], exchanges: int) -> Seconds:
