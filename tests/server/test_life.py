@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         url = f"{self._server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=self._body, timeout=60) as answer:
+        cut = suppress(httpx.RemoteProtocolError)  # `events` shows where
+        with cut, httpx.stream("POST", url, json=self._body, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     self.events.append(line[6:])
