@@ -109,15 +109,19 @@ AVX512_INLINE void prefetch_scales(const zmoe_weight *w, size_t o, size_t scale_
 
 /* ---- folding ---------------------------------------------------------------------------- */
 
+/* The sum of the four quarters of a register. */
+AVX512_INLINE __m128 add_quarters(__m512 v) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 /* The sums of the lanes of four registers at once. */
 AVX512_INLINE __m128 reduce_4(const __m512 v[4]) {
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
   __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
   __m512d low = _mm512_castps_pd(ab), high = _mm512_castps_pd(cd);
-  __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  return add_quarters(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                    _mm512_castpd_ps(_mm512_unpackhi_pd(low, high))));
 }
 
 /* `rows` x `n_out` sums, of which the first `there` of each row are there, into ys, from y on. */

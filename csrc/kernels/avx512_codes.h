@@ -71,31 +71,8 @@ INLINE __m512i block_lanes(const zmoe_weight *w, const enum codes codes) {
                           _mm_cvtsi32_si128(__builtin_ctz((unsigned)w->group)));
 }
 
-/* The weight's rows from one on. */
-struct outputs {
-  const unsigned char *data, *scales, *biases;
-  size_t row_bytes, scale_bytes;
-};
-
-INLINE struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
-  struct outputs out = {.row_bytes = zmoe_weight_row_bytes(w),
-                        .scale_bytes = zmoe_weight_scale_bytes(w)};
-  out.data = (const unsigned char *)w->data + o * out.row_bytes;
-  out.scales = (const unsigned char *)w->scales + o * out.scale_bytes;
-  if (w->biases != NULL)
-    out.biases = (const unsigned char *)w->biases + o * out.scale_bytes;
-  return out;
-}
-
-INLINE void pass_outputs(struct outputs *out, uint32_t count) {
-  out->data += count * out->row_bytes;
-  out->scales += count * out->scale_bytes;
-  if (out->biases != NULL)
-    out->biases += count * out->scale_bytes;
-}
-
 /* What x's sums add to `n_out` outputs, of which `there` are there. */
-INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct outputs out,
+INLINE void start_sums(const zmoe_weight *w, const enum codes codes, struct zmoe_outputs out,
                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
                        uint32_t there, __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS]) {
   const uint32_t groups = w->in_features / w->group;
@@ -165,9 +142,9 @@ INLINE void add_block(const enum codes codes, const unsigned char *from, size_t 
 /* `n_out` outputs, all of whose sums stay in registers; the first `wanted` are stored.  Those from
  * `later` on are fetched. */
 INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes, const table t,
-                        const __m512i first_lanes, struct outputs later, struct outputs out,
-                        const zmoe_packed *x, const uint32_t rows, const uint32_t n_out,
-                        uint32_t wanted, float *const *ys, uint32_t y) {
+                        const __m512i first_lanes, struct zmoe_outputs later,
+                        struct zmoe_outputs out, const zmoe_packed *x, const uint32_t rows,
+                        const uint32_t n_out, uint32_t wanted, float *const *ys, uint32_t y) {
   const uint32_t in_features = w->in_features, groups = in_features / w->group;
   const __m512i per_block = _mm512_set1_epi32((int)(BLOCK_CODES(codes) / w->group));
   __m512 sum[TILE_ROWS][ZMOE_DOT_ROWS], scale[ZMOE_DOT_ROWS], factor[2][ZMOE_DOT_ROWS];
@@ -221,26 +198,26 @@ INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
   const zmoe_weight *next = scratch->next;
   const uint32_t n_out = few_outs(rows), n = last - first;
   const __m512i lanes = block_lanes(w, codes);
-  struct outputs out = outputs_at(w, first);
+  struct zmoe_outputs out = zmoe_outputs_at(w, first);
   uint32_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
   skipped = skipped < n ? skipped : n;
-  struct outputs later = out;
-  pass_outputs(&later, skipped);
+  struct zmoe_outputs later = out;
+  later = zmoe_pass_outputs(later, skipped);
   zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
   for (uint32_t y = 0, wanted; y < n; y += wanted) {
     if (y + skipped == n && next != NULL && next->format == w->format)
-      later = outputs_at(next, scratch->next_output);
-    struct outputs now = out;
+      later = zmoe_outputs_at(next, scratch->next_output);
+    struct zmoe_outputs now = out;
     wanted = n_out;
     if (y + n_out > n) { /* one, so many times, as code for fewer would seldom run */
       wanted = 1;
       now.row_bytes = now.scale_bytes = 0;
     }
     dot_outputs(w, codes, t, lanes, later, now, x, rows, n_out, wanted, ys, y);
-    pass_outputs(&out, wanted);
-    pass_outputs(&later, wanted);
+    out = zmoe_pass_outputs(out, wanted);
+    later = zmoe_pass_outputs(later, wanted);
   }
 }
 
@@ -338,7 +315,7 @@ INLINE void add_tile(const enum codes codes, const struct panel *panel, uint32_t
 
 /* Codes [begin, end) of a panel, whose first `n_out` outputs are there. */
 INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel *panel,
-                     uint32_t begin, uint32_t end, struct outputs out, uint32_t n_out,
+                     uint32_t begin, uint32_t end, struct zmoe_outputs out, uint32_t n_out,
                      const zmoe_packed *x, const uint32_t rows, __m512 (*kept)[PANEL_OUTS],
                      float *const *ys, uint32_t y) {
   const uint32_t blocks = (end - begin + BLOCK_CODES(codes) - 1) / BLOCK_CODES(codes);
@@ -357,7 +334,7 @@ INLINE void dot_tile(const zmoe_weight *w, const enum codes codes, struct panel 
           kept[r][j + i] = sum[r][i];
     else
       store_sums(rows, TILE_OUTS, n_out - j, sum, ys, y + j);
-    pass_outputs(&out, TILE_OUTS);
+    out = zmoe_pass_outputs(out, TILE_OUTS);
   }
 }
 
@@ -368,7 +345,7 @@ INLINE void dot_many(const zmoe_weight *w, const enum codes codes, const table t
   for (uint32_t r = 0; r < rows; r++)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);
   for (uint32_t o = first; o < last; o += PANEL_OUTS) {
-    const struct outputs out = outputs_at(w, o);
+    const struct zmoe_outputs out = zmoe_outputs_at(w, o);
     const uint32_t n_out = last - o < PANEL_OUTS ? last - o : PANEL_OUTS;
     const size_t skipped = zmoe_rows_ahead(out.row_bytes, PANEL_OUTS);
     for (uint32_t begin = 0; begin < w->in_features; begin += PANEL_DEPTH) {

@@ -1,5 +1,5 @@
-/* x in the layouts of the AVX-512 kernels: integers as zmoe_generic_pack_input has them, floats in
- * the order of values in avx512_codes.h. */
+/* x in the layouts of the AVX-512 kernels: floats in the order of values in avx512_codes.h,
+ * integers of 8 bits as avx512_vnni.c reads them. */
 #if defined(__x86_64__)
 #include "avx512.h"
 
@@ -93,8 +93,8 @@ BF16 static void block_codes8_bf16(const float *x, uint16_t *to) {
 
 /* ---- one block in 8 bits ------------------------------------------------------------- */
 
-/* 32 elements as codes, and their scale. */
-AVX512_INLINE __m256i codes_32(const float *x, float *scale) {
+/* 32 elements as integers, and their scale. */
+AVX512_INLINE __m256i integers_32(const float *x, float *scale) {
   __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
   float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
   __m512 inverse = _mm512_set1_ps(largest > 0x1p-120f ? 127.0f / largest : 0.0f);
@@ -104,50 +104,38 @@ AVX512_INLINE __m256i codes_32(const float *x, float *scale) {
   return _mm256_set_m128i(high, low);
 }
 
-AVX512_INLINE __m512i sums_of_4(__m512i codes) {
-  __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), codes);
-  return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+/* The sum of all, in each lane. */
+AVX512_INLINE __m128i sum_32(__m256i integers) {
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), integers);
+  __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
+  return _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
 }
 
-/* Where the sums of 8 or 16 lanes start; see kernels.h. */
-AVX512_INLINE __m512i times_centre(__m512i sums, int centre) {
-  return _mm512_mullo_epi32(sums, _mm512_set1_epi32(-centre));
-}
-
-/* Even codes of all words, then odd ones: a lane of 8 is the same in both. */
-AVX512 static void block_codes4_int8(const float *x, int fp4, zmoe_packed to, size_t first) {
-  __m512i even, odd, codes[2];
-  float *scales = to.scales + first / 8;
-  for (int i = 0; i < 2; i++) {
-    float a, b;
-    __m256i low = codes_32(x + 64 * i, &a), high = codes_32(x + 64 * i + 32, &b);
-    codes[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    float factor = fp4 ? 0.5f : 1.0f;
-    _mm_storeu_ps(scales + 8 * i, _mm_set1_ps(a * factor));
-    _mm_storeu_ps(scales + 8 * i + 4, _mm_set1_ps(b * factor));
-  }
-  even = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(codes[0])),
-                            _mm512_cvtepi16_epi8(codes[1]), 1);
-  odd = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(codes[0], 8))),
-      _mm512_cvtepi16_epi8(_mm512_srli_epi16(codes[1], 8)), 1);
-  int8_t *elements = (int8_t *)to.elements + first;
-  _mm512_storeu_si512(elements, even);
-  _mm512_storeu_si512(elements + 64, odd);
-  __m512i sums = _mm512_add_epi32(sums_of_4(even), sums_of_4(odd));
-  __m512i offsets = times_centre(sums, fp4 ? ZMOE_CENTRE_FP4 : ZMOE_CENTRE4);
-  _mm512_storeu_si512(to.offsets + first / 8, offsets);
-}
-
-AVX512 static void block_codes8_int8(const float *x, zmoe_packed to, size_t first) {
+/* What avx512_vnni.c multiplies with a block of codes: of each 32 elements in 16 bytes the even
+ * ones, or the first, and in as many, 64 bytes on, the others; four times their scale and offset.
+ */
+AVX512 static void block_int8(const zmoe_weight *w, const float *x, zmoe_packed to, size_t first) {
+  const int affine = w->format == ZMOE_FORMAT_AFFINE;
+  const __m128i centre = _mm_set1_epi32(!affine        ? -ZMOE_CENTRE_FP4
+                                        : w->bits == 4 ? -ZMOE_CENTRE4
+                                                       : -ZMOE_CENTRE8);
+  __m128i *elements = (__m128i *)(void *)((int8_t *)to.elements + first);
   for (size_t i = 0; i < 4; i++) {
+    const size_t lane = first / 8 + 4 * i;
     float scale;
-    __m256i codes = codes_32(x + 32 * i, &scale);
-    _mm256_storeu_si256((__m256i *)(void *)((int8_t *)to.elements + first + 32 * i), codes);
-    _mm256_storeu_ps(to.scales + first / 4 + 8 * i, _mm256_set1_ps(scale));
-    __m512i sums = sums_of_4(_mm512_castsi256_si512(codes));
-    _mm256_storeu_si256((__m256i *)(void *)(to.offsets + first / 4 + 8 * i),
-                        _mm512_castsi512_si256(times_centre(sums, ZMOE_CENTRE8)));
+    const __m256i integers = integers_32(x + 32 * i, &scale);
+    __m128i parts[2] = {_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1)};
+    if (w->bits == 4) {
+      parts[0] = _mm256_cvtepi16_epi8(integers);
+      parts[1] = _mm256_cvtepi16_epi8(_mm256_srli_epi16(integers, 8));
+    }
+    _mm_storeu_si128(elements + i, parts[0]);
+    _mm_storeu_si128(elements + 4 + i, parts[1]);
+    _mm_storeu_ps(to.scales + lane, _mm_set1_ps(affine ? scale : scale * 0.5f));
+    _mm_storeu_si128((__m128i *)(void *)(to.offsets + lane),
+                     _mm_mullo_epi32(sum_32(integers), centre));
   }
 }
 
@@ -156,10 +144,8 @@ static void block(zmoe_layout layout, const zmoe_weight *w, const float *x, zmoe
   void *elements = to.elements;
   switch (layout) {
   case ZMOE_LAYOUT_CODES4_INT8:
-    block_codes4_int8(x, w->format != ZMOE_FORMAT_AFFINE, to, first);
-    return;
   case ZMOE_LAYOUT_CODES8_INT8:
-    block_codes8_int8(x, to, first);
+    block_int8(w, x, to, first);
     return;
   case ZMOE_LAYOUT_CODES8_BF16:
     block_codes8_bf16(x, (uint16_t *)elements + first);

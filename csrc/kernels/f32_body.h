@@ -20,32 +20,6 @@ KERNEL VEC load_x(const float *x) {
   return vec_load((const unsigned char *)x, 0, ZMOE_F32);
 }
 
-/* The weight's rows from one on. */
-struct outputs {
-  const unsigned char *data, *scales, *biases;
-  size_t row_bytes, scale_bytes;
-};
-
-KERNEL struct outputs outputs_at(const zmoe_weight *w, uint32_t o) {
-  struct outputs out = {.row_bytes = zmoe_weight_row_bytes(w),
-                        .scale_bytes = zmoe_weight_scale_bytes(w)};
-  out.data = (const unsigned char *)w->data + o * out.row_bytes;
-  if (w->scales != NULL)
-    out.scales = (const unsigned char *)w->scales + o * out.scale_bytes;
-  if (w->biases != NULL)
-    out.biases = (const unsigned char *)w->biases + o * out.scale_bytes;
-  return out;
-}
-
-KERNEL struct outputs outputs_after(struct outputs out, uint32_t count) {
-  out.data += count * out.row_bytes;
-  if (out.scales != NULL)
-    out.scales += count * out.scale_bytes;
-  if (out.biases != NULL)
-    out.biases += count * out.scale_bytes;
-  return out;
-}
-
 /* ---- f32 -----------------------------------------------------------------------------
  * Floats, and the codes that take no longer to convert than to read, or that nothing else can.  Of
  * DEPTH elements one register in CHAINS is summed from zero, lane by lane, and these sums are added
@@ -117,7 +91,7 @@ KERNEL VEC scales_at(const zmoe_weight *w, kind t, const unsigned char *scales, 
   return fp8_at(bytes);
 }
 
-KERNEL void load_groups(const zmoe_weight *w, kind t, struct outputs out, uint32_t begin,
+KERNEL void load_groups(const zmoe_weight *w, kind t, struct zmoe_outputs out, uint32_t begin,
                         uint32_t count, struct groups *groups) {
   const uint32_t first = begin >> t.group_shift, n = count >> t.group_shift;
   for (uint32_t i = 0; i < n; i += LANES) {
@@ -233,8 +207,8 @@ KERNEL void add_chunk(kind t, const unsigned char *data, const struct groups *gr
 
 KERNEL void dot_few(const zmoe_weight *w, kind t, zmoe_layout layout, const float *const *x,
                     const uint32_t rows, uint32_t first, uint32_t last, float *const *ys) {
-  struct outputs out = outputs_at(w, first);
-  for (uint32_t o = first; o < last; o++, out = outputs_after(out, 1)) {
+  struct zmoe_outputs out = zmoe_outputs_at(w, first);
+  for (uint32_t o = first; o < last; o++, out = zmoe_pass_outputs(out, 1)) {
     VEC sum[TILE_ROWS];
     EACH(r, rows)
       sum[r] = vec_splat(0.0f);
@@ -267,7 +241,7 @@ struct panel {
 _Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread's scratch");
 
 /* `count` elements of an output from `begin` on; fetches what the panel will hold next. */
-KERNEL void decode_output(const zmoe_weight *w, kind t, struct outputs out, size_t begin,
+KERNEL void decode_output(const zmoe_weight *w, kind t, struct zmoe_outputs out, size_t begin,
                           uint32_t count, float *to) {
   const uint32_t chain = chain_of(count);
   const unsigned char *next = out.data + bytes_of(t, begin + count);
@@ -334,14 +308,14 @@ TARGET static void dot_2_rows(struct panel *panel, uint32_t chain, const float *
 /* More than TILE_ROWS rows: threes, and one or two twos. */
 KERNEL void dot_many(const zmoe_weight *w, kind t, const float *const *x, uint32_t rows,
                      uint32_t first, uint32_t last, struct panel *panel, float *const *ys) {
-  struct outputs out = outputs_at(w, first);
-  for (uint32_t o = first; o < last; o += PANEL_OUTS, out = outputs_after(out, PANEL_OUTS)) {
+  struct zmoe_outputs out = zmoe_outputs_at(w, first);
+  for (uint32_t o = first; o < last; o += PANEL_OUTS, out = zmoe_pass_outputs(out, PANEL_OUTS)) {
     const uint32_t n_out = last - o < PANEL_OUTS ? last - o : PANEL_OUTS;
     memset(panel->sums, 0, rows * sizeof *panel->sums);
     for (uint32_t begin = 0; begin < w->in_features; begin += DEPTH) {
       const uint32_t left = w->in_features - begin, count = left < DEPTH ? left : DEPTH;
       for (uint32_t j = 0; j < PANEL_OUTS; j++) /* the last again where there are no more */
-        decode_output(w, t, outputs_after(out, j < n_out ? j : n_out - 1), begin, count,
+        decode_output(w, t, zmoe_pass_outputs(out, j < n_out ? j : n_out - 1), begin, count,
                       panel->values[j]);
       const uint32_t chain = chain_of(count);
       uint32_t r = 0;

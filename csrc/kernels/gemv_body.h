@@ -42,7 +42,7 @@ struct scales {
 /* The scales of groups [g, g + count), times those that rows of x in 22 bits have
  * of their own; and what the sums of x add. */
 KERNEL void start_groups(const zmoe_weight *w, form t, uint32_t g, uint32_t count,
-                         const zmoe_packed *x, const uint32_t rows, struct outputs out,
+                         const zmoe_packed *x, const uint32_t rows, struct zmoe_outputs out,
                          struct scales *each, VEC sum[ZMOE_DOT_ROWS]) {
   const int int22 = zmoe_layout_is_int22(t.layout), affine = t.format == ZMOE_FORMAT_AFFINE;
   for (uint32_t i = 0; i < count; i += LANES) {
@@ -85,14 +85,14 @@ KERNEL void add_unit(form t, const unsigned char *src, size_t k, uint32_t i, con
 }
 
 KERNEL void add_groups(const zmoe_weight *w, form t, uint32_t g, uint32_t count,
-                       const zmoe_packed *x, const uint32_t rows, struct outputs out,
+                       const zmoe_packed *x, const uint32_t rows, struct zmoe_outputs out,
                        const uint32_t outs, VEC sum[][ZMOE_DOT_ROWS]) {
   const uint32_t unit = unit_codes(t), unit_bytes = unit * t.bits / 8;
   const uint32_t shift = (uint32_t)__builtin_ctz(w->group), per_block = ZMOE_BLOCK >> shift;
   const lanes l = lanes_of(w->group);
   struct scales each[FEW_OUTS];
   EACH(j, outs)
-    start_groups(w, t, g, count, x, rows, outputs_after(out, j), &each[j], sum[j]);
+    start_groups(w, t, g, count, x, rows, zmoe_pass_outputs(out, j), &each[j], sum[j]);
   size_t k = (size_t)g << shift, end = k + ((size_t)count << shift);
   uint32_t at = 0;
   const unsigned char *src = out.data + k * t.bits / 8;
@@ -124,8 +124,8 @@ KERNEL void dot_integers(const zmoe_weight *w, form t, const void *const *xs, co
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], t.layout, w->in_features);
   const uint32_t outs = rows == 1 ? FEW_OUTS : 1;
-  struct outputs out = outputs_at(w, first);
-  for (uint32_t o = first; o < last; o += outs, out = outputs_after(out, outs)) {
+  struct zmoe_outputs out = zmoe_outputs_at(w, first);
+  for (uint32_t o = first; o < last; o += outs, out = zmoe_pass_outputs(out, outs)) {
     VEC sum[FEW_OUTS][ZMOE_DOT_ROWS];
     EACH(j, outs)
       EACH(r, rows)

@@ -13,7 +13,7 @@
 
 enum {
   ZMOE_PANEL = 32, /* outputs in a panel, and in one task */
-  ZMOE_PANEL_BYTES = 512 * ZMOE_PANEL * 4,
+  ZMOE_PANEL_BYTES = 96 << 10,
   ZMOE_DOT_ROWS = 4, /* rows of x that a loop takes at a time */
 };
 

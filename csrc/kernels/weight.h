@@ -36,6 +36,34 @@ static inline uint32_t zmoe_rows_ahead(size_t row_bytes, uint32_t out_features) 
   return out_features * (uint32_t)(ZMOE_AHEAD_BYTES / (out_features * row_bytes) + 1);
 }
 
+/* The weight's rows from one on. */
+struct zmoe_outputs {
+  const unsigned char *data, *scales, *biases; /* NULL where it has none */
+  size_t row_bytes, scale_bytes;
+};
+
+static inline __attribute__((always_inline)) struct zmoe_outputs
+zmoe_pass_outputs(struct zmoe_outputs out, uint32_t count) {
+  out.data += count * out.row_bytes;
+  if (out.scales != NULL)
+    out.scales += count * out.scale_bytes;
+  if (out.biases != NULL)
+    out.biases += count * out.scale_bytes;
+  return out;
+}
+
+static inline __attribute__((always_inline)) struct zmoe_outputs
+zmoe_outputs_at(const zmoe_weight *w, uint32_t o) {
+  const struct zmoe_outputs all = {
+      .data = w->data,
+      .scales = w->scales,
+      .biases = w->biases,
+      .row_bytes = zmoe_weight_row_bytes(w),
+      .scale_bytes = zmoe_weight_scale_bytes(w),
+  };
+  return zmoe_pass_outputs(all, o);
+}
+
 /* The 16 values of e2m1, and 0 to 15: what a 4-bit code stands for, before its scale. */
 extern const float zmoe_fp4_values[16];
 extern const float zmoe_affine_values[16];
