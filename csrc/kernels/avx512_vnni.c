@@ -1,9 +1,9 @@
 /* GEMV and GEMM, AVX-512 with VNNI: codes and x in 8 bits are multiplied as integers; all else as
  * AVX-512 has it.
  *
- * A sum has four parts.  Of each DEPTH codes, part p adds the biases of their groups p, p + 4, ...,
- * and then the products of their runs p, p + 4, ... of ZMOE_INT_GROUP codes, each of which is
- * summed as integers.  In the end the sum is (0 + 2) + (1 + 3).
+ * A sum has four parts.  Of each CHUNK groups, part p adds the biases of groups p, p + 4, ..., and
+ * then the products of their runs p, p + 4, ... of ZMOE_INT_GROUP codes, each of which is summed as
+ * integers.  In the end the sum is (0 + 2) + (1 + 3).
  *
  * With a few rows, a register has the parts of four outputs, and codes are multiplied as they are
  * decoded.  For more, those of 16 outputs are decoded once, and a register has a part of each. */
@@ -17,8 +17,8 @@
   static inline __attribute__((always_inline, target(AVX512_FEATURES ",avx512vnni")))
 #define EACH_OF_16(i) _Pragma("GCC unroll 16") for (uint32_t i = 0; i < 16; i++)
 
-enum { PARTS = 4, FEW_ROWS = 4, FEW_OUTS = 4, DEPTH = 512 };
-enum { PANEL_ROWS = 8, PANEL_OUTS = 32, TILE_ROWS = 6 };
+enum { PARTS = 4, CHUNK = 16, FEW_ROWS = 4, FEW_OUTS = 4 };
+enum { DEPTH = 512, PANEL_ROWS = 8, PANEL_OUTS = 32, TILE_ROWS = 6 };
 
 /* ---- exchanging -------------------------------------------------------------------- */
 
@@ -67,11 +67,6 @@ VNNI_INLINE void split(const enum codes codes, __m512i words, __m512i values[2])
       values[i] = _mm512_shuffle_epi8(table, values[i]);
 }
 
-/* 16 words of codes, of which `left` are there. */
-VNNI_INLINE __m512i load_words(const unsigned char *at, uint32_t left) {
-  return _mm512_maskz_loadu_epi32(lanes16(left), at);
-}
-
 CODES_INLINE uint32_t words_of(const enum codes codes, uint32_t count) {
   return count * bits_of(codes) / 32;
 }
@@ -84,15 +79,15 @@ VNNI_INLINE __m512 centred(const enum codes codes, __m512 scale, __m512 bias) {
 
 /* ---- few rows ---------------------------------------------------------------------- */
 
-/* The lanes of a block's integers, 128 codes, are words: four to a run. */
-VNNI_INLINE void load_block(const enum codes codes, const unsigned char *at, uint32_t left,
+/* A block is 128 codes, of which those in `words` are there: in each 128 bits a run. */
+VNNI_INLINE void load_block(const enum codes codes, const unsigned char *at, __mmask32 words,
                             __m512i values[2]) {
-  const uint32_t words = words_of(codes, left);
+  const __m512i first = _mm512_maskz_loadu_epi32((__mmask16)words, at);
   if (codes != CODES8) {
-    split(codes, load_words(at, words), values);
+    split(codes, first, values);
     return;
   }
-  const __m512i v[2] = {load_words(at, words), load_words(at + 64, words < 16 ? 0 : words - 16)};
+  const __m512i v[2] = {first, _mm512_maskz_loadu_epi32((__mmask16)(words >> 16), at + 64)};
   values[0] = _mm512_shuffle_i32x4(v[0], v[1], 0x88);
   values[1] = _mm512_shuffle_i32x4(v[0], v[1], 0xdd);
 }
@@ -112,21 +107,19 @@ VNNI_INLINE __m512 four_times(const float *at) {
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(at)));
 }
 
-/* Adds what x's sums are multiplied with by the groups from g on of DEPTH codes, and gets their
- * scales: register i has those of groups 4 i and on, of one part and four outputs after the other.
- */
-VNNI_INLINE void start_depth(const zmoe_weight *w, const enum codes codes, struct zmoe_outputs out,
-                             uint32_t g, const zmoe_packed *x, const uint32_t rows, __m512 scale[4],
-                             __m512 sum[FEW_ROWS]) {
-  const uint32_t per_depth = DEPTH / w->group, left = w->in_features / w->group - g;
-  const uint32_t groups = left < per_depth ? left : per_depth;
-  __m512 bias[4];
-  EACH(i, 4) {
-    scale[i] = load_scales(w, codes, out.scales + i * out.scale_bytes, g, groups);
+/* Adds what x's sums are multiplied with by CHUNK groups from g on, and gets their scales: those of
+ * groups 4 i and on in register i, group by group of four outputs. */
+VNNI_INLINE void start_chunk(const zmoe_weight *w, const enum codes codes, struct zmoe_outputs out,
+                             uint32_t g, const zmoe_packed *x, const uint32_t rows,
+                             __m512 scale[PARTS], __m512 sum[FEW_ROWS]) {
+  const uint32_t left = w->in_features / w->group - g;
+  __m512 bias[PARTS];
+  EACH(i, FEW_OUTS) {
+    scale[i] = load_scales(w, codes, out.scales + i * out.scale_bytes, g, left);
     if (is_affine(codes))
-      bias[i] = centred(
-          codes, scale[i],
-          load_floats(out.biases + i * out.scale_bytes, g, w->scale_dtype, lanes16(groups)));
+      bias[i] =
+          centred(codes, scale[i],
+                  load_floats(out.biases + i * out.scale_bytes, g, w->scale_dtype, lanes16(left)));
   }
   exchange_words((__m512i *)scale);
   exchange_quarters((__m512i *)scale, 1);
@@ -134,26 +127,42 @@ VNNI_INLINE void start_depth(const zmoe_weight *w, const enum codes codes, struc
     return;
   exchange_words((__m512i *)bias);
   exchange_quarters((__m512i *)bias, 1);
-  EACH(i, 4) {
-    if (i == per_depth / PARTS)
-      return;
+  EACH(i, PARTS)
     EACH(r, rows)
       sum[r] = _mm512_fmadd_ps(bias[i], four_times(x[r].sums + g + PARTS * i), sum[r]);
+}
+
+/* Adds the block from k on. */
+VNNI_INLINE void add_block(const __m512i values[FEW_OUTS][2], __m512 factor, const zmoe_packed *x,
+                           uint32_t k, const uint32_t rows, __m512 sum[FEW_ROWS]) {
+  EACH(r, rows) {
+    const int8_t *elements = (const int8_t *)x[r].elements + k;
+    const __m512i of_x[2] = {_mm512_loadu_si512(elements), _mm512_loadu_si512(elements + 64)};
+    __m512i run[FEW_OUTS];
+    EACH(i, FEW_OUTS) {
+      run[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), values[i][0], of_x[0]);
+      run[i] = _mm512_dpbusd_epi32(run[i], values[i][1], of_x[1]);
+    }
+    const __m512i centred =
+        _mm512_add_epi32(sum_words(run), _mm512_loadu_si512(x[r].offsets + k / 8));
+    const __m512 part =
+        _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_loadu_ps(x[r].scales + k / 8));
+    sum[r] = _mm512_fmadd_ps(part, factor, sum[r]);
   }
 }
 
-/* Four outputs; the first `wanted` are stored.  Those from `ahead` on are fetched. */
+/* Four outputs; the first `wanted` are stored.  Those from `later` on are fetched. */
 VNNI_INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes,
                              struct zmoe_outputs later, struct zmoe_outputs out,
                              const zmoe_packed *x, const uint32_t rows, uint32_t wanted,
                              float *const *ys, uint32_t y) {
   const uint32_t group_bits = (uint32_t)__builtin_ctz((unsigned)w->group);
-  uint32_t first_lanes[16];
-  EACH_OF_16(l)
-  first_lanes[l] = l / 4 * ZMOE_INT_GROUP >> group_bits << 2 | l % 4;
-  const __m512i spread = _mm512_loadu_si512(first_lanes);
+  const uint32_t in_features = w->in_features, chunk = (uint32_t)CHUNK << group_bits;
+  const __m512i codes_before =
+      _mm512_setr_epi32(0, 0, 0, 0, 32, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 96);
+  const __m512i output = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 1, 2, 3));
   const unsigned char *ahead = later.data;
-  __m512 sum[FEW_ROWS], scale[4];
+  __m512 sum[FEW_ROWS], scale[PARTS];
   EACH(i, FEW_OUTS) {
     prefetch_line(later.scales + i * later.scale_bytes);
     if (is_affine(codes))
@@ -161,32 +170,23 @@ VNNI_INLINE void dot_outputs(const zmoe_weight *w, const enum codes codes,
   }
   EACH(r, rows)
     sum[r] = _mm512_setzero_ps();
-  for (uint32_t k = 0; k < w->in_features; k += ZMOE_BLOCK) {
-    if (k % DEPTH == 0)
-      start_depth(w, codes, out, k >> group_bits, x, rows, scale, sum);
-    const uint32_t g = k % DEPTH >> group_bits;
+  for (uint32_t k = 0; k < in_features; k += ZMOE_BLOCK) {
+    if (k % chunk == 0)
+      start_chunk(w, codes, out, k >> group_bits, x, rows, scale, sum);
+    const uint32_t words = words_of(codes, in_features - k), g = k % chunk >> group_bits;
+    const __mmask32 there = words < 32 ? (1u << words) - 1 : ~0u;
     __m512i values[FEW_OUTS][2];
     EACH(i, FEW_OUTS) {
-      for (uint32_t line = 0; line < words_of(codes, ZMOE_BLOCK); line += 16, ahead += 64)
+      for (uint32_t word = 0; word < words_of(codes, ZMOE_BLOCK); word += 16, ahead += 64)
         prefetch_line(ahead);
-      load_block(codes, out.data + i * out.row_bytes + k * bits_of(codes) / 8, w->in_features - k,
-                 values[i]);
+      load_block(codes, out.data + i * out.row_bytes + k * bits_of(codes) / 8, there, values[i]);
     }
+    const __m512i group = _mm512_srl_epi32(
+        _mm512_add_epi32(codes_before, _mm512_set1_epi32((int)(k % chunk % (4 * w->group)))),
+        _mm_cvtsi32_si128((int)group_bits));
     const __m512 factor = _mm512_permutexvar_ps(
-        _mm512_add_epi32(spread, _mm512_set1_epi32((int)(g % PARTS * 4))), scale[g / PARTS]);
-    EACH(r, rows) {
-      const int8_t *elements = (const int8_t *)x[r].elements + k;
-      __m512i run[FEW_OUTS];
-      EACH(i, FEW_OUTS) {
-        run[i] =
-            _mm512_dpbusd_epi32(_mm512_setzero_si512(), values[i][0], _mm512_loadu_si512(elements));
-        run[i] = _mm512_dpbusd_epi32(run[i], values[i][1], _mm512_loadu_si512(elements + 64));
-      }
-      __m512i products = _mm512_add_epi32(sum_words(run), _mm512_loadu_si512(x[r].offsets + k / 8));
-      __m512 part =
-          _mm512_mul_ps(_mm512_cvtepi32_ps(products), _mm512_loadu_ps(x[r].scales + k / 8));
-      sum[r] = _mm512_fmadd_ps(part, factor, sum[r]);
-    }
+        _mm512_add_epi32(_mm512_slli_epi32(group, 2), output), scale[g / PARTS]);
+    add_block(values, factor, x, k, rows, sum);
   }
   EACH(r, rows) {
     const __m128 four = add_quarters(sum[r]);
@@ -237,8 +237,8 @@ VNNI_INLINE void dot_tiles(const zmoe_weight *w, const enum codes codes, const z
 /* ---- many rows --------------------------------------------------------------------- */
 
 /* Of PANEL_OUTS outputs and DEPTH codes the words of bytes, of each run its even codes, or its
- * first, and then the others; and what multiplies runs and x's sums, by group.  Of each row the
- * parts of its sums.  A register has 16 outputs. */
+ * first, and then the others; and what multiplies runs and x's sums, by group of a chunk.  Of each
+ * row the parts of its sums.  A register has 16 outputs. */
 struct panel {
   __m512i words[DEPTH / 4][2];
   __m512 scales[16][2], biases[16][2];
@@ -251,12 +251,14 @@ _Static_assert(sizeof(struct panel) <= ZMOE_PANEL_BYTES, "a panel fits a thread'
 /* The codes from k on, of which `left` are there, of 16 outputs: the first or second of a panel. */
 VNNI_INLINE void decode(const zmoe_weight *w, const enum codes codes, struct zmoe_outputs out,
                         uint32_t k, uint32_t left, struct panel *panel, uint32_t half) {
-  const uint32_t g = k / w->group, groups = left / w->group, step = 512 / bits_of(codes);
+  const uint32_t g = k / w->group, groups = w->in_features / w->group - g;
+  const uint32_t step = 512 / bits_of(codes);
   const unsigned char *data = out.data + k * bits_of(codes) / 8;
   __m512i v[16], (*run)[2] = panel->words;
   for (uint32_t at = 0; at < left; at += step, data += 64) {
     EACH_OF_16(i) {
-      v[i] = load_words(data + i * out.row_bytes, words_of(codes, left - at));
+      v[i] =
+          _mm512_maskz_loadu_epi32(lanes16(words_of(codes, left - at)), data + i * out.row_bytes);
       prefetch_line(data + (PANEL_OUTS + i) * out.row_bytes);
     }
     transpose(v);
@@ -274,6 +276,8 @@ VNNI_INLINE void decode(const zmoe_weight *w, const enum codes codes, struct zmo
         run[4 + j][half] = values[1];
       }
   }
+  if (g % CHUNK != 0)
+    return;
   EACH_OF_16(i)
   v[i] = (__m512i)load_scales(w, codes, out.scales + i * out.scale_bytes, g, groups);
   transpose(v);
@@ -302,9 +306,11 @@ VNNI_INLINE __m512i load_word(const int8_t *at) {
 }
 
 /* Of the panel's sums with some rows part p. */
-VNNI_INLINE void add_part(const struct panel *panel, int affine, uint32_t group_bits,
-                          const zmoe_packed *x, uint32_t k, uint32_t left, const uint32_t rows,
-                          uint32_t p, __m512 (*sums)[PARTS][2]) {
+VNNI_INLINE void add_part(const zmoe_weight *w, const struct panel *panel, const zmoe_packed *x,
+                          uint32_t k, uint32_t left, const uint32_t rows, uint32_t p,
+                          __m512 (*sums)[PARTS][2]) {
+  const uint32_t group_bits = (uint32_t)__builtin_ctz((unsigned)w->group);
+  const uint32_t of_chunk = k % ((uint32_t)CHUNK << group_bits);
   const int8_t *elements[TILE_ROWS];
   __m512 sum[TILE_ROWS][2];
   EACH(r, rows) {
@@ -312,14 +318,15 @@ VNNI_INLINE void add_part(const struct panel *panel, int affine, uint32_t group_
     EACH(h, 2)
       sum[r][h] = k == 0 ? _mm512_setzero_ps() : sums[r][p][h];
   }
-  for (uint32_t g = p; affine && g < (uint32_t)DEPTH >> group_bits; g += PARTS)
+  for (uint32_t g = p; w->biases != NULL && of_chunk == 0 && g < CHUNK; g += PARTS)
     EACH(r, rows) {
       const __m512 of_x = _mm512_set1_ps(x[r].sums[(k >> group_bits) + g]);
       EACH(h, 2)
         sum[r][h] = _mm512_fmadd_ps(panel->biases[g][h], of_x, sum[r][h]);
     }
   for (uint32_t at = 0; at < left; at += ZMOE_BLOCK) {
-    const uint32_t lane = (k + at) / 8 + 4 * p, g = (at + ZMOE_INT_GROUP * p) >> group_bits;
+    const uint32_t lane = (k + at) / 8 + 4 * p;
+    const uint32_t g = (of_chunk + at + ZMOE_INT_GROUP * p) >> group_bits;
     const __m512i(*words)[2] = panel->words + at / 4 + RUN_WORDS * p;
     __m512i run[TILE_ROWS][2];
     EACH(r, rows)
@@ -345,11 +352,11 @@ VNNI_INLINE void add_part(const struct panel *panel, int affine, uint32_t group_
 }
 
 #define ADD_ROWS(rows)                                                                             \
-  VNNI static void add_rows_##rows(const struct panel *panel, int affine, uint32_t group_bits,     \
+  VNNI static void add_rows_##rows(const zmoe_weight *w, const struct panel *panel,                \
                                    const zmoe_packed *x, uint32_t k, uint32_t left,                \
                                    __m512(*sums)[PARTS][2]) {                                      \
     for (uint32_t p = 0; p < PARTS; p++)                                                           \
-      add_part(panel, affine, group_bits, x, k, left, rows, p, sums);                              \
+      add_part(w, panel, x, k, left, rows, p, sums);                                               \
   }
 ADD_ROWS(4)
 ADD_ROWS(5)
@@ -365,8 +372,6 @@ static uint32_t tile_rows(uint32_t rows) {
 VNNI static void dot_panel(const zmoe_weight *w, const zmoe_packed *x, uint32_t rows, uint32_t o,
                            struct panel *panel, float *const *ys) {
   const enum codes codes = codes_of(w);
-  const int affine = is_affine(codes);
-  const uint32_t group_bits = (uint32_t)__builtin_ctz((unsigned)w->group);
   for (uint32_t k = 0; k < w->in_features; k += DEPTH) {
     const uint32_t left = w->in_features - k < DEPTH ? w->in_features - k : DEPTH;
     for (uint32_t half = 0; half < 2; half++) {
@@ -381,11 +386,11 @@ VNNI static void dot_panel(const zmoe_weight *w, const zmoe_packed *x, uint32_t 
     for (uint32_t r = 0, n; r < rows; r += n) {
       n = tile_rows(rows - r);
       if (n == 6)
-        add_rows_6(panel, affine, group_bits, x + r, k, left, panel->sums + r);
+        add_rows_6(w, panel, x + r, k, left, panel->sums + r);
       else if (n == 5)
-        add_rows_5(panel, affine, group_bits, x + r, k, left, panel->sums + r);
+        add_rows_5(w, panel, x + r, k, left, panel->sums + r);
       else
-        add_rows_4(panel, affine, group_bits, x + r, k, left, panel->sums + r);
+        add_rows_4(w, panel, x + r, k, left, panel->sums + r);
     }
   }
   for (uint32_t r = 0; r < rows; r++)
