@@ -31,9 +31,10 @@ static inline __attribute__((always_inline)) void zmoe_prefetch(const void *at) 
   __builtin_prefetch((const void *)ahead, 0, 2);
 }
 
-/* The same for `out_features` outputs at a time: so many outputs ahead. */
+/* The same for `out_features` outputs at a time: so many outputs ahead.  Half as far: what is
+ * fetched is often another expert's, and panels of experts are short. */
 static inline uint32_t zmoe_rows_ahead(size_t row_bytes, uint32_t out_features) {
-  return out_features * (uint32_t)(ZMOE_AHEAD_BYTES / (out_features * row_bytes) + 1);
+  return out_features * (uint32_t)(ZMOE_AHEAD_BYTES / 2 / (out_features * row_bytes) + 1);
 }
 
 /* The weight's rows from one on. */
