@@ -66,7 +66,7 @@ INLINE void prefetch_block(const enum codes codes, const unsigned char *at) {
 INLINE __m512i block_lanes(const zmoe_weight *w, const enum codes codes) {
   uint32_t lanes[16];
   EACH_VALUE(l, 16)
-  lanes[l] = lane_code(codes, l);
+    lanes[l] = lane_code(codes, l);
   return _mm512_srl_epi32(_mm512_loadu_si512(lanes),
                           _mm_cvtsi32_si128(__builtin_ctz((unsigned)w->group)));
 }
@@ -278,7 +278,7 @@ INLINE void decode_output(const zmoe_weight *w, const enum codes codes, const ta
     }
     load_block(codes, from, t, words);
     EACH_VALUE(i, n_values)
-    values[i] = value_of(codes, words, i, t);
+      values[i] = value_of(codes, words, i, t);
     *factor++ = _mm512_permutexvar_ps(lanes, scale);
     lanes = _mm512_add_epi32(lanes, per_block);
   }

@@ -6,7 +6,7 @@
  * integers.  In the end the sum is (0 + 2) + (1 + 3).
  *
  * With a few rows, a register has the parts of four outputs, and codes are multiplied as they are
- * decoded.  For more, those of 16 outputs are decoded once, and a register has a part of each. */
+ * decoded.  For more, a panel of codes is decoded once, and a register has a part of 16 outputs. */
 #if defined(__x86_64__)
 #include "avx512.h"
 
@@ -264,7 +264,7 @@ VNNI_INLINE void decode(const zmoe_weight *w, const enum codes codes, struct zmo
     transpose(v);
     if (codes == CODES8) {
       EACH_OF_16(i)
-      run[i][half] = v[i];
+        run[i][half] = v[i];
       run += 16;
       continue;
     }
@@ -279,17 +279,18 @@ VNNI_INLINE void decode(const zmoe_weight *w, const enum codes codes, struct zmo
   if (g % CHUNK != 0)
     return;
   EACH_OF_16(i)
-  v[i] = (__m512i)load_scales(w, codes, out.scales + i * out.scale_bytes, g, groups);
+    v[i] = (__m512i)load_scales(w, codes, out.scales + i * out.scale_bytes, g, groups);
   transpose(v);
   EACH_OF_16(i)
-  panel->scales[i][half] = (__m512)v[i];
+    panel->scales[i][half] = (__m512)v[i];
   if (!is_affine(codes))
     return;
   EACH_OF_16(i)
-  v[i] = (__m512i)load_floats(out.biases + i * out.scale_bytes, g, w->scale_dtype, lanes16(groups));
+    v[i] =
+        (__m512i)load_floats(out.biases + i * out.scale_bytes, g, w->scale_dtype, lanes16(groups));
   transpose(v);
   EACH_OF_16(i)
-  panel->biases[i][half] = centred(codes, panel->scales[i][half], (__m512)v[i]);
+    panel->biases[i][half] = centred(codes, panel->scales[i][half], (__m512)v[i]);
 }
 
 #define DECODE(codes)                                                                              \
