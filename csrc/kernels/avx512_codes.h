@@ -201,8 +201,7 @@ INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const table t,
   struct zmoe_outputs out = zmoe_outputs_at(w, first);
   uint32_t skipped = zmoe_rows_ahead(out.row_bytes, n_out);
   skipped = skipped < n ? skipped : n;
-  struct zmoe_outputs later = out;
-  later = zmoe_pass_outputs(later, skipped);
+  struct zmoe_outputs later = zmoe_pass_outputs(out, skipped);
   zmoe_packed x[TILE_ROWS];
   EACH(r, rows)
     x[r] = zmoe_packed_at((void *)xs[r], layout_of(codes), w->in_features);

@@ -204,8 +204,7 @@ VNNI_INLINE void dot_few(const zmoe_weight *w, const enum codes codes, const zmo
   struct zmoe_outputs out = zmoe_outputs_at(w, first);
   uint32_t n = last - first, skipped = zmoe_rows_ahead(out.row_bytes, FEW_OUTS);
   skipped = skipped < n ? skipped : n;
-  struct zmoe_outputs later = out;
-  later = zmoe_pass_outputs(later, skipped);
+  struct zmoe_outputs later = zmoe_pass_outputs(out, skipped);
   for (uint32_t y = 0, wanted; n > 0; n -= wanted, y += wanted) {
     if (n == skipped && next != NULL && next->format == w->format)
       later = zmoe_outputs_at(next, scratch->next_output);

@@ -4,6 +4,7 @@
 #define ZMOE_EXPERTS_H
 
 #include "matmul.h"
+#include "thread_pool.h"
 #include "vector_ops.h"
 
 /* The pairs of one expert: [begin, end) of the sorted ones. */
@@ -15,6 +16,7 @@ struct zmoe_experts_own {
   zmoe_scratch scratch;
   float up[ZMOE_SUMS], gate[ZMOE_SUMS], total[ZMOE_SUMS];
 };
+_Static_assert(sizeof(struct zmoe_experts_own) <= ZMOE_THREAD_SCRATCH, "a pool reserves as much");
 
 struct zmoe_experts_job {
   const zmoe_kernels *kernels;

@@ -42,7 +42,8 @@ typedef enum zmoe_layout {
  * value is twice it plus ZMOE_CENTRE_FP4, and the scale is halved.  What affine
  * codes stand for is centred, since rounding x then costs least: w = (code -
  * centre) scale + (bias + centre scale).  The centres are taken back by
- * - 8 bits: a scale per 32 elements, the start of each lane's sum is `offsets`;
+ * - 8 bits: a scale per 32 elements, the start of each lane's sum is `offsets`; AVX-512 has an
+ *   order of its own, and in each of four lanes the offset of all 32;
  * - 22 bits: a scale per group, x's sum in it is `rests` apart from the true one:
  *   x w = codes * elements * scale + bias * sums + scale * rests. */
 enum { ZMOE_BLOCK = 128, ZMOE_INT_GROUP = 32 };

@@ -17,6 +17,7 @@ struct own {
   zmoe_scratch scratch;
   float sums[ZMOE_SUMS];
 };
+_Static_assert(sizeof(struct own) <= ZMOE_THREAD_SCRATCH, "a pool reserves as much");
 
 struct linear {
   const zmoe_kernels *kernels;

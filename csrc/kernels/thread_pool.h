@@ -28,7 +28,7 @@ void zmoe_thread_pool_release(zmoe_thread_pool *pool, size_t mark);
 void *zmoe_thread_pool_scratch(zmoe_thread_pool *pool, size_t bytes);
 
 /* What zmoe_thread_pool_reserve adds by itself: of each thread's own, and lists. */
-enum { ZMOE_THREAD_SCRATCH = 128 << 10, ZMOE_CALL_SCRATCH = 256 << 10 };
+enum { ZMOE_THREAD_SCRATCH = 160 << 10, ZMOE_CALL_SCRATCH = 256 << 10 };
 
 /* Tasks 0..n-1 of one stage, taken by whichever thread is free. */
 typedef struct zmoe_tasks {

@@ -418,9 +418,35 @@ static void test_gather(void) {
     check_gather(kinds[n % 6], rows[n % 5], (zmoe_precision)(n / 6), (zmoe_dtype)(n % 3));
 }
 
+/* What is reserved holds every thread's own memory, however many they are. */
+static void test_many_threads(void) {
+  const moe_options o = {.gate = FOUR,
+                         .up = FOUR,
+                         .down = FOUR,
+                         .experts = 4,
+                         .width = 64,
+                         .hidden = 64,
+                         .rows = 3,
+                         .top_k = 2,
+                         .weighted = 1};
+  const moe m = make_moe(&o);
+  float *out[2];
+  for (uint32_t i = 0; i < 2; i++) {
+    const uint32_t threads = i == 0 ? 1 : 64;
+    zmoe_thread_pool *pool =
+        make_pool(threads, zmoe_isa_best(), zmoe_experts_scratch(m.width, m.hidden, o.top_k));
+    out[i] = rig_block(outputs_of(&m) * sizeof *out[i], 0, 0);
+    CHECK_EQUAL(run(&m, pool, out[i]), ZMOE_OK);
+    zmoe_thread_pool_destroy(pool);
+  }
+  CHECK(memcmp(out[0], out[1], outputs_of(&m) * sizeof *out[0]) == 0);
+  rig_free_blocks();
+}
+
 int main(int argc, char **argv) {
   static const test_case tests[] = {
       {"every activation", test_activations},
+      {"many threads", test_many_threads},
       {"formats and sizes", test_shapes},
       {"no pairs, no rows", test_no_pairs},
       {"unusable arguments are refused, and nothing is written", test_refusals},
